@@ -1,0 +1,100 @@
+//! Why something cannot be kept or cannot be trusted.
+
+use std::{io, path::Path, path::PathBuf};
+
+use crate::recipe::Digest;
+
+/// Why something cannot be kept or cannot be trusted.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused to read.
+    #[error("{}: cannot read", path.display())]
+    Read {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The operating system refused to write.
+    #[error("{}: cannot write", path.display())]
+    Write {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Bytes are not what was committed.
+    #[error("{}: {what} does not match its digest: expected {expected}, found {found}", path.display())]
+    Flipped {
+        /// The file.
+        path: PathBuf,
+        /// Which part of it.
+        what: String,
+        /// The committed digest.
+        expected: Digest,
+        /// The digest of what lies there.
+        found: Digest,
+    },
+    /// A file of ours cannot be understood.
+    #[error("{}: {problem}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what was found.
+        problem: String,
+    },
+    /// A file of ours is from the future.
+    #[error("{}: written by a newer version (format {found}, this program reads up to {known})", path.display())]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+        /// The newest format this program knows.
+        known: u32,
+    },
+    /// Another run owns the home.
+    #[error("{}: another run is using this home ({holder})", home.display())]
+    Locked {
+        /// The home.
+        home: PathBuf,
+        /// What the other run wrote into its lock.
+        holder: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn read(path: &Path, source: io::Error) -> Self {
+        Self::Read { path: path.to_owned(), source }
+    }
+
+    pub(crate) fn write(path: &Path, source: io::Error) -> Self {
+        Self::Write { path: path.to_owned(), source }
+    }
+
+    pub(crate) fn malformed(path: &Path, problem: impl Into<String>) -> Self {
+        Self::Malformed { path: path.to_owned(), problem: problem.into() }
+    }
+
+    /// What the operator can do next, as an imperative.
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => "check the path".into(),
+            Self::Read { .. } => "check the permissions of the file".into(),
+            Self::Write { source, .. } => match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                    "free some space and type the same command again; everything committed so far is kept".into()
+                }
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                    "make the folder writable, or choose another with `--home FOLDER`".into()
+                }
+                _ => "type the same command again; everything committed so far is kept".into(),
+            },
+            Self::Flipped { .. } | Self::Malformed { .. } => {
+                "type `ovenbird run PIPELINE` again: what is damaged is set aside and only that is made again".into()
+            }
+            Self::Newer { .. } => "update ovenbird, or choose another home with `--home FOLDER`".into(),
+            Self::Locked { .. } => "wait for it to end, or choose another home with `--home FOLDER`".into(),
+        })
+    }
+}

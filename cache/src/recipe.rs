@@ -1,0 +1,281 @@
+//! Identity as data: what a result is made from, its fingerprint, and the difference between two recipes in words.
+//!
+//! A fingerprint is the BLAKE3 of a domain tag and the recipe's canonical JSON: keys sorted at every level, no spaces,
+//! numbers as `serde_json` writes them. Canonical JSON is also what the manifest shows and what [`Recipe::diff`] compares,
+//! so there is one encoding to keep stable; a test pins it.
+
+use std::{collections::BTreeMap, fmt, str::FromStr};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
+
+/// Separates fingerprints of recipes from every other use of BLAKE3. Raised only together with a migration.
+const RECIPE_DOMAIN: &str = "ovenbird recipe 1";
+
+macro_rules! hash_newtype {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name([u8; 32]);
+
+        impl $name {
+            /// All 64 hexadecimal digits.
+            pub fn to_hex(&self) -> String {
+                blake3::Hash::from_bytes(self.0).to_hex().to_string()
+            }
+
+            /// The 32 bytes.
+            pub fn as_bytes(&self) -> &[u8; 32] {
+                &self.0
+            }
+        }
+
+        impl From<blake3::Hash> for $name {
+            fn from(hash: blake3::Hash) -> Self {
+                Self(*hash.as_bytes())
+            }
+        }
+
+        /// The first 12 hexadecimal digits, for people.
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.to_hex()[..12])
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{}({self})", stringify!($name))
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = blake3::HexError;
+
+            fn from_str(hex: &str) -> Result<Self, Self::Err> {
+                blake3::Hash::from_hex(hex).map(Self::from)
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(&self.to_hex())
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+            }
+        }
+    };
+}
+
+hash_newtype! {
+    /// Names something to be made: the BLAKE3 of a recipe.
+    Fingerprint
+}
+
+hash_newtype! {
+    /// Names something that exists: the BLAKE3 of content.
+    Digest
+}
+
+impl Digest {
+    /// The digest of some bytes.
+    pub fn of(bytes: &[u8]) -> Self {
+        blake3::hash(bytes).into()
+    }
+
+    /// The digest of a list of named digests: of a folder, a port, a unit's items. Order and names count.
+    pub fn of_list<'a>(domain: &str, entries: impl IntoIterator<Item = (&'a str, Self)>) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(domain.as_bytes()).update(&[0]);
+        for (name, digest) in entries {
+            hasher.update(&(name.len() as u64).to_le_bytes()).update(name.as_bytes()).update(digest.as_bytes());
+        }
+        hasher.finalize().into()
+    }
+}
+
+/// What a result is made from, and all of it: two equal recipes name the same result.
+///
+/// Stored whole in the manifest, hashed for look-up, and compared field by field to say *why* something must run again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// The stage, such as `clip/globals`.
+    pub kind: String,
+    /// Raised by the stage's author when the same parameters and inputs give other results.
+    pub version: u32,
+    /// The typed parameters with every default filled in.
+    pub params: Value,
+    /// Content digest of each input, under its port's name: roles matter.
+    pub inputs: BTreeMap<String, Digest>,
+    /// Which link of a chain (training) this is; `None` for everything else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<u32>,
+}
+
+impl Recipe {
+    /// The name of what this recipe makes.
+    pub fn fingerprint(&self) -> Fingerprint {
+        let mut value = serde_json::to_value(self).expect("BUG: a recipe is plain JSON");
+        // Another crate of the build may switch on serde_json's `preserve_order`.
+        value.sort_all_objects();
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(RECIPE_DOMAIN.as_bytes()).update(&[0]).update(value.to_string().as_bytes());
+        hasher.finalize().into()
+    }
+
+    /// What is different from an earlier recipe, one entry a field, in a fixed order; empty when they are equal.
+    pub fn diff(&self, was: &Self) -> Vec<Change> {
+        let mut changes = Vec::new();
+        if self.kind != was.kind {
+            changes.push(Change { field: "use".into(), was: Some(was.kind.clone()), is: Some(self.kind.clone()) });
+        }
+        if self.version != was.version {
+            let (was, is) = (Some(was.version.to_string()), Some(self.version.to_string()));
+            changes.push(Change { field: "stage version".into(), was, is });
+        }
+        diff_values("with", &was.params, &self.params, &mut changes);
+        let mut ports: Vec<&String> = was.inputs.keys().chain(self.inputs.keys()).collect();
+        ports.sort();
+        ports.dedup();
+        for port in ports {
+            let (was, is) = (was.inputs.get(port), self.inputs.get(port));
+            if was != is {
+                let (was, is) = (was.map(Digest::to_string), is.map(Digest::to_string));
+                changes.push(Change { field: format!("in.{port}"), was, is });
+            }
+        }
+        changes
+    }
+}
+
+/// One field in which two recipes differ.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// Where: `with.expand`, `in.proposals`, `stage version`.
+    pub field: String,
+    /// The earlier value, if there was one.
+    pub was: Option<String>,
+    /// The value asked for, if there is one.
+    pub is: Option<String>,
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let absent = "(absent)";
+        write!(f, "{}: {} -> {}", self.field, self.was.as_deref().unwrap_or(absent), self.is.as_deref().unwrap_or(absent))
+    }
+}
+
+fn diff_values(field: &str, was: &Value, is: &Value, changes: &mut Vec<Change>) {
+    match (was, is) {
+        (Value::Object(was), Value::Object(is)) => {
+            let mut keys: Vec<&String> = was.keys().chain(is.keys()).collect();
+            keys.sort();
+            keys.dedup();
+            for key in keys {
+                let field = format!("{field}.{key}");
+                match (was.get(key), is.get(key)) {
+                    (Some(was), Some(is)) => diff_values(&field, was, is, changes),
+                    (was, is) => changes.push(Change { field, was: was.map(Value::to_string), is: is.map(Value::to_string) }),
+                }
+            }
+        }
+        (was, is) if was == is => {}
+        (was, is) => changes.push(Change { field: field.into(), was: Some(was.to_string()), is: Some(is.to_string()) }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn recipe() -> Recipe {
+        Recipe {
+            kind: "clip/objects".into(),
+            version: 1,
+            params: json!({"expand": 1.5, "clip": {"precision": "bf16"}}),
+            inputs: BTreeMap::from([("images".into(), Digest::of(b"images")), ("proposals".into(), Digest::of(b"proposals"))]),
+            link: None,
+        }
+    }
+
+    /// Every artifact on every disk is found by these: they change only in a commit that says so.
+    #[test]
+    fn recipes_keep_their_fingerprints() {
+        let empty = Recipe { kind: "toy/world".into(), version: 1, params: json!({}), inputs: BTreeMap::new(), link: None };
+        let link = Recipe { link: Some(3), ..recipe() };
+        let found = [empty, recipe(), link].map(|recipe| recipe.fingerprint().to_hex());
+        assert_eq!(
+            found,
+            [
+                "b772369daba0e1b63621e4b4a91c5e734a8259644d484d95ae16983fc619d304",
+                "c12271dcbe0b5e71573c7b5d814a007ee8d107ab3b520268b0702150e82ffc88",
+                "093cde78b066632eff608d99f8b49899ead1c52791c8bcaaf2da618d52722e03",
+            ]
+        );
+    }
+
+    #[test]
+    fn the_order_of_keys_does_not_change_the_fingerprint() {
+        let params = serde_json::from_str(r#"{"clip": {"precision": "bf16"}, "expand": 1.5}"#).unwrap();
+        assert_eq!(Recipe { params, ..recipe() }.fingerprint(), recipe().fingerprint());
+    }
+
+    #[test]
+    fn every_field_changes_the_fingerprint_and_is_named() {
+        let mut swapped = recipe();
+        swapped.inputs = BTreeMap::from([("images".into(), Digest::of(b"proposals")), ("proposals".into(), Digest::of(b"images"))]);
+        let swapped_words = format!("in.images: {} -> {}", Digest::of(b"images"), Digest::of(b"proposals"));
+        let cases = [
+            (Recipe { kind: "clip/globals".into(), ..recipe() }, "use: clip/objects -> clip/globals"),
+            (Recipe { version: 2, ..recipe() }, "stage version: 1 -> 2"),
+            (Recipe { params: json!({"expand": 2.0, "clip": {"precision": "bf16"}}), ..recipe() }, "with.expand: 1.5 -> 2.0"),
+            (
+                Recipe { params: json!({"expand": 1.5, "clip": {"precision": "f32"}}), ..recipe() },
+                r#"with.clip.precision: "bf16" -> "f32""#,
+            ),
+            (Recipe { params: json!({"expand": 1.5}), ..recipe() }, r#"with.clip: {"precision":"bf16"} -> (absent)"#),
+            (swapped, &swapped_words),
+        ];
+        for (changed, words) in cases {
+            assert_ne!(changed.fingerprint(), recipe().fingerprint(), "{words}");
+            assert_eq!(changed.diff(&recipe())[0].to_string(), words);
+        }
+        assert_ne!(Recipe { link: Some(0), ..recipe() }.fingerprint(), recipe().fingerprint());
+        assert_eq!(recipe().diff(&recipe()), []);
+    }
+
+    proptest! {
+        #[test]
+        fn recipes_differ_in_fingerprint_exactly_when_they_differ(a in params(), b in params()) {
+            let (a, b) = (Recipe { params: a, ..recipe() }, Recipe { params: b, ..recipe() });
+            prop_assert_eq!(a == b, a.fingerprint() == b.fingerprint());
+            prop_assert_eq!(a == b, a.diff(&b).is_empty());
+        }
+
+        #[test]
+        fn recipes_survive_json(params in params()) {
+            let recipe = Recipe { params, ..recipe() };
+            let read: Recipe = serde_json::from_str(&serde_json::to_string(&recipe).unwrap()).unwrap();
+            prop_assert_eq!(read.fingerprint(), recipe.fingerprint());
+        }
+    }
+
+    fn params() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            any::<bool>().prop_map(Value::from),
+            (0..3i64).prop_map(Value::from),
+            (-1e3..1e3f64).prop_map(Value::from),
+            "[ab]{0,2}".prop_map(Value::from)
+        ];
+        prop::collection::btree_map("[abc]", leaf, 0..3).prop_map(|map| Value::Object(map.into_iter().collect()))
+    }
+}

@@ -1,0 +1,342 @@
+//! COCO and LVIS v1 annotation files: typed, and checked as a whole before anything is built on them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    fs::File,
+    io::{BufReader, Read},
+    path::Path,
+};
+
+use hotcoco::Segmentation;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Error, Result,
+    boxes::{Xyxy, xywh_to_xyxy},
+};
+
+/// Problems of one file that a message names; the rest are counted.
+const MAX_NAMED: usize = 10;
+/// What LVIS puts before the path of an image.
+const COCO_URL: &str = "http://images.cocodataset.org/";
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub u64);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+id! {
+    /// An image's `id`.
+    ImageId
+}
+id! {
+    /// A category's `id`.
+    CategoryId
+}
+id! {
+    /// An annotation's `id`.
+    AnnotationId
+}
+
+/// How often a category of LVIS v1 is seen in training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Frequency {
+    /// In 1 to 10 images.
+    #[serde(rename = "r")]
+    Rare,
+    /// In 11 to 100 images.
+    #[serde(rename = "c")]
+    Common,
+    /// In more than 100 images.
+    #[serde(rename = "f")]
+    Frequent,
+}
+
+/// A class of objects.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Category {
+    /// Its id.
+    pub id: CategoryId,
+    /// Its name, as the data set spells it.
+    pub name: String,
+    /// LVIS only.
+    pub frequency: Option<Frequency>,
+}
+
+/// An image and what LVIS says about its labels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageInfo {
+    /// Its id.
+    pub id: ImageId,
+    /// Its path below the images' folder; LVIS: derived from `coco_url`.
+    pub file_name: String,
+    /// px.
+    pub width: u32,
+    /// px.
+    pub height: u32,
+    /// Categories known to be absent (LVIS).
+    pub neg_category_ids: Vec<CategoryId>,
+    /// Categories of which not every object is annotated (LVIS).
+    pub not_exhaustive_category_ids: Vec<CategoryId>,
+}
+
+/// An annotated object.
+#[derive(Debug, Clone)]
+pub struct Annotation {
+    /// Its id, never 0.
+    pub id: AnnotationId,
+    /// Its image.
+    pub image_id: ImageId,
+    /// Its class.
+    pub category_id: CategoryId,
+    /// Its box in px.
+    pub xyxy: Xyxy,
+    /// px², of the mask where there is one.
+    pub area: f64,
+    /// Whether this is a region of many objects.
+    pub is_crowd: bool,
+    /// Polygons or run lengths.
+    pub segmentation: Option<Segmentation>,
+}
+
+/// A whole file.
+#[derive(Debug, Clone)]
+pub struct Annotations {
+    /// In ascending id.
+    pub images: Vec<ImageInfo>,
+    /// In ascending id.
+    pub categories: Vec<Category>,
+    /// In the file's order.
+    pub annotations: Vec<Annotation>,
+}
+
+#[derive(Deserialize)]
+struct RawFile {
+    images: Vec<RawImage>,
+    categories: Vec<RawCategory>,
+    annotations: Vec<RawAnnotation>,
+}
+
+#[derive(Deserialize)]
+struct RawImage {
+    id: u64,
+    file_name: Option<String>,
+    coco_url: Option<String>,
+    width: u32,
+    height: u32,
+    #[serde(default)]
+    neg_category_ids: Vec<u64>,
+    #[serde(default)]
+    not_exhaustive_category_ids: Vec<u64>,
+}
+
+#[derive(Deserialize)]
+struct RawCategory {
+    id: u64,
+    name: String,
+    frequency: Option<Frequency>,
+}
+
+#[derive(Deserialize)]
+struct RawAnnotation {
+    id: u64,
+    image_id: u64,
+    category_id: u64,
+    bbox: [f64; 4],
+    area: Option<f64>,
+    #[serde(default)]
+    iscrowd: u8,
+    segmentation: Option<Segmentation>,
+}
+
+impl Annotations {
+    /// Reads and checks a file. Every contradiction is found before any is reported.
+    pub fn load(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        Self::read(BufReader::with_capacity(1 << 20, file), path)
+    }
+
+    fn read(reader: impl Read, path: &Path) -> Result<Self> {
+        let raw: RawFile = serde_json::from_reader(reader).map_err(|error| Error::Malformed {
+            path: path.to_owned(),
+            problem: format!("expected a COCO or LVIS annotation file: {error}"),
+            hint: Some("check that the download is complete and that this is an `instances` or `lvis_v1` json".into()),
+        })?;
+        let problems = problems(&raw);
+        if problems.is_empty() {
+            return Ok(Self::from_raw(raw));
+        }
+        let mut named: Vec<String> = problems.iter().take(MAX_NAMED).cloned().collect();
+        if problems.len() > MAX_NAMED {
+            named.push(format!("and {} more", problems.len() - MAX_NAMED));
+        }
+        let hint = Some("mend the file, or make it again from its source".into());
+        Err(Error::Malformed { path: path.to_owned(), problem: named.join("; "), hint })
+    }
+
+    fn from_raw(raw: RawFile) -> Self {
+        let image = |image: RawImage| ImageInfo {
+            id: ImageId(image.id),
+            file_name: file_name(&image).unwrap_or_default(),
+            width: image.width,
+            height: image.height,
+            neg_category_ids: image.neg_category_ids.into_iter().map(CategoryId).collect(),
+            not_exhaustive_category_ids: image.not_exhaustive_category_ids.into_iter().map(CategoryId).collect(),
+        };
+        let mut images: Vec<ImageInfo> = raw.images.into_iter().map(image).collect();
+        images.sort_by_key(|image| image.id);
+        let category = |raw: RawCategory| Category { id: CategoryId(raw.id), name: raw.name, frequency: raw.frequency };
+        let mut categories: Vec<Category> = raw.categories.into_iter().map(category).collect();
+        categories.sort_by_key(|category| category.id);
+        let annotation = |raw: RawAnnotation| Annotation {
+            id: AnnotationId(raw.id),
+            image_id: ImageId(raw.image_id),
+            category_id: CategoryId(raw.category_id),
+            xyxy: xywh_to_xyxy(raw.bbox),
+            area: raw.area.unwrap_or(raw.bbox[2] * raw.bbox[3]),
+            is_crowd: raw.iscrowd != 0,
+            segmentation: raw.segmentation,
+        };
+        Self { images, categories, annotations: raw.annotations.into_iter().map(annotation).collect() }
+    }
+
+    /// An image by its id.
+    pub fn image(&self, id: ImageId) -> Option<&ImageInfo> {
+        self.images.binary_search_by_key(&id, |image| image.id).ok().map(|place| &self.images[place])
+    }
+
+    /// A category by its id.
+    pub fn category(&self, id: CategoryId) -> Option<&Category> {
+        self.categories.binary_search_by_key(&id, |category| category.id).ok().map(|place| &self.categories[place])
+    }
+
+    /// The annotations of every image that has some, in the file's order within an image.
+    pub fn by_image(&self) -> BTreeMap<ImageId, Vec<&Annotation>> {
+        let mut by_image: BTreeMap<ImageId, Vec<&Annotation>> = BTreeMap::new();
+        for annotation in &self.annotations {
+            by_image.entry(annotation.image_id).or_default().push(annotation);
+        }
+        by_image
+    }
+}
+
+/// The path of an image below the images' folder.
+fn file_name(image: &RawImage) -> Option<String> {
+    let from_url = || image.coco_url.as_ref()?.strip_prefix(COCO_URL).map(str::to_owned);
+    image.file_name.clone().or_else(from_url)
+}
+
+fn problems(raw: &RawFile) -> Vec<String> {
+    let mut problems = Vec::new();
+    let mut images = BTreeSet::new();
+    for (place, image) in raw.images.iter().enumerate() {
+        let id = image.id;
+        if !images.insert(id) {
+            problems.push(format!("images[{place}].id: a second image with id {id}"));
+        }
+        if image.width == 0 || image.height == 0 {
+            problems.push(format!("image {id}: expected a size above 0, found {} x {}", image.width, image.height));
+        }
+        if file_name(image).is_none_or(|name| name.is_empty()) {
+            problems.push(format!("image {id}: expected `file_name`, or `coco_url` beginning with {COCO_URL}"));
+        }
+    }
+    let mut categories = BTreeSet::new();
+    for (place, category) in raw.categories.iter().enumerate() {
+        if !categories.insert(category.id) {
+            problems.push(format!("categories[{place}].id: a second category with id {}", category.id));
+        }
+    }
+    for image in &raw.images {
+        for (field, ids) in
+            [("neg_category_ids", &image.neg_category_ids), ("not_exhaustive_category_ids", &image.not_exhaustive_category_ids)]
+        {
+            if let Some(missing) = ids.iter().find(|id| !categories.contains(id)) {
+                problems.push(format!("image {}: {field} names category {missing}, which is not there", image.id));
+            }
+        }
+    }
+    let mut annotations = BTreeSet::new();
+    for (place, annotation) in raw.annotations.iter().enumerate() {
+        let id = annotation.id;
+        if id == 0 {
+            problems.push(format!("annotations[{place}].id: 0, which evaluators take for unmatched"));
+        }
+        if !annotations.insert(id) {
+            problems.push(format!("annotations[{place}].id: a second annotation with id {id}"));
+        }
+        if !images.contains(&annotation.image_id) {
+            problems.push(format!("annotation {id}: image_id {} is not among the images", annotation.image_id));
+        }
+        if !categories.contains(&annotation.category_id) {
+            problems.push(format!("annotation {id}: category_id {} is not among the categories", annotation.category_id));
+        }
+        let [_, _, width, height] = annotation.bbox;
+        if annotation.bbox.iter().any(|number| !number.is_finite()) || width < 0.0 || height < 0.0 {
+            problems.push(format!("annotation {id}: expected bbox [x, y, width, height], found {:?}", annotation.bbox));
+        }
+    }
+    problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(json: &str) -> Result<Annotations> {
+        Annotations::read(json.as_bytes(), Path::new("instances.json"))
+    }
+
+    #[test]
+    fn images_are_found_by_id_whatever_the_order_of_the_file() {
+        let annotations = read(
+            r#"{"images": [{"id": 9, "file_name": "b.jpg", "width": 4, "height": 3}, {"id": 2, "coco_url": "http://images.cocodataset.org/val2017/a.jpg", "width": 1, "height": 1}],
+                "categories": [{"id": 5, "name": "owl", "frequency": "r"}],
+                "annotations": [{"id": 1, "image_id": 9, "category_id": 5, "bbox": [0.5, 1, 2, 1], "area": 1.5, "iscrowd": 0, "segmentation": [[0.5, 1, 2.5, 1, 2.5, 2]]}]}"#,
+        )
+        .unwrap();
+        assert_eq!(annotations.images.iter().map(|image| image.id.0).collect::<Vec<_>>(), [2, 9]);
+        assert_eq!(annotations.image(ImageId(2)).unwrap().file_name, "val2017/a.jpg");
+        assert_eq!(annotations.annotations[0].xyxy, Xyxy { x1: 0.5, y1: 1.0, x2: 2.5, y2: 2.0 });
+        assert_eq!(annotations.categories[0].frequency, Some(Frequency::Rare));
+    }
+
+    #[test]
+    fn every_contradiction_is_named_at_once() {
+        let error = read(
+            r#"{"images": [{"id": 1, "file_name": "a.jpg", "width": 4, "height": 0}, {"id": 1, "width": 1, "height": 1}],
+                "categories": [{"id": 5, "name": "owl"}, {"id": 5, "name": "wren"}],
+                "annotations": [{"id": 0, "image_id": 1, "category_id": 5, "bbox": [0, 0, 1, 1]},
+                                {"id": 7, "image_id": 3, "category_id": 6, "bbox": [0, 0, -1, 1]},
+                                {"id": 7, "image_id": 1, "category_id": 5, "bbox": [0, 0, 1, 1]}]}"#,
+        )
+        .unwrap_err()
+        .to_string();
+        let expected = "instances.json: image 1: expected a size above 0, found 4 x 0; images[1].id: a second image with id 1; \
+            image 1: expected `file_name`, or `coco_url` beginning with http://images.cocodataset.org/; \
+            categories[1].id: a second category with id 5; annotations[0].id: 0, which evaluators take for unmatched; \
+            annotation 7: image_id 3 is not among the images; annotation 7: category_id 6 is not among the categories; \
+            annotation 7: expected bbox [x, y, width, height], found [0.0, 0.0, -1.0, 1.0]; \
+            annotations[2].id: a second annotation with id 7";
+        assert_eq!(error, expected);
+    }
+
+    #[test]
+    fn json_that_is_cut_or_of_another_shape_is_named_with_its_line() {
+        for (json, words) in [("{\"images\": [", "line 1 column 12"), ("[]", "line 1 column"), ("{\"images\": []}", "missing field `categories`")] {
+            let error = read(json).unwrap_err().to_string();
+            assert!(error.starts_with("instances.json: expected a COCO or LVIS annotation file") && error.contains(words), "{error}");
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Base and novel classes.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+use crate::annotations::{Annotations, Frequency};
+
+/// The 48 base classes of the COCO split, in ascending original id.
+const COCO_BASE: [&str; 48] = [
+    "person", "bicycle", "car", "motorcycle", "train", "truck", "boat", "bench", "bird", "horse", "sheep", "bear", "zebra", "giraffe",
+    "backpack", "handbag", "suitcase", "frisbee", "skis", "kite", "surfboard", "bottle", "fork", "spoon", "bowl", "banana", "apple",
+    "sandwich", "orange", "broccoli", "carrot", "pizza", "donut", "chair", "bed", "toilet", "tv", "laptop", "mouse", "remote",
+    "microwave", "oven", "toaster", "refrigerator", "book", "clock", "vase", "toothbrush",
+];
+
+/// The 17 novel classes of the COCO split, in ascending original id.
+const COCO_NOVEL: [&str; 17] = [
+    "airplane", "bus", "cat", "dog", "cow", "elephant", "umbrella", "tie", "snowboard", "skateboard", "cup", "knife", "cake", "couch",
+    "keyboard", "sink", "scissors",
+];
+
+/// Which classes are known in training and which are not. Order is identity: a class's new id is its place in [`Self::all`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClassSplit {
+    /// Classes with labels in training.
+    pub base: Vec<String>,
+    /// Classes without.
+    pub novel: Vec<String>,
+}
+
+impl ClassSplit {
+    /// The 48 / 17 split of COCO (Bansal et al., ECCV 2018) that OVR-CNN, ViLD and OADP use.
+    pub fn coco_48_17() -> Self {
+        Self { base: COCO_BASE.map(String::from).to_vec(), novel: COCO_NOVEL.map(String::from).to_vec() }
+    }
+
+    /// The split of LVIS v1 (Gu et al., ViLD): frequent and common classes are base, rare ones novel, each in ascending
+    /// original id. `None` where a category has no frequency.
+    pub fn by_frequency(annotations: &Annotations) -> Option<Self> {
+        let (mut base, mut novel) = (Vec::new(), Vec::new());
+        for category in &annotations.categories {
+            match category.frequency? {
+                Frequency::Rare => novel.push(category.name.clone()),
+                Frequency::Common | Frequency::Frequent => base.push(category.name.clone()),
+            }
+        }
+        Some(Self { base, novel })
+    }
+
+    /// Base classes, then novel ones.
+    pub fn all(&self) -> impl Iterator<Item = &String> {
+        self.base.iter().chain(&self.novel)
+    }
+
+    /// A class that is named twice, if there is one.
+    pub fn duplicate(&self) -> Option<&str> {
+        let mut seen = BTreeSet::new();
+        self.all().find(|name| !seen.insert(*name)).map(String::as_str)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sha2::{Digest as _, Sha256};
+
+    use super::*;
+
+    /// Digests of the published lists: methods/oadp, section 2.
+    #[test]
+    fn the_coco_lists_are_the_published_ones() {
+        let digest = |names: &[String]| {
+            let digest = Sha256::digest(names.join("\n"));
+            digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+        };
+        let split = ClassSplit::coco_48_17();
+        assert_eq!(digest(&split.base), "9787ec2c7bfbbf347134500fd15c979f0ab382660c1f4f1dcc917cb26b3a44f7");
+        assert_eq!(digest(&split.novel), "12051852c10b722dcf201be451dba3ead34bba7dab4f6f58eee6d4d931fb9182");
+    }
+
+    #[test]
+    fn a_class_named_twice_is_found() {
+        let split = |novel: &str| ClassSplit { base: vec!["a".into(), "b".into()], novel: vec![novel.into()] };
+        assert_eq!((split("b").duplicate(), split("c").duplicate()), (Some("b"), None));
+    }
+}

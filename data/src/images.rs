@@ -1,0 +1,256 @@
+//! RGB images: decoding, cropping, and the exact pixels that CLIP was trained on.
+//!
+//! Everything here equals Pillow and torchvision to the last bit, but for JPEG: decoders differ by a grey level here and
+//! there.
+
+use std::{fs, io::Cursor, path::Path};
+
+use image::{ExtendedColorType, ImageDecoder as _, ImageEncoder as _, ImageReader, codecs::jpeg::JpegEncoder};
+
+use crate::{Error, Result, resize::bicubic};
+
+/// An image in memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// px.
+    pub width: u32,
+    /// px.
+    pub height: u32,
+    /// `[H, W, 3]`, red green blue.
+    pub rgb: Vec<u8>,
+}
+
+impl Image {
+    /// Reads a JPEG or PNG file; grey, palette, CMYK and transparent ones become RGB as Pillow's `convert("RGB")` does.
+    pub fn open(path: &Path) -> Result<Self> {
+        let bytes = fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        Self::decode(&bytes, path)
+    }
+
+    /// Decodes a JPEG or PNG; `path` is for the message.
+    pub fn decode(bytes: &[u8], path: &Path) -> Result<Self> {
+        let malformed = |problem: String| Error::Malformed {
+            path: path.to_owned(),
+            problem,
+            hint: Some("the file is cut short or damaged: fetch or make it again".into()),
+        };
+        // The decoder forgives a JPEG that ends early and fills the rest with grey.
+        if bytes.starts_with(&[0xff, 0xd8]) && !bytes.windows(2).rev().take(4096).any(|marker| marker == [0xff, 0xd9]) {
+            return Err(malformed(format!("a JPEG without its end: {} bytes", bytes.len())));
+        }
+        let decode = || -> image::ImageResult<Self> {
+            let decoder = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?.into_decoder()?;
+            let (width, height) = decoder.dimensions();
+            let rgb = image::DynamicImage::from_decoder(decoder)?.into_rgb8().into_raw();
+            Ok(Self { width, height, rgb })
+        };
+        decode().map_err(|error| malformed(format!("expected a JPEG or PNG image: {error}")))
+    }
+
+    /// Encodes as JPEG, `quality` in 1..=100.
+    pub fn to_jpeg(&self, quality: u8) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let encoder = JpegEncoder::new_with_quality(&mut bytes, quality);
+        encoder.write_image(&self.rgb, self.width, self.height, ExtendedColorType::Rgb8).expect("BUG: writing to memory does not fail");
+        bytes
+    }
+
+    /// The rectangle `[x1, y1, x2, y2]` px, half-open; what lies outside the image is black, as in Pillow.
+    pub fn crop(&self, [x1, y1, x2, y2]: [i64; 4]) -> Self {
+        assert!(x1 < x2 && y1 < y2, "BUG: an empty crop");
+        let (width, height) = ((x2 - x1) as usize, (y2 - y1) as usize);
+        let mut rgb = vec![0; width * height * 3];
+        let (left, right) = (x1.clamp(0, i64::from(self.width)), x2.clamp(0, i64::from(self.width)));
+        if left < right {
+            for y in y1.max(0)..y2.min(i64::from(self.height)) {
+                let from = (y as usize * self.width as usize + left as usize) * 3;
+                let to = ((y - y1) as usize * width + (left - x1) as usize) * 3;
+                let n_bytes = (right - left) as usize * 3;
+                rgb[to..to + n_bytes].copy_from_slice(&self.rgb[from..from + n_bytes]);
+            }
+        }
+        Self { width: width as u32, height: height as u32, rgb }
+    }
+
+    /// Pillow's antialiased bicubic resize.
+    pub fn resize(&self, width: u32, height: u32) -> Self {
+        let [from, to] = [[self.width, self.height], [width, height]].map(|size| size.map(|side| side as usize));
+        Self { width, height, rgb: bicubic(&self.rgb, from, to) }
+    }
+}
+
+/// How pixels become a network's input.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Preprocess {
+    /// Side of the square that the network sees, in px.
+    pub side_px: u32,
+    /// Subtracted from red, green, blue in [0, 1].
+    pub mean: [f32; 3],
+    /// Then divided by.
+    pub std: [f32; 3],
+}
+
+impl Preprocess {
+    /// CLIP's (Radford et al. 2021) for a network of some input side.
+    pub fn clip(side_px: u32) -> Self {
+        Self { side_px, mean: [0.481_454_66, 0.457_827_5, 0.408_210_73], std: [0.268_629_54, 0.261_302_58, 0.275_777_11] }
+    }
+
+    /// Numbers of one input, `3 * side * side`.
+    pub fn n_numbers(&self) -> usize {
+        3 * (self.side_px * self.side_px) as usize
+    }
+
+    /// The centre square at the network's size, normalised, into `out` `[3, S, S]`: short side to S (bicubic), long side
+    /// truncated, centre crop with its offset rounded half to even.
+    pub fn fixed(&self, image: &Image, out: &mut [f32]) {
+        let side = self.side_px;
+        let (width, height) = (image.width, image.height);
+        let long = |short: u32, long: u32| ((u64::from(side) * u64::from(long)) / u64::from(short)) as u32;
+        let (width, height) = if width <= height { (side, long(width, height)) } else { (long(height, width), side) };
+        let resized = image.resize(width, height);
+        let offset = |length: u32| (f64::from(length - side) / 2.0).round_ties_even() as i64;
+        let (x, y) = (offset(width), offset(height));
+        self.normalise(&resized, [x, y], [side, side], out);
+    }
+
+    /// The whole image at its own size, normalised: `[3, H, W]`.
+    pub fn adaptive(&self, image: &Image) -> Vec<f32> {
+        let mut out = vec![0.0; image.rgb.len()];
+        self.normalise(image, [0, 0], [image.width, image.height], &mut out);
+        out
+    }
+
+    fn normalise(&self, image: &Image, [x, y]: [i64; 2], [width, height]: [u32; 2], out: &mut [f32]) {
+        let (width, height) = (width as usize, height as usize);
+        assert_eq!(out.len(), 3 * width * height, "BUG: a buffer of another size");
+        // As torchvision: v / 255, minus mean, divided by std, each rounded to f32.
+        let tables: [[f32; 256]; 3] = std::array::from_fn(|channel| {
+            std::array::from_fn(|value| (value as f32 / 255.0 - self.mean[channel]) / self.std[channel])
+        });
+        for (channel, plane) in out.chunks_exact_mut(width * height).enumerate() {
+            for (row, line) in plane.chunks_exact_mut(width).enumerate() {
+                let start = ((y as usize + row) * image.width as usize + x as usize) * 3;
+                let pixels = image.rgb[start..start + 3 * width].chunks_exact(3);
+                for (number, pixel) in line.iter_mut().zip(pixels) {
+                    *number = tables[channel][usize::from(pixel[channel])];
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, fs, path::Path};
+
+    use serde::Deserialize;
+    use sha2::{Digest as _, Sha256};
+
+    use super::*;
+
+    /// The picture of make.py: smooth colours with sharp edges and noise, from integers alone.
+    fn picture(width: u32, height: u32) -> Image {
+        let pixel = |x: u32, y: u32, channel: u32| -> u8 {
+            let wave = (x * (3 + channel) + y * (7 - channel)) % 256;
+            let noise = (x.wrapping_mul(73_856_093) ^ y.wrapping_mul(19_349_663) ^ channel.wrapping_mul(83_492_791)) % 64;
+            let block = ((x / 9 + y / 5 + channel) % 2) * 96;
+            ((wave / 2 + noise + block) % 256) as u8
+        };
+        let rgb = (0..height).flat_map(|y| (0..width).flat_map(move |x| (0..3).map(move |channel| pixel(x, y, channel)))).collect();
+        Image { width, height, rgb }
+    }
+
+    #[derive(Deserialize)]
+    struct Golden {
+        /// `WxH` -> what torchvision's CLIP transform makes of the picture, before normalisation.
+        fixed: BTreeMap<String, Resized>,
+        /// `WxH-wxh` -> Pillow's bicubic resize.
+        resized: BTreeMap<String, Resized>,
+        /// Name -> RGB of an encoded file.
+        decoded: BTreeMap<String, Resized>,
+        /// Normalised values of grey levels 0, 1, 128, 255, by channel.
+        normalised: Vec<[f32; 3]>,
+    }
+
+    #[derive(Deserialize)]
+    struct Resized {
+        sha256: String,
+        size: [u32; 2],
+    }
+
+    fn folder() -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/images")
+    }
+
+    fn golden() -> Golden {
+        serde_json::from_slice(&fs::read(folder().join("golden.json")).unwrap()).unwrap()
+    }
+
+    fn sha256(bytes: &[u8]) -> String {
+        Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    fn size(text: &str) -> [u32; 2] {
+        let (width, height) = text.split_once('x').unwrap();
+        [width.parse().unwrap(), height.parse().unwrap()]
+    }
+
+    #[test]
+    fn resizing_equals_pillow_to_the_last_bit() {
+        for (name, expected) in golden().resized {
+            let [from, to] = [name.split_once('-').unwrap().0, name.split_once('-').unwrap().1].map(size);
+            let resized = picture(from[0], from[1]).resize(to[0], to[1]);
+            assert_eq!(sha256(&resized.rgb), expected.sha256, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_fixed_preprocess_equals_torchvision_to_the_last_bit() {
+        let levels = Preprocess { side_px: 224, mean: [0.0; 3], std: [1.0; 3] };
+        for (name, expected) in golden().fixed {
+            let [width, height] = size(&name);
+            let mut planes = vec![0.0; levels.n_numbers()];
+            levels.fixed(&picture(width, height), &mut planes);
+            let bytes: Vec<u8> = planes.iter().map(|value| (value * 255.0).round() as u8).collect();
+            assert_eq!(sha256(&bytes), expected.sha256, "{name}");
+        }
+    }
+
+    #[test]
+    fn normalisation_equals_torchvision() {
+        let clip = Preprocess::clip(224);
+        for (level, expected) in [0_u8, 1, 128, 255].into_iter().zip(golden().normalised) {
+            let found = clip.adaptive(&Image { width: 1, height: 1, rgb: vec![level; 3] });
+            assert!(found.iter().zip(expected).all(|(found, expected)| (found - expected).abs() <= 1e-7), "{found:?} {expected:?}");
+        }
+    }
+
+    #[test]
+    fn files_of_every_kind_become_the_rgb_that_pillow_makes() {
+        for (name, expected) in golden().decoded {
+            let image = Image::open(&folder().join(&name)).unwrap();
+            assert_eq!([image.width, image.height], expected.size);
+            assert_eq!(sha256(&image.rgb), expected.sha256, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_jpeg_cut_anywhere_is_an_error_that_names_it() {
+        let bytes = picture(64, 48).to_jpeg(90);
+        assert!(Image::decode(&bytes, Path::new("whole.jpg")).is_ok());
+        for length in (0..bytes.len() - 2).step_by(97) {
+            let error = Image::decode(&bytes[..length], Path::new("cut.jpg")).unwrap_err().to_string();
+            assert!(error.starts_with("cut.jpg: "), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_crop_may_leave_the_image_and_is_black_there() {
+        let image = Image { width: 2, height: 1, rgb: vec![1, 2, 3, 4, 5, 6] };
+        let crop = image.crop([-1, -1, 2, 1]);
+        assert_eq!((crop.width, crop.height), (3, 2));
+        assert_eq!(crop.rgb, [[0; 9], [0, 0, 0, 1, 2, 3, 4, 5, 6]].concat());
+        assert_eq!(image.crop([5, 5, 6, 6]).rgb, [0, 0, 0]);
+    }
+}

@@ -1,0 +1,20 @@
+//! What detectors are trained and judged on: COCO / LVIS annotations, class splits, images, boxes and masks, proposals,
+//! evaluation, and the toy world.
+//!
+//! This crate knows files and their meaning. It knows nothing of networks, stages or the store.
+
+pub mod annotations;
+pub mod boxes;
+pub mod classes;
+mod error;
+pub mod evaluate;
+pub mod images;
+pub mod proposals;
+mod resize;
+pub mod split;
+pub mod toy;
+
+pub use error::Error;
+
+/// What every function of this crate returns.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

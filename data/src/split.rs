@@ -1,0 +1,269 @@
+//! Annotation files for open-vocabulary detection: classes renumbered as base ++ novel, novel labels kept or dropped.
+//!
+//! The rules are those of the OADP reference: a class's new id is its place in the list, from 0; `categories` is sorted by
+//! it; image ids, annotation ids, boxes, masks, areas and everything this program does not know keep their tokens exactly;
+//! arrays keep the file's order; the top-level keys are `categories`, `annotations`, `images`; no spaces.
+//!
+//! Different from the reference: nothing in the output.
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet},
+    fmt, fs,
+    io::{self, Write},
+    path::Path,
+};
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
+};
+use serde_json::value::RawValue;
+
+use crate::{Error, Result, classes::ClassSplit};
+
+/// Which labels and images stay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// Every listed class, every image: `.65`, `.1203`.
+    All,
+    /// Base classes only, every image; the category list stays whole: `.48`, `.866`.
+    Base,
+    /// Every listed class, but only images with at least one of their annotations: `.65.min`.
+    AllMin,
+}
+
+/// What was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    /// Images.
+    pub images: usize,
+    /// Annotations.
+    pub annotations: usize,
+}
+
+#[derive(Deserialize)]
+struct Parts<'a> {
+    #[serde(borrow)]
+    images: Vec<Fields<'a>>,
+    #[serde(borrow)]
+    annotations: Vec<Fields<'a>>,
+    #[serde(borrow)]
+    categories: Vec<Fields<'a>>,
+}
+
+/// The fields of an object in the file's order, their values as written.
+struct Fields<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+
+impl<'a, 'de: 'a> Deserialize<'de> for Fields<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct InOrder;
+        impl<'de> Visitor<'de> for InOrder {
+            type Value = Fields<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut fields = Vec::new();
+                while let Some((key, value)) = map.next_entry::<Cow<'de, str>, &'de RawValue>()? {
+                    fields.push((key, value));
+                }
+                Ok(Fields(fields))
+            }
+        }
+        deserializer.deserialize_map(InOrder)
+    }
+}
+
+impl<'a> Fields<'a> {
+    fn get<T: Deserialize<'a>>(&self, key: &str) -> Option<T> {
+        let (_, value) = self.0.iter().find(|(known, _)| known == key)?;
+        serde_json::from_str(value.get()).ok()
+    }
+
+    /// Writes the object without spaces, some values replaced.
+    fn write(&self, out: &mut impl Write, replaced: &[(&str, String)]) -> io::Result<()> {
+        out.write_all(b"{")?;
+        for (field_idx, (key, value)) in self.0.iter().enumerate() {
+            if field_idx > 0 {
+                out.write_all(b",")?;
+            }
+            serde_json::to_writer(&mut *out, key)?;
+            out.write_all(b":")?;
+            match replaced.iter().find(|(known, _)| known == key) {
+                Some((_, value)) => out.write_all(value.as_bytes())?,
+                None => write_compact(out, value.get())?,
+            }
+        }
+        out.write_all(b"}")
+    }
+}
+
+/// Writes JSON without the spaces between its tokens.
+fn write_compact(out: &mut impl Write, json: &str) -> io::Result<()> {
+    let bytes = json.as_bytes();
+    let (mut start, mut is_text, mut is_escaped) = (0, false, false);
+    for (at, byte) in bytes.iter().enumerate() {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' if is_text => is_escaped = true,
+            b'"' => is_text = !is_text,
+            b' ' | b'\n' | b'\r' | b'\t' if !is_text => {
+                out.write_all(&bytes[start..at])?;
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+    out.write_all(&bytes[start..])
+}
+
+/// Writes the annotation file of a class list.
+///
+/// Fails when a listed class is not in the file, when an LVIS class is not listed (classes of COCO that are not listed are
+/// dropped), and when an annotation has id 0.
+pub fn write_split(input: &Path, classes: &ClassSplit, keep: Keep, out: &mut impl Write) -> Result<Counts> {
+    let text = fs::read_to_string(input).map_err(|source| Error::Read { path: input.to_owned(), source })?;
+    let malformed = |problem: String, hint: &str| Error::Malformed { path: input.to_owned(), problem, hint: Some(hint.into()) };
+    let again = "check that the download is complete and that this is an `instances` or `lvis_v1` json";
+    let parts: Parts<'_> = serde_json::from_str(&text).map_err(|error| malformed(error.to_string(), again))?;
+    if let Some(twice) = classes.duplicate() {
+        return Err(malformed(format!("the class list names `{twice}` twice"), "name each class once"));
+    }
+
+    let place: BTreeMap<&str, usize> = classes.all().enumerate().map(|(place, name)| (name.as_str(), place)).collect();
+    let mut new_ids: BTreeMap<u64, usize> = BTreeMap::new();
+    let mut categories = Vec::new();
+    for category in &parts.categories {
+        let (Some(id), Some(name)) = (category.get::<u64>("id"), category.get::<Cow<'_, str>>("name")) else {
+            return Err(malformed("categories: expected `id` and `name`".into(), again));
+        };
+        match place.get(name.as_ref()) {
+            Some(new_id) => {
+                new_ids.insert(id, *new_id);
+                categories.push((*new_id, category));
+            }
+            None if category.get::<Cow<'_, str>>("frequency").is_some() => {
+                let hint = "take the class list from the same version of LVIS; its spelling counts";
+                return Err(malformed(format!("categories: `{name}` (id {id}) is not in the class list"), hint));
+            }
+            None => {}
+        }
+    }
+    let found: BTreeSet<usize> = categories.iter().map(|(new_id, _)| *new_id).collect();
+    let missing: Vec<&String> = classes.all().enumerate().filter(|(new_id, _)| !found.contains(new_id)).map(|(_, name)| name).collect();
+    if !missing.is_empty() {
+        let problem = format!("no category is named {}", missing.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", "));
+        return Err(malformed(problem, "take the class list of this data set; its spelling counts"));
+    }
+    categories.sort_by_key(|(new_id, _)| *new_id);
+
+    let n_kept = match keep {
+        Keep::All | Keep::AllMin => classes.base.len() + classes.novel.len(),
+        Keep::Base => classes.base.len(),
+    };
+    let mut annotations = Vec::new();
+    let mut labelled = BTreeSet::new();
+    for (row, annotation) in parts.annotations.iter().enumerate() {
+        let ids = (annotation.get::<u64>("id"), annotation.get::<u64>("image_id"), annotation.get::<u64>("category_id"));
+        let (Some(id), Some(image), Some(category)) = ids else {
+            return Err(malformed(format!("annotations[{row}]: expected `id`, `image_id` and `category_id`"), again));
+        };
+        if id == 0 {
+            return Err(malformed(format!("annotations[{row}].id: 0, which evaluators take for unmatched"), "number annotations from 1"));
+        }
+        if let Some(new_id) = new_ids.get(&category).filter(|new_id| **new_id < n_kept) {
+            labelled.insert(image);
+            annotations.push((annotation, *new_id));
+        }
+    }
+    let is_kept = |image: &&Fields<'_>| keep != Keep::AllMin || image.get("id").is_some_and(|id: u64| labelled.contains(&id));
+    let images: Vec<&Fields<'_>> = parts.images.iter().filter(is_kept).collect();
+
+    let counts = Counts { images: images.len(), annotations: annotations.len() };
+    let mut write = || -> io::Result<()> {
+        out.write_all(b"{\"categories\":[")?;
+        for (place, (new_id, category)) in categories.iter().enumerate() {
+            separate(out, place)?;
+            category.write(out, &[("id", new_id.to_string())])?;
+        }
+        out.write_all(b"],\"annotations\":[")?;
+        for (place, (annotation, new_id)) in annotations.iter().enumerate() {
+            separate(out, place)?;
+            annotation.write(out, &[("category_id", new_id.to_string())])?;
+        }
+        out.write_all(b"],\"images\":[")?;
+        for (place, image) in images.iter().enumerate() {
+            separate(out, place)?;
+            let renumbered = |key: &'static str| {
+                let old: Vec<u64> = image.get(key)?;
+                let new: Vec<usize> = old.iter().filter_map(|id| new_ids.get(id).copied()).collect();
+                Some((key, serde_json::to_string(&new).expect("BUG: a list of numbers is plain JSON")))
+            };
+            let lists = ["neg_category_ids", "not_exhaustive_category_ids"].into_iter().filter_map(renumbered);
+            image.write(out, &lists.collect::<Vec<_>>())?;
+        }
+        out.write_all(b"]}")
+    };
+    write().map_err(|source| Error::Write { what: "the split's annotations", source })?;
+    Ok(counts)
+}
+
+fn separate(out: &mut impl Write, place: usize) -> io::Result<()> {
+    if place > 0 { out.write_all(b",") } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    fn golden(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/split").join(name)
+    }
+
+    fn classes() -> ClassSplit {
+        ClassSplit { base: vec!["owl".into(), "wren".into()], novel: vec!["heron".into(), "crane".into()] }
+    }
+
+    fn split(input: &str, classes: &ClassSplit, keep: Keep) -> Result<String> {
+        let mut out = Vec::new();
+        write_split(&golden(input), classes, keep, &mut out)?;
+        Ok(String::from_utf8(out).unwrap())
+    }
+
+    /// make.py builds the same files with pycocotools' index and Python's json, and states the rule in twenty lines.
+    #[test]
+    fn every_file_is_equal_to_the_one_that_python_writes() {
+        for (input, name) in [("coco.json", "coco"), ("lvis.json", "lvis")] {
+            for (keep, suffix) in [(Keep::All, "all"), (Keep::Base, "base"), (Keep::AllMin, "all-min")] {
+                let expected = fs::read_to_string(golden(&format!("{name}.{suffix}.json"))).unwrap();
+                assert_eq!(split(input, &classes(), keep).unwrap(), expected, "{name} {suffix}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_listed_class_that_is_not_there_is_named() {
+        let classes = ClassSplit { novel: vec!["heron".into(), "cranes".into()], ..classes() };
+        let error = split("coco.json", &classes, Keep::All).unwrap_err().to_string();
+        assert!(error.ends_with("coco.json: no category is named `cranes`"), "{error}");
+    }
+
+    #[test]
+    fn a_class_of_lvis_that_is_not_listed_is_an_error() {
+        let classes = ClassSplit { novel: vec!["heron".into()], ..classes() };
+        let error = split("lvis.json", &classes, Keep::All).unwrap_err().to_string();
+        assert!(error.contains("`crane` (id 40) is not in the class list"), "{error}");
+    }
+
+    #[test]
+    fn spaces_go_but_not_those_in_text() {
+        let mut out = Vec::new();
+        write_compact(&mut out, "{ \"a b\" : [1.50 , \"\\\" c\\\\\" ] }").unwrap();
+        assert_eq!(String::from_utf8(out).unwrap(), "{\"a b\":[1.50,\"\\\" c\\\\\"]}");
+    }
+}

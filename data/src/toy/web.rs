@@ -1,0 +1,107 @@
+//! The captioned web set and the held-out crops.
+
+use super::{
+    COLOURS, Dice, PATTERNS, SHAPES, World, kinds,
+    paint::{Canvas, Look},
+};
+
+/// How many captions of a hundred name another object than the picture shows.
+const WRONG_PERCENT: f32 = 8.0;
+
+/// A picture found on the web, with the text beside it.
+#[derive(Debug, Clone)]
+pub struct Captioned {
+    /// The picture, encoded.
+    pub jpeg: Vec<u8>,
+    /// Its alt text: mostly right, sometimes wrong, sometimes noise.
+    pub text: String,
+}
+
+/// A picture whose class is known for certain.
+#[derive(Debug, Clone)]
+pub struct Labelled {
+    /// The picture, encoded.
+    pub jpeg: Vec<u8>,
+    /// Its class, by its place among base ++ novel.
+    pub class: usize,
+}
+
+impl World {
+    /// A picture of the web set. Classes are long-tailed: the first is about four times as frequent as the last.
+    pub fn web(&self, index: usize) -> Captioned {
+        let mut dice = Dice::new(self.seed, 3, index);
+        let n_classes = kinds().len();
+        // Density falls linearly from 1.6 to 0.4 over the scattered list.
+        let mut class = dice.below(n_classes);
+        if dice.unit() > 1.0 - 0.75 * class as f32 / n_classes as f32 {
+            class = dice.below(class + 1);
+        }
+        let jpeg = picture(&mut dice, class);
+        let named = if dice.chance(WRONG_PERCENT / 100.0) { dice.below(n_classes) } else { class };
+        let text = caption(&mut dice, named);
+        Captioned { jpeg, text }
+    }
+
+    /// A picture of the held-out set: classes in turn.
+    pub fn held_out(&self, index: usize) -> Labelled {
+        let mut dice = Dice::new(self.seed, 4, index);
+        let class = index % kinds().len();
+        Labelled { jpeg: picture(&mut dice, class), class }
+    }
+}
+
+/// One object, large, not always whole, often with parts of others at the edges.
+fn picture(dice: &mut Dice, class: usize) -> Vec<u8> {
+    let kinds = kinds();
+    let side = 64 + dice.below(49);
+    let (width, height) = if dice.chance(0.5) { (side, side) } else { (side, (side as f32 * dice.between(0.8, 1.25)) as usize) };
+    let mut canvas = Canvas::background(dice, width, height);
+    canvas.clutter(dice, 3);
+    let short = width.min(height) as f32;
+    if dice.chance(0.35) {
+        let (other, radius) = (dice.below(kinds.len()), short * dice.between(0.2, 0.35));
+        let look = Look::new(dice, kinds[other], radius);
+        let (x, y) = (if dice.chance(0.5) { 0.0 } else { width as f32 }, dice.unit() * height as f32);
+        let _not_labelled = canvas.draw(&look, [x, y]);
+    }
+    let radius = 0.5 * short * dice.between(0.6, 1.12);
+    let look = Look::new(dice, kinds[class], radius);
+    let centre = [width as f32, height as f32].map(|length| length * (0.5 + 0.09 * dice.normal().clamp(-1.5, 1.5)));
+    let _not_labelled = canvas.draw(&look, centre);
+    canvas.clutter(dice, 1);
+    canvas.light(dice);
+    let quality = 60 + dice.below(36) as u8;
+    canvas.finish(dice).to_jpeg(quality)
+}
+
+fn caption(dice: &mut Dice, class: usize) -> String {
+    let kind = kinds()[class];
+    let (shape, colour, pattern, name) = (SHAPES[kind.shape], COLOURS[kind.colour], PATTERNS[kind.pattern], kind.name());
+    let noun = match pattern {
+        "plain" => "one colour",
+        "striped" => "stripes",
+        "dotted" => "dots",
+        _ => "checks",
+    };
+    let place = *dice.pick(&["on wood", "outdoors", "in the scene", "on a table", "by the wall", "in the grass"]);
+    let text = match dice.below(12) {
+        0 => format!("a photo of a {name}"),
+        1 => format!("{name} {place}, stock photo"),
+        2 => format!("a {colour} {pattern} {shape} {place}"),
+        3 => format!("my new {shape} ({colour}, {noun})!!"),
+        4 => format!("This is a {name}"),
+        5 => format!("{colour} {shape} with {noun}"),
+        6 => format!("There is a {name} {place}"),
+        7 => format!("{} {} - {}", shape.to_uppercase(), colour, pattern),
+        8 => format!("A Beautiful {name} | free shipping"),
+        9 => format!("the {name} that we saw {place} &amp; liked"),
+        10 => format!("{name}"),
+        _ => format!("close-up of the {name}"),
+    };
+    match dice.below(50) {
+        0 => format!("IMG_{:04}.JPG", dice.below(10_000)),
+        1 => text.chars().take(9).collect(),
+        2 => format!("{text} &#8211; caf\u{c3}\u{a9} caf\u{e9} \u{1f426}"),
+        _ => text,
+    }
+}

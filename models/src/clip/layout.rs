@@ -1,0 +1,316 @@
+//! Recognises the published layouts of CLIP checkpoints and translates them to OpenAI's parameter names.
+//!
+//! | layout | known by | translated |
+//! |---|---|---|
+//! | OpenAI | the scalars `input_resolution`, `context_length`, `vocab_size` | those three are dropped |
+//! | open_clip | `token_embedding.weight` without them | `text.` of its newer class is taken off |
+//! | Hugging Face | `text_model.embeddings.token_embedding.weight` | names; queries, keys, values are joined; projections are transposed |
+//!
+//! Wrappers that training scripts leave in front of every name (`state_dict.`, `module.`, `model.`) are taken off. Buffers that a network
+//! can make itself (`attn_mask`, `position_ids`, `num_batches_tracked`) are dropped.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+
+use tch::{Kind, Tensor};
+
+use super::{Activation, Config, ImageConfig, TextConfig, resnet::REDUCTION};
+use crate::{Error, Misfit, Result};
+
+pub(super) const OPENAI_SCALARS: [&str; 3] = ["input_resolution", "context_length", "vocab_size"];
+const HUGGING_FACE_MARK: &str = "text_model.embeddings.token_embedding.weight";
+const OPENAI_MARK: &str = "token_embedding.weight";
+const WRAPPERS: [&str; 3] = ["state_dict.", "module.", "model."];
+
+/// Who wrote a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// OpenAI's release (a TorchScript archive's state).
+    OpenAi,
+    /// open_clip's state dict, of either text class.
+    OpenClip,
+    /// `CLIPModel` of Hugging Face transformers.
+    HuggingFace,
+}
+
+impl Layout {
+    /// What the layout's own loader assumes where nothing says otherwise: QuickGELU, but for open_clip.
+    ///
+    /// Tensors cannot tell. open_clip files of OpenAI's weights, and of others trained with QuickGELU (DFN, MetaCLIP, the `-quickgelu`
+    /// models), need to be told; so do Hugging Face conversions of LAION's weights, which use GELU.
+    pub fn default_activation(self) -> Activation {
+        match self {
+            Self::OpenAi | Self::HuggingFace => Activation::QuickGelu,
+            Self::OpenClip => Activation::Gelu,
+        }
+    }
+}
+
+/// A checkpoint under OpenAI's names.
+#[derive(Debug)]
+pub struct Normalised {
+    /// The layout that it was in.
+    pub layout: Layout,
+    /// The parameters; kinds as they were.
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+/// Translates a checkpoint in any known layout to OpenAI's names.
+///
+/// Names that no rule knows are kept, so that they are listed when the weights are copied. Fails if this is no CLIP, or if queries, keys
+/// and values do not belong together.
+pub fn normalise(tensors: &BTreeMap<String, Tensor>, origin: &Path) -> Result<Normalised> {
+    let tensors = unwrap(tensors);
+    let is_hugging_face = tensors.contains_key(HUGGING_FACE_MARK);
+    let is_openai = OPENAI_SCALARS.iter().any(|&name| tensors.contains_key(name));
+    let (layout, mut tensors) = if is_hugging_face {
+        (Layout::HuggingFace, from_hugging_face(tensors, origin)?)
+    } else if tensors.contains_key(OPENAI_MARK) || tensors.contains_key(&format!("text.{OPENAI_MARK}")) {
+        let tensors = tensors.into_iter().map(|(name, tensor)| (name.strip_prefix("text.").map_or(name.clone(), str::to_owned), tensor));
+        (if is_openai { Layout::OpenAi } else { Layout::OpenClip }, tensors.collect())
+    } else {
+        return Err(Error::Malformed {
+            path: origin.to_owned(),
+            problem: format!("no text tower of a CLIP: expected a tensor {OPENAI_MARK} or {HUGGING_FACE_MARK}, found neither"),
+            hint: Some("give a checkpoint of OpenAI, open_clip or Hugging Face's CLIPModel that holds both towers".into()),
+        });
+    };
+    tensors.retain(|name, _| !(OPENAI_SCALARS.contains(&name.as_str()) || name == "attn_mask" || name.ends_with(".num_batches_tracked")));
+    Ok(Normalised { layout, tensors })
+}
+
+/// Reads the sizes of a CLIP off the shapes of a checkpoint in any known layout.
+///
+/// Heads are 64 channels wide, OpenAI's convention; the three widths of open_clip's larger image towers (1280, 1408, 1664) have 16 heads.
+/// The activation, where it is not given, is [`Layout::default_activation`]. Fails with all defining tensors that are missing or of another
+/// rank.
+pub fn config(tensors: &BTreeMap<String, Tensor>, origin: &Path, activation: Option<Activation>) -> Result<Config> {
+    let Normalised { layout, tensors } = normalise(tensors, origin)?;
+    let mut shapes = Shapes { tensors: &tensors, problems: Vec::new() };
+
+    let [text_width, embed_dim] = shapes.of("text_projection");
+    let [vocabulary, _] = shapes.of(OPENAI_MARK);
+    let [context, _] = shapes.of("positional_embedding");
+    let text = TextConfig {
+        context,
+        vocabulary,
+        width: text_width,
+        heads: (text_width / 64).max(1),
+        depth: shapes.depth("transformer.resblocks."),
+    };
+
+    let image = if tensors.contains_key("visual.attnpool.positional_embedding") {
+        let [half_width, ..]: [i64; 4] = shapes.of("visual.conv1.weight");
+        let [n_positions, _] = shapes.of("visual.attnpool.positional_embedding");
+        let width = 2 * half_width;
+        ImageConfig::ResNet {
+            image_side: grid_side(n_positions) * REDUCTION,
+            layers: [1, 2, 3, 4].map(|level| shapes.depth(&format!("visual.layer{level}."))),
+            width,
+            heads: (REDUCTION * width / 64).max(1),
+        }
+    } else {
+        let [width, _, _, patch]: [i64; 4] = shapes.of("visual.conv1.weight");
+        let [n_positions, _] = shapes.of("visual.positional_embedding");
+        let [mlp_width] = shapes.of("visual.transformer.resblocks.0.mlp.c_fc.bias");
+        let heads = match width {
+            1280 | 1408 | 1664 => 16,
+            _ => (width / 64).max(1),
+        };
+        let depth = shapes.depth("visual.transformer.resblocks.");
+        ImageConfig::Vit { image_side: grid_side(n_positions) * patch, patch, width, depth, heads, mlp_width }
+    };
+    if shapes.problems.is_empty() {
+        let activation = activation.unwrap_or(layout.default_activation());
+        Ok(Config { embed_dim, image, text, activation })
+    } else {
+        Err(Error::Misfits { path: origin.to_owned(), problems: shapes.problems })
+    }
+}
+
+/// Copies the tensors of a checkpoint, in OpenAI's names, over the declared parameters of a network; kinds are cast.
+pub(super) fn copy(tensors: &BTreeMap<String, Tensor>, declared: &BTreeMap<String, Tensor>, origin: &Path) -> Result<()> {
+    let mut problems = Vec::new();
+    for name in declared.keys().chain(tensors.keys()).collect::<BTreeSet<_>>() {
+        let (expected, found) = (declared.get(name).map(Tensor::size), tensors.get(name).map(Tensor::size));
+        // A scalar is also written as one row of one value.
+        let agree = expected == found || (expected == Some(vec![]) && found == Some(vec![1]));
+        let is_floating = tensors.get(name).is_none_or(|tensor| is_floating(tensor.kind()));
+        if !agree {
+            problems.push(Misfit { name: name.clone(), expected, found });
+        } else if !is_floating {
+            return Err(Error::Malformed {
+                path: origin.to_owned(),
+                problem: format!("{name}: expected a floating kind, found {:?}", tensors[name].kind()),
+                hint: None,
+            });
+        }
+    }
+    if !problems.is_empty() {
+        return Err(Error::Misfits { path: origin.to_owned(), problems });
+    }
+    for (name, parameter) in declared {
+        let value = tensors[name].reshape(parameter.size());
+        tch::no_grad(|| parameter.shallow_clone().copy_(&value));
+    }
+    Ok(())
+}
+
+fn is_floating(kind: Kind) -> bool {
+    matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
+}
+
+/// Takes off what a training script put in front of the names. What lies beside a `state_dict.` (an epoch, an optimizer) is left out.
+fn unwrap(tensors: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
+    let wrapper = tensors.keys().find_map(|name| {
+        let rest = WRAPPERS
+            .iter()
+            .cycle()
+            .take(2 * WRAPPERS.len())
+            .fold(name.as_str(), |rest, wrapper| rest.strip_prefix(wrapper).unwrap_or(rest));
+        let is_mark = rest == HUGGING_FACE_MARK || rest.strip_prefix("text.").unwrap_or(rest) == OPENAI_MARK;
+        is_mark.then(|| &name[..name.len() - rest.len()])
+    });
+    let wrapper = wrapper.unwrap_or_default();
+    tensors
+        .iter()
+        .filter(|(name, _)| name.starts_with(wrapper) || !wrapper.starts_with("state_dict."))
+        .map(|(name, tensor)| (name.strip_prefix(wrapper).unwrap_or(name).to_owned(), tensor.shallow_clone()))
+        .collect()
+}
+
+fn from_hugging_face(tensors: BTreeMap<String, Tensor>, origin: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let mut translated = BTreeMap::new();
+    // Keyed by the joined name, then by the place of the part: queries, keys, values.
+    let mut joins: BTreeMap<String, [(String, Option<Tensor>); 3]> = BTreeMap::new();
+    for (name, tensor) in tensors {
+        match translate(&name) {
+            Translation::Dropped => {}
+            Translation::Renamed(new) => {
+                translated.insert(new, tensor);
+            }
+            Translation::Transposed(new) => {
+                translated.insert(new, if tensor.dim() == 2 { tensor.tr() } else { tensor });
+            }
+            Translation::Joined { into, part } => {
+                let names =
+                    ["q", "k", "v"].map(|letter| name.replacen(&format!("{}_proj", ["q", "k", "v"][part]), &format!("{letter}_proj"), 1));
+                let parts = joins.entry(into).or_insert_with(|| names.map(|name| (name, None)));
+                parts[part].1 = Some(tensor);
+            }
+        }
+    }
+    let mut problems = Vec::new();
+    for (into, parts) in joins {
+        let shape = parts.iter().find_map(|(_, part)| part.as_ref()).map(Tensor::size);
+        let misfits: Vec<_> = parts
+            .iter()
+            .map(|(name, part)| (name, part.as_ref().map(Tensor::size)))
+            .filter(|(_, found)| *found != shape || shape.as_ref().is_none_or(Vec::is_empty))
+            .map(|(name, found)| Misfit { name: name.clone(), expected: shape.clone(), found })
+            .collect();
+        if misfits.is_empty() {
+            let parts: Vec<_> = parts.into_iter().filter_map(|(_, part)| part).collect();
+            translated.insert(into, Tensor::cat(&parts, 0));
+        }
+        problems.extend(misfits);
+    }
+    if problems.is_empty() { Ok(translated) } else { Err(Error::Misfits { path: origin.to_owned(), problems }) }
+}
+
+/// What becomes of a tensor of Hugging Face.
+enum Translation {
+    Dropped,
+    Renamed(String),
+    Transposed(String),
+    /// A third of a tensor: 0 queries, 1 keys, 2 values.
+    Joined {
+        into: String,
+        part: usize,
+    },
+}
+
+fn translate(name: &str) -> Translation {
+    if name.ends_with(".position_ids") {
+        return Translation::Dropped;
+    }
+    let renamed = |new: &str| Translation::Renamed(new.to_owned());
+    match name {
+        "text_projection.weight" => return Translation::Transposed("text_projection".into()),
+        "visual_projection.weight" => return Translation::Transposed("visual.proj".into()),
+        "text_model.embeddings.token_embedding.weight" => return renamed(OPENAI_MARK),
+        "text_model.embeddings.position_embedding.weight" => return renamed("positional_embedding"),
+        "vision_model.embeddings.class_embedding" => return renamed("visual.class_embedding"),
+        "vision_model.embeddings.patch_embedding.weight" => return renamed("visual.conv1.weight"),
+        "vision_model.embeddings.position_embedding.weight" => return renamed("visual.positional_embedding"),
+        _ => {}
+    }
+    for (theirs, ours) in [
+        ("text_model.final_layer_norm.", "ln_final."),
+        // Spelled as in their library.
+        ("vision_model.pre_layrnorm.", "visual.ln_pre."),
+        ("vision_model.post_layernorm.", "visual.ln_post."),
+    ] {
+        if let Some(rest) = name.strip_prefix(theirs) {
+            return Translation::Renamed(format!("{ours}{rest}"));
+        }
+    }
+    for (theirs, ours) in
+        [("text_model.encoder.layers.", "transformer.resblocks."), ("vision_model.encoder.layers.", "visual.transformer.resblocks.")]
+    {
+        if let Some((block, rest)) = name.strip_prefix(theirs).and_then(|rest| rest.split_once('.')) {
+            return translate_in_block(&format!("{ours}{block}"), rest).unwrap_or_else(|| renamed(name));
+        }
+    }
+    renamed(name)
+}
+
+fn translate_in_block(block: &str, rest: &str) -> Option<Translation> {
+    for (part, theirs) in ["self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."].iter().enumerate() {
+        if let Some(leaf) = rest.strip_prefix(theirs) {
+            return Some(Translation::Joined { into: format!("{block}.attn.in_proj_{leaf}"), part });
+        }
+    }
+    [
+        ("layer_norm1.", "ln_1."),
+        ("layer_norm2.", "ln_2."),
+        ("self_attn.out_proj.", "attn.out_proj."),
+        ("mlp.fc1.", "mlp.c_fc."),
+        ("mlp.fc2.", "mlp.c_proj."),
+    ]
+    .iter()
+    .find_map(|(theirs, ours)| Some(Translation::Renamed(format!("{block}.{ours}{}", rest.strip_prefix(theirs)?))))
+}
+
+/// Reads shapes, and collects what is wrong with them.
+struct Shapes<'a> {
+    tensors: &'a BTreeMap<String, Tensor>,
+    problems: Vec<Misfit>,
+}
+
+impl Shapes<'_> {
+    /// The shape of a tensor of rank `RANK`; ones, and a problem noted, where there is no such tensor.
+    fn of<const RANK: usize>(&mut self, name: &str) -> [i64; RANK] {
+        let found = self.tensors.get(name).map(Tensor::size);
+        match found.as_deref().map(<[i64; RANK]>::try_from) {
+            Some(Ok(shape)) => shape,
+            _ => {
+                self.problems.push(Misfit { name: name.to_owned(), expected: Some(vec![-1; RANK]), found });
+                [1; RANK]
+            }
+        }
+    }
+
+    /// One more than the largest index that follows `prefix`; no more than there are tensors, whatever a damaged name says.
+    fn depth(&self, prefix: &str) -> usize {
+        let indices = self.tensors.keys().filter_map(|name| name.strip_prefix(prefix)?.split('.').next()?.parse::<usize>().ok());
+        indices.max().map_or(0, |largest| largest.saturating_add(1).min(self.tensors.len()))
+    }
+}
+
+/// The side of a square grid that has one more position than cells.
+fn grid_side(n_positions: i64) -> i64 {
+    ((n_positions - 1).max(0) as f64).sqrt().round() as i64
+}

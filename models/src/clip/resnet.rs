@@ -1,0 +1,241 @@
+//! OpenAI's modified ResNet: a three-convolution stem, average pooling before every strided convolution, and attention pooling at the end.
+//!
+//! Batch normalisation keeps its parameters in f32 whatever the tower computes in. Images of another size than the checkpoint's are
+//! taken too: the pooling's position table is resized as that of the vision transformer (OpenAI's code refuses them).
+
+use tch::{Kind, Tensor};
+
+use super::{
+    Mode,
+    parameters::{Init, Parameters},
+    transformer::{Attention, CUDNN, Linear, attend},
+    vision::resize_positions,
+};
+
+/// Channels leave a bottleneck this many times wider than they are inside it.
+const EXPANSION: i64 = 4;
+/// How many times smaller than the image the last feature map is.
+pub(super) const REDUCTION: i64 = 32;
+/// PyTorch's defaults for batch normalisation.
+const BATCH_NORM_EPS: f64 = 1e-5;
+const BATCH_NORM_MOMENTUM: f64 = 0.1;
+
+/// The modified ResNet.
+#[derive(Debug)]
+pub struct ModifiedResNet {
+    pub(crate) stem: [(Conv, BatchNorm); 3],
+    /// Strides 1, 2, 2, 2.
+    pub(crate) layers: [Vec<Bottleneck>; 4],
+    pub(crate) attnpool: AttentionPool,
+}
+
+impl ModifiedResNet {
+    pub(super) fn declare(at: &Parameters<'_>, image_side: i64, layers: &[usize; 4], width: i64, heads: i64, embed_dim: i64) -> Self {
+        let half = width / 2;
+        let stem = [(1, 3, half, 2), (2, half, half, 1), (3, half, width, 1)].map(|(index, n_in, n_out, stride)| {
+            let conv = Conv::declare(&(at / format!("conv{index}").as_str()), n_in, n_out, Kernel::Three, stride);
+            (conv, BatchNorm::declare(&(at / format!("bn{index}").as_str()), n_out, Init::Constant(1.0)))
+        });
+        let mut n_in = width;
+        let layers = [0, 1, 2, 3].map(|level: usize| {
+            let at = &(at / format!("layer{}", level + 1).as_str());
+            let planes = width << level;
+            (0..layers[level])
+                .map(|index| {
+                    let stride = if level > 0 && index == 0 { 2 } else { 1 };
+                    let block = Bottleneck::declare(&(at / index), n_in, planes, stride);
+                    n_in = planes * EXPANSION;
+                    block
+                })
+                .collect()
+        });
+        let attnpool = AttentionPool::declare(&(at / "attnpool"), image_side / REDUCTION, REDUCTION * width, heads, embed_dim);
+        Self { stem, layers, attnpool }
+    }
+
+    /// Returns `[B, D]`; `images`: `[B, 3, H, W]` in the compute kind.
+    pub(super) fn forward(&self, images: &Tensor, mode: Mode) -> Tensor {
+        self.attnpool.forward(&self.feature_map(images, mode))
+    }
+
+    /// Returns the last feature map, `[B, 32 width, H / 32, W / 32]`.
+    pub(crate) fn feature_map(&self, images: &Tensor, mode: Mode) -> Tensor {
+        let x = self.stem.iter().fold(images.shallow_clone(), |x, (conv, bn)| bn.forward(&conv.forward(&x), mode).relu());
+        self.layers.iter().flatten().fold(average_pool(&x, 2), |x, block| block.forward(&x, mode))
+    }
+
+    pub(super) fn cast(&mut self, kind: Kind) {
+        for (conv, _) in &mut self.stem {
+            conv.cast(kind);
+        }
+        for block in self.layers.iter_mut().flatten() {
+            for conv in [&mut block.conv1, &mut block.conv2, &mut block.conv3] {
+                conv.cast(kind);
+            }
+            if let Some((conv, _)) = &mut block.downsample {
+                conv.cast(kind);
+            }
+        }
+        for linear in [&mut self.attnpool.q_proj, &mut self.attnpool.k_proj, &mut self.attnpool.v_proj, &mut self.attnpool.c_proj] {
+            linear.cast(kind);
+        }
+    }
+}
+
+/// A residual block of three convolutions: 1 x 1, 3 x 3, 1 x 1.
+#[derive(Debug)]
+pub(crate) struct Bottleneck {
+    pub(crate) conv1: Conv,
+    pub(crate) bn1: BatchNorm,
+    pub(crate) conv2: Conv,
+    pub(crate) bn2: BatchNorm,
+    pub(crate) conv3: Conv,
+    pub(crate) bn3: BatchNorm,
+    /// Fits the input to the output where channels or sides differ.
+    pub(crate) downsample: Option<(Conv, BatchNorm)>,
+    pub(crate) stride: i64,
+}
+
+impl Bottleneck {
+    fn declare(at: &Parameters<'_>, n_in: i64, planes: i64, stride: i64) -> Self {
+        let n_out = planes * EXPANSION;
+        let ones = Init::Constant(1.0);
+        let downsample = (stride > 1 || n_in != n_out).then(|| {
+            let at = &(at / "downsample");
+            (Conv::declare(&(at / 0), n_in, n_out, Kernel::One, 1), BatchNorm::declare(&(at / 1), n_out, ones))
+        });
+        Self {
+            conv1: Conv::declare(&(at / "conv1"), n_in, planes, Kernel::One, 1),
+            bn1: BatchNorm::declare(&(at / "bn1"), planes, ones),
+            conv2: Conv::declare(&(at / "conv2"), planes, planes, Kernel::Three, 1),
+            bn2: BatchNorm::declare(&(at / "bn2"), planes, ones),
+            conv3: Conv::declare(&(at / "conv3"), planes, n_out, Kernel::One, 1),
+            // Zero, so that at first every block passes its input through.
+            bn3: BatchNorm::declare(&(at / "bn3"), n_out, Init::Constant(0.0)),
+            downsample,
+            stride,
+        }
+    }
+
+    fn forward(&self, x: &Tensor, mode: Mode) -> Tensor {
+        let inner = self.bn1.forward(&self.conv1.forward(x), mode).relu();
+        let inner = self.bn2.forward(&self.conv2.forward(&inner), mode).relu();
+        let inner = self.bn3.forward(&self.conv3.forward(&average_pool(&inner, self.stride)), mode);
+        match &self.downsample {
+            Some((conv, bn)) => (inner + bn.forward(&conv.forward(&average_pool(x, self.stride)), mode)).relu(),
+            None => (inner + x).relu(),
+        }
+    }
+}
+
+/// Pools a feature map by letting its mean attend to every cell.
+#[derive(Debug)]
+pub(crate) struct AttentionPool {
+    /// `[1 + grid * grid, C]`, f32; row 0 is the mean's.
+    pub(crate) positional_embedding: Tensor,
+    pub(crate) q_proj: Linear,
+    pub(crate) k_proj: Linear,
+    pub(crate) v_proj: Linear,
+    pub(crate) c_proj: Linear,
+    pub(crate) heads: i64,
+}
+
+impl AttentionPool {
+    fn declare(at: &Parameters<'_>, grid: i64, width: i64, heads: i64, embed_dim: i64) -> Self {
+        let scaled = Init::Normal((width as f64).powf(-0.5));
+        let linear = |name: &str, n_out| Linear::declare(&(at / name), width, n_out, scaled, Init::fan_in(width));
+        Self {
+            positional_embedding: at.trainable("positional_embedding", &[1 + grid * grid, width], scaled),
+            q_proj: linear("q_proj", width),
+            k_proj: linear("k_proj", width),
+            v_proj: linear("v_proj", width),
+            c_proj: linear("c_proj", embed_dim),
+            heads,
+        }
+    }
+
+    /// `map`: `[B, C, h, w]`; returns `[B, D]`.
+    fn forward(&self, map: &Tensor) -> Tensor {
+        let (b, c, h, w) = map.size4().expect("BUG: a feature map has four dimensions");
+        let cells = map.flatten(2, 3).transpose(1, 2);
+        let mean = cells.mean_dim(1, true, None::<Kind>);
+        let positions = resize_positions(&self.positional_embedding, h, w).to_kind(map.kind());
+        let x = Tensor::cat(&[mean, cells], 1) + positions;
+        let split = |tokens: &Tensor| tokens.view([b, -1, self.heads, c / self.heads]).transpose(1, 2);
+        let q = split(&self.q_proj.forward(&x.narrow(1, 0, 1)));
+        let pooled = attend(&q, &split(&self.k_proj.forward(&x)), &split(&self.v_proj.forward(&x)), Attention::Full);
+        self.c_proj.forward(&pooled.transpose(1, 2).reshape([b, c]))
+    }
+}
+
+/// The side of a convolution's kernel; the output keeps the input's side (times the stride).
+#[derive(Clone, Copy, Debug)]
+enum Kernel {
+    One,
+    Three,
+}
+
+/// A convolution without bias.
+#[derive(Debug)]
+pub(crate) struct Conv {
+    /// `[out, in, side, side]`.
+    pub(crate) weight: Tensor,
+    stride: i64,
+    padding: i64,
+}
+
+impl Conv {
+    fn declare(at: &Parameters<'_>, n_in: i64, n_out: i64, kernel: Kernel, stride: i64) -> Self {
+        let (side, padding) = match kernel {
+            Kernel::One => (1, 0),
+            Kernel::Three => (3, 1),
+        };
+        let weight = at.trainable("weight", &[n_out, n_in, side, side], Init::fan_in(n_in * side * side));
+        Self { weight, stride, padding }
+    }
+
+    fn forward(&self, x: &Tensor) -> Tensor {
+        x.conv2d(&self.weight, None::<&Tensor>, self.stride, self.padding, 1, 1)
+    }
+
+    fn cast(&mut self, kind: Kind) {
+        self.weight = self.weight.to_kind(kind);
+    }
+}
+
+/// Batch normalisation over `[B, C, H, W]`; all four tensors `[C]`, f32.
+#[derive(Debug)]
+pub(crate) struct BatchNorm {
+    pub(crate) weight: Tensor,
+    pub(crate) bias: Tensor,
+    pub(crate) running_mean: Tensor,
+    pub(crate) running_var: Tensor,
+}
+
+impl BatchNorm {
+    fn declare(at: &Parameters<'_>, channels: i64, weight: Init) -> Self {
+        Self {
+            weight: at.trainable("weight", &[channels], weight),
+            bias: at.trainable("bias", &[channels], Init::Constant(0.0)),
+            running_mean: at.running("running_mean", &[channels], 0.0),
+            running_var: at.running("running_var", &[channels], 1.0),
+        }
+    }
+
+    fn forward(&self, x: &Tensor, mode: Mode) -> Tensor {
+        x.batch_norm(
+            Some(&self.weight),
+            Some(&self.bias),
+            Some(&self.running_mean),
+            Some(&self.running_var),
+            mode == Mode::Train,
+            BATCH_NORM_MOMENTUM,
+            BATCH_NORM_EPS,
+            CUDNN,
+        )
+    }
+}
+
+fn average_pool(x: &Tensor, stride: i64) -> Tensor {
+    if stride == 1 { x.shallow_clone() } else { x.avg_pool2d(stride, stride, 0, false, true, None) }
+}

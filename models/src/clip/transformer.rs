@@ -1,0 +1,210 @@
+//! The pre-norm transformer that both towers share, and the layers that it is made of.
+//!
+//! Matrices and their biases hold the tower's compute kind; LayerNorm stays in f32 whatever the tower computes in.
+
+use tch::{Kind, Tensor};
+
+use super::{
+    Activation,
+    parameters::{Init, Parameters},
+};
+
+/// The epsilon of every LayerNorm in CLIP.
+const LAYER_NORM_EPS: f64 = 1e-5;
+
+/// `y = x W^T + b`.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    /// `[out, in]`.
+    pub(crate) weight: Tensor,
+    /// `[out]`.
+    pub(crate) bias: Tensor,
+}
+
+impl Linear {
+    pub(super) fn declare(at: &Parameters<'_>, n_in: i64, n_out: i64, weight: Init, bias: Init) -> Self {
+        Self { weight: at.trainable("weight", &[n_out, n_in], weight), bias: at.trainable("bias", &[n_out], bias) }
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight, Some(&self.bias))
+    }
+
+    pub(super) fn cast(&mut self, kind: Kind) {
+        self.weight = self.weight.to_kind(kind);
+        self.bias = self.bias.to_kind(kind);
+    }
+}
+
+/// LayerNorm over the last dimension, computed in f32 and cast back.
+#[derive(Debug)]
+pub(crate) struct LayerNorm {
+    /// `[C]`, f32.
+    pub(crate) weight: Tensor,
+    /// `[C]`, f32.
+    pub(crate) bias: Tensor,
+}
+
+impl LayerNorm {
+    pub(super) fn declare(at: &Parameters<'_>, width: i64) -> Self {
+        Self { weight: at.trainable("weight", &[width], Init::Constant(1.0)), bias: at.trainable("bias", &[width], Init::Constant(0.0)) }
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
+        x.to_kind(Kind::Float).layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), LAYER_NORM_EPS, CUDNN).to_kind(x.kind())
+    }
+}
+
+/// Whether libtorch may use cuDNN's kernels where it has them.
+pub(super) const CUDNN: bool = true;
+
+/// Which tokens a token may look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Attention {
+    /// All of them.
+    Full,
+    /// Itself and those before it.
+    Causal,
+}
+
+/// Multi-head self-attention with one matrix for queries, keys and values, laid out as PyTorch's `nn.MultiheadAttention`.
+#[derive(Debug)]
+pub(crate) struct SelfAttention {
+    /// `[3 C, C]` and `[3 C]`: queries, keys, values in this order.
+    pub(crate) in_proj: Linear,
+    /// `[C, C]` and `[C]`.
+    pub(crate) out_proj: Linear,
+    pub(crate) heads: i64,
+}
+
+impl SelfAttention {
+    fn declare(at: &Parameters<'_>, width: i64, heads: i64, init: &BlockInit) -> Self {
+        let in_proj = Linear {
+            weight: at.trainable("in_proj_weight", &[3 * width, width], init.attention_in),
+            bias: at.trainable("in_proj_bias", &[3 * width], Init::Constant(0.0)),
+        };
+        let out_proj = Linear::declare(&(at / "out_proj"), width, width, init.attention_out, Init::Constant(0.0));
+        Self { in_proj, out_proj, heads }
+    }
+
+    /// `x`: `[B, L, C]`.
+    fn forward(&self, x: &Tensor, attention: Attention) -> Tensor {
+        let (b, l, c) = x.size3().expect("BUG: tokens are [B, L, C]");
+        // [3, B, heads, L, C / heads]
+        let qkv = self.in_proj.forward(x).view([b, l, 3, self.heads, c / self.heads]).permute([2, 0, 3, 1, 4]);
+        let mixed = attend(&qkv.get(0), &qkv.get(1), &qkv.get(2), attention);
+        self.out_proj.forward(&mixed.transpose(1, 2).reshape([b, l, c]))
+    }
+}
+
+/// Scaled dot-product attention, no dropout; `q`, `k`, `v`: `[B, heads, L, C / heads]`.
+pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, attention: Attention) -> Tensor {
+    Tensor::scaled_dot_product_attention(q, k, v, None::<&Tensor>, 0.0, attention == Attention::Causal, None, false)
+}
+
+/// One residual block: attention, then a two-layer perceptron, each on a normalised copy of the stream.
+#[derive(Debug)]
+pub(crate) struct Block {
+    pub(crate) ln_1: LayerNorm,
+    pub(crate) attn: SelfAttention,
+    pub(crate) ln_2: LayerNorm,
+    pub(crate) c_fc: Linear,
+    pub(crate) c_proj: Linear,
+    pub(crate) activation: Activation,
+}
+
+impl Block {
+    fn declare(at: &Parameters<'_>, shape: &Shape, activation: Activation, init: &BlockInit) -> Self {
+        let mlp = &(at / "mlp");
+        Self {
+            ln_1: LayerNorm::declare(&(at / "ln_1"), shape.width),
+            attn: SelfAttention::declare(&(at / "attn"), shape.width, shape.heads, init),
+            ln_2: LayerNorm::declare(&(at / "ln_2"), shape.width),
+            c_fc: Linear::declare(&(mlp / "c_fc"), shape.width, shape.mlp_width, init.mlp_in, Init::fan_in(shape.width)),
+            c_proj: Linear::declare(&(mlp / "c_proj"), shape.mlp_width, shape.width, init.mlp_out, Init::fan_in(shape.mlp_width)),
+            activation,
+        }
+    }
+
+    /// `x`: `[B, L, C]`.
+    pub(crate) fn forward(&self, x: &Tensor, attention: Attention) -> Tensor {
+        let x = x + self.attn.forward(&self.ln_1.forward(x), attention);
+        let perceived = self.mlp(&self.ln_2.forward(&x));
+        x + perceived
+    }
+
+    pub(crate) fn mlp(&self, x: &Tensor) -> Tensor {
+        self.c_proj.forward(&self.activation.apply(self.c_fc.forward(x)))
+    }
+
+    fn cast(&mut self, kind: Kind) {
+        for linear in [&mut self.attn.in_proj, &mut self.attn.out_proj, &mut self.c_fc, &mut self.c_proj] {
+            linear.cast(kind);
+        }
+    }
+}
+
+/// The sizes of a transformer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    pub(super) width: i64,
+    pub(super) heads: i64,
+    pub(super) depth: usize,
+    pub(super) mlp_width: i64,
+}
+
+/// How the matrices of a block begin.
+pub(super) struct BlockInit {
+    attention_in: Init,
+    attention_out: Init,
+    mlp_in: Init,
+    mlp_out: Init,
+}
+
+impl BlockInit {
+    /// PyTorch's defaults, which OpenAI and open_clip leave in place in the image tower: Xavier for the queries, keys and values.
+    pub(super) fn default_of(shape: &Shape) -> Self {
+        Self {
+            attention_in: Init::Uniform((6.0 / (4 * shape.width) as f64).sqrt()),
+            attention_out: Init::fan_in(shape.width),
+            mlp_in: Init::fan_in(shape.width),
+            mlp_out: Init::fan_in(shape.mlp_width),
+        }
+    }
+
+    /// The rule of the text tower: what is added to the stream shrinks with depth.
+    pub(super) fn scaled_by_depth(shape: &Shape) -> Self {
+        let width = shape.width as f64;
+        let residual = Init::Normal(width.powf(-0.5) * (2.0 * shape.depth as f64).powf(-0.5));
+        Self {
+            attention_in: Init::Normal(width.powf(-0.5)),
+            attention_out: residual,
+            mlp_in: Init::Normal((2.0 * width).powf(-0.5)),
+            mlp_out: residual,
+        }
+    }
+}
+
+/// A stack of residual blocks.
+#[derive(Debug)]
+pub(crate) struct Transformer {
+    pub(crate) blocks: Vec<Block>,
+}
+
+impl Transformer {
+    pub(super) fn declare(at: &Parameters<'_>, shape: &Shape, activation: Activation, init: &BlockInit) -> Self {
+        let at = &(at / "resblocks");
+        Self { blocks: (0..shape.depth).map(|index| Block::declare(&(at / index), shape, activation, init)).collect() }
+    }
+
+    /// `x`: `[B, L, C]`.
+    pub(crate) fn forward(&self, x: Tensor, attention: Attention) -> Tensor {
+        self.blocks.iter().fold(x, |x, block| block.forward(&x, attention))
+    }
+
+    pub(super) fn cast(&mut self, kind: Kind) {
+        for block in &mut self.blocks {
+            block.cast(kind);
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! The vision transformer.
+//!
+//! Any image at least one patch wide and high is taken: the grid is `floor(H / patch) x floor(W / patch)` (remaining pixels are dropped),
+//! and where it differs from the grid of the checkpoint the position table is resized bilinearly, `align_corners = false`, without
+//! antialiasing. That is OADP's rule; open_clip and Hugging Face resize bicubically.
+
+use tch::{IndexOp, Kind, Tensor};
+
+use super::{
+    Activation,
+    parameters::{Init, Parameters},
+    transformer::{Attention, BlockInit, LayerNorm, Shape, Transformer},
+};
+
+/// The vision transformer.
+#[derive(Debug)]
+pub struct Vit {
+    /// The patch embedding, `[C, 3, patch, patch]`.
+    pub(crate) conv1: Tensor,
+    /// `[C]`, f32.
+    pub(crate) class_embedding: Tensor,
+    /// `[1 + grid * grid, C]`, f32; row 0 is the class token's, then the grid row by row.
+    pub(crate) positional_embedding: Tensor,
+    pub(crate) ln_pre: LayerNorm,
+    pub(crate) transformer: Transformer,
+    pub(crate) ln_post: LayerNorm,
+    /// `[C, D]`.
+    pub(crate) proj: Tensor,
+    pub(crate) patch: i64,
+}
+
+impl Vit {
+    pub(super) fn declare(at: &Parameters<'_>, image_side: i64, patch: i64, shape: &Shape, embed_dim: i64, activation: Activation) -> Self {
+        let width = shape.width;
+        let grid = image_side / patch;
+        let scaled = Init::Normal((width as f64).powf(-0.5));
+        Self {
+            conv1: (at / "conv1").trainable("weight", &[width, 3, patch, patch], Init::fan_in(3 * patch * patch)),
+            class_embedding: at.trainable("class_embedding", &[width], scaled),
+            positional_embedding: at.trainable("positional_embedding", &[1 + grid * grid, width], scaled),
+            ln_pre: LayerNorm::declare(&(at / "ln_pre"), width),
+            transformer: Transformer::declare(&(at / "transformer"), shape, activation, &BlockInit::default_of(shape)),
+            ln_post: LayerNorm::declare(&(at / "ln_post"), width),
+            proj: at.trainable("proj", &[width, embed_dim], scaled),
+            patch,
+        }
+    }
+
+    /// Returns `[B, D]`; `images`: `[B, 3, H, W]` in the compute kind.
+    pub(super) fn forward(&self, images: &Tensor) -> Tensor {
+        let x = self.transformer.forward(self.tokens(images), Attention::Full);
+        self.ln_post.forward(&x.i((.., 0))).matmul(&self.proj)
+    }
+
+    /// What enters the first block, `[B, 1 + grid, C]`: class token and patches, with positions, after `ln_pre`.
+    pub(crate) fn tokens(&self, images: &Tensor) -> Tensor {
+        let patches = images.conv2d(&self.conv1, None::<&Tensor>, self.patch, 0, 1, 1);
+        let (b, c, rows, columns) = patches.size4().expect("BUG: a convolution of images has four dimensions");
+        let class = self.class_embedding.to_kind(patches.kind()).expand([b, 1, c], false);
+        let x = Tensor::cat(&[class, patches.flatten(2, 3).transpose(1, 2)], 1);
+        self.ln_pre.forward(&(x + resize_positions(&self.positional_embedding, rows, columns).to_kind(patches.kind())))
+    }
+
+    pub(super) fn cast(&mut self, kind: Kind) {
+        self.conv1 = self.conv1.to_kind(kind);
+        self.transformer.cast(kind);
+        self.proj = self.proj.to_kind(kind);
+    }
+}
+
+/// Fits a table of positions, f32 `[1 + n * n, C]`, to another grid: `[1 + rows * columns, C]`. Row 0 is kept.
+pub(crate) fn resize_positions(table: &Tensor, rows: i64, columns: i64) -> Tensor {
+    let (n_positions, c) = table.size2().expect("BUG: a position table is [1 + grid, C]");
+    let side = ((n_positions - 1) as f64).sqrt().round() as i64;
+    if (rows, columns) == (side, side) {
+        return table.shallow_clone();
+    }
+    let grid = table.i(1..).reshape([1, side, side, c]).permute([0, 3, 1, 2]);
+    let resized = grid.upsample_bilinear2d([rows, columns], false, None, None);
+    Tensor::cat(&[table.i(..1), resized.permute([0, 2, 3, 1]).reshape([rows * columns, c])], 0)
+}

@@ -1,0 +1,85 @@
+//! What can be wrong with a checkpoint or with what a network is fed.
+
+use std::{fmt, io, path::PathBuf};
+
+/// Why weights cannot be loaded or a network cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused.
+    #[error("{}: cannot read", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The file is there, but is not what its name promises, or is damaged.
+    #[error("{}: {problem}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file, what was expected, what was found.
+        problem: String,
+        /// What the operator can do about it.
+        hint: Option<String>,
+    },
+    /// Tensors of a checkpoint that do not belong to the network.
+    #[error("{}: {} tensors do not fit the network: {}", path.display(), problems.len(), join(problems))]
+    Misfits {
+        /// The file.
+        path: PathBuf,
+        /// All of them, by name.
+        problems: Vec<Misfit>,
+    },
+    /// What a network was given is not what it takes.
+    #[error("{what}: expected {expected}, found {found}")]
+    Input {
+        /// The argument or field.
+        what: &'static str,
+        /// Kind, shape, range.
+        expected: String,
+        /// The same of what was given.
+        found: String,
+    },
+    /// Libtorch refused; shapes are checked before it is asked, so this is memory or a device.
+    #[error("libtorch: {0}")]
+    Torch(#[from] tch::TchError),
+}
+
+/// A tensor that is missing, unexpected, or of another shape.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Misfit {
+    /// The tensor's name.
+    pub name: String,
+    /// The shape that the network needs, -1 where any size will do; none if it needs no such tensor.
+    pub expected: Option<Vec<i64>>,
+    /// The shape that the checkpoint has; none if it has no such tensor.
+    pub found: Option<Vec<i64>>,
+}
+
+impl fmt::Display for Misfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shape = |shape: &Option<Vec<i64>>| shape.as_ref().map_or_else(|| "nothing".to_owned(), |shape| format!("{shape:?}"));
+        write!(f, "{}: expected {}, found {}", self.name, shape(&self.expected), shape(&self.found))
+    }
+}
+
+fn join(problems: &[Misfit]) -> String {
+    problems.iter().map(Misfit::to_string).collect::<Vec<_>>().join("; ")
+}
+
+impl Error {
+    /// What the operator can do next, as an imperative.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                Some("check the path, or download the checkpoint first".into())
+            }
+            Self::Read { .. } | Self::Torch(_) | Self::Input { .. } => None,
+            Self::Misfits { .. } => {
+                Some("check that the checkpoint is a CLIP of a known layout, and that it is the one that was meant".into())
+            }
+            Self::Malformed { hint, .. } => hint.clone(),
+        }
+    }
+}

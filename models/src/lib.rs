@@ -1,0 +1,15 @@
+//! Networks on libtorch: CLIP towers and their tokenizer, and the readers of published checkpoints.
+//!
+//! This crate knows tensors and weights. It knows nothing of what files mean to a pipeline, nor of stages or the store.
+
+pub mod checkpoint;
+pub mod clip;
+mod error;
+
+pub use error::{Error, Misfit};
+
+/// The version of libtorch that the program is built against.
+pub const LIBTORCH: &str = "2.11.0";
+
+/// What every function of this crate returns.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,341 @@
+//! The command line.
+
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::Arc,
+    thread,
+};
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+use clap_complete::Shell;
+use ovenbird_cache::{Error as CacheError, Ledger, Store, publish};
+use serde_json::json;
+
+use crate::{
+    describe,
+    error::{Error, ExitCode, Result, count},
+    event,
+    history,
+    pipeline::{self, NAMED, Pipeline, Setting},
+    plan::{self, Outlook},
+    report,
+    run::{self, Options},
+    screen::Screen,
+};
+
+/// The version of every `--json` form.
+const JSON_VERSION: u32 = 1;
+
+/// Build open-vocabulary object detectors offline, from resumable, content-hashed stages
+#[derive(Parser)]
+#[command(name = "ovenbird", version, after_help = exit_codes(), max_term_width = 120, disable_help_subcommand = true)]
+struct Cli {
+    /// Folder that holds all state: units, artifacts, runs
+    #[arg(long, global = true, env = "OVENBIRD_HOME", default_value = ".ovenbird", value_name = "FOLDER")]
+    home: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a pipeline, or continue it; what is already right on disk is not done again
+    Run {
+        #[command(flatten)]
+        chosen: Chosen,
+        /// Processor cores for all stages together [default: all]
+        #[arg(long, value_name = "N")]
+        jobs: Option<usize>,
+        /// Where networks run
+        #[arg(long, default_value = "cpu", value_name = "cpu|cuda:N")]
+        device: Device,
+    },
+    /// Say what a run would do, stage by stage, and why
+    Plan {
+        #[command(flatten)]
+        chosen: Chosen,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say how the latest run, or another, stands
+    Status {
+        /// A run's id [default: the latest]
+        run: Option<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List runs, or the events of one
+    Log {
+        /// A run's id
+        run: Option<String>,
+        /// Print JSON: one event a line for a run
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write one HTML file about a run: graph, tables, curves, pictures, manifests
+    Report {
+        /// A run's id [default: the latest]
+        run: Option<String>,
+        /// Where to write it [default: beside the run's log]
+        #[arg(long, short, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// List the stages, or document one: inputs, outputs, parameters, defaults
+    Stages {
+        /// A stage's kind, such as clip/globals
+        kind: Option<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the named pipelines, or print the file of one
+    Pipelines {
+        /// A pipeline's name
+        name: Option<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a JSON Schema of pipeline files, for editors
+    Schema,
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write man pages into a folder
+    Man {
+        /// The folder
+        folder: PathBuf,
+    },
+}
+
+/// A pipeline and what is changed of it.
+#[derive(clap::Args)]
+struct Chosen {
+    /// A named pipeline, or a file (written with a slash or ending in .yaml)
+    pipeline: String,
+    /// Change a variable, or a parameter of a stage: `--set seed=8`, `--set detect.score_threshold=0.1`
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    settings: Vec<Setting>,
+    /// Stop after this stage
+    #[arg(long, value_name = "STAGE")]
+    until: Option<String>,
+}
+
+impl FromStr for Setting {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
+        Ok(Self { key: key.trim().into(), value: value.into() })
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Device(tch::Device);
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "cpu" {
+            return Ok(Self(tch::Device::Cpu));
+        }
+        let index: usize = text.strip_prefix("cuda:").and_then(|index| index.parse().ok()).ok_or("expected cpu or cuda:N")?;
+        let n_devices = tch::Cuda::device_count();
+        if (index as i64) < n_devices {
+            Ok(Self(tch::Device::Cuda(index)))
+        } else {
+            Err(format!("libtorch sees {} here", count(n_devices as usize, "CUDA device")))
+        }
+    }
+}
+
+fn exit_codes() -> String {
+    let rows = ExitCode::TABLE.iter().map(|(code, meaning)| format!("  {:>3}  {meaning}\n", *code as u8));
+    format!("Exit codes:\n{}", rows.collect::<String>())
+}
+
+/// Runs the program.
+pub(crate) fn main() -> Result<()> {
+    tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_env("OVENBIRD_LOG")).with_writer(io::stderr).init();
+    // For tests of crash safety: the process dies at the n-th step of publishing.
+    if let Some(step) = std::env::var("OVENBIRD_CRASH_AT").ok().and_then(|step| step.parse().ok()) {
+        publish::crash_at(step);
+    }
+    let Cli { home, command } = Cli::parse();
+    match command {
+        Command::Run { chosen, jobs, device } => run(&home, &chosen, jobs, device.0),
+        Command::Plan { chosen, json } => show_plan(&home, &chosen, json),
+        Command::Status { run, json } => history::status(&home, run.as_deref(), json),
+        Command::Log { run, json } => history::log(&home, run.as_deref(), json),
+        Command::Report { run, output } => {
+            let run = history::chosen(&home, run.as_deref())?;
+            let path = report::write(&Store::open(&home)?, &run, output.as_deref())?;
+            print(&format!("{}\n", path.display()))
+        }
+        Command::Stages { kind, json } => print(&describe::stages(kind.as_deref(), json)?),
+        Command::Pipelines { name, json } => pipelines(name.as_deref(), json),
+        Command::Schema => print(&describe::schema()),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "ovenbird", &mut script);
+            print(&String::from_utf8_lossy(&script))
+        }
+        Command::Man { folder } => man(&folder),
+    }
+}
+
+/// Prints data to stdout; a reader that has gone away is not an error.
+pub(crate) fn print(text: &str) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(source) if source.kind() != io::ErrorKind::BrokenPipe => Err(CacheError::Write { path: "standard output".into(), source }.into()),
+        _ => Ok(()),
+    }
+}
+
+/// A versioned JSON document for `--json`.
+pub(crate) fn to_json(key: &str, value: &impl serde::Serialize) -> String {
+    let document = json!({"version": JSON_VERSION, key: value});
+    format!("{}\n", serde_json::to_string_pretty(&document).expect("BUG: our own data is plain JSON"))
+}
+
+impl Chosen {
+    fn load(&self) -> Result<(Pipeline, Vec<usize>)> {
+        let pipeline = pipeline::load(&self.pipeline, &self.settings)?;
+        let place = |id: &String| {
+            let ids = || pipeline.steps.iter().map(|step| step.id.as_str());
+            ids().position(|known| known == id).ok_or_else(|| Error::Usage {
+                problem: format!("--until {id}: the pipeline has no such stage"),
+                hint: match pipeline::nearest(id, ids()) {
+                    Some(nearest) => format!("did you mean `{nearest}`?"),
+                    None => format!("its stages are {}", ids().collect::<Vec<_>>().join(", ")),
+                },
+            })
+        };
+        let until = self.until.as_ref().map(place).transpose()?;
+        let wanted = plan::needed(&pipeline, until);
+        Ok((pipeline, wanted))
+    }
+}
+
+fn run(home: &Path, chosen: &Chosen, jobs: Option<usize>, device: tch::Device) -> Result<()> {
+    let (pipeline, wanted) = chosen.load()?;
+    let store = Store::open(home)?;
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let options = Options { cpu: jobs.unwrap_or(cores).max(1), memory: total_memory(), device };
+    let pipeline = Arc::new(pipeline);
+    let mut screen = Screen::new();
+    let ended = run::run(&pipeline, &wanted, &store, options, &mut |event| screen.show(event))?;
+    let report = report::write(&store, &ended.run, None)?;
+    let mut text = history::tables(&pipeline, &ended.made)?;
+    if let Some(error) = ended.error {
+        print(&text)?;
+        return Err(error);
+    }
+    let n_made = history::n_made(home, &ended.run)?;
+    if n_made == 0 {
+        text.push_str("nothing to do: every stage is there already\n");
+    }
+    text.push_str(&format!("report: {}\n", report.display()));
+    text.push_str(&next_commands(&chosen.pipeline, &pipeline));
+    print(&text)
+}
+
+/// Three commands worth typing after a run.
+fn next_commands(name: &str, pipeline: &Pipeline) -> String {
+    let tunable = pipeline.steps.iter().rev().find(|step| step.entry.kind.starts_with("detect/"));
+    let change = tunable.map_or_else(String::new, |step| format!(" --set {}.nms_iou=0.4", step.id));
+    format!(
+        "next:\n  ovenbird plan {name}{change}    what a changed parameter would run again\n  ovenbird stages    every stage with its parameters\n  ovenbird log    past runs and what they did\n"
+    )
+}
+
+fn total_memory() -> u64 {
+    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = info.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.map_or(4 << 30, |kib| kib * 1024)
+}
+
+fn show_plan(home: &Path, chosen: &Chosen, json: bool) -> Result<()> {
+    let (pipeline, wanted) = chosen.load()?;
+    let store = Store::open(home)?;
+    // Remembered digests spare hashing; they are the running process's alone while there is one.
+    let lock = if home.exists() { store.lock("plan").ok() } else { None };
+    let ledger = lock.as_ref().and_then(|_| Ledger::open(&home.join("ledger"), &store.quarantine()).ok());
+    let outlooks = plan::outlook(&pipeline, &wanted, &store, ledger.as_ref().map(|(ledger, _)| ledger))?;
+    if json {
+        let steps: Vec<_> = outlooks
+            .iter()
+            .map(|(step, outlook)| json!({"step": pipeline.steps[*step].id, "use": pipeline.steps[*step].entry.kind, "outlook": outlook}))
+            .collect();
+        return print(&to_json("plan", &steps));
+    }
+    let width = outlooks.iter().map(|(step, _)| pipeline.steps[*step].id.len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for (step, outlook) in &outlooks {
+        let words = match outlook {
+            Outlook::Reused => "reused".to_owned(),
+            Outlook::Run { units_done: 0, reasons, .. } => format!("run      {}", reasons.join("; ")),
+            Outlook::Run { units_done, units_total, reasons } => {
+                format!("resume   {units_done} of {units_total} units are there; {}", reasons.join("; "))
+            }
+            Outlook::DependsOn { steps } => format!("depends  on what {} comes to", steps.join(", ")),
+        };
+        text.push_str(&format!("{:width$}  {words}\n", pipeline.steps[*step].id));
+    }
+    let n_of = |wanted: fn(&Outlook) -> bool| outlooks.iter().filter(|(_, outlook)| wanted(outlook)).count();
+    let (reused, run) = (n_of(|outlook| matches!(outlook, Outlook::Reused)), n_of(|outlook| matches!(outlook, Outlook::Run { .. })));
+    text.push_str(&format!("{reused} reused, {run} to run, {} depending on these\n", outlooks.len() - reused - run));
+    print(&text)
+}
+
+fn pipelines(name: Option<&str>, json: bool) -> Result<()> {
+    if let Some(name) = name {
+        let found = NAMED.iter().find(|(known, _)| *known == name);
+        let nearest = || pipeline::nearest(name, NAMED.iter().map(|(known, _)| *known));
+        let (_, text) = found.ok_or_else(|| Error::UnknownPipeline { name: name.into(), nearest: nearest() })?;
+        return print(text);
+    }
+    let loaded = NAMED.iter().map(|(name, _)| pipeline::load(name, &[])).collect::<Result<Vec<_>>>()?;
+    if json {
+        let list: Vec<_> = loaded
+            .iter()
+            .map(|pipeline| json!({"name": pipeline.name, "description": pipeline.description, "stages": pipeline.steps.len()}))
+            .collect();
+        return print(&to_json("pipelines", &list));
+    }
+    let width = loaded.iter().map(|pipeline| pipeline.name.len()).max().unwrap_or(0);
+    let lines = loaded.iter().map(|pipeline| format!("{:width$}  {}\n", pipeline.name, pipeline.description.trim()));
+    print(&lines.collect::<String>())
+}
+
+fn man(folder: &Path) -> Result<()> {
+    let command = Cli::command();
+    let mut pages = vec![(String::from("ovenbird.1"), command.clone())];
+    for sub in command.get_subcommands() {
+        let name = format!("ovenbird-{}", sub.get_name());
+        pages.push((format!("{name}.1"), sub.clone().name(name)));
+    }
+    for (file, command) in pages {
+        let mut page = Vec::new();
+        clap_mangen::Man::new(command).render(&mut page).expect("BUG: writing to memory does not fail");
+        publish::replace(&folder.join(file), &page)?;
+    }
+    Ok(())
+}
+
+/// The runs of a home, for messages.
+pub(crate) fn known_runs(home: &Path) -> String {
+    match event::runs(home).as_slice() {
+        [] => "there is no run yet: `ovenbird run quickstart` makes one".into(),
+        runs => format!("`ovenbird log` lists them; the latest is {}", runs[runs.len() - 1]),
+    }
+}

@@ -1,0 +1,137 @@
+//! What ends a command without success: one message (what, where), one hint (what to type next), one exit code.
+//!
+//! Nothing else in the program renders errors or knows exit codes.
+
+use std::{error::Error as _, fmt::Write as _};
+
+use crate::pipeline::{Problem, with_line};
+
+/// Why a command did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The pipeline file, the names in it, or the files it points to.
+    #[error("{} in {origin}", count(problems.len(), "problem"))]
+    Pipeline { origin: String, problems: Vec<Problem> },
+    /// No pipeline of that name.
+    #[error("no pipeline `{name}`")]
+    UnknownPipeline { name: String, nearest: Option<String> },
+    /// A command-line value that clap cannot check.
+    #[error("{problem}")]
+    Usage { problem: String, hint: String },
+    /// Some stages failed; each was reported when it did.
+    #[error("{} failed: {}", count(failed.len(), "stage"), failed.join(", "))]
+    StagesFailed { failed: Vec<String>, skipped: Vec<String>, worst: ExitCode },
+    /// The operator asked to stop.
+    #[error("stopped on request; everything committed is kept")]
+    Interrupted,
+    /// Something below.
+    #[error(transparent)]
+    Stage(#[from] ovenbird_stages::Error),
+}
+
+impl From<ovenbird_cache::Error> for Error {
+    fn from(error: ovenbird_cache::Error) -> Self {
+        Self::Stage(error.into())
+    }
+}
+
+/// What every command returns.
+pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// How the program ends. README's table and `ovenbird help` are made from this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum ExitCode {
+    Success = 0,
+    Stage = 1,
+    Usage = 2,
+    Pipeline = 3,
+    Input = 4,
+    Store = 5,
+    Interrupted = 130,
+}
+
+impl ExitCode {
+    /// Every code with its meaning, ascending.
+    pub(crate) const TABLE: &'static [(Self, &'static str)] = &[
+        (Self::Success, "everything asked for is done"),
+        (Self::Stage, "a stage failed for a reason of its own (a bug, memory, a device); the others are kept"),
+        (Self::Usage, "the command line is wrong"),
+        (Self::Pipeline, "the pipeline file is wrong; nothing was run"),
+        (Self::Input, "a file you brought is missing, damaged or does not fit; what was made before is kept"),
+        (Self::Store, "the home cannot be used: locked by another run, not writable, full, or of a newer version"),
+        (Self::Interrupted, "stopped by Ctrl-C or SIGTERM; type the same command again to continue"),
+    ];
+}
+
+impl Error {
+    /// Which exit code this is.
+    pub(crate) fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Pipeline { .. } | Self::UnknownPipeline { .. } => ExitCode::Pipeline,
+            Self::Usage { .. } => ExitCode::Usage,
+            Self::StagesFailed { worst, .. } => *worst,
+            Self::Interrupted => ExitCode::Interrupted,
+            Self::Stage(error) => stage_exit_code(error),
+        }
+    }
+
+    /// The message with its causes, on one line.
+    pub(crate) fn words(&self) -> String {
+        let mut text = self.to_string();
+        let mut source = self.source();
+        while let Some(cause) = source {
+            let _infallible = write!(text, ": {cause}");
+            source = cause.source();
+        }
+        text
+    }
+
+    /// What the operator can type next.
+    pub(crate) fn hint(&self) -> Option<String> {
+        match self {
+            Self::Pipeline { .. } => Some("correct the file; `ovenbird stages KIND` documents every parameter".into()),
+            Self::UnknownPipeline { nearest, .. } => Some(match nearest {
+                Some(nearest) => format!("did you mean `{nearest}`? `ovenbird pipelines` lists them; a file is written with a slash: ./my.yaml"),
+                None => "`ovenbird pipelines` lists them; a file is written with a slash: ./my.yaml".into(),
+            }),
+            Self::Usage { hint, .. } => Some(hint.clone()),
+            Self::StagesFailed { skipped, .. } => {
+                let skipped = if skipped.is_empty() { String::new() } else { format!("; not run because of it: {}", skipped.join(", ")) };
+                Some(format!("mend the cause above and type the same command again: it continues where it was{skipped}"))
+            }
+            Self::Interrupted => Some("type the same command again to continue".into()),
+            Self::Stage(error) => error.hint(),
+        }
+    }
+
+    /// The whole message, as printed to stderr.
+    pub(crate) fn render(&self) -> String {
+        let mut text = format!("error: {}\n", self.words());
+        if let Self::Pipeline { problems, .. } = self {
+            text.extend(problems.iter().map(with_line));
+        }
+        if let Some(hint) = self.hint() {
+            let _infallible = writeln!(text, "hint: {hint}");
+        }
+        text
+    }
+}
+
+/// Which exit code a failed stage asks for.
+fn stage_exit_code(error: &ovenbird_stages::Error) -> ExitCode {
+    use ovenbird_cache::Error as Cache;
+    use ovenbird_data::Error as Data;
+    use ovenbird_stages::Error as Stage;
+    match error {
+        Stage::Cache(Cache::Read { .. }) | Stage::Data(Data::Read { .. } | Data::Malformed { .. }) | Stage::Input { .. } => ExitCode::Input,
+        Stage::Cache(_) | Stage::Data(Data::Write { .. }) => ExitCode::Store,
+        Stage::Models(ovenbird_models::Error::Torch(_)) => ExitCode::Stage,
+        Stage::Models(_) => ExitCode::Input,
+        Stage::Stopped => ExitCode::Interrupted,
+    }
+}
+
+/// `1 problem`, `2 problems`.
+pub(crate) fn count(n: usize, noun: &str) -> String {
+    if n == 1 { format!("1 {noun}") } else { format!("{n} {noun}s") }
+}

@@ -1,0 +1,134 @@
+//! What happened in a run: one enum, one JSON line each.
+//!
+//! Bars, plain lines, `log`, `status`, `report` and `--json` are folds over events; a log can be replayed. Fields and
+//! variants are added, never changed or removed; [`VERSION`] is raised when a reader of the older form would be misled.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use jiff::Timestamp;
+use ovenbird_cache::{Digest, Fingerprint, publish::Journal};
+use serde::{Deserialize, Serialize};
+
+/// The version of the event log.
+pub(crate) const VERSION: u32 = 1;
+
+/// One thing that happened, and when.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Stamped {
+    /// When.
+    pub(crate) at: Timestamp,
+    /// What.
+    pub(crate) event: Event,
+}
+
+/// What can happen.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Event {
+    /// The first line of every log.
+    RunStarted { version: u32, run: String, pipeline: String, description: String, command: String, steps: Vec<StepInfo> },
+    /// Something about the run as a whole that the operator should read.
+    Notice { words: String },
+    /// A step was looked up: all its inputs are there.
+    StepChecked { step: String, fingerprint: Fingerprint, verdict: Verdict },
+    /// A step began to work.
+    StepStarted { step: String },
+    /// How far a step is. `total` is 0 while unknown.
+    StepProgress { step: String, done: u64, total: u64 },
+    /// A unit was published.
+    UnitCommitted { step: String, unit: usize, bytes: u64 },
+    /// A stage said something.
+    StepNote { step: String, words: String },
+    /// A step's artifact is there.
+    StepDone { step: String, fingerprint: Fingerprint, ports: BTreeMap<String, Digest>, items: u64, bytes: u64, wall_s: f64 },
+    /// A step ended without its artifact.
+    StepFailed { step: String, error: String, hint: Option<String> },
+    /// A step could not run because another failed.
+    StepSkipped { step: String, because: String },
+    /// The operator asked to stop.
+    Interrupted,
+    /// The last line of a log that was not cut off.
+    RunEnded { outcome: Outcome, wall_s: f64 },
+}
+
+/// A step as it stands in the pipeline.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct StepInfo {
+    pub(crate) id: String,
+    pub(crate) kind: String,
+    /// Steps whose outputs it reads.
+    pub(crate) after: Vec<String>,
+}
+
+/// What a look-up said.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Verdict {
+    /// It is there.
+    Reused,
+    /// It has to be made, from this many units on, for these reasons.
+    Run { units_done: usize, units_total: usize, reasons: Vec<String> },
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Outcome {
+    /// Everything asked for is there.
+    Done,
+    /// Some steps failed.
+    Failed,
+    /// The operator asked to stop.
+    Interrupted,
+}
+
+/// The event log of one run.
+pub(crate) struct EventLog {
+    journal: Journal,
+}
+
+impl EventLog {
+    /// Creates the log of a run.
+    pub(crate) fn create(home: &Path, run: &str) -> ovenbird_cache::Result<Self> {
+        Ok(Self { journal: Journal::create(&log_path(home, run))? })
+    }
+
+    /// Appends an event. What ends a step or the run survives a power cut.
+    pub(crate) fn append(&mut self, event: &Stamped) -> ovenbird_cache::Result<()> {
+        self.journal.append(&serde_json::to_string(event).expect("BUG: events are plain JSON"))?;
+        match event.event {
+            Event::StepDone { .. } | Event::StepFailed { .. } | Event::RunEnded { .. } => self.journal.sync(),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Where the log of a run lies.
+pub(crate) fn log_path(home: &Path, run: &str) -> PathBuf {
+    run_folder(home, run).join("events.jsonl")
+}
+
+/// Where everything of a run lies.
+pub(crate) fn run_folder(home: &Path, run: &str) -> PathBuf {
+    home.join("runs").join(run)
+}
+
+/// The ids of all runs of a home, oldest first.
+pub(crate) fn runs(home: &Path) -> Vec<String> {
+    let entries = fs::read_dir(home.join("runs")).into_iter().flatten().flatten();
+    let mut ids: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|id| log_path(home, id).exists()).collect();
+    ids.sort();
+    ids
+}
+
+/// Every event of a run. A torn last line, left by a crash or still being written, is left out; so are lines of events that
+/// this program does not know.
+pub(crate) fn read_log(home: &Path, run: &str) -> ovenbird_cache::Result<Vec<Stamped>> {
+    let path = log_path(home, run);
+    let text = fs::read_to_string(&path).map_err(|source| ovenbird_cache::Error::Read { path, source })?;
+    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+}

@@ -1,0 +1,233 @@
+//! What past runs did: `status`, `log`, and the tables a run ends with. Folds over events and manifests.
+
+use std::{collections::BTreeMap, path::Path};
+
+use ovenbird_stages::artifacts::{Artifact as _, EvaluationFile};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::{
+    cli::{known_runs, print, to_json},
+    error::{Error, Result},
+    event::{self, Event, Outcome, Stamped, Verdict, runs},
+    pipeline::Pipeline,
+    plan::Made,
+    screen::duration,
+};
+
+/// The id of the run that was asked for, or the latest.
+pub(crate) fn chosen(home: &Path, run: Option<&str>) -> Result<String> {
+    let known = runs(home);
+    let found = match run {
+        Some(run) => known.iter().find(|known| *known == run),
+        None => known.last(),
+    };
+    found.cloned().ok_or_else(|| Error::Usage {
+        problem: match run {
+            Some(run) => format!("{}: no run `{run}`", home.display()),
+            None => format!("{}: no run yet", home.display()),
+        },
+        hint: known_runs(home),
+    })
+}
+
+/// How a step of a run stands.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct StepState {
+    pub(crate) id: String,
+    pub(crate) kind: String,
+    /// `waiting`, `running`, `reused`, `done`, `failed`, `skipped`, `cut off`.
+    pub(crate) state: &'static str,
+    pub(crate) done: u64,
+    pub(crate) total: u64,
+    pub(crate) wall_s: Option<f64>,
+    /// The error, or why it runs.
+    pub(crate) words: String,
+    pub(crate) fingerprint: Option<ovenbird_cache::Fingerprint>,
+}
+
+/// How a run stands.
+#[derive(Debug, Serialize)]
+pub(crate) struct RunState {
+    pub(crate) run: String,
+    pub(crate) pipeline: String,
+    pub(crate) description: String,
+    pub(crate) command: String,
+    pub(crate) started: String,
+    /// `None`: it is running, or was cut off.
+    pub(crate) outcome: Option<Outcome>,
+    pub(crate) wall_s: f64,
+    pub(crate) steps: Vec<StepState>,
+    pub(crate) notices: Vec<String>,
+}
+
+/// Folds a log.
+pub(crate) fn state(log: &[Stamped]) -> RunState {
+    let mut state = RunState {
+        run: String::new(),
+        pipeline: String::new(),
+        description: String::new(),
+        command: String::new(),
+        started: log.first().map_or_else(String::new, |first| first.at.to_string()),
+        outcome: None,
+        wall_s: 0.0,
+        steps: Vec::new(),
+        notices: Vec::new(),
+    };
+    if let (Some(first), Some(last)) = (log.first(), log.last()) {
+        state.wall_s = (last.at.as_millisecond() - first.at.as_millisecond()) as f64 / 1e3;
+    }
+    let mut places: BTreeMap<String, usize> = BTreeMap::new();
+    for Stamped { event, .. } in log {
+        let mut with = |step: &String, change: &dyn Fn(&mut StepState)| {
+            if let Some(place) = places.get(step) {
+                change(&mut state.steps[*place]);
+            }
+        };
+        match event {
+            Event::RunStarted { run, pipeline, description, command, steps, .. } => {
+                (state.run, state.pipeline) = (run.clone(), pipeline.clone());
+                (state.description, state.command) = (description.clone(), command.clone());
+                for step in steps {
+                    places.insert(step.id.clone(), state.steps.len());
+                    state.steps.push(StepState {
+                        id: step.id.clone(),
+                        kind: step.kind.clone(),
+                        state: "waiting",
+                        done: 0,
+                        total: 0,
+                        wall_s: None,
+                        words: String::new(),
+                        fingerprint: None,
+                    });
+                }
+            }
+            Event::StepChecked { step, fingerprint, verdict } => with(step, &|step| {
+                step.fingerprint = Some(*fingerprint);
+                match verdict {
+                    Verdict::Reused => step.state = "reused",
+                    Verdict::Run { reasons, .. } => step.words = reasons.join("; "),
+                }
+            }),
+            Event::StepStarted { step } => with(step, &|step| step.state = "running"),
+            Event::StepProgress { step, done, total } => with(step, &|step| (step.done, step.total) = (*done, *total)),
+            Event::StepDone { step, items, wall_s, .. } => with(step, &|step| {
+                step.state = "done";
+                (step.done, step.wall_s) = (*items, Some(*wall_s));
+            }),
+            Event::StepFailed { step, error, .. } => with(step, &|step| {
+                step.state = "failed";
+                step.words.clone_from(error);
+            }),
+            Event::StepSkipped { step, because } => with(step, &|step| {
+                step.state = "skipped";
+                step.words = format!("`{because}` is not there");
+            }),
+            Event::Notice { words } => state.notices.push(words.clone()),
+            Event::StepNote { step, words } => state.notices.push(format!("{step}: {words}")),
+            Event::RunEnded { outcome, wall_s } => (state.outcome, state.wall_s) = (Some(*outcome), *wall_s),
+            Event::UnitCommitted { .. } | Event::Interrupted => {}
+        }
+    }
+    if state.outcome.is_some() {
+        for step in state.steps.iter_mut().filter(|step| step.state == "running") {
+            step.state = "cut off";
+        }
+    }
+    state
+}
+
+fn outcome_words(state: &RunState) -> &'static str {
+    match state.outcome {
+        Some(Outcome::Done) => "done",
+        Some(Outcome::Failed) => "failed",
+        Some(Outcome::Interrupted) => "stopped",
+        None => "running or cut off",
+    }
+}
+
+/// `ovenbird status`.
+pub(crate) fn status(home: &Path, run: Option<&str>, json: bool) -> Result<()> {
+    let run = chosen(home, run)?;
+    let state = state(&event::read_log(home, &run)?);
+    if json {
+        return print(&to_json("run", &state));
+    }
+    let mut text = format!("run {} of `{}`: {}, {}\n", state.run, state.pipeline, outcome_words(&state), duration(state.wall_s));
+    let width = state.steps.iter().map(|step| step.id.len()).max().unwrap_or(0);
+    for step in &state.steps {
+        let amount = match (step.state, step.done, step.total) {
+            ("running", done, total) if total > 0 => format!("{done}/{total} ({:.0} %)", 100.0 * done as f64 / total as f64),
+            ("done", ..) => step.wall_s.map(duration).unwrap_or_default(),
+            ("failed" | "skipped", ..) => step.words.clone(),
+            _ => String::new(),
+        };
+        text.push_str(format!("  {:width$}  {:8} {amount}", step.id, step.state).trim_end());
+        text.push('\n');
+    }
+    print(&text)
+}
+
+/// `ovenbird log`.
+pub(crate) fn log(home: &Path, run: Option<&str>, json: bool) -> Result<()> {
+    if let Some(run) = run {
+        let run = chosen(home, Some(run))?;
+        let lines = event::read_log(home, &run)?.into_iter().map(|stamped| {
+            let line = serde_json::to_string(&stamped).expect("BUG: events are plain JSON");
+            if json { format!("{line}\n") } else { format!("{:.0}  {}\n", stamped.at, words(&stamped.event)) }
+        });
+        return print(&lines.collect::<String>());
+    }
+    let states = runs(home).iter().map(|run| Ok(state(&event::read_log(home, run)?))).collect::<Result<Vec<_>>>()?;
+    if json {
+        let list: Vec<_> = states
+            .iter()
+            .map(|state| json!({"run": state.run, "pipeline": state.pipeline, "started": state.started, "outcome": state.outcome, "wall_s": state.wall_s}))
+            .collect();
+        return print(&to_json("runs", &list));
+    }
+    let line = |state: &RunState| {
+        let n_made = state.steps.iter().filter(|step| step.state == "done").count();
+        let of = state.steps.len();
+        format!("{}  {}  {}, {n_made} of {of} stages made, {}\n", state.run, state.pipeline, outcome_words(state), duration(state.wall_s))
+    };
+    print(&states.iter().map(line).collect::<String>())
+}
+
+fn words(event: &Event) -> String {
+    match event {
+        Event::RunStarted { run, pipeline, .. } => format!("run {run} of `{pipeline}` started"),
+        Event::Notice { words } => words.clone(),
+        Event::StepChecked { step, verdict: Verdict::Reused, .. } => format!("{step}: reused"),
+        Event::StepChecked { step, verdict: Verdict::Run { units_done, units_total, reasons }, .. } => {
+            format!("{step}: will run, {units_done} of {units_total} units are there: {}", reasons.join("; "))
+        }
+        Event::StepStarted { step } => format!("{step}: started"),
+        Event::StepProgress { step, done, total } => format!("{step}: {done} of {total}"),
+        Event::UnitCommitted { step, unit, bytes } => format!("{step}: unit {unit} committed, {bytes} bytes"),
+        Event::StepNote { step, words } => format!("{step}: {words}"),
+        Event::StepDone { step, items, wall_s, .. } => format!("{step}: done, {items} items in {}", duration(*wall_s)),
+        Event::StepFailed { step, error, .. } => format!("{step}: failed: {error}"),
+        Event::StepSkipped { step, because } => format!("{step}: not run, because `{because}` is not there"),
+        Event::Interrupted => "stop requested".into(),
+        Event::RunEnded { outcome, wall_s } => format!("ended: {outcome:?} after {}", duration(*wall_s)).to_lowercase(),
+    }
+}
+
+/// How many steps of a run had to be made.
+pub(crate) fn n_made(home: &Path, run: &str) -> Result<usize> {
+    Ok(state(&event::read_log(home, run)?).steps.iter().filter(|step| step.state == "done").count())
+}
+
+/// The tables of every evaluation among the artifacts of a run.
+pub(crate) fn tables(pipeline: &Pipeline, made: &Made) -> Result<String> {
+    let mut text = String::new();
+    for (place, artifact) in made {
+        let step = &pipeline.steps[*place];
+        for port in step.entry.outputs.iter().filter(|port| port.kind == EvaluationFile::KIND) {
+            let EvaluationFile(evaluation) = EvaluationFile::open(&artifact.port(port.name))?;
+            text.push_str(&format!("\n{} ({})\n{}\n", step.id, step.entry.kind, evaluation.table()));
+        }
+    }
+    Ok(text)
+}

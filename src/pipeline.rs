@@ -1,0 +1,551 @@
+//! Pipeline files: from YAML text to a checked graph of stages.
+//!
+//! Everything that can be found without reading an input is found here, all of it at once: unknown keys (with the nearest
+//! valid spelling), wrong values, unknown stages, missing inputs, edges between different kinds, cycles. Each problem has
+//! its path (`stages.objects.with.expand`) and its line.
+
+mod lines;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use ovenbird_stages::{AnyStage, PortInfo, Presence, STAGES, StageEntry};
+use serde_json::Value;
+use serde_yaml::Value as Yaml;
+
+use crate::error::{Error, Result};
+use lines::Lines;
+
+/// The version of pipeline files that this program reads.
+pub(crate) const VERSION: u64 = 1;
+
+const FILE_KEYS: &[&str] = &["version", "name", "description", "variables", "stages"];
+const STAGE_KEYS: &[&str] = &["id", "use", "in", "with", "resources"];
+const RESOURCE_KEYS: &[&str] = &["cpu", "memory", "gpu"];
+
+/// The named pipelines that come with the program.
+pub(crate) const NAMED: &[(&str, &str)] = &[("quickstart", include_str!("../pipelines/quickstart.yaml"))];
+
+/// A pipeline that can be planned.
+pub(crate) struct Pipeline {
+    pub(crate) name: String,
+    pub(crate) description: String,
+    /// In an order in which every stage comes after those it reads from.
+    pub(crate) steps: Vec<Step>,
+}
+
+/// A stage of a pipeline.
+pub(crate) struct Step {
+    pub(crate) id: String,
+    pub(crate) entry: &'static StageEntry,
+    pub(crate) stage: Box<dyn AnyStage>,
+    pub(crate) inputs: BTreeMap<String, Source>,
+    pub(crate) resources: Resources,
+}
+
+/// Where an input comes from.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Source {
+    /// A file or folder the user brings.
+    File(PathBuf),
+    /// An output of another step, by its place in [`Pipeline::steps`].
+    Step { step: usize, port: String },
+}
+
+/// What a stage occupies while it runs.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Resources {
+    /// Processor cores.
+    pub(crate) cpu: usize,
+    /// Memory, in bytes.
+    pub(crate) memory: u64,
+    /// Accelerators.
+    pub(crate) gpu: usize,
+}
+
+impl Default for Resources {
+    fn default() -> Self {
+        Self { cpu: 1, memory: 1 << 30, gpu: 0 }
+    }
+}
+
+/// Something wrong with a pipeline.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Problem {
+    /// Where: `stages.objects.with.expand`.
+    pub(crate) path: String,
+    /// The line in the file, from 1, where it has one.
+    pub(crate) line: Option<usize>,
+    /// What was expected and what was found.
+    pub(crate) problem: String,
+}
+
+/// A problem as printed below the error.
+pub(crate) fn with_line(problem: &Problem) -> String {
+    let line = problem.line.map_or_else(String::new, |line| format!("line {line}: "));
+    format!("  {line}{}: {}\n", problem.path, problem.problem)
+}
+
+/// Changes from the command line: `--set key=value`.
+#[derive(Debug, Clone)]
+pub(crate) struct Setting {
+    /// A variable, or `stage.parameter`.
+    pub(crate) key: String,
+    /// YAML.
+    pub(crate) value: String,
+}
+
+/// Reads and checks a pipeline: a named one, or a file (written with a slash).
+pub(crate) fn load(name: &str, settings: &[Setting]) -> Result<Pipeline> {
+    let (origin, text) = find(name)?;
+    let mut reader = Reader { lines: Lines::of(&text), problems: Vec::new() };
+    let pipeline = reader.pipeline(&text, settings);
+    match pipeline {
+        Some(pipeline) if reader.problems.is_empty() => Ok(pipeline),
+        _ => {
+            reader.problems.sort_by_key(|problem| problem.line);
+            Err(Error::Pipeline { origin, problems: reader.problems })
+        }
+    }
+}
+
+/// A pipeline's text and where it was found.
+fn find(name: &str) -> Result<(String, String)> {
+    let is_path = name.contains('/') || name.ends_with(".yaml") || name.ends_with(".yml");
+    let path = if is_path { PathBuf::from(name) } else { Path::new("pipelines").join(format!("{name}.yaml")) };
+    match fs::read_to_string(&path) {
+        Ok(text) => return Ok((path.display().to_string(), text)),
+        Err(source) if is_path || source.kind() != io::ErrorKind::NotFound => return Err(ovenbird_cache::Error::Read { path, source }.into()),
+        Err(_) => {}
+    }
+    match NAMED.iter().find(|(known, _)| *known == name) {
+        Some((_, text)) => Ok((format!("the pipeline `{name}`"), (*text).to_owned())),
+        None => Err(Error::UnknownPipeline { name: name.into(), nearest: nearest(name, NAMED.iter().map(|(known, _)| *known)) }),
+    }
+}
+
+/// The most similar of the valid spellings, if one is similar at all.
+pub(crate) fn nearest<'a>(found: &str, valid: impl IntoIterator<Item = &'a str>) -> Option<String> {
+    let scored = valid.into_iter().map(|valid| (strsim::jaro_winkler(found, valid), valid));
+    let best = scored.max_by(|a, b| a.0.total_cmp(&b.0))?;
+    (best.0 > 0.75).then(|| best.1.to_owned())
+}
+
+/// `, did you mean `x`?`, or what there is to choose from.
+fn suggestion<'a>(found: &str, valid: impl IntoIterator<Item = &'a str> + Clone) -> String {
+    if let Some(nearest) = nearest(found, valid.clone()) {
+        return format!(", did you mean `{nearest}`?");
+    }
+    let valid: Vec<String> = valid.into_iter().map(|valid| format!("`{valid}`")).collect();
+    if valid.is_empty() { String::new() } else { format!("; expected one of {}", valid.join(", ")) }
+}
+
+struct Reader {
+    lines: Lines,
+    problems: Vec<Problem>,
+}
+
+/// A stage as written, after its keys were checked.
+struct Draft {
+    id: String,
+    entry: &'static StageEntry,
+    stage: Option<Box<dyn AnyStage>>,
+    inputs: BTreeMap<String, String>,
+    resources: Resources,
+}
+
+impl Reader {
+    fn push(&mut self, path: impl Into<String>, problem: impl Into<String>) {
+        let path = path.into();
+        let line = self.lines.of_path(&path);
+        self.problems.push(Problem { path, line, problem: problem.into() });
+    }
+
+    fn pipeline(&mut self, text: &str, settings: &[Setting]) -> Option<Pipeline> {
+        let yaml: Yaml = match serde_yaml::from_str(text) {
+            Ok(yaml) => yaml,
+            Err(error) => {
+                let line = error.location().map(|location| location.line());
+                self.problems.push(Problem { path: "yaml".into(), line, problem: error.to_string() });
+                return None;
+            }
+        };
+        let Some(file) = self.keys("", &yaml, FILE_KEYS) else {
+            self.push("yaml", "expected a mapping with `name` and `stages`");
+            return None;
+        };
+        match file.get("version").map(|version| (version.as_u64(), version)) {
+            Some((Some(VERSION), _)) => {}
+            Some((Some(newer), _)) if newer > VERSION => {
+                self.push("version", format!("version {newer} is newer than this program, which reads up to {VERSION}: update ovenbird"));
+                return None;
+            }
+            Some((_, found)) => self.push("version", format!("expected {VERSION}, found {}", shown(found))),
+            None => self.push("version", format!("missing; write `version: {VERSION}`")),
+        }
+        let name = self.text("name", file.get("name"));
+        let description = file.get("description").map_or(Some(String::new()), |_| self.text("description", file.get("description")));
+        let variables = self.variables(file.get("variables"), settings);
+        let Some(Yaml::Sequence(stages)) = file.get("stages") else {
+            self.push("stages", "expected a list of stages");
+            return None;
+        };
+        let mut ids = BTreeSet::new();
+        let mut drafts = Vec::new();
+        for (stage_idx, yaml) in stages.iter().enumerate() {
+            if let Some(draft) = self.stage(stage_idx, yaml, &variables, settings) {
+                if !ids.insert(draft.id.clone()) {
+                    self.push(format!("stages.{}.id", draft.id), "two stages have this id");
+                }
+                drafts.push(draft);
+            }
+        }
+        for setting in settings {
+            if let Some((id, _)) = setting.key.split_once('.')
+                && !ids.contains(id)
+            {
+                self.push(format!("--set {}", setting.key), format!("no stage `{id}`{}", suggestion(id, ids.iter().map(String::as_str))));
+            }
+        }
+        let edges = self.edges(&drafts);
+        let order = self.order(&drafts, &edges)?;
+        let place: BTreeMap<usize, usize> = order.iter().enumerate().map(|(place, draft)| (*draft, place)).collect();
+        let mut drafts: Vec<Option<(Draft, BTreeMap<String, Source>)>> = drafts.into_iter().zip(edges).map(Some).collect();
+        let mut steps = Vec::new();
+        for draft_idx in order {
+            let (draft, mut inputs) = drafts[draft_idx].take().expect("BUG: the order names each stage once");
+            for source in inputs.values_mut() {
+                if let Source::Step { step, .. } = source {
+                    *step = place[step];
+                }
+            }
+            steps.push(Step { id: draft.id, entry: draft.entry, stage: draft.stage?, inputs, resources: draft.resources });
+        }
+        Some(Pipeline { name: name?, description: description?, steps })
+    }
+
+    /// The entries of a mapping; unknown keys are problems and left out. `None`: not a mapping.
+    fn keys(&mut self, path: &str, yaml: &Yaml, known: &[&str]) -> Option<BTreeMap<String, Yaml>> {
+        let mut entries = self.entries(path, yaml)?;
+        entries.retain(|key, _| {
+            let is_known = known.contains(&key.as_str());
+            if !is_known {
+                self.push(join(path, key), format!("unknown key `{key}`{}", suggestion(key, known.iter().copied())));
+            }
+            is_known
+        });
+        Some(entries)
+    }
+
+    fn entries(&mut self, path: &str, yaml: &Yaml) -> Option<BTreeMap<String, Yaml>> {
+        let mapping = match yaml {
+            Yaml::Mapping(mapping) => mapping,
+            Yaml::Null => return Some(BTreeMap::new()),
+            Yaml::Bool(_) | Yaml::Number(_) | Yaml::String(_) | Yaml::Sequence(_) | Yaml::Tagged(_) => return None,
+        };
+        let mut entries = BTreeMap::new();
+        for (key, value) in mapping {
+            match key.as_str() {
+                Some(key) => drop(entries.insert(key.to_owned(), value.clone())),
+                None => self.push(path, format!("expected text as a key, found {}", shown(key))),
+            }
+        }
+        Some(entries)
+    }
+
+    fn text(&mut self, path: &str, yaml: Option<&Yaml>) -> Option<String> {
+        match yaml {
+            Some(Yaml::String(text)) if !text.is_empty() => Some(text.clone()),
+            Some(other) => {
+                self.push(path, format!("expected text, found {}", shown(other)));
+                None
+            }
+            None => {
+                self.push(path, "missing");
+                None
+            }
+        }
+    }
+
+    fn variables(&mut self, yaml: Option<&Yaml>, settings: &[Setting]) -> BTreeMap<String, Yaml> {
+        let mut variables = match yaml.map(|yaml| self.entries("variables", yaml)) {
+            Some(Some(variables)) => variables,
+            Some(None) => {
+                self.push("variables", "expected a mapping from names to default values");
+                BTreeMap::new()
+            }
+            None => BTreeMap::new(),
+        };
+        for Setting { key, value } in settings.iter().filter(|setting| !setting.key.contains('.')) {
+            if !variables.contains_key(key) {
+                self.push(format!("--set {key}"), format!("no variable `{key}`{}", suggestion(key, variables.keys().map(String::as_str))));
+                continue;
+            }
+            if let Some(value) = self.setting(key, value) {
+                variables.insert(key.clone(), value);
+            }
+        }
+        variables
+    }
+
+    fn setting(&mut self, key: &str, value: &str) -> Option<Yaml> {
+        match serde_yaml::from_str(value) {
+            Ok(value) => Some(value),
+            Err(error) => {
+                self.push(format!("--set {key}"), format!("`{value}` is not YAML: {error}"));
+                None
+            }
+        }
+    }
+
+    fn stage(&mut self, stage_idx: usize, yaml: &Yaml, variables: &BTreeMap<String, Yaml>, settings: &[Setting]) -> Option<Draft> {
+        let place = format!("stages.{stage_idx}");
+        let id = yaml.get("id").and_then(Yaml::as_str).map(str::to_owned);
+        let path = id.as_ref().map_or_else(|| place.clone(), |id| format!("stages.{id}"));
+        let Some(mut keys) = self.keys(&path, yaml, STAGE_KEYS) else {
+            self.push(path, "expected a mapping with `id` and `use`");
+            return None;
+        };
+        let id = self.text(&format!("{path}.id"), keys.get("id"));
+        if let Some(id) = &id
+            && !id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+        {
+            self.push(format!("{path}.id"), format!("`{id}`: an id has letters, digits, `-` and `_` only"));
+        }
+        for key in ["in", "with", "resources"] {
+            if let Some(value) = keys.get_mut(key) {
+                self.substitute(&format!("{path}.{key}"), value, variables);
+            }
+        }
+        let kind = self.text(&format!("{path}.use"), keys.get("use"));
+        let (id, kind) = (id?, kind?);
+        let Some(entry) = ovenbird_stages::find(&kind) else {
+            self.push(format!("{path}.use"), format!("no stage `{kind}`{}", suggestion(&kind, STAGES.iter().map(|entry| entry.kind))));
+            return None;
+        };
+        let with = keys.get("with").cloned().unwrap_or(Yaml::Null);
+        let stage = self.parameters(&path, &id, entry, &with, settings);
+        let inputs = self.inputs(&path, entry, keys.get("in"));
+        let resources = self.resources(&path, keys.get("resources"));
+        Some(Draft { id, entry, stage, inputs, resources })
+    }
+
+    /// Replaces `${name}` in every text of a value; a text that is nothing but one variable takes its type.
+    fn substitute(&mut self, path: &str, value: &mut Yaml, variables: &BTreeMap<String, Yaml>) {
+        match value {
+            Yaml::Mapping(mapping) => {
+                for (key, value) in mapping {
+                    let key = key.as_str().unwrap_or_default().to_owned();
+                    self.substitute(&join(path, &key), value, variables);
+                }
+            }
+            Yaml::Sequence(values) => {
+                for (value_idx, value) in values.iter_mut().enumerate() {
+                    self.substitute(&format!("{path}.{value_idx}"), value, variables);
+                }
+            }
+            Yaml::String(text) => {
+                if let Some(name) = text.strip_prefix("${").and_then(|rest| rest.strip_suffix('}'))
+                    && let Some(variable) = variables.get(name)
+                {
+                    *value = variable.clone();
+                    return;
+                }
+                let mut result = String::new();
+                let mut rest = text.as_str();
+                while let Some((before, after)) = rest.split_once("${") {
+                    let Some((name, after)) = after.split_once('}') else { break };
+                    result.push_str(before);
+                    match variables.get(name) {
+                        Some(Yaml::String(text)) => result.push_str(text),
+                        Some(variable) => result.push_str(&shown(variable)),
+                        None => {
+                            self.push(path, format!("no variable `{name}`{}", suggestion(name, variables.keys().map(String::as_str))));
+                        }
+                    }
+                    rest = after;
+                }
+                result.push_str(rest);
+                *text = result;
+            }
+            Yaml::Null | Yaml::Bool(_) | Yaml::Number(_) | Yaml::Tagged(_) => {}
+        }
+    }
+
+    fn parameters(&mut self, path: &str, id: &str, entry: &StageEntry, with: &Yaml, settings: &[Setting]) -> Option<Box<dyn AnyStage>> {
+        let path = format!("{path}.with");
+        let schema = (entry.schema)();
+        let known: Vec<&str> = schema.get("properties").and_then(Value::as_object).into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+        let Some(mut params) = self.keys(&path, with, &known) else {
+            self.push(path, format!("expected a mapping of parameters, found {}", shown(with)));
+            return None;
+        };
+        for Setting { key, value } in settings {
+            let Some((_, param)) = key.split_once('.').filter(|(stage, _)| *stage == id) else { continue };
+            if known.contains(&param) {
+                if let Some(value) = self.setting(key, value) {
+                    params.insert(param.to_owned(), value);
+                }
+            } else {
+                self.push(format!("--set {key}"), format!("no parameter `{param}`{}", suggestion(param, known.iter().copied())));
+            }
+        }
+        let params = match serde_json::to_value(&params) {
+            Ok(params) => params,
+            Err(error) => {
+                self.push(path, error.to_string());
+                return None;
+            }
+        };
+        match (entry.parse)(&params) {
+            Ok(stage) => {
+                for problem in stage.check() {
+                    self.push(join(&path, &problem.field), problem.problem);
+                }
+                Some(stage)
+            }
+            Err(problem) => {
+                self.push(join(&path, &problem.field), problem.problem);
+                None
+            }
+        }
+    }
+
+    fn inputs(&mut self, path: &str, entry: &StageEntry, yaml: Option<&Yaml>) -> BTreeMap<String, String> {
+        let path = format!("{path}.in");
+        let ports: Vec<&str> = entry.inputs.iter().map(|port| port.name).collect();
+        let Some(given) = self.keys(&path, yaml.unwrap_or(&Yaml::Null), &ports) else {
+            self.push(path, "expected a mapping from inputs to files or `stage.output`");
+            return BTreeMap::new();
+        };
+        for port in entry.inputs.iter().filter(|port| port.presence == Presence::Required) {
+            if !given.contains_key(port.name) {
+                self.push(join(&path, port.name), format!("missing: `{}` needs {} here ({})", entry.kind, port.kind, port.doc));
+            }
+        }
+        let text = |(port, value): (String, Yaml)| self.text(&join(&path, &port), Some(&value)).map(|value| (port, value));
+        given.into_iter().filter_map(text).collect()
+    }
+
+    fn resources(&mut self, path: &str, yaml: Option<&Yaml>) -> Resources {
+        let path = format!("{path}.resources");
+        let mut resources = Resources::default();
+        let Some(given) = self.keys(&path, yaml.unwrap_or(&Yaml::Null), RESOURCE_KEYS) else {
+            self.push(path, "expected a mapping with `cpu`, `memory`, `gpu`");
+            return resources;
+        };
+        for (key, value) in given {
+            let number = value.as_u64();
+            match (key.as_str(), number) {
+                ("cpu", Some(cpu)) if cpu > 0 => resources.cpu = cpu as usize,
+                ("gpu", Some(gpu)) => resources.gpu = gpu as usize,
+                ("memory", _) => match value.as_str().and_then(parse_bytes) {
+                    Some(bytes) => resources.memory = bytes,
+                    None => self.push(join(&path, &key), format!("expected a size such as `4GiB`, found {}", shown(&value))),
+                },
+                _ => self.push(join(&path, &key), format!("expected a whole number, found {}", shown(&value))),
+            }
+        }
+        resources
+    }
+
+    /// Where every input of every stage comes from, by the place of stages in the file.
+    fn edges(&mut self, drafts: &[Draft]) -> Vec<BTreeMap<String, Source>> {
+        let mut all = Vec::new();
+        for draft in drafts {
+            let mut edges = BTreeMap::new();
+            for (port, value) in &draft.inputs {
+                let path = format!("stages.{}.in.{port}", draft.id);
+                let wanted = draft.entry.inputs.iter().find(|known| known.name == port).expect("BUG: unknown ports were left out");
+                match source(value, wanted, drafts) {
+                    Ok(source) => drop(edges.insert(port.clone(), source)),
+                    Err(problem) => self.push(path, problem),
+                }
+            }
+            all.push(edges);
+        }
+        all
+    }
+
+    /// Stages in an order in which each comes after those it reads from, the file's order where there is a choice.
+    fn order(&mut self, drafts: &[Draft], edges: &[BTreeMap<String, Source>]) -> Option<Vec<usize>> {
+        let mut order: Vec<usize> = Vec::new();
+        while order.len() < drafts.len() {
+            let is_ready = |draft: &usize| {
+                let mut sources = edges[*draft].values();
+                !order.contains(draft) && sources.all(|source| !matches!(source, Source::Step { step, .. } if !order.contains(step)))
+            };
+            match (0..drafts.len()).find(is_ready) {
+                Some(ready) => order.push(ready),
+                None => {
+                    let stuck: Vec<&str> = (0..drafts.len()).filter(|draft| !order.contains(draft)).map(|draft| drafts[draft].id.as_str()).collect();
+                    self.push(format!("stages.{}.in", stuck[0]), format!("these stages wait for each other in a circle: {}", stuck.join(", ")));
+                    return None;
+                }
+            }
+        }
+        Some(order)
+    }
+}
+
+fn source(value: &str, wanted: &PortInfo, drafts: &[Draft]) -> Result<Source, String> {
+    if value.contains('/') {
+        let path = PathBuf::from(value);
+        let extension = path.extension().map(|extension| extension.to_string_lossy().to_lowercase()).unwrap_or_default();
+        if !extension.is_empty() && !path.is_dir() && !wanted.extensions.contains(&extension.as_str()) {
+            let expected: Vec<String> = wanted.extensions.iter().map(|extension| if *extension == "/" { "a folder".into() } else { format!(".{extension}") }).collect();
+            return Err(format!("expected {} ({}), found `{value}`", wanted.kind, expected.join(", ")));
+        }
+        return match path.exists() {
+            true => Ok(Source::File(path)),
+            false => Err(format!("no file or folder `{value}`")),
+        };
+    }
+    let Some((id, output)) = value.split_once('.') else {
+        return Err(format!("expected `stage.output` or a path with a slash, found `{value}`"));
+    };
+    let Some(step) = drafts.iter().position(|draft| draft.id == id) else {
+        let nearest = suggestion(id, drafts.iter().map(|draft| draft.id.as_str()));
+        return Err(format!("no stage `{id}`{nearest} (a file is written with a slash: ./{value})"));
+    };
+    let outputs = drafts[step].entry.outputs;
+    let Some(found) = outputs.iter().find(|known| known.name == output) else {
+        return Err(format!("`{}` has no output `{output}`{}", drafts[step].entry.kind, suggestion(output, outputs.iter().map(|port| port.name))));
+    };
+    if found.kind != wanted.kind {
+        return Err(format!("expected {}, but `{value}` is {}", wanted.kind, found.kind));
+    }
+    Ok(Source::Step { step, port: output.to_owned() })
+}
+
+fn join(path: &str, key: &str) -> String {
+    match (path, key) {
+        ("", key) => key.to_owned(),
+        (path, "") => path.to_owned(),
+        (path, key) => format!("{path}.{key}"),
+    }
+}
+
+fn shown(yaml: &Yaml) -> String {
+    serde_yaml::to_string(yaml).map_or_else(|_| "something unreadable".into(), |text| text.trim().replace('\n', " "))
+}
+
+fn parse_bytes(text: &str) -> Option<u64> {
+    let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic())?);
+    let number: f64 = number.trim().parse().ok().filter(|number| *number >= 0.0)?;
+    let unit = match unit {
+        "KiB" => 1_u64 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        "TiB" => 1 << 40,
+        "KB" | "kB" => 1_000,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        "TB" => 1_000_000_000_000,
+        _ => return None,
+    };
+    Some((number * unit as f64) as u64)
+}

@@ -1,0 +1,219 @@
+//! What a pipeline would do: which steps are there already, which have to run and why, which cannot be known yet.
+//!
+//! [`check`] is the one place that decides whether a step runs; `plan` and `run` both ask it.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use ovenbird_cache::{Artifact, Digest, Fingerprint, Ledger, Recipe, Status, Store, files_digest, inputs, publish};
+use ovenbird_stages::{Inputs, Unit, Units};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    error::Result,
+    pipeline::{Pipeline, Source, Step},
+};
+
+/// The digested content of every file and folder that a pipeline reads.
+pub(crate) type FileInputs = BTreeMap<PathBuf, Vec<inputs::InputFile>>;
+
+/// Hashes what the given steps read from the user's files, each once.
+pub(crate) fn digest_files(steps: &[&Step], ledger: Option<&Ledger>) -> Result<FileInputs> {
+    let now_ns = jiff::Timestamp::now().as_nanosecond();
+    let mut files = BTreeMap::new();
+    for step in steps {
+        for source in step.inputs.values() {
+            if let Source::File(path) = source
+                && !files.contains_key(path)
+            {
+                files.insert(path.clone(), inputs::digest_path(path, ledger, now_ns)?);
+            }
+        }
+    }
+    Ok(files)
+}
+
+/// What is known of an upstream step's artifact.
+pub(crate) type Made = BTreeMap<usize, Artifact>;
+
+/// What a look-up came to.
+pub(crate) enum Checked {
+    /// The artifact is there.
+    Reused(Artifact),
+    /// It has to be made.
+    Run(Work),
+}
+
+/// A step that has to run, with everything the run needs.
+pub(crate) struct Work {
+    pub(crate) recipe: Recipe,
+    pub(crate) inputs: Inputs,
+    /// All units.
+    pub(crate) units: Vec<Unit>,
+    /// Places of those that have to be made.
+    pub(crate) missing: Vec<usize>,
+    /// Places of those that are damaged; they are set aside before they are made again.
+    pub(crate) damaged: Vec<usize>,
+    /// Why, in words.
+    pub(crate) reasons: Vec<String>,
+}
+
+/// Looks a step up whose inputs are all known.
+pub(crate) fn check(step: &Step, files: &FileInputs, made: &Made, store: &Store, last: &Last) -> Result<Checked> {
+    let mut inputs = Inputs::default();
+    let mut digests: BTreeMap<String, Digest> = BTreeMap::new();
+    for (port, source) in &step.inputs {
+        let (found, digest) = match source {
+            Source::File(path) => {
+                let found = files.get(path).expect("BUG: the files of a step are hashed before it is checked");
+                (found.clone(), files_digest(found))
+            }
+            Source::Step { step, port } => {
+                let artifact = made.get(step).expect("BUG: a step is checked after those it reads from");
+                (artifact.port(port), artifact.manifest.ports[port])
+            }
+        };
+        inputs.ports.insert(port.clone(), found);
+        digests.insert(port.clone(), digest);
+    }
+    let (kind, version) = (step.entry.kind.to_owned(), step.entry.version);
+    let recipe = Recipe { kind, version, params: step.stage.params(), inputs: digests, link: None };
+    let mut reasons = match store.artifact(step.entry.kind, &recipe.fingerprint())? {
+        Status::Valid(artifact) => return Ok(Checked::Reused(artifact)),
+        Status::Damaged(findings) => findings.into_iter().map(|finding| format!("damaged: {finding}")).collect(),
+        Status::Absent => Vec::new(),
+    };
+    let divided = step.stage.units(&inputs)?;
+    let is_chain = matches!(divided, Units::Chain { .. });
+    let units = divided.of(&recipe);
+    let (mut missing, mut damaged) = (Vec::new(), Vec::new());
+    for unit in &units {
+        match store.unit(step.entry.kind, &unit.fingerprint)? {
+            // A link of a chain is of no use without those before it.
+            Status::Valid(_) if !(is_chain && !missing.is_empty()) => {}
+            Status::Valid(_) | Status::Absent => missing.push(unit.index),
+            Status::Damaged(_) => {
+                missing.push(unit.index);
+                damaged.push(unit.index);
+            }
+        }
+    }
+    if reasons.is_empty() {
+        reasons = last.reasons(step, &recipe, store)?;
+    }
+    Ok(Checked::Run(Work { recipe, inputs, units, missing, damaged, reasons }))
+}
+
+/// Which artifact each step of a pipeline came to when it was last there.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Last {
+    steps: BTreeMap<String, Fingerprint>,
+}
+
+impl Last {
+    fn path(home: &Path, pipeline: &str) -> PathBuf {
+        home.join("pipelines").join(format!("{pipeline}.json"))
+    }
+
+    /// Reads what is remembered; nothing, if that cannot be read: it only serves to say why something runs.
+    pub(crate) fn read(home: &Path, pipeline: &str) -> Self {
+        let bytes = std::fs::read(Self::path(home, pipeline)).unwrap_or_default();
+        serde_json::from_slice(&bytes).unwrap_or_default()
+    }
+
+    /// Remembers a step.
+    pub(crate) fn remember(&mut self, home: &Path, pipeline: &str, step: &str, fingerprint: Fingerprint) -> Result<()> {
+        if self.steps.insert(step.to_owned(), fingerprint) != Some(fingerprint) {
+            publish::replace(&Self::path(home, pipeline), &serde_json::to_vec_pretty(self).expect("BUG: a map of text is plain JSON"))?;
+        }
+        Ok(())
+    }
+
+    fn reasons(&self, step: &Step, recipe: &Recipe, store: &Store) -> Result<Vec<String>> {
+        let Some(fingerprint) = self.steps.get(&step.id) else { return Ok(vec!["first run".into()]) };
+        let Some(was) = store.manifest(step.entry.kind, fingerprint)? else { return Ok(vec!["not in the store any more".into()]) };
+        Ok(recipe.diff(&was.recipe).iter().map(ToString::to_string).collect())
+    }
+}
+
+/// What `plan` says of a step.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Outlook {
+    /// It is there.
+    Reused,
+    /// It will run.
+    Run {
+        /// Units that need not be made.
+        units_done: usize,
+        /// All units.
+        units_total: usize,
+        /// Why.
+        reasons: Vec<String>,
+    },
+    /// Whether it runs depends on what these steps come to.
+    DependsOn {
+        /// Their ids.
+        steps: Vec<String>,
+    },
+}
+
+/// Says of every step what a run would do, without doing it.
+pub(crate) fn outlook(pipeline: &Pipeline, wanted: &[usize], store: &Store, ledger: Option<&Ledger>) -> Result<Vec<(usize, Outlook)>> {
+    let steps: Vec<&Step> = wanted.iter().map(|step| &pipeline.steps[*step]).collect();
+    let files = digest_files(&steps, ledger)?;
+    let last = Last::read(store.home(), &pipeline.name);
+    let mut made = Made::new();
+    let mut outlooks = Vec::new();
+    for &place in wanted {
+        let step = &pipeline.steps[place];
+        let mut unknown: Vec<String> =
+            upstream(step).into_iter().filter(|step| !made.contains_key(step)).map(|step| pipeline.steps[step].id.clone()).collect();
+        unknown.dedup();
+        let outlook = if unknown.is_empty() {
+            match check(step, &files, &made, store, &last)? {
+                Checked::Reused(artifact) => {
+                    made.insert(place, artifact);
+                    Outlook::Reused
+                }
+                Checked::Run(Work { units, missing, reasons, .. }) => {
+                    Outlook::Run { units_done: units.len() - missing.len(), units_total: units.len(), reasons }
+                }
+            }
+        } else {
+            Outlook::DependsOn { steps: unknown }
+        };
+        outlooks.push((place, outlook));
+    }
+    Ok(outlooks)
+}
+
+/// The steps that a step reads from, ascending, each once.
+pub(crate) fn upstream(step: &Step) -> Vec<usize> {
+    let mut steps: Vec<usize> = step.inputs.values().filter_map(|source| match source {
+        Source::Step { step, .. } => Some(*step),
+        Source::File(_) => None,
+    }).collect();
+    steps.sort_unstable();
+    steps.dedup();
+    steps
+}
+
+/// The places of the steps that are needed to make one step, itself included; of all steps without one.
+pub(crate) fn needed(pipeline: &Pipeline, until: Option<usize>) -> Vec<usize> {
+    let Some(until) = until else { return (0..pipeline.steps.len()).collect() };
+    let mut needed = vec![until];
+    let mut next = 0;
+    while let Some(&step) = needed.get(next) {
+        for source in upstream(&pipeline.steps[step]) {
+            if !needed.contains(&source) {
+                needed.push(source);
+            }
+        }
+        next += 1;
+    }
+    needed.sort_unstable();
+    needed
+}

@@ -1,0 +1,484 @@
+//! The run loop: starts what can start, learns what happened, tells everyone.
+//!
+//! One loop owns all state and receives messages from workers, signals and a timer; tokio hosts that loop and nothing else.
+//! Workers are plain threads that get a stage, its missing units and a context; they know nothing of the graph. A step is
+//! *ready* when everything it reads from is there: ready to be checked, not to run.
+//!
+//! A step that fails does not stop those that do not need it; those that do are skipped by name.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use jiff::Timestamp;
+use ovenbird_cache::{Artifact, Ledger, Provenance, RunLock, Status, Store, UnitRecord};
+use ovenbird_stages::{Context, Progress, Unit};
+use tokio::{
+    runtime,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    time::MissedTickBehavior,
+};
+
+use crate::{
+    error::{Error, ExitCode, Result},
+    event::{self, Event, EventLog, Outcome, Stamped, StepInfo, Verdict},
+    pipeline::{Pipeline, Step},
+    plan::{self, Checked, FileInputs, Last, Made, Work, upstream},
+};
+
+/// How often progress goes into the log and to the screen.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+
+/// What a run may use. None of it changes a result.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Options {
+    /// Processor cores for all steps together.
+    pub(crate) cpu: usize,
+    /// Memory for all steps together, in bytes.
+    pub(crate) memory: u64,
+    /// Where networks run.
+    pub(crate) device: tch::Device,
+}
+
+/// A run that has ended.
+pub(crate) struct Ended {
+    pub(crate) run: String,
+    pub(crate) made: Made,
+    /// Why it is not whole, if it is not.
+    pub(crate) error: Option<Error>,
+}
+
+/// Runs the wanted steps of a pipeline, or continues to. Every event is logged, then shown.
+pub(crate) fn run(pipeline: &Arc<Pipeline>, wanted: &[usize], store: &Store, options: Options, show: &mut dyn FnMut(&Stamped)) -> Result<Ended> {
+    let started = Timestamp::now();
+    let run = new_run_id(store, started);
+    let lock = store.lock(&format!("run {run} of `{}`, process {}, since {started:.0}", pipeline.name, std::process::id()))?;
+    let n_swept = store.recover(&lock)?;
+    let (ledger, ledger_notice) = Ledger::open(&store.home().join("ledger"), &store.quarantine())?;
+    let log = EventLog::create(store.home(), &run)?;
+    let mut coordinator = Coordinator::new(pipeline, wanted, store, options, &run, log, show);
+    coordinator.emit(Event::RunStarted {
+        version: event::VERSION,
+        run: run.clone(),
+        pipeline: pipeline.name.clone(),
+        description: pipeline.description.clone(),
+        command: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
+        steps: wanted.iter().map(|step| info(pipeline, &pipeline.steps[*step])).collect(),
+    })?;
+    if n_swept > 0 {
+        coordinator.emit(Event::Notice { words: format!("an earlier run was cut off: {n_swept} unfinished files or folders removed, nothing committed is lost") })?;
+    }
+    if let Some(words) = ledger_notice {
+        coordinator.emit(Event::Notice { words })?;
+    }
+    let clock = Instant::now();
+    let steps: Vec<&Step> = wanted.iter().map(|step| &pipeline.steps[*step]).collect();
+    let files = plan::digest_files(&steps, Some(&ledger));
+    ledger.flush();
+    let error = files.and_then(|files| coordinator.work(files)).err();
+    let outcome = match &error {
+        None => Outcome::Done,
+        Some(Error::Interrupted) => Outcome::Interrupted,
+        Some(_) => Outcome::Failed,
+    };
+    coordinator.emit(Event::RunEnded { outcome, wall_s: clock.elapsed().as_secs_f64() })?;
+    let _held_until_here: RunLock = lock;
+    Ok(Ended { run, made: coordinator.made, error })
+}
+
+/// `20261121-022350`, or with `-2` where that second has a run already.
+fn new_run_id(store: &Store, started: Timestamp) -> String {
+    let id = started.strftime("%Y%m%d-%H%M%S").to_string();
+    let is_taken = |id: &str| event::run_folder(store.home(), id).exists();
+    if !is_taken(&id) {
+        return id;
+    }
+    let numbered = (2..).map(|n| format!("{id}-{n}")).find(|id| !is_taken(id));
+    numbered.expect("BUG: there are more numbers than runs")
+}
+
+fn info(pipeline: &Pipeline, step: &Step) -> StepInfo {
+    let after = upstream(step).into_iter().map(|step| pipeline.steps[step].id.clone()).collect();
+    StepInfo { id: step.id.clone(), kind: step.entry.kind.into(), after }
+}
+
+enum State {
+    /// For a step it reads from.
+    Waiting,
+    Checking,
+    /// For resources.
+    Queued(Box<Work>),
+    Running(Gauge),
+    Done,
+    Failed,
+    Skipped,
+}
+
+/// How far a running step is.
+struct Gauge {
+    started: Instant,
+    done: u64,
+    total: u64,
+    bytes: u64,
+    is_stale: bool,
+}
+
+enum Message {
+    Checked(usize, Result<Checked, Failure>),
+    Progress(usize, Progress),
+    Finished(usize, Result<Artifact, Failure>),
+}
+
+/// The owner of all state of a run.
+struct Coordinator<'a> {
+    pipeline: &'a Arc<Pipeline>,
+    store: &'a Store,
+    options: Options,
+    run: &'a str,
+    log: EventLog,
+    show: &'a mut dyn FnMut(&Stamped),
+    sender: UnboundedSender<Message>,
+    receiver: UnboundedReceiver<Message>,
+    stop: Arc<AtomicBool>,
+    states: BTreeMap<usize, State>,
+    made: Made,
+    last: Last,
+    failed: Vec<String>,
+    skipped: Vec<String>,
+    worst: ExitCode,
+}
+
+impl<'a> Coordinator<'a> {
+    fn new(
+        pipeline: &'a Arc<Pipeline>,
+        wanted: &[usize],
+        store: &'a Store,
+        options: Options,
+        run: &'a str,
+        log: EventLog,
+        show: &'a mut dyn FnMut(&Stamped),
+    ) -> Self {
+        let (sender, receiver) = unbounded_channel();
+        Self {
+            pipeline,
+            store,
+            options,
+            run,
+            log,
+            show,
+            sender,
+            receiver,
+            stop: Arc::default(),
+            states: wanted.iter().map(|step| (*step, State::Waiting)).collect(),
+            made: Made::new(),
+            last: Last::read(store.home(), &pipeline.name),
+            failed: Vec::new(),
+            skipped: Vec::new(),
+            worst: ExitCode::Success,
+        }
+    }
+
+    fn emit(&mut self, event: Event) -> Result<()> {
+        let stamped = Stamped { at: Timestamp::now(), event };
+        self.log.append(&stamped)?;
+        (self.show)(&stamped);
+        Ok(())
+    }
+
+    fn id(&self, place: usize) -> String {
+        self.pipeline.steps[place].id.clone()
+    }
+
+    fn work(&mut self, files: FileInputs) -> Result<()> {
+        let runtime = runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.expect("BUG: a current-thread runtime needs nothing but memory");
+        runtime.block_on(self.turn(&Arc::new(files)))?;
+        if self.stop.load(Ordering::SeqCst) {
+            return Err(Error::Interrupted);
+        }
+        if self.failed.is_empty() {
+            return Ok(());
+        }
+        let (failed, skipped) = (std::mem::take(&mut self.failed), std::mem::take(&mut self.skipped));
+        Err(Error::StagesFailed { failed, skipped, worst: self.worst })
+    }
+
+    async fn turn(&mut self, files: &Arc<FileInputs>) -> Result<()> {
+        let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt()), listen(SignalKind::terminate()));
+        let mut timer = tokio::time::interval(PROGRESS_EVERY);
+        timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            self.start_what_can(files)?;
+            if !self.states.values().any(|state| matches!(state, State::Checking | State::Running(_))) {
+                return Ok(());
+            }
+            tokio::select! {
+                Some(message) = self.receiver.recv() => self.learn(message)?,
+                Some(()) = interrupt.recv() => self.interrupt()?,
+                Some(()) = terminate.recv() => self.interrupt()?,
+                _ = timer.tick() => self.tell_progress()?,
+            }
+        }
+    }
+
+    #[expect(clippy::exit, reason = "a second Ctrl-C means at once; nothing committed can be lost")]
+    fn interrupt(&mut self) -> Result<()> {
+        if self.stop.swap(true, Ordering::SeqCst) {
+            std::process::exit(ExitCode::Interrupted as i32);
+        }
+        self.emit(Event::Interrupted)
+    }
+
+    fn start_what_can(&mut self, files: &Arc<FileInputs>) -> Result<()> {
+        let places: Vec<usize> = self.states.keys().copied().collect();
+        for place in places {
+            if self.stop.load(Ordering::SeqCst) {
+                return Ok(());
+            }
+            let sources = upstream(&self.pipeline.steps[place]);
+            match &self.states[&place] {
+                State::Waiting => {
+                    let is_lost = |step: &usize| matches!(self.states.get(step), Some(State::Failed | State::Skipped));
+                    if let Some(lost) = sources.iter().find(|step| is_lost(step)) {
+                        let because = self.id(*lost);
+                        self.states.insert(place, State::Skipped);
+                        self.skipped.push(self.id(place));
+                        self.emit(Event::StepSkipped { step: self.id(place), because })?;
+                    } else if sources.iter().all(|step| self.made.contains_key(step)) {
+                        self.states.insert(place, State::Checking);
+                        self.start_check(place, Arc::clone(files));
+                    }
+                }
+                State::Queued(_) if self.fits(place) => {
+                    let gauge = Gauge { started: Instant::now(), done: 0, total: 0, bytes: 0, is_stale: false };
+                    if let Some(State::Queued(work)) = self.states.insert(place, State::Running(gauge)) {
+                        self.emit(Event::StepStarted { step: self.id(place) })?;
+                        self.start_worker(place, *work);
+                    }
+                }
+                State::Queued(_) | State::Checking | State::Running(_) | State::Done | State::Failed | State::Skipped => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a step's resources are free; one that asks for more than there is runs alone.
+    fn fits(&self, place: usize) -> bool {
+        let running = self.states.iter().filter(|(_, state)| matches!(state, State::Running(_)));
+        let running: Vec<_> = running.map(|(place, _)| self.pipeline.steps[*place].resources).collect();
+        let wanted = self.pipeline.steps[place].resources;
+        let cpu: usize = running.iter().map(|used| used.cpu).sum();
+        let memory: u64 = running.iter().map(|used| used.memory).sum();
+        let gpu: usize = running.iter().map(|used| used.gpu).sum();
+        let gpu_fits = wanted.gpu == 0 || gpu + wanted.gpu <= usize::from(self.options.device.is_cuda());
+        running.is_empty() || (cpu + wanted.cpu <= self.options.cpu && memory + wanted.memory <= self.options.memory && gpu_fits)
+    }
+
+    fn start_check(&self, place: usize, files: Arc<FileInputs>) {
+        let (pipeline, store, sender) = (Arc::clone(self.pipeline), self.store.clone(), self.sender.clone());
+        let made: Made = upstream(&pipeline.steps[place]).into_iter().map(|step| (step, self.made[&step].clone())).collect();
+        thread::spawn(move || {
+            let checked = guard(|| {
+                let last = Last::read(store.home(), &pipeline.name);
+                plan::check(&pipeline.steps[place], &files, &made, &store, &last)
+            });
+            // Nobody listens once the loop has ended because its log could not be written.
+            drop(sender.send(Message::Checked(place, checked)));
+        });
+    }
+
+    fn start_worker(&self, place: usize, work: Work) {
+        let (pipeline, store, sender) = (Arc::clone(self.pipeline), self.store.clone(), self.sender.clone());
+        let (options, run, stop) = (self.options, self.run.to_owned(), Arc::clone(&self.stop));
+        thread::spawn(move || {
+            let progress = sender.clone();
+            let report = move |said| drop(progress.send(Message::Progress(place, said)));
+            let finished = guard(|| make(&pipeline.steps[place], work, &store, options, &run, &stop, &report));
+            drop(sender.send(Message::Finished(place, finished)));
+        });
+    }
+
+    fn learn(&mut self, message: Message) -> Result<()> {
+        match message {
+            Message::Checked(place, Ok(Checked::Reused(artifact))) => {
+                let fingerprint = artifact.manifest.fingerprint;
+                self.emit(Event::StepChecked { step: self.id(place), fingerprint, verdict: Verdict::Reused })?;
+                self.keep(place, artifact)
+            }
+            Message::Checked(place, Ok(Checked::Run(work))) => {
+                let (units_total, units_done) = (work.units.len(), work.units.len() - work.missing.len());
+                let verdict = Verdict::Run { units_done, units_total, reasons: work.reasons.clone() };
+                let fingerprint = work.recipe.fingerprint();
+                self.states.insert(place, State::Queued(Box::new(work)));
+                self.emit(Event::StepChecked { step: self.id(place), fingerprint, verdict })
+            }
+            Message::Progress(place, said) => self.note(place, said),
+            Message::Finished(place, Ok(artifact)) => {
+                if let Some(State::Running(gauge)) = self.states.get(&place) {
+                    let Gauge { started, done, bytes, .. } = gauge;
+                    let (items, bytes, wall_s) = (*done, *bytes, started.elapsed().as_secs_f64());
+                    let (fingerprint, ports) = (artifact.manifest.fingerprint, artifact.manifest.ports.clone());
+                    self.emit(Event::StepDone { step: self.id(place), fingerprint, ports, items, bytes, wall_s })?;
+                }
+                self.keep(place, artifact)
+            }
+            Message::Checked(place, Err(failure)) | Message::Finished(place, Err(failure)) => self.fail(place, failure),
+        }
+    }
+
+    fn keep(&mut self, place: usize, artifact: Artifact) -> Result<()> {
+        self.last.remember(self.store.home(), &self.pipeline.name, &self.pipeline.steps[place].id, artifact.manifest.fingerprint)?;
+        self.states.insert(place, State::Done);
+        self.made.insert(place, artifact);
+        Ok(())
+    }
+
+    fn note(&mut self, place: usize, said: Progress) -> Result<()> {
+        let step = self.id(place);
+        let Some(State::Running(gauge)) = self.states.get_mut(&place) else { return Ok(()) };
+        gauge.is_stale = true;
+        match said {
+            Progress::Total(total) => gauge.total = total,
+            Progress::Tick(n_items) => gauge.done += n_items,
+            Progress::Committed { unit, bytes } => {
+                gauge.bytes += bytes;
+                return self.emit(Event::UnitCommitted { step, unit, bytes });
+            }
+            Progress::Note(words) => return self.emit(Event::StepNote { step, words }),
+        }
+        Ok(())
+    }
+
+    fn tell_progress(&mut self) -> Result<()> {
+        let mut events = Vec::new();
+        for (place, state) in &mut self.states {
+            if let State::Running(gauge) = state
+                && std::mem::take(&mut gauge.is_stale)
+            {
+                let step = self.pipeline.steps[*place].id.clone();
+                events.push(Event::StepProgress { step, done: gauge.done, total: gauge.total });
+            }
+        }
+        events.into_iter().try_for_each(|event| self.emit(event))
+    }
+
+    fn fail(&mut self, place: usize, failure: Failure) -> Result<()> {
+        let step = self.id(place);
+        self.states.insert(place, State::Failed);
+        let (error, hint, code) = match &failure {
+            // The run as a whole says so.
+            Failure::Known(Error::Stage(ovenbird_stages::Error::Stopped)) => return Ok(()),
+            Failure::Known(error) => {
+                if let Error::Stage(error) = error {
+                    self.set_aside_damage(error)?;
+                }
+                (error.words(), error.hint(), error.exit_code())
+            }
+            Failure::Bug(words) => {
+                let hint = "this is a bug of ovenbird: report it with the run's log; what is committed is kept";
+                (words.clone(), Some(hint.to_owned()), ExitCode::Stage)
+            }
+        };
+        self.failed.push(step.clone());
+        self.worst = self.worst.max(code);
+        self.emit(Event::StepFailed { step, error, hint })
+    }
+
+    /// A committed file turned out damaged while it was read: its unit is set aside, so that the next run makes it again.
+    fn set_aside_damage(&mut self, error: &ovenbird_stages::Error) -> Result<()> {
+        if let Some((kind, fingerprint)) = error.damaged_file().and_then(|path| self.store.unit_of(path)) {
+            let aside = self.store.quarantine_unit(&kind, &fingerprint)?;
+            self.emit(Event::Notice { words: format!("a damaged unit of {kind} was set aside at {}", aside.display()) })?;
+        }
+        Ok(())
+    }
+}
+
+/// Why a worker ended without an artifact.
+enum Failure {
+    Known(Error),
+    /// A panic, which is always ours.
+    Bug(String),
+}
+
+/// Runs something on a worker's thread; a panic comes back as a failure.
+fn guard<T>(work: impl FnOnce() -> Result<T>) -> Result<T, Failure> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => result.map_err(Failure::Known),
+        Err(panic) => {
+            let words = panic.downcast_ref::<String>().cloned();
+            let words = words.or_else(|| panic.downcast_ref::<&str>().map(|words| (*words).to_owned()));
+            Err(Failure::Bug(words.unwrap_or_else(|| "a panic without words".into())))
+        }
+    }
+}
+
+fn listen(kind: SignalKind) -> Signal {
+    signal(kind).expect("BUG: SIGINT and SIGTERM can be listened to")
+}
+
+/// Makes the missing units of a step and publishes its artifact.
+fn make(
+    step: &Step,
+    work: Work,
+    store: &Store,
+    options: Options,
+    run: &str,
+    stop: &AtomicBool,
+    report: &(dyn Fn(Progress) + Send + Sync),
+) -> Result<Artifact> {
+    let (started, clock) = (Timestamp::now(), Instant::now());
+    let Work { recipe, inputs, units, missing, damaged, .. } = work;
+    for unit in damaged {
+        store.quarantine_unit(step.entry.kind, &units[unit].fingerprint)?;
+    }
+    let missing: Vec<Unit> = missing.into_iter().map(|unit| units[unit].clone()).collect();
+    let n_items: usize = missing.iter().map(|unit| unit.items.len()).sum();
+    if n_items > 0 {
+        report(Progress::Total(n_items as u64));
+    }
+    let (device, threads) = (options.device, step.resources.cpu);
+    let context = Context { store, kind: step.entry.kind, units: &units, inputs: &inputs, device, threads, stop, report };
+    if !missing.is_empty() {
+        step.stage.run(&missing, &context)?;
+    }
+    let record = |unit: &Unit| -> Result<UnitRecord> {
+        match store.unit(step.entry.kind, &unit.fingerprint)? {
+            Status::Valid(record) => Ok(record),
+            Status::Damaged(_) | Status::Absent => panic!("BUG: `{}` ended well without unit {}", step.entry.kind, unit.index),
+        }
+    };
+    let records = units.iter().map(record).collect::<Result<Vec<_>>>()?;
+    let made = Provenance {
+        program: format!("ovenbird {}", env!("CARGO_PKG_VERSION")),
+        run: run.to_owned(),
+        host: read_line("/proc/sys/kernel/hostname"),
+        device: device_name(device),
+        libtorch: ovenbird_models::LIBTORCH.into(),
+        started: started.to_string(),
+        wall_s: clock.elapsed().as_secs_f64(),
+    };
+    let ports: Vec<&str> = step.entry.outputs.iter().map(|port| port.name).collect();
+    Ok(store.commit_artifact(recipe, &ports, records, made)?)
+}
+
+fn read_line(path: &str) -> String {
+    fs::read_to_string(path).map_or_else(|_| "unknown".into(), |text| text.trim().to_owned())
+}
+
+/// What networks run on, in words.
+fn device_name(device: tch::Device) -> String {
+    let tch::Device::Cpu = device else { return format!("{device:?}") };
+    let info = read_line("/proc/cpuinfo");
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, model)| model.trim().to_owned()));
+    model.unwrap_or_else(|| "cpu".into())
+}

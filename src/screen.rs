@@ -1,0 +1,173 @@
+//! What an operator sees of a run: bars on a terminal, plain lines elsewhere. A fold over events.
+
+use std::{
+    collections::BTreeMap,
+    io::IsTerminal as _,
+    time::{Duration, Instant},
+};
+
+use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
+use jiff::{Timestamp, Zoned};
+
+use crate::event::{Event, Stamped, Verdict};
+
+/// How often a plain line says how far a step is.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Shows events on stderr.
+pub(crate) struct Screen {
+    bars: Option<MultiProgress>,
+    steps: BTreeMap<String, Shown>,
+    width: usize,
+}
+
+struct Shown {
+    bar: Option<ProgressBar>,
+    started: Instant,
+    /// Units of this step that earlier runs left.
+    resumed: Option<String>,
+    last_line: Instant,
+}
+
+impl Screen {
+    /// Bars if stderr is a terminal, plain lines if not.
+    pub(crate) fn new() -> Self {
+        let bars = std::io::stderr().is_terminal().then(MultiProgress::new);
+        Self { bars, steps: BTreeMap::new(), width: 0 }
+    }
+
+    /// Shows one event.
+    pub(crate) fn show(&mut self, stamped: &Stamped) {
+        match &stamped.event {
+            Event::RunStarted { run, pipeline, steps, .. } => {
+                self.width = steps.iter().map(|step| step.id.len()).max().unwrap_or(0);
+                self.say(&format!("run {run} of `{pipeline}`"));
+            }
+            Event::Notice { words } => self.say(&format!("note: {words}")),
+            Event::StepChecked { step, verdict, .. } => self.checked(step, verdict),
+            Event::StepStarted { step } => {
+                let (bar, now) = (self.bar(step), Instant::now());
+                let resumed = self.steps.remove(step).and_then(|shown| shown.resumed);
+                self.steps.insert(step.clone(), Shown { bar, started: now, resumed, last_line: now });
+            }
+            Event::StepProgress { step, done, total } => self.progress(step, *done, *total),
+            Event::StepNote { step, words } => self.step_line(step, words),
+            Event::StepDone { step, items, bytes, wall_s, .. } => {
+                self.finish_bar(step);
+                let rate = if *items > 0 && *wall_s > 0.0 { format!(", {:.0} items/s", *items as f64 / wall_s) } else { String::new() };
+                self.step_line(step, &format!("done in {}{rate}, {}", duration(*wall_s), HumanBytes(*bytes)));
+            }
+            Event::StepFailed { step, error, hint } => {
+                self.finish_bar(step);
+                self.step_line(step, &format!("failed: {error}"));
+                if let Some(hint) = hint {
+                    self.step_line(step, &format!("  hint: {hint}"));
+                }
+            }
+            Event::StepSkipped { step, because } => self.step_line(step, &format!("not run, because `{because}` is not there")),
+            Event::Interrupted => self.say("stopping at the next unit; press Ctrl-C again to stop at once (nothing committed is lost either way)"),
+            Event::UnitCommitted { .. } => {}
+            Event::RunEnded { .. } => {
+                if let Some(bars) = &self.bars {
+                    drop(bars.clear());
+                }
+            }
+        }
+    }
+
+    fn checked(&mut self, step: &str, verdict: &Verdict) {
+        match verdict {
+            Verdict::Reused => self.step_line(step, "reused"),
+            Verdict::Run { units_done, units_total, reasons } => {
+                let resumed = (*units_done > 0).then(|| format!("{units_done} of {units_total} units are there"));
+                let why = resumed.clone().into_iter().chain(reasons.iter().cloned()).collect::<Vec<_>>().join("; ");
+                self.step_line(step, &format!("will run: {why}"));
+                let now = Instant::now();
+                self.steps.insert(step.to_owned(), Shown { bar: None, started: now, resumed, last_line: now });
+            }
+        }
+    }
+
+    fn bar(&self, step: &str) -> Option<ProgressBar> {
+        let bars = self.bars.as_ref()?;
+        let template = format!("  {{prefix:{}}}  {{spinner}} {{elapsed}}  {{msg}}", self.width);
+        let style = ProgressStyle::with_template(&template).expect("BUG: the template is valid");
+        let bar = bars.add(ProgressBar::new(0).with_style(style).with_prefix(step.to_owned()));
+        bar.enable_steady_tick(Duration::from_millis(100));
+        Some(bar)
+    }
+
+    fn progress(&mut self, step: &str, done: u64, total: u64) {
+        let Some(shown) = self.steps.get_mut(step) else { return };
+        let elapsed_s = shown.started.elapsed().as_secs_f64();
+        let rate = done as f64 / elapsed_s.max(1e-9);
+        let left = total.saturating_sub(done) as f64 / rate.max(1e-9);
+        let ends = if total > 0 && done > 0 { format!(", ends {}", clock_in(left)) } else { String::new() };
+        let words = match total {
+            0 => format!("{done} items, {rate:.0} items/s"),
+            total => format!("{done}/{total} ({:.0} %), {rate:.0} items/s{ends}", 100.0 * done as f64 / total as f64),
+        };
+        if let Some(bar) = &shown.bar {
+            if total > 0 {
+                bar.set_length(total);
+                bar.set_position(done);
+                let template = format!("  {{prefix:{}}}  {{bar:24}} {{elapsed}}  {{msg}}", self.width);
+                bar.set_style(ProgressStyle::with_template(&template).expect("BUG: the template is valid").progress_chars("=> "));
+            }
+            bar.set_message(words);
+        } else if shown.last_line.elapsed() >= LINE_EVERY {
+            shown.last_line = Instant::now();
+            self.step_line(step, &words);
+        }
+    }
+
+    fn finish_bar(&mut self, step: &str) {
+        if let (Some(bars), Some(Shown { bar: Some(bar), .. })) = (&self.bars, self.steps.remove(step)) {
+            bar.finish_and_clear();
+            bars.remove(&bar);
+        }
+    }
+
+    fn step_line(&self, step: &str, words: &str) {
+        self.say(&format!("  {step:width$}  {words}", width = self.width));
+    }
+
+    #[expect(clippy::print_stderr, reason = "this is the screen")]
+    fn say(&self, line: &str) {
+        match &self.bars {
+            // A terminal that is gone is no reason to end a run.
+            Some(bars) => drop(bars.println(line)),
+            None => eprintln!("{line}"),
+        }
+    }
+}
+
+/// `0.4 s`, `38 s`, `4 min 10 s`, `3 h 5 min`.
+pub(crate) fn duration(seconds: f64) -> String {
+    let whole = seconds.round() as u64;
+    match whole {
+        0..10 => format!("{seconds:.1} s"),
+        10..60 => format!("{whole} s"),
+        60..3600 => format!("{} min {} s", whole / 60, whole % 60),
+        _ => format!("{} h {} min", whole / 3600, whole % 3600 / 60),
+    }
+}
+
+/// The local time of day some seconds from now, with the date if that is not today.
+fn clock_in(seconds: f64) -> String {
+    let now = Zoned::now();
+    let then = Timestamp::now() + Duration::from_secs_f64(seconds.clamp(0.0, 1e8));
+    let then = then.to_zoned(now.time_zone().clone());
+    if then.date() == now.date() { then.strftime("%H:%M").to_string() } else { then.strftime("%Y-%m-%d %H:%M").to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_read_well_at_every_scale() {
+        let shown = [0.04, 9.94, 59.4, 61.0, 11_100.0].map(duration);
+        assert_eq!(shown, ["0.0 s", "9.9 s", "59 s", "1 min 1 s", "3 h 5 min"]);
+    }
+}

@@ -1,0 +1,426 @@
+//! CLIP features and image crops in Arrow shards.
+//!
+//! `image-features`: `image_id` u64, `embedding` `[D]`. `region-features`: one row an image: `image_id` u64, and lists of
+//! equal length: `embedding` `[N, D]`, `xyxy` f32 `[N, 4]` px of the original image, `objectness` f32 `[N]`. `crops`: one
+//! row an object: `image_id` u64, `annotation_id` u64, `category_id` u64, `jpeg` bytes.
+//!
+//! Embeddings are f16 unless a parameter says otherwise. Arrow has no bf16: it is stored as u16 in a field whose metadata
+//! says `ovenbird.bf16`. A record batch holds [`ROWS_PER_BATCH`] rows.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use arrow::{
+    array::{Array, ArrayRef, AsArray, BinaryArray, FixedSizeListArray, Float16Array, Float32Array, ListArray, RecordBatch, UInt16Array, UInt64Array},
+    buffer::OffsetBuffer,
+    datatypes::{DataType, Field, FieldRef, Float16Type, Float32Type, Schema, UInt16Type, UInt64Type},
+};
+use half::{bf16, f16};
+use ovenbird_cache::{
+    DraftFile, Fingerprint,
+    inputs::InputFile,
+    shard::{Compression, ShardReader, ShardWriter},
+};
+use ovenbird_data::{
+    annotations::{AnnotationId, CategoryId, ImageId},
+    boxes::Xyxy,
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::Artifact;
+use crate::{Result, error::malformed};
+
+/// Rows of a record batch: the smallest piece that is checked, and lost, as a whole.
+const ROWS_PER_BATCH: usize = 128;
+const BF16_KEY: &str = "ovenbird.bf16";
+
+/// How embeddings are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum NumberType {
+    /// IEEE half precision: unit-norm embeddings keep three digits.
+    #[default]
+    F16,
+    /// bfloat16: two digits.
+    Bf16,
+    /// Single precision: twice the size.
+    F32,
+}
+
+impl NumberType {
+    fn field(self, name: &str) -> Field {
+        match self {
+            Self::F16 => Field::new(name, DataType::Float16, false),
+            Self::F32 => Field::new(name, DataType::Float32, false),
+            Self::Bf16 => Field::new(name, DataType::UInt16, false).with_metadata(HashMap::from([(BF16_KEY.into(), "true".into())])),
+        }
+    }
+
+    fn array(self, values: &[f32]) -> ArrayRef {
+        match self {
+            Self::F16 => Arc::new(Float16Array::from_iter_values(values.iter().copied().map(f16::from_f32))),
+            Self::F32 => Arc::new(Float32Array::from_iter_values(values.iter().copied())),
+            Self::Bf16 => Arc::new(UInt16Array::from_iter_values(values.iter().map(|value| bf16::from_f32(*value).to_bits()))),
+        }
+    }
+}
+
+/// Widens stored numbers; `None` for a type that is no [`NumberType`].
+fn widened(array: &dyn Array) -> Option<Vec<f32>> {
+    if let Some(halves) = array.as_primitive_opt::<Float16Type>() {
+        return Some(halves.values().iter().map(|value| value.to_f32()).collect());
+    }
+    if let Some(singles) = array.as_primitive_opt::<Float32Type>() {
+        return Some(singles.values().to_vec());
+    }
+    array.as_primitive_opt::<UInt16Type>().map(|bits| bits.values().iter().map(|bits| bf16::from_bits(*bits).to_f32()).collect())
+}
+
+fn vectors(item: Field, dim: usize) -> DataType {
+    DataType::FixedSizeList(Arc::new(item), dim as i32)
+}
+
+fn vector_array(item: Field, dim: usize, values: ArrayRef) -> FixedSizeListArray {
+    FixedSizeListArray::new(Arc::new(item), dim as i32, values, None)
+}
+
+/// Writes `image-features`.
+pub struct ImageFeaturesWriter<'a> {
+    shard: ShardWriter<'a>,
+    stored: NumberType,
+    dim: usize,
+    image_ids: Vec<u64>,
+    values: Vec<f32>,
+}
+
+impl<'a> ImageFeaturesWriter<'a> {
+    /// Begins the shard of a unit with embeddings of `dim` numbers.
+    pub fn new(file: DraftFile<'a>, unit: &Fingerprint, stored: NumberType, dim: usize) -> Result<Self> {
+        let schema = Schema::new(vec![
+            Field::new("image_id", DataType::UInt64, false),
+            Field::new("embedding", vectors(stored.field("item"), dim), false),
+        ]);
+        let shard = ShardWriter::new(file, &schema, unit, Compression::None)?;
+        Ok(Self { shard, stored, dim, image_ids: Vec::new(), values: Vec::new() })
+    }
+
+    /// Appends one image.
+    pub fn push(&mut self, image: ImageId, embedding: &[f32]) -> Result<()> {
+        assert_eq!(embedding.len(), self.dim, "BUG: an embedding of another width");
+        self.image_ids.push(image.0);
+        self.values.extend_from_slice(embedding);
+        if self.image_ids.len() == ROWS_PER_BATCH { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        if self.image_ids.is_empty() {
+            return Ok(());
+        }
+        let ids: ArrayRef = Arc::new(UInt64Array::from(std::mem::take(&mut self.image_ids)));
+        let embeddings = vector_array(self.stored.field("item"), self.dim, self.stored.array(&std::mem::take(&mut self.values)));
+        let columns = [("image_id", ids), ("embedding", Arc::new(embeddings) as ArrayRef)];
+        Ok(self.shard.write(&RecordBatch::try_from_iter(columns).expect("BUG: columns of equal length"))?)
+    }
+
+    /// Writes what is left and finishes the file.
+    pub fn finish(mut self) -> Result<()> {
+        self.flush()?;
+        Ok(self.shard.finish()?)
+    }
+}
+
+/// One embedding an image.
+#[derive(Debug, Clone)]
+pub struct ImageFeatures {
+    shards: Vec<PathBuf>,
+}
+
+impl Artifact for ImageFeatures {
+    const KIND: &'static str = "image-features";
+    const EXTENSIONS: &'static [&'static str] = &["arrow", "/"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { shards: files.iter().map(|file| file.path.clone()).collect() })
+    }
+}
+
+impl ImageFeatures {
+    /// Every image with its embedding `[D]`, in order; each batch is checked as it is reached.
+    pub fn rows(&self) -> impl Iterator<Item = Result<(ImageId, Vec<f32>)>> {
+        batches(&self.shards).flat_map(|batch| {
+            let rows = batch.and_then(|(path, batch)| {
+                let ids = u64_column(&path, &batch, "image_id")?;
+                let (values, dim) = vector_column(&path, column(&path, &batch, "embedding")?)?;
+                Ok(ids.into_iter().map(ImageId).zip(values.chunks(dim.max(1)).map(<[f32]>::to_vec)).collect::<Vec<_>>())
+            });
+            flatten_result(rows)
+        })
+    }
+}
+
+/// The regions of one image with their embeddings.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Regions {
+    /// The image.
+    pub image_id: ImageId,
+    /// Boxes, N of them.
+    pub boxes: Vec<Xyxy>,
+    /// How sure the proposal network was, `[N]`.
+    pub objectness: Vec<f32>,
+    /// `[N, D]`, row by row.
+    pub embeddings: Vec<f32>,
+}
+
+/// Writes `region-features`.
+pub struct RegionFeaturesWriter<'a> {
+    shard: ShardWriter<'a>,
+    stored: NumberType,
+    dim: usize,
+    rows: Vec<Regions>,
+}
+
+impl<'a> RegionFeaturesWriter<'a> {
+    /// Begins the shard of a unit with embeddings of `dim` numbers.
+    pub fn new(file: DraftFile<'a>, unit: &Fingerprint, stored: NumberType, dim: usize) -> Result<Self> {
+        let schema = Schema::new(vec![
+            Field::new("image_id", DataType::UInt64, false),
+            list_field("embedding", embedding_field(stored, dim)),
+            list_field("xyxy", box_field()),
+            list_field("objectness", score_field()),
+        ]);
+        let shard = ShardWriter::new(file, &schema, unit, Compression::None)?;
+        Ok(Self { shard, stored, dim, rows: Vec::new() })
+    }
+
+    /// Appends one image, which may have no regions.
+    pub fn push(&mut self, regions: Regions) -> Result<()> {
+        assert_eq!(regions.embeddings.len(), regions.boxes.len() * self.dim, "BUG: embeddings of another width");
+        self.rows.push(regions);
+        if self.rows.len() == ROWS_PER_BATCH { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        if self.rows.is_empty() {
+            return Ok(());
+        }
+        let rows = std::mem::take(&mut self.rows);
+        let offsets = OffsetBuffer::<i32>::from_lengths(rows.iter().map(|row| row.boxes.len()));
+        let list = |item: FieldRef, values: ArrayRef| -> ArrayRef { Arc::new(ListArray::new(item, offsets.clone(), values, None)) };
+        let flat = |values: fn(&Regions) -> Vec<f32>| -> Vec<f32> { rows.iter().flat_map(values).collect() };
+        let embeddings = self.stored.array(&flat(|row| row.embeddings.clone()));
+        let embeddings = vector_array(self.stored.field("item"), self.dim, embeddings);
+        let corners = |xyxy: &Xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2];
+        let corners: Vec<f32> = rows.iter().flat_map(|row| row.boxes.iter().flat_map(corners)).collect();
+        let boxes = vector_array(NumberType::F32.field("item"), 4, NumberType::F32.array(&corners));
+        let columns: [(&str, ArrayRef); 4] = [
+            ("image_id", Arc::new(UInt64Array::from_iter_values(rows.iter().map(|row| row.image_id.0)))),
+            ("embedding", list(embedding_field(self.stored, self.dim), Arc::new(embeddings))),
+            ("xyxy", list(box_field(), Arc::new(boxes))),
+            ("objectness", list(score_field(), NumberType::F32.array(&flat(|row| row.objectness.clone())))),
+        ];
+        Ok(self.shard.write(&RecordBatch::try_from_iter(columns).expect("BUG: columns of equal length"))?)
+    }
+
+    /// Writes what is left and finishes the file.
+    pub fn finish(mut self) -> Result<()> {
+        self.flush()?;
+        Ok(self.shard.finish()?)
+    }
+}
+
+fn list_field(name: &str, item: FieldRef) -> Field {
+    Field::new(name, DataType::List(item), false)
+}
+
+fn embedding_field(stored: NumberType, dim: usize) -> FieldRef {
+    Arc::new(Field::new("item", vectors(stored.field("item"), dim), false))
+}
+
+fn box_field() -> FieldRef {
+    embedding_field(NumberType::F32, 4)
+}
+
+fn score_field() -> FieldRef {
+    Arc::new(NumberType::F32.field("item"))
+}
+
+/// Embeddings of the regions of each image.
+#[derive(Debug, Clone)]
+pub struct RegionFeatures {
+    shards: Vec<PathBuf>,
+}
+
+impl Artifact for RegionFeatures {
+    const KIND: &'static str = "region-features";
+    const EXTENSIONS: &'static [&'static str] = &["arrow", "/"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { shards: files.iter().map(|file| file.path.clone()).collect() })
+    }
+}
+
+impl RegionFeatures {
+    /// Every image with its regions, in order; each batch is checked as it is reached.
+    pub fn rows(&self) -> impl Iterator<Item = Result<Regions>> {
+        batches(&self.shards).flat_map(|batch| flatten_result(batch.and_then(|(path, batch)| region_rows(&path, &batch))))
+    }
+}
+
+fn region_rows(path: &Path, batch: &RecordBatch) -> Result<Vec<Regions>> {
+    let ids = u64_column(path, batch, "image_id")?;
+    let embeddings = list_column(path, batch, "embedding")?;
+    let (boxes, scores) = (list_column(path, batch, "xyxy")?, list_column(path, batch, "objectness")?);
+    let row = |(row_idx, image_id): (usize, u64)| {
+        let (embeddings, _) = vector_column(path, &embeddings.value(row_idx))?;
+        let (corners, four) = vector_column(path, &boxes.value(row_idx))?;
+        let objectness = widened(&scores.value(row_idx)).ok_or_else(|| malformed(path, "expected numbers in `objectness`"))?;
+        if four != 4 || corners.len() != 4 * objectness.len() {
+            return Err(malformed(path, format!("image {image_id}: boxes and objectness do not have the same length")));
+        }
+        let boxes = corners.chunks_exact(4).map(|corner| Xyxy { x1: corner[0], y1: corner[1], x2: corner[2], y2: corner[3] }).collect();
+        Ok(Regions { image_id: ImageId(image_id), boxes, objectness, embeddings })
+    };
+    ids.into_iter().enumerate().map(row).collect()
+}
+
+/// One annotated object, cut out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Crop {
+    /// Its image.
+    pub image_id: ImageId,
+    /// Its annotation.
+    pub annotation_id: AnnotationId,
+    /// Its class.
+    pub category_id: CategoryId,
+    /// The pixels, encoded.
+    pub jpeg: Vec<u8>,
+}
+
+/// Writes `crops`.
+pub struct CropsWriter<'a> {
+    shard: ShardWriter<'a>,
+    crops: Vec<Crop>,
+}
+
+impl<'a> CropsWriter<'a> {
+    /// Begins the shard of a unit.
+    pub fn new(file: DraftFile<'a>, unit: &Fingerprint) -> Result<Self> {
+        let id = |name| Field::new(name, DataType::UInt64, false);
+        let jpeg = Field::new("jpeg", DataType::Binary, false);
+        let schema = Schema::new(vec![id("image_id"), id("annotation_id"), id("category_id"), jpeg]);
+        Ok(Self { shard: ShardWriter::new(file, &schema, unit, Compression::None)?, crops: Vec::new() })
+    }
+
+    /// Appends one crop.
+    pub fn push(&mut self, crop: Crop) -> Result<()> {
+        self.crops.push(crop);
+        if self.crops.len() == ROWS_PER_BATCH { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        if self.crops.is_empty() {
+            return Ok(());
+        }
+        let crops = std::mem::take(&mut self.crops);
+        let ids = |id: fn(&Crop) -> u64| -> ArrayRef { Arc::new(UInt64Array::from_iter_values(crops.iter().map(id))) };
+        let columns: [(&str, ArrayRef); 4] = [
+            ("image_id", ids(|crop| crop.image_id.0)),
+            ("annotation_id", ids(|crop| crop.annotation_id.0)),
+            ("category_id", ids(|crop| crop.category_id.0)),
+            ("jpeg", Arc::new(BinaryArray::from_iter_values(crops.iter().map(|crop| &crop.jpeg)))),
+        ];
+        Ok(self.shard.write(&RecordBatch::try_from_iter(columns).expect("BUG: columns of equal length"))?)
+    }
+
+    /// Writes what is left and finishes the file.
+    pub fn finish(mut self) -> Result<()> {
+        self.flush()?;
+        Ok(self.shard.finish()?)
+    }
+}
+
+/// Cut-out objects.
+#[derive(Debug, Clone)]
+pub struct Crops {
+    shards: Vec<PathBuf>,
+}
+
+impl Artifact for Crops {
+    const KIND: &'static str = "crops";
+    const EXTENSIONS: &'static [&'static str] = &["arrow", "/"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { shards: files.iter().map(|file| file.path.clone()).collect() })
+    }
+}
+
+impl Crops {
+    /// Every crop in order; each batch is checked as it is reached.
+    pub fn rows(&self) -> impl Iterator<Item = Result<Crop>> {
+        batches(&self.shards).flat_map(|batch| {
+            let rows = batch.and_then(|(path, batch)| {
+                let ids = |name| u64_column(&path, &batch, name);
+                let (images, annotations, categories) = (ids("image_id")?, ids("annotation_id")?, ids("category_id")?);
+                let jpegs = column(&path, &batch, "jpeg")?.as_binary_opt::<i32>();
+                let jpegs = jpegs.ok_or_else(|| malformed(&path, "expected bytes in `jpeg`"))?;
+                let crop = |row: usize| Crop {
+                    image_id: ImageId(images[row]),
+                    annotation_id: AnnotationId(annotations[row]),
+                    category_id: CategoryId(categories[row]),
+                    jpeg: jpegs.value(row).to_vec(),
+                };
+                Ok((0..images.len()).map(crop).collect::<Vec<_>>())
+            });
+            flatten_result(rows)
+        })
+    }
+}
+
+/// Every record batch of some shards in order, with the path of its shard for messages.
+fn batches(shards: &[PathBuf]) -> impl Iterator<Item = Result<(PathBuf, RecordBatch)>> {
+    shards.iter().flat_map(|path| {
+        let batches = ShardReader::open(path).map(|shard| {
+            let n_batches = shard.n_batches();
+            (0..n_batches).map(move |batch_idx| Ok((path.clone(), shard.batch(batch_idx)?)))
+        });
+        let (batches, error) = match batches {
+            Ok(batches) => (Some(batches), None),
+            Err(error) => (None, Some(Err(error.into()))),
+        };
+        batches.into_iter().flatten().chain(error)
+    })
+}
+
+fn flatten_result<T>(rows: Result<Vec<T>>) -> impl Iterator<Item = Result<T>> {
+    let (rows, error) = match rows {
+        Ok(rows) => (rows, None),
+        Err(error) => (Vec::new(), Some(Err(error))),
+    };
+    rows.into_iter().map(Ok).chain(error)
+}
+
+fn column<'a>(path: &Path, batch: &'a RecordBatch, name: &str) -> Result<&'a ArrayRef> {
+    batch.column_by_name(name).ok_or_else(|| malformed(path, format!("expected a column `{name}`")))
+}
+
+fn u64_column(path: &Path, batch: &RecordBatch, name: &str) -> Result<Vec<u64>> {
+    let ids = column(path, batch, name)?.as_primitive_opt::<UInt64Type>();
+    Ok(ids.ok_or_else(|| malformed(path, format!("expected u64 in `{name}`")))?.values().to_vec())
+}
+
+fn list_column<'a>(path: &Path, batch: &'a RecordBatch, name: &str) -> Result<&'a ListArray> {
+    let list = column(path, batch, name)?.as_list_opt::<i32>();
+    list.ok_or_else(|| malformed(path, format!("expected lists in `{name}`")))
+}
+
+/// The numbers of a column of vectors, and how many each vector has.
+fn vector_column(path: &Path, array: &ArrayRef) -> Result<(Vec<f32>, usize)> {
+    let vectors = array.as_fixed_size_list_opt().ok_or_else(|| malformed(path, "expected vectors"))?;
+    let dim = vectors.value_length() as usize;
+    let values = vectors.values().slice(vectors.offset() * dim, vectors.len() * dim);
+    Ok((widened(&values).ok_or_else(|| malformed(path, "expected f16, bf16 or f32"))?, dim))
+}

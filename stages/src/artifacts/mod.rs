@@ -1,0 +1,296 @@
+//! What lies at the ports of stages: one type a kind, opened from the port's files.
+//!
+//! | kind | files | readers |
+//! |---|---|---|
+//! | `images` | a folder of JPEG / PNG files | [`Images`] |
+//! | `annotations` | a COCO or LVIS v1 json | [`AnnotationFile`] |
+//! | `classes` | base and novel class names, json | [`Classes`] |
+//! | `captions` | images with alt text, json lines | [`Captions`] |
+//! | `mmdet-proposals` | a Python pickle, list over images of `N x 5` | [`MmdetProposals`] |
+//! | `proposals`, `detections` | Parquet | [`Proposals`], [`Detections`] |
+//! | `checkpoint` | CLIP weights in any published layout | [`CheckpointFile`] |
+//! | `prompts` | class embeddings, safetensors | [`Prompts`] |
+//! | `image-features`, `region-features` | Arrow shards | [`ImageFeatures`], [`RegionFeatures`] |
+//! | `crops` | an Arrow shard of encoded images | [`Crops`] |
+//! | `evaluation` | json | [`EvaluationFile`] |
+
+mod features;
+mod tables;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use ovenbird_cache::{Digest, inputs::InputFile};
+use ovenbird_data::{
+    annotations::Annotations,
+    classes::ClassSplit,
+    evaluate::Evaluation,
+    images::Image,
+    proposals::{self, Proposal},
+};
+use ovenbird_models::checkpoint::Checkpoint;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tch::Tensor;
+
+pub use features::{Crop, Crops, CropsWriter, ImageFeatures, ImageFeaturesWriter, NumberType, RegionFeatures, RegionFeaturesWriter, Regions};
+pub use tables::{Detections, Proposals};
+
+use crate::{Error, Result, error::malformed};
+
+/// What a stage reads at a port.
+pub trait Artifact: Sized {
+    /// How the planner names the kind.
+    const KIND: &'static str;
+    /// How the names of its files end, in lower case; `/` stands for a folder.
+    const EXTENSIONS: &'static [&'static str];
+
+    /// Opens it from the port's files. Large contents are read later, piece by piece.
+    fn open(files: &[InputFile]) -> Result<Self>;
+}
+
+/// The one file of a port that must hold exactly one.
+fn only_file(kind: &'static str, files: &[InputFile]) -> Result<&InputFile> {
+    match files {
+        [file] => Ok(file),
+        _ => Err(Error::Input {
+            port: kind,
+            problem: format!("expected one file, found {}", files.len()),
+            hint: "name a file, not a folder, in the pipeline".into(),
+        }),
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(|source| ovenbird_data::Error::Read { path: path.to_owned(), source }.into())
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    serde_json::from_slice(&read(path)?).map_err(|error| malformed(path, error.to_string()))
+}
+
+/// A folder of images, by their path below it.
+#[derive(Debug, Clone)]
+pub struct Images {
+    by_name: BTreeMap<String, (PathBuf, Digest)>,
+}
+
+impl Artifact for Images {
+    const KIND: &'static str = "images";
+    const EXTENSIONS: &'static [&'static str] = &["/"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { by_name: files.iter().map(|file| (file.name.clone(), (file.path.clone(), file.digest))).collect() })
+    }
+}
+
+impl Images {
+    /// Every file's name, ascending.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.by_name.keys().map(String::as_str)
+    }
+
+    /// The content digest of an image. Fails when the folder has no such file.
+    pub fn digest(&self, file_name: &str) -> Result<Digest> {
+        self.entry(file_name).map(|(_, digest)| *digest)
+    }
+
+    /// Where an image lies. Fails when the folder has no such file.
+    pub fn path(&self, file_name: &str) -> Result<&Path> {
+        self.entry(file_name).map(|(path, _)| path.as_path())
+    }
+
+    /// Decodes an image and checks it against the size its annotations state, `[width, height]` px.
+    pub fn decode(&self, file_name: &str, stated: [u32; 2]) -> Result<Image> {
+        let path = self.path(file_name)?;
+        let image = Image::open(path)?;
+        let found = [image.width, image.height];
+        if found == stated {
+            return Ok(image);
+        }
+        let size = |[width, height]: [u32; 2]| format!("{width} x {height}");
+        let problem = format!("the annotations say {} px, the image has {}", size(stated), size(found));
+        let hint = Some("use the images the annotations were made for; a resized copy does not fit its boxes".into());
+        Err(ovenbird_data::Error::Malformed { path: path.to_owned(), problem, hint }.into())
+    }
+
+    fn entry(&self, file_name: &str) -> Result<&(PathBuf, Digest)> {
+        self.by_name.get(file_name).ok_or_else(|| Error::Input {
+            port: Self::KIND,
+            problem: format!("the annotations name `{file_name}`, which is not in the folder ({} files)", self.by_name.len()),
+            hint: "point `images` at the folder that the annotations' file names are relative to".into(),
+        })
+    }
+}
+
+/// A COCO or LVIS json, not yet read.
+#[derive(Debug, Clone)]
+pub struct AnnotationFile {
+    /// Where it lies.
+    pub path: PathBuf,
+}
+
+impl Artifact for AnnotationFile {
+    const KIND: &'static str = "annotations";
+    const EXTENSIONS: &'static [&'static str] = &["json"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { path: only_file(Self::KIND, files)?.path.clone() })
+    }
+}
+
+impl AnnotationFile {
+    /// Reads and checks it.
+    pub fn load(&self) -> Result<Annotations> {
+        Ok(Annotations::load(&self.path)?)
+    }
+}
+
+/// Base and novel class names.
+#[derive(Debug, Clone)]
+pub struct Classes(pub ClassSplit);
+
+impl Artifact for Classes {
+    const KIND: &'static str = "classes";
+    const EXTENSIONS: &'static [&'static str] = &["json"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self(read_json(&only_file(Self::KIND, files)?.path)?))
+    }
+}
+
+/// One image of a web set with the text found beside it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Caption {
+    /// The image's name in the `images` artifact that goes with it.
+    pub file: String,
+    /// The text, as found.
+    pub text: String,
+}
+
+/// Images with alt text: one json object `{"file", "text"}` a line.
+#[derive(Debug, Clone)]
+pub struct Captions(pub Vec<Caption>);
+
+impl Artifact for Captions {
+    const KIND: &'static str = "captions";
+    const EXTENSIONS: &'static [&'static str] = &["jsonl"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        let path = &only_file(Self::KIND, files)?.path;
+        let bytes = read(path)?;
+        let lines = bytes.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty());
+        let parse = |(line_idx, line)| {
+            serde_json::from_slice(line).map_err(|error| malformed(path, format!("line {}: {error}", line_idx + 1)))
+        };
+        lines.map(parse).collect::<Result<_>>().map(Self)
+    }
+}
+
+/// A pickle of proposals as mmdet writes it, not yet read.
+#[derive(Debug, Clone)]
+pub struct MmdetProposals {
+    path: PathBuf,
+}
+
+impl Artifact for MmdetProposals {
+    const KIND: &'static str = "mmdet-proposals";
+    const EXTENSIONS: &'static [&'static str] = &["pkl", "pickle"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { path: only_file(Self::KIND, files)?.path.clone() })
+    }
+}
+
+impl MmdetProposals {
+    /// Where it lies.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads the proposals of every image, in the file's order.
+    pub fn load(&self) -> Result<Vec<Vec<Proposal>>> {
+        Ok(proposals::read_mmdet(&self.path)?)
+    }
+}
+
+/// A CLIP checkpoint, not yet read.
+#[derive(Debug, Clone)]
+pub struct CheckpointFile {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// Digest of its content.
+    pub digest: Digest,
+}
+
+impl Artifact for CheckpointFile {
+    const KIND: &'static str = "checkpoint";
+    const EXTENSIONS: &'static [&'static str] = &["pt", "pth", "safetensors", "bin"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        // A stage may keep more beside the weights (a training's state); the weights are called so.
+        let weights: Vec<&InputFile> = files.iter().filter(|file| file.name == "clip.safetensors").collect();
+        let file = match weights.as_slice() {
+            [file] => file,
+            _ => only_file(Self::KIND, files)?,
+        };
+        Ok(Self { path: file.path.clone(), digest: file.digest })
+    }
+}
+
+/// Class embeddings.
+#[derive(Debug)]
+pub struct Prompts {
+    /// Class names, in the order of the rows.
+    pub names: Vec<String>,
+    /// f32 `[K, D]`; whether rows have unit norm is the recipe's affair.
+    pub embeddings: Tensor,
+}
+
+impl Artifact for Prompts {
+    const KIND: &'static str = "prompts";
+    const EXTENSIONS: &'static [&'static str] = &["safetensors"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        let path = &only_file(Self::KIND, files)?.path;
+        let checkpoint = Checkpoint::open(path)?;
+        let names = checkpoint.metadata().get("names").and_then(|names| serde_json::from_str::<Vec<String>>(names).ok());
+        let names = names.ok_or_else(|| malformed(path, "expected a list of class names under `names` in the metadata"))?;
+        let embeddings = checkpoint.tensor("embeddings")?;
+        match embeddings.size().as_slice() {
+            [n_classes, _] if *n_classes == names.len() as i64 => Ok(Self { names, embeddings }),
+            shape => Err(malformed(path, format!("expected embeddings [{}, D], found {shape:?}", names.len()))),
+        }
+    }
+}
+
+impl Prompts {
+    /// The rows of some classes, f32 `[K, D]`, in the order asked for. A missing name is an error.
+    pub fn select(&self, names: &[String]) -> Result<Tensor> {
+        let row = |name: &String| {
+            self.names.iter().position(|known| known == name).map(|row| row as i64).ok_or_else(|| Error::Input {
+                port: Self::KIND,
+                problem: format!("no embedding for the class `{name}` among {} classes", self.names.len()),
+                hint: "make the prompts for this class list".into(),
+            })
+        };
+        let rows = names.iter().map(row).collect::<Result<Vec<i64>>>()?;
+        Ok(self.embeddings.index_select(0, &Tensor::from_slice(&rows)))
+    }
+}
+
+/// The result of an evaluation.
+#[derive(Debug, Clone)]
+pub struct EvaluationFile(pub Evaluation);
+
+impl Artifact for EvaluationFile {
+    const KIND: &'static str = "evaluation";
+    const EXTENSIONS: &'static [&'static str] = &["json"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self(read_json(&only_file(Self::KIND, files)?.path)?))
+    }
+}

@@ -1,0 +1,362 @@
+//! What a stage is: typed parameters, typed ports, units, and the work itself.
+//!
+//! A stage author writes a struct (its parameters, as an operator writes them under `with:`), four constants, and
+//! [`Stage::run`]. Everything that must not be got wrong twice is here: which recipe names a unit, when a unit is
+//! published, where randomness comes from.
+//!
+//! [`Stage::run`] receives all units that must be made, not one: a stage loads its network once and decodes the images of
+//! the next unit while the network works on this one. It publishes each unit as soon as it is whole.
+
+use std::{
+    collections::BTreeMap,
+    marker::PhantomData,
+    ops::Range,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use ovenbird_cache::{Digest, Draft, DraftFile, Fingerprint, Recipe, Status, Store, chunk, inputs::InputFile};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use schemars::JsonSchema;
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use crate::{Error, Result, artifacts::Artifact};
+
+/// A named kind of work. The implementing struct *is* its parameters.
+pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static {
+    /// How pipelines name it, such as `clip/globals`.
+    const KIND: &'static str;
+    /// Raised when the same recipe would give other results.
+    const VERSION: u32;
+    /// What it reads.
+    const INPUTS: &'static [PortInfo];
+    /// What it writes.
+    const OUTPUTS: &'static [PortInfo];
+
+    /// Contradictions among the parameters, all of them, found without touching files or devices.
+    fn check(&self) -> Vec<Problem> {
+        Vec::new()
+    }
+
+    /// How the work is divided into what is done, lost and redone as a whole. Asked before every run and every plan, so it
+    /// reads tables, never pixels or weights.
+    fn units(&self, _inputs: &Inputs) -> Result<Units> {
+        Ok(Units::One)
+    }
+
+    /// Makes the given units, in order, publishing each by [`Context::commit`]. For a chain they are its last links.
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()>;
+}
+
+/// Something wrong with a parameter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Which, below `with`: `clip.precision`; empty for the parameters as a whole.
+    pub field: String,
+    /// What was expected and what was found.
+    pub problem: String,
+}
+
+impl Problem {
+    /// Names a parameter and what is wrong with it.
+    pub fn new(field: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self { field: field.into(), problem: problem.into() }
+    }
+}
+
+/// Whether an input may be left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Presence {
+    /// It must be given.
+    Required,
+    /// It may be left out.
+    Optional,
+}
+
+/// A port as the planner sees it.
+#[derive(Debug, Clone, Copy)]
+pub struct PortInfo {
+    /// Its name under `in:`, or after the dot in `stage.output`.
+    pub name: &'static str,
+    /// What lies there, such as `features`; an edge joins equal kinds.
+    pub kind: &'static str,
+    /// Whether it may be left out (inputs).
+    pub presence: Presence,
+    /// How the names of such files end, in lower case; `/` stands for a folder.
+    pub extensions: &'static [&'static str],
+    /// What exactly is expected or written: shapes, units, order.
+    pub doc: &'static str,
+}
+
+/// An input port. `T` is what a stage reads there.
+#[derive(Debug, Clone, Copy)]
+pub struct In<T> {
+    info: PortInfo,
+    kind: PhantomData<fn() -> T>,
+}
+
+impl<T: Artifact> In<T> {
+    /// A port that must be given.
+    pub const fn required(name: &'static str, doc: &'static str) -> Self {
+        Self { info: PortInfo { name, kind: T::KIND, presence: Presence::Required, extensions: T::EXTENSIONS, doc }, kind: PhantomData }
+    }
+
+    /// A port that may be left out.
+    pub const fn optional(name: &'static str, doc: &'static str) -> Self {
+        Self { info: PortInfo { name, kind: T::KIND, presence: Presence::Optional, extensions: T::EXTENSIONS, doc }, kind: PhantomData }
+    }
+
+    /// The port as the planner sees it.
+    pub const fn info(&self) -> PortInfo {
+        self.info
+    }
+}
+
+/// An output port. `T` is what a stage downstream reads there.
+#[derive(Debug, Clone, Copy)]
+pub struct Out<T> {
+    info: PortInfo,
+    kind: PhantomData<fn() -> T>,
+}
+
+impl<T: Artifact> Out<T> {
+    /// A port with its documentation.
+    pub const fn new(name: &'static str, doc: &'static str) -> Self {
+        Self { info: PortInfo { name, kind: T::KIND, presence: Presence::Required, extensions: T::EXTENSIONS, doc }, kind: PhantomData }
+    }
+
+    /// The port as the planner sees it.
+    pub const fn info(&self) -> PortInfo {
+        self.info
+    }
+}
+
+/// The files behind every input port of a stage.
+#[derive(Debug, Clone, Default)]
+pub struct Inputs {
+    /// Files in order, by port.
+    pub ports: BTreeMap<String, Vec<InputFile>>,
+}
+
+impl Inputs {
+    /// Opens what lies at a port that must be given.
+    pub fn read<T: Artifact>(&self, port: In<T>) -> Result<T> {
+        T::open(self.files(port.info))
+    }
+
+    /// Opens what lies at a port, if it was given.
+    pub fn read_if_given<T: Artifact>(&self, port: In<T>) -> Result<Option<T>> {
+        self.ports.get(port.info.name).map(|files| T::open(files)).transpose()
+    }
+
+    fn files(&self, port: PortInfo) -> &[InputFile] {
+        self.ports.get(port.name).expect("BUG: the planner checks that required ports are given")
+    }
+}
+
+/// How a stage's work is divided.
+#[derive(Debug)]
+pub enum Units {
+    /// All of it at once.
+    One,
+    /// Items that do not depend on each other, cut into units by content.
+    Independent {
+        /// One digest an item, covering all that the item's result depends on besides the remaining inputs: its id and its
+        /// content.
+        items: Vec<Digest>,
+        /// The ports whose content the item digests stand for: a unit's identity holds its items in place of these.
+        replaces: Vec<&'static str>,
+    },
+    /// Steps of which each continues the one before (training).
+    Chain {
+        /// How many.
+        links: u32,
+    },
+}
+
+/// A piece that is done, verified, lost and redone as a whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unit {
+    /// Its place among the units of its stage.
+    pub index: usize,
+    /// Which items it holds, of the stage's own list; empty for one unit and for links of a chain.
+    pub items: Range<usize>,
+    /// Its name.
+    pub fingerprint: Fingerprint,
+}
+
+impl Units {
+    /// Names every unit of a stage with this recipe.
+    pub fn of(self, recipe: &Recipe) -> Vec<Unit> {
+        match self {
+            Self::One => vec![Unit { index: 0, items: 0..0, fingerprint: recipe.fingerprint() }],
+            Self::Chain { links } => {
+                let link = |link: u32| Recipe { link: Some(link), ..recipe.clone() }.fingerprint();
+                (0..links).map(|index| Unit { index: index as usize, items: 0..0, fingerprint: link(index) }).collect()
+            }
+            Self::Independent { items, replaces } => {
+                let mut shared = recipe.clone();
+                shared.inputs.retain(|port, _| !replaces.contains(&port.as_str()));
+                let unit = |(index, range): (usize, Range<usize>)| {
+                    let mut own = shared.clone();
+                    let content = Digest::of_list("ovenbird items 1", items[range.clone()].iter().map(|item| ("", *item)));
+                    own.inputs.insert("(items)".into(), content);
+                    Unit { index, items: range, fingerprint: own.fingerprint() }
+                };
+                chunk::cut(&items).into_iter().enumerate().map(unit).collect()
+            }
+        }
+    }
+}
+
+/// What a stage says while it works.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Progress {
+    /// How many items there are to do in this execution, once that is known.
+    Total(u64),
+    /// Some more items are done.
+    Tick(u64),
+    /// Something the operator should read: a skipped item and why, a measurement.
+    Note(String),
+    /// A unit is published.
+    Committed {
+        /// Its place among the units of its stage.
+        unit: usize,
+        /// Size of its files.
+        bytes: u64,
+    },
+}
+
+/// What a stage may use besides its parameters.
+pub struct Context<'a> {
+    /// Where units are published.
+    pub store: &'a Store,
+    /// The stage's kind.
+    pub kind: &'static str,
+    /// Every unit of the stage, the published ones too.
+    pub units: &'a [Unit],
+    /// What the stage reads.
+    pub inputs: &'a Inputs,
+    /// Where networks run.
+    pub device: tch::Device,
+    /// How many threads the stage may keep busy besides the network's own.
+    pub threads: usize,
+    /// Set when the operator asks to stop.
+    pub stop: &'a AtomicBool,
+    /// Receives progress.
+    pub report: &'a (dyn Fn(Progress) + Send + Sync),
+}
+
+impl Context<'_> {
+    /// Random numbers of a unit: the same in every run, on every machine.
+    pub fn rng(&self, unit: &Unit) -> ChaCha8Rng {
+        ChaCha8Rng::from_seed(*unit.fingerprint.as_bytes())
+    }
+
+    /// Says how many items there are to do in this execution.
+    pub fn total(&self, n_items: u64) {
+        (self.report)(Progress::Total(n_items));
+    }
+
+    /// Says that more items are done.
+    pub fn tick(&self, n_items: u64) {
+        (self.report)(Progress::Tick(n_items));
+    }
+
+    /// Says something that the operator should read.
+    pub fn note(&self, words: impl Into<String>) {
+        (self.report)(Progress::Note(words.into()));
+    }
+
+    /// Fails with [`Error::Stopped`] once the operator has asked to stop. Asked at every [`Self::begin`]; a stage asks by
+    /// itself where a unit takes long and can be cut short.
+    pub fn proceed(&self) -> Result<()> {
+        if self.stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) }
+    }
+
+    /// Opens a unit's draft. Dropping it loses the unit, and nothing else.
+    pub fn begin(&self, unit: &Unit) -> Result<UnitDraft> {
+        self.proceed()?;
+        let draft = self.store.begin_unit(self.kind, &unit.fingerprint)?;
+        Ok(UnitDraft { draft, unit: unit.clone() })
+    }
+
+    /// Publishes a unit.
+    pub fn commit(&self, draft: UnitDraft, metrics: BTreeMap<String, Value>) -> Result<()> {
+        let UnitDraft { draft, unit } = draft;
+        let record = self.store.commit_unit(draft, &unit.fingerprint, metrics)?;
+        let bytes = record.files.iter().map(|file| file.bytes).sum();
+        (self.report)(Progress::Committed { unit: unit.index, bytes });
+        Ok(())
+    }
+
+    /// The files at an output port of a published unit: the link before, for a chain.
+    pub fn published<T: Artifact>(&self, index: usize, port: Out<T>) -> Result<T> {
+        let unit = &self.units[index];
+        let Status::Valid(record) = self.store.unit(self.kind, &unit.fingerprint)? else {
+            let problem = format!("unit {index} was published, but is no longer whole");
+            return Err(Error::Input { port: port.info.name, problem, hint: "type the same command again: it is made again".into() });
+        };
+        T::open(&self.store.unit_port(self.kind, &record, port.info.name))
+    }
+}
+
+/// A unit in the making.
+pub struct UnitDraft {
+    draft: Draft,
+    unit: Unit,
+}
+
+impl UnitDraft {
+    /// The unit being made.
+    pub fn unit(&self) -> &Unit {
+        &self.unit
+    }
+
+    /// Opens a file at an output port; several may be open at once.
+    pub fn create<T>(&self, port: Out<T>, name: &str) -> Result<DraftFile<'_>> {
+        Ok(self.draft.create(&format!("{}/{name}", port.info.name))?)
+    }
+
+    /// Writes a whole file at an output port.
+    pub fn write<T>(&self, port: Out<T>, name: &str, bytes: &[u8]) -> Result<()> {
+        Ok(self.draft.write(&format!("{}/{name}", port.info.name), bytes)?)
+    }
+}
+
+/// The object-safe twin of [`Stage`], for the registry and the program.
+pub trait AnyStage: Send + Sync {
+    /// The parameters with every default filled in.
+    fn params(&self) -> Value;
+    /// See [`Stage::check`].
+    fn check(&self) -> Vec<Problem>;
+    /// See [`Stage::units`].
+    fn units(&self, inputs: &Inputs) -> Result<Units>;
+    /// See [`Stage::run`].
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()>;
+}
+
+impl<S: Stage> AnyStage for S {
+    fn params(&self) -> Value {
+        serde_json::to_value(self).expect("BUG: parameters are plain JSON")
+    }
+
+    fn check(&self) -> Vec<Problem> {
+        Stage::check(self)
+    }
+
+    fn units(&self, inputs: &Inputs) -> Result<Units> {
+        Stage::units(self, inputs)
+    }
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        Stage::run(self, units, cx)
+    }
+}
+
+/// An IO error of a file being written into a draft, in the store's words.
+pub(crate) fn write_error(path: &Path, source: std::io::Error) -> Error {
+    Error::Cache(ovenbird_cache::Error::Write { path: path.to_owned(), source })
+}

@@ -1,0 +1,58 @@
+//! Why a stage ended without its result.
+
+use std::path::Path;
+
+/// Why a stage ended without its result.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The store.
+    #[error(transparent)]
+    Cache(#[from] ovenbird_cache::Error),
+    /// A file the user brought.
+    #[error(transparent)]
+    Data(#[from] ovenbird_data::Error),
+    /// A checkpoint or a network.
+    #[error(transparent)]
+    Models(#[from] ovenbird_models::Error),
+    /// Inputs that do not fit each other or the parameters.
+    #[error("{port}: {problem}")]
+    Input {
+        /// The port, or the parameter.
+        port: &'static str,
+        /// What was expected and what was found.
+        problem: String,
+        /// What the operator can do about it.
+        hint: String,
+    },
+    /// The operator asked to stop; everything committed is kept.
+    #[error("stopped on request")]
+    Stopped,
+}
+
+impl Error {
+    /// What the operator can do next, as an imperative.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Cache(error) => error.hint(),
+            Self::Data(error) => error.hint(),
+            Self::Models(error) => error.hint(),
+            Self::Input { hint, .. } => Some(hint.clone()),
+            Self::Stopped => Some("type the same command again to continue".into()),
+        }
+    }
+
+    /// The file whose committed bytes turned out to be damaged, if that is what happened.
+    pub fn damaged_file(&self) -> Option<&Path> {
+        match self {
+            Self::Cache(ovenbird_cache::Error::Flipped { path, .. } | ovenbird_cache::Error::Malformed { path, .. })
+            | Self::Data(ovenbird_data::Error::Malformed { path, .. })
+            | Self::Models(ovenbird_models::Error::Malformed { path, .. }) => Some(path),
+            Self::Cache(_) | Self::Data(_) | Self::Models(_) | Self::Input { .. } | Self::Stopped => None,
+        }
+    }
+}
+
+/// What every reader of an artifact's table or shard answers when columns are not what they should be.
+pub(crate) fn malformed(path: &Path, problem: impl Into<String>) -> Error {
+    Error::Cache(ovenbird_cache::Error::Malformed { path: path.to_owned(), problem: problem.into() })
+}

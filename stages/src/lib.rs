@@ -1,0 +1,16 @@
+//! The Stage contract, the registry and every stage.
+//!
+//! A stage is where files ([`ovenbird_data`]), networks ([`ovenbird_models`]) and the store ([`ovenbird_cache`]) meet. It
+//! knows nothing of pipelines: the graph, the plan and the run loop are the program's.
+
+pub mod artifacts;
+mod contract;
+mod error;
+mod registry;
+
+pub use contract::{AnyStage, Context, In, Inputs, Out, PortInfo, Presence, Problem, Progress, Stage, Unit, UnitDraft, Units};
+pub use error::Error;
+pub use registry::{STAGES, StageEntry, find};
+
+/// What every function of this crate returns.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

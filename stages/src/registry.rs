@@ -1,0 +1,60 @@
+//! Every stage there is, in one table.
+
+use schemars::{Schema, schema_for};
+use serde_json::Value;
+
+use crate::contract::{AnyStage, PortInfo, Problem, Stage};
+
+/// Every stage, in the order `ovenbird stages` lists them.
+pub const STAGES: &[StageEntry] = &[];
+
+/// What the program knows of a stage without running it.
+#[derive(Debug, Clone, Copy)]
+pub struct StageEntry {
+    /// How pipelines name it.
+    pub kind: &'static str,
+    /// Raised when the same recipe would give other results.
+    pub version: u32,
+    /// What it reads.
+    pub inputs: &'static [PortInfo],
+    /// What it writes.
+    pub outputs: &'static [PortInfo],
+    /// JSON Schema of its parameters, with documentation and defaults.
+    pub schema: fn() -> Schema,
+    /// Reads its parameters; each problem names the field.
+    pub parse: fn(&Value) -> Result<Box<dyn AnyStage>, Problem>,
+}
+
+impl StageEntry {
+    /// The entry of a stage.
+    pub const fn of<S: Stage>() -> Self {
+        Self {
+            kind: S::KIND,
+            version: S::VERSION,
+            inputs: S::INPUTS,
+            outputs: S::OUTPUTS,
+            schema: || schema_for!(S),
+            parse: parse::<S>,
+        }
+    }
+
+    /// The first sentence or two of the stage's documentation, and the rest.
+    pub fn doc(&self) -> String {
+        (self.schema)().get("description").and_then(Value::as_str).unwrap_or_default().to_owned()
+    }
+}
+
+fn parse<S: Stage>(params: &Value) -> Result<Box<dyn AnyStage>, Problem> {
+    match serde_path_to_error::deserialize::<_, S>(params) {
+        Ok(stage) => Ok(Box::new(stage)),
+        Err(error) => {
+            let field = error.path().to_string();
+            Err(Problem::new(if field == "." { String::new() } else { field }, error.into_inner().to_string()))
+        }
+    }
+}
+
+/// Looks a stage up by its kind.
+pub fn find(kind: &str) -> Option<&'static StageEntry> {
+    STAGES.iter().find(|entry| entry.kind == kind)
+}

@@ -1,0 +1,49 @@
+"""Pixels as Pillow and torchvision make them. Pillow 12, torchvision 0.26; equality is exact (digests), 1e-7 for floats."""
+
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import transforms
+
+HERE = pathlib.Path(__file__).parent
+
+
+def picture(width, height):
+    y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
+    x, y, c = x.astype(np.uint32), y.astype(np.uint32), c.astype(np.uint32)
+    wave = (x * (3 + c) + y * (7 - c)) % 256
+    noise = ((x * np.uint32(73856093)) ^ (y * np.uint32(19349663)) ^ (c * np.uint32(83492791))) % 64
+    block = ((x // 9 + y // 5 + c) % 2) * 96
+    return Image.fromarray(((wave // 2 + noise + block) % 256).astype(np.uint8))
+
+
+def entry(array):
+    return {"sha256": hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest(), "size": [array.shape[-2], array.shape[-3]]}
+
+
+fixed, resized, decoded = {}, {}, {}
+crop = transforms.Compose([transforms.Resize(224, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224)])
+for width, height in ((640, 480), (640, 427), (333, 500), (224, 900), (219, 220), (5, 7), (224, 224), (1, 3), (1000, 224)):
+    square = np.asarray(crop(picture(width, height)))
+    fixed[f"{width}x{height}"] = entry(square) | {"sha256": hashlib.sha256(square.transpose(2, 0, 1).tobytes()).hexdigest()}
+for (w, h), (tw, th) in (((640, 480), (298, 224)), ((100, 80), (333, 201)), ((37, 911), (224, 5519)), ((900, 11), (13, 7)), ((1, 1), (9, 4)), ((7, 5), (1, 1)), ((501, 333), (250, 334)), ((64, 64), (32, 32))):
+    resized[f"{w}x{h}-{tw}x{th}"] = entry(np.asarray(picture(w, h).resize((tw, th), Image.BICUBIC)))
+
+small = picture(33, 21)
+files = {
+    "rgb.png": small,
+    "grey.png": small.convert("L"),
+    "palette.png": small.quantize(16),
+    "alpha.png": Image.merge("RGBA", (*small.split(), small.convert("L"))),
+}
+for name, image in files.items():
+    image.save(HERE / name)
+    decoded[name] = entry(np.asarray(Image.open(HERE / name).convert("RGB")))
+
+normalise = transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+levels = [normalise(torch.full((3, 1, 1), v, dtype=torch.uint8).float() / 255).flatten().tolist() for v in (0, 1, 128, 255)]
+HERE.joinpath("golden.json").write_text(json.dumps({"fixed": fixed, "resized": resized, "decoded": decoded, "normalised": levels}, indent=1) + "\n")

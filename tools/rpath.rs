@@ -1,0 +1,15 @@
+//! Build script of every crate whose programs load libtorch: writes the library folder into them, so that they start
+//! without `LD_LIBRARY_PATH`.
+
+#![expect(clippy::print_stdout, clippy::disallowed_methods, reason = "build scripts speak to cargo through stdout and the environment")]
+
+use std::{env, fs, path::PathBuf};
+
+fn main() {
+    println!("cargo::rerun-if-env-changed=LIBTORCH");
+    let libtorch = env::var_os("LIBTORCH").map(PathBuf::from).expect("LIBTORCH is set by .cargo/config.toml");
+    match fs::canonicalize(&libtorch) {
+        Ok(real) => println!("cargo::rustc-link-arg=-Wl,-rpath,{}", real.join("lib").display()),
+        Err(_) => println!("cargo::error=libtorch is not at {}: run `make libtorch` once", libtorch.display()),
+    }
+}
