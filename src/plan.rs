@@ -56,6 +56,8 @@ pub(crate) struct Work {
     pub(crate) missing: Vec<usize>,
     /// Places of those that are damaged; they are set aside before they are made again.
     pub(crate) damaged: Vec<usize>,
+    /// Whether each unit continues the one before: the last is the artifact.
+    pub(crate) is_chain: bool,
     /// Why, in words.
     pub(crate) reasons: Vec<String>,
 }
@@ -103,7 +105,7 @@ pub(crate) fn check(step: &Step, files: &FileInputs, made: &Made, store: &Store,
     if reasons.is_empty() {
         reasons = last.reasons(step, &recipe, store)?;
     }
-    Ok(Checked::Run(Work { recipe, inputs, units, missing, damaged, reasons }))
+    Ok(Checked::Run(Work { recipe, inputs, units, missing, damaged, is_chain, reasons }))
 }
 
 /// Which artifact each step of a pipeline came to when it was last there.

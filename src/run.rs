@@ -437,7 +437,7 @@ fn make(
     report: &(dyn Fn(Progress) + Send + Sync),
 ) -> Result<Artifact> {
     let (started, clock) = (Timestamp::now(), Instant::now());
-    let Work { recipe, inputs, units, missing, damaged, .. } = work;
+    let Work { recipe, inputs, units, missing, damaged, is_chain, .. } = work;
     for unit in damaged {
         store.quarantine_unit(step.entry.kind, &units[unit].fingerprint)?;
     }
@@ -457,7 +457,8 @@ fn make(
             Status::Damaged(_) | Status::Absent => panic!("BUG: `{}` ended well without unit {}", step.entry.kind, unit.index),
         }
     };
-    let records = units.iter().map(record).collect::<Result<Vec<_>>>()?;
+    let whole = if is_chain { &units[units.len().saturating_sub(1)..] } else { &units[..] };
+    let records = whole.iter().map(record).collect::<Result<Vec<_>>>()?;
     let made = Provenance {
         program: format!("ovenbird {}", env!("CARGO_PKG_VERSION")),
         run: run.to_owned(),

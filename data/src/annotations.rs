@@ -100,6 +100,8 @@ pub struct Annotation {
     pub image_id: ImageId,
     /// Its class.
     pub category_id: CategoryId,
+    /// Its box as the file has it, `[x, y, width, height]`, for evaluators, whose arithmetic is in f64.
+    pub bbox: [f64; 4],
     /// Its box in px.
     pub xyxy: Xyxy,
     /// px², of the mask where there is one.
@@ -203,6 +205,7 @@ impl Annotations {
             id: AnnotationId(raw.id),
             image_id: ImageId(raw.image_id),
             category_id: CategoryId(raw.category_id),
+            bbox: raw.bbox,
             xyxy: xywh_to_xyxy(raw.bbox),
             area: raw.area.unwrap_or(raw.bbox[2] * raw.bbox[3]),
             is_crowd: raw.iscrowd != 0,

@@ -1,29 +1,63 @@
 //! The stack machine.
 //!
 //! Values that are memorised and changed afterwards (a list put into the memo before its items are appended) live in a
-//! table and are referred to by place; the tree is made at the end. A file cannot make that tree larger than
-//! [`MAX_VALUES`] values or deeper than [`MAX_DEPTH`], and every length is checked against the bytes that are left.
+//! table and are referred to by place; the tree is made at the end, each value once, however often it is referred to. The
+//! table grows by at most one value a byte and holds at most [`MAX_VALUES`]; every length is checked against the bytes that
+//! are left. Nothing here recurses, and the result is at most [`MAX_DEPTH`] deep.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, mem, sync::Arc};
 
-use crate::{Error, Object, Value};
+use crate::{Error, Object, Value, opcode};
 
-/// A state dict of 2,000 tensors has about 50,000 values, a proposal file of 120,000 images about 3,000,000.
-const MAX_VALUES: usize = 100_000_000;
-const MAX_DEPTH: usize = 200;
+/// In the table. A state dict of 2,000 tensors has about 50,000 values, a proposal file of 120,000 images about 1,500,000.
+const MAX_VALUES: usize = 30_000_000;
+/// In the result, where what is referred to twice counts twice: who walks it needs that long.
+const MAX_WALK: u64 = 200_000_000;
+/// Python itself refuses to write more than about 1,000, its recursion limit.
+const MAX_DEPTH: u16 = 1_000;
+/// As in Python, for integers in decimal: reading them takes time by the square of their length.
+const MAX_DIGITS: usize = 4_300;
 
-type Place = usize;
+type Place = u32;
 
-/// A value whose parts are in the table.
-#[derive(Debug, Clone)]
+/// A value, or one whose parts are in the table.
+#[derive(Debug)]
 enum Node {
-    Leaf(Value),
+    Done(Done),
     List(Vec<Place>),
     Tuple(Vec<Place>),
     Set(Vec<Place>),
     Dict(Vec<(Place, Place)>),
-    Object { callable: Place, args: Vec<Place>, state: Option<Place>, items: Vec<Place>, entries: Vec<(Place, Place)> },
+    Object(Box<Call>),
     Persistent(Place),
+    /// Its parts are being made: who meets it now is one of them.
+    Open,
+}
+
+#[derive(Debug)]
+struct Done {
+    value: Value,
+    /// How many containers are inside each other.
+    depth: u16,
+    /// How many values there are, counting what is referred to twice twice.
+    n_values: u64,
+}
+
+#[derive(Debug)]
+struct Call {
+    callable: Place,
+    /// A tuple, or the list of what an old protocol put after a mark.
+    args: Args,
+    kwargs: Option<Place>,
+    state: Option<Place>,
+    items: Vec<Place>,
+    entries: Vec<(Place, Place)>,
+}
+
+#[derive(Debug)]
+enum Args {
+    Tuple(Place),
+    Marked(Vec<Place>),
 }
 
 struct Machine<'a> {
@@ -38,15 +72,21 @@ struct Machine<'a> {
 
 /// Reads one pickle; what follows its end is ignored, as Python does.
 pub fn read(bytes: &[u8]) -> Result<Value, Error> {
+    read_first(bytes).map(|(value, _)| value)
+}
+
+/// Reads the first of several pickles that follow each other; also returns where it ends.
+pub fn read_first(bytes: &[u8]) -> Result<(Value, usize), Error> {
     let mut machine = Machine { bytes, at: 0, opcode_at: 0, nodes: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
     let root = machine.run()?;
-    let mut n_left = MAX_VALUES;
-    machine.tree(root, 0, &mut n_left)
+    let value = machine.make(root)?;
+    Ok((value, machine.at))
 }
 
 impl<'a> Machine<'a> {
     fn error<T>(&self, problem: impl Into<String>) -> Result<T, Error> {
-        Err(Error { offset: self.opcode_at, problem: problem.into() })
+        let opcode = self.bytes.get(self.opcode_at).and_then(|byte| opcode::name(*byte));
+        Err(Error { offset: self.opcode_at, opcode, problem: problem.into() })
     }
 
     fn take(&mut self, n_bytes: usize) -> Result<&'a [u8], Error> {
@@ -78,39 +118,69 @@ impl<'a> Machine<'a> {
 
     fn raw_line(&mut self) -> Result<&'a [u8], Error> {
         let rest = &self.bytes[self.at..];
-        let Some(length) = rest.iter().position(|byte| *byte == b'\n') else { return self.error("expected the end of a line") };
+        let Some(length) = rest.iter().position(|byte| *byte == b'\n') else {
+            return self.error("expected the end of a line: the file is cut short");
+        };
         self.at += length + 1;
         Ok(&rest[..length])
     }
 
-    fn line(&mut self) -> Result<String, Error> {
+    fn line(&mut self) -> Result<&'a str, Error> {
         let line = self.raw_line()?;
         self.text(line)
     }
 
-    fn text(&self, bytes: &[u8]) -> Result<String, Error> {
-        String::from_utf8(bytes.to_vec()).or_else(|_| self.error("expected UTF-8 text"))
+    fn text<'b>(&self, bytes: &'b [u8]) -> Result<&'b str, Error> {
+        str::from_utf8(bytes).or_else(|error| self.error(format!("expected UTF-8 text, found other bytes after {}", error.valid_up_to())))
     }
 
-    fn push(&mut self, node: Node) {
+    /// Puts a value into the table, but not onto the stack.
+    fn keep(&mut self, node: Node) -> Result<Place, Error> {
+        if self.nodes.len() >= MAX_VALUES {
+            return self.error(format!("more than {MAX_VALUES} values"));
+        }
         self.nodes.push(node);
-        self.stack.push(self.nodes.len() - 1);
+        Ok((self.nodes.len() - 1) as Place)
     }
 
-    fn push_leaf(&mut self, value: Value) {
-        self.push(Node::Leaf(value));
+    fn push(&mut self, node: Node) -> Result<(), Error> {
+        let place = self.keep(node)?;
+        self.stack.push(place);
+        Ok(())
+    }
+
+    fn push_leaf(&mut self, value: Value) -> Result<(), Error> {
+        self.push(Node::leaf(value))
+    }
+
+    fn push_global(&mut self, module: Arc<str>, name: Arc<str>) -> Result<(), Error> {
+        self.push_leaf(Value::Global { module, name })
+    }
+
+    fn node(&mut self, place: Place) -> &mut Node {
+        &mut self.nodes[place as usize]
+    }
+
+    /// Where the values above the last mark begin.
+    fn floor(&self) -> usize {
+        self.marks.last().copied().unwrap_or(0)
     }
 
     fn pop(&mut self) -> Result<Place, Error> {
-        let floor = self.marks.last().copied().unwrap_or(0);
-        if self.stack.len() <= floor {
-            return self.error("expected a value on the stack, found none");
+        match self.top() {
+            Ok(place) => {
+                self.stack.pop();
+                Ok(place)
+            }
+            error @ Err(_) => error,
         }
-        Ok(self.stack.pop().expect("BUG: the stack is not empty"))
     }
 
     fn top(&self) -> Result<Place, Error> {
-        self.stack.last().copied().map_or_else(|| self.error("expected a value on the stack, found none"), Ok)
+        match self.stack.last() {
+            Some(place) if self.stack.len() > self.floor() => Ok(*place),
+            _ => self.error("expected a value on the stack, found none"),
+        }
     }
 
     fn pop_to_mark(&mut self) -> Result<Vec<Place>, Error> {
@@ -120,24 +190,27 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn pop_text(&mut self) -> Result<String, Error> {
+    fn pop_text(&mut self) -> Result<Arc<str>, Error> {
         let place = self.pop()?;
-        match &self.nodes[place] {
-            Node::Leaf(Value::Str(text)) => Ok(text.clone()),
-            _ => self.error("expected text on the stack"),
+        match self.node(place) {
+            Node::Done(Done { value: Value::Str(text), .. }) => Ok(Arc::clone(text)),
+            _ => self.error("expected text on the stack, found another value"),
         }
     }
 
-    fn pop_args(&mut self) -> Result<Vec<Place>, Error> {
+    fn pop_args(&mut self) -> Result<Args, Error> {
         let place = self.pop()?;
-        match &self.nodes[place] {
-            Node::Tuple(args) => Ok(args.clone()),
-            _ => self.error("expected a tuple of arguments"),
+        match self.node(place) {
+            Node::Tuple(_) => Ok(Args::Tuple(place)),
+            _ => self.error("expected a tuple of arguments on the stack, found another value"),
         }
     }
 
     fn put(&mut self, key: u64) -> Result<(), Error> {
         let place = self.top()?;
+        if self.memo.len() >= MAX_VALUES {
+            return self.error(format!("more than {MAX_VALUES} memorised values"));
+        }
         self.memo.insert(key, place);
         Ok(())
     }
@@ -145,33 +218,36 @@ impl<'a> Machine<'a> {
     fn recall(&mut self, key: u64) -> Result<(), Error> {
         match self.memo.get(&key) {
             Some(place) => self.stack.push(*place),
-            None => return self.error(format!("no value was memorised as {key}")),
+            None => return self.error(format!("expected a memorised value {key}, found none")),
         }
         Ok(())
     }
 
-    fn call(&mut self, callable: Place, args: Vec<Place>) {
-        self.push(Node::Object { callable, args, state: None, items: Vec::new(), entries: Vec::new() });
+    fn call(&mut self, callable: Place, args: Args, kwargs: Option<Place>) -> Result<(), Error> {
+        self.push(Node::Object(Box::new(Call { callable, args, kwargs, state: None, items: Vec::new(), entries: Vec::new() })))
     }
 
-    fn append(&mut self, new: Vec<Place>) -> Result<(), Error> {
+    fn append(&mut self, new: &[Place]) -> Result<(), Error> {
         let target = self.top()?;
-        match &mut self.nodes[target] {
-            Node::List(items) | Node::Set(items) | Node::Object { items, .. } => items.extend(new),
-            _ => return self.error("expected a list to append to"),
+        match self.node(target) {
+            Node::List(items) | Node::Set(items) => items.extend(new),
+            Node::Object(call) => call.items.extend(new),
+            _ => return self.error("expected a list or set to append to, found another value"),
         }
         Ok(())
     }
 
     fn set_items(&mut self, new: &[Place]) -> Result<(), Error> {
         let target = self.top()?;
-        if !new.len().is_multiple_of(2) {
-            return self.error("expected pairs of keys and values");
+        let (pairs, rest) = new.as_chunks::<2>();
+        if !rest.is_empty() {
+            return self.error(format!("expected pairs of keys and values, found {} values", new.len()));
         }
-        let pairs = new.chunks_exact(2).map(|pair| (pair[0], pair[1]));
-        match &mut self.nodes[target] {
-            Node::Dict(entries) | Node::Object { entries, .. } => entries.extend(pairs),
-            _ => return self.error("expected a dict to fill"),
+        let pairs = pairs.iter().map(|[key, value]| (*key, *value));
+        match self.node(target) {
+            Node::Dict(entries) => entries.extend(pairs),
+            Node::Object(call) => call.entries.extend(pairs),
+            _ => return self.error("expected a dict to fill, found another value"),
         }
         Ok(())
     }
@@ -179,25 +255,29 @@ impl<'a> Machine<'a> {
     fn long(&mut self, length: usize) -> Result<(), Error> {
         let bytes = self.take(length)?;
         if length > 8 {
-            self.push_leaf(Value::BigInt(bytes.to_vec()));
-            return Ok(());
+            return self.push_leaf(Value::BigInt(bytes.into()));
         }
         let fill = if bytes.last().is_some_and(|last| last & 0x80 != 0) { 0xff } else { 0 };
         let mut full = [fill; 8];
         full[..length].copy_from_slice(bytes);
-        self.push_leaf(Value::Int(i64::from_le_bytes(full)));
-        Ok(())
+        self.push_leaf(Value::Int(i64::from_le_bytes(full)))
     }
 
-    fn decimal(&mut self) -> Result<(), Error> {
+    /// An integer in decimal.
+    fn decimal(&self, line: &str) -> Result<Value, Error> {
+        if let Ok(value) = line.parse() {
+            return Ok(Value::Int(value));
+        }
+        match two_complement(line) {
+            Some(bytes) => Ok(Value::BigInt(bytes.into())),
+            None => self.error(format!("expected an integer of at most {MAX_DIGITS} digits, found `{}`", excerpt(line))),
+        }
+    }
+
+    /// A key of the memo, in decimal.
+    fn line_key(&mut self) -> Result<u64, Error> {
         let line = self.line()?;
-        let value = match line.trim_end_matches('L') {
-            "00" => Value::Bool(false),
-            "01" => Value::Bool(true),
-            number => number.parse().map(Value::Int).or_else(|_| self.error(format!("expected an integer, found `{line}`")))?,
-        };
-        self.push_leaf(value);
-        Ok(())
+        line.parse().or_else(|_| self.error(format!("expected a number, found `{}`", excerpt(line))))
     }
 
     fn run(&mut self) -> Result<Place, Error> {
@@ -212,10 +292,16 @@ impl<'a> Machine<'a> {
                         return self.error(format!("protocol {protocol}; this reader knows up to 5"));
                     }
                 }
-                0x95 => drop(self.take(8)?),
+                0x95 => {
+                    let length = self.u64()?;
+                    let n_left = self.bytes.len() - self.at;
+                    if length > n_left {
+                        return self.error(format!("expected a frame of {length} bytes, found {n_left}: the file is cut short"));
+                    }
+                }
                 b'(' => self.marks.push(self.stack.len()),
                 b'0' => {
-                    if self.stack.len() > self.marks.last().copied().unwrap_or(0) {
+                    if self.stack.len() > self.floor() {
                         self.stack.pop();
                     } else if self.marks.pop().is_none() {
                         return self.error("expected a value or a mark on the stack, found none");
@@ -226,21 +312,33 @@ impl<'a> Machine<'a> {
                     let top = self.top()?;
                     self.stack.push(top);
                 }
-                b'N' => self.push_leaf(Value::None),
-                0x88 => self.push_leaf(Value::Bool(true)),
-                0x89 => self.push_leaf(Value::Bool(false)),
-                b'I' | b'L' => self.decimal()?,
+                b'N' => self.push_leaf(Value::None)?,
+                0x88 => self.push_leaf(Value::Bool(true))?,
+                0x89 => self.push_leaf(Value::Bool(false))?,
+                b'I' => {
+                    let value = match self.line()? {
+                        "00" => Value::Bool(false),
+                        "01" => Value::Bool(true),
+                        line => self.decimal(line)?,
+                    };
+                    self.push_leaf(value)?;
+                }
+                b'L' => {
+                    let line = self.line()?;
+                    let value = self.decimal(line.strip_suffix('L').unwrap_or(line))?;
+                    self.push_leaf(value)?;
+                }
                 b'J' => {
                     let value = i32::from_le_bytes(self.array()?);
-                    self.push_leaf(Value::Int(i64::from(value)));
+                    self.push_leaf(Value::Int(i64::from(value)))?;
                 }
                 b'K' => {
                     let value = self.u8()?;
-                    self.push_leaf(Value::Int(value as i64));
+                    self.push_leaf(Value::Int(value as i64))?;
                 }
                 b'M' => {
                     let value = u16::from_le_bytes(self.array()?);
-                    self.push_leaf(Value::Int(i64::from(value)));
+                    self.push_leaf(Value::Int(i64::from(value)))?;
                 }
                 0x8a => {
                     let length = self.u8()?;
@@ -252,78 +350,78 @@ impl<'a> Machine<'a> {
                 }
                 b'F' => {
                     let line = self.line()?;
-                    let value = line.parse().or_else(|_| self.error(format!("expected a number, found `{line}`")))?;
-                    self.push_leaf(Value::Float(value));
+                    let value = line.parse().or_else(|_| self.error(format!("expected a number, found `{}`", excerpt(line))))?;
+                    self.push_leaf(Value::Float(value))?;
                 }
                 b'G' => {
                     let value = f64::from_be_bytes(self.array()?);
-                    self.push_leaf(Value::Float(value));
+                    self.push_leaf(Value::Float(value))?;
                 }
                 b'V' => {
                     // Characters below 256 are bytes, others are escaped.
                     let line: String = self.raw_line()?.iter().copied().map(char::from).collect();
                     let text = self.raw_unicode_escape(&line)?;
-                    self.push_leaf(Value::Str(text));
+                    self.push_leaf(Value::Str(text.into()))?;
                 }
                 b'S' => {
                     let line = self.line()?;
-                    let bytes = self.quoted(&line)?;
-                    self.push_python2_str(bytes);
+                    let bytes = self.quoted(line)?;
+                    self.push_python2_str(&bytes)?;
                 }
                 0x8c | b'X' | 0x8d => {
                     let length = self.length(opcode, 0x8c, b'X')?;
                     let bytes = self.take(length)?;
                     let text = self.text(bytes)?;
-                    self.push_leaf(Value::Str(text));
+                    self.push_leaf(Value::Str(text.into()))?;
                 }
                 b'U' | b'T' => {
                     let length = self.length(opcode, b'U', b'T')?;
-                    let bytes = self.take(length)?.to_vec();
-                    self.push_python2_str(bytes);
+                    let bytes = self.take(length)?;
+                    self.push_python2_str(bytes)?;
                 }
                 b'C' | b'B' | 0x8e => {
                     let length = self.length(opcode, b'C', b'B')?;
-                    let bytes = self.take(length)?.to_vec();
-                    self.push_leaf(Value::Bytes(bytes));
+                    let bytes = self.take(length)?;
+                    self.push_leaf(Value::Bytes(bytes.into()))?;
                 }
                 0x96 => {
                     let length = self.u64()?;
-                    let bytes = self.take(length)?.to_vec();
-                    self.push_leaf(Value::Bytes(bytes));
+                    let bytes = self.take(length)?;
+                    self.push_leaf(Value::Bytes(bytes.into()))?;
                 }
-                b']' => self.push(Node::List(Vec::new())),
-                b'}' => self.push(Node::Dict(Vec::new())),
-                b')' => self.push(Node::Tuple(Vec::new())),
-                0x8f => self.push(Node::Set(Vec::new())),
+                b']' => self.push(Node::List(Vec::new()))?,
+                b'}' => self.push(Node::Dict(Vec::new()))?,
+                b')' => self.push(Node::Tuple(Vec::new()))?,
+                0x8f => self.push(Node::Set(Vec::new()))?,
                 b'l' => {
                     let items = self.pop_to_mark()?;
-                    self.push(Node::List(items));
+                    self.push(Node::List(items))?;
                 }
                 b't' => {
                     let items = self.pop_to_mark()?;
-                    self.push(Node::Tuple(items));
+                    self.push(Node::Tuple(items))?;
                 }
                 0x91 => {
                     let items = self.pop_to_mark()?;
-                    self.push(Node::Set(items));
+                    self.push(Node::Set(items))?;
                 }
                 b'd' => {
                     let items = self.pop_to_mark()?;
-                    self.push(Node::Dict(Vec::new()));
+                    self.push(Node::Dict(Vec::new()))?;
                     self.set_items(&items)?;
                 }
                 0x85..=0x87 => {
                     let mut items = (0x85..=opcode).map(|_| self.pop()).collect::<Result<Vec<_>, _>>()?;
                     items.reverse();
-                    self.push(Node::Tuple(items));
+                    self.push(Node::Tuple(items))?;
                 }
                 b'a' => {
                     let item = self.pop()?;
-                    self.append(vec![item])?;
+                    self.append(&[item])?;
                 }
                 b'e' | 0x90 => {
                     let items = self.pop_to_mark()?;
-                    self.append(items)?;
+                    self.append(&items)?;
                 }
                 b's' => {
                     let (value, key) = (self.pop()?, self.pop()?);
@@ -335,29 +433,26 @@ impl<'a> Machine<'a> {
                 }
                 b'c' => {
                     let (module, name) = (self.line()?, self.line()?);
-                    self.push_leaf(Value::Global { module, name });
+                    self.push_global(module.into(), name.into())?;
                 }
                 0x93 => {
                     let (name, module) = (self.pop_text()?, self.pop_text()?);
-                    self.push_leaf(Value::Global { module, name });
+                    self.push_global(module, name)?;
                 }
                 b'R' | 0x81 => {
                     let args = self.pop_args()?;
                     let callable = self.pop()?;
-                    self.call(callable, args);
+                    self.call(callable, args, None)?;
                 }
                 0x92 => {
-                    let (kwargs, mut args) = (self.pop()?, self.pop_args()?);
-                    args.push(kwargs);
-                    let callable = self.pop()?;
-                    self.call(callable, args);
+                    let (kwargs, args, callable) = (self.pop()?, self.pop_args()?, self.pop()?);
+                    self.call(callable, args, Some(kwargs))?;
                 }
                 b'i' => {
                     let (module, name) = (self.line()?, self.line()?);
                     let args = self.pop_to_mark()?;
-                    self.nodes.push(Node::Leaf(Value::Global { module, name }));
-                    let callable = self.nodes.len() - 1;
-                    self.call(callable, args);
+                    let callable = self.keep(Node::leaf(Value::Global { module: module.into(), name: name.into() }))?;
+                    self.call(callable, Args::Marked(args), None)?;
                 }
                 b'o' => {
                     let mut args = self.pop_to_mark()?;
@@ -365,29 +460,27 @@ impl<'a> Machine<'a> {
                         return self.error("expected a class to make an object of, found none");
                     }
                     let callable = args.remove(0);
-                    self.call(callable, args);
+                    self.call(callable, Args::Marked(args), None)?;
                 }
                 b'b' => {
                     let new = self.pop()?;
                     let target = self.top()?;
-                    match &mut self.nodes[target] {
-                        Node::Object { state, .. } => *state = Some(new),
-                        _ => return self.error("expected an object to give a state to"),
+                    match self.node(target) {
+                        Node::Object(call) => call.state = Some(new),
+                        _ => return self.error("expected an object to give a state to, found another value"),
                     }
                 }
                 b'P' => {
                     let id = self.line()?;
-                    self.nodes.push(Node::Leaf(Value::Str(id)));
-                    let id = self.nodes.len() - 1;
-                    self.push(Node::Persistent(id));
+                    let id = self.keep(Node::leaf(Value::Str(id.into())))?;
+                    self.push(Node::Persistent(id))?;
                 }
                 b'Q' => {
                     let id = self.pop()?;
-                    self.push(Node::Persistent(id));
+                    self.push(Node::Persistent(id))?;
                 }
                 b'p' => {
-                    let line = self.line()?;
-                    let key = line.parse().or_else(|_| self.error(format!("expected a number, found `{line}`")))?;
+                    let key = self.line_key()?;
                     self.put(key)?;
                 }
                 b'q' => {
@@ -400,8 +493,7 @@ impl<'a> Machine<'a> {
                 }
                 0x94 => self.put(self.memo.len() as u64)?,
                 b'g' => {
-                    let line = self.line()?;
-                    let key = line.parse().or_else(|_| self.error(format!("expected a number, found `{line}`")))?;
+                    let key = self.line_key()?;
                     self.recall(key)?;
                 }
                 b'h' => {
@@ -429,12 +521,11 @@ impl<'a> Machine<'a> {
     }
 
     /// A `str` of Python 2 is text where it can be, bytes otherwise.
-    fn push_python2_str(&mut self, bytes: Vec<u8>) {
-        let value = match String::from_utf8(bytes) {
-            Ok(text) => Value::Str(text),
-            Err(error) => Value::Bytes(error.into_bytes()),
-        };
-        self.push_leaf(value);
+    fn push_python2_str(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.push_leaf(match str::from_utf8(bytes) {
+            Ok(text) => Value::Str(text.into()),
+            Err(_) => Value::Bytes(bytes.into()),
+        })
     }
 
     fn raw_unicode_escape(&self, line: &str) -> Result<String, Error> {
@@ -455,7 +546,7 @@ impl<'a> Machine<'a> {
             let character = digits.and_then(|digits| u32::from_str_radix(digits, 16).ok()).and_then(char::from_u32);
             match character {
                 Some(character) => text.push(character),
-                None => return self.error(format!("expected an escaped character in `{line}`")),
+                None => return self.error(format!("expected an escaped character in `{}`", excerpt(line))),
             }
             rest = &rest[at + 2 + n_digits..];
         }
@@ -467,7 +558,7 @@ impl<'a> Machine<'a> {
     fn quoted(&self, line: &str) -> Result<Vec<u8>, Error> {
         let line = line.trim();
         let inner = ['\'', '"'].into_iter().find_map(|quote| line.strip_prefix(quote)?.strip_suffix(quote));
-        let Some(inner) = inner else { return self.error(format!("expected a quoted string, found `{line}`")) };
+        let Some(inner) = inner else { return self.error(format!("expected a quoted string, found `{}`", excerpt(line))) };
         let mut bytes = Vec::new();
         let mut rest = inner.bytes();
         while let Some(byte) = rest.next() {
@@ -482,7 +573,8 @@ impl<'a> Machine<'a> {
                 Some(b'x') => {
                     let digits = [rest.next().unwrap_or(b'?'), rest.next().unwrap_or(b'?')];
                     let digits = std::str::from_utf8(&digits).unwrap_or("??");
-                    u8::from_str_radix(digits, 16).or_else(|_| self.error(format!("expected two digits after \\x in `{line}`")))?
+                    u8::from_str_radix(digits, 16)
+                        .or_else(|_| self.error(format!("expected two digits after \\x in `{}`", excerpt(line))))?
                 }
                 Some(other) => other,
                 None => return self.error("a string that ends in a backslash"),
@@ -491,31 +583,186 @@ impl<'a> Machine<'a> {
         Ok(bytes)
     }
 
-    fn tree(&self, place: Place, depth: usize, n_left: &mut usize) -> Result<Value, Error> {
-        if depth > MAX_DEPTH {
-            return Err(Error { offset: self.at, problem: format!("values nested more than {MAX_DEPTH} deep, or in a circle") });
+    /// Makes the value at a place, and first, once each, what it is made of.
+    fn make(&mut self, root: Place) -> Result<Value, Error> {
+        enum Step {
+            Enter(Place),
+            Leave,
         }
-        *n_left = match n_left.checked_sub(1) {
-            Some(n_left) => n_left,
-            None => return Err(Error { offset: self.at, problem: format!("more than {MAX_VALUES} values") }),
-        };
-        let mut branch = |place: &Place| self.tree(*place, depth + 1, n_left);
-        Ok(match &self.nodes[place] {
-            Node::Leaf(value) => value.clone(),
-            Node::List(items) => Value::List(items.iter().map(branch).collect::<Result<_, _>>()?),
-            Node::Tuple(items) => Value::Tuple(items.iter().map(branch).collect::<Result<_, _>>()?),
-            Node::Set(items) => Value::Set(items.iter().map(branch).collect::<Result<_, _>>()?),
-            Node::Dict(entries) => {
-                Value::Dict(entries.iter().map(|(key, value)| Ok((branch(key)?, branch(value)?))).collect::<Result<_, Error>>()?)
+        let mut steps = vec![Step::Enter(root)];
+        let mut open = Vec::new();
+        while let Some(step) = steps.pop() {
+            match step {
+                Step::Enter(place) => {
+                    if matches!(self.node(place), Node::Done(_) | Node::Open) {
+                        continue;
+                    }
+                    let node = mem::replace(self.node(place), Node::Open);
+                    steps.push(Step::Leave);
+                    node.parts(|part| steps.push(Step::Enter(part)));
+                    open.push((place, node));
+                }
+                Step::Leave => {
+                    let (place, node) = open.pop().expect("BUG: what is left was entered");
+                    let done = self.join(node)?;
+                    *self.node(place) = Node::Done(done);
+                }
             }
-            Node::Object { callable, args, state, items, entries } => Value::Object(Box::new(Object {
-                callable: branch(callable)?,
-                args: args.iter().map(&mut branch).collect::<Result<_, _>>()?,
-                state: state.as_ref().map(&mut branch).transpose()?,
-                items: items.iter().map(&mut branch).collect::<Result<_, _>>()?,
-                entries: entries.iter().map(|(key, value)| Ok((branch(key)?, branch(value)?))).collect::<Result<_, Error>>()?,
-            })),
-            Node::Persistent(id) => Value::Persistent(Box::new(branch(id)?)),
-        })
+        }
+        match self.node(root) {
+            Node::Done(done) => Ok(done.value.clone()),
+            _ => panic!("BUG: the root was made last"),
+        }
     }
+
+    /// Makes a value out of its parts, all of which are done or, in a circle, open.
+    fn join(&self, node: Node) -> Result<Done, Error> {
+        let (mut depth, mut n_values) = (0_u16, 1_u64);
+        let mut part = |place: Place| match &self.nodes[place as usize] {
+            Node::Done(done) => {
+                depth = depth.max(done.depth);
+                n_values = n_values.saturating_add(done.n_values);
+                done.value.clone()
+            }
+            _ => Value::Circle,
+        };
+        fn all(places: &[Place], part: &mut impl FnMut(Place) -> Value) -> Arc<[Value]> {
+            places.iter().map(|place| part(*place)).collect()
+        }
+        fn pairs(places: &[(Place, Place)], part: &mut impl FnMut(Place) -> Value) -> Arc<[(Value, Value)]> {
+            places.iter().map(|(key, value)| (part(*key), part(*value))).collect()
+        }
+        let value = match node {
+            Node::List(items) => Value::List(all(&items, &mut part)),
+            Node::Tuple(items) => Value::Tuple(all(&items, &mut part)),
+            Node::Set(items) => Value::Set(all(&items, &mut part)),
+            Node::Dict(entries) => Value::Dict(pairs(&entries, &mut part)),
+            Node::Persistent(id) => Value::Persistent(Arc::new(part(id))),
+            Node::Object(call) => simplified(Object {
+                callable: part(call.callable),
+                args: match call.args {
+                    Args::Tuple(place) => match part(place) {
+                        Value::Tuple(args) => args,
+                        // A call among its own arguments.
+                        _ => Arc::new([Value::Circle]),
+                    },
+                    Args::Marked(places) => all(&places, &mut part),
+                },
+                kwargs: call.kwargs.map(&mut part),
+                state: call.state.map(&mut part),
+                items: all(&call.items, &mut part),
+                entries: pairs(&call.entries, &mut part),
+            }),
+            Node::Done(_) | Node::Open => panic!("BUG: made twice"),
+        };
+        let end = |problem| Err(Error { offset: self.opcode_at, opcode: Some("STOP"), problem });
+        if depth >= MAX_DEPTH {
+            return end(format!("expected values at most {MAX_DEPTH} deep, found deeper ones"));
+        }
+        if n_values > MAX_WALK {
+            return end(format!("expected at most {MAX_WALK} values, found more, by references to references"));
+        }
+        Ok(Done { value, depth: depth + 1, n_values })
+    }
+}
+
+impl Node {
+    fn leaf(value: Value) -> Self {
+        Self::Done(Done { value, depth: 0, n_values: 1 })
+    }
+
+    fn parts(&self, mut enter: impl FnMut(Place)) {
+        match self {
+            Self::List(items) | Self::Tuple(items) | Self::Set(items) => items.iter().copied().for_each(enter),
+            Self::Dict(entries) => entries.iter().flat_map(|(key, value)| [*key, *value]).for_each(enter),
+            Self::Persistent(id) => enter(*id),
+            Self::Object(call) => {
+                let Call { callable, args, kwargs, state, items, entries } = call.as_ref();
+                let args = match args {
+                    Args::Tuple(place) => std::slice::from_ref(place),
+                    Args::Marked(places) => places,
+                };
+                let entries = entries.iter().flat_map(|(key, value)| [key, value]);
+                [callable].into_iter().chain(args).chain(kwargs).chain(state).chain(items).chain(entries).copied().for_each(enter);
+            }
+            Self::Done(_) | Self::Open => {}
+        }
+    }
+}
+
+/// What older protocols can only write as calls, as what it is.
+fn simplified(mut object: Object) -> Value {
+    let Value::Global { module, name } = &object.callable else { return Value::Object(Arc::new(object)) };
+    let is_builtin = matches!(&**module, "__builtin__" | "builtins");
+    let is_bare = object.kwargs.is_none() && object.state.is_none() && object.items.is_empty() && object.entries.is_empty();
+    let simple = match (&**name, object.args.as_ref()) {
+        _ if !is_bare => None,
+        // Protocols 0 to 2 have no bytes: Python 3 writes text of Latin-1 characters and how to encode them.
+        ("encode", [Value::Str(text), Value::Str(_)]) if **module == *"_codecs" => latin1(text),
+        ("bytes" | "bytearray", []) if is_builtin => Some(Value::Bytes(Arc::new([]))),
+        ("bytes" | "bytearray", [bytes @ Value::Bytes(_)]) if is_builtin => Some(bytes.clone()),
+        ("bytearray", [Value::Str(text), Value::Str(_)]) if is_builtin => latin1(text),
+        ("set" | "frozenset", [Value::List(items)]) if is_builtin => Some(Value::Set(Arc::clone(items))),
+        // Python 2 gives the items to the constructor.
+        ("OrderedDict", [Value::List(items)]) if **module == *"collections" => {
+            let pair = |item: &Value| match item.as_items() {
+                Some([key, value]) => Some((key.clone(), value.clone())),
+                _ => None,
+            };
+            if let Some(entries) = items.iter().map(pair).collect() {
+                object.entries = entries;
+                object.args = Arc::new([]);
+            }
+            None
+        }
+        _ => None,
+    };
+    simple.unwrap_or_else(|| Value::Object(Arc::new(object)))
+}
+
+fn latin1(text: &str) -> Option<Value> {
+    let bytes: Option<Vec<u8>> = text.chars().map(|character| u8::try_from(u32::from(character)).ok()).collect();
+    bytes.map(|bytes| Value::Bytes(bytes.into()))
+}
+
+/// An integer in decimal as little-endian two's complement.
+fn two_complement(decimal: &str) -> Option<Vec<u8>> {
+    let digits = decimal.strip_prefix('-').unwrap_or(decimal);
+    if digits.is_empty() || digits.len() > MAX_DIGITS || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return None;
+    }
+    let mut limbs: Vec<u32> = Vec::new();
+    for digit in digits.bytes() {
+        let mut carry = u64::from(digit - b'0');
+        for limb in &mut limbs {
+            carry += u64::from(*limb) * 10;
+            *limb = carry as u32;
+            carry >>= 32;
+        }
+        if carry > 0 {
+            limbs.push(carry as u32);
+        }
+    }
+    let mut bytes: Vec<u8> = limbs.iter().flat_map(|limb| limb.to_le_bytes()).collect();
+    bytes.push(0);
+    if decimal.starts_with('-') {
+        let mut carry = true;
+        for byte in &mut bytes {
+            (*byte, carry) = (!*byte).overflowing_add(u8::from(carry));
+        }
+    }
+    // As short as Python writes it.
+    while let [.., before, last] = bytes.as_slice() {
+        if (*last == 0 && before & 0x80 == 0) || (*last == 0xff && before & 0x80 != 0) {
+            bytes.pop();
+        } else {
+            break;
+        }
+    }
+    Some(bytes)
+}
+
+/// The beginning of a line, for messages.
+fn excerpt(line: &str) -> String {
+    line.chars().take(40).collect()
 }

@@ -1,63 +1,63 @@
 //! Numpy arrays in pickles.
 //!
 //! `ndarray.__reduce__` gives `_reconstruct(ndarray, (0,), b'b')` with the state `(1, shape, dtype, is_fortran, data)`;
-//! protocol 5 in-band gives `_frombuffer(data, dtype, shape, order)`. A dtype is `dtype('f4', False, True)` with the state
-//! `(3, '<', ...)`.
+//! protocol 5 in-band gives `_frombuffer(data, dtype, shape, order)`; a scalar gives `scalar(dtype, data)`. A dtype is
+//! `dtype('f4', False, True)` with the state `(3, '<', ...)`. Numpy 1 keeps these functions in `numpy.core`, numpy 2 in
+//! `numpy._core`.
 
-use std::io::{self, Write};
+use std::{
+    io::{self, Write},
+    sync::Arc,
+};
+
+use half::f16;
 
 use crate::{Object, Value};
 
 /// An array as it lies in a pickle.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NumpyArray {
-    /// Byte order and type: `<f4`.
+    /// Byte order (`<`, `>`, `=` for this machine's, `|` for none), type and size in bytes: `<f4`.
     pub dtype: String,
-    /// Length of each axis.
+    /// Length of each axis; none of a scalar.
     pub shape: Vec<usize>,
     /// Whether the first axis runs fastest.
     pub is_fortran: bool,
-    /// The numbers.
-    pub data: Vec<u8>,
+    /// The numbers, as many as the shape says.
+    pub data: Arc<[u8]>,
 }
 
 impl Value {
-    /// The numpy array this is. Fails, in words, for what is none.
+    /// The numpy array or numpy scalar this is. Fails, in words, for what is none, for arrays of Python objects, and for
+    /// arrays with more or less data than their shape says.
     pub fn to_array(&self) -> Result<NumpyArray, String> {
-        let Self::Object(object) = self else { return Err(format!("expected a numpy array, found {}", self.kind())) };
-        let Self::Global { module, name } = &object.callable else { return Err("expected a numpy array, found another object".into()) };
-        let array = match (module.as_str(), name.as_str()) {
-            ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct") => reconstructed(object),
-            ("numpy.core.numeric" | "numpy._core.numeric", "_frombuffer") => from_buffer(object),
-            _ => return Err(format!("expected a numpy array, found {module}.{name}")),
+        let not_an_array = || format!("expected a numpy array, found {}", self.kind());
+        let object = self.as_object().ok_or_else(not_an_array)?;
+        let array = match numpy_function(&object.callable) {
+            Some("multiarray._reconstruct") => reconstructed(object),
+            Some("numeric._frombuffer") => from_buffer(object),
+            Some("multiarray.scalar") => scalar(object),
+            _ => return Err(not_an_array()),
         };
-        let array = array.ok_or("a numpy array of an unknown layout")?;
-        let n_items = array.shape.iter().try_fold(1_usize, |n_items, length| n_items.checked_mul(*length));
-        let item_bytes = array.dtype.get(2..).and_then(|size| size.parse::<usize>().ok()).unwrap_or(0);
-        match n_items.and_then(|n_items| n_items.checked_mul(item_bytes)) {
-            Some(expected) if expected == array.data.len() => Ok(array),
-            _ => Err(format!("a numpy array {:?} of {} with {} bytes of data", array.shape, array.dtype, array.data.len())),
+        let array = array.ok_or("expected a numpy array of plain numbers, found one of Python objects or of another layout")?;
+        let n_bytes = array.n_items().and_then(|n_items| n_items.checked_mul(array.item_bytes()?));
+        match n_bytes {
+            Some(n_bytes) if n_bytes == array.data.len() => Ok(array),
+            Some(n_bytes) => {
+                let NumpyArray { dtype, shape, data, .. } = &array;
+                Err(format!("a numpy array {shape:?} of `{dtype}`: expected {n_bytes} bytes, found {}", data.len()))
+            }
+            None => Err(format!("a numpy array {:?} of `{}`, which no memory could hold", array.shape, array.dtype)),
         }
     }
+}
 
-    /// What this is, for messages.
-    fn kind(&self) -> &'static str {
-        match self {
-            Self::None => "None",
-            Self::Bool(_) => "a bool",
-            Self::Int(_) | Self::BigInt(_) => "an integer",
-            Self::Float(_) => "a float",
-            Self::Str(_) => "text",
-            Self::Bytes(_) => "bytes",
-            Self::List(_) => "a list",
-            Self::Tuple(_) => "a tuple",
-            Self::Set(_) => "a set",
-            Self::Dict(_) => "a dict",
-            Self::Global { .. } => "a class",
-            Self::Object(_) => "an object",
-            Self::Persistent(_) => "a reference to something outside",
-        }
-    }
+/// `multiarray._reconstruct` of numpy 1 or 2.
+fn numpy_function(callable: &Value) -> Option<&'static str> {
+    const NAMES: [&str; 3] = ["multiarray._reconstruct", "numeric._frombuffer", "multiarray.scalar"];
+    let Value::Global { module, name } = callable else { return None };
+    let module = module.strip_prefix("numpy.core.").or_else(|| module.strip_prefix("numpy._core."))?;
+    NAMES.into_iter().find(|known| known.split_once('.') == Some((module, name)))
 }
 
 fn reconstructed(object: &Object) -> Option<NumpyArray> {
@@ -66,72 +66,106 @@ fn reconstructed(object: &Object) -> Option<NumpyArray> {
 }
 
 fn from_buffer(object: &Object) -> Option<NumpyArray> {
-    let [data, dtype, shape, order] = object.args.as_slice() else { return None };
+    let [data, dtype, shape, order] = object.args.as_ref() else { return None };
     Some(NumpyArray { dtype: dtype_name(dtype)?, shape: lengths(shape)?, is_fortran: order.as_str()? == "F", data: raw(data)? })
+}
+
+fn scalar(object: &Object) -> Option<NumpyArray> {
+    let [dtype, data] = object.args.as_ref() else { return None };
+    Some(NumpyArray { dtype: dtype_name(dtype)?, shape: Vec::new(), is_fortran: false, data: raw(data)? })
 }
 
 fn lengths(shape: &Value) -> Option<Vec<usize>> {
     shape.as_items()?.iter().map(|length| usize::try_from(length.as_int()?).ok()).collect()
 }
 
-fn raw(data: &Value) -> Option<Vec<u8>> {
+fn raw(data: &Value) -> Option<Arc<[u8]>> {
     match data {
-        Value::Bytes(bytes) => Some(bytes.clone()),
+        Value::Bytes(bytes) => Some(Arc::clone(bytes)),
         // The `str` of Python 2 came as text because its bytes happened to be UTF-8.
-        Value::Str(text) => Some(text.clone().into_bytes()),
-        // Protocols 0 to 2 have no bytes: Python 3 writes text of Latin-1 characters and how to encode them.
-        Value::Object(object) if object.callable.is_global("_codecs", "encode") => {
-            object.args.first()?.as_str()?.chars().map(|character| u8::try_from(u32::from(character)).ok()).collect()
-        }
-        // `bytes()` is how those protocols write no bytes at all; `bytearray(b'...')` how they write some.
-        Value::Object(object) if object.callable.is_global("__builtin__", "bytes") && object.args.is_empty() => Some(Vec::new()),
-        Value::Object(object) if matches!(&object.callable, Value::Global { name, .. } if name == "bytearray" || name == "bytes") => {
-            object.args.first().map_or(Some(Vec::new()), raw)
-        }
+        Value::Str(text) => Some(Arc::clone(text).into()),
         _ => None,
     }
 }
 
 fn dtype_name(dtype: &Value) -> Option<String> {
-    let Value::Object(object) = dtype else { return None };
-    if !object.callable.is_global("numpy", "dtype") {
-        return None;
-    }
-    let name = object.args.first()?.as_str()?;
+    let object = dtype.as_object().filter(|object| object.callable.is_global("numpy", "dtype"))?;
+    let name = object.args.first()?.as_str().filter(|name| name.is_ascii() && name.len() >= 2)?;
     let order = object.state.as_ref().and_then(|state| state.as_items()?.get(1)?.as_str()).unwrap_or("=");
-    Some(format!("{order}{name}"))
+    ["<", ">", "=", "|"].contains(&order).then(|| format!("{order}{name}"))
 }
 
 impl NumpyArray {
-    /// The numbers as f32, row by row. Fails, in words, for types other than f4, f8, f2-free integers i4, i8, and for
-    /// big-endian files.
-    pub fn to_f32(&self) -> Result<Vec<f32>, String> {
-        let (order, kind) = self.dtype.split_at(1);
-        if order == ">" {
-            return Err("expected little-endian numbers, found big-endian".into());
-        }
-        let numbers: Vec<f32> = match kind {
-            "f4" => self.numbers(f32::from_le_bytes),
-            "f8" => self.numbers(|bytes| f64::from_le_bytes(bytes) as f32),
-            "i4" => self.numbers(|bytes| i32::from_le_bytes(bytes) as f32),
-            "i8" => self.numbers(|bytes| i64::from_le_bytes(bytes) as f32),
-            other => return Err(format!("expected float32 or float64 numbers, found `{other}`")),
-        };
-        match (self.is_fortran, self.shape.as_slice()) {
-            (true, [rows, columns]) => Ok((0..rows * columns).map(|item| numbers[(item % columns) * rows + item / columns]).collect()),
-            (true, shape) if shape.len() > 2 => Err("expected an array in C order, found Fortran order".into()),
-            _ => Ok(numbers),
-        }
+    /// The product of the shape, unless no memory could hold as many.
+    fn n_items(&self) -> Option<usize> {
+        self.shape.iter().try_fold(1_usize, |n_items, length| n_items.checked_mul(*length))
     }
 
-    fn numbers<const N: usize>(&self, number: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+    /// Of one number; none for types whose name does not end in it.
+    fn item_bytes(&self) -> Option<usize> {
+        let size = self.dtype.get(2..)?.parse::<usize>().ok()?;
+        // Numpy counts text in characters.
+        if self.dtype.get(1..2) == Some("U") { size.checked_mul(4) } else { Some(size) }
+    }
+
+    /// The numbers as f32 in C order (the last axis fastest), whatever the order in the file. Float64 and large integers are
+    /// rounded to the nearest f32; bools are 0 and 1. Fails, in words, for other types.
+    pub fn to_f32(&self) -> Result<Vec<f32>, String> {
+        let numbers: Vec<f32> = match self.dtype.get(1..).unwrap_or_default() {
+            "f2" => self.numbers(|bytes| f16::from_le_bytes(bytes).to_f32()),
+            "f4" => self.numbers(f32::from_le_bytes),
+            "f8" => self.numbers(|bytes| f64::from_le_bytes(bytes) as f32),
+            "i1" => self.numbers(|bytes| f32::from(i8::from_le_bytes(bytes))),
+            "i2" => self.numbers(|bytes| f32::from(i16::from_le_bytes(bytes))),
+            "i4" => self.numbers(|bytes| i32::from_le_bytes(bytes) as f32),
+            "i8" => self.numbers(|bytes| i64::from_le_bytes(bytes) as f32),
+            "u1" => self.numbers(|bytes| f32::from(u8::from_le_bytes(bytes))),
+            "u2" => self.numbers(|bytes| f32::from(u16::from_le_bytes(bytes))),
+            "u4" => self.numbers(|bytes| u32::from_le_bytes(bytes) as f32),
+            "u8" => self.numbers(|bytes| u64::from_le_bytes(bytes) as f32),
+            "b1" => self.numbers(|[byte]: [u8; 1]| f32::from(u8::from(byte != 0))),
+            _ => return Err(format!("expected floats or integers, found `{}`", self.dtype)),
+        };
+        if self.n_items() != Some(numbers.len()) {
+            return Err(format!("expected an array {:?}, found {} numbers", self.shape, numbers.len()));
+        }
+        Ok(if self.is_fortran { c_order(&numbers, &self.shape) } else { numbers })
+    }
+
+    fn numbers<const N: usize>(&self, from_le_bytes: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+        let swaps = self.dtype.starts_with('>') || (self.dtype.starts_with('=') && cfg!(target_endian = "big"));
         let (items, _) = self.data.as_chunks::<N>();
-        items.iter().map(|item| number(*item)).collect()
+        let number = |item: &[u8; N]| {
+            let mut item = *item;
+            if swaps {
+                item.reverse();
+            }
+            from_le_bytes(item)
+        };
+        items.iter().map(number).collect()
     }
 }
 
+/// Numbers whose first axis runs fastest, with the last one fastest.
+fn c_order(numbers: &[f32], shape: &[usize]) -> Vec<f32> {
+    let mut index = vec![0; shape.len()];
+    let mut ordered = Vec::with_capacity(numbers.len());
+    for _ in numbers {
+        let at = index.iter().zip(shape).rev().fold(0, |at, (position, length)| at * length + position);
+        ordered.push(numbers[at]);
+        for (position, length) in index.iter_mut().zip(shape).rev() {
+            *position += 1;
+            if *position < *length {
+                break;
+            }
+            *position = 0;
+        }
+    }
+    ordered
+}
+
 /// Writes a list of float32 arrays `[rows, columns]`, each row by row, as Python's `pickle.load` reads it with numpy 1 and 2
-/// (protocol 3).
+/// (protocol 3). Fails where an array has over 2^31 rows or 4 GiB; panics where a shape does not fit its numbers.
 pub fn write_f32_arrays<'a>(arrays: impl IntoIterator<Item = (usize, usize, &'a [f32])>, out: &mut impl Write) -> io::Result<()> {
     // Protocol 3, an empty list, and a mark for its items.
     out.write_all(b"\x80\x03](")?;
@@ -149,114 +183,9 @@ pub fn write_f32_arrays<'a>(arrays: impl IntoIterator<Item = (usize, usize, &'a 
         out.write_all(b"\x89B")?;
         let n_bytes = u32::try_from(4 * numbers.len()).map_err(|_| io::Error::other("an array of over 4 GiB"))?;
         out.write_all(&n_bytes.to_le_bytes())?;
-        for number in numbers {
-            out.write_all(&number.to_le_bytes())?;
-        }
+        let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+        out.write_all(&bytes)?;
         out.write_all(b"tb")?;
     }
     out.write_all(b"e.")
-}
-
-#[cfg(test)]
-mod tests {
-    use std::{fs, path::Path};
-
-    use proptest::prelude::*;
-
-    use crate::{Value, read, write_f32_arrays};
-
-    fn golden(name: &str) -> Vec<u8> {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/pickle").join(name);
-        fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}; run make.py beside it", path.display()))
-    }
-
-    const ARRAYS: &[&str] = &["arrays-0.pkl", "arrays-2.pkl", "arrays-4.pkl", "arrays-5.pkl"];
-
-    fn rows(value: &Value) -> Vec<(Vec<usize>, Vec<f32>)> {
-        value
-            .as_items()
-            .unwrap()
-            .iter()
-            .map(|item| item.to_array().unwrap())
-            .map(|array| (array.shape.clone(), array.to_f32().unwrap()))
-            .collect()
-    }
-
-    /// As make.py writes them: float32, float64, no rows, Fortran order.
-    fn expected() -> Vec<(Vec<usize>, Vec<f32>)> {
-        let ramp: Vec<f32> = (0..10).map(|number| number as f32 / 4.0).collect();
-        vec![(vec![2, 5], ramp.clone()), (vec![2, 5], ramp.clone()), (vec![0, 5], vec![]), (vec![2, 5], ramp)]
-    }
-
-    #[test]
-    fn arrays_of_every_protocol_are_read() {
-        for name in ARRAYS {
-            assert_eq!(rows(&read(&golden(name)).unwrap()), expected(), "{name}");
-        }
-    }
-
-    #[test]
-    fn python_data_of_every_protocol_is_read() {
-        for protocol in [0, 2, 4, 5] {
-            let value = read(&golden(&format!("data-{protocol}.pkl"))).unwrap();
-            assert_eq!(value.get("int").and_then(Value::as_int), Some(-300), "protocol {protocol}");
-            assert_eq!(value.get("text").and_then(Value::as_str), Some("naïve \u{1f426}\n\\u"), "protocol {protocol}");
-            assert_eq!(value.get("float"), Some(&Value::Float(0.1)));
-            assert_eq!(value.get("nothing"), Some(&Value::None));
-            assert_eq!(value.get("tuple"), Some(&Value::Tuple(vec![Value::Bool(true), Value::Int(1 << 40)])));
-            assert_eq!(value.get("ordered").unwrap().get("a").and_then(Value::as_int), Some(1));
-            let shared = value.get("shared").unwrap().as_items().unwrap();
-            assert_eq!(shared[0], shared[1]);
-        }
-    }
-
-    #[test]
-    fn what_is_written_is_read_back() {
-        let mut bytes = Vec::new();
-        write_f32_arrays([(1, 5, [1.0, 2.0, 3.0, 4.0, 0.5].as_slice()), (0, 5, &[])], &mut bytes).unwrap();
-        assert_eq!(rows(&read(&bytes).unwrap()), [(vec![1, 5], vec![1.0, 2.0, 3.0, 4.0, 0.5]), (vec![0, 5], vec![])]);
-        // Python reads the same bytes: make.py asserts it for the committed copy.
-        assert_eq!(bytes, golden("written.pkl"));
-    }
-
-    #[test]
-    fn a_circle_is_refused() {
-        // l = []; l.append(l)
-        let error = read(b"\x80\x02]q\x00h\x00a.").unwrap_err();
-        assert!(error.to_string().contains("in a circle"), "{error}");
-    }
-
-    #[test]
-    fn a_huge_length_is_refused_with_its_place() {
-        let error = read(b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f").unwrap_err();
-        assert!(error.offset == 2 && error.problem.contains("cut short"), "{error}");
-    }
-
-    #[test]
-    fn every_cut_is_an_error() {
-        for name in ARRAYS {
-            let bytes = golden(name);
-            for length in 0..bytes.len() - 1 {
-                assert!(read(&bytes[..length]).is_err(), "{name} cut to {length}");
-            }
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn damage_never_panics(which in 0..4_usize, flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
-            let mut bytes = golden(ARRAYS[which]);
-            for (index, value) in flips {
-                let at = index.index(bytes.len());
-                bytes[at] = value;
-            }
-            if let Ok(Value::List(items)) = read(&bytes) {
-                for item in items {
-                    if let Ok(array) = item.to_array() {
-                        let _may_be_refused = array.to_f32();
-                    }
-                }
-            }
-        }
-    }
 }

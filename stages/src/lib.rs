@@ -3,10 +3,16 @@
 //! A stage is where files ([`ovenbird_data`]), networks ([`ovenbird_models`]) and the store ([`ovenbird_cache`]) meet. It
 //! knows nothing of pipelines: the graph, the plan and the run loop are the program's.
 
+pub mod annotations;
 pub mod artifacts;
+pub mod clip;
 mod contract;
+pub mod crops;
+pub mod detect;
 mod error;
+mod feed;
 mod registry;
+pub mod toy;
 
 pub use contract::{AnyStage, Context, In, Inputs, Out, PortInfo, Presence, Problem, Progress, Stage, Unit, UnitDraft, Units};
 pub use error::Error;

@@ -3,10 +3,26 @@
 use schemars::{Schema, schema_for};
 use serde_json::Value;
 
-use crate::contract::{AnyStage, PortInfo, Problem, Stage};
+use crate::{
+    annotations, clip,
+    contract::{AnyStage, PortInfo, Problem, Stage},
+    crops, detect, toy,
+};
 
 /// Every stage, in the order `ovenbird stages` lists them.
-pub const STAGES: &[StageEntry] = &[];
+pub const STAGES: &[StageEntry] = &[
+    StageEntry::of::<toy::World>(),
+    StageEntry::of::<annotations::Split>(),
+    StageEntry::of::<annotations::Import>(),
+    StageEntry::of::<crops::Objects>(),
+    StageEntry::of::<clip::Pretrain>(),
+    StageEntry::of::<clip::Ensemble>(),
+    StageEntry::of::<clip::Globals>(),
+    StageEntry::of::<clip::Proposals>(),
+    StageEntry::of::<detect::ZeroShot>(),
+    StageEntry::of::<detect::Coco>(),
+    StageEntry::of::<detect::Lvis>(),
+];
 
 /// What the program knows of a stage without running it.
 #[derive(Debug, Clone, Copy)]

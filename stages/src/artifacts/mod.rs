@@ -52,7 +52,7 @@ pub trait Artifact: Sized {
 }
 
 /// The one file of a port that must hold exactly one.
-fn only_file(kind: &'static str, files: &[InputFile]) -> Result<&InputFile> {
+fn only_file<'a>(kind: &'static str, files: &'a [InputFile]) -> Result<&'a InputFile> {
     match files {
         [file] => Ok(file),
         _ => Err(Error::Input {

@@ -124,7 +124,7 @@ fn write_table(mut file: DraftFile<'_>, ids: Vec<(&str, Vec<u64>)>, boxes: &[Opt
     let batch = RecordBatch::try_from_iter_with_nullable(nullable).expect("BUG: all columns have one value a row");
 
     let path = file.path().to_owned();
-    let write = || -> Result<(), ParquetError> {
+    let mut write = || -> Result<(), ParquetError> {
         let properties = WriterProperties::builder()
             .set_compression(Compression::ZSTD(ZstdLevel::default()))
             .set_key_value_metadata(Some(vec![KeyValue::new(FORMAT_KEY.to_owned(), FORMAT.to_owned())]))

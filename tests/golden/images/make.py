@@ -28,8 +28,7 @@ def entry(array):
 fixed, resized, decoded = {}, {}, {}
 crop = transforms.Compose([transforms.Resize(224, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224)])
 for width, height in ((640, 480), (640, 427), (333, 500), (224, 900), (219, 220), (5, 7), (224, 224), (1, 3), (1000, 224)):
-    square = np.asarray(crop(picture(width, height)))
-    fixed[f"{width}x{height}"] = entry(square) | {"sha256": hashlib.sha256(square.transpose(2, 0, 1).tobytes()).hexdigest()}
+    fixed[f"{width}x{height}"] = entry(np.asarray(crop(picture(width, height))))
 for (w, h), (tw, th) in (((640, 480), (298, 224)), ((100, 80), (333, 201)), ((37, 911), (224, 5519)), ((900, 11), (13, 7)), ((1, 1), (9, 4)), ((7, 5), (1, 1)), ((501, 333), (250, 334)), ((64, 64), (32, 32))):
     resized[f"{w}x{h}-{tw}x{th}"] = entry(np.asarray(picture(w, h).resize((tw, th), Image.BICUBIC)))
 

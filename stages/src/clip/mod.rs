@@ -1,0 +1,13 @@
+//! Stages that run CLIP: training a small one, class embeddings, features of images and regions.
+
+mod encoder;
+mod features;
+mod pretrain;
+mod prompts;
+mod templates;
+
+pub use encoder::{Clip, Precision};
+pub use features::{Globals, View, Proposals};
+pub use pretrain::{Architecture, Pretrain};
+pub use prompts::Ensemble;
+pub use templates::Templates;

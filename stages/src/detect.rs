@@ -1,0 +1,209 @@
+//! `detect/zero-shot`, `eval/coco` and `eval/lvis`: region features against class embeddings, and how good that is.
+
+use ovenbird_data::{
+    annotations::{Annotations, CategoryId},
+    boxes::nms_by_class,
+    classes::ClassSplit,
+    evaluate::{Detection, Evaluation, evaluate_coco, evaluate_lvis},
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::{
+    Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
+    artifacts::{AnnotationFile, Classes, Detections, EvaluationFile, Prompts, RegionFeatures, Regions},
+};
+
+/// Detection without a detector: every proposal gets the class whose text is nearest.
+///
+/// Class probability = softmax of cosines / temperature over all classes; score = probability^(1 - w) * objectness^w with w =
+/// `objectness_weight`. Then NMS within each class, and the best `most_per_image`.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ZeroShot {
+    /// Divides cosines before the softmax; CLIP's own is 0.01.
+    pub temperature: f64,
+    /// How much objectness counts, in [0, 1].
+    pub objectness_weight: f64,
+    /// Detections below are dropped.
+    pub score_threshold: f32,
+    /// A box falls when it overlaps a better one of its class by more.
+    pub nms_iou: f32,
+    /// Detections kept an image.
+    pub most_per_image: usize,
+}
+
+impl Default for ZeroShot {
+    fn default() -> Self {
+        Self { temperature: 0.01, objectness_weight: 0.5, score_threshold: 0.01, nms_iou: 0.5, most_per_image: 300 }
+    }
+}
+
+const FEATURES: In<RegionFeatures> = In::required("features", "Embeddings of proposals.");
+const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings of the same CLIP.");
+const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
+const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "The labels of the same images: category ids are taken from there.");
+const DETECTIONS: Out<Detections> = Out::new("detections", "Boxes (xyxy, px), categories and scores by image, best first.");
+const EVALUATION: Out<EvaluationFile> = Out::new("evaluation", "AP and AR of all, base and novel classes, of every class, and PR curves.");
+
+/// Category ids of base ++ novel, by name.
+fn category_ids(annotations: &Annotations, classes: &ClassSplit) -> Result<Vec<CategoryId>> {
+    let id = |name: &String| {
+        let found = annotations.categories.iter().find(|category| category.name == *name);
+        found.map(|category| category.id).ok_or_else(|| Error::Input {
+            port: "classes",
+            problem: format!("the annotations have no class `{name}`"),
+            hint: "use the classes and the annotations of the same split".into(),
+        })
+    };
+    classes.all().map(id).collect()
+}
+
+impl Stage for ZeroShot {
+    const KIND: &'static str = "detect/zero-shot";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = &[FEATURES.info(), PROMPTS.info(), CLASSES.info(), ANNOTATIONS.info()];
+    const OUTPUTS: &'static [PortInfo] = &[DETECTIONS.info()];
+
+    fn check(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let mut expect = |field: &str, is_sound: bool, expected: &str| {
+            if !is_sound {
+                problems.push(Problem::new(field, format!("expected {expected}")));
+            }
+        };
+        expect("temperature", self.temperature > 0.0 && self.temperature.is_finite(), "a number above 0");
+        expect("objectness_weight", (0.0..=1.0).contains(&self.objectness_weight), "a number from 0 to 1");
+        expect("score_threshold", (0.0..1.0).contains(&self.score_threshold), "a number from 0 to below 1");
+        expect("nms_iou", (0.0..=1.0).contains(&self.nms_iou), "a number from 0 to 1");
+        expect("most_per_image", self.most_per_image > 0, "at least 1");
+        problems
+    }
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let [unit] = units else { return Ok(()) };
+        let Classes(classes) = cx.inputs.read(CLASSES)?;
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let ids = category_ids(&annotations, &classes)?;
+        let names: Vec<String> = classes.all().cloned().collect();
+        let prompts = cx.inputs.read(PROMPTS)?.select(&names)?;
+        cx.total(annotations.images.len() as u64);
+        let mut detections = Vec::new();
+        for regions in cx.inputs.read(FEATURES)?.rows() {
+            cx.proceed()?;
+            detections.extend(self.detect(&regions?, &prompts, &ids)?);
+            cx.tick(1);
+        }
+        let n_detections = detections.len();
+        let draft = cx.begin(unit)?;
+        Detections(detections).write(draft.create(DETECTIONS, "detections.parquet")?)?;
+        cx.commit(draft, [("detections".into(), n_detections.into())].into())
+    }
+}
+
+impl ZeroShot {
+    fn detect(&self, regions: &Regions, prompts: &Tensor, ids: &[CategoryId]) -> Result<Vec<Detection>> {
+        let n_regions = regions.boxes.len();
+        if n_regions == 0 {
+            return Ok(Vec::new());
+        }
+        let (dim, expected) = (regions.embeddings.len() / n_regions, prompts.size()[1] as usize);
+        if dim != expected {
+            return Err(Error::Input {
+                port: "prompts",
+                problem: format!("class embeddings have {expected} numbers, region embeddings {dim}"),
+                hint: "make the prompts and the features with the same CLIP".into(),
+            });
+        }
+        let embeddings = Tensor::from_slice(&regions.embeddings).view([n_regions as i64, dim as i64]);
+        // [N, K]
+        let probabilities = (embeddings.matmul(&prompts.tr()) / self.temperature).softmax(-1, Kind::Float).contiguous();
+        let mut flat = vec![0.0_f32; probabilities.numel()];
+        probabilities.copy_data(&mut flat, probabilities.numel());
+        let (mut boxes, mut scores, mut classes) = (Vec::new(), Vec::new(), Vec::new());
+        for (region, of_region) in flat.chunks_exact(ids.len()).enumerate() {
+            let objectness = f64::from(regions.objectness[region]).max(0.0).powf(self.objectness_weight);
+            for (class, probability) in of_region.iter().enumerate() {
+                let score = (f64::from(*probability).powf(1.0 - self.objectness_weight) * objectness) as f32;
+                if score > self.score_threshold {
+                    boxes.push(regions.boxes[region]);
+                    scores.push(score);
+                    classes.push(class as u32);
+                }
+            }
+        }
+        let kept = nms_by_class(&boxes, &scores, &classes, self.nms_iou);
+        let detection = |kept: usize| Detection {
+            image_id: regions.image_id,
+            category_id: ids[classes[kept] as usize],
+            xyxy: boxes[kept],
+            score: scores[kept],
+        };
+        Ok(kept.into_iter().take(self.most_per_image).map(detection).collect())
+    }
+}
+
+const FOUND: In<Detections> = In::required("detections", "Detections in the same images.");
+
+/// COCO evaluation of boxes: all, base and novel classes by slices of one accumulation.
+///
+/// AP over at most 100 detections an image; AP50, AP75, sizes and AR over at most 1,000. All classes compete. (pycocotools;
+/// OADP, section 6.6.)
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Coco {}
+
+/// LVIS evaluation of boxes: federated, 300 detections an image; APr, APc, APf and novel / base.
+///
+/// Images say which classes are absent for certain and which are not labelled exhaustively; everything else is not judged.
+/// (lvis-api 0.5.3.)
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Lvis {}
+
+const EVAL_INPUTS: &[PortInfo] = &[ANNOTATIONS.info(), FOUND.info(), CLASSES.info()];
+
+impl Stage for Coco {
+    const KIND: &'static str = "eval/coco";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = EVAL_INPUTS;
+    const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        evaluate(units, cx, evaluate_coco)
+    }
+}
+
+impl Stage for Lvis {
+    const KIND: &'static str = "eval/lvis";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = EVAL_INPUTS;
+    const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        evaluate(units, cx, evaluate_lvis)
+    }
+}
+
+fn evaluate(
+    units: &[Unit],
+    cx: &Context<'_>,
+    protocol: fn(&Annotations, &[Detection], &ClassSplit) -> Result<Evaluation, String>,
+) -> Result<()> {
+    let [unit] = units else { return Ok(()) };
+    let Classes(classes) = cx.inputs.read(CLASSES)?;
+    let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+    let Detections(detections) = cx.inputs.read(FOUND)?;
+    let evaluation = protocol(&annotations, &detections, &classes).map_err(|problem| Error::Input {
+        port: "detections",
+        problem,
+        hint: "evaluate detections against the annotations they were made for".into(),
+    })?;
+    let metrics = evaluation.groups.iter().map(|(group, summary)| (format!("{group}.ap50"), summary.ap50.into()));
+    let metrics = metrics.collect();
+    let draft = cx.begin(unit)?;
+    draft.write(EVALUATION, "evaluation.json", &serde_json::to_vec(&evaluation).expect("BUG: numbers are plain JSON"))?;
+    cx.tick(annotations.images.len() as u64);
+    cx.commit(draft, metrics)
+}
