@@ -322,7 +322,7 @@ fn man(folder: &Path) -> Result<()> {
     let mut pages = vec![(String::from("ovenbird.1"), command.clone())];
     for sub in command.get_subcommands() {
         let name = format!("ovenbird-{}", sub.get_name());
-        pages.push((format!("{name}.1"), sub.clone().name(name)));
+        pages.push((format!("{name}.1"), sub.clone().display_name(name)));
     }
     for (file, command) in pages {
         let mut page = Vec::new();

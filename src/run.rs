@@ -65,10 +65,10 @@ pub(crate) fn run(pipeline: &Arc<Pipeline>, wanted: &[usize], store: &Store, opt
     let n_swept = store.recover(&lock)?;
     let (ledger, ledger_notice) = Ledger::open(&store.home().join("ledger"), &store.quarantine())?;
     let log = EventLog::create(store.home(), &run)?;
-    let mut coordinator = Coordinator::new(pipeline, wanted, store, options, &run, log, show);
+    let mut coordinator = Coordinator::new(pipeline, wanted, store, options, run, log, show);
     coordinator.emit(Event::RunStarted {
         version: event::VERSION,
-        run: run.clone(),
+        run: coordinator.run.clone(),
         pipeline: pipeline.name.clone(),
         description: pipeline.description.clone(),
         command: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
@@ -92,7 +92,7 @@ pub(crate) fn run(pipeline: &Arc<Pipeline>, wanted: &[usize], store: &Store, opt
     };
     coordinator.emit(Event::RunEnded { outcome, wall_s: clock.elapsed().as_secs_f64() })?;
     let _held_until_here: RunLock = lock;
-    Ok(Ended { run, made: coordinator.made, error })
+    Ok(Ended { run: coordinator.run, made: coordinator.made, error })
 }
 
 /// `20261121-022350`, or with `-2` where that second has a run already.
@@ -143,7 +143,7 @@ struct Coordinator<'a> {
     pipeline: &'a Arc<Pipeline>,
     store: &'a Store,
     options: Options,
-    run: &'a str,
+    run: String,
     log: EventLog,
     show: &'a mut dyn FnMut(&Stamped),
     sender: UnboundedSender<Message>,
@@ -163,7 +163,7 @@ impl<'a> Coordinator<'a> {
         wanted: &[usize],
         store: &'a Store,
         options: Options,
-        run: &'a str,
+        run: String,
         log: EventLog,
         show: &'a mut dyn FnMut(&Stamped),
     ) -> Self {
@@ -298,7 +298,7 @@ impl<'a> Coordinator<'a> {
 
     fn start_worker(&self, place: usize, work: Work) {
         let (pipeline, store, sender) = (Arc::clone(self.pipeline), self.store.clone(), self.sender.clone());
-        let (options, run, stop) = (self.options, self.run.to_owned(), Arc::clone(&self.stop));
+        let (options, run, stop) = (self.options, self.run.clone(), Arc::clone(&self.stop));
         thread::spawn(move || {
             let progress = sender.clone();
             let report = move |said| drop(progress.send(Message::Progress(place, said)));

@@ -8,18 +8,16 @@ use std::{
     path::Path,
 };
 
-use hotcoco::Segmentation;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Result,
     boxes::{Xyxy, xywh_to_xyxy},
+    masks::Segmentation,
 };
 
 /// Problems of one file that a message names; the rest are counted.
 const MAX_NAMED: usize = 10;
-/// What LVIS puts before the path of an image.
-const COCO_URL: &str = "http://images.cocodataset.org/";
 
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident) => {
@@ -72,6 +70,10 @@ pub struct Category {
     pub name: String,
     /// LVIS only.
     pub frequency: Option<Frequency>,
+    /// The WordNet sense, `owl.n.01`: LVIS only.
+    pub synset: Option<String>,
+    /// Other names, the first mostly equal to `name`: LVIS only.
+    pub synonyms: Vec<String>,
 }
 
 /// An image and what LVIS says about its labels.
@@ -79,7 +81,7 @@ pub struct Category {
 pub struct ImageInfo {
     /// Its id.
     pub id: ImageId,
-    /// Its path below the images' folder; LVIS: derived from `coco_url`.
+    /// Its path below the images' folder; LVIS: the last two parts of `coco_url`, `train2017/000000391895.jpg`.
     pub file_name: String,
     /// px.
     pub width: u32,
@@ -108,7 +110,7 @@ pub struct Annotation {
     pub area: f64,
     /// Whether this is a region of many objects.
     pub is_crowd: bool,
-    /// Polygons or run lengths.
+    /// Polygons or run lengths, as in the file; see [`crate::masks::Mask`].
     pub segmentation: Option<Segmentation>,
 }
 
@@ -124,6 +126,7 @@ pub struct Annotations {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object with `images`, `categories` and `annotations`")]
 struct RawFile {
     images: Vec<RawImage>,
     categories: Vec<RawCategory>,
@@ -131,6 +134,7 @@ struct RawFile {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an image")]
 struct RawImage {
     id: u64,
     file_name: Option<String>,
@@ -144,13 +148,18 @@ struct RawImage {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "a category")]
 struct RawCategory {
     id: u64,
     name: String,
     frequency: Option<Frequency>,
+    synset: Option<String>,
+    #[serde(default)]
+    synonyms: Vec<String>,
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an annotation")]
 struct RawAnnotation {
     id: u64,
     image_id: u64,
@@ -170,21 +179,19 @@ impl Annotations {
     }
 
     fn read(reader: impl Read, path: &Path) -> Result<Self> {
-        let raw: RawFile = serde_json::from_reader(reader).map_err(|error| Error::Malformed {
-            path: path.to_owned(),
-            problem: format!("expected a COCO or LVIS annotation file: {error}"),
-            hint: Some("check that the download is complete and that this is an `instances` or `lvis_v1` json".into()),
+        let raw: RawFile = serde_json::from_reader(reader).map_err(|error| {
+            if error.is_io() {
+                return Error::Read { path: path.to_owned(), source: error.into() };
+            }
+            Error::Malformed {
+                path: path.to_owned(),
+                problem: format!("expected a COCO or LVIS annotation file: {error}"),
+                hint: Some("check that the download is complete and that this is an `instances` or `lvis_v1` json".into()),
+            }
         })?;
-        let problems = problems(&raw);
-        if problems.is_empty() {
-            return Ok(Self::from_raw(raw));
-        }
-        let mut named: Vec<String> = problems.iter().take(MAX_NAMED).cloned().collect();
-        if problems.len() > MAX_NAMED {
-            named.push(format!("and {} more", problems.len() - MAX_NAMED));
-        }
+        let Some(problem) = problems(&raw).into_words() else { return Ok(Self::from_raw(raw)) };
         let hint = Some("mend the file, or make it again from its source".into());
-        Err(Error::Malformed { path: path.to_owned(), problem: named.join("; "), hint })
+        Err(Error::Malformed { path: path.to_owned(), problem, hint })
     }
 
     fn from_raw(raw: RawFile) -> Self {
@@ -198,7 +205,13 @@ impl Annotations {
         };
         let mut images: Vec<ImageInfo> = raw.images.into_iter().map(image).collect();
         images.sort_by_key(|image| image.id);
-        let category = |raw: RawCategory| Category { id: CategoryId(raw.id), name: raw.name, frequency: raw.frequency };
+        let category = |raw: RawCategory| Category {
+            id: CategoryId(raw.id),
+            name: raw.name,
+            frequency: raw.frequency,
+            synset: raw.synset,
+            synonyms: raw.synonyms,
+        };
         let mut categories: Vec<Category> = raw.categories.into_iter().map(category).collect();
         categories.sort_by_key(|category| category.id);
         let annotation = |raw: RawAnnotation| Annotation {
@@ -236,12 +249,40 @@ impl Annotations {
 
 /// The path of an image below the images' folder.
 fn file_name(image: &RawImage) -> Option<String> {
-    let from_url = || image.coco_url.as_ref()?.strip_prefix(COCO_URL).map(str::to_owned);
+    let from_url = || {
+        let mut parts = image.coco_url.as_ref()?.rsplit('/');
+        let (name, folder) = (parts.next()?, parts.next()?);
+        (!name.is_empty() && !folder.is_empty()).then(|| format!("{folder}/{name}"))
+    };
     image.file_name.clone().or_else(from_url)
 }
 
-fn problems(raw: &RawFile) -> Vec<String> {
-    let mut problems = Vec::new();
+/// The first problems of a file in words, and how many there are.
+#[derive(Default)]
+struct Problems {
+    named: Vec<String>,
+    total: usize,
+}
+
+impl Problems {
+    fn push(&mut self, problem: String) {
+        self.total += 1;
+        if self.named.len() < MAX_NAMED {
+            self.named.push(problem);
+        }
+    }
+
+    fn into_words(self) -> Option<String> {
+        let Self { mut named, total } = self;
+        if total > named.len() {
+            named.push(format!("and {} more, {total} problems in all", total - named.len()));
+        }
+        (total > 0).then(|| named.join("; "))
+    }
+}
+
+fn problems(raw: &RawFile) -> Problems {
+    let mut problems = Problems::default();
     let mut images = BTreeSet::new();
     for (place, image) in raw.images.iter().enumerate() {
         let id = image.id;
@@ -252,11 +293,14 @@ fn problems(raw: &RawFile) -> Vec<String> {
             problems.push(format!("image {id}: expected a size above 0, found {} x {}", image.width, image.height));
         }
         if file_name(image).is_none_or(|name| name.is_empty()) {
-            problems.push(format!("image {id}: expected `file_name`, or `coco_url` beginning with {COCO_URL}"));
+            problems.push(format!("image {id}: expected `file_name`, or `coco_url` ending in folder/name"));
         }
     }
-    let mut categories = BTreeSet::new();
+    let (mut categories, mut names) = (BTreeSet::new(), BTreeSet::new());
     for (place, category) in raw.categories.iter().enumerate() {
+        if !names.insert(&category.name) {
+            problems.push(format!("categories[{place}].name: a second category named `{}`", category.name));
+        }
         if !categories.insert(category.id) {
             problems.push(format!("categories[{place}].id: a second category with id {}", category.id));
         }
@@ -289,6 +333,9 @@ fn problems(raw: &RawFile) -> Vec<String> {
         if annotation.bbox.iter().any(|number| !number.is_finite()) || width < 0.0 || height < 0.0 {
             problems.push(format!("annotation {id}: expected bbox [x, y, width, height], found {:?}", annotation.bbox));
         }
+        if let Some(area) = annotation.area.filter(|area| !area.is_finite() || *area < 0.0) {
+            problems.push(format!("annotation {id}: expected an area of 0 or more, found {area}"));
+        }
     }
     problems
 }
@@ -304,15 +351,16 @@ mod tests {
     #[test]
     fn images_are_found_by_id_whatever_the_order_of_the_file() {
         let annotations = read(
-            r#"{"images": [{"id": 9, "file_name": "b.jpg", "width": 4, "height": 3}, {"id": 2, "coco_url": "http://images.cocodataset.org/val2017/a.jpg", "width": 1, "height": 1}],
-                "categories": [{"id": 5, "name": "owl", "frequency": "r"}],
+            r#"{"images": [{"id": 9, "file_name": "b.jpg", "width": 4, "height": 3}, {"id": 2, "coco_url": "https://images.cocodataset.org/val2017/a.jpg", "width": 1, "height": 1}],
+                "categories": [{"id": 5, "name": "owl", "frequency": "r", "synset": "owl.n.01", "synonyms": ["owl", "hooter"]}],
                 "annotations": [{"id": 1, "image_id": 9, "category_id": 5, "bbox": [0.5, 1, 2, 1], "area": 1.5, "iscrowd": 0, "segmentation": [[0.5, 1, 2.5, 1, 2.5, 2]]}]}"#,
         )
         .unwrap();
         assert_eq!(annotations.images.iter().map(|image| image.id.0).collect::<Vec<_>>(), [2, 9]);
         assert_eq!(annotations.image(ImageId(2)).unwrap().file_name, "val2017/a.jpg");
         assert_eq!(annotations.annotations[0].xyxy, Xyxy { x1: 0.5, y1: 1.0, x2: 2.5, y2: 2.0 });
-        assert_eq!(annotations.categories[0].frequency, Some(Frequency::Rare));
+        let Category { frequency, synset, synonyms, .. } = annotations.categories[0].clone();
+        assert_eq!((frequency, synset.as_deref(), synonyms.join(" ").as_str()), (Some(Frequency::Rare), Some("owl.n.01"), "owl hooter"));
     }
 
     #[test]
@@ -327,7 +375,7 @@ mod tests {
         .unwrap_err()
         .to_string();
         let expected = "instances.json: image 1: expected a size above 0, found 4 x 0; images[1].id: a second image with id 1; \
-            image 1: expected `file_name`, or `coco_url` beginning with http://images.cocodataset.org/; \
+            image 1: expected `file_name`, or `coco_url` ending in folder/name; \
             categories[1].id: a second category with id 5; annotations[0].id: 0, which evaluators take for unmatched; \
             annotation 7: image_id 3 is not among the images; annotation 7: category_id 6 is not among the categories; \
             annotation 7: expected bbox [x, y, width, height], found [0.0, 0.0, -1.0, 1.0]; \
@@ -336,8 +384,35 @@ mod tests {
     }
 
     #[test]
+    fn ten_problems_are_named_and_all_are_counted() {
+        let annotations: Vec<String> =
+            (1..=12).map(|id| format!(r#"{{"id": {id}, "image_id": 1, "category_id": 5, "bbox": [0, 0, 1, 1], "area": -1}}"#)).collect();
+        let json = format!(
+            r#"{{"images": [{{"id": 1, "file_name": "a.jpg", "width": 4, "height": 4}}],
+                "categories": [{{"id": 5, "name": "owl"}}, {{"id": 6, "name": "owl"}}], "annotations": [{}]}}"#,
+            annotations.join(",")
+        );
+        let error = read(&json).unwrap_err().to_string();
+        assert!(
+            error.starts_with("instances.json: categories[1].name: a second category named `owl`; annotation 1: expected an area"),
+            "{error}"
+        );
+        assert!(error.ends_with("annotation 9: expected an area of 0 or more, found -1; and 3 more, 13 problems in all"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_can_be_told_from_a_bad_one() {
+        let error = Annotations::load(Path::new("no such folder/instances.json")).unwrap_err();
+        assert!(matches!(error, Error::Read { .. }), "{error}");
+    }
+
+    #[test]
     fn json_that_is_cut_or_of_another_shape_is_named_with_its_line() {
-        for (json, words) in [("{\"images\": [", "line 1 column 12"), ("[]", "line 1 column"), ("{\"images\": []}", "missing field `categories`")] {
+        for (json, words) in [
+            ("{\"images\": [", "line 1 column 12"),
+            ("[]", "an object with `images`, `categories` and `annotations` at line 1 column"),
+            ("{\"images\": []}", "missing field `categories`"),
+        ] {
             let error = read(json).unwrap_err().to_string();
             assert!(error.starts_with("instances.json: expected a COCO or LVIS annotation file") && error.contains(words), "{error}");
         }

@@ -8,26 +8,105 @@ use crate::annotations::{Annotations, Frequency};
 
 /// The 48 base classes of the COCO split, in ascending original id.
 const COCO_BASE: [&str; 48] = [
-    "person", "bicycle", "car", "motorcycle", "train", "truck", "boat", "bench", "bird", "horse", "sheep", "bear", "zebra", "giraffe",
-    "backpack", "handbag", "suitcase", "frisbee", "skis", "kite", "surfboard", "bottle", "fork", "spoon", "bowl", "banana", "apple",
-    "sandwich", "orange", "broccoli", "carrot", "pizza", "donut", "chair", "bed", "toilet", "tv", "laptop", "mouse", "remote",
-    "microwave", "oven", "toaster", "refrigerator", "book", "clock", "vase", "toothbrush",
+    "person",
+    "bicycle",
+    "car",
+    "motorcycle",
+    "train",
+    "truck",
+    "boat",
+    "bench",
+    "bird",
+    "horse",
+    "sheep",
+    "bear",
+    "zebra",
+    "giraffe",
+    "backpack",
+    "handbag",
+    "suitcase",
+    "frisbee",
+    "skis",
+    "kite",
+    "surfboard",
+    "bottle",
+    "fork",
+    "spoon",
+    "bowl",
+    "banana",
+    "apple",
+    "sandwich",
+    "orange",
+    "broccoli",
+    "carrot",
+    "pizza",
+    "donut",
+    "chair",
+    "bed",
+    "toilet",
+    "tv",
+    "laptop",
+    "mouse",
+    "remote",
+    "microwave",
+    "oven",
+    "toaster",
+    "refrigerator",
+    "book",
+    "clock",
+    "vase",
+    "toothbrush",
 ];
 
 /// The 17 novel classes of the COCO split, in ascending original id.
 const COCO_NOVEL: [&str; 17] = [
-    "airplane", "bus", "cat", "dog", "cow", "elephant", "umbrella", "tie", "snowboard", "skateboard", "cup", "knife", "cake", "couch",
-    "keyboard", "sink", "scissors",
+    "airplane",
+    "bus",
+    "cat",
+    "dog",
+    "cow",
+    "elephant",
+    "umbrella",
+    "tie",
+    "snowboard",
+    "skateboard",
+    "cup",
+    "knife",
+    "cake",
+    "couch",
+    "keyboard",
+    "sink",
+    "scissors",
 ];
 
 /// Which classes are known in training and which are not. Order is identity: a class's new id is its place in [`Self::all`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "Lists")]
 pub struct ClassSplit {
     /// Classes with labels in training.
     pub base: Vec<String>,
     /// Classes without.
     pub novel: Vec<String>,
+}
+
+/// A [`ClassSplit`] as a file holds it, before it is checked.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Lists {
+    base: Vec<String>,
+    novel: Vec<String>,
+}
+
+impl TryFrom<Lists> for ClassSplit {
+    type Error = String;
+
+    fn try_from(Lists { base, novel }: Lists) -> Result<Self, String> {
+        let split = Self { base, novel };
+        match split.duplicate() {
+            Some(twice) => Err(format!("the class list names `{twice}` twice")),
+            None => Ok(split),
+        }
+    }
 }
 
 impl ClassSplit {
@@ -63,6 +142,8 @@ impl ClassSplit {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use sha2::{Digest as _, Sha256};
 
     use super::*;
@@ -77,6 +158,39 @@ mod tests {
         let split = ClassSplit::coco_48_17();
         assert_eq!(digest(&split.base), "9787ec2c7bfbbf347134500fd15c979f0ab382660c1f4f1dcc917cb26b3a44f7");
         assert_eq!(digest(&split.novel), "12051852c10b722dcf201be451dba3ead34bba7dab4f6f58eee6d4d931fb9182");
+    }
+
+    #[test]
+    fn a_list_that_names_a_class_twice_or_has_other_fields_is_refused() {
+        let read = |json: &str| serde_json::from_str::<ClassSplit>(json).map_err(|error| error.to_string());
+        let split = ClassSplit { base: vec!["a".into()], novel: vec!["b".into()] };
+        assert_eq!(read(r#"{"base": ["a"], "novel": ["b"]}"#).as_ref(), Ok(&split));
+        assert_eq!(serde_json::to_string(&split).unwrap(), r#"{"base":["a"],"novel":["b"]}"#);
+        for (json, words) in [
+            (r#"{"base": ["a", "a"], "novel": []}"#, "the class list names `a` twice"),
+            (r#"{"base": ["a"], "novel": ["a"]}"#, "the class list names `a` twice"),
+            (r#"{"base": ["a"], "novel": [], "rare": []}"#, "unknown field `rare`"),
+        ] {
+            let error = read(json).unwrap_err();
+            assert!(error.starts_with(words), "{error}");
+        }
+    }
+
+    #[test]
+    fn rare_classes_are_novel_and_the_order_is_that_of_the_ids() {
+        let annotations = |frequency: &str| {
+            let json = format!(
+                r#"{{"images": [], "annotations": [], "categories": [
+                    {{"id": 9, "name": "wren", "frequency": "c"}}, {{"id": 3, "name": "owl", "frequency": "r"}},
+                    {{"id": 1, "name": "heron", "frequency": "f"}}, {{"id": 2, "name": "crane", {frequency} "synset": "crane.n.05"}}]}}"#
+            );
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(json.as_bytes()).unwrap();
+            Annotations::load(file.path()).unwrap()
+        };
+        let expected = ClassSplit { base: vec!["heron".into(), "wren".into()], novel: vec!["crane".into(), "owl".into()] };
+        assert_eq!(ClassSplit::by_frequency(&annotations("\"frequency\": \"r\",")), Some(expected));
+        assert_eq!(ClassSplit::by_frequency(&annotations("")), None);
     }
 
     #[test]

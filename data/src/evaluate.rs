@@ -4,6 +4,9 @@
 //! The metrics follow the OADP reference: all classes compete; base and novel are slices of the class axis of *one*
 //! accumulation. COCO: AP over at most 100 detections an image; AP50, AP75 and the sizes over at most 1,000 (maxDets 100,
 //! 300, 1000). LVIS: 300 detections an image, federated.
+//!
+//! Crowds: as pycocotools, COCO neither wants them found nor minds when they are; lvis-api does not know `iscrowd`, so in
+//! LVIS a crowd is an object like others.
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
@@ -14,7 +17,7 @@ use hotcoco::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    annotations::{Annotations, CategoryId, Frequency, ImageId},
+    annotations::{Annotation, Annotations, Category, CategoryId, Frequency, ImageId, ImageInfo},
     boxes::{Xyxy, xyxy_to_xywh},
     classes::ClassSplit,
 };
@@ -58,7 +61,11 @@ pub struct Summary {
     pub ap_medium: Option<f64>,
     /// Of objects above 96² px.
     pub ap_large: Option<f64>,
-    /// Recall with the most detections an image that the protocol allows.
+    /// Recall with at most 100 detections an image and class; `None` also where the protocol has no such limit (LVIS).
+    pub ar_100: Option<f64>,
+    /// Recall with at most 300: an image and class (COCO), an image (LVIS).
+    pub ar_300: Option<f64>,
+    /// Recall with the most detections an image that the protocol allows: 1,000 a class (COCO), 300 (LVIS).
     pub ar: Option<f64>,
     /// The same, small objects.
     pub ar_small: Option<f64>,
@@ -76,7 +83,7 @@ pub struct ClassResult {
     pub name: String,
     /// Whether it had no labels in training.
     pub is_novel: bool,
-    /// Objects to be found, without crowds.
+    /// Objects to be found: without crowds, except in LVIS, which has no crowds.
     pub n_ground_truth: usize,
     /// Mean over IoU 0.50 to 0.95.
     pub ap: Option<f64>,
@@ -101,6 +108,8 @@ pub struct Evaluation {
     pub curves: BTreeMap<String, Vec<f64>>,
 }
 
+/// Detections of a class in an image that count, in COCO: AP itself is stated for the first limit, all else for the last.
+const COCO_LIMITS: [usize; 3] = [100, 300, 1000];
 /// The version of [`Evaluation`].
 const FORMAT: u32 = 1;
 
@@ -118,11 +127,8 @@ fn evaluate(metric: Metric, annotations: &Annotations, detections: &[Detection],
     let by_name: BTreeMap<&str, CategoryId> = annotations.categories.iter().map(|category| (category.name.as_str(), category.id)).collect();
     let id = |name: &String| by_name.get(name.as_str()).copied().ok_or_else(|| format!("the annotations have no class `{name}`"));
     let ids = classes.all().map(id).collect::<Result<Vec<CategoryId>, String>>()?;
-    if let Some(stray) = detections.iter().find(|detection| annotations.image(detection.image_id).is_none()) {
-        return Err(format!("a detection in image {}, which the annotations do not have", stray.image_id));
-    }
-
-    let truth = COCO::from_dataset(ground_truth(annotations));
+    check(annotations, detections)?;
+    let truth = COCO::from_dataset(ground_truth(metric, annotations));
     let found = detections.iter().map(|detection| CocoAnnotation {
         image_id: detection.image_id.0,
         category_id: detection.category_id.0,
@@ -136,8 +142,9 @@ fn evaluate(metric: Metric, annotations: &Annotations, detections: &[Detection],
         Metric::Lvis => COCOeval::new_lvis(truth, found, IouType::Bbox),
     };
     if metric == Metric::Coco {
-        eval.params.max_dets = vec![100, 300, 1000];
+        eval.params.max_dets = COCO_LIMITS.to_vec();
     }
+    let limits = eval.params.max_dets.clone();
     eval.params.cat_ids = ids.iter().map(|id| id.0).collect();
     eval.evaluate().map_err(|error| error.to_string())?;
     eval.accumulate();
@@ -148,7 +155,7 @@ fn evaluate(metric: Metric, annotations: &Annotations, detections: &[Detection],
     if places.len() != ids.len() {
         return Err("the evaluation lost a class".into());
     }
-    let slices = Slices { accumulated, areas: &areas };
+    let slices = Slices { accumulated, areas: &areas, limits: &limits };
     let n_base = classes.base.len();
     let mut members: BTreeMap<String, Vec<usize>> = BTreeMap::from([
         ("all".into(), places.clone()),
@@ -162,12 +169,16 @@ fn evaluate(metric: Metric, annotations: &Annotations, detections: &[Detection],
             members.insert(name.into(), of_frequency.collect());
         }
     }
+    let mut n_ground_truth: BTreeMap<CategoryId, usize> = BTreeMap::new();
+    for annotation in annotations.annotations.iter().filter(|annotation| !is_ignored(metric, annotation)) {
+        *n_ground_truth.entry(annotation.category_id).or_default() += 1;
+    }
     let class = |(row, (name, id)): (usize, (&String, &CategoryId))| {
         let of_class = [places[row]];
         ClassResult {
             name: name.clone(),
             is_novel: row >= n_base,
-            n_ground_truth: annotations.annotations.iter().filter(|annotation| annotation.category_id == *id && !annotation.is_crowd).count(),
+            n_ground_truth: n_ground_truth.get(id).copied().unwrap_or(0),
             ap: slices.precision(&of_class, None, "all", Slices::first_limit()),
             ap50: slices.precision(&of_class, Some(0), "all", slices.last_limit()),
         }
@@ -181,9 +192,30 @@ fn evaluate(metric: Metric, annotations: &Annotations, detections: &[Detection],
     })
 }
 
-fn ground_truth(annotations: &Annotations) -> Dataset {
+/// What the evaluator would only warn about, or count silently as wrong.
+fn check(annotations: &Annotations, detections: &[Detection]) -> Result<(), String> {
+    for Detection { image_id, category_id, xyxy, score } in detections {
+        if annotations.image(*image_id).is_none() {
+            return Err(format!("a detection in image {image_id}, which the annotations do not have"));
+        }
+        if annotations.category(*category_id).is_none() {
+            return Err(format!("image {image_id}: a detection of category {category_id}, which the annotations do not have"));
+        }
+        let Xyxy { x1, y1, x2, y2 } = *xyxy;
+        if ![x1, y1, x2, y2, *score].iter().all(|number| number.is_finite()) {
+            return Err(format!("image {image_id}: expected finite numbers, found a detection [{x1}, {y1}, {x2}, {y2}], score {score}"));
+        }
+    }
+    Ok(())
+}
+
+fn is_ignored(metric: Metric, annotation: &Annotation) -> bool {
+    annotation.is_crowd && metric == Metric::Coco
+}
+
+fn ground_truth(metric: Metric, annotations: &Annotations) -> Dataset {
     let ids = |ids: &[CategoryId]| ids.iter().map(|id| id.0).collect();
-    let image = |image: &crate::annotations::ImageInfo| CocoImage {
+    let image = |image: &ImageInfo| CocoImage {
         id: image.id.0,
         file_name: image.file_name.clone(),
         height: image.height,
@@ -192,7 +224,7 @@ fn ground_truth(annotations: &Annotations) -> Dataset {
         not_exhaustive_category_ids: ids(&image.not_exhaustive_category_ids),
         ..CocoImage::default()
     };
-    let category = |category: &crate::annotations::Category| CocoCategory {
+    let category = |category: &Category| CocoCategory {
         id: category.id.0,
         name: category.name.clone(),
         supercategory: None,
@@ -206,13 +238,13 @@ fn ground_truth(annotations: &Annotations) -> Dataset {
         isthing: None,
         extra: hotcoco::Extra::default(),
     };
-    let annotation = |annotation: &crate::annotations::Annotation| CocoAnnotation {
+    let annotation = |annotation: &Annotation| CocoAnnotation {
         id: annotation.id.0,
         image_id: annotation.image_id.0,
         category_id: annotation.category_id.0,
         bbox: Some(annotation.bbox),
         area: Some(annotation.area),
-        iscrowd: annotation.is_crowd,
+        iscrowd: is_ignored(metric, annotation),
         ..CocoAnnotation::default()
     };
     Dataset {
@@ -227,6 +259,8 @@ fn ground_truth(annotations: &Annotations) -> Dataset {
 struct Slices<'a> {
     accumulated: &'a AccumulatedEval,
     areas: &'a [AreaRange],
+    /// Detections an image, along the last axis; ascending.
+    limits: &'a [usize],
 }
 
 impl Slices<'_> {
@@ -252,15 +286,16 @@ impl Slices<'_> {
         mean(cells.map(|(t, r, k)| self.accumulated.precision[self.accumulated.precision_idx(t, r, k, area, limit)]))
     }
 
-    fn recall(&self, classes: &[usize], area: &str) -> Option<f64> {
+    fn recall(&self, classes: &[usize], area: &str, limit: usize) -> Option<f64> {
         let (shape, area) = (self.accumulated.shape, self.area(area));
         let cells = (0..shape.t).flat_map(|t| classes.iter().map(move |k| (t, *k)));
-        mean(cells.map(|(t, k)| self.accumulated.recall[self.accumulated.recall_idx(t, k, area, self.last_limit())]))
+        mean(cells.map(|(t, k)| self.accumulated.recall[self.accumulated.recall_idx(t, k, area, limit)]))
     }
 
     fn summary(&self, classes: &[usize]) -> Summary {
         let last = self.last_limit();
         let of_size = |area: &str| self.precision(classes, None, area, last);
+        let at_limit = |limit: usize| self.recall(classes, "all", self.limits.iter().position(|known| *known == limit)?);
         Summary {
             ap: self.precision(classes, None, "all", Self::first_limit()),
             ap50: self.precision(classes, Some(0), "all", last),
@@ -268,10 +303,12 @@ impl Slices<'_> {
             ap_small: of_size("small"),
             ap_medium: of_size("medium"),
             ap_large: of_size("large"),
-            ar: self.recall(classes, "all"),
-            ar_small: self.recall(classes, "small"),
-            ar_medium: self.recall(classes, "medium"),
-            ar_large: self.recall(classes, "large"),
+            ar_100: at_limit(100),
+            ar_300: at_limit(300),
+            ar: self.recall(classes, "all", last),
+            ar_small: self.recall(classes, "small", last),
+            ar_medium: self.recall(classes, "medium", last),
+            ar_large: self.recall(classes, "large", last),
         }
     }
 
@@ -325,6 +362,8 @@ mod tests {
     struct Golden {
         groups: BTreeMap<String, BTreeMap<String, f64>>,
         class_ap: Vec<f64>,
+        class_ap50: Vec<f64>,
+        curves: BTreeMap<String, Vec<f64>>,
     }
 
     fn golden(name: &str) -> Golden {
@@ -354,9 +393,12 @@ mod tests {
         evaluate(&annotations, &detections(name), &classes()).unwrap()
     }
 
-    fn check(name: &str) {
+    fn none_is_minus_one(value: Option<f64>) -> f64 {
+        value.unwrap_or(-1.0)
+    }
+
+    fn check_groups(name: &str) {
         let (found, expected) = (result(name), golden(name));
-        let none_is_minus_one = |value: Option<f64>| value.unwrap_or(-1.0);
         for (group, numbers) in expected.groups {
             let json = serde_json::to_value(found.groups[&group]).unwrap();
             for (number, expected) in numbers {
@@ -364,19 +406,55 @@ mod tests {
                 assert!((found - expected).abs() < 1e-6, "{name} {group} {number}: expected {expected}, found {found}");
             }
         }
-        for (class, expected) in found.classes.iter().zip(expected.class_ap) {
-            assert!((none_is_minus_one(class.ap) - expected).abs() < 1e-6, "{name} {}: expected {expected}, found {:?}", class.name, class.ap);
+    }
+
+    fn check_classes(name: &str) {
+        let (found, expected) = (result(name), golden(name));
+        for (class, expected) in found.classes.iter().zip(expected.class_ap.iter().zip(expected.class_ap50)) {
+            let found = (none_is_minus_one(class.ap), none_is_minus_one(class.ap50));
+            let is_equal = (found.0 - expected.0).abs() < 1e-6 && (found.1 - expected.1).abs() < 1e-6;
+            assert!(is_equal, "{name} {}: expected {expected:?}, found {found:?}", class.name);
+        }
+    }
+
+    fn check_curves(name: &str) {
+        let (found, expected) = (result(name), golden(name));
+        for (group, expected) in expected.curves {
+            assert_eq!(found.curves[&group].len(), expected.len());
+            let difference =
+                found.curves[&group].iter().zip(expected).map(|(found, expected)| (found - expected).abs()).fold(0.0, f64::max);
+            assert!(difference < 1e-6, "{name} {group}: {difference}");
         }
     }
 
     #[test]
     fn coco_numbers_equal_pycocotools_in_every_group() {
-        check("coco");
+        check_groups("coco");
     }
 
     #[test]
     fn lvis_numbers_equal_lvis_api_in_every_group() {
-        check("lvis");
+        check_groups("lvis");
+    }
+
+    #[test]
+    fn every_class_has_the_numbers_that_python_gives() {
+        check_classes("coco");
+        check_classes("lvis");
+    }
+
+    #[test]
+    fn precision_over_recall_equals_python() {
+        check_curves("coco");
+        check_curves("lvis");
+    }
+
+    #[test]
+    fn the_same_evaluation_has_the_same_bytes() {
+        let json = || serde_json::to_string(&result("coco")).unwrap();
+        let first = json();
+        assert_eq!(first, json());
+        assert_eq!(serde_json::from_str::<Evaluation>(&first).unwrap(), result("coco"));
     }
 
     #[test]
@@ -398,6 +476,22 @@ mod tests {
         assert_eq!(
             evaluate_coco(&annotations, &[stray], &classes()).unwrap_err(),
             "a detection in image 999999, which the annotations do not have"
+        );
+        let stray = Detection { category_id: CategoryId(5), image_id: ImageId(1), ..detections("coco")[0] };
+        assert_eq!(
+            evaluate_coco(&annotations, &[stray], &classes()).unwrap_err(),
+            "image 1: a detection of category 5, which the annotations do not have"
+        );
+    }
+
+    #[test]
+    fn a_score_that_is_no_number_is_named() {
+        let annotations = Annotations::load(&folder().join("coco.json")).unwrap();
+        let xyxy = Xyxy { x1: 0.0, y1: 0.0, x2: 1.0, y2: 2.0 };
+        let detection = Detection { image_id: ImageId(1), category_id: CategoryId(0), xyxy, score: f32::NAN };
+        assert_eq!(
+            evaluate_coco(&annotations, &[detection], &classes()).unwrap_err(),
+            "image 1: expected finite numbers, found a detection [0, 0, 1, 2], score NaN"
         );
     }
 

@@ -9,6 +9,7 @@ pub mod classes;
 mod error;
 pub mod evaluate;
 pub mod images;
+pub mod masks;
 pub mod proposals;
 mod resize;
 pub mod split;

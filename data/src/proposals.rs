@@ -36,7 +36,8 @@ pub fn read_mmdet(path: &Path) -> Result<Vec<Vec<Proposal>>> {
     let value = ovenbird_pickle::read(&bytes).map_err(|error| malformed(error.to_string()))?;
     drop(bytes);
     let images = value.as_items().ok_or_else(|| malformed("expected a list over images".into()))?;
-    let image = |(place, value): (usize, &Value)| of_image(value).map_err(|problem| malformed(format!("image {place} of the list: {problem}")));
+    let image =
+        |(place, value): (usize, &Value)| of_image(value).map_err(|problem| malformed(format!("image {place} of the list: {problem}")));
     images.iter().enumerate().map(image).collect()
 }
 
@@ -62,11 +63,16 @@ pub fn write_mmdet(images: &[Vec<Proposal>], out: &mut impl Write) -> io::Result
 }
 
 /// Checks proposals against the images they are for, in ascending id; `path` is for the message.
+///
+/// There must be as many entries as images, every number finite, no box inside out or more than 1 px outside its image, and
+/// every score in [0, 1]. Fails at the first that is not so, and names its image and row.
 pub fn check(proposals: &[Vec<Proposal>], images: &[ImageInfo], path: &Path) -> Result<()> {
     let malformed = |problem: String, hint: &str| Err(Error::Malformed { path: path.to_owned(), problem, hint: Some(hint.into()) });
     if proposals.len() != images.len() {
-        let problem = format!("proposals of {} images, but the annotations have {}", proposals.len(), images.len());
-        return malformed(problem, "entries are matched to images in ascending id: use the proposals made for exactly these annotations");
+        let (n_proposals, n_images) = (proposals.len(), images.len());
+        let problem =
+            format!("proposals of {n_proposals} images, but the annotations have {n_images}: entries belong to images in ascending id");
+        return malformed(problem, "use the proposals made for exactly these annotations");
     }
     for (of_image, image) in proposals.iter().zip(images) {
         let (width, height) = (image.width as f32 + TOLERANCE_PX, image.height as f32 + TOLERANCE_PX);
@@ -74,7 +80,10 @@ pub fn check(proposals: &[Vec<Proposal>], images: &[ImageInfo], path: &Path) -> 
             let Xyxy { x1, y1, x2, y2 } = *xyxy;
             let place = format!("image {}, row {row}", image.id);
             if ![x1, y1, x2, y2, *score].iter().all(|number| number.is_finite()) {
-                return malformed(format!("{place}: expected finite numbers, found [{x1}, {y1}, {x2}, {y2}], score {score}"), "make the proposals again");
+                return malformed(
+                    format!("{place}: expected finite numbers, found [{x1}, {y1}, {x2}, {y2}], score {score}"),
+                    "make the proposals again",
+                );
             }
             if xyxy.width() < 0.0 || xyxy.height() < 0.0 {
                 return malformed(format!("{place}: box [{x1}, {y1}, {x2}, {y2}] is inside out"), "expected x1, y1, x2, y2, score");
@@ -116,6 +125,33 @@ mod tests {
     }
 
     #[test]
+    fn arrays_and_lists_of_one_class_are_read_from_every_protocol() {
+        let two = vec![proposal(0.0, 0.25, 10.5, 20.0, 0.75), proposal(1.5, 2.0, 30.0, 29.125, 0.5)];
+        let expected = [two.clone(), two.clone(), vec![], two[1..].to_vec()];
+        for name in ["flat", "list", "tuple"] {
+            for protocol in [2, 4, 5] {
+                let path = format!("{}/../tests/golden/proposals/{name}-{protocol}.pkl", env!("CARGO_MANIFEST_DIR"));
+                assert_eq!(read_mmdet(Path::new(&path)).unwrap(), expected, "{name} {protocol}");
+            }
+        }
+    }
+
+    #[test]
+    fn boxes_may_reach_a_pixel_out() {
+        let proposals = [vec![proposal(-1.0, -0.5, 41.0, 31.0, 1.0), proposal(3.0, 3.0, 3.0, 3.0, 0.0)]];
+        check(&proposals, &[image(4)], Path::new("proposals.pkl")).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_list_of_arrays_is_named_with_its_place() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        let (four, five) = ([0.0_f32; 4], [0.0_f32; 5]);
+        ovenbird_pickle::write_f32_arrays([(1, 5, five.as_slice()), (1, 4, four.as_slice())], &mut file).unwrap();
+        let error = read_mmdet(file.path()).unwrap_err().to_string();
+        assert!(error.ends_with("image 1 of the list: expected an array [N, 5], found [1, 4]"), "{error}");
+    }
+
+    #[test]
     fn what_is_written_is_read_back() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("proposals.pkl");
@@ -129,8 +165,11 @@ mod tests {
     #[test]
     fn proposals_that_cannot_belong_to_these_images_are_named() {
         let cases = [
-            (vec![vec![]], "proposals.pkl: proposals of 1 images, but the annotations have 2"),
-            (vec![vec![], vec![proposal(0.0, 0.0, 42.0, 1.0, 0.5)]], "proposals.pkl: image 9, row 0: box [0, 0, 42, 1] leaves the image of 40 x 30 px"),
+            (vec![vec![]], "proposals.pkl: proposals of 1 images, but the annotations have 2: entries belong to images in ascending id"),
+            (
+                vec![vec![], vec![proposal(0.0, 0.0, 42.0, 1.0, 0.5)]],
+                "proposals.pkl: image 9, row 0: box [0, 0, 42, 1] leaves the image of 40 x 30 px",
+            ),
             (vec![vec![proposal(5.0, 0.0, 1.0, 1.0, 0.5)], vec![]], "proposals.pkl: image 4, row 0: box [5, 0, 1, 1] is inside out"),
             (vec![vec![proposal(0.0, 0.0, 1.0, 1.0, 1.5)], vec![]], "proposals.pkl: image 4, row 0: expected a score in [0, 1], found 1.5"),
             (

@@ -53,7 +53,12 @@ struct Parts<'a> {
 }
 
 /// The fields of an object in the file's order, their values as written.
-struct Fields<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+struct Fields<'a>(Vec<(Key<'a>, &'a RawValue)>);
+
+/// Borrowed from the file, unless it has escapes: a file of LVIS has nine million of them.
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
 
 impl<'a, 'de: 'a> Deserialize<'de> for Fields<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -67,7 +72,7 @@ impl<'a, 'de: 'a> Deserialize<'de> for Fields<'a> {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut fields = Vec::new();
-                while let Some((key, value)) = map.next_entry::<Cow<'de, str>, &'de RawValue>()? {
+                while let Some((key, value)) = map.next_entry::<Key<'de>, &'de RawValue>()? {
                     fields.push((key, value));
                 }
                 Ok(Fields(fields))
@@ -79,14 +84,17 @@ impl<'a, 'de: 'a> Deserialize<'de> for Fields<'a> {
 
 impl<'a> Fields<'a> {
     fn get<T: Deserialize<'a>>(&self, key: &str) -> Option<T> {
-        let (_, value) = self.0.iter().find(|(known, _)| known == key)?;
-        serde_json::from_str(value.get()).ok()
+        serde_json::from_str(self.raw(key)?.get()).ok()
+    }
+
+    fn raw(&self, key: &str) -> Option<&'a RawValue> {
+        self.0.iter().find(|(Key(known), _)| known == key).map(|(_, value)| *value)
     }
 
     /// Writes the object without spaces, some values replaced.
     fn write(&self, out: &mut impl Write, replaced: &[(&str, String)]) -> io::Result<()> {
         out.write_all(b"{")?;
-        for (field_idx, (key, value)) in self.0.iter().enumerate() {
+        for (field_idx, (Key(key), value)) in self.0.iter().enumerate() {
             if field_idx > 0 {
                 out.write_all(b",")?;
             }
@@ -122,8 +130,8 @@ fn write_compact(out: &mut impl Write, json: &str) -> io::Result<()> {
 
 /// Writes the annotation file of a class list.
 ///
-/// Fails when a listed class is not in the file, when an LVIS class is not listed (classes of COCO that are not listed are
-/// dropped), and when an annotation has id 0.
+/// Fails when a listed class is not in the file or is there twice, when an LVIS class is not listed (classes of COCO that are
+/// not listed are dropped), when an image's category lists cannot be renumbered, and when an annotation has id 0.
 pub fn write_split(input: &Path, classes: &ClassSplit, keep: Keep, out: &mut impl Write) -> Result<Counts> {
     let text = fs::read_to_string(input).map_err(|source| Error::Read { path: input.to_owned(), source })?;
     let malformed = |problem: String, hint: &str| Error::Malformed { path: input.to_owned(), problem, hint: Some(hint.into()) };
@@ -142,6 +150,12 @@ pub fn write_split(input: &Path, classes: &ClassSplit, keep: Keep, out: &mut imp
         };
         match place.get(name.as_ref()) {
             Some(new_id) => {
+                if categories.iter().any(|(known, _)| known == new_id) {
+                    return Err(malformed(
+                        format!("categories: a second category named `{name}` (id {id})"),
+                        "give each category its own name",
+                    ));
+                }
                 new_ids.insert(id, *new_id);
                 categories.push((*new_id, category));
             }
@@ -181,6 +195,11 @@ pub fn write_split(input: &Path, classes: &ClassSplit, keep: Keep, out: &mut imp
     }
     let is_kept = |image: &&Fields<'_>| keep != Keep::AllMin || image.get("id").is_some_and(|id: u64| labelled.contains(&id));
     let images: Vec<&Fields<'_>> = parts.images.iter().filter(is_kept).collect();
+    let lists: Vec<Vec<(&str, String)>> = images
+        .iter()
+        .map(|image| renumbered(image, &new_ids))
+        .collect::<Result<_, String>>()
+        .map_err(|problem| malformed(problem, again))?;
 
     let counts = Counts { images: images.len(), annotations: annotations.len() };
     let mut write = || -> io::Result<()> {
@@ -195,20 +214,29 @@ pub fn write_split(input: &Path, classes: &ClassSplit, keep: Keep, out: &mut imp
             annotation.write(out, &[("category_id", new_id.to_string())])?;
         }
         out.write_all(b"],\"images\":[")?;
-        for (place, image) in images.iter().enumerate() {
+        for (place, (image, lists)) in images.iter().zip(&lists).enumerate() {
             separate(out, place)?;
-            let renumbered = |key: &'static str| {
-                let old: Vec<u64> = image.get(key)?;
-                let new: Vec<usize> = old.iter().filter_map(|id| new_ids.get(id).copied()).collect();
-                Some((key, serde_json::to_string(&new).expect("BUG: a list of numbers is plain JSON")))
-            };
-            let lists = ["neg_category_ids", "not_exhaustive_category_ids"].into_iter().filter_map(renumbered);
-            image.write(out, &lists.collect::<Vec<_>>())?;
+            image.write(out, lists)?;
         }
         out.write_all(b"]}")
     };
     write().map_err(|source| Error::Write { what: "the split's annotations", source })?;
     Ok(counts)
+}
+
+/// The category lists of an image of LVIS with new ids, in their order.
+fn renumbered(image: &Fields<'_>, new_ids: &BTreeMap<u64, usize>) -> Result<Vec<(&'static str, String)>, String> {
+    let place = || image.raw("id").map_or_else(|| "an image without id".into(), |id| format!("image {id}"));
+    let mut lists = Vec::new();
+    for key in ["neg_category_ids", "not_exhaustive_category_ids"] {
+        let Some(raw) = image.raw(key) else { continue };
+        let old: Vec<u64> = serde_json::from_str(raw.get()).map_err(|error| format!("{}: {key}: {error}", place()))?;
+        let new_id =
+            |id: &u64| new_ids.get(id).copied().ok_or_else(|| format!("{}: {key} names category {id}, which is not a listed one", place()));
+        let new = old.iter().map(new_id).collect::<Result<Vec<usize>, String>>()?;
+        lists.push((key, serde_json::to_string(&new).expect("BUG: a list of numbers is plain JSON")));
+    }
+    Ok(lists)
 }
 
 fn separate(out: &mut impl Write, place: usize) -> io::Result<()> {
@@ -220,6 +248,10 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
+    use crate::{
+        annotations::{Annotation, Annotations},
+        evaluate::{Detection, evaluate_lvis},
+    };
 
     fn golden(name: &str) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/split").join(name)
@@ -258,6 +290,68 @@ mod tests {
         let classes = ClassSplit { novel: vec!["heron".into()], ..classes() };
         let error = split("lvis.json", &classes, Keep::All).unwrap_err().to_string();
         assert!(error.contains("`crane` (id 40) is not in the class list"), "{error}");
+    }
+
+    /// Writes `{images, annotations, categories}` of one owl, with changes, and splits it.
+    fn split_of(images: &str, annotation_id: u64, categories: &str) -> Result<String> {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        let annotations = format!(r#"[{{"id": {annotation_id}, "image_id": 1, "category_id": 5}}]"#);
+        write!(file, r#"{{"images": {images}, "annotations": {annotations}, "categories": {categories}}}"#).unwrap();
+        let mut out = Vec::new();
+        let owls = ClassSplit { base: vec!["owl".into()], novel: vec![] };
+        write_split(file.path(), &owls, Keep::All, &mut out)?;
+        Ok(String::from_utf8(out).unwrap())
+    }
+
+    const OWL: &str = r#"[{"id": 5, "name": "owl"}]"#;
+
+    #[test]
+    fn what_cannot_be_renumbered_is_named() {
+        let cases = [
+            (split_of(r#"[{"id": 1}]"#, 0, OWL), "annotations[0].id: 0, which evaluators take for unmatched"),
+            (
+                split_of(r#"[{"id": 1, "neg_category_ids": [5, 6]}]"#, 1, OWL),
+                "image 1: neg_category_ids names category 6, which is not a listed one",
+            ),
+            (
+                split_of(r#"[{"id": 1}]"#, 1, r#"[{"id": 5, "name": "owl"}, {"id": 6, "name": "owl"}]"#),
+                "categories: a second category named `owl` (id 6)",
+            ),
+        ];
+        for (result, words) in cases {
+            let error = result.unwrap_err().to_string();
+            assert!(error.ends_with(words), "{error}");
+        }
+        let ill_typed = split_of(r#"[{"id": 1, "neg_category_ids": ["owl"]}]"#, 1, OWL).unwrap_err().to_string();
+        assert!(ill_typed.contains("image 1: neg_category_ids: invalid type"), "{ill_typed}");
+    }
+
+    #[test]
+    fn numbers_and_unknown_fields_keep_their_tokens() {
+        let written =
+            split_of(r#"[{"id": 1, "x": 1.50e+3, "y": {"b": 0.10000000000000001, "a": null}, "\u007a": 12345678901234567890123}]"#, 7, OWL);
+        let expected = r#"{"categories":[{"id":0,"name":"owl"}],"annotations":[{"id":7,"image_id":1,"category_id":0}],"images":[{"id":1,"x":1.50e+3,"y":{"b":0.10000000000000001,"a":null},"z":12345678901234567890123}]}"#;
+        assert_eq!(written.unwrap(), expected);
+    }
+
+    /// make.py asserts the same of lvis-api on the same files.
+    #[test]
+    fn renumbering_does_not_change_what_lvis_evaluation_says() {
+        let evaluate = |input: &Path| {
+            let annotations = Annotations::load(input).unwrap();
+            let detection = |annotation: &Annotation| Detection {
+                image_id: annotation.image_id,
+                category_id: annotation.category_id,
+                xyxy: annotation.xyxy,
+                score: 0.5,
+            };
+            let detections: Vec<Detection> = annotations.annotations.iter().map(detection).collect();
+            evaluate_lvis(&annotations, &detections, &classes()).unwrap().groups
+        };
+        let (original, renumbered) = (evaluate(&golden("lvis.json")), evaluate(&golden("lvis.all.json")));
+        assert_eq!(original, renumbered);
+        let ap = |group: &str| renumbered[group].ap.map(|ap| (1e9 * ap).round() / 1e9);
+        assert_eq!((ap("all"), ap("rare"), ap("common"), ap("frequent")), (Some(1.0), Some(1.0), Some(1.0), Some(1.0)));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Numpy arrays in pickles.
 //!
 //! `ndarray.__reduce__` gives `_reconstruct(ndarray, (0,), b'b')` with the state `(1, shape, dtype, is_fortran, data)`;
-//! protocol 5 in-band gives `_frombuffer(data, dtype, shape, order)`; a scalar gives `scalar(dtype, data)`. A dtype is
-//! `dtype('f4', False, True)` with the state `(3, '<', ...)`. Numpy 1 keeps these functions in `numpy.core`, numpy 2 in
+//! protocol 5 in-band gives `_frombuffer(data, dtype, shape, order)`, where the order may be `'K'` and how to transpose
+//! follows; a scalar gives `scalar(dtype, data)`. A dtype is `dtype('f4', False, True)` with the state `(3, '<', ...)`. Numpy 1 keeps these functions in `numpy.core`, numpy 2 in
 //! `numpy._core`.
 
 use std::{
@@ -66,8 +66,54 @@ fn reconstructed(object: &Object) -> Option<NumpyArray> {
 }
 
 fn from_buffer(object: &Object) -> Option<NumpyArray> {
-    let [data, dtype, shape, order] = object.args.as_ref() else { return None };
-    Some(NumpyArray { dtype: dtype_name(dtype)?, shape: lengths(shape)?, is_fortran: order.as_str()? == "F", data: raw(data)? })
+    let [data, dtype, shape, order, axes @ ..] = object.args.as_ref() else { return None };
+    let array = NumpyArray { dtype: dtype_name(dtype)?, shape: lengths(shape)?, is_fortran: order.as_str()? == "F", data: raw(data)? };
+    match (order.as_str()?, axes) {
+        ("C" | "F", _) => Some(array),
+        ("K", [axes]) => transposed(&array, &lengths(axes)?),
+        _ => None,
+    }
+}
+
+/// The array with its axes in another order, in C order.
+fn transposed(array: &NumpyArray, axes: &[usize]) -> Option<NumpyArray> {
+    let n_axes = array.shape.len();
+    let is_permutation = axes.len() == n_axes && (0..n_axes).all(|axis| axes.contains(&axis));
+    let item_bytes = array.item_bytes().filter(|item_bytes| *item_bytes > 0)?;
+    if !is_permutation || array.n_items()?.checked_mul(item_bytes)? != array.data.len() {
+        return None;
+    }
+    let steps = c_steps(&array.shape);
+    let (shape, steps): (Vec<usize>, Vec<usize>) = axes.iter().map(|axis| (array.shape[*axis], steps[*axis])).unzip();
+    let data = places(&shape, &steps).flat_map(|place| &array.data[place * item_bytes..][..item_bytes]).copied().collect();
+    Some(NumpyArray { dtype: array.dtype.clone(), shape, is_fortran: false, data })
+}
+
+/// How far apart, in items, neighbours on each axis are when the last axis runs fastest.
+fn c_steps(shape: &[usize]) -> Vec<usize> {
+    let mut steps = vec![1; shape.len()];
+    for axis in (1..shape.len()).rev() {
+        // Saturated only where an array has no items, and so no places.
+        steps[axis - 1] = usize::saturating_mul(steps[axis], shape[axis]);
+    }
+    steps
+}
+
+/// Where the items of an array lie, in C order.
+fn places(shape: &[usize], steps: &[usize]) -> impl Iterator<Item = usize> {
+    let n_items = shape.iter().fold(1, |n_items: usize, length| n_items.saturating_mul(*length));
+    let mut index = vec![0; shape.len()];
+    (0..n_items).map(move |_| {
+        let place = index.iter().zip(steps).map(|(position, step)| position * step).sum();
+        for (position, length) in index.iter_mut().zip(shape).rev() {
+            *position += 1;
+            if *position < *length {
+                break;
+            }
+            *position = 0;
+        }
+        place
+    })
 }
 
 fn scalar(object: &Object) -> Option<NumpyArray> {
@@ -129,7 +175,12 @@ impl NumpyArray {
         if self.n_items() != Some(numbers.len()) {
             return Err(format!("expected an array {:?}, found {} numbers", self.shape, numbers.len()));
         }
-        Ok(if self.is_fortran { c_order(&numbers, &self.shape) } else { numbers })
+        if !self.is_fortran || numbers.is_empty() {
+            return Ok(numbers);
+        }
+        let reversed: Vec<usize> = self.shape.iter().rev().copied().collect();
+        let steps: Vec<usize> = c_steps(&reversed).into_iter().rev().collect();
+        Ok(places(&self.shape, &steps).map(|place| numbers[place]).collect())
     }
 
     fn numbers<const N: usize>(&self, from_le_bytes: impl Fn([u8; N]) -> f32) -> Vec<f32> {
@@ -144,24 +195,6 @@ impl NumpyArray {
         };
         items.iter().map(number).collect()
     }
-}
-
-/// Numbers whose first axis runs fastest, with the last one fastest.
-fn c_order(numbers: &[f32], shape: &[usize]) -> Vec<f32> {
-    let mut index = vec![0; shape.len()];
-    let mut ordered = Vec::with_capacity(numbers.len());
-    for _ in numbers {
-        let at = index.iter().zip(shape).rev().fold(0, |at, (position, length)| at * length + position);
-        ordered.push(numbers[at]);
-        for (position, length) in index.iter_mut().zip(shape).rev() {
-            *position += 1;
-            if *position < *length {
-                break;
-            }
-            *position = 0;
-        }
-    }
-    ordered
 }
 
 /// Writes a list of float32 arrays `[rows, columns]`, each row by row, as Python's `pickle.load` reads it with numpy 1 and 2

@@ -191,13 +191,13 @@ impl World {
         let (width, height) = if dice.chance(0.7) { (long, short) } else { (short, long) };
         let (width, height) = (width as usize, height as usize);
         let mut canvas = Canvas::background(&mut dice, width, height);
-        canvas.clutter(&mut dice, 4);
+        canvas.clutter(&mut dice, 12);
         let placed = self.place_objects(set, &mut dice, &mut canvas);
-        canvas.clutter(&mut dice, 1);
+        let in_front: Vec<Mask> = (0..dice.below(4)).map(|_| canvas.occluder(&mut dice)).collect();
         canvas.light(&mut dice);
         let quality = 62 + dice.below(34) as u8;
         let image: Image = canvas.finish(&mut dice);
-        let objects = visible(&placed, width, height);
+        let objects = visible(&placed, &in_front, width, height);
         let proposals = propose(&mut dice, &objects, width as f32, height as f32);
         let id = image_id(set, index);
         let file_name = format!("{}/{id:012}.jpg", set.name());
@@ -208,7 +208,7 @@ impl World {
     fn place_objects(&self, set: Set, dice: &mut Dice, canvas: &mut Canvas) -> Vec<Placed> {
         let kinds = kinds();
         let is_empty = dice.chance(0.05);
-        let n_objects = if is_empty { 0 } else { 1 + dice.below(5) + dice.below(3) };
+        let n_objects = if is_empty { 0 } else { 1 + dice.below(5) + dice.below(4) };
         let short = canvas.width.min(canvas.height) as f32;
         let mut placed: Vec<Placed> = Vec::new();
         if !is_empty && dice.chance(0.1) {
@@ -230,7 +230,7 @@ impl World {
                 centre = [dice.between(0.5 * radius, canvas.width as f32 - 0.5 * radius), dice.between(0.5 * radius, canvas.height as f32 - 0.5 * radius)];
                 let is_clear = |other: &Placed| {
                     let apart = ((other.centre[0] - centre[0]).powi(2) + (other.centre[1] - centre[1]).powi(2)).sqrt();
-                    apart > 0.85 * (other.radius + radius)
+                    apart > 0.75 * (other.radius + radius)
                 };
                 if placed.iter().all(is_clear) {
                     break;
@@ -269,15 +269,15 @@ struct Placed {
     look: Option<Look>,
 }
 
-/// The labels of what later objects leave visible; objects of which less than a quarter, or less than 20 px, is visible
-/// have none.
-fn visible(placed: &[Placed], width: usize, height: usize) -> Vec<Object> {
+/// The labels of what later objects and the things in front leave visible; objects of which less than a quarter, or less
+/// than 20 px, is visible have none.
+fn visible(placed: &[Placed], in_front: &[Mask], width: usize, height: usize) -> Vec<Object> {
     let mut objects = Vec::new();
     for (place, object) in placed.iter().enumerate() {
         let mut mask = object.mask.clone();
         let whole = mask.area();
-        for above in &placed[place + 1..] {
-            mask.remove(&above.mask);
+        for above in placed[place + 1..].iter().map(|above| &above.mask).chain(in_front) {
+            mask.remove(above);
         }
         let area = mask.area();
         if area < 20 || 4 * area < whole {
@@ -324,7 +324,7 @@ fn propose(dice: &mut Dice, objects: &[Object], width: f32, height: f32) -> Vec<
             }
         }
     }
-    for _ in 0..25 + dice.below(25) {
+    for _ in 0..40 + dice.below(35) {
         let (w, h) = (dice.between(0.06, 0.5) * width, dice.between(0.06, 0.5) * height);
         let (x1, y1) = (dice.between(0.0, width - w), dice.between(0.0, height - h));
         let xyxy = clip(Xyxy { x1, y1, x2: x1 + w, y2: y1 + h });

@@ -7,7 +7,7 @@ mod prompts;
 mod templates;
 
 pub use encoder::{Clip, Precision};
-pub use features::{Globals, View, Proposals};
-pub use pretrain::{Architecture, Pretrain};
+pub use features::{Globals, Proposals, View};
+pub use pretrain::{Architecture, Pretrain, TrainingState};
 pub use prompts::Ensemble;
 pub use templates::Templates;

@@ -1,9 +1,14 @@
-"""Pixels as Pillow and torchvision make them. Pillow 12, torchvision 0.26; equality is exact (digests), 1e-7 for floats."""
+"""Pixels as Pillow and torchvision make them. Pillow 13.0, torchvision 0.26, OpenCV for PNGs of 16 bits.
+
+Equality is exact (digests), but 1e-7 for floats and three levels for JPEGs: libjpeg-turbo enlarges colour that is stored at
+half the resolution in another way than other decoders do.
+"""
 
 import hashlib
 import json
 import pathlib
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -41,8 +46,34 @@ files = {
 }
 for name, image in files.items():
     image.save(HERE / name)
-    decoded[name] = entry(np.asarray(Image.open(HERE / name).convert("RGB")))
+deep = np.asarray(small).astype(np.uint16) * 251 + 77
+cv2.imwrite(str(HERE / "rgb-16.png"), deep)
+cv2.imwrite(str(HERE / "alpha-16.png"), np.concatenate([deep, deep[..., :1]], -1))
+small.convert("1").save(HERE / "one-bit.png")
+small.convert("LA").save(HERE / "grey-alpha.png")
+small.quantize(16).save(HERE / "palette-alpha.png", transparency=3)
+for path in sorted(HERE.glob("*.png")):
+    decoded[path.name] = entry(np.asarray(Image.open(path).convert("RGB")))
+
+y, x = np.mgrid[0:45, 0:61]
+smooth = Image.fromarray(np.stack([x * 4, y * 5, (x + y) * 2], -1).astype(np.uint8))
+turned = Image.Exif()
+turned[0x112] = 6
+jpegs = {
+    "half.jpg": (smooth, {}),
+    "full.jpg": (smooth, {"subsampling": 0}),
+    "progressive.jpg": (smooth, {"progressive": True}),
+    "grey.jpg": (smooth.convert("L"), {}),
+    "cmyk.jpg": (smooth.convert("CMYK"), {}),
+    "exif.jpg": (smooth, {"exif": turned}),
+}
+jpeg = {}
+for name, (image, options) in jpegs.items():
+    image.save(HERE / name, quality=90, **options)
+    rgb = np.asarray(Image.open(HERE / name).convert("RGB"))
+    pixels = rgb.reshape(-1, 3)
+    jpeg[name] = {"size": [rgb.shape[1], rgb.shape[0]], "mean": pixels.mean(0).tolist(), "pixels": pixels[::37].tolist()}
 
 normalise = transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 levels = [normalise(torch.full((3, 1, 1), v, dtype=torch.uint8).float() / 255).flatten().tolist() for v in (0, 1, 128, 255)]
-HERE.joinpath("golden.json").write_text(json.dumps({"fixed": fixed, "resized": resized, "decoded": decoded, "normalised": levels}, indent=1) + "\n")
+HERE.joinpath("golden.json").write_text(json.dumps({"fixed": fixed, "resized": resized, "decoded": decoded, "jpeg": jpeg, "normalised": levels}, indent=1) + "\n")

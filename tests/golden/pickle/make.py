@@ -130,7 +130,7 @@ python_2 = (
     b"\x80\x02}q\x00(U\x05arrayq\x01cnumpy.core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nq\x03K\x00\x85U\x01b\x87Rq\x04"
     b"(K\x01K\x02\x85cnumpy\ndtype\nq\x05U\x02f4K\x00K\x01\x87Rq\x06(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x08"
     + np.array([0.5, -2], "<f4").tobytes()
-    + b"tbU\x07orderedq\x07ccollections\nOrderedDict\nq\x08]q\t(]q\n(U\x01aK\x01e]q\x0b(U\x01bK\x02ee\x85Rq\x0cU\x04linesS'it\\'s \\xe9\\n'\nu."
+    + b"tbU\x07orderedq\x07ccollections\nOrderedDict\nq\x08]q\t(]q\n(U\x01aK\x01e]q\x0b(U\x01bK\x02ee\x85Rq\x0cU\x05linesS'it\\'s \\xe9\\n'\nu."
 )
 read = pickle.loads(python_2, encoding="latin1")
 assert read["array"].tolist() == [0.5, -2.0] and read["ordered"]["b"] == 2 and read["lines"] == "it's \xe9\n"

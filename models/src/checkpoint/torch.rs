@@ -1,0 +1,422 @@
+//! What PyTorch writes: a pickle that describes tensors, and the storages that they lie in.
+//!
+//! An archive is a zip of stored entries under one folder: `data.pkl`, `data/KEY` for each storage, `code/` in TorchScript.
+//! Before PyTorch 1.6 a file was five pickles (a magic number, a version, the machine, the value, the keys of the storages)
+//! and then, for each key, the number of numbers (i64) and the numbers. Everything is little-endian.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{BufReader, Read, Seek, SeekFrom},
+};
+
+use ovenbird_pickle::Value;
+use tch::{Kind, Tensor};
+use zip::CompressionMethod;
+
+use super::{AGAIN, Format, Origin, Source};
+use crate::{Error, Result};
+
+/// 0x1950a86a20f9469cfc6c, as Python pickles it.
+const LEGACY_MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
+/// How much of an old file is first read for its pickles.
+const PICKLES_BYTES: u64 = 4 << 20;
+const SAVE_AGAIN: &str = "load it with PyTorch and save `model.state_dict()` with torch.save or safetensors";
+
+/// A tensor as a pickle describes it.
+#[derive(Debug)]
+struct Description {
+    storage: Storage,
+    offset: i64,
+    size: Vec<i64>,
+    stride: Vec<i64>,
+}
+
+#[derive(Debug)]
+struct Storage {
+    key: String,
+    kind: Kind,
+    n_numbers: i64,
+}
+
+/// The tensors of a zip archive.
+pub(super) fn from_zip(source: Source<'_>) -> Result<(Format, BTreeMap<String, Tensor>)> {
+    let mut archive = Archive::open(source)?;
+    if archive.has("byteorder") && archive.entry("byteorder")? == b"big" {
+        return Err(archive.origin.malformed("expected little-endian numbers, found big-endian".into(), SAVE_AGAIN));
+    }
+    let pickle = archive.entry("data.pkl")?;
+    let value = ovenbird_pickle::read(&pickle).map_err(|error| archive.origin.damaged(format!("data.pkl: {error}")))?;
+    let format = if archive.is_script() { Format::TorchScript } else { Format::Torch };
+    let found = match format {
+        Format::TorchScript => Found::in_module(&value),
+        _ => Found::in_dict(&value),
+    };
+    let mut tensors = BTreeMap::new();
+    for (key, group) in by_storage(found.described(archive.origin)?) {
+        let (first, Description { storage, .. }) = &group[0];
+        let bytes = archive.entry(&format!("data/{key}")).map_err(|error| match error {
+            Error::Malformed { path, problem, hint } => Error::Malformed { path, problem: format!("{first}: {problem}"), hint },
+            other => other,
+        })?;
+        let flat = flat(archive.origin, first, storage, &bytes)?;
+        cut(archive.origin, &flat, group, &mut tensors)?;
+    }
+    Ok((format, tensors))
+}
+
+/// The tensors of a file from before PyTorch 1.6.
+pub(super) fn from_pickles(mut source: Source<'_>) -> Result<BTreeMap<String, Tensor>> {
+    let (value, keys, end) = pickles(&mut source)?;
+    let found = Found::in_dict(&value).described(source.origin)?;
+    // Storages without a tensor among the weights lie between the others.
+    let mut storages = BTreeMap::new();
+    visit(&value, &mut |part| {
+        if let Some(Ok(storage)) = storage(part) {
+            storages.insert(storage.key.clone(), storage);
+        }
+    });
+    let mut groups = by_storage(found);
+    let mut tensors = BTreeMap::new();
+    source.file.seek(SeekFrom::Start(end)).map_err(|error| source.origin.read(error))?;
+    for key in keys {
+        let Some(storage) = storages.get(&key) else {
+            return Err(source.origin.damaged(format!("storage {key}: expected its type in the pickle, found none")));
+        };
+        let group = groups.remove(&key);
+        let name = group.as_ref().map_or_else(|| format!("storage {key}"), |group| group[0].0.clone());
+        let n_numbers = source.take(8, &name)?;
+        let n_numbers = i64::from_le_bytes(n_numbers.try_into().expect("BUG: as many bytes were taken"));
+        if n_numbers != storage.n_numbers {
+            return Err(source.origin.damaged(format!("{name}: expected a storage of {} numbers, found {n_numbers}", storage.n_numbers)));
+        }
+        let bytes = source.take((n_numbers as u64).saturating_mul(storage.kind.elt_size_in_bytes() as u64), &name)?;
+        if let Some(group) = group {
+            let flat = flat(source.origin, &name, storage, &bytes)?;
+            cut(source.origin, &flat, group, &mut tensors)?;
+        }
+    }
+    match groups.into_iter().next() {
+        Some((key, group)) => Err(source.origin.damaged(format!("{}: expected a storage {key}, found none", group[0].0))),
+        None => Ok(tensors),
+    }
+}
+
+/// The value of an old file, the keys of its storages in their order, and where they begin.
+fn pickles(source: &mut Source<'_>) -> Result<(Value, Vec<String>, u64)> {
+    let mut limit = PICKLES_BYTES;
+    let mut bytes = Vec::new();
+    loop {
+        let read = source.file.by_ref().take(limit - bytes.len() as u64).read_to_end(&mut bytes);
+        read.map_err(|error| source.origin.read(error))?;
+        match five_pickles(&bytes) {
+            Ok((value, keys, end)) => return Ok((value, keys, end as u64)),
+            // The pickles may be longer than what was read.
+            Err(_) if limit < source.origin.n_bytes => limit *= 4,
+            Err((problem, hint)) => return Err(source.origin.malformed(problem, hint)),
+        }
+    }
+}
+
+fn five_pickles(bytes: &[u8]) -> Result<(Value, Vec<String>, usize), (String, &'static str)> {
+    let mut end = 0;
+    let mut next = |what: &str| {
+        let (value, length) =
+            ovenbird_pickle::read_first(&bytes[end..]).map_err(|error| (format!("{what}, from byte {end}: {error}"), AGAIN))?;
+        end += length;
+        Ok::<_, (String, _)>(value)
+    };
+    if !matches!(next("the magic number")?, Value::BigInt(magic) if *magic == LEGACY_MAGIC) {
+        return Err(("expected a file of torch.save, found another pickle".into(), SAVE_AGAIN));
+    }
+    let _version = next("the version")?;
+    if next("the machine")?.get("little_endian") == Some(&Value::Bool(false)) {
+        return Err(("expected little-endian numbers, found big-endian".into(), SAVE_AGAIN));
+    }
+    let value = next("the value")?;
+    let keys = next("the keys of the storages")?;
+    let keys = keys.as_list().and_then(|keys| keys.iter().map(|key| key.as_str().map(str::to_owned)).collect());
+    let keys = keys.ok_or_else(|| ("expected a list of keys of storages, found something else".to_owned(), AGAIN))?;
+    Ok((value, keys, end))
+}
+
+struct Archive<'a> {
+    origin: Origin<'a>,
+    zip: zip::ZipArchive<BufReader<File>>,
+    prefix: String,
+}
+
+impl<'a> Archive<'a> {
+    fn open(mut source: Source<'a>) -> Result<Self> {
+        let origin = source.origin;
+        let n_entries = n_entries(&mut source.file).map_err(|error| origin.read(error))?;
+        let zip = zip::ZipArchive::new(source.file).map_err(|error| origin.damaged(format!("zip: {error}")))?;
+        if let Some(n_entries) = n_entries.filter(|n_entries| *n_entries != zip.len()) {
+            return Err(origin.damaged(format!("zip: expected {n_entries} entries of different names, found {}", zip.len())));
+        }
+        let folder =
+            |name: &str| name.strip_suffix("data.pkl").filter(|folder| folder.is_empty() || folder.ends_with('/')).map(str::to_owned);
+        let Some(prefix) = zip.file_names().filter_map(folder).min_by_key(String::len) else {
+            return Err(origin
+                .malformed("expected an archive with data.pkl, found one without".into(), "give what torch.save or torch.jit.save wrote"));
+        };
+        Ok(Self { origin, zip, prefix })
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.zip.index_for_name(&format!("{}{name}", self.prefix)).is_some()
+    }
+
+    fn is_script(&self) -> bool {
+        let code = format!("{}code/", self.prefix);
+        self.zip.file_names().any(|name| name.starts_with(&code))
+    }
+
+    /// The bytes of an entry, checked against their CRC.
+    fn entry(&mut self, name: &str) -> Result<Vec<u8>> {
+        let name = format!("{}{name}", self.prefix);
+        let mut bytes = Vec::new();
+        let read = match self.zip.by_name(&name) {
+            Ok(entry) if entry.compression() != CompressionMethod::Stored => {
+                return Err(self.origin.malformed(format!("{name}: expected an entry as it is, found a compressed one"), SAVE_AGAIN));
+            }
+            Ok(mut entry) => {
+                bytes.reserve_exact(entry.size().min(self.origin.n_bytes) as usize);
+                entry.read_to_end(&mut bytes).map_err(|error| error.to_string())
+            }
+            Err(error) => Err(error.to_string()),
+        };
+        match read {
+            Ok(_) => Ok(bytes),
+            Err(error) => Err(self.origin.damaged(format!("{name}: {error}"))),
+        }
+    }
+}
+
+/// How many entries a zip says it has; the reader keeps one of each name. None where there are too many for the field, or a
+/// comment follows it.
+fn n_entries(file: &mut BufReader<File>) -> std::io::Result<Option<usize>> {
+    let mut end = Vec::new();
+    if file.seek(SeekFrom::End(0))? >= 22 {
+        file.seek(SeekFrom::End(-22))?;
+        file.read_to_end(&mut end)?;
+    }
+    file.rewind()?;
+    Ok(match end.as_slice() {
+        [b'P', b'K', 5, 6, _, _, _, _, _, _, low, high, ..] => Some(usize::from(u16::from_le_bytes([*low, *high]))),
+        _ => None,
+    }
+    .filter(|n_entries| *n_entries != usize::from(u16::MAX)))
+}
+
+/// Tensors that were found in a pickle, and what to say where there are none.
+struct Found {
+    tensors: Vec<(String, Result<Description, String>)>,
+    none: String,
+}
+
+impl Found {
+    /// In the dict of weights of `torch.save`.
+    fn in_dict(value: &Value) -> Self {
+        let dict_at = |key: &&str| value.get(key).filter(|inner| inner.as_entries().is_some());
+        let weights = ["state_dict", "model"].iter().find_map(dict_at).unwrap_or(value);
+        let keys: Vec<&str> = weights.as_entries().into_iter().flatten().filter_map(|(key, _)| key.as_str()).take(8).collect();
+        let none = format!("expected a dict of tensors, found {} with the keys {keys:?}", weights.kind());
+        let mut tensors = Vec::new();
+        collect(weights, "", Value::as_entries, &mut tensors);
+        Self { tensors, none }
+    }
+
+    /// Among the attributes of the modules of TorchScript.
+    fn in_module(value: &Value) -> Self {
+        fn attributes(value: &Value) -> Option<&[(Value, Value)]> {
+            value.as_object()?.state.as_ref()?.as_entries()
+        }
+        let mut tensors = Vec::new();
+        collect(value, "", attributes, &mut tensors);
+        Self { tensors, none: format!("expected a module with parameters, found {}", value.kind()) }
+    }
+
+    /// All of them, checked for names that occur twice and for layouts that are not supported.
+    fn described(self, origin: Origin<'_>) -> Result<BTreeMap<String, Description>> {
+        if self.tensors.is_empty() {
+            return Err(origin.malformed(self.none, SAVE_AGAIN));
+        }
+        let mut described = BTreeMap::new();
+        for (name, description) in self.tensors {
+            let description = description.map_err(|problem| origin.malformed(format!("{name}: {problem}"), SAVE_AGAIN))?;
+            check(&description, origin.n_bytes).map_err(|problem| origin.damaged(format!("{name}: {problem}")))?;
+            if described.contains_key(&name) {
+                return Err(origin.malformed(format!("{name}: two tensors of this name"), SAVE_AGAIN));
+            }
+            described.insert(name, description);
+        }
+        Ok(described)
+    }
+}
+
+/// The entries of a dict, or what takes their place.
+type Entries = fn(&Value) -> Option<&[(Value, Value)]>;
+
+fn collect(value: &Value, prefix: &str, entries: Entries, found: &mut Vec<(String, Result<Description, String>)>) {
+    for (key, value) in entries(value).into_iter().flatten() {
+        let name = match key {
+            Value::Str(key) => format!("{prefix}{key}"),
+            Value::Int(key) => format!("{prefix}{key}"),
+            _ => continue,
+        };
+        match describe(value) {
+            Some(description) => found.push((name, description)),
+            None => collect(value, &format!("{name}."), entries, found),
+        }
+    }
+}
+
+/// The tensor that a value describes; none where it is no tensor.
+fn describe(value: &Value) -> Option<Result<Description, String>> {
+    let object = value.as_object()?;
+    rebuilt(&object.callable, &object.args)
+}
+
+fn rebuilt(callable: &Value, args: &[Value]) -> Option<Result<Description, String>> {
+    let Value::Global { module, name } = callable else { return None };
+    match (&**module, &**name, args) {
+        // Storage, offset, size, stride, and what does not matter here.
+        ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2", [lies_in, offset, size, stride, ..]) => {
+            let numbers = |value: &Value| value.as_items()?.iter().map(Value::as_int).collect::<Option<Vec<i64>>>();
+            let described = |storage| {
+                let layout = (offset.as_int(), numbers(size), numbers(stride));
+                let (Some(offset), Some(size), Some(stride)) = layout else { return Err("a tensor of an unknown layout".to_owned()) };
+                Ok(Description { storage, offset, size, stride })
+            };
+            let storage = storage(lies_in).unwrap_or_else(|| Err("a tensor without a storage".into()));
+            Some(storage.and_then(described))
+        }
+        // A tensor, and flags.
+        ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state", [tensor, ..]) => describe(tensor),
+        // A tensor with attributes: which of these functions, a type, its arguments, the attributes.
+        ("torch._tensor", "_rebuild_from_type_v2", [function, _, args, ..]) => rebuilt(function, args.as_items()?),
+        ("torch._utils", name, _) if name.starts_with("_rebuild") => Some(Err(format!("a tensor made by {name} is not supported"))),
+        _ => None,
+    }
+}
+
+/// The storage that a value refers to: `('storage', type, key, device, numbers)`, and in old files what it is a part of.
+fn storage(value: &Value) -> Option<Result<Storage, String>> {
+    let Value::Persistent(id) = value else { return None };
+    let unknown = || Some(Err("a storage of an unknown layout".into()));
+    let Some([_, Value::Global { name: type_name, .. }, key, _, n_numbers, part_of @ ..]) = id.as_items() else { return unknown() };
+    let (Some(key), Some(n_numbers)) = (key.as_str(), n_numbers.as_int()) else { return unknown() };
+    if !matches!(part_of, [] | [Value::None]) {
+        return Some(Err("a storage that is a part of another one is not supported".into()));
+    }
+    let kind = match &**type_name {
+        "FloatStorage" => Kind::Float,
+        "HalfStorage" => Kind::Half,
+        "BFloat16Storage" => Kind::BFloat16,
+        "DoubleStorage" => Kind::Double,
+        "LongStorage" => Kind::Int64,
+        "IntStorage" => Kind::Int,
+        "ShortStorage" => Kind::Int16,
+        "CharStorage" => Kind::Int8,
+        "ByteStorage" => Kind::Uint8,
+        "BoolStorage" => Kind::Bool,
+        other => return Some(Err(format!("numbers of type {other} are not supported"))),
+    };
+    Some(Ok(Storage { key: key.to_owned(), kind, n_numbers }))
+}
+
+/// Checks that a tensor lies within its storage.
+fn check(Description { storage, offset, size, stride }: &Description, n_file_bytes: u64) -> Result<(), String> {
+    let non_negative = |numbers: &[i64]| numbers.iter().all(|number| *number >= 0);
+    let n_numbers = size.iter().try_fold(1_i64, |n_numbers, length| n_numbers.checked_mul(*length));
+    let reach = || {
+        let steps = size.iter().zip(stride).map(|(length, step)| (length - 1).checked_mul(*step));
+        steps.into_iter().try_fold(*offset, |reach, step| reach.checked_add(step?))
+    };
+    let end = match n_numbers {
+        Some(0) => Some(0),
+        _ => reach().and_then(|last| last.checked_add(1)),
+    };
+    let is_sound = size.len() == stride.len() && *offset >= 0 && non_negative(size) && non_negative(stride);
+    let Storage { key, n_numbers: n_stored, .. } = storage;
+    match (n_numbers, end) {
+        (Some(n_numbers), Some(end)) if is_sound && end <= *n_stored => {
+            // A number may be shown many times by a stride of zero.
+            if n_numbers as u64 > n_file_bytes.max(1 << 20) {
+                return Err(format!("a tensor {size:?}, far larger than the file"));
+            }
+            Ok(())
+        }
+        _ => Err(format!("a tensor {size:?} with strides {stride:?} from number {offset} of storage {key}, which holds {n_stored}")),
+    }
+}
+
+/// Tensors by the storage that they lie in, so that each is read once.
+fn by_storage(described: BTreeMap<String, Description>) -> BTreeMap<String, Vec<(String, Description)>> {
+    let mut groups: BTreeMap<String, Vec<(String, Description)>> = BTreeMap::new();
+    for (name, description) in described {
+        groups.entry(description.storage.key.clone()).or_default().push((name, description));
+    }
+    groups
+}
+
+/// A storage as a tensor of one axis.
+fn flat(origin: Origin<'_>, name: &str, storage: &Storage, bytes: &[u8]) -> Result<Tensor> {
+    let expected =
+        u64::try_from(storage.n_numbers).ok().and_then(|n_numbers| n_numbers.checked_mul(storage.kind.elt_size_in_bytes() as u64));
+    match expected {
+        Some(expected) if expected == bytes.len() as u64 => Ok(Tensor::f_from_data_size(bytes, &[storage.n_numbers], storage.kind)?),
+        _ => {
+            let (Storage { key, kind, n_numbers }, n_bytes) = (storage, bytes.len());
+            Err(origin.damaged(format!("{name}: storage {key}: expected {n_numbers} numbers of {kind:?}, found {n_bytes} bytes")))
+        }
+    }
+}
+
+/// Cuts the tensors of a storage out of it, each with memory of its own.
+fn cut(origin: Origin<'_>, flat: &Tensor, group: Vec<(String, Description)>, tensors: &mut BTreeMap<String, Tensor>) -> Result<()> {
+    let is_only = group.len() == 1;
+    for (name, Description { storage, offset, size, stride }) in group {
+        if storage.kind != flat.kind() || storage.n_numbers != flat.size()[0] {
+            let (Storage { key, kind, n_numbers }, found) = (storage, flat.kind());
+            let problem = format!("{name}: storage {key}: expected {n_numbers} numbers of {kind:?}, found {} of {found:?}", flat.numel());
+            return Err(origin.damaged(problem));
+        }
+        let view = flat.f_as_strided(&size, &stride, Some(offset))?;
+        let is_whole = view.is_contiguous() && view.numel() == flat.numel();
+        let tensor = match (is_whole && is_only, view.is_contiguous()) {
+            (true, _) => view,
+            (false, true) => view.copy(),
+            (false, false) => view.f_contiguous()?,
+        };
+        tensors.insert(name, tensor);
+    }
+    Ok(())
+}
+
+/// Shows every value within a value to a function.
+fn visit(value: &Value, look: &mut impl FnMut(&Value)) {
+    look(value);
+    match value {
+        Value::List(items) | Value::Tuple(items) | Value::Set(items) => items.iter().for_each(|item| visit(item, look)),
+        Value::Dict(entries) => entries.iter().for_each(|(key, value)| {
+            visit(key, look);
+            visit(value, look);
+        }),
+        Value::Object(object) => {
+            let entries = object.entries.iter().flat_map(|(key, value)| [key, value]);
+            object
+                .args
+                .iter()
+                .chain(&object.kwargs)
+                .chain(&object.state)
+                .chain(object.items.iter())
+                .chain(entries)
+                .for_each(|part| visit(part, look));
+        }
+        Value::Persistent(id) => visit(id, look),
+        Value::None | Value::Bool(_) | Value::Int(_) | Value::BigInt(_) | Value::Float(_) | Value::Str(_) | Value::Bytes(_) => {}
+        Value::Global { .. } | Value::Circle => {}
+    }
+}
