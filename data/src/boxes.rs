@@ -13,6 +13,13 @@ pub struct Xyxy {
     pub y2: f32,
 }
 
+impl From<[f32; 4]> for Xyxy {
+    /// From left, top, right, bottom.
+    fn from([x1, y1, x2, y2]: [f32; 4]) -> Self {
+        Self { x1, y1, x2, y2 }
+    }
+}
+
 impl Xyxy {
     /// Width in px; negative for a box that is inside out.
     pub fn width(&self) -> f32 {
@@ -67,29 +74,96 @@ pub fn xyxy_to_xywh(xyxy: &Xyxy) -> [f64; 4] {
 /// place first where scores are equal.
 ///
 /// A box falls when its IoU with a better one of its class is *above* `iou_threshold`, as in torchvision. The three slices
-/// have equal length. Takes O(N log N + sum over classes of kept x N), so 1,000 boxes x 1,203 classes do not hurt unless
-/// all are kept.
+/// have equal length, below 2³². Takes O(N log N + sum over classes of kept x N): under a second or two for 1,000 boxes x
+/// 1,203 classes, all of them kept.
 pub fn nms_by_class(boxes: &[Xyxy], scores: &[f32], classes: &[u32], iou_threshold: f32) -> Vec<usize> {
     assert!(boxes.len() == scores.len() && boxes.len() == classes.len(), "BUG: boxes, scores and classes of different lengths");
-    let mut order: Vec<usize> = (0..boxes.len()).collect();
-    order.sort_by(|&a, &b| classes[a].cmp(&classes[b]).then(scores[b].total_cmp(&scores[a])).then(a.cmp(&b)));
-    let mut kept = Vec::new();
-    for of_class in order.chunk_by(|&a, &b| classes[a] == classes[b]) {
-        let first = kept.len();
-        for &candidate in of_class {
-            if kept[first..].iter().all(|&better: &usize| boxes[better].iou(&boxes[candidate]) <= iou_threshold) {
-                kept.push(candidate);
+    assert!(u32::try_from(boxes.len()).is_ok(), "BUG: more boxes than places");
+    let mut order: Vec<(u32, Rank)> = (0..boxes.len()).map(|place| (classes[place], Rank::new(scores[place], place))).collect();
+    order.sort_unstable();
+    let (mut kept, mut candidates, mut fallen) = (Vec::new(), Vec::new(), Vec::new());
+    for of_class in order.chunk_by(|(a, _), (b, _)| a == b) {
+        candidates.clear();
+        candidates.extend(of_class.chunks(LANES).map(|ranked| Block::new(ranked.iter().map(|(_, rank)| &boxes[rank.place()]))));
+        fallen.clear();
+        fallen.resize(candidates.len(), [false; LANES]);
+        for (at, (_, rank)) in of_class.iter().enumerate() {
+            let first = at / LANES;
+            if fallen[first][at % LANES] {
+                continue;
+            }
+            kept.push(*rank);
+            for (block, fallen) in candidates[first..].iter().zip(&mut fallen[first..]) {
+                block.mark_overlapping(&boxes[rank.place()], iou_threshold, fallen);
             }
         }
     }
-    kept.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
-    kept
+    kept.sort_unstable();
+    kept.into_iter().map(Rank::place).collect()
+}
+
+/// A box's turn: better scores first, then lower places. One number, because numbers sort faster than look-ups.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank(u64);
+
+impl Rank {
+    fn new(score: f32, place: usize) -> Self {
+        let bits = score.to_bits();
+        // Ascends with the score: all bits of negative numbers flip, of others the sign.
+        let ascending = if score.is_sign_negative() { !bits } else { bits | (1 << 31) };
+        Self((u64::from(!ascending) << 32) | place as u64)
+    }
+
+    fn place(self) -> usize {
+        (self.0 & u64::from(u32::MAX)) as usize
+    }
+}
+
+/// Boxes compared at once.
+const LANES: usize = 8;
+
+/// Some boxes side by side, so that one instruction compares several of them.
+struct Block {
+    x1: [f32; LANES],
+    y1: [f32; LANES],
+    x2: [f32; LANES],
+    y2: [f32; LANES],
+    area: [f32; LANES],
+}
+
+impl Block {
+    /// At most [`LANES`] boxes; the rest are empty.
+    fn new<'a>(boxes: impl Iterator<Item = &'a Xyxy>) -> Self {
+        let mut block = Self { x1: [0.0; LANES], y1: [0.0; LANES], x2: [0.0; LANES], y2: [0.0; LANES], area: [0.0; LANES] };
+        for (lane, xyxy) in boxes.enumerate() {
+            (block.x1[lane], block.y1[lane], block.x2[lane], block.y2[lane]) = (xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2);
+            block.area[lane] = xyxy.area();
+        }
+        block
+    }
+
+    /// Marks the lanes whose IoU with a box is above a threshold, by the arithmetic of [`Xyxy::iou`].
+    fn mark_overlapping(&self, xyxy: &Xyxy, threshold: f32, marked: &mut [bool; LANES]) {
+        // Unlike f32::min, a single instruction: nothing is said here about NaN.
+        let (min, max) = (|a: f32, b: f32| if a < b { a } else { b }, |a: f32, b: f32| if a > b { a } else { b });
+        let area = xyxy.area();
+        let is_above: [bool; LANES] = std::array::from_fn(|lane| {
+            let width = max(min(xyxy.x2, self.x2[lane]) - max(xyxy.x1, self.x1[lane]), 0.0);
+            let height = max(min(xyxy.y2, self.y2[lane]) - max(xyxy.y1, self.y1[lane]), 0.0);
+            let intersection = width * height;
+            intersection / (area + self.area[lane] - intersection) > threshold
+        });
+        for (marked, is_above) in marked.iter_mut().zip(is_above) {
+            *marked |= is_above;
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::{fs, path::Path};
 
+    use proptest::prelude::*;
     use serde::Deserialize;
 
     use super::*;
@@ -108,7 +182,7 @@ mod tests {
     fn golden() -> (Golden, Vec<Xyxy>) {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/boxes/golden.json");
         let golden: Golden = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
-        let boxes = golden.boxes.iter().map(|[x1, y1, x2, y2]| Xyxy { x1: *x1, y1: *y1, x2: *x2, y2: *y2 }).collect();
+        let boxes = golden.boxes.iter().map(|xyxy| Xyxy::from(*xyxy)).collect();
         (golden, boxes)
     }
 
@@ -123,6 +197,29 @@ mod tests {
         let (golden, boxes) = golden();
         for (pair, expected) in golden.iou.iter().enumerate() {
             assert!((boxes[pair / 20].iou(&boxes[pair % 20]) - expected).abs() < 1e-6);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// The definition, in the plainest words.
+        #[test]
+        fn no_kept_box_overlaps_a_better_one_and_every_fallen_box_does(
+            rows in prop::collection::vec((0..20_u8, 0..20_u8, 1..9_u8, 1..9_u8, -3..4_i8, 0..3_u32), 0..60),
+        ) {
+            let boxes: Vec<Xyxy> = rows.iter().map(|row| xywh_to_xyxy([row.0, row.1, row.2, row.3].map(f64::from))).collect();
+            let scores: Vec<f32> = rows.iter().map(|row| f32::from(row.4) / 4.0).collect();
+            let classes: Vec<u32> = rows.iter().map(|row| row.5).collect();
+            let mut order: Vec<usize> = (0..rows.len()).collect();
+            order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+            let mut expected: Vec<usize> = Vec::new();
+            for place in order {
+                if expected.iter().all(|&better| classes[better] != classes[place] || boxes[better].iou(&boxes[place]) <= 0.3) {
+                    expected.push(place);
+                }
+            }
+            prop_assert_eq!(nms_by_class(&boxes, &scores, &classes, 0.3), expected);
         }
     }
 

@@ -3,8 +3,8 @@
 //! Everything here equals Pillow and torchvision to the last bit, but for two things: JPEG decoders differ by a grey level
 //! here and there, most where colour is stored at half the resolution; and Pillow cuts a grey PNG of 16 bits off at 255,
 //! where this keeps the upper byte, as both do for colour. Resizing is that of Pillow up to 12, which CLIP was trained with:
-//! along rows first. Pillow 13 begins with columns where the height shrinks much more than the width, which never happens at a
-//! kept aspect.
+//! along rows first. Pillow 13 begins with columns where the height shrinks much more than the width, as in a tall picture
+//! that is hardly wider than the network's input.
 
 use std::{fs, io::Cursor, path::Path};
 

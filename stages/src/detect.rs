@@ -195,7 +195,18 @@ fn evaluate(
     let Classes(classes) = cx.inputs.read(CLASSES)?;
     let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
     let Detections(detections) = cx.inputs.read(FOUND)?;
-    let evaluation = protocol(&annotations, &detections, &classes).map_err(|problem| Error::Input {
+    let (judged, stray): (Vec<_>, Vec<_>) = detections.into_iter().partition(|detection| annotations.image(detection.image_id).is_some());
+    if judged.is_empty() && !stray.is_empty() {
+        return Err(Error::Input {
+            port: "detections",
+            problem: format!("none of {} is in an image of the annotations", stray.len()),
+            hint: "evaluate detections against annotations of the same images".into(),
+        });
+    }
+    if !stray.is_empty() {
+        cx.note(format!("{} detections in images that the annotations leave out are not judged", stray.len()));
+    }
+    let evaluation = protocol(&annotations, &judged, &classes).map_err(|problem| Error::Input {
         port: "detections",
         problem,
         hint: "evaluate detections against the annotations they were made for".into(),

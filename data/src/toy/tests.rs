@@ -55,6 +55,37 @@ fn coco_labels_have_what_real_ones_have() {
 }
 
 #[test]
+fn ids_are_unique_and_annotations_count_from_one() {
+    let annotations = load(&coco_json(&scenes(20)));
+    let ids: Vec<u64> = annotations.annotations.iter().map(|annotation| annotation.id).collect();
+    assert_eq!(ids, (1..=ids.len() as u64).collect::<Vec<_>>());
+    let images: BTreeSet<_> = annotations.images.iter().map(|image| image.id).collect();
+    assert_eq!(images.len(), 20);
+}
+
+#[test]
+fn what_stands_in_front_is_taken_from_a_mask_and_can_take_the_label() {
+    let columns = |n: usize| Mask { width: 10, height: 10, covered: (0..100).map(|place| place % 10 < n).collect() };
+    let placed = [Placed { class: 3, centre: [5.0, 5.0], radius: 5.0, mask: columns(10), look: None }];
+    let area = |n: usize| visible(&placed, &[columns(n)], 10, 10).first().map(|object| object.area);
+    assert_eq!([area(0), area(4), area(7), area(8)], [Some(100.0), Some(60.0), Some(30.0), None]);
+}
+
+#[test]
+fn the_outline_of_every_shape_is_where_it_is_painted() {
+    for shape in 0..SHAPES.len() - 1 {
+        let mut dice = Dice::new(3, 9, shape);
+        let mut canvas = Canvas::background(&mut dice, 120, 110);
+        let look = Look::new(&mut dice, Kind { shape, colour: 0, pattern: 0 }, 44.0);
+        let mask = canvas.draw(&look, [61.0, 54.0]);
+        let outline = hotcoco::mask::fr_poly(&look.polygon([61.0, 54.0]).unwrap(), 110, 120).unwrap();
+        let filled = hotcoco::mask::decode(&outline);
+        let differ = (0..mask.covered.len()).filter(|place| mask.covered[*place] != (filled[place % 120 * 110 + place / 120] != 0)).count();
+        assert!(differ * 40 < mask.area(), "{}: {differ} of {} px differ", SHAPES[shape], mask.area());
+    }
+}
+
+#[test]
 fn lvis_labels_are_federated_and_novel_classes_are_rare() {
     let annotations = load(&lvis_json(7, &scenes(60)));
     let split = ClassSplit::by_frequency(&annotations).unwrap();
@@ -65,6 +96,9 @@ fn lvis_labels_are_federated_and_novel_classes_are_rare() {
         assert!(!image.neg_category_ids.is_empty() && image.neg_category_ids.iter().all(|id| !present.contains(id)));
     }
     assert!(annotations.images.iter().any(|image| !image.not_exhaustive_category_ids.is_empty()));
+    for image in &annotations.images {
+        assert!(image.not_exhaustive_category_ids.iter().all(|id| !image.neg_category_ids.contains(id)));
+    }
 }
 
 #[test]
@@ -92,6 +126,13 @@ fn proposals_find_most_objects_and_stay_inside() {
     }
     let recall = f64::from(found as u32) / f64::from(total as u32);
     assert!((0.85..0.99).contains(&recall), "{recall}");
+}
+
+#[test]
+fn every_class_is_named_on_the_web() {
+    let texts: Vec<String> = (0..1500).map(|index| WORLD.web(index).text).collect();
+    let is_named = |name: &&String| texts.iter().any(|text| text.contains(name.as_str()));
+    assert_eq!(classes().all().filter(is_named).count(), 60);
 }
 
 #[test]

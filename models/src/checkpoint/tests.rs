@@ -376,13 +376,3 @@ fn types_that_safetensors_has_no_name_for_are_refused() {
     let error = write_safetensors(&tensors, &BTreeMap::new(), &mut Vec::new()).unwrap_err();
     assert_eq!(error.to_string(), "a: safetensors has no type for ComplexFloat");
 }
-#[test]
-fn zz_big() {
-    for name in ["/tmp/big-torch.pth", "/tmp/big-legacy.pth", "/tmp/big.safetensors"] {
-        let start = std::time::Instant::now();
-        let checkpoint = Checkpoint::open(Path::new(name)).unwrap();
-        let status = fs::read_to_string("/proc/self/status").unwrap();
-        let peak = status.lines().find(|line| line.starts_with("VmHWM")).unwrap().to_owned();
-        eprintln!("{name}: {} tensors, {:?}, {peak}", checkpoint.names().count(), start.elapsed());
-    }
-}

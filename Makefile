@@ -1,0 +1,27 @@
+# `make quickstart` and `make test` are all a fresh machine needs: git, a Rust toolchain, a C++ compiler, make, python3 + pip.
+
+CARGO ?= cargo
+
+.PHONY: quickstart test check bench libtorch clean
+
+quickstart: libtorch
+	$(CARGO) build --release
+	target/release/ovenbird run quickstart
+
+test: libtorch
+	$(CARGO) test --release --workspace
+
+check: libtorch
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check bans licenses sources; else echo "skipped: cargo-deny is not installed"; fi
+
+bench: libtorch
+	$(CARGO) bench --bench globals
+
+# Once per user: the libraries go into the cache folder, the source tree gets a link.
+libtorch:
+	@python3 tools/fetch_libtorch.py .libtorch
+
+clean:
+	rm -rf target .libtorch

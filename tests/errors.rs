@@ -1,0 +1,192 @@
+//! Bad input: one clear message, a documented exit code, and nothing already made is harmed.
+
+use std::fs;
+
+use crate::support::World;
+
+/// A pipeline that splits `labels.json` and embeds `images/` with `clip.pt`.
+const BROUGHT: &str = r#"version: 1
+name: brought
+stages:
+  - id: split
+    use: coco/split
+    in: {annotations: ./labels.json}
+    with: {classes: coco-48-17}
+  - id: globals
+    use: clip/globals
+    in: {images: ./images, annotations: ./labels.json, checkpoint: ./clip.pt}
+"#;
+
+fn check(world: &World, code: i32, words: &[&str]) {
+    let output = world.run(["run", "./brought.yaml"]);
+    assert_eq!(output.code, code, "{}", output.stderr);
+    for words in words {
+        assert!(output.stderr.contains(words), "expected `{words}` in\n{}", output.stderr);
+    }
+    assert!(output.stderr.contains("hint: "), "{}", output.stderr);
+}
+
+fn labels(images: &str, annotations: &str) -> String {
+    format!(r#"{{"images": [{images}], "annotations": [{annotations}], "categories": [{{"id": 1, "name": "person"}}]}}"#)
+}
+
+const IMAGE: &str = r#"{"id": 3, "file_name": "a.png", "width": 33, "height": 21}"#;
+
+/// Everything in place but what a test replaces.
+fn brought() -> World {
+    let world = World::new();
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
+    world.write("brought.yaml", BROUGHT);
+    world.write("labels.json", labels(IMAGE, ""));
+    world.write("images/a.png", fs::read(format!("{golden}/images/rgb.png")).unwrap());
+    world.write("clip.pt", fs::read(format!("{golden}/checkpoint/script.pt")).unwrap());
+    world
+}
+
+#[test]
+fn a_missing_file_is_named_before_anything_runs() {
+    let world = brought();
+    fs::remove_file(world.path("labels.json")).unwrap();
+    check(&world, 3, &["no file or folder `./labels.json`", "line 6: stages.split.in.annotations"]);
+    assert!(!world.path(".ovenbird").exists());
+}
+
+#[test]
+fn json_that_is_cut_is_named_with_its_line() {
+    let world = brought();
+    world.write("labels.json", "{\"images\": [\n{\"id\": 1,");
+    check(&world, 4, &["labels.json: expected a COCO or LVIS annotation file", "line 2 column"]);
+}
+
+#[test]
+fn contradictions_of_annotations_are_named_by_id() {
+    let world = brought();
+    let stray = r#"{"id": 8, "image_id": 77, "category_id": 1, "bbox": [0, 0, 1, 1]}"#;
+    world.write("labels.json", labels(&format!("{IMAGE}, {IMAGE}"), stray));
+    check(&world, 4, &["images[1].id: a second image with id 3", "annotation 8: image_id 77 is not among the images"]);
+}
+
+#[test]
+fn an_image_that_is_not_in_the_folder_is_named() {
+    let world = brought();
+    world.write("labels.json", labels(r#"{"id": 3, "file_name": "gone.jpg", "width": 1, "height": 1}"#, ""));
+    check(&world, 4, &["the annotations name `gone.jpg`, which is not in the folder"]);
+}
+
+#[test]
+fn a_checkpoint_that_is_no_clip_says_which_tensors_do_not_fit() {
+    let output = brought().run(["run", "./brought.yaml", "--until", "globals"]);
+    assert!(output.code == 4 && output.stderr.contains("clip.pt"), "{}", output.stderr);
+}
+
+#[test]
+fn a_truncated_checkpoint_is_named() {
+    let world = brought();
+    let bytes = fs::read(world.path("clip.pt")).unwrap();
+    world.write("clip.pt", &bytes[..bytes.len() / 2]);
+    check(&world, 4, &["clip.pt: ", "download it again"]);
+}
+
+/// With a CLIP that works, so that the images are reached.
+fn with_clip() -> World {
+    let world = World::tiny();
+    world.run(["run", "./tiny.yaml", "--until", "clip"]).success();
+    let weights = fs::read(world.find(&["clip-pretrain", "clip.safetensors"])).unwrap();
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
+    world.write("clip.safetensors", weights);
+    world.write("brought.yaml", BROUGHT.replace("clip.pt", "clip.safetensors"));
+    world.write("labels.json", labels(IMAGE, ""));
+    world.write("images/a.png", fs::read(format!("{golden}/images/rgb.png")).unwrap());
+    world
+}
+
+#[test]
+fn images_that_are_cut_or_of_another_size_are_named_and_what_was_made_is_kept() {
+    let world = with_clip();
+    let before = world.units();
+    let jpeg = fs::read(world.find(&["toy-world", "web_images/00000000.jpg"])).unwrap();
+    world.write("images/b.jpg", &jpeg[..jpeg.len() / 2]);
+    world.write("labels.json", labels(r#"{"id": 3, "file_name": "b.jpg", "width": 33, "height": 21}"#, ""));
+    check(&world, 4, &["images/b.jpg: ", "cut short or damaged"]);
+    world.write("labels.json", labels(r#"{"id": 3, "file_name": "a.png", "width": 21, "height": 33}"#, ""));
+    check(&world, 4, &["images/a.png: the annotations say 21 x 33 px, the image has 33 x 21"]);
+    let after = world.units();
+    assert!(before.iter().all(|(name, bytes)| after.get(name) == Some(bytes)));
+}
+
+#[test]
+fn a_pipeline_file_with_mistakes_names_all_of_them_with_lines_and_spellings() {
+    let world = World::new();
+    world.write(
+        "wrong.yaml",
+        r#"version: 1
+name: wrong
+variabels: {}
+stages:
+  - id: world
+    use: toy/wrld
+  - id: split
+    use: coco/split
+    in: {annotations: wolrd.train}
+    with: {kep: base}
+  - id: detect
+    use: detect/zero-shot
+    in: {features: prompts.prompts, prompts: prompts.prompts, classes: split.classes, annotations: split.annotations}
+    with: {temperature: -1}
+  - id: prompts
+    use: prompts/ensemble
+    in: {classes: split.classes}
+"#,
+    );
+    let output = world.run(["run", "./wrong.yaml"]);
+    insta::assert_snapshot!(output.stderr, @"");
+    assert_eq!(output.code, 3);
+    assert!(!world.path(".ovenbird").exists());
+}
+
+#[test]
+fn a_circle_is_named() {
+    let world = World::new();
+    world.write(
+        "circle.yaml",
+        "version: 1\nname: circle\nstages:\n  - {id: a, use: coco/split, in: {annotations: b.annotations}, with: {classes: coco-48-17}}\n  - {id: b, use: coco/split, in: {annotations: a.annotations}, with: {classes: coco-48-17}}\n",
+    );
+    let output = world.run(["plan", "./circle.yaml"]);
+    assert!(output.code == 3 && output.stderr.contains("wait for each other in a circle: a, b"), "{}", output.stderr);
+}
+
+#[test]
+fn a_pipeline_of_a_newer_version_is_refused() {
+    let world = World::new();
+    world.write("new.yaml", "version: 9\nname: new\nstages: []\n");
+    let output = world.run(["plan", "./new.yaml"]);
+    assert!(output.code == 3 && output.stderr.contains("version 9 is newer than this program, which reads up to 1"), "{}", output.stderr);
+}
+
+#[test]
+fn a_home_that_cannot_be_written_or_is_newer_is_refused() {
+    let world = World::tiny();
+    world.write("home", "a file where the home should be");
+    let output = world.run(["run", "./tiny.yaml", "--home", "home"]);
+    assert!(output.code == 5 && output.stderr.contains("home") && output.stderr.contains("hint: "), "{}", output.stderr);
+    world.write(".ovenbird/format.json", r#"{"format": 9}"#);
+    let output = world.run(["run", "./tiny.yaml"]);
+    assert!(output.code == 5 && output.stderr.contains("written by a newer version (format 9"), "{}", output.stderr);
+}
+
+/// A tmpfs of 3 MiB stands for a full disk; mounting one needs root.
+#[test]
+fn a_full_disk_is_named_and_nothing_made_is_harmed() {
+    let world = World::tiny();
+    fs::create_dir(world.path("small")).unwrap();
+    let mounted = std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=3m", "tmpfs"]).arg(world.path("small")).output();
+    if !mounted.is_ok_and(|output| output.status.success()) {
+        println!("skipped: a small file system cannot be mounted here");
+        return;
+    }
+    let full = world.run(["run", "./tiny.yaml", "--home", "small/home"]);
+    let again = world.run(["run", "./tiny.yaml", "--home", "small/home", "--until", "val"]);
+    assert!(std::process::Command::new("umount").arg(world.path("small")).status().unwrap().success());
+    assert!(full.code == 5 && full.stderr.contains("free some space"), "{} {}", full.code, full.stderr);
+    assert!(again.code == 0, "{}", again.stderr);
+}

@@ -1,0 +1,133 @@
+//! The main job, small: it runs, it is not done twice, it survives being killed anywhere.
+
+use std::{fs, process::Stdio, thread, time::Duration};
+
+use crate::support::World;
+
+const STEPS: [&str; 13] =
+    ["clip", "coco", "detect", "globals", "lvis", "lvis-val", "objects", "prompts", "proposals", "regions", "train", "val", "world"];
+
+#[test]
+fn the_main_job_ends_with_tables_and_running_it_again_does_nothing() {
+    let world = World::tiny();
+    let first = world.run(["run", "./tiny.yaml"]).success();
+    assert!(first.stdout.contains("coco (eval/coco)") && first.stdout.contains("novel") && first.stdout.contains("report: "), "{}", first.stdout);
+    assert_eq!(first.steps("will run"), STEPS);
+    let units = world.units();
+
+    let again = world.run(["run", "./tiny.yaml"]).success();
+    assert_eq!(again.steps("reused"), STEPS);
+    assert!(again.stdout.contains("nothing to do"), "{}", again.stdout);
+    assert_eq!(world.units(), units);
+}
+
+#[test]
+fn a_changed_parameter_runs_its_stage_and_what_depends_on_it() {
+    let world = World::tiny();
+    world.run(["run", "./tiny.yaml", "--until", "coco"]).success();
+    let plan = world.run(["plan", "./tiny.yaml", "--until", "coco", "--set", "detect.nms_iou=0.4"]).success();
+    assert!(plan.stdout.contains("detect     run      with.nms_iou: 0.5 -> 0.4"), "{}", plan.stdout);
+    assert!(plan.stdout.contains("coco       depends  on what detect comes to"), "{}", plan.stdout);
+    let run = world.run(["run", "./tiny.yaml", "--until", "coco", "--set", "detect.nms_iou=0.4"]).success();
+    assert_eq!(run.steps("will run"), ["coco", "detect"]);
+}
+
+#[test]
+fn a_step_that_comes_out_the_same_stops_the_re_run_there() {
+    let world = World::tiny();
+    world.run(["run", "./tiny.yaml", "--until", "coco"]).success();
+    // No score lies at the threshold's old or new value, so the detections are the same.
+    let run = world.run(["run", "./tiny.yaml", "--until", "coco", "--set", "detect.score_threshold=0.0100001"]).success();
+    assert_eq!(run.steps("will run"), ["detect"]);
+}
+
+#[test]
+fn a_damaged_unit_is_made_again_with_the_same_bytes_and_nothing_else_is() {
+    let world = World::tiny();
+    world.run(["run", "./tiny.yaml"]).success();
+    let whole = world.units();
+    let shard = world.find(&["clip-proposals", "regions.arrow"]);
+    let bytes = fs::read(&shard).unwrap();
+    fs::write(&shard, &bytes[..bytes.len() / 2]).unwrap();
+
+    let plan = world.run(["plan", "./tiny.yaml"]).success();
+    assert!(plan.stdout.contains("regions    run      damaged: ") && plan.stdout.contains("bytes, found"), "{}", plan.stdout);
+    let run = world.run(["run", "./tiny.yaml"]).success();
+    assert_eq!(run.steps("will run"), ["regions"]);
+    assert_eq!(world.units(), whole);
+}
+
+#[test]
+fn a_flipped_bit_is_found_when_it_is_read_and_the_next_run_heals_it() {
+    let world = World::tiny();
+    world.run(["run", "./tiny.yaml"]).success();
+    let whole = world.units();
+    let shard = world.find(&["clip-proposals", "regions.arrow"]);
+    let mut bytes = fs::read(&shard).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&shard, &bytes).unwrap();
+
+    let found = world.run(["run", "./tiny.yaml", "--set", "detect.nms_iou=0.3"]);
+    assert!(found.code != 0 && found.stderr.contains("does not match its digest"), "{}", found.stderr);
+    world.run(["run", "./tiny.yaml"]).success();
+    assert_eq!(world.units(), whole);
+}
+
+/// The process dies, as by `kill -9`, at steps of publishing spread over the whole run; `run` again always ends with the
+/// bytes of a run that was left alone.
+#[test]
+fn a_run_killed_anywhere_continues_to_the_same_bytes() {
+    let undisturbed = World::tiny();
+    undisturbed.run(["run", "./tiny.yaml"]).success();
+    let expected = undisturbed.units();
+
+    let world = World::tiny();
+    let mut n_killed = 0;
+    for step in [3, 150, 40, 30, 21, 17, 13, 9, 5, 2] {
+        let mut command = world.command(["run", "./tiny.yaml"]);
+        command.env("OVENBIRD_CRASH_AT", step.to_string());
+        n_killed += usize::from(world.output(command).code == -1);
+    }
+    assert!(n_killed >= 6, "only {n_killed} runs died");
+    world.run(["run", "./tiny.yaml"]).success();
+    assert_eq!(world.units(), expected);
+}
+
+#[test]
+fn ctrl_c_stops_at_the_next_unit_and_the_run_continues_there() {
+    let world = World::tiny();
+    let mut command = world.command(["run", "./tiny.yaml", "--set", "clip.steps=400"]);
+    let running = command.stderr(Stdio::piped()).spawn().unwrap();
+    // Until a link of the training is published.
+    for _ in 0..1200 {
+        if world.path(".ovenbird/units/clip-pretrain").read_dir().is_ok_and(|entries| entries.count() > 2) {
+            break;
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    let killed = std::process::Command::new("kill").args(["-INT", &running.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    let output = running.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", String::from_utf8_lossy(&output.stderr));
+    let plan = world.run(["plan", "./tiny.yaml", "--set", "clip.steps=400", "--until", "clip"]).success();
+    assert!(plan.stdout.contains("clip   resume   "), "{}", plan.stdout);
+}
+
+#[test]
+fn two_runs_of_one_home_at_once_are_refused() {
+    let world = World::tiny();
+    let mut running = world.command(["run", "./tiny.yaml", "--set", "clip.steps=2000"]).spawn().unwrap();
+    for _ in 0..400 {
+        if fs::read_to_string(world.path(".ovenbird/lock")).is_ok_and(|holder| !holder.is_empty()) {
+            break;
+        }
+        thread::sleep(Duration::from_millis(25));
+    }
+    let second = world.run(["run", "./tiny.yaml"]);
+    running.kill().unwrap();
+    running.wait().unwrap();
+    assert!(second.code == 5 && second.stderr.contains("another run is using this home (run "), "{}", second.stderr);
+    // The lock died with its holder.
+    world.run(["run", "./tiny.yaml", "--until", "val"]).success();
+}

@@ -1,0 +1,115 @@
+//! A folder with a home of its own, and the program run in it as an operator would.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+/// A fresh working directory; removed at the end.
+pub(crate) struct World {
+    folder: tempfile::TempDir,
+}
+
+/// What a command came to.
+#[must_use]
+pub(crate) struct Output {
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    /// -1: ended by a signal.
+    pub(crate) code: i32,
+}
+
+impl World {
+    pub(crate) fn new() -> Self {
+        Self { folder: tempfile::tempdir().unwrap() }
+    }
+
+    /// With a pipeline file `tiny.yaml`: every stage of the main job at the smallest size that has units to lose.
+    pub(crate) fn tiny() -> Self {
+        let world = Self::new();
+        let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/pipelines/quickstart.yaml")).unwrap();
+        let small = text
+            .replace("train_images: 100", "train_images: 6")
+            .replace("val_images: 120", "val_images: 12")
+            .replace("web_images: 4000", "web_images: 40")
+            .replace("web_images: \"${web_images}\"}", "web_images: \"${web_images}\", held_out_images: 60, side_px: 160}")
+            .replace("with: {seed: \"${seed}\"}", "with: {seed: \"${seed}\", steps: 6, steps_per_unit: 2, batch: 8}")
+            .replace("name: quickstart", "name: tiny");
+        assert!(small.contains("steps: 6") && small.contains("side_px: 160"), "the quickstart pipeline changed");
+        world.write("tiny.yaml", &small);
+        world
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub(crate) fn write(&self, name: &str, content: impl AsRef<[u8]>) {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    }
+
+    pub(crate) fn command<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ovenbird"));
+        command.args(args).current_dir(self.folder.path()).env_clear().env("TZ", "UTC").stdin(Stdio::null());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    pub(crate) fn run<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> Output {
+        self.output(self.command(args))
+    }
+
+    pub(crate) fn output(&self, mut command: Command) -> Output {
+        let output = command.output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).replace(&self.folder.path().display().to_string(), "[WORLD]");
+        Output { stdout: text(&output.stdout), stderr: text(&output.stderr), code: output.status.code().unwrap_or(-1) }
+    }
+
+    /// The bytes of every published file, by path below the home; manifests and logs, which hold times, left out.
+    pub(crate) fn units(&self) -> BTreeMap<String, Vec<u8>> {
+        let mut files = BTreeMap::new();
+        walk(&self.path(".ovenbird/units"), &self.path(".ovenbird"), &mut files);
+        files
+    }
+
+    /// A published file whose path has these parts.
+    pub(crate) fn find(&self, parts: &[&str]) -> PathBuf {
+        let name = self.units().into_keys().find(|name| parts.iter().all(|part| name.contains(part)));
+        self.path(".ovenbird").join(name.unwrap_or_else(|| panic!("no published file with {parts:?}")))
+    }
+}
+
+fn walk(folder: &Path, base: &Path, files: &mut BTreeMap<String, Vec<u8>>) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            walk(&path, base, files);
+        } else {
+            files.insert(path.strip_prefix(base).unwrap().display().to_string(), fs::read(&path).unwrap());
+        }
+    }
+}
+
+impl Output {
+    /// The output of a command that must succeed.
+    #[track_caller]
+    pub(crate) fn success(self) -> Self {
+        assert_eq!(self.code, 0, "{}{}", self.stdout, self.stderr);
+        self
+    }
+
+    /// Steps whose line says so, in the order in which they did: `reused`, `will run`.
+    pub(crate) fn steps(&self, word: &str) -> Vec<String> {
+        let line = |line: &str| {
+            let (step, rest) = line.strip_prefix("  ")?.split_once(' ')?;
+            rest.trim_start().starts_with(word).then(|| step.to_owned())
+        };
+        let mut steps: Vec<String> = self.stderr.lines().filter_map(line).collect();
+        steps.sort();
+        steps
+    }
+}
