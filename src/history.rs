@@ -137,7 +137,7 @@ pub(crate) fn state(log: &[Stamped]) -> RunState {
     state
 }
 
-fn outcome_words(state: &RunState) -> &'static str {
+pub(crate) fn outcome_words(state: &RunState) -> &'static str {
     match state.outcome {
         Some(Outcome::Done) => "done",
         Some(Outcome::Failed) => "failed",

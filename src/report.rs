@@ -1,8 +1,373 @@
-//! (in the making)
+//! `ovenbird report`: one self-contained HTML file about a run. No network, no script.
+//!
+//! [`gather`] reads the log, manifests and tables into plain data; [`render`] turns that into text. A part that cannot be
+//! read, of a run that failed or was cut off, is left out and named.
 
-use std::path::{Path, PathBuf};
+mod gallery;
 
-pub(crate) fn write(store: &ovenbird_cache::Store, run: &str, output: Option<&Path>) -> crate::error::Result<PathBuf> {
-    let path = output.map_or_else(|| crate::event::run_folder(store.home(), run).join("report.html"), Path::to_owned);
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    path::{Path, PathBuf},
+};
+
+use ovenbird_cache::{Artifact, Status, Store, publish};
+use ovenbird_data::evaluate::{Evaluation, Summary};
+use ovenbird_stages::{
+    artifacts::{Artifact as _, EvaluationFile},
+    find,
+};
+
+use crate::{
+    error::Result,
+    event::{self, Event, Stamped},
+    history::{self, RunState, StepState},
+    screen::duration,
+};
+use gallery::Picture;
+
+/// Everything the page shows.
+struct Gathered {
+    run: RunState,
+    /// Steps that each step reads from, in the order of the run's steps.
+    after: Vec<Vec<String>>,
+    /// Start and end of each step that worked, in s since the run's start.
+    spans: BTreeMap<String, (f64, f64)>,
+    bytes: BTreeMap<String, u64>,
+    artifacts: BTreeMap<String, Artifact>,
+    evaluations: Vec<(String, Evaluation)>,
+    pictures: Vec<Picture>,
+}
+
+/// Writes the report of a run and returns where.
+pub(crate) fn write(store: &Store, run: &str, output: Option<&Path>) -> Result<PathBuf> {
+    let gathered = gather(store, &event::read_log(store.home(), run)?)?;
+    let path = output.map_or_else(|| event::run_folder(store.home(), run).join("report.html"), Path::to_owned);
+    publish::replace(&path, render(&gathered).as_bytes())?;
     Ok(path)
+}
+
+fn gather(store: &Store, log: &[Stamped]) -> Result<Gathered> {
+    let run = history::state(log);
+    let start_ms = log.first().map_or(0, |first| first.at.as_millisecond());
+    let (mut after, mut spans, mut bytes) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
+    for Stamped { at, event } in log {
+        let now = (at.as_millisecond() - start_ms) as f64 / 1e3;
+        match event {
+            Event::RunStarted { steps, .. } => after = steps.iter().map(|step| step.after.clone()).collect(),
+            Event::StepStarted { step } => drop(spans.insert(step.clone(), (now, now))),
+            Event::StepDone { step, bytes: of_step, .. } => {
+                bytes.insert(step.clone(), *of_step);
+                spans.entry(step.clone()).and_modify(|span| span.1 = now);
+            }
+            Event::StepFailed { step, .. } | Event::StepProgress { step, .. } => {
+                spans.entry(step.clone()).and_modify(|span| span.1 = now);
+            }
+            _ => {}
+        }
+    }
+    let mut artifacts = BTreeMap::new();
+    let mut evaluations = Vec::new();
+    for step in &run.steps {
+        let Some(fingerprint) = &step.fingerprint else { continue };
+        if let Status::Valid(artifact) = store.artifact(&step.kind, fingerprint)? {
+            let is_evaluation = |port: &&ovenbird_stages::PortInfo| port.kind == EvaluationFile::KIND;
+            for port in find(&step.kind).into_iter().flat_map(|entry| entry.outputs).filter(is_evaluation) {
+                if let Ok(EvaluationFile(evaluation)) = EvaluationFile::open(&artifact.port(port.name)) {
+                    evaluations.push((step.id.clone(), evaluation));
+                }
+            }
+            artifacts.insert(step.id.clone(), artifact);
+        }
+    }
+    let pictures = gallery::pictures(&run.steps, &artifacts);
+    Ok(Gathered { run, after, spans, bytes, artifacts, evaluations, pictures })
+}
+
+/// Text that is safe inside HTML, also inside attributes.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+/// Appends formatted text; writing to memory does not fail.
+macro_rules! put {
+    ($out:expr, $($arg:tt)*) => {{
+        let _infallible = write!($out, $($arg)*);
+    }};
+}
+use put;
+
+fn render(gathered: &Gathered) -> String {
+    let mut out = String::new();
+    let run = &gathered.run;
+    put!(
+        out,
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"><title>{} {}</title><style>{}</style><main>",
+        escape(&run.pipeline),
+        escape(&run.run),
+        include_str!("report/style.css"),
+    );
+    header(&mut out, gathered);
+    for (step, evaluation) in &gathered.evaluations {
+        put!(out, "<section><h2>{}</h2>", escape(step));
+        groups(&mut out, evaluation);
+        curves(&mut out, evaluation);
+        classes(&mut out, evaluation);
+        out.push_str("</section>");
+    }
+    if !gathered.pictures.is_empty() {
+        out.push_str("<section><h2>Pictures</h2><p>Dashed: ground truth. Solid: the best detections. ★ and orange: novel classes.</p><div class=\"gallery\">");
+        for picture in &gathered.pictures {
+            picture.render(&mut out);
+        }
+        out.push_str("</div></section>");
+    }
+    graph(&mut out, gathered);
+    timeline(&mut out, gathered);
+    throughput(&mut out, gathered);
+    manifests(&mut out, gathered);
+    if !run.notices.is_empty() {
+        out.push_str("<section><h2>Notes</h2><ul>");
+        run.notices.iter().for_each(|notice| put!(out, "<li>{}</li>", escape(notice)));
+        out.push_str("</ul></section>");
+    }
+    out.push_str("</main></html>\n");
+    out
+}
+
+fn header(out: &mut String, gathered: &Gathered) {
+    let run = &gathered.run;
+    let outcome = history::outcome_words(run);
+    put!(out, "<header><h1>{}</h1><p>{}</p>", escape(&run.pipeline), escape(&run.description));
+    put!(out, "<p><span class=\"outcome {}\">{outcome}</span> run {}, started {}, ", outcome.split(' ').next().unwrap_or(""), escape(&run.run), escape(&run.started));
+    put!(out, "{}</p>", duration(run.wall_s));
+    if let Some(artifact) = gathered.artifacts.values().next() {
+        let made = &artifact.manifest.made;
+        put!(out, "<p class=\"quiet\">{} on {} ({}), libtorch {}</p>", escape(&made.program), escape(&made.host), escape(&made.device), escape(&made.libtorch));
+    }
+    put!(out, "<p class=\"quiet\"><code>ovenbird {}</code></p>", escape(&run.command));
+    for step in run.steps.iter().filter(|step| step.state == "failed") {
+        put!(out, "<p class=\"failure\"><strong>{} failed.</strong> {}</p>", escape(&step.id), escape(&step.words));
+    }
+    out.push_str("</header>");
+}
+
+fn percent(value: Option<f64>) -> String {
+    value.map_or_else(|| "–".into(), |value| format!("{:.1}", 100.0 * value))
+}
+
+fn groups(out: &mut String, evaluation: &Evaluation) {
+    let columns: [(&str, fn(&Summary) -> Option<f64>); 7] = [
+        ("AP", |group| group.ap),
+        ("AP50", |group| group.ap50),
+        ("AP75", |group| group.ap75),
+        ("AP small", |group| group.ap_small),
+        ("AP medium", |group| group.ap_medium),
+        ("AP large", |group| group.ap_large),
+        ("AR", |group| group.ar),
+    ];
+    out.push_str("<div class=\"wide\"><table><tr><th>classes</th>");
+    columns.iter().for_each(|(name, _)| put!(out, "<th class=\"number\">{name}</th>"));
+    out.push_str("</tr>");
+    for name in ["novel", "base", "all", "rare", "common", "frequent"] {
+        let Some(group) = evaluation.groups.get(name) else { continue };
+        put!(out, "<tr class=\"{name}\"><th>{name}</th>");
+        columns.iter().for_each(|(_, value)| put!(out, "<td class=\"number\">{}</td>", percent(value(group))));
+        out.push_str("</tr>");
+    }
+    out.push_str("</table></div>");
+}
+
+/// Precision over recall at IoU 0.5, one line a group.
+fn curves(out: &mut String, evaluation: &Evaluation) {
+    let (width, height, left, bottom) = (420.0, 260.0, 44.0, 36.0);
+    let x = |recall: f64| left + recall * (width - left - 64.0);
+    let y = |precision: f64| (height - bottom) - precision * (height - bottom - 12.0);
+    put!(out, "<figure><svg class=\"plot\" viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"Precision over recall\">");
+    for tick in 0..=4 {
+        let value = f64::from(tick) / 4.0;
+        let (tick_x, tick_y) = (x(value), y(value));
+        put!(out, "<line class=\"grid\" x1=\"{}\" x2=\"{}\" y1=\"{tick_y:.1}\" y2=\"{tick_y:.1}\"/>", x(0.0), x(1.0));
+        put!(out, "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{value}</text>", left - 6.0, tick_y + 4.0);
+        put!(out, "<text x=\"{tick_x:.1}\" y=\"{}\" text-anchor=\"middle\">{value}</text>", height - bottom + 16.0);
+    }
+    put!(out, "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">recall</text>", x(0.5), height - 4.0);
+    put!(out, "<text transform=\"translate(11 {}) rotate(-90)\" text-anchor=\"middle\">precision</text>", y(0.5));
+    let mut label_y = 26.0;
+    for name in ["novel", "base", "all"] {
+        let Some(curve) = evaluation.curves.get(name) else { continue };
+        let points: Vec<String> = curve.iter().enumerate().map(|(r, p)| format!("{:.1},{:.1}", x(r as f64 / 100.0), y(*p))).collect();
+        put!(out, "<polyline class=\"curve {name}\" points=\"{}\"/>", points.join(" "));
+        put!(out, "<line class=\"curve {name}\" x1=\"{}\" x2=\"{}\" y1=\"{label_y}\" y2=\"{label_y}\"/>", width - 58.0, width - 42.0);
+        put!(out, "<text x=\"{}\" y=\"{}\">{name}</text>", width - 38.0, label_y + 4.0);
+        label_y += 18.0;
+    }
+    out.push_str("</svg><figcaption>Precision over recall at IoU 0.5, mean over classes</figcaption></figure>");
+}
+
+fn classes(out: &mut String, evaluation: &Evaluation) {
+    out.push_str("<details><summary>Every class</summary><div class=\"wide\"><table><tr><th>class</th><th></th><th class=\"number\">objects</th><th class=\"number\">AP</th><th class=\"number\">AP50</th><th></th></tr>");
+    let mut classes: Vec<_> = evaluation.classes.iter().collect();
+    classes.sort_by(|a, b| b.is_novel.cmp(&a.is_novel).then(b.ap.unwrap_or(-1.0).total_cmp(&a.ap.unwrap_or(-1.0))));
+    for class in classes {
+        let (mark, bar) = (if class.is_novel { "★ novel" } else { "base" }, 100.0 * class.ap50.unwrap_or(0.0));
+        put!(out, "<tr><td>{}</td><td>{mark}</td><td class=\"number\">{}</td>", escape(&class.name), class.n_ground_truth);
+        put!(out, "<td class=\"number\">{}</td><td class=\"number\">{}</td>", percent(class.ap), percent(class.ap50));
+        put!(out, "<td class=\"bar\"><span style=\"width:{bar:.0}%\"></span></td></tr>");
+    }
+    out.push_str("</table></div></details>");
+}
+
+fn state_words(step: &StepState) -> String {
+    match step.wall_s {
+        Some(wall_s) => format!("made in {}", duration(wall_s)),
+        None => step.state.to_owned(),
+    }
+}
+
+/// Steps in layers: each below the lowest step it reads from.
+fn graph(out: &mut String, gathered: &Gathered) {
+    let steps = &gathered.run.steps;
+    let place: BTreeMap<&str, usize> = steps.iter().enumerate().map(|(place, step)| (step.id.as_str(), place)).collect();
+    let mut layer = vec![0_usize; steps.len()];
+    for step in 0..steps.len() {
+        let above = gathered.after.get(step).into_iter().flatten().filter_map(|id| place.get(id.as_str()));
+        layer[step] = above.map(|above| layer[*above] + 1).max().unwrap_or(0);
+    }
+    let n_layers = layer.iter().max().map_or(0, |layer| layer + 1);
+    let in_layer = |wanted: usize| (0..steps.len()).filter(|step| layer[*step] == wanted).collect::<Vec<_>>();
+    let widest = (0..n_layers).map(|wanted| in_layer(wanted).len()).max().unwrap_or(0);
+    let (box_width, box_height, gap_x, gap_y) = (156.0, 58.0, 18.0, 40.0);
+    let width = widest as f64 * (box_width + gap_x) + gap_x;
+    let height = n_layers as f64 * (box_height + gap_y);
+    let mut corner = vec![[0.0; 2]; steps.len()];
+    for wanted in 0..n_layers {
+        let members = in_layer(wanted);
+        let used = members.len() as f64 * (box_width + gap_x) - gap_x;
+        for (column, step) in members.into_iter().enumerate() {
+            corner[step] = [(width - used) / 2.0 + column as f64 * (box_width + gap_x), wanted as f64 * (box_height + gap_y) + 4.0];
+        }
+    }
+    put!(out, "<section><h2>Steps</h2><div class=\"wide\"><svg class=\"graph\" viewBox=\"0 0 {width} {height}\" style=\"min-width:{:.0}px\" role=\"img\" aria-label=\"The graph of steps\">", width * 0.72);
+    for (step, after) in gathered.after.iter().enumerate().take(steps.len()) {
+        for above in after.iter().filter_map(|id| place.get(id.as_str())) {
+            let (from, to) = (corner[*above], corner[step]);
+            let (x1, y1, x2, y2) = (from[0] + box_width / 2.0, from[1] + box_height, to[0] + box_width / 2.0, to[1]);
+            let middle = f64::midpoint(y1, y2);
+            put!(out, "<path class=\"edge\" d=\"M{x1:.0} {y1:.0} C{x1:.0} {middle:.0} {x2:.0} {middle:.0} {x2:.0} {y2:.0}\"/>");
+        }
+    }
+    for (step, [x, y]) in steps.iter().zip(&corner) {
+        let short = |text: &str, most: usize| if text.chars().count() > most { format!("{}…", text.chars().take(most - 1).collect::<String>()) } else { text.to_owned() };
+        put!(out, "<g class=\"step {}\"><rect x=\"{x:.0}\" y=\"{y:.0}\" width=\"{box_width}\" height=\"{box_height}\" rx=\"6\"/>", step.state.replace(' ', "-"));
+        put!(out, "<text class=\"id\" x=\"{:.0}\" y=\"{:.0}\">{}</text>", x + 10.0, y + 18.0, escape(&short(&step.id, 18)));
+        put!(out, "<text x=\"{:.0}\" y=\"{:.0}\">{}</text>", x + 10.0, y + 34.0, escape(&short(&step.kind, 22)));
+        put!(out, "<text x=\"{:.0}\" y=\"{:.0}\">{}</text></g>", x + 10.0, y + 50.0, escape(&short(&state_words(step), 22)));
+    }
+    out.push_str("</svg></div></section>");
+}
+
+fn timeline(out: &mut String, gathered: &Gathered) {
+    let end = gathered.spans.values().map(|span| span.1).fold(gathered.run.wall_s, f64::max);
+    if gathered.spans.is_empty() || end <= 0.0 {
+        return;
+    }
+    out.push_str("<section><h2>Timeline</h2><div class=\"timeline\">");
+    for step in &gathered.run.steps {
+        let Some((start, stop)) = gathered.spans.get(&step.id) else { continue };
+        let (left, length) = (100.0 * start / end, (100.0 * (stop - start) / end).max(0.4));
+        put!(out, "<div><span>{}</span><span class=\"track\"><i style=\"left:{left:.2}%;width:{length:.2}%\"></i></span><span class=\"number\">{}</span></div>", escape(&step.id), duration(stop - start));
+    }
+    out.push_str("</div></section>");
+}
+
+fn throughput(out: &mut String, gathered: &Gathered) {
+    let made: Vec<_> = gathered.run.steps.iter().filter_map(|step| Some((step, step.wall_s?))).collect();
+    if made.is_empty() {
+        return;
+    }
+    let total: f64 = made.iter().map(|(_, wall_s)| wall_s).sum();
+    out.push_str("<section><h2>Throughput</h2><div class=\"wide\"><table><tr><th>step</th><th class=\"number\">items</th><th class=\"number\">items/s</th><th class=\"number\">written</th><th class=\"number\">time</th><th>share</th></tr>");
+    for (step, wall_s) in made {
+        let bytes = indicatif::HumanBytes(gathered.bytes.get(&step.id).copied().unwrap_or(0));
+        put!(out, "<tr><td>{}</td><td class=\"number\">{}</td><td class=\"number\">{:.0}</td>", escape(&step.id), step.done, step.done as f64 / wall_s.max(1e-3));
+        put!(out, "<td class=\"number\">{bytes}</td><td class=\"number\">{}</td>", duration(wall_s));
+        put!(out, "<td class=\"bar\"><span style=\"width:{:.0}%\"></span></td></tr>", 100.0 * wall_s / total.max(1e-9));
+    }
+    out.push_str("</table></div></section>");
+}
+
+fn manifests(out: &mut String, gathered: &Gathered) {
+    out.push_str("<section><h2>Manifests</h2>");
+    for step in &gathered.run.steps {
+        let Some(artifact) = gathered.artifacts.get(&step.id) else {
+            put!(out, "<p class=\"quiet\">{}: no artifact</p>", escape(&step.id));
+            continue;
+        };
+        let manifest = &artifact.manifest;
+        let files = || manifest.units.iter().flat_map(|unit| &unit.files);
+        let metrics: BTreeMap<_, _> = manifest.units.iter().flat_map(|unit| &unit.metrics).collect();
+        let shown = serde_json::json!({
+            "fingerprint": manifest.fingerprint,
+            "recipe": manifest.recipe,
+            "ports": manifest.ports,
+            "metrics of the last unit": metrics,
+            "made": manifest.made,
+        });
+        let shown = serde_json::to_string_pretty(&shown).expect("BUG: manifests are plain JSON");
+        let bytes = indicatif::HumanBytes(files().map(|file| file.bytes).sum());
+        put!(out, "<details><summary>{} <span class=\"quiet\">{}, {}, {} units, {} files, {bytes}</span></summary><pre>{}</pre></details>", escape(&step.id), escape(&step.kind), manifest.fingerprint, manifest.units.len(), files().count(), escape(&shown));
+    }
+    out.push_str("</section>");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gathered(state: &'static str) -> Gathered {
+        let step = StepState { id: "<script>".into(), kind: "eval/coco".into(), state, done: 3, total: 3, wall_s: Some(2.0), words: "a & b".into(), fingerprint: None };
+        let run = RunState {
+            run: "r".into(),
+            pipeline: "p".into(),
+            description: "d".into(),
+            command: "run p".into(),
+            started: "s".into(),
+            outcome: None,
+            wall_s: 2.0,
+            steps: vec![step],
+            notices: vec!["n".into()],
+        };
+        let class = ovenbird_data::evaluate::ClassResult { name: "owl".into(), is_novel: true, n_ground_truth: 2, ap: None, ap50: None };
+        let evaluation = Evaluation {
+            format: 1,
+            metric: ovenbird_data::evaluate::Metric::Coco,
+            groups: BTreeMap::from([("novel".into(), Summary::default())]),
+            classes: vec![class],
+            curves: BTreeMap::from([("novel".into(), vec![1.0; 101])]),
+        };
+        Gathered {
+            run,
+            after: vec![vec![]],
+            spans: BTreeMap::from([("<script>".into(), (0.0, 2.0))]),
+            bytes: BTreeMap::new(),
+            artifacts: BTreeMap::new(),
+            evaluations: vec![("coco".into(), evaluation)],
+            pictures: vec![],
+        }
+    }
+
+    #[test]
+    fn the_page_has_every_section_and_names_cannot_break_it() {
+        let page = render(&gathered("done"));
+        for words in ["<h2>coco</h2>", "Every class", "<h2>Steps</h2>", "<h2>Timeline</h2>", "<h2>Throughput</h2>", "<h2>Manifests</h2>", "<h2>Notes</h2>", "–"] {
+            assert!(page.contains(words), "{words}");
+        }
+        assert!(!page.contains("<script>") && !page.contains("http://") && !page.contains("src=\"http"));
+    }
+
+    #[test]
+    fn a_failed_step_is_named_at_the_top() {
+        assert!(render(&gathered("failed")).contains("failed.</strong> a &amp; b"));
+    }
 }

@@ -74,7 +74,7 @@ pub fn xyxy_to_xywh(xyxy: &Xyxy) -> [f64; 4] {
 /// place first where scores are equal.
 ///
 /// A box falls when its IoU with a better one of its class is *above* `iou_threshold`, as in torchvision. The three slices
-/// have equal length, below 2³². Takes O(N log N + sum over classes of kept x N): under a second or two for 1,000 boxes x
+/// have equal length, below 2³². Takes O(N log N + sum over classes of kept x N): about a second for 1,000 boxes x
 /// 1,203 classes, all of them kept.
 pub fn nms_by_class(boxes: &[Xyxy], scores: &[f32], classes: &[u32], iou_threshold: f32) -> Vec<usize> {
     assert!(boxes.len() == scores.len() && boxes.len() == classes.len(), "BUG: boxes, scores and classes of different lengths");

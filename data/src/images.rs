@@ -119,7 +119,9 @@ fn to_rgb8(image: DynamicImage) -> Vec<u8> {
         DynamicImage::ImageLuma16(image) => image.into_raw().iter().flat_map(|level| [(level >> 8) as u8; 3]).collect(),
         DynamicImage::ImageLumaA16(image) => image.into_raw().chunks_exact(2).flat_map(|pixel| [(pixel[0] >> 8) as u8; 3]).collect(),
         DynamicImage::ImageRgb16(image) => upper(&image),
-        DynamicImage::ImageRgba16(image) => image.into_raw().chunks_exact(4).flat_map(|pixel| [0, 1, 2].map(|channel| (pixel[channel] >> 8) as u8)).collect(),
+        DynamicImage::ImageRgba16(image) => {
+            image.into_raw().chunks_exact(4).flat_map(|pixel| [0, 1, 2].map(|channel| (pixel[channel] >> 8) as u8)).collect()
+        }
         other => other.into_rgb8().into_raw(),
     }
 }
@@ -138,7 +140,7 @@ pub struct Preprocess {
 impl Preprocess {
     /// CLIP's (Radford et al. 2021) for a network of some input side.
     pub fn clip(side_px: u32) -> Self {
-        Self { side_px, mean: [0.481_454_66, 0.457_827_5, 0.408_210_73], std: [0.268_629_54, 0.261_302_58, 0.275_777_11] }
+        Self { side_px, mean: [0.481_454_66, 0.457_827_5, 0.408_210_73], std: [0.268_629_54, 0.261_302_6, 0.275_777_1] }
     }
 
     /// Numbers of one input, `3 * side * side`.
@@ -164,9 +166,8 @@ impl Preprocess {
         let n_pixels = (image.width * image.height) as usize;
         assert_eq!(out.len(), 3 * n_pixels, "BUG: a buffer of another size");
         // As torchvision: v / 255, minus mean, divided by std, each rounded to f32.
-        let tables: [[f32; 256]; 3] = std::array::from_fn(|channel| {
-            std::array::from_fn(|value| (value as f32 / 255.0 - self.mean[channel]) / self.std[channel])
-        });
+        let tables: [[f32; 256]; 3] =
+            std::array::from_fn(|channel| std::array::from_fn(|value| (value as f32 / 255.0 - self.mean[channel]) / self.std[channel]));
         for (channel, plane) in out.chunks_exact_mut(n_pixels).enumerate() {
             for (number, pixel) in plane.iter_mut().zip(image.rgb.chunks_exact(3)) {
                 *number = tables[channel][usize::from(pixel[channel])];

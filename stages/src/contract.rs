@@ -91,11 +91,20 @@ pub struct PortInfo {
 }
 
 /// An input port. `T` is what a stage reads there.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct In<T> {
     info: PortInfo,
     kind: PhantomData<fn() -> T>,
 }
+
+// Deriving would ask the same of `T`.
+impl<T> Clone for In<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for In<T> {}
 
 impl<T: Artifact> In<T> {
     /// A port that must be given.
@@ -115,11 +124,19 @@ impl<T: Artifact> In<T> {
 }
 
 /// An output port. `T` is what a stage downstream reads there.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Out<T> {
     info: PortInfo,
     kind: PhantomData<fn() -> T>,
 }
+
+impl<T> Clone for Out<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Out<T> {}
 
 impl<T: Artifact> Out<T> {
     /// A port with its documentation.

@@ -3,7 +3,7 @@
 use hotcoco::{Rle, mask};
 use serde_json::{Value, json};
 
-use super::{Dice, Labels, classes, category_id, paint::Mask, to_json};
+use super::{Dice, Labels, category_id, classes, paint::Mask, to_json};
 use crate::boxes::{Xyxy, xywh_to_xyxy, xyxy_to_xywh};
 
 /// Where and how large something is.

@@ -18,12 +18,7 @@ use rand_chacha::{
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::{
-    boxes::Xyxy,
-    classes::ClassSplit,
-    images::Image,
-    proposals::Proposal,
-};
+use crate::{boxes::Xyxy, classes::ClassSplit, images::Image, proposals::Proposal};
 use paint::{Canvas, Look, Mask};
 pub use web::{Captioned, Labelled};
 
@@ -192,7 +187,7 @@ impl World {
         let (width, height) = (width as usize, height as usize);
         let mut canvas = Canvas::background(&mut dice, width, height);
         canvas.clutter(&mut dice, 12);
-        let placed = self.place_objects(set, &mut dice, &mut canvas);
+        let placed = place_objects(set, &mut dice, &mut canvas);
         let in_front: Vec<Mask> = (0..dice.below(4)).map(|_| canvas.occluder(&mut dice)).collect();
         canvas.light(&mut dice);
         let quality = 62 + dice.below(34) as u8;
@@ -204,60 +199,65 @@ impl World {
         let labels = Labels { id, file_name, width: width as u32, height: height as u32, objects, proposals };
         Scene { jpeg: image.to_jpeg(quality), labels }
     }
+}
 
-    fn place_objects(&self, set: Set, dice: &mut Dice, canvas: &mut Canvas) -> Vec<Placed> {
-        let kinds = kinds();
-        let is_empty = dice.chance(0.05);
-        let n_objects = if is_empty { 0 } else { 1 + dice.below(5) + dice.below(4) };
-        let short = canvas.width.min(canvas.height) as f32;
-        let mut placed: Vec<Placed> = Vec::new();
-        if !is_empty && dice.chance(0.1) {
-            placed.push(self.place_crowd(dice, canvas));
-        }
-        for _ in 0..n_objects {
-            // Novel classes are rarer in training images, where their labels will be dropped.
-            let is_novel = dice.chance(if set == Set::Train { 0.15 } else { 0.33 });
-            let class = if is_novel { 2 * N_NOVEL + dice.below(N_NOVEL) } else { dice.below(2 * N_NOVEL) };
-            let radius = match dice.below(10) {
-                0..2 => dice.between(0.05, 0.075),
-                2..6 => dice.between(0.08, 0.15),
-                _ => dice.between(0.15, 0.3),
-            } * short;
-            let look = Look::new(dice, kinds[class], radius);
-            // A few tries to find a place where not much of another object is hidden.
-            let mut centre = [0.0; 2];
-            for _ in 0..6 {
-                centre = [dice.between(0.5 * radius, canvas.width as f32 - 0.5 * radius), dice.between(0.5 * radius, canvas.height as f32 - 0.5 * radius)];
-                let is_clear = |other: &Placed| {
-                    let apart = ((other.centre[0] - centre[0]).powi(2) + (other.centre[1] - centre[1]).powi(2)).sqrt();
-                    apart > 0.75 * (other.radius + radius)
-                };
-                if placed.iter().all(is_clear) {
-                    break;
-                }
+/// Paints the objects of a scene, each in front of those before it.
+fn place_objects(set: Set, dice: &mut Dice, canvas: &mut Canvas) -> Vec<Placed> {
+    let kinds = kinds();
+    let is_empty = dice.chance(0.05);
+    let n_objects = if is_empty { 0 } else { 1 + dice.below(5) + dice.below(4) };
+    let short = canvas.width.min(canvas.height) as f32;
+    let mut placed: Vec<Placed> = Vec::new();
+    if !is_empty && dice.chance(0.1) {
+        placed.push(place_crowd(dice, canvas));
+    }
+    for _ in 0..n_objects {
+        // Novel classes are rarer in training images, where their labels will be dropped.
+        let is_novel = dice.chance(if set == Set::Train { 0.15 } else { 0.33 });
+        let class = if is_novel { 2 * N_NOVEL + dice.below(N_NOVEL) } else { dice.below(2 * N_NOVEL) };
+        let radius = match dice.below(10) {
+            0..2 => dice.between(0.05, 0.075),
+            2..6 => dice.between(0.08, 0.15),
+            _ => dice.between(0.15, 0.3),
+        } * short;
+        let look = Look::new(dice, kinds[class], radius);
+        // A few tries to find a place where not much of another object is hidden.
+        let mut centre = [0.0; 2];
+        for _ in 0..6 {
+            centre = [
+                dice.between(0.5 * radius, canvas.width as f32 - 0.5 * radius),
+                dice.between(0.5 * radius, canvas.height as f32 - 0.5 * radius),
+            ];
+            let is_clear = |other: &Placed| {
+                let apart = ((other.centre[0] - centre[0]).powi(2) + (other.centre[1] - centre[1]).powi(2)).sqrt();
+                apart > 0.75 * (other.radius + radius)
+            };
+            if placed.iter().all(is_clear) {
+                break;
             }
-            let mask = canvas.draw(&look, centre);
-            placed.push(Placed { class, centre, radius, mask, look: Some(look) });
         }
-        placed
+        let mask = canvas.draw(&look, centre);
+        placed.push(Placed { class, centre, radius, mask, look: Some(look) });
     }
+    placed
+}
 
-    /// Ten small objects of one class side by side.
-    fn place_crowd(&self, dice: &mut Dice, canvas: &mut Canvas) -> Placed {
-        let class = dice.below(2 * N_NOVEL);
-        let kind = kinds()[class];
-        let radius = 0.045 * canvas.width.min(canvas.height) as f32;
-        let corner = [dice.between(0.1, 0.55) * canvas.width as f32, dice.between(0.1, 0.7) * canvas.height as f32];
-        let mut mask = Mask::empty(canvas.width, canvas.height);
-        for member in 0..10 {
-            let look = Look::new(dice, kind, radius);
-            let jitter = [dice.between(-0.4, 0.4) * radius, dice.between(-0.4, 0.4) * radius];
-            let centre = [corner[0] + (member % 5) as f32 * 2.1 * radius + jitter[0], corner[1] + (member / 5) as f32 * 2.1 * radius + jitter[1]];
-            mask.add(&canvas.draw(&look, centre));
-        }
-        let centre = [corner[0] + 4.2 * radius, corner[1] + radius];
-        Placed { class, centre, radius: 5.0 * radius, mask, look: None }
+/// Ten small objects of one class side by side.
+fn place_crowd(dice: &mut Dice, canvas: &mut Canvas) -> Placed {
+    let class = dice.below(2 * N_NOVEL);
+    let kind = kinds()[class];
+    let radius = 0.045 * canvas.width.min(canvas.height) as f32;
+    let corner = [dice.between(0.1, 0.55) * canvas.width as f32, dice.between(0.1, 0.7) * canvas.height as f32];
+    let mut mask = Mask::empty(canvas.width, canvas.height);
+    for member in 0..10 {
+        let look = Look::new(dice, kind, radius);
+        let jitter = [dice.between(-0.4, 0.4) * radius, dice.between(-0.4, 0.4) * radius];
+        let centre =
+            [corner[0] + (member % 5) as f32 * 2.1 * radius + jitter[0], corner[1] + (member / 5) as f32 * 2.1 * radius + jitter[1]];
+        mask.add(&canvas.draw(&look, centre));
     }
+    let centre = [corner[0] + 4.2 * radius, corner[1] + radius];
+    Placed { class, centre, radius: 5.0 * radius, mask, look: None }
 }
 
 /// An object on the canvas; a crowd has no look of its own.
@@ -303,7 +303,12 @@ fn visible(placed: &[Placed], in_front: &[Mask], width: usize, height: usize) ->
 /// Boxes as OLN would give them: one to four a visible object (95 % of the large, 85 % of the small), and false ones.
 fn propose(dice: &mut Dice, objects: &[Object], width: f32, height: f32) -> Vec<Proposal> {
     let mut proposals = Vec::new();
-    let clip = |xyxy: Xyxy| Xyxy { x1: xyxy.x1.clamp(0.0, width), y1: xyxy.y1.clamp(0.0, height), x2: xyxy.x2.clamp(0.0, width), y2: xyxy.y2.clamp(0.0, height) };
+    let clip = |xyxy: Xyxy| Xyxy {
+        x1: xyxy.x1.clamp(0.0, width),
+        y1: xyxy.y1.clamp(0.0, height),
+        x2: xyxy.x2.clamp(0.0, width),
+        y2: xyxy.y2.clamp(0.0, height),
+    };
     for object in objects.iter().filter(|object| !object.is_crowd) {
         let (w, h) = (object.xyxy.width(), object.xyxy.height());
         if !dice.chance(if w.min(h) < 24.0 { 0.85 } else { 0.96 }) {

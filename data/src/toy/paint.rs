@@ -334,7 +334,7 @@ impl Canvas {
                 noise.row(y, row);
             }
             for x in 0..width {
-                let noise = [rows[0][x], rows[1][x], rows[2][x], rows[3][x]];
+                let noise = rows.each_ref().map(|row| row[x]);
                 let rough = if is_soft { 0.0 } else { roughness * (speckle(x, y, salt) + noise[3] - 0.5) };
                 pixels.push(colour(x as f32, y as f32, noise).map(|value| value + rough));
             }

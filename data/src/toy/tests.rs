@@ -47,7 +47,7 @@ fn coco_labels_have_what_real_ones_have() {
         let Xyxy { x1, y1, x2, y2 } = annotation.xyxy;
         assert!(x1 >= 0.0 && y1 >= 0.0 && x2 <= image.width as f32 && y2 <= image.height as f32 && x1 < x2 && y1 < y2);
         let mask = annotation.segmentation.as_ref().unwrap().to_rle(image.height, image.width).unwrap();
-        assert_eq!(hotcoco::mask::area(&mask) as f64, annotation.area);
+        assert!((hotcoco::mask::area(&mask) as f64 - annotation.area).abs() < 1e-9);
     }
     let is_polygon = |annotation: &&crate::annotations::Annotation| annotation.segmentation.as_ref().unwrap().polygons().is_some();
     let n_polygons = annotations.annotations.iter().filter(is_polygon).count();
@@ -57,7 +57,7 @@ fn coco_labels_have_what_real_ones_have() {
 #[test]
 fn ids_are_unique_and_annotations_count_from_one() {
     let annotations = load(&coco_json(&scenes(20)));
-    let ids: Vec<u64> = annotations.annotations.iter().map(|annotation| annotation.id).collect();
+    let ids: Vec<u64> = annotations.annotations.iter().map(|annotation| annotation.id.0).collect();
     assert_eq!(ids, (1..=ids.len() as u64).collect::<Vec<_>>());
     let images: BTreeSet<_> = annotations.images.iter().map(|image| image.id).collect();
     assert_eq!(images.len(), 20);
@@ -73,7 +73,7 @@ fn what_stands_in_front_is_taken_from_a_mask_and_can_take_the_label() {
 
 #[test]
 fn the_outline_of_every_shape_is_where_it_is_painted() {
-    for shape in 0..SHAPES.len() - 1 {
+    for (shape, name) in SHAPES.into_iter().enumerate().filter(|(_, name)| *name != "ring") {
         let mut dice = Dice::new(3, 9, shape);
         let mut canvas = Canvas::background(&mut dice, 120, 110);
         let look = Look::new(&mut dice, Kind { shape, colour: 0, pattern: 0 }, 44.0);
@@ -81,7 +81,7 @@ fn the_outline_of_every_shape_is_where_it_is_painted() {
         let outline = hotcoco::mask::fr_poly(&look.polygon([61.0, 54.0]).unwrap(), 110, 120).unwrap();
         let filled = hotcoco::mask::decode(&outline);
         let differ = (0..mask.covered.len()).filter(|place| mask.covered[*place] != (filled[place % 120 * 110 + place / 120] != 0)).count();
-        assert!(differ * 40 < mask.area(), "{}: {differ} of {} px differ", SHAPES[shape], mask.area());
+        assert!(differ * 40 < mask.area(), "{name}: {differ} of {} px differ", mask.area());
     }
 }
 

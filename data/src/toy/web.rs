@@ -95,7 +95,7 @@ fn caption(dice: &mut Dice, class: usize) -> String {
         7 => format!("{} {} - {}", shape.to_uppercase(), colour, pattern),
         8 => format!("A Beautiful {name} | free shipping"),
         9 => format!("the {name} that we saw {place} &amp; liked"),
-        10 => format!("{name}"),
+        10 => name,
         _ => format!("close-up of the {name}"),
     };
     match dice.below(50) {

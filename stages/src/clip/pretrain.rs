@@ -1,7 +1,7 @@
 //! `clip/pretrain`: a small CLIP, trained from nothing on captioned pictures.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
 };
 
@@ -82,7 +82,7 @@ const CAPTIONS: In<Captions> = In::required("captions", "Their alt text.");
 const HELD_OUT_IMAGES: In<Images> = In::optional("held_out_images", "Clean pictures of one class each, to measure zero-shot accuracy.");
 const HELD_OUT: In<Captions> = In::optional("held_out", "Their class names.");
 const CHECKPOINT: Out<CheckpointFile> = Out::new("checkpoint", "Weights in OpenAI's layout, safetensors, f32.");
-const STATE: Out<TrainingState> = Out::new("state", "What the next unit continues from: weights, both moments of the optimizer, steps done.");
+const STATE: Out<TrainingState> = Out::new("state", "What the next unit continues from besides the weights: both moments of the optimizer, steps done.");
 
 /// What a training continues from.
 pub struct TrainingState {
@@ -138,9 +138,10 @@ impl Stage for Pretrain {
         }
         let texts: Vec<&str> = captions.iter().map(|caption| caption.text.as_str()).collect();
 
-        let mut training = Training::begin(self, cx.device)?;
+        let mut training = Training::begin(self, &texts, cx.device)?;
         if first.index > 0 {
-            training.restore(&cx.published(first.index - 1, STATE)?)?;
+            let before = first.index - 1;
+            training.restore(&cx.published(before, CHECKPOINT)?, &cx.published(before, STATE)?)?;
         }
         cx.total(units.iter().map(|unit| u64::from(self.steps_of(unit))).sum());
         for unit in units {
@@ -236,16 +237,28 @@ struct Training {
     tokenizer: Tokenizer,
     /// First and second moment of each trained tensor.
     moments: BTreeMap<String, [Tensor; 2]>,
+    /// i64 `[U]`: the tokens that occur in the captions. Rows of other tokens never have a gradient, so the optimizer leaves
+    /// them out: 49,408 rows would cost more than the rest of a step.
+    used_tokens: Tensor,
     steps_done: i64,
 }
 
+/// The one tensor of which only some rows are trained.
+const TOKEN_EMBEDDING: &str = "token_embedding.weight";
+
 impl Training {
-    fn begin(stage: &Pretrain, device: Device) -> Result<Self> {
+    fn begin(stage: &Pretrain, texts: &[&str], device: Device) -> Result<Self> {
         let store = nn::VarStore::new(device);
         let clip = clip::Clip::new(&store.root(), &stage.config(), stage.seed)?;
-        let trained = named(&store).into_iter().filter(|(_, tensor)| tensor.requires_grad());
-        let moments = trained.map(|(name, tensor)| (name, [tensor.zeros_like(), tensor.zeros_like()])).collect();
-        Ok(Self { store, clip, tokenizer: Tokenizer::new(), moments, steps_done: 0 })
+        let tokenizer = Tokenizer::new();
+        let used: BTreeSet<i64> = texts.iter().flat_map(|text| tokenizer.encode(text)).map(i64::from).collect();
+        let used_tokens = Tensor::from_slice(&used.into_iter().collect::<Vec<_>>()).to_device(device);
+        let mut moments = BTreeMap::new();
+        for (name, tensor) in named(&store).into_iter().filter(|(_, tensor)| tensor.requires_grad()) {
+            let rows = if name == TOKEN_EMBEDDING { no_grad(|| tensor.index_select(0, &used_tokens)) } else { tensor };
+            moments.insert(name, [rows.zeros_like().detach(), rows.zeros_like().detach()]);
+        }
+        Ok(Self { store, clip, tokenizer, moments, used_tokens, steps_done: 0 })
     }
 
     fn step(&mut self, stage: &Pretrain, pixels: &[f32], texts: &[&str]) -> Result<f64> {
@@ -281,15 +294,21 @@ impl Training {
                 if !gradient.defined() {
                     continue;
                 }
-                if tensor.dim() > 1 {
-                    tensor *= 1.0 - rate * stage.weight_decay;
+                let is_embedding = name == TOKEN_EMBEDDING;
+                let rows = |whole: &Tensor| if is_embedding { whole.index_select(0, &self.used_tokens) } else { whole.shallow_clone() };
+                let (mut weights, gradient) = (rows(&tensor), rows(&gradient));
+                if weights.dim() > 1 {
+                    weights *= 1.0 - rate * stage.weight_decay;
                 }
                 *first *= BETAS[0];
                 *first += &gradient * (1.0 - BETAS[0]);
                 *second *= BETAS[1];
                 *second += &gradient * &gradient * (1.0 - BETAS[1]);
                 let denominator = (&*second / correction[1]).sqrt() + EPSILON;
-                tensor -= &*first / denominator * (rate / correction[0]);
+                weights -= &*first / denominator * (rate / correction[0]);
+                if is_embedding {
+                    let _in_place = tensor.index_copy_(0, &self.used_tokens, &weights);
+                }
             }
             let mut scale = self.clip.log_logit_scale.shallow_clone();
             let _in_place = scale.clamp_(0.0, MAX_LOG_SCALE);
@@ -329,7 +348,7 @@ impl Training {
     fn save(&self, draft: &UnitDraft) -> Result<()> {
         let scalar = |value: i64| Tensor::from(value);
         let mut weights: BTreeMap<String, Tensor> = named(&self.store).into_iter().collect();
-        let mut state: BTreeMap<String, Tensor> = weights.iter().map(|(name, tensor)| (format!("weight.{name}"), tensor.shallow_clone())).collect();
+        let mut state: BTreeMap<String, Tensor> = BTreeMap::new();
         for (name, [first, second]) in &self.moments {
             state.insert(format!("first.{name}"), first.shallow_clone());
             state.insert(format!("second.{name}"), second.shallow_clone());
@@ -343,11 +362,11 @@ impl Training {
         write(draft, STATE, "state.safetensors", &state)
     }
 
-    fn restore(&mut self, state: &TrainingState) -> Result<()> {
-        let state = Checkpoint::open(&state.path)?;
+    fn restore(&mut self, weights: &CheckpointFile, state: &TrainingState) -> Result<()> {
+        let (weights, state) = (Checkpoint::open(&weights.path)?, Checkpoint::open(&state.path)?);
         no_grad(|| -> Result<()> {
             for (name, mut tensor) in named(&self.store) {
-                tensor.copy_(&state.tensor(&format!("weight.{name}"))?);
+                tensor.copy_(&weights.tensor(&name)?);
             }
             for (name, [first, second]) in &mut self.moments {
                 first.copy_(&state.tensor(&format!("first.{name}"))?);
