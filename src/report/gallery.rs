@@ -1,6 +1,6 @@
 //! Pictures with what is there and what was found.
 
-use std::{collections::BTreeMap, fs};
+use std::{collections::BTreeMap, fmt::Write as _, fs};
 
 use ovenbird_cache::{Artifact, inputs::InputFile};
 use ovenbird_data::{
