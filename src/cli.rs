@@ -17,8 +17,7 @@ use serde_json::json;
 use crate::{
     describe,
     error::{Error, ExitCode, Result, count},
-    event,
-    history,
+    event, history,
     pipeline::{self, NAMED, Pipeline, Setting},
     plan::{self, Outlook},
     report,
@@ -36,6 +35,9 @@ struct Cli {
     /// Folder that holds all state: units, artifacts, runs
     #[arg(long, global = true, env = "OVENBIRD_HOME", default_value = ".ovenbird", value_name = "FOLDER")]
     home: PathBuf,
+    /// For tests of crash safety: die at the n-th step of publishing
+    #[arg(long, global = true, env = "OVENBIRD_CRASH_AT", hide = true)]
+    crash_at: Option<u32>,
     #[command(subcommand)]
     command: Command,
 }
@@ -165,11 +167,10 @@ fn exit_codes() -> String {
 /// Runs the program.
 pub(crate) fn main() -> Result<()> {
     tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_env("OVENBIRD_LOG")).with_writer(io::stderr).init();
-    // For tests of crash safety: the process dies at the n-th step of publishing.
-    if let Some(step) = std::env::var("OVENBIRD_CRASH_AT").ok().and_then(|step| step.parse().ok()) {
+    let Cli { home, crash_at, command } = Cli::parse();
+    if let Some(step) = crash_at {
         publish::crash_at(step);
     }
-    let Cli { home, command } = Cli::parse();
     match command {
         Command::Run { chosen, jobs, device } => run(&home, &chosen, jobs, device.0),
         Command::Plan { chosen, json } => show_plan(&home, &chosen, json),
@@ -196,7 +197,9 @@ pub(crate) fn main() -> Result<()> {
 pub(crate) fn print(text: &str) -> Result<()> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Err(source) if source.kind() != io::ErrorKind::BrokenPipe => Err(CacheError::Write { path: "standard output".into(), source }.into()),
+        Err(source) if source.kind() != io::ErrorKind::BrokenPipe => {
+            Err(CacheError::Write { path: "standard output".into(), source }.into())
+        }
         _ => Ok(()),
     }
 }

@@ -91,7 +91,9 @@ impl Error {
         match self {
             Self::Pipeline { .. } => Some("correct the file; `ovenbird stages KIND` documents every parameter".into()),
             Self::UnknownPipeline { nearest, .. } => Some(match nearest {
-                Some(nearest) => format!("did you mean `{nearest}`? `ovenbird pipelines` lists them; a file is written with a slash: ./my.yaml"),
+                Some(nearest) => {
+                    format!("did you mean `{nearest}`? `ovenbird pipelines` lists them; a file is written with a slash: ./my.yaml")
+                }
                 None => "`ovenbird pipelines` lists them; a file is written with a slash: ./my.yaml".into(),
             }),
             Self::Usage { hint, .. } => Some(hint.clone()),

@@ -120,7 +120,8 @@ pub(crate) fn run_folder(home: &Path, run: &str) -> PathBuf {
 /// The ids of all runs of a home, oldest first.
 pub(crate) fn runs(home: &Path) -> Vec<String> {
     let entries = fs::read_dir(home.join("runs")).into_iter().flatten().flatten();
-    let mut ids: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|id| log_path(home, id).exists()).collect();
+    let mut ids: Vec<String> =
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|id| log_path(home, id).exists()).collect();
     ids.sort();
     ids
 }

@@ -68,7 +68,7 @@ pub(crate) fn state(log: &[Stamped]) -> RunState {
         pipeline: String::new(),
         description: String::new(),
         command: String::new(),
-        started: log.first().map_or_else(String::new, |first| first.at.to_string()),
+        started: log.first().map_or_else(String::new, |first| first.at.strftime("%Y-%m-%d %H:%M:%S UTC").to_string()),
         outcome: None,
         wall_s: 0.0,
         steps: Vec::new(),

@@ -118,7 +118,9 @@ fn find(name: &str) -> Result<(String, String)> {
     let path = if is_path { PathBuf::from(name) } else { Path::new("pipelines").join(format!("{name}.yaml")) };
     match fs::read_to_string(&path) {
         Ok(text) => return Ok((path.display().to_string(), text)),
-        Err(source) if is_path || source.kind() != io::ErrorKind::NotFound => return Err(ovenbird_cache::Error::Read { path, source }.into()),
+        Err(source) if is_path || source.kind() != io::ErrorKind::NotFound => {
+            return Err(ovenbird_cache::Error::Read { path, source }.into());
+        }
         Err(_) => {}
     }
     match NAMED.iter().find(|(known, _)| *known == name) {
@@ -378,7 +380,8 @@ impl Reader {
     fn parameters(&mut self, path: &str, id: &str, entry: &StageEntry, with: &Yaml, settings: &[Setting]) -> Option<Box<dyn AnyStage>> {
         let path = format!("{path}.with");
         let schema = (entry.schema)();
-        let known: Vec<&str> = schema.get("properties").and_then(Value::as_object).into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+        let known: Vec<&str> =
+            schema.get("properties").and_then(Value::as_object).into_iter().flatten().map(|(name, _)| name.as_str()).collect();
         let Some(mut params) = self.keys(&path, with, &known) else {
             self.push(path, format!("expected a mapping of parameters, found {}", shown(with)));
             return None;
@@ -481,8 +484,12 @@ impl Reader {
             match (0..drafts.len()).find(is_ready) {
                 Some(ready) => order.push(ready),
                 None => {
-                    let stuck: Vec<&str> = (0..drafts.len()).filter(|draft| !order.contains(draft)).map(|draft| drafts[draft].id.as_str()).collect();
-                    self.push(format!("stages.{}.in", stuck[0]), format!("these stages wait for each other in a circle: {}", stuck.join(", ")));
+                    let stuck: Vec<&str> =
+                        (0..drafts.len()).filter(|draft| !order.contains(draft)).map(|draft| drafts[draft].id.as_str()).collect();
+                    self.push(
+                        format!("stages.{}.in", stuck[0]),
+                        format!("these stages wait for each other in a circle: {}", stuck.join(", ")),
+                    );
                     return None;
                 }
             }
@@ -496,7 +503,11 @@ fn source(value: &str, wanted: &PortInfo, drafts: &[Draft]) -> Result<Source, St
         let path = PathBuf::from(value);
         let extension = path.extension().map(|extension| extension.to_string_lossy().to_lowercase()).unwrap_or_default();
         if !extension.is_empty() && !path.is_dir() && !wanted.extensions.contains(&extension.as_str()) {
-            let expected: Vec<String> = wanted.extensions.iter().map(|extension| if *extension == "/" { "a folder".into() } else { format!(".{extension}") }).collect();
+            let expected: Vec<String> = wanted
+                .extensions
+                .iter()
+                .map(|extension| if *extension == "/" { "a folder".into() } else { format!(".{extension}") })
+                .collect();
             return Err(format!("expected {} ({}), found `{value}`", wanted.kind, expected.join(", ")));
         }
         return match path.exists() {
@@ -513,7 +524,11 @@ fn source(value: &str, wanted: &PortInfo, drafts: &[Draft]) -> Result<Source, St
     };
     let outputs = drafts[step].entry.outputs;
     let Some(found) = outputs.iter().find(|known| known.name == output) else {
-        return Err(format!("`{}` has no output `{output}`{}", drafts[step].entry.kind, suggestion(output, outputs.iter().map(|port| port.name))));
+        return Err(format!(
+            "`{}` has no output `{output}`{}",
+            drafts[step].entry.kind,
+            suggestion(output, outputs.iter().map(|port| port.name))
+        ));
     };
     if found.kind != wanted.kind {
         return Err(format!("expected {}, but `{value}` is {}", wanted.kind, found.kind));

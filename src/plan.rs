@@ -94,7 +94,7 @@ pub(crate) fn check(step: &Step, files: &FileInputs, made: &Made, store: &Store,
     for unit in &units {
         match store.unit(step.entry.kind, &unit.fingerprint)? {
             // A link of a chain is of no use without those before it.
-            Status::Valid(_) if !(is_chain && !missing.is_empty()) => {}
+            Status::Valid(_) if !is_chain || missing.is_empty() => {}
             Status::Valid(_) | Status::Absent => missing.push(unit.index),
             Status::Damaged(_) => {
                 missing.push(unit.index);
@@ -194,10 +194,14 @@ pub(crate) fn outlook(pipeline: &Pipeline, wanted: &[usize], store: &Store, ledg
 
 /// The steps that a step reads from, ascending, each once.
 pub(crate) fn upstream(step: &Step) -> Vec<usize> {
-    let mut steps: Vec<usize> = step.inputs.values().filter_map(|source| match source {
-        Source::Step { step, .. } => Some(*step),
-        Source::File(_) => None,
-    }).collect();
+    let mut steps: Vec<usize> = step
+        .inputs
+        .values()
+        .filter_map(|source| match source {
+            Source::Step { step, .. } => Some(*step),
+            Source::File(_) => None,
+        })
+        .collect();
     steps.sort_unstable();
     steps.dedup();
     steps

@@ -139,11 +139,24 @@ fn header(out: &mut String, gathered: &Gathered) {
     let run = &gathered.run;
     let outcome = history::outcome_words(run);
     put!(out, "<header><h1>{}</h1><p>{}</p>", escape(&run.pipeline), escape(&run.description));
-    put!(out, "<p><span class=\"outcome {}\">{outcome}</span> run {}, started {}, ", outcome.split(' ').next().unwrap_or(""), escape(&run.run), escape(&run.started));
+    put!(
+        out,
+        "<p><span class=\"outcome {}\">{outcome}</span> run {}, started {}, ",
+        outcome.split(' ').next().unwrap_or(""),
+        escape(&run.run),
+        escape(&run.started)
+    );
     put!(out, "{}</p>", duration(run.wall_s));
     if let Some(artifact) = gathered.artifacts.values().next() {
         let made = &artifact.manifest.made;
-        put!(out, "<p class=\"quiet\">{} on {} ({}), libtorch {}</p>", escape(&made.program), escape(&made.host), escape(&made.device), escape(&made.libtorch));
+        put!(
+            out,
+            "<p class=\"quiet\">{} on {} ({}), libtorch {}</p>",
+            escape(&made.program),
+            escape(&made.host),
+            escape(&made.device),
+            escape(&made.libtorch)
+        );
     }
     put!(out, "<p class=\"quiet\"><code>ovenbird {}</code></p>", escape(&run.command));
     for step in run.steps.iter().filter(|step| step.state == "failed") {
@@ -157,22 +170,15 @@ fn percent(value: Option<f64>) -> String {
 }
 
 fn groups(out: &mut String, evaluation: &Evaluation) {
-    let columns: [(&str, fn(&Summary) -> Option<f64>); 7] = [
-        ("AP", |group| group.ap),
-        ("AP50", |group| group.ap50),
-        ("AP75", |group| group.ap75),
-        ("AP small", |group| group.ap_small),
-        ("AP medium", |group| group.ap_medium),
-        ("AP large", |group| group.ap_large),
-        ("AR", |group| group.ar),
-    ];
+    let columns = ["AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AR"];
+    let cells = |group: &Summary| [group.ap, group.ap50, group.ap75, group.ap_small, group.ap_medium, group.ap_large, group.ar];
     out.push_str("<div class=\"wide\"><table><tr><th>classes</th>");
-    columns.iter().for_each(|(name, _)| put!(out, "<th class=\"number\">{name}</th>"));
+    columns.iter().for_each(|name| put!(out, "<th class=\"number\">{name}</th>"));
     out.push_str("</tr>");
     for name in ["novel", "base", "all", "rare", "common", "frequent"] {
         let Some(group) = evaluation.groups.get(name) else { continue };
         put!(out, "<tr class=\"{name}\"><th>{name}</th>");
-        columns.iter().for_each(|(_, value)| put!(out, "<td class=\"number\">{}</td>", percent(value(group))));
+        cells(group).into_iter().for_each(|value| put!(out, "<td class=\"number\">{}</td>", percent(value)));
         out.push_str("</tr>");
     }
     out.push_str("</table></div>");
@@ -248,7 +254,11 @@ fn graph(out: &mut String, gathered: &Gathered) {
             corner[step] = [(width - used) / 2.0 + column as f64 * (box_width + gap_x), wanted as f64 * (box_height + gap_y) + 4.0];
         }
     }
-    put!(out, "<section><h2>Steps</h2><div class=\"wide\"><svg class=\"graph\" viewBox=\"0 0 {width} {height}\" style=\"min-width:{:.0}px\" role=\"img\" aria-label=\"The graph of steps\">", width * 0.72);
+    put!(
+        out,
+        "<section><h2>Steps</h2><div class=\"wide\"><svg class=\"graph\" viewBox=\"0 0 {width} {height}\" style=\"min-width:{:.0}px\" role=\"img\" aria-label=\"The graph of steps\">",
+        width * 0.72
+    );
     for (step, after) in gathered.after.iter().enumerate().take(steps.len()) {
         for above in after.iter().filter_map(|id| place.get(id.as_str())) {
             let (from, to) = (corner[*above], corner[step]);
@@ -258,8 +268,14 @@ fn graph(out: &mut String, gathered: &Gathered) {
         }
     }
     for (step, [x, y]) in steps.iter().zip(&corner) {
-        let short = |text: &str, most: usize| if text.chars().count() > most { format!("{}…", text.chars().take(most - 1).collect::<String>()) } else { text.to_owned() };
-        put!(out, "<g class=\"step {}\"><rect x=\"{x:.0}\" y=\"{y:.0}\" width=\"{box_width}\" height=\"{box_height}\" rx=\"6\"/>", step.state.replace(' ', "-"));
+        let short = |text: &str, most: usize| {
+            if text.chars().count() > most { format!("{}…", text.chars().take(most - 1).collect::<String>()) } else { text.to_owned() }
+        };
+        put!(
+            out,
+            "<g class=\"step {}\"><rect x=\"{x:.0}\" y=\"{y:.0}\" width=\"{box_width}\" height=\"{box_height}\" rx=\"6\"/>",
+            step.state.replace(' ', "-")
+        );
         put!(out, "<text class=\"id\" x=\"{:.0}\" y=\"{:.0}\">{}</text>", x + 10.0, y + 18.0, escape(&short(&step.id, 18)));
         put!(out, "<text x=\"{:.0}\" y=\"{:.0}\">{}</text>", x + 10.0, y + 34.0, escape(&short(&step.kind, 22)));
         put!(out, "<text x=\"{:.0}\" y=\"{:.0}\">{}</text></g>", x + 10.0, y + 50.0, escape(&short(&state_words(step), 22)));
@@ -276,7 +292,12 @@ fn timeline(out: &mut String, gathered: &Gathered) {
     for step in &gathered.run.steps {
         let Some((start, stop)) = gathered.spans.get(&step.id) else { continue };
         let (left, length) = (100.0 * start / end, (100.0 * (stop - start) / end).max(0.4));
-        put!(out, "<div><span>{}</span><span class=\"track\"><i style=\"left:{left:.2}%;width:{length:.2}%\"></i></span><span class=\"number\">{}</span></div>", escape(&step.id), duration(stop - start));
+        put!(
+            out,
+            "<div><span>{}</span><span class=\"track\"><i style=\"left:{left:.2}%;width:{length:.2}%\"></i></span><span class=\"number\">{}</span></div>",
+            escape(&step.id),
+            duration(stop - start)
+        );
     }
     out.push_str("</div></section>");
 }
@@ -290,7 +311,13 @@ fn throughput(out: &mut String, gathered: &Gathered) {
     out.push_str("<section><h2>Throughput</h2><div class=\"wide\"><table><tr><th>step</th><th class=\"number\">items</th><th class=\"number\">items/s</th><th class=\"number\">written</th><th class=\"number\">time</th><th>share</th></tr>");
     for (step, wall_s) in made {
         let bytes = indicatif::HumanBytes(gathered.bytes.get(&step.id).copied().unwrap_or(0));
-        put!(out, "<tr><td>{}</td><td class=\"number\">{}</td><td class=\"number\">{:.0}</td>", escape(&step.id), step.done, step.done as f64 / wall_s.max(1e-3));
+        put!(
+            out,
+            "<tr><td>{}</td><td class=\"number\">{}</td><td class=\"number\">{:.0}</td>",
+            escape(&step.id),
+            step.done,
+            step.done as f64 / wall_s.max(1e-3)
+        );
         put!(out, "<td class=\"number\">{bytes}</td><td class=\"number\">{}</td>", duration(wall_s));
         put!(out, "<td class=\"bar\"><span style=\"width:{:.0}%\"></span></td></tr>", 100.0 * wall_s / total.max(1e-9));
     }
@@ -316,7 +343,16 @@ fn manifests(out: &mut String, gathered: &Gathered) {
         });
         let shown = serde_json::to_string_pretty(&shown).expect("BUG: manifests are plain JSON");
         let bytes = indicatif::HumanBytes(files().map(|file| file.bytes).sum());
-        put!(out, "<details><summary>{} <span class=\"quiet\">{}, {}, {} units, {} files, {bytes}</span></summary><pre>{}</pre></details>", escape(&step.id), escape(&step.kind), manifest.fingerprint, manifest.units.len(), files().count(), escape(&shown));
+        put!(
+            out,
+            "<details><summary>{} <span class=\"quiet\">{}, {}, {} units, {} files, {bytes}</span></summary><pre>{}</pre></details>",
+            escape(&step.id),
+            escape(&step.kind),
+            manifest.fingerprint,
+            manifest.units.len(),
+            files().count(),
+            escape(&shown)
+        );
     }
     out.push_str("</section>");
 }
@@ -326,7 +362,16 @@ mod tests {
     use super::*;
 
     fn gathered(state: &'static str) -> Gathered {
-        let step = StepState { id: "<script>".into(), kind: "eval/coco".into(), state, done: 3, total: 3, wall_s: Some(2.0), words: "a & b".into(), fingerprint: None };
+        let step = StepState {
+            id: "<script>".into(),
+            kind: "eval/coco".into(),
+            state,
+            done: 3,
+            total: 3,
+            wall_s: Some(2.0),
+            words: "a & b".into(),
+            fingerprint: None,
+        };
         let run = RunState {
             run: "r".into(),
             pipeline: "p".into(),
@@ -360,7 +405,16 @@ mod tests {
     #[test]
     fn the_page_has_every_section_and_names_cannot_break_it() {
         let page = render(&gathered("done"));
-        for words in ["<h2>coco</h2>", "Every class", "<h2>Steps</h2>", "<h2>Timeline</h2>", "<h2>Throughput</h2>", "<h2>Manifests</h2>", "<h2>Notes</h2>", "–"] {
+        for words in [
+            "<h2>coco</h2>",
+            "Every class",
+            "<h2>Steps</h2>",
+            "<h2>Timeline</h2>",
+            "<h2>Throughput</h2>",
+            "<h2>Manifests</h2>",
+            "<h2>Notes</h2>",
+            "–",
+        ] {
             assert!(page.contains(words), "{words}");
         }
         assert!(!page.contains("<script>") && !page.contains("http://") && !page.contains("src=\"http"));

@@ -58,7 +58,13 @@ pub(crate) struct Ended {
 }
 
 /// Runs the wanted steps of a pipeline, or continues to. Every event is logged, then shown.
-pub(crate) fn run(pipeline: &Arc<Pipeline>, wanted: &[usize], store: &Store, options: Options, show: &mut dyn FnMut(&Stamped)) -> Result<Ended> {
+pub(crate) fn run(
+    pipeline: &Arc<Pipeline>,
+    wanted: &[usize],
+    store: &Store,
+    options: Options,
+    show: &mut dyn FnMut(&Stamped),
+) -> Result<Ended> {
     let started = Timestamp::now();
     let run = new_run_id(store, started);
     let lock = store.lock(&format!("run {run} of `{}`, process {}, since {started:.0}", pipeline.name, std::process::id()))?;
@@ -75,7 +81,9 @@ pub(crate) fn run(pipeline: &Arc<Pipeline>, wanted: &[usize], store: &Store, opt
         steps: wanted.iter().map(|step| info(pipeline, &pipeline.steps[*step])).collect(),
     })?;
     if n_swept > 0 {
-        coordinator.emit(Event::Notice { words: format!("an earlier run was cut off: {n_swept} unfinished files or folders removed, nothing committed is lost") })?;
+        coordinator.emit(Event::Notice {
+            words: format!("an earlier run was cut off: {n_swept} unfinished files or folders removed, nothing committed is lost"),
+        })?;
     }
     if let Some(words) = ledger_notice {
         coordinator.emit(Event::Notice { words })?;
@@ -230,7 +238,7 @@ impl<'a> Coordinator<'a> {
         }
     }
 
-    #[expect(clippy::exit, reason = "a second Ctrl-C means at once; nothing committed can be lost")]
+    #[expect(clippy::disallowed_methods, reason = "a second Ctrl-C means at once; nothing committed can be lost")]
     fn interrupt(&mut self) -> Result<()> {
         if self.stop.swap(true, Ordering::SeqCst) {
             std::process::exit(ExitCode::Interrupted as i32);
@@ -331,7 +339,7 @@ impl<'a> Coordinator<'a> {
                 }
                 self.keep(place, artifact)
             }
-            Message::Checked(place, Err(failure)) | Message::Finished(place, Err(failure)) => self.fail(place, failure),
+            Message::Checked(place, Err(failure)) | Message::Finished(place, Err(failure)) => self.fail(place, &failure),
         }
     }
 
@@ -371,10 +379,10 @@ impl<'a> Coordinator<'a> {
         events.into_iter().try_for_each(|event| self.emit(event))
     }
 
-    fn fail(&mut self, place: usize, failure: Failure) -> Result<()> {
+    fn fail(&mut self, place: usize, failure: &Failure) -> Result<()> {
         let step = self.id(place);
         self.states.insert(place, State::Failed);
-        let (error, hint, code) = match &failure {
+        let (error, hint, code) = match failure {
             // The run as a whole says so.
             Failure::Known(Error::Stage(ovenbird_stages::Error::Stopped)) => return Ok(()),
             Failure::Known(error) => {

@@ -65,7 +65,9 @@ impl Screen {
                 }
             }
             Event::StepSkipped { step, because } => self.step_line(step, &format!("not run, because `{because}` is not there")),
-            Event::Interrupted => self.say("stopping at the next unit; press Ctrl-C again to stop at once (nothing committed is lost either way)"),
+            Event::Interrupted => {
+                self.say("stopping at the next unit; press Ctrl-C again to stop at once (nothing committed is lost either way)")
+            }
             Event::UnitCommitted { .. } => {}
             Event::RunEnded { .. } => {
                 if let Some(bars) = &self.bars {
@@ -146,8 +148,8 @@ impl Screen {
 pub(crate) fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     match whole {
-        0..10 => format!("{seconds:.1} s"),
-        10..60 => format!("{whole} s"),
+        _ if seconds < 9.95 => format!("{seconds:.1} s"),
+        0..60 => format!("{whole} s"),
         60..3600 => format!("{} min {} s", whole / 60, whole % 60),
         _ => format!("{} h {} min", whole / 3600, whole % 3600 / 60),
     }

@@ -84,7 +84,7 @@ fn a_truncated_checkpoint_is_named() {
     let world = brought();
     let bytes = fs::read(world.path("clip.pt")).unwrap();
     world.write("clip.pt", &bytes[..bytes.len() / 2]);
-    check(&world, 4, &["clip.pt: ", "download it again"]);
+    check(&world, 4, &["clip.pt: ", "download or make it again"]);
 }
 
 /// With a CLIP that works, so that the images are reached.
@@ -139,7 +139,17 @@ stages:
 "#,
     );
     let output = world.run(["run", "./wrong.yaml"]);
-    insta::assert_snapshot!(output.stderr, @"");
+    insta::assert_snapshot!(output.stderr, @r"
+    error: 7 problems in ./wrong.yaml
+      line 3: variabels: unknown key `variabels`, did you mean `variables`?
+      line 6: stages.world.use: no stage `toy/wrld`, did you mean `toy/world`?
+      line 9: stages.split.in.annotations: no stage `wolrd`; expected one of `split`, `detect`, `prompts` (a file is written with a slash: ./wolrd.train)
+      line 10: stages.split.with.kep: unknown key `kep`, did you mean `keep`?
+      line 13: stages.detect.in.features: expected region-features, but `prompts.prompts` is prompts
+      line 14: stages.detect.with.temperature: expected a number above 0
+      line 17: stages.prompts.in.checkpoint: missing: `prompts/ensemble` needs checkpoint here (CLIP weights: OpenAI, open_clip or Hugging Face.)
+    hint: correct the file; `ovenbird stages KIND` documents every parameter
+    ");
     assert_eq!(output.code, 3);
     assert!(!world.path(".ovenbird").exists());
 }

@@ -11,7 +11,11 @@ const STEPS: [&str; 13] =
 fn the_main_job_ends_with_tables_and_running_it_again_does_nothing() {
     let world = World::tiny();
     let first = world.run(["run", "./tiny.yaml"]).success();
-    assert!(first.stdout.contains("coco (eval/coco)") && first.stdout.contains("novel") && first.stdout.contains("report: "), "{}", first.stdout);
+    assert!(
+        first.stdout.contains("coco (eval/coco)") && first.stdout.contains("novel") && first.stdout.contains("report: "),
+        "{}",
+        first.stdout
+    );
     assert_eq!(first.steps("will run"), STEPS);
     let units = world.units();
 

@@ -39,7 +39,8 @@ fn the_schema_knows_every_stage_and_its_parameters() {
     let stages = &schema["properties"]["stages"]["items"];
     let kinds = stages["properties"]["use"]["enum"].as_array().unwrap();
     assert_eq!(kinds.len(), stages["allOf"].as_array().unwrap().len());
-    let detect = stages["allOf"].as_array().unwrap().iter().find(|case| case["if"]["properties"]["use"]["const"] == "detect/zero-shot").unwrap();
+    let detect =
+        stages["allOf"].as_array().unwrap().iter().find(|case| case["if"]["properties"]["use"]["const"] == "detect/zero-shot").unwrap();
     assert_eq!(detect["then"]["properties"]["with"]["properties"]["nms_iou"]["default"], 0.5);
 }
 

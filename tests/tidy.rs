@@ -14,7 +14,8 @@ fn root() -> &'static Path {
 /// `src -> stages -> {models, data, cache}`, and `pickle` below models and data.
 #[test]
 fn the_arrows_between_crates_point_one_way() {
-    let output = Command::new(env!("CARGO")).args(["metadata", "--no-deps", "--format-version", "1", "--offline"]).current_dir(root()).output();
+    let output =
+        Command::new(env!("CARGO")).args(["metadata", "--no-deps", "--format-version", "1", "--offline"]).current_dir(root()).output();
     let metadata: serde_json::Value = serde_json::from_slice(&output.unwrap().stdout).unwrap();
     let mut found = BTreeMap::new();
     for package in metadata["packages"].as_array().unwrap() {
@@ -62,7 +63,8 @@ fn readme_names_every_exit_code_and_every_make_target_it_names_exists() {
 #[test]
 fn every_pipeline_file_is_built_in() {
     let files: BTreeSet<PathBuf> = fs::read_dir(root().join("pipelines")).unwrap().map(|entry| entry.unwrap().path()).collect();
-    let listed = String::from_utf8(Command::new(env!("CARGO_BIN_EXE_ovenbird")).arg("pipelines").current_dir("/").output().unwrap().stdout).unwrap();
+    let listed =
+        String::from_utf8(Command::new(env!("CARGO_BIN_EXE_ovenbird")).arg("pipelines").current_dir("/").output().unwrap().stdout).unwrap();
     for file in files {
         let name = file.file_stem().unwrap().to_string_lossy().into_owned();
         assert!(listed.lines().any(|line| line.starts_with(&name)), "{name} is not in the table of named pipelines");

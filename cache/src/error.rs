@@ -85,8 +85,8 @@ impl Error {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                     "free some space and type the same command again; everything committed so far is kept".into()
                 }
-                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-                    "make the folder writable, or choose another with `--home FOLDER`".into()
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::NotADirectory => {
+                    "make it a folder that can be written, or choose another with `--home FOLDER`".into()
                 }
                 _ => "type the same command again; everything committed so far is kept".into(),
             },

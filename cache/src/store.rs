@@ -160,6 +160,9 @@ impl Store {
     /// Opens a home, which need not be there yet. Nothing is written.
     pub fn open(home: &Path) -> Result<Self> {
         let store = Self { home: home.to_owned() };
+        if home.exists() && !home.is_dir() {
+            return Err(Error::write(home, io::ErrorKind::NotADirectory.into()));
+        }
         let path = store.home.join("format.json");
         match fs::read(&path) {
             Ok(bytes) => {

@@ -39,9 +39,8 @@ impl Lines {
                         *key = Some(value.into_owned());
                     }
                     Some(Frame::Mapping { path, key }) => {
-                        if key.take().as_deref() == Some("id") {
-                            ids.push((path.clone(), value.into_owned()));
-                        }
+                        let key = key.take();
+                        ids.extend((key.as_deref() == Some("id")).then(|| (path.clone(), value.into_owned())));
                     }
                     Some(Frame::Sequence { .. }) => drop(by_path.insert(enter(&mut stack), line)),
                     None => {}
@@ -94,7 +93,7 @@ mod tests {
         let lines = Lines::of("name: x\nstages:\n  - id: a\n    with:\n      n: 1\n      list: [1,\n        2]\n  - use: k\n");
         let found = ["name", "stages", "stages.a", "stages.a.with.n", "stages.a.with.list.1", "stages.1.use", "stages.a.with.gone"];
         let found = found.map(|path| lines.of_path(path));
-        assert_eq!(found, [Some(1), Some(3), Some(3), Some(5), Some(7), Some(8), Some(4)]);
+        assert_eq!(found, [Some(1), Some(2), Some(3), Some(5), Some(7), Some(8), Some(4)]);
         assert_eq!(lines.of_path("elsewhere"), None);
     }
 }

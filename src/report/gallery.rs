@@ -41,7 +41,8 @@ struct Named {
 /// The files behind an input of an artifact: the output of another step of the run with the same content digest.
 fn input(artifacts: &BTreeMap<String, Artifact>, of: &Artifact, port: &str) -> Option<Vec<InputFile>> {
     let wanted = of.manifest.recipe.inputs.get(port)?;
-    let outputs = artifacts.values().flat_map(|artifact| artifact.manifest.ports.iter().map(move |(name, digest)| (artifact, name, digest)));
+    let outputs =
+        artifacts.values().flat_map(|artifact| artifact.manifest.ports.iter().map(move |(name, digest)| (artifact, name, digest)));
     let (artifact, name, _) = outputs.into_iter().find(|(_, _, digest)| *digest == wanted)?;
     Some(artifact.port(name))
 }
@@ -49,7 +50,10 @@ fn input(artifacts: &BTreeMap<String, Artifact>, of: &Artifact, port: &str) -> O
 /// Pictures for the first evaluation of the run whose inputs are there; none where something is missing.
 pub(super) fn pictures(steps: &[StepState], artifacts: &BTreeMap<String, Artifact>) -> Vec<Picture> {
     let evaluations = steps.iter().filter(|step| step.kind.starts_with("eval/")).filter_map(|step| artifacts.get(&step.id));
-    evaluations.map(|evaluation| of_evaluation(steps, artifacts, evaluation).unwrap_or_default()).find(|pictures| !pictures.is_empty()).unwrap_or_default()
+    evaluations
+        .map(|evaluation| of_evaluation(steps, artifacts, evaluation).unwrap_or_default())
+        .find(|pictures| !pictures.is_empty())
+        .unwrap_or_default()
 }
 
 fn of_evaluation(steps: &[StepState], artifacts: &BTreeMap<String, Artifact>, evaluation: &Artifact) -> Option<Vec<Picture>> {
@@ -75,7 +79,13 @@ fn of_evaluation(steps: &[StepState], artifacts: &BTreeMap<String, Artifact>, ev
     Some(order.into_iter().take(MOST).filter_map(picture).collect())
 }
 
-fn picture(image: &ImageInfo, images: &Images, annotations: &Annotations, detections: &[Detection], classes: &ClassSplit) -> Option<Picture> {
+fn picture(
+    image: &ImageInfo,
+    images: &Images,
+    annotations: &Annotations,
+    detections: &[Detection],
+    classes: &ClassSplit,
+) -> Option<Picture> {
     let named = |id: CategoryId, xyxy: Xyxy, score: Option<f32>| -> Option<Named> {
         let name = annotations.category(id)?.name.clone();
         Some(Named { xyxy, is_novel: classes.novel.contains(&name), name, score })
@@ -85,8 +95,14 @@ fn picture(image: &ImageInfo, images: &Images, annotations: &Annotations, detect
     let mut found: Vec<&Detection> = detections.iter().filter(|detection| detection.image_id == image.id).collect();
     found.sort_by(|a, b| b.score.total_cmp(&a.score));
     let least = found.first().map_or(0.0, |best| 0.5 * best.score);
-    let shown = found.into_iter().take_while(|detection| detection.score >= least).take(MOST_BOXES.min(truth.len() + 2));
-    let found = shown.filter_map(|detection| named(detection.category_id, detection.xyxy, Some(detection.score))).collect();
+    // Of several classes at one place only the best is drawn.
+    let mut shown: Vec<&Detection> = Vec::new();
+    for detection in found.into_iter().take_while(|detection| detection.score >= least) {
+        if shown.len() < MOST_BOXES.min(truth.len() + 1) && shown.iter().all(|better| better.xyxy.iou(&detection.xyxy) < 0.3) {
+            shown.push(detection);
+        }
+    }
+    let found = shown.into_iter().filter_map(|detection| named(detection.category_id, detection.xyxy, Some(detection.score))).collect();
     let jpeg = fs::read(images.path(&image.file_name).ok()?).ok()?;
     Some(Picture { jpeg, width: image.width, height: image.height, truth, found })
 }
@@ -95,12 +111,23 @@ impl Picture {
     pub(super) fn render(&self, out: &mut String) {
         let Self { width, height, .. } = self;
         let kind = if self.jpeg.starts_with(b"\x89PNG") { "png" } else { "jpeg" };
-        put!(out, "<figure><svg viewBox=\"0 0 {width} {height}\" role=\"img\"><image width=\"{width}\" height=\"{height}\" href=\"data:image/{kind};base64,{}\"/>", base64(&self.jpeg));
-        let text_px = f64::from(*width.max(height)) / 26.0;
+        put!(
+            out,
+            "<figure><svg viewBox=\"0 0 {width} {height}\" role=\"img\"><image width=\"{width}\" height=\"{height}\" href=\"data:image/{kind};base64,{}\"/>",
+            base64(&self.jpeg)
+        );
+        let text_px = f64::from(*width.max(height)) / 32.0;
         for (class, boxes) in [("truth", &self.truth), ("found", &self.found)] {
             for Named { xyxy, is_novel, .. } in boxes {
                 let novel = if *is_novel { " novel" } else { "" };
-                put!(out, "<rect class=\"{class}{novel}\" x=\"{:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{:.1}\"/>", xyxy.x1, xyxy.y1, xyxy.width(), xyxy.height());
+                put!(
+                    out,
+                    "<rect class=\"{class}{novel}\" x=\"{:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{:.1}\"/>",
+                    xyxy.x1,
+                    xyxy.y1,
+                    xyxy.width(),
+                    xyxy.height()
+                );
             }
         }
         for Named { xyxy, name, is_novel, score } in &self.found {
@@ -109,10 +136,19 @@ impl Picture {
             // A label may not leave the picture.
             let room = f64::from(*width) - 0.53 * text_px * label.chars().count() as f64;
             let (x, y) = (f64::from(xyxy.x1).min(room.max(0.0)).max(0.0), (f64::from(xyxy.y1) - 3.0).max(text_px));
-            put!(out, "<text class=\"label{novel}\" x=\"{x:.1}\" y=\"{y:.1}\" font-size=\"{text_px:.1}\">{}</text>", escape(&label));
+            put!(
+                out,
+                "<text class=\"label{novel}\" x=\"{x:.1}\" y=\"{y:.1}\" style=\"font-size:{text_px:.1}px\">{}</text>",
+                escape(&label)
+            );
         }
-        let names: Vec<String> = self.truth.iter().map(|named| format!("{}{}", if named.is_novel { "★ " } else { "" }, named.name)).collect();
-        put!(out, "</svg><figcaption>There: {}</figcaption></figure>", escape(&if names.is_empty() { "nothing".into() } else { names.join(", ") }));
+        let names: Vec<String> =
+            self.truth.iter().map(|named| format!("{}{}", if named.is_novel { "★ " } else { "" }, named.name)).collect();
+        put!(
+            out,
+            "</svg><figcaption>There: {}</figcaption></figure>",
+            escape(&if names.is_empty() { "nothing".into() } else { names.join(", ") })
+        );
     }
 }
 

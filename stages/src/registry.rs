@@ -44,14 +44,7 @@ pub struct StageEntry {
 impl StageEntry {
     /// The entry of a stage.
     pub const fn of<S: Stage>() -> Self {
-        Self {
-            kind: S::KIND,
-            version: S::VERSION,
-            inputs: S::INPUTS,
-            outputs: S::OUTPUTS,
-            schema: || schema_for!(S),
-            parse: parse::<S>,
-        }
+        Self { kind: S::KIND, version: S::VERSION, inputs: S::INPUTS, outputs: S::OUTPUTS, schema: || schema_for!(S), parse: parse::<S> }
     }
 
     /// The first sentence or two of the stage's documentation, and the rest.

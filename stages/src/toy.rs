@@ -95,10 +95,9 @@ impl Stage for World {
             cx.proceed()
         };
         cx.total((self.train_images + self.val_images + self.web_images + self.held_out_images) as u64);
-        for (set, n_images, coco, lvis, proposals) in [
-            (Set::Train, self.train_images, TRAIN, LVIS_TRAIN, TRAIN_PROPOSALS),
-            (Set::Val, self.val_images, VAL, LVIS_VAL, VAL_PROPOSALS),
-        ] {
+        for (set, n_images, coco, lvis, proposals) in
+            [(Set::Train, self.train_images, TRAIN, LVIS_TRAIN, TRAIN_PROPOSALS), (Set::Val, self.val_images, VAL, LVIS_VAL, VAL_PROPOSALS)]
+        {
             let mut labels: Vec<Labels> = in_parallel(n_images, cx.threads, |index| {
                 tick()?;
                 let scene = world.scene(set, index);

@@ -14,7 +14,10 @@ use std::{
 };
 
 use arrow::{
-    array::{Array, ArrayRef, AsArray, BinaryArray, FixedSizeListArray, Float16Array, Float32Array, ListArray, RecordBatch, UInt16Array, UInt64Array},
+    array::{
+        Array, ArrayRef, AsArray, BinaryArray, FixedSizeListArray, Float16Array, Float32Array, ListArray, RecordBatch, UInt16Array,
+        UInt64Array,
+    },
     buffer::OffsetBuffer,
     datatypes::{DataType, Field, FieldRef, Float16Type, Float32Type, Schema, UInt16Type, UInt64Type},
 };

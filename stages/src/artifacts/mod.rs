@@ -35,7 +35,9 @@ use ovenbird_models::checkpoint::Checkpoint;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tch::Tensor;
 
-pub use features::{Crop, Crops, CropsWriter, ImageFeatures, ImageFeaturesWriter, NumberType, RegionFeatures, RegionFeaturesWriter, Regions};
+pub use features::{
+    Crop, Crops, CropsWriter, ImageFeatures, ImageFeaturesWriter, NumberType, RegionFeatures, RegionFeaturesWriter, Regions,
+};
 pub use tables::{Detections, Proposals};
 
 use crate::{Error, Result, error::malformed};
@@ -183,9 +185,8 @@ impl Artifact for Captions {
         let path = &only_file(Self::KIND, files)?.path;
         let bytes = read(path)?;
         let lines = bytes.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty());
-        let parse = |(line_idx, line)| {
-            serde_json::from_slice(line).map_err(|error| malformed(path, format!("line {}: {error}", line_idx + 1)))
-        };
+        let parse =
+            |(line_idx, line)| serde_json::from_slice(line).map_err(|error| malformed(path, format!("line {}: {error}", line_idx + 1)));
         lines.map(parse).collect::<Result<_>>().map(Self)
     }
 }

@@ -80,7 +80,8 @@ impl Stage for Globals {
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, cx.device)?;
         for unit in units {
             let draft = cx.begin(unit)?;
-            let mut shard = ImageFeaturesWriter::new(draft.create(GLOBALS, "globals.arrow")?, &unit.fingerprint, self.stored, encoder.dim())?;
+            let mut shard =
+                ImageFeaturesWriter::new(draft.create(GLOBALS, "globals.arrow")?, &unit.fingerprint, self.stored, encoder.dim())?;
             let mut group: Vec<(&ImageInfo, Image)> = Vec::with_capacity(GROUP);
             let mut flush = |group: &mut Vec<(&ImageInfo, Image)>| -> Result<()> {
                 let (of_group, pixels): (Vec<_>, Vec<_>) = group.drain(..).unzip();
@@ -197,7 +198,9 @@ impl Stage for Proposals {
             let items: Vec<(&ImageInfo, &Vec<Proposal>)> = annotations.images.iter().zip(&proposals).collect();
             let prepare = |(image, proposals): &(&ImageInfo, &Vec<Proposal>)| {
                 let decoded = images.decode(&image.file_name, [image.width, image.height])?;
-                let crop = |proposal: &Proposal, factor: f32| encoder.preprocess.square(&decoded.crop(proposal.xyxy.expanded(factor, [image.width, image.height])));
+                let crop = |proposal: &Proposal, factor: f32| {
+                    encoder.preprocess.square(&decoded.crop(proposal.xyxy.expanded(factor, [image.width, image.height])))
+                };
                 let kept = proposals.iter().filter(|proposal| self.is_kept(proposal));
                 Ok(kept.flat_map(|proposal| self.expand.iter().map(move |factor| (proposal, *factor))).map(|(p, f)| crop(p, f)).collect())
             };

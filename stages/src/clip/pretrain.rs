@@ -73,7 +73,15 @@ pub struct Pretrain {
 
 impl Default for Pretrain {
     fn default() -> Self {
-        Self { architecture: Architecture::Resnet, seed: 7, steps: 600, batch: 64, learning_rate: 2e-3, weight_decay: 0.05, steps_per_unit: 100 }
+        Self {
+            architecture: Architecture::Resnet,
+            seed: 7,
+            steps: 600,
+            batch: 64,
+            learning_rate: 2e-3,
+            weight_decay: 0.05,
+            steps_per_unit: 100,
+        }
     }
 }
 
@@ -82,7 +90,8 @@ const CAPTIONS: In<Captions> = In::required("captions", "Their alt text.");
 const HELD_OUT_IMAGES: In<Images> = In::optional("held_out_images", "Clean pictures of one class each, to measure zero-shot accuracy.");
 const HELD_OUT: In<Captions> = In::optional("held_out", "Their class names.");
 const CHECKPOINT: Out<CheckpointFile> = Out::new("checkpoint", "Weights in OpenAI's layout, safetensors, f32.");
-const STATE: Out<TrainingState> = Out::new("state", "What the next unit continues from besides the weights: both moments of the optimizer, steps done.");
+const STATE: Out<TrainingState> =
+    Out::new("state", "What the next unit continues from besides the weights: both moments of the optimizer, steps done.");
 
 /// What a training continues from.
 pub struct TrainingState {
@@ -161,7 +170,11 @@ impl Stage for Pretrain {
                 let loss = training.step(self, &pixels, &texts)?;
                 if !loss.is_finite() {
                     let problem = format!("the loss is {loss} at step {}", training.steps_done);
-                    return Err(Error::Input { port: "learning_rate", problem, hint: "lower `learning_rate`; the last checkpoint is kept".into() });
+                    return Err(Error::Input {
+                        port: "learning_rate",
+                        problem,
+                        hint: "lower `learning_rate`; the last checkpoint is kept".into(),
+                    });
                 }
                 loss_sum += loss;
                 cx.tick(1);
@@ -317,7 +330,8 @@ impl Training {
 
     /// The part of held-out pictures whose class has the nearest text; `None` if there are none.
     fn zero_shot(&self, cx: &Context<'_>, preprocess: &Preprocess) -> Result<Option<f64>> {
-        let (Some(images), Some(Captions(held_out))) = (cx.inputs.read_if_given(HELD_OUT_IMAGES)?, cx.inputs.read_if_given(HELD_OUT)?) else {
+        let (Some(images), Some(Captions(held_out))) = (cx.inputs.read_if_given(HELD_OUT_IMAGES)?, cx.inputs.read_if_given(HELD_OUT)?)
+        else {
             return Ok(None);
         };
         let mut names: Vec<&String> = held_out.iter().map(|picture| &picture.text).collect();

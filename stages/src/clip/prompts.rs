@@ -13,7 +13,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, no_grad};
 
-use super::{Templates, encoder::{Clip, unit_norm}};
+use super::{
+    Templates,
+    encoder::{Clip, unit_norm},
+};
 use crate::{
     Context, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{CheckpointFile, Classes, Prompts},
@@ -80,14 +83,16 @@ impl Stage for Ensemble {
             embeddings = unit_norm(&embeddings);
         }
         let norms = embeddings.norm_scalaropt_dim(2.0, [-1], false);
-        let metrics = [("min_norm".into(), norms.min().double_value(&[]).into()), ("max_norm".into(), norms.max().double_value(&[]).into())];
+        let metrics =
+            [("min_norm".into(), norms.min().double_value(&[]).into()), ("max_norm".into(), norms.max().double_value(&[]).into())];
 
         let names = serde_json::to_string(&names).expect("BUG: names are plain JSON");
         let draft = cx.begin(unit)?;
         let mut file = draft.create(PROMPTS, "prompts.safetensors")?;
         let path = file.path().to_owned();
         let tensors = BTreeMap::from([("embeddings".to_owned(), embeddings)]);
-        write_safetensors(&tensors, &BTreeMap::from([("names".to_owned(), names)]), &mut file).map_err(|source| write_error(&path, source))?;
+        write_safetensors(&tensors, &BTreeMap::from([("names".to_owned(), names)]), &mut file)
+            .map_err(|source| write_error(&path, source))?;
         file.finish()?;
         cx.commit(draft, metrics.into())
     }
