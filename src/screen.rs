@@ -66,7 +66,7 @@ impl Screen {
             }
             Event::StepSkipped { step, because } => self.step_line(step, &format!("not run, because `{because}` is not there")),
             Event::Interrupted => {
-                self.say("stopping at the next unit; press Ctrl-C again to stop at once (nothing committed is lost either way)")
+                self.say("stopping at the next unit; press Ctrl-C again to stop at once (nothing committed is lost either way)");
             }
             Event::UnitCommitted { .. } => {}
             Event::RunEnded { .. } => {

@@ -1,4 +1,5 @@
 //! What an operator sees: the program itself, run in a folder of its own. One binary, because each links libtorch.
+#![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests end where they fail, and damage files on purpose")]
 
 mod support;
 

@@ -54,7 +54,7 @@ fn readme_names_every_exit_code_and_every_make_target_it_names_exists() {
     }
     let makefile = fs::read_to_string(root().join("Makefile")).unwrap();
     for (_, rest) in readme.match_indices("make ").map(|(at, _)| readme.split_at(at + 5)) {
-        let target: String = rest.chars().take_while(|c| c.is_ascii_lowercase()).collect();
+        let target: String = rest.chars().take_while(char::is_ascii_lowercase).collect();
         let is_code = readme.contains(&format!("`make {target}`")) || readme.contains(&format!("\n    make {target}"));
         assert!(!is_code || makefile.contains(&format!("\n{target}:")), "README.md names `make {target}`");
     }

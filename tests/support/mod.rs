@@ -13,7 +13,6 @@ pub(crate) struct World {
 }
 
 /// What a command came to.
-#[must_use]
 pub(crate) struct Output {
     pub(crate) stdout: String,
     pub(crate) stderr: String,
@@ -59,10 +58,12 @@ impl World {
         command
     }
 
+    #[must_use]
     pub(crate) fn run<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> Output {
         self.output(self.command(args))
     }
 
+    #[must_use]
     pub(crate) fn output(&self, mut command: Command) -> Output {
         let output = command.output().unwrap();
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).replace(&self.folder.path().display().to_string(), "[WORLD]");
