@@ -425,7 +425,8 @@ mod tests {
 
     #[test]
     fn missing_truncated_and_unreadable_parts_are_damage_never_absence() {
-        let hurts: [(&str, fn(&Path)); 4] = [
+        type Hurt = fn(&Path);
+        let hurts: [(&str, Hurt); 4] = [
             ("expected 4 bytes, found 2", |unit| publish::replace(&unit.join("features/0.arrow"), b"ze").unwrap()),
             ("missing", |unit| drop(publish::quarantine(&unit.join("features/0.arrow"), &unit.join("gone")).unwrap())),
             ("unit.json", |unit| publish::replace(&unit.join("unit.json"), b"{").unwrap()),
