@@ -134,7 +134,7 @@ impl Picture {
             let (star, novel) = if *is_novel { ("★ ", " novel") } else { ("", "") };
             let label = format!("{star}{name} {:.2}", score.unwrap_or(0.0));
             // A label may not leave the picture.
-            let room = f64::from(*width) - 0.53 * text_px * label.chars().count() as f64;
+            let room = f64::from(*width) - 0.64 * text_px * label.chars().count() as f64;
             let (x, y) = (f64::from(xyxy.x1).min(room.max(0.0)).max(0.0), (f64::from(xyxy.y1) - 3.0).max(text_px));
             put!(
                 out,
