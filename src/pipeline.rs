@@ -101,7 +101,7 @@ pub(crate) struct Setting {
 /// Reads and checks a pipeline: a named one, or a file (written with a slash).
 pub(crate) fn load(name: &str, settings: &[Setting]) -> Result<Pipeline> {
     let (origin, text) = find(name)?;
-    let mut reader = Reader { lines: Lines::of(&text), problems: Vec::new() };
+    let mut reader = Reader { lines: Lines::of(&text), problems: Vec::new(), broken: BTreeSet::new() };
     let pipeline = reader.pipeline(&text, settings);
     match pipeline {
         Some(pipeline) if reader.problems.is_empty() => Ok(pipeline),
@@ -148,6 +148,8 @@ fn suggestion<'a>(found: &str, valid: impl IntoIterator<Item = &'a str> + Clone)
 struct Reader {
     lines: Lines,
     problems: Vec<Problem>,
+    /// Stages that could not be read: what reads from them is not a second problem.
+    broken: BTreeSet<String>,
 }
 
 /// A stage as written, after its keys were checked.
@@ -325,6 +327,7 @@ impl Reader {
         let kind = self.text(&format!("{path}.use"), keys.get("use"));
         let (id, kind) = (id?, kind?);
         let Some(entry) = ovenbird_stages::find(&kind) else {
+            self.broken.insert(id);
             self.push(format!("{path}.use"), format!("no stage `{kind}`{}", suggestion(&kind, STAGES.iter().map(|entry| entry.kind))));
             return None;
         };
@@ -461,9 +464,12 @@ impl Reader {
         for draft in drafts {
             let mut edges = BTreeMap::new();
             for (port, value) in &draft.inputs {
+                if value.split_once('.').is_some_and(|(id, _)| self.broken.contains(id)) {
+                    continue;
+                }
                 let path = format!("stages.{}.in.{port}", draft.id);
                 let wanted = draft.entry.inputs.iter().find(|known| known.name == port).expect("BUG: unknown ports were left out");
-                match source(value, wanted, drafts) {
+                match source(value, wanted, drafts, &self.broken) {
                     Ok(source) => drop(edges.insert(port.clone(), source)),
                     Err(problem) => self.push(path, problem),
                 }
@@ -498,7 +504,7 @@ impl Reader {
     }
 }
 
-fn source(value: &str, wanted: &PortInfo, drafts: &[Draft]) -> Result<Source, String> {
+fn source(value: &str, wanted: &PortInfo, drafts: &[Draft], broken: &BTreeSet<String>) -> Result<Source, String> {
     if value.contains('/') {
         let path = PathBuf::from(value);
         let extension = path.extension().map(|extension| extension.to_string_lossy().to_lowercase()).unwrap_or_default();
@@ -519,7 +525,7 @@ fn source(value: &str, wanted: &PortInfo, drafts: &[Draft]) -> Result<Source, St
         return Err(format!("expected `stage.output` or a path with a slash, found `{value}`"));
     };
     let Some(step) = drafts.iter().position(|draft| draft.id == id) else {
-        let nearest = suggestion(id, drafts.iter().map(|draft| draft.id.as_str()));
+        let nearest = suggestion(id, drafts.iter().map(|draft| draft.id.as_str()).chain(broken.iter().map(String::as_str)));
         return Err(format!("no stage `{id}`{nearest} (a file is written with a slash: ./{value})"));
     };
     let outputs = drafts[step].entry.outputs;

@@ -143,7 +143,7 @@ stages:
     error: 7 problems in ./wrong.yaml
       line 3: variabels: unknown key `variabels`, did you mean `variables`?
       line 6: stages.world.use: no stage `toy/wrld`, did you mean `toy/world`?
-      line 9: stages.split.in.annotations: no stage `wolrd`; expected one of `split`, `detect`, `prompts` (a file is written with a slash: ./wolrd.train)
+      line 9: stages.split.in.annotations: no stage `wolrd`, did you mean `world`? (a file is written with a slash: ./wolrd.train)
       line 10: stages.split.with.kep: unknown key `kep`, did you mean `keep`?
       line 13: stages.detect.in.features: expected region-features, but `prompts.prompts` is prompts
       line 14: stages.detect.with.temperature: expected a number above 0
