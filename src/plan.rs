@@ -109,7 +109,7 @@ pub(crate) fn check(step: &Step, files: &FileInputs, made: &Made, store: &Store,
 }
 
 /// Which artifact each step of a pipeline came to when it was last there.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Last {
     steps: BTreeMap<String, Fingerprint>,
 }

@@ -293,12 +293,10 @@ impl<'a> Coordinator<'a> {
 
     fn start_check(&self, place: usize, files: Arc<FileInputs>) {
         let (pipeline, store, sender) = (Arc::clone(self.pipeline), self.store.clone(), self.sender.clone());
+        let last = self.last.clone();
         let made: Made = upstream(&pipeline.steps[place]).into_iter().map(|step| (step, self.made[&step].clone())).collect();
         thread::spawn(move || {
-            let checked = guard(|| {
-                let last = Last::read(store.home(), &pipeline.name);
-                plan::check(&pipeline.steps[place], &files, &made, &store, &last)
-            });
+            let checked = guard(|| plan::check(&pipeline.steps[place], &files, &made, &store, &last));
             // Nobody listens once the loop has ended because its log could not be written.
             drop(sender.send(Message::Checked(place, checked)));
         });

@@ -1,4 +1,4 @@
-//! An index that can be lost: digests of input files that were hashed before, and past runs.
+//! An index that can be lost: digests of input files that were hashed before.
 //!
 //! Kept in sled 0.34, which belongs to one process: only a caller that holds the home's [`RunLock`](crate::RunLock) opens
 //! it. It is never the truth. A damaged ledger is set aside and begun anew, and the caller is told; the price is hashing

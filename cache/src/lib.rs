@@ -5,7 +5,7 @@
 //! publish.rs   the only code that creates, renames or removes files: temporary name, fsync, rename, fsync of the folder
 //! shard.rs     feature shards: Arrow IPC files with a BLAKE3 per record batch, read through a memory map
 //! store.rs     where units and artifacts lie on disk; what is valid, damaged or absent
-//! ledger.rs    sled: an index that can be lost (digests of input files, known units, past runs)
+//! ledger.rs    sled: an index that can be lost (digests of input files)
 //! inputs.rs    content digests of the files a user brings
 //! chunk.rs     item lists cut into units by content
 //! ```

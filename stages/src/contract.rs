@@ -60,6 +60,12 @@ pub struct Problem {
 }
 
 impl Problem {
+    /// The problems among some parameters, each given with whether it is sound and what was expected.
+    pub(crate) fn unless(checks: &[(&str, bool, &str)]) -> Vec<Self> {
+        let problem = |(field, _, expected): &(&str, bool, &str)| Self::new(*field, format!("expected {expected}"));
+        checks.iter().filter(|(_, is_sound, _)| !is_sound).map(problem).collect()
+    }
+
     /// Names a parameter and what is wrong with it.
     pub fn new(field: impl Into<String>, problem: impl Into<String>) -> Self {
         Self { field: field.into(), problem: problem.into() }

@@ -67,18 +67,13 @@ impl Stage for ZeroShot {
     const OUTPUTS: &'static [PortInfo] = &[DETECTIONS.info()];
 
     fn check(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
-        let mut expect = |field: &str, is_sound: bool, expected: &str| {
-            if !is_sound {
-                problems.push(Problem::new(field, format!("expected {expected}")));
-            }
-        };
-        expect("temperature", self.temperature > 0.0 && self.temperature.is_finite(), "a number above 0");
-        expect("objectness_weight", (0.0..=1.0).contains(&self.objectness_weight), "a number from 0 to 1");
-        expect("score_threshold", (0.0..1.0).contains(&self.score_threshold), "a number from 0 to below 1");
-        expect("nms_iou", (0.0..=1.0).contains(&self.nms_iou), "a number from 0 to 1");
-        expect("most_per_image", self.most_per_image > 0, "at least 1");
-        problems
+        Problem::unless(&[
+            ("temperature", self.temperature > 0.0 && self.temperature.is_finite(), "a number above 0"),
+            ("objectness_weight", (0.0..=1.0).contains(&self.objectness_weight), "a number from 0 to 1"),
+            ("score_threshold", (0.0..1.0).contains(&self.score_threshold), "a number from 0 to below 1"),
+            ("nms_iou", (0.0..=1.0).contains(&self.nms_iou), "a number from 0 to 1"),
+            ("most_per_image", self.most_per_image > 0, "at least 1"),
+        ])
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {

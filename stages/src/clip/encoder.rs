@@ -11,9 +11,9 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{Result, artifacts::CheckpointFile};
 
-/// Images of a forward pass. Part of the results: libtorch may sum in another order for another shape, so the last batch of
-/// a unit is filled up with zeros and the shape is always the same.
-const BATCH: usize = 64;
+/// Images of a forward pass: what a stage collects before it calls [`Encoder::squares`]. Part of the results: libtorch may sum
+/// in another order for another shape, so the last batch of a unit is filled up with zeros and the shape is always the same.
+pub(crate) const BATCH: usize = 64;
 
 /// The arithmetic of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -128,6 +128,3 @@ impl Encoder {
 pub(crate) fn unit_norm(rows: &Tensor) -> Tensor {
     rows / rows.norm_scalaropt_dim(2.0, [-1], true).clamp_min(1e-12)
 }
-
-/// How many images a network takes at once: what a stage collects before it calls [`Encoder::squares`].
-pub(crate) const GROUP: usize = BATCH;

@@ -11,7 +11,7 @@ use ovenbird_data::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::encoder::{Clip, GROUP};
+use super::encoder::{BATCH, Clip};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{
@@ -82,7 +82,7 @@ impl Stage for Globals {
             let draft = cx.begin(unit)?;
             let mut shard =
                 ImageFeaturesWriter::new(draft.create(GLOBALS, "globals.arrow")?, &unit.fingerprint, self.stored, encoder.dim())?;
-            let mut group: Vec<(&ImageInfo, Image)> = Vec::with_capacity(GROUP);
+            let mut group: Vec<(&ImageInfo, Image)> = Vec::with_capacity(BATCH);
             let mut flush = |group: &mut Vec<(&ImageInfo, Image)>| -> Result<()> {
                 let (of_group, pixels): (Vec<_>, Vec<_>) = group.drain(..).unzip();
                 let embeddings = encoder.squares(&pixels)?;
@@ -103,7 +103,7 @@ impl Stage for Globals {
                 View::Square => {
                     in_order(&annotations.images[unit.items.clone()], cx.threads, prepare, |image, square| {
                         group.push((image, square));
-                        if group.len() == GROUP { flush(&mut group) } else { Ok(()) }
+                        if group.len() == BATCH { flush(&mut group) } else { Ok(()) }
                     })?;
                     flush(&mut group)?;
                 }
@@ -192,28 +192,29 @@ impl Stage for Proposals {
         let images = cx.inputs.read(IMAGES)?;
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, cx.device)?;
         let dim = encoder.dim();
+        let items: Vec<(&ImageInfo, &Vec<Proposal>)> = annotations.images.iter().zip(&proposals).collect();
+        let prepare = |(image, proposals): &(&ImageInfo, &Vec<Proposal>)| {
+            let decoded = images.decode(&image.file_name, [image.width, image.height])?;
+            let crop = |proposal: &Proposal, factor: f32| {
+                encoder.preprocess.square(&decoded.crop(proposal.xyxy.expanded(factor, [image.width, image.height])))
+            };
+            let kept: Vec<Proposal> = proposals.iter().filter(|proposal| self.is_kept(proposal)).copied().collect();
+            let crops = kept.iter().flat_map(|proposal| self.expand.iter().map(move |factor| (proposal, *factor)));
+            let crops: Vec<Image> = crops.map(|(proposal, factor)| crop(proposal, factor)).collect();
+            Ok((kept, crops))
+        };
         for unit in units {
             let draft = cx.begin(unit)?;
             let mut shard = RegionFeaturesWriter::new(draft.create(REGIONS, "regions.arrow")?, &unit.fingerprint, self.stored, dim)?;
-            let items: Vec<(&ImageInfo, &Vec<Proposal>)> = annotations.images.iter().zip(&proposals).collect();
-            let prepare = |(image, proposals): &(&ImageInfo, &Vec<Proposal>)| {
-                let decoded = images.decode(&image.file_name, [image.width, image.height])?;
-                let crop = |proposal: &Proposal, factor: f32| {
-                    encoder.preprocess.square(&decoded.crop(proposal.xyxy.expanded(factor, [image.width, image.height])))
-                };
-                let kept = proposals.iter().filter(|proposal| self.is_kept(proposal));
-                Ok(kept.flat_map(|proposal| self.expand.iter().map(move |factor| (proposal, *factor))).map(|(p, f)| crop(p, f)).collect())
-            };
             // Crops of several images share a batch; an image is written once its last crop is encoded.
             let mut pending = Pending { dim, per_region: self.expand.len(), crops: Vec::new(), embeddings: Vec::new(), images: Vec::new() };
             let mut n_regions = 0;
-            in_order(&items[unit.items.clone()], cx.threads, prepare, |(image, proposals), crops: Vec<Image>| {
-                let kept: Vec<Proposal> = proposals.iter().filter(|proposal| self.is_kept(proposal)).copied().collect();
+            in_order(&items[unit.items.clone()], cx.threads, prepare, |(image, _), (kept, crops)| {
                 n_regions += kept.len();
                 pending.crops.extend(crops);
                 pending.images.push((image, kept));
-                while pending.crops.len() >= GROUP {
-                    let rest = pending.crops.split_off(GROUP);
+                while pending.crops.len() >= BATCH {
+                    let rest = pending.crops.split_off(BATCH);
                     pending.embeddings.extend(encoder.squares(&std::mem::replace(&mut pending.crops, rest))?);
                 }
                 pending.write_whole(&mut shard, cx)?;

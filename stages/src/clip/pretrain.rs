@@ -115,18 +115,13 @@ impl Stage for Pretrain {
     const OUTPUTS: &'static [PortInfo] = &[CHECKPOINT.info(), STATE.info()];
 
     fn check(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
-        let mut expect = |field: &str, is_sound: bool, expected: &str| {
-            if !is_sound {
-                problems.push(Problem::new(field, format!("expected {expected}")));
-            }
-        };
-        expect("steps", self.steps > 0, "at least 1");
-        expect("steps_per_unit", self.steps_per_unit > 0, "at least 1");
-        expect("batch", self.batch > 1, "at least 2: a contrastive loss needs others");
-        expect("learning_rate", self.learning_rate > 0.0 && self.learning_rate < 1.0, "a number between 0 and 1");
-        expect("weight_decay", (0.0..1.0).contains(&self.weight_decay), "a number from 0 to below 1");
-        problems
+        Problem::unless(&[
+            ("steps", self.steps > 0, "at least 1"),
+            ("steps_per_unit", self.steps_per_unit > 0, "at least 1"),
+            ("batch", self.batch > 1, "at least 2: a contrastive loss needs others"),
+            ("learning_rate", self.learning_rate > 0.0 && self.learning_rate < 1.0, "a number between 0 and 1"),
+            ("weight_decay", (0.0..1.0).contains(&self.weight_decay), "a number from 0 to below 1"),
+        ])
     }
 
     fn units(&self, _inputs: &Inputs) -> Result<Units> {
