@@ -6,7 +6,15 @@
 //! `make bench`; `OVENBIRD_BENCH_IMAGES` sets the number of pictures (2,000).
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods, reason = "a benchmark prints, and may end where it fails")]
 
-use std::{collections::BTreeMap, fs, sync::atomic::AtomicBool, time::Instant};
+use std::{
+    collections::BTreeMap,
+    fs,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicU64},
+    },
+    time::Instant,
+};
 
 use ovenbird_cache::{Recipe, Store, inputs};
 use ovenbird_data::{
@@ -17,7 +25,7 @@ use ovenbird_models::{
     checkpoint::write_safetensors,
     clip::{Activation, Clip, Config, ImageConfig, Mode, TextConfig},
 };
-use ovenbird_stages::{Context, Inputs, find};
+use ovenbird_stages::{Context, Inputs, OnBadItem, find};
 use serde_json::json;
 use tch::{Device, Kind, Tensor, nn, no_grad};
 
@@ -90,12 +98,16 @@ fn end_to_end(folder: &std::path::Path, precision: &str, n_images: usize) -> f64
     let params = json!({"view": "square", "clip": {"precision": precision, "gelu": "quick"}});
     let stage = (entry.parse)(&params).map_err(|problem| problem.problem).unwrap();
     let recipe = Recipe { kind: entry.kind.into(), version: entry.version, params, inputs: BTreeMap::new(), link: None };
-    let units = stage.units(&inputs).unwrap().of(&recipe);
+    let (units, items) = stage.units(&inputs).unwrap().of(&recipe);
     let stop = AtomicBool::new(false);
     let context = Context {
         store: &store,
         kind: entry.kind,
         units: &units,
+        items: &items,
+        on_bad_item: OnBadItem::Fail,
+        n_failed: &AtomicU64::new(0),
+        watch: &Mutex::default(),
         inputs: &inputs,
         device: Device::Cpu,
         threads: 2,

@@ -11,7 +11,7 @@ use std::{
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 use clap_complete::Shell;
-use ovenbird_cache::{Error as CacheError, Ledger, Store, publish};
+use ovenbird_cache::{Error as CacheError, Ledger, Store, crash_at, publish};
 use serde_json::json;
 
 use crate::{
@@ -36,8 +36,8 @@ struct Cli {
     #[arg(long, global = true, env = "OVENBIRD_HOME", default_value = ".ovenbird", value_name = "FOLDER")]
     home: PathBuf,
     /// For tests of crash safety: die at the n-th step of publishing
-    #[arg(long, global = true, env = "OVENBIRD_CRASH_AT", hide = true)]
-    crash_at: Option<u32>,
+    #[arg(long = "crash-at", global = true, env = "OVENBIRD_CRASH_AT", hide = true)]
+    crash_step: Option<u32>,
     #[command(subcommand)]
     command: Command,
 }
@@ -54,6 +54,9 @@ enum Command {
         /// Where networks run
         #[arg(long, default_value = "cpu", value_name = "cpu|cuda:N")]
         device: Device,
+        /// Hash every input file again instead of trusting its size and times
+        #[arg(long)]
+        rehash: bool,
     },
     /// Say what a run would do, stage by stage, and why
     Plan {
@@ -167,12 +170,12 @@ fn exit_codes() -> String {
 /// Runs the program.
 pub(crate) fn main() -> Result<()> {
     tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_env("OVENBIRD_LOG")).with_writer(io::stderr).init();
-    let Cli { home, crash_at, command } = Cli::parse();
-    if let Some(step) = crash_at {
-        publish::crash_at(step);
+    let Cli { home, crash_step, command } = Cli::parse();
+    if let Some(step) = crash_step {
+        crash_at(step);
     }
     match command {
-        Command::Run { chosen, jobs, device } => run(&home, &chosen, jobs, device.0),
+        Command::Run { chosen, jobs, device, rehash } => run(&home, &chosen, jobs, device.0, rehash),
         Command::Plan { chosen, json } => show_plan(&home, &chosen, json),
         Command::Status { run, json } => history::status(&home, run.as_deref(), json),
         Command::Log { run, json } => history::log(&home, run.as_deref(), json),
@@ -229,11 +232,11 @@ impl Chosen {
     }
 }
 
-fn run(home: &Path, chosen: &Chosen, jobs: Option<usize>, device: tch::Device) -> Result<()> {
+fn run(home: &Path, chosen: &Chosen, jobs: Option<usize>, device: tch::Device, rehash: bool) -> Result<()> {
     let (pipeline, wanted) = chosen.load()?;
     let store = Store::open(home)?;
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    let options = Options { cpu: jobs.unwrap_or(cores).max(1), memory: total_memory(), device };
+    let options = Options { cpu: jobs.unwrap_or(cores).max(1), memory: total_memory(), device, rehash };
     let pipeline = Arc::new(pipeline);
     let mut screen = Screen::new();
     let ended = run::run(&pipeline, &wanted, &store, options, &mut |event| screen.show(event))?;
@@ -270,10 +273,9 @@ fn total_memory() -> u64 {
 fn show_plan(home: &Path, chosen: &Chosen, json: bool) -> Result<()> {
     let (pipeline, wanted) = chosen.load()?;
     let store = Store::open(home)?;
-    // Remembered digests spare hashing; they are the running process's alone while there is one.
-    let lock = if home.exists() { store.lock("plan").ok() } else { None };
-    let ledger = lock.as_ref().and_then(|_| Ledger::open(&home.join("ledger"), &store.quarantine()).ok());
-    let outlooks = plan::outlook(&pipeline, &wanted, &store, ledger.as_ref().map(|(ledger, _)| ledger))?;
+    // A home that is not there yet is not made by asking.
+    let ledger = home.exists().then(|| Ledger::of(&store));
+    let outlooks = plan::outlook(&pipeline, &wanted, &store, ledger.as_ref())?;
     if json {
         let steps: Vec<_> = outlooks
             .iter()

@@ -162,6 +162,8 @@ pub(crate) fn schema() -> String {
             "in": {"type": "object", "description": "Inputs: `stage.output`, or a path with a slash"},
             "with": {"type": "object", "description": "Parameters"},
             "resources": resources,
+            "on_bad_item": {"enum": ["fail", "skip"], "default": "fail", "description": "What to do about an item that cannot be read or understood"},
+            "max_failed_ratio": {"type": "number", "minimum": 0, "maximum": 1, "default": pipeline::MAX_FAILED_RATIO, "description": "With `on_bad_item: skip`: the stage fails once more than this part of its items has"},
         },
         "additionalProperties": false,
         "allOf": conditions,

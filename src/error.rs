@@ -58,8 +58,8 @@ impl ExitCode {
         (Self::Usage, "the command line is wrong"),
         (Self::Pipeline, "the pipeline file is wrong; nothing was run"),
         (Self::Input, "a file you brought is missing, damaged or does not fit; what was made before is kept"),
-        (Self::Store, "the home cannot be used: locked by another run, not writable, full, or of a newer version"),
-        (Self::Interrupted, "stopped by Ctrl-C or SIGTERM; type the same command again to continue"),
+        (Self::Store, "the home cannot be used: not writable, full, or of another version"),
+        (Self::Interrupted, "interrupted, resumable (Ctrl-C, SIGTERM, SIGUSR1): type the same command again"),
     ];
 }
 
@@ -125,7 +125,10 @@ fn stage_exit_code(error: &ovenbird_stages::Error) -> ExitCode {
     use ovenbird_data::Error as Data;
     use ovenbird_stages::Error as Stage;
     match error {
-        Stage::Cache(Cache::Read { .. }) | Stage::Data(Data::Read { .. } | Data::Malformed { .. }) | Stage::Input { .. } => ExitCode::Input,
+        Stage::Cache(Cache::Read { .. })
+        | Stage::Data(Data::Read { .. } | Data::Malformed { .. })
+        | Stage::Input { .. }
+        | Stage::TooManyFailed { .. } => ExitCode::Input,
         Stage::Cache(_) | Stage::Data(Data::Write { .. }) => ExitCode::Store,
         Stage::Models(ovenbird_models::Error::Torch(_)) => ExitCode::Stage,
         Stage::Models(_) => ExitCode::Input,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use ovenbird_cache::{Digest, Fingerprint, publish::Journal};
+use ovenbird_cache::{Digest, Fingerprint, Store, publish::Journal};
 use serde::{Deserialize, Serialize};
 
 /// The version of the event log.
@@ -41,10 +41,21 @@ pub(crate) enum Event {
     StepProgress { step: String, done: u64, total: u64 },
     /// A unit was published.
     UnitCommitted { step: String, unit: usize, bytes: u64 },
+    /// An item has no result and was left out.
+    ItemFailed { step: String, item: String, reason: String, attempts: u32 },
     /// A stage said something.
     StepNote { step: String, words: String },
     /// A step's artifact is there.
-    StepDone { step: String, fingerprint: Fingerprint, ports: BTreeMap<String, Digest>, items: u64, bytes: u64, wall_s: f64 },
+    StepDone {
+        step: String,
+        fingerprint: Fingerprint,
+        ports: BTreeMap<String, Digest>,
+        items: u64,
+        #[serde(default)]
+        failed: u64,
+        bytes: u64,
+        wall_s: f64,
+    },
     /// A step ended without its artifact.
     StepFailed { step: String, error: String, hint: Option<String> },
     /// A step could not run because another failed.
@@ -93,8 +104,8 @@ pub(crate) struct EventLog {
 
 impl EventLog {
     /// Creates the log of a run.
-    pub(crate) fn create(home: &Path, run: &str) -> ovenbird_cache::Result<Self> {
-        Ok(Self { journal: Journal::create(&log_path(home, run))? })
+    pub(crate) fn create(store: &Store, run: &str) -> ovenbird_cache::Result<Self> {
+        Ok(Self { journal: Journal::open(store.publisher(), &log_path(store.home(), run))? })
     }
 
     /// Appends an event. What ends a step or the run survives a power cut.

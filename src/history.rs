@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::{
     cli::{known_runs, print, to_json},
-    error::{Error, Result},
+    error::{Error, Result, count},
     event::{self, Event, Outcome, Stamped, Verdict, runs},
     pipeline::Pipeline,
     plan::Made,
@@ -40,6 +40,8 @@ pub(crate) struct StepState {
     pub(crate) state: &'static str,
     pub(crate) done: u64,
     pub(crate) total: u64,
+    /// Items that were left out.
+    pub(crate) failed: u64,
     pub(crate) wall_s: Option<f64>,
     /// The error, or why it runs.
     pub(crate) words: String,
@@ -96,6 +98,7 @@ pub(crate) fn state(log: &[Stamped]) -> RunState {
                         state: "waiting",
                         done: 0,
                         total: 0,
+                        failed: 0,
                         wall_s: None,
                         words: String::new(),
                         fingerprint: None,
@@ -126,6 +129,7 @@ pub(crate) fn state(log: &[Stamped]) -> RunState {
             Event::Notice { words } => state.notices.push(words.clone()),
             Event::StepNote { step, words } => state.notices.push(format!("{step}: {words}")),
             Event::RunEnded { outcome, wall_s } => (state.outcome, state.wall_s) = (Some(*outcome), *wall_s),
+            Event::ItemFailed { step, .. } => with(step, &|step| step.failed += 1),
             Event::UnitCommitted { .. } | Event::Interrupted => {}
         }
     }
@@ -162,7 +166,8 @@ pub(crate) fn status(home: &Path, run: Option<&str>, json: bool) -> Result<()> {
             ("failed" | "skipped", ..) => step.words.clone(),
             _ => String::new(),
         };
-        text.push_str(format!("  {:width$}  {:8} {amount}", step.id, step.state).trim_end());
+        let failed = if step.failed > 0 { format!(", {} left out", count(step.failed as usize, "item")) } else { String::new() };
+        text.push_str(format!("  {:width$}  {:8} {amount}{failed}", step.id, step.state).trim_end());
         text.push('\n');
     }
     print(&text)
@@ -205,6 +210,9 @@ fn words(event: &Event) -> String {
         Event::StepStarted { step } => format!("{step}: started"),
         Event::StepProgress { step, done, total } => format!("{step}: {done} of {total}"),
         Event::UnitCommitted { step, unit, bytes } => format!("{step}: unit {unit} committed, {bytes} bytes"),
+        Event::ItemFailed { step, item, reason, attempts } => {
+            format!("{step}: left out {item} after {}: {reason}", count(*attempts as usize, "attempt"))
+        }
         Event::StepNote { step, words } => format!("{step}: {words}"),
         Event::StepDone { step, items, wall_s, .. } => format!("{step}: done, {items} items in {}", duration(*wall_s)),
         Event::StepFailed { step, error, .. } => format!("{step}: failed: {error}"),

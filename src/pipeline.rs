@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ovenbird_stages::{AnyStage, PortInfo, Presence, STAGES, StageEntry};
+use ovenbird_stages::{AnyStage, OnBadItem, PortInfo, Presence, STAGES, StageEntry};
 use serde_json::Value;
 use serde_yaml::Value as Yaml;
 
@@ -23,8 +23,11 @@ use lines::Lines;
 pub(crate) const VERSION: u64 = 1;
 
 const FILE_KEYS: &[&str] = &["version", "name", "description", "variables", "stages"];
-const STAGE_KEYS: &[&str] = &["id", "use", "in", "with", "resources"];
+const STAGE_KEYS: &[&str] = &["id", "use", "in", "with", "resources", "on_bad_item", "max_failed_ratio"];
 const RESOURCE_KEYS: &[&str] = &["cpu", "memory", "gpu"];
+
+/// How many of a stage's items may fail where the pipeline says `on_bad_item: skip` and nothing else, from 0 to 1.
+pub(crate) const MAX_FAILED_RATIO: f64 = 0.001;
 
 /// The named pipelines that come with the program.
 pub(crate) const NAMED: &[(&str, &str)] = &[("quickstart", include_str!("../pipelines/quickstart.yaml"))];
@@ -44,6 +47,7 @@ pub(crate) struct Step {
     pub(crate) stage: Box<dyn AnyStage>,
     pub(crate) inputs: BTreeMap<String, Source>,
     pub(crate) resources: Resources,
+    pub(crate) on_bad_item: OnBadItem,
 }
 
 /// Where an input comes from.
@@ -159,6 +163,7 @@ struct Draft {
     stage: Option<Box<dyn AnyStage>>,
     inputs: BTreeMap<String, String>,
     resources: Resources,
+    on_bad_item: OnBadItem,
 }
 
 impl Reader {
@@ -226,7 +231,14 @@ impl Reader {
                     *step = place[step];
                 }
             }
-            steps.push(Step { id: draft.id, entry: draft.entry, stage: draft.stage?, inputs, resources: draft.resources });
+            steps.push(Step {
+                id: draft.id,
+                entry: draft.entry,
+                stage: draft.stage?,
+                inputs,
+                resources: draft.resources,
+                on_bad_item: draft.on_bad_item,
+            });
         }
         Some(Pipeline { name: name?, description: description?, steps })
     }
@@ -335,7 +347,8 @@ impl Reader {
         let stage = self.parameters(&path, &id, entry, &with, settings);
         let inputs = self.inputs(&path, entry, keys.get("in"));
         let resources = self.resources(&path, keys.get("resources"));
-        Some(Draft { id, entry, stage, inputs, resources })
+        let on_bad_item = self.on_bad_item(&path, keys.get("on_bad_item"), keys.get("max_failed_ratio"));
+        Some(Draft { id, entry, stage, inputs, resources, on_bad_item })
     }
 
     /// Replaces `${name}` in every text of a value; a text that is nothing but one variable takes its type.
@@ -456,6 +469,26 @@ impl Reader {
             }
         }
         resources
+    }
+
+    fn on_bad_item(&mut self, path: &str, policy: Option<&Yaml>, ratio: Option<&Yaml>) -> OnBadItem {
+        let max_failed_ratio = match ratio.map(|ratio| (ratio.as_f64(), ratio)) {
+            None => MAX_FAILED_RATIO,
+            Some((Some(ratio), _)) if (0.0..=1.0).contains(&ratio) => ratio,
+            Some((_, found)) => {
+                self.push(format!("{path}.max_failed_ratio"), format!("expected a number from 0 to 1, found {}", shown(found)));
+                MAX_FAILED_RATIO
+            }
+        };
+        match policy.map(|policy| (policy.as_str(), policy)) {
+            Some((Some("skip"), _)) => return OnBadItem::Skip { max_failed_ratio },
+            None | Some((Some("fail"), _)) if ratio.is_some() => {
+                self.push(format!("{path}.max_failed_ratio"), "has a meaning only with `on_bad_item: skip`");
+            }
+            None | Some((Some("fail"), _)) => {}
+            Some((_, found)) => self.push(format!("{path}.on_bad_item"), format!("expected `fail` or `skip`, found {}", shown(found))),
+        }
+        OnBadItem::Fail
     }
 
     /// Where every input of every stage comes from, by the place of stages in the file.

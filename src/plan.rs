@@ -7,8 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ovenbird_cache::{Artifact, Digest, Fingerprint, Ledger, Recipe, Status, Store, files_digest, inputs, publish};
-use ovenbird_stages::{Inputs, Unit, Units};
+use ovenbird_cache::{Artifact, Digest, Fingerprint, Ledger, Recipe, Status, Store, UnitRecord, files_digest, inputs, publish};
+use ovenbird_stages::{FAILED_FILE, Inputs, OnBadItem, Unit, Units};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -52,10 +52,10 @@ pub(crate) struct Work {
     pub(crate) inputs: Inputs,
     /// All units.
     pub(crate) units: Vec<Unit>,
-    /// Places of those that have to be made.
+    /// Every item; units hold ranges of them.
+    pub(crate) items: Vec<Digest>,
+    /// Places of the units that have to be made.
     pub(crate) missing: Vec<usize>,
-    /// Places of those that are damaged; they are set aside before they are made again.
-    pub(crate) damaged: Vec<usize>,
     /// Whether each unit continues the one before: the last is the artifact.
     pub(crate) is_chain: bool,
     /// Why, in words.
@@ -83,29 +83,55 @@ pub(crate) fn check(step: &Step, files: &FileInputs, made: &Made, store: &Store,
     let (kind, version) = (step.entry.kind.to_owned(), step.entry.version);
     let recipe = Recipe { kind, version, params: step.stage.params(), inputs: digests, link: None };
     let mut reasons = match store.artifact(step.entry.kind, &recipe.fingerprint())? {
-        Status::Valid(artifact) => return Ok(Checked::Reused(artifact)),
+        Status::Valid(artifact) if artifact.manifest.units.iter().all(|unit| is_whole(step, unit)) => return Ok(Checked::Reused(artifact)),
+        Status::Valid(_) => vec!["some items failed, which `on_bad_item: fail` does not allow".into()],
         Status::Damaged(findings) => findings.into_iter().map(|finding| format!("damaged: {finding}")).collect(),
         Status::Absent => Vec::new(),
     };
     let divided = step.stage.units(&inputs)?;
     let is_chain = matches!(divided, Units::Chain { .. });
-    let units = divided.of(&recipe);
-    let (mut missing, mut damaged) = (Vec::new(), Vec::new());
-    for unit in &units {
-        match store.unit(step.entry.kind, &unit.fingerprint)? {
-            // A link of a chain is of no use without those before it.
-            Status::Valid(_) if !is_chain || missing.is_empty() => {}
-            Status::Valid(_) | Status::Absent => missing.push(unit.index),
-            Status::Damaged(_) => {
-                missing.push(unit.index);
-                damaged.push(unit.index);
-            }
-        }
-    }
+    let (units, items) = divided.of(&recipe);
+    let missing = missing(step, store, &units, is_chain)?;
     if reasons.is_empty() {
         reasons = last.reasons(step, &recipe, store)?;
     }
-    Ok(Checked::Run(Work { recipe, inputs, units, missing, damaged, is_chain, reasons }))
+    reasons.extend(taken_from(step, store, &units, &items, &missing)?);
+    Ok(Checked::Run(Work { recipe, inputs, units, items, missing, is_chain, reasons }))
+}
+
+/// Places of the units that have to be made.
+pub(crate) fn missing(step: &Step, store: &Store, units: &[Unit], is_chain: bool) -> Result<Vec<usize>> {
+    let mut missing = Vec::new();
+    for unit in units {
+        let is_there = match store.unit(step.entry.kind, &unit.fingerprint)? {
+            Status::Valid(record) => is_whole(step, &record),
+            Status::Absent | Status::Damaged(_) => false,
+        };
+        // A link of a chain is of no use without those before it.
+        if !is_there || (is_chain && !missing.is_empty()) {
+            missing.push(unit.index);
+        }
+    }
+    Ok(missing)
+}
+
+/// Whether a published unit is what the step asks for: an item may have failed only where the step allows it.
+pub(crate) fn is_whole(step: &Step, record: &UnitRecord) -> bool {
+    step.on_bad_item != OnBadItem::Fail || !record.files.iter().any(|file| file.name == FAILED_FILE)
+}
+
+/// Says how many of the items to do other units hold already.
+fn taken_from(step: &Step, store: &Store, units: &[Unit], items: &[Digest], missing: &[usize]) -> Result<Option<String>> {
+    let Some(family) = units.first().and_then(|unit| unit.family) else { return Ok(None) };
+    let wanted: Vec<Digest> = missing.iter().flat_map(|unit| items[units[*unit].items.clone()].iter().copied()).collect();
+    let donors = store.donors(step.entry.kind, &family, &wanted.iter().copied().collect())?;
+    let n_taken = donors.count(&wanted);
+    let names: Vec<String> = donors.names().collect();
+    Ok(match names.as_slice() {
+        [] => None,
+        [name] => Some(format!("{n_taken} of {} items taken from {name}", wanted.len())),
+        [name, rest @ ..] => Some(format!("{n_taken} of {} items taken from {name} and {} more", wanted.len(), rest.len())),
+    })
 }
 
 /// Which artifact each step of a pipeline came to when it was last there.

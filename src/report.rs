@@ -368,6 +368,7 @@ mod tests {
             state,
             done: 3,
             total: 3,
+            failed: 0,
             wall_s: Some(2.0),
             words: "a & b".into(),
             fingerprint: None,

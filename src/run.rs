@@ -11,16 +11,16 @@ use std::{
     fs,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::{Duration, Instant},
 };
 
 use jiff::Timestamp;
-use ovenbird_cache::{Artifact, Ledger, Provenance, RunLock, Status, Store, UnitRecord};
-use ovenbird_stages::{Context, Progress, Unit};
+use ovenbird_cache::{Artifact, Claim, Ledger, Owner, Provenance, Recovered, Session, Status, Store, UnitRecord, Watch, unit_name};
+use ovenbird_stages::{Context, FailedItem, Progress, Unit};
 use tokio::{
     runtime,
     signal::unix::{Signal, SignalKind, signal},
@@ -29,7 +29,7 @@ use tokio::{
 };
 
 use crate::{
-    error::{Error, ExitCode, Result},
+    error::{Error, ExitCode, Result, count},
     event::{self, Event, EventLog, Outcome, Stamped, StepInfo, Verdict},
     pipeline::{Pipeline, Step},
     plan::{self, Checked, FileInputs, Last, Made, Work, upstream},
@@ -37,6 +37,13 @@ use crate::{
 
 /// How often progress goes into the log and to the screen.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+
+/// How often a run says that it lives, to those who wait for what it makes.
+const BEAT_EVERY: Duration = Duration::from_secs(10);
+/// How often to look whether another process has made what this one waits for.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// After how long without any progress the operator is told.
+const SILENCE: Duration = Duration::from_secs(60);
 
 /// What a run may use. None of it changes a result.
 #[derive(Debug, Clone, Copy)]
@@ -47,6 +54,8 @@ pub(crate) struct Options {
     pub(crate) memory: u64,
     /// Where networks run.
     pub(crate) device: tch::Device,
+    /// Whether to hash every input file again.
+    pub(crate) rehash: bool,
 }
 
 /// A run that has ended.
@@ -65,12 +74,10 @@ pub(crate) fn run(
     options: Options,
     show: &mut dyn FnMut(&Stamped),
 ) -> Result<Ended> {
-    let started = Timestamp::now();
-    let run = new_run_id(store, started);
-    let lock = store.lock(&format!("run {run} of `{}`, process {}, since {started:.0}", pipeline.name, std::process::id()))?;
-    let n_swept = store.recover(&lock)?;
-    let (ledger, ledger_notice) = Ledger::open(&store.home().join("ledger"), &store.quarantine())?;
-    let log = EventLog::create(store.home(), &run)?;
+    let run = new_run_id(store, Timestamp::now());
+    let (session, recovered) = store.enter()?;
+    let ledger = Ledger::of(store).rehashing(options.rehash);
+    let log = EventLog::create(store, &run)?;
     let mut coordinator = Coordinator::new(pipeline, wanted, store, options, run, log, show);
     coordinator.emit(Event::RunStarted {
         version: event::VERSION,
@@ -80,27 +87,32 @@ pub(crate) fn run(
         command: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
         steps: wanted.iter().map(|step| info(pipeline, &pipeline.steps[*step])).collect(),
     })?;
-    if n_swept > 0 {
-        coordinator.emit(Event::Notice {
-            words: format!("an earlier run was cut off: {n_swept} unfinished files or folders removed, nothing committed is lost"),
-        })?;
-    }
-    if let Some(words) = ledger_notice {
+    if let Some(words) = recovery_words(recovered) {
         coordinator.emit(Event::Notice { words })?;
     }
     let clock = Instant::now();
     let steps: Vec<&Step> = wanted.iter().map(|step| &pipeline.steps[*step]).collect();
     let files = plan::digest_files(&steps, Some(&ledger));
-    ledger.flush();
-    let error = files.and_then(|files| coordinator.work(files)).err();
+    for words in ledger.notices() {
+        coordinator.emit(Event::Notice { words })?;
+    }
+    let error = files.and_then(|files| coordinator.work(files, &session)).err();
     let outcome = match &error {
         None => Outcome::Done,
         Some(Error::Interrupted) => Outcome::Interrupted,
         Some(_) => Outcome::Failed,
     };
     coordinator.emit(Event::RunEnded { outcome, wall_s: clock.elapsed().as_secs_f64() })?;
-    let _held_until_here: RunLock = lock;
     Ok(Ended { run: coordinator.run, made: coordinator.made, error })
+}
+
+/// What was put in order at the start, in one line.
+pub(crate) fn recovery_words(recovered: Recovered) -> Option<String> {
+    let Recovered { swept, adopted } = recovered;
+    let swept = (swept > 0).then(|| format!("{} removed", count(swept, "unfinished file or folder")));
+    let adopted = (adopted > 0).then(|| format!("{} adopted", count(adopted, "finished unit")));
+    let done: Vec<String> = swept.into_iter().chain(adopted).collect();
+    (!done.is_empty()).then(|| format!("an earlier run was cut off: {}; nothing committed is lost", done.join(", ")))
 }
 
 /// `20261121-022350`, or with `-2` where that second has a run already.
@@ -134,10 +146,21 @@ enum State {
 /// How far a running step is.
 struct Gauge {
     started: Instant,
+    last_sign: Instant,
+    /// Whether the operator was told that there is no sign of life.
+    is_silent: bool,
+    failed: u64,
     done: u64,
     total: u64,
     bytes: u64,
     is_stale: bool,
+}
+
+impl Gauge {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { started: now, last_sign: now, is_silent: false, failed: 0, done: 0, total: 0, bytes: 0, is_stale: false }
+    }
 }
 
 enum Message {
@@ -206,10 +229,10 @@ impl<'a> Coordinator<'a> {
         self.pipeline.steps[place].id.clone()
     }
 
-    fn work(&mut self, files: FileInputs) -> Result<()> {
+    fn work(&mut self, files: FileInputs, session: &Session) -> Result<()> {
         let runtime = runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.expect("BUG: a current-thread runtime needs nothing but memory");
-        runtime.block_on(self.turn(&Arc::new(files)))?;
+        runtime.block_on(self.turn(&Arc::new(files), session))?;
         if self.stop.load(Ordering::SeqCst) {
             return Err(Error::Interrupted);
         }
@@ -220,10 +243,13 @@ impl<'a> Coordinator<'a> {
         Err(Error::StagesFailed { failed, skipped, worst: self.worst })
     }
 
-    async fn turn(&mut self, files: &Arc<FileInputs>) -> Result<()> {
+    async fn turn(&mut self, files: &Arc<FileInputs>, session: &Session) -> Result<()> {
         let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt()), listen(SignalKind::terminate()));
+        // What Slurm sends some time before it ends a job.
+        let mut warning = listen(SignalKind::user_defined1());
         let mut timer = tokio::time::interval(PROGRESS_EVERY);
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut heart = tokio::time::interval(BEAT_EVERY);
         loop {
             self.start_what_can(files)?;
             if !self.states.values().any(|state| matches!(state, State::Checking | State::Running(_))) {
@@ -233,7 +259,9 @@ impl<'a> Coordinator<'a> {
                 Some(message) = self.receiver.recv() => self.learn(message)?,
                 Some(()) = interrupt.recv() => self.interrupt()?,
                 Some(()) = terminate.recv() => self.interrupt()?,
+                Some(()) = warning.recv() => self.interrupt()?,
                 _ = timer.tick() => self.tell_progress()?,
+                _ = heart.tick() => session.beat(),
             }
         }
     }
@@ -267,7 +295,7 @@ impl<'a> Coordinator<'a> {
                     }
                 }
                 State::Queued(_) if self.fits(place) => {
-                    let gauge = Gauge { started: Instant::now(), done: 0, total: 0, bytes: 0, is_stale: false };
+                    let gauge = Gauge::new();
                     if let Some(State::Queued(work)) = self.states.insert(place, State::Running(gauge)) {
                         self.emit(Event::StepStarted { step: self.id(place) })?;
                         self.start_worker(place, *work);
@@ -330,10 +358,10 @@ impl<'a> Coordinator<'a> {
             Message::Progress(place, said) => self.note(place, said),
             Message::Finished(place, Ok(artifact)) => {
                 if let Some(State::Running(gauge)) = self.states.get(&place) {
-                    let Gauge { started, done, bytes, .. } = gauge;
-                    let (items, bytes, wall_s) = (*done, *bytes, started.elapsed().as_secs_f64());
+                    let Gauge { started, done, bytes, failed, .. } = gauge;
+                    let (items, bytes, failed, wall_s) = (*done, *bytes, *failed, started.elapsed().as_secs_f64());
                     let (fingerprint, ports) = (artifact.manifest.fingerprint, artifact.manifest.ports.clone());
-                    self.emit(Event::StepDone { step: self.id(place), fingerprint, ports, items, bytes, wall_s })?;
+                    self.emit(Event::StepDone { step: self.id(place), fingerprint, ports, items, failed, bytes, wall_s })?;
                 }
                 self.keep(place, artifact)
             }
@@ -352,12 +380,17 @@ impl<'a> Coordinator<'a> {
         let step = self.id(place);
         let Some(State::Running(gauge)) = self.states.get_mut(&place) else { return Ok(()) };
         gauge.is_stale = true;
+        (gauge.last_sign, gauge.is_silent) = (Instant::now(), false);
         match said {
             Progress::Total(total) => gauge.total = total,
             Progress::Tick(n_items) => gauge.done += n_items,
             Progress::Committed { unit, bytes } => {
                 gauge.bytes += bytes;
                 return self.emit(Event::UnitCommitted { step, unit, bytes });
+            }
+            Progress::Failed(FailedItem { item, reason, attempts }) => {
+                gauge.failed += 1;
+                return self.emit(Event::ItemFailed { step, item, reason, attempts });
             }
             Progress::Note(words) => return self.emit(Event::StepNote { step, words }),
         }
@@ -367,10 +400,15 @@ impl<'a> Coordinator<'a> {
     fn tell_progress(&mut self) -> Result<()> {
         let mut events = Vec::new();
         for (place, state) in &mut self.states {
-            if let State::Running(gauge) = state
-                && std::mem::take(&mut gauge.is_stale)
-            {
-                let step = self.pipeline.steps[*place].id.clone();
+            let State::Running(gauge) = state else { continue };
+            let step = self.pipeline.steps[*place].id.clone();
+            if !gauge.is_silent && gauge.last_sign.elapsed() > SILENCE {
+                gauge.is_silent = true;
+                let words =
+                    format!("no sign of life for {} s; if it hangs, stop the run and type the same command again", SILENCE.as_secs());
+                events.push(Event::StepNote { step: step.clone(), words });
+            }
+            if std::mem::take(&mut gauge.is_stale) {
                 events.push(Event::StepProgress { step, done: gauge.done, total: gauge.total });
             }
         }
@@ -401,9 +439,10 @@ impl<'a> Coordinator<'a> {
 
     /// A committed file turned out damaged while it was read: its unit is set aside, so that the next run makes it again.
     fn set_aside_damage(&mut self, error: &ovenbird_stages::Error) -> Result<()> {
-        if let Some((kind, fingerprint)) = error.damaged_file().and_then(|path| self.store.unit_of(path)) {
-            let aside = self.store.quarantine_unit(&kind, &fingerprint)?;
-            self.emit(Event::Notice { words: format!("a damaged unit of {kind} was set aside at {}", aside.display()) })?;
+        if let Some(unit) = error.damaged_file().and_then(|path| self.store.unit_of(path))
+            && let Some(aside) = self.store.quarantine(&unit, &[error.to_string()])?
+        {
+            self.emit(Event::Notice { words: format!("the damaged unit {unit} was set aside at {}", aside.display()) })?;
         }
         Ok(())
     }
@@ -443,24 +482,77 @@ fn make(
     report: &(dyn Fn(Progress) + Send + Sync),
 ) -> Result<Artifact> {
     let (started, clock) = (Timestamp::now(), Instant::now());
-    let Work { recipe, inputs, units, missing, damaged, is_chain, .. } = work;
-    for unit in damaged {
-        store.quarantine_unit(step.entry.kind, &units[unit].fingerprint)?;
-    }
-    let missing: Vec<Unit> = missing.into_iter().map(|unit| units[unit].clone()).collect();
-    let n_items: usize = missing.iter().map(|unit| unit.items.len()).sum();
+    let kind = step.entry.kind;
+    let Work { recipe, inputs, units, items, missing, is_chain, .. } = work;
+    let n_items: usize = missing.iter().map(|unit| units[*unit].items.len()).sum();
     if n_items > 0 {
         report(Progress::Total(n_items as u64));
     }
-    let (device, threads) = (options.device, step.resources.cpu);
-    let context = Context { store, kind: step.entry.kind, units: &units, inputs: &inputs, device, threads, stop, report };
-    if !missing.is_empty() {
+    let (watch, n_failed) = (Mutex::new(Watch::default()), AtomicU64::new(0));
+    let context = Context {
+        store,
+        kind,
+        units: &units,
+        items: &items,
+        inputs: &inputs,
+        device: options.device,
+        threads: step.resources.cpu,
+        on_bad_item: step.on_bad_item,
+        n_failed: &n_failed,
+        watch: &watch,
+        stop,
+        report,
+    };
+    let mut waits_for: Option<Owner> = None;
+    loop {
+        let missing = plan::missing(step, store, &units, is_chain)?;
+        if missing.is_empty() {
+            break;
+        }
+        context.proceed()?;
+        // Units that hold items are claimed one by one by the stage; anything else is one process's as a whole.
+        let first = &units[missing[0]];
+        let claimed = if first.family.is_some() { &first.fingerprint } else { &recipe.fingerprint() };
+        let claim = store.claim(kind, claimed, &mut watch.lock().unwrap_or_else(PoisonError::into_inner))?;
+        let lease = match claim {
+            Claim::Mine(lease) => lease,
+            Claim::Made(record) if plan::is_whole(step, &record) => continue,
+            Claim::Made(record) => {
+                store.quarantine(&unit_name(kind, &record.key.fingerprint), &["some items failed".into()])?;
+                continue;
+            }
+            Claim::Held(holder) => {
+                if waits_for.as_ref() != Some(&holder) {
+                    report(Progress::Note(format!("waits for {}, which is making it", holder.words())));
+                    waits_for = Some(holder);
+                }
+                thread::sleep(LOOK_EVERY);
+                continue;
+            }
+        };
+        let missing: Vec<Unit> = missing.into_iter().map(|unit| units[unit].clone()).collect();
+        for unit in &missing {
+            match store.unit(kind, &unit.fingerprint)? {
+                Status::Damaged(findings) => drop(store.quarantine(&unit_name(kind, &unit.fingerprint), &findings)?),
+                Status::Valid(record) if !plan::is_whole(step, &record) => {
+                    drop(store.quarantine(&unit_name(kind, &unit.fingerprint), &["some items failed".into()])?);
+                }
+                Status::Valid(_) | Status::Absent => {}
+            }
+        }
+        // The stage claims units that hold items by itself.
+        let _whole = if first.family.is_some() {
+            drop(lease);
+            None
+        } else {
+            Some(lease)
+        };
         step.stage.run(&missing, &context)?;
     }
     let record = |unit: &Unit| -> Result<UnitRecord> {
-        match store.unit(step.entry.kind, &unit.fingerprint)? {
+        match store.unit(kind, &unit.fingerprint)? {
             Status::Valid(record) => Ok(record),
-            Status::Damaged(_) | Status::Absent => panic!("BUG: `{}` ended well without unit {}", step.entry.kind, unit.index),
+            Status::Damaged(_) | Status::Absent => panic!("BUG: `{kind}` ended well without unit {}", unit.index),
         }
     };
     let whole = if is_chain { &units[units.len().saturating_sub(1)..] } else { &units[..] };
@@ -469,7 +561,7 @@ fn make(
         program: format!("ovenbird {}", env!("CARGO_PKG_VERSION")),
         run: run.to_owned(),
         host: read_line("/proc/sys/kernel/hostname"),
-        device: device_name(device),
+        device: device_name(options.device),
         libtorch: ovenbird_models::LIBTORCH.into(),
         started: started.to_string(),
         wall_s: clock.elapsed().as_secs_f64(),

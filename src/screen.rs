@@ -9,7 +9,10 @@ use std::{
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
 use jiff::{Timestamp, Zoned};
 
-use crate::event::{Event, Stamped, Verdict};
+use crate::{
+    error::count,
+    event::{Event, Stamped, Verdict},
+};
 
 /// How often a plain line says how far a step is.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -51,11 +54,13 @@ impl Screen {
                 self.steps.insert(step.clone(), Shown { bar, started: now, resumed, last_line: now });
             }
             Event::StepProgress { step, done, total } => self.progress(step, *done, *total),
+            Event::ItemFailed { step, item, reason, .. } => self.step_line(step, &format!("left out {item}: {reason}")),
             Event::StepNote { step, words } => self.step_line(step, words),
-            Event::StepDone { step, items, bytes, wall_s, .. } => {
+            Event::StepDone { step, items, failed, bytes, wall_s, .. } => {
                 self.finish_bar(step);
                 let rate = if *items > 0 && *wall_s > 0.0 { format!(", {:.0} items/s", *items as f64 / wall_s) } else { String::new() };
-                self.step_line(step, &format!("done in {}{rate}, {}", duration(*wall_s), HumanBytes(*bytes)));
+                let failed = if *failed > 0 { format!(", {} left out", count(*failed as usize, "item")) } else { String::new() };
+                self.step_line(step, &format!("done in {}{rate}, {}{failed}", duration(*wall_s), HumanBytes(*bytes)));
             }
             Event::StepFailed { step, error, hint } => {
                 self.finish_bar(step);

@@ -1,8 +1,8 @@
 //! The main job, small: it runs, it is not done twice, it survives being killed anywhere.
 
-use std::{fs, process::Stdio, thread, time::Duration};
+use std::{fs, process::Stdio};
 
-use crate::support::World;
+use crate::support::{World, until};
 
 const STEPS: [&str; 13] =
     ["clip", "coco", "detect", "globals", "lvis", "lvis-val", "objects", "prompts", "proposals", "regions", "train", "val", "world"];
@@ -103,13 +103,7 @@ fn ctrl_c_stops_at_the_next_unit_and_the_run_continues_there() {
     let world = World::tiny();
     let mut command = world.command(["run", "./tiny.yaml", "--set", "clip.steps=400"]);
     let running = command.stderr(Stdio::piped()).spawn().unwrap();
-    // Until a link of the training is published.
-    for _ in 0..1200 {
-        if world.path(".ovenbird/units/clip-pretrain").read_dir().is_ok_and(|entries| entries.count() > 2) {
-            break;
-        }
-        thread::sleep(Duration::from_millis(50));
-    }
+    until(|| world.path(".ovenbird/units/clip-pretrain").read_dir().is_ok_and(|entries| entries.count() > 2));
     let killed = std::process::Command::new("kill").args(["-INT", &running.id().to_string()]).status().unwrap();
     assert!(killed.success());
     let output = running.wait_with_output().unwrap();
@@ -119,19 +113,46 @@ fn ctrl_c_stops_at_the_next_unit_and_the_run_continues_there() {
 }
 
 #[test]
-fn two_runs_of_one_home_at_once_are_refused() {
+fn four_processes_share_one_pipeline_and_make_every_unit_once() {
+    let undisturbed = World::tiny();
+    undisturbed.run(["run", "./tiny.yaml"]).success();
+
     let world = World::tiny();
-    let mut running = world.command(["run", "./tiny.yaml", "--set", "clip.steps=2000"]).spawn().unwrap();
-    for _ in 0..400 {
-        if fs::read_to_string(world.path(".ovenbird/lock")).is_ok_and(|holder| !holder.is_empty()) {
-            break;
-        }
-        thread::sleep(Duration::from_millis(25));
+    let running: Vec<_> = (0..4).map(|_| world.command(["run", "./tiny.yaml", "--jobs", "1"]).spawn().unwrap()).collect();
+    for run in running {
+        let output = run.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
-    let second = world.run(["run", "./tiny.yaml"]);
-    running.kill().unwrap();
-    running.wait().unwrap();
-    assert!(second.code == 5 && second.stderr.contains("another run is using this home (run "), "{}", second.stderr);
-    // The lock died with its holder.
-    world.run(["run", "./tiny.yaml", "--until", "val"]).success();
+    let mut made: Vec<String> = Vec::new();
+    for line in world.logs().lines() {
+        let event: serde_json::Value = serde_json::from_str(line).unwrap();
+        let unit = &event["event"]["unit_committed"];
+        if unit.is_object() {
+            made.push(format!("{} {}", unit["step"], unit["unit"]));
+        }
+    }
+    made.sort();
+    assert_eq!(made.len(), world.n_units(), "{made:?}");
+    made.dedup();
+    assert_eq!(made.len(), world.n_units(), "a unit was made twice");
+    assert_eq!(world.units(), undisturbed.units());
+}
+
+#[test]
+fn a_run_waits_for_what_another_makes_and_takes_over_when_that_one_is_killed() {
+    let world = World::tiny();
+    let mut first = world.command(["run", "./tiny.yaml", "--until", "clip", "--set", "clip.steps=100000"]).spawn().unwrap();
+    let is_training = || world.path(".ovenbird/units/clip-pretrain").read_dir().is_ok_and(|entries| entries.count() > 2);
+    until(is_training);
+    let second = world.command(["run", "./tiny.yaml", "--until", "clip", "--set", "clip.steps=100000"]).spawn().unwrap();
+    until(|| world.logs().contains("waits for process "));
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let n_links = world.n_units();
+    until(|| world.n_units() > n_links + 1);
+    // As Slurm does before it ends a job.
+    assert!(std::process::Command::new("kill").args(["-USR1", &second.id().to_string()]).status().unwrap().success());
+    let output = second.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{stderr}");
 }

@@ -43,23 +43,15 @@ pub enum Error {
         /// What was expected and what was found.
         problem: String,
     },
-    /// A file of ours is from the future.
-    #[error("{}: written by a newer version (format {found}, this program reads up to {known})", path.display())]
-    Newer {
+    /// A file of ours has another format.
+    #[error("{}: written by {} version (format {found}, this program reads {known})", path.display(), if found > known { "a newer" } else { "an older" })]
+    OtherFormat {
         /// The file.
         path: PathBuf,
         /// Its format.
         found: u32,
-        /// The newest format this program knows.
+        /// The format this program knows.
         known: u32,
-    },
-    /// Another run owns the home.
-    #[error("{}: another run is using this home ({holder})", home.display())]
-    Locked {
-        /// The home.
-        home: PathBuf,
-        /// What the other run wrote into its lock.
-        holder: String,
     },
 }
 
@@ -93,8 +85,10 @@ impl Error {
             Self::Flipped { .. } | Self::Malformed { .. } => {
                 "type `ovenbird run PIPELINE` again: what is damaged is set aside and only that is made again".into()
             }
-            Self::Newer { .. } => "update ovenbird, or choose another home with `--home FOLDER`".into(),
-            Self::Locked { .. } => "wait for it to end, or choose another home with `--home FOLDER`".into(),
+            Self::OtherFormat { found, known, .. } if found > known => {
+                "update ovenbird, or choose another home with `--home FOLDER`".into()
+            }
+            Self::OtherFormat { .. } => "choose another home with `--home FOLDER`: what the older version made is made again there".into(),
         })
     }
 }

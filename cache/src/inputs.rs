@@ -1,23 +1,34 @@
 //! Content digests of the files a user brings.
 //!
-//! A file is hashed once and remembered by device, inode, size, mtime and ctime. As in git, an entry recorded within
-//! [`RACY_NS`] of the file's own mtime is not trusted: the file may have changed again within the clock's grain.
+//! A file is hashed once and remembered by device, inode, size, mtime and ctime, all files of an input together in one table
+//! of the ledger. As in git, an entry recorded within [`RACY_NS`] of the file's own mtime is not trusted: the file may have
+//! changed again within the clock's grain.
 
 use std::{
+    collections::HashMap,
     fs::{self, File},
     io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
 };
 
-use serde::{Deserialize, Serialize};
+use arrow::{
+    array::{Array, ArrayRef, AsArray, FixedSizeBinaryArray, Int64Array, RecordBatch, StringArray, UInt64Array},
+    datatypes::{Int64Type, UInt64Type},
+    ipc::{reader::StreamReader, writer::StreamWriter},
+};
 
-use crate::{Digest, Error, Ledger, Result};
+use crate::{Digest, Error, Fingerprint, Ledger, Result, publish::Publisher};
 
 /// How long after its last change a file must have been hashed for the digest to be remembered, in ns.
 const RACY_NS: i128 = 2_000_000_000;
+/// Files of one value of the ledger: what a changed file rewrites.
+const FILES_PER_VALUE: usize = 8192;
 
 /// One file of an input.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,21 +41,30 @@ pub struct InputFile {
     pub bytes: u64,
     /// BLAKE3 of its content.
     pub digest: Digest,
+    /// The unit it was published with; `None` for a file that the user brings.
+    pub unit: Option<Fingerprint>,
 }
 
-#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stat {
     dev: u64,
     ino: u64,
     size: u64,
-    mtime_ns: i128,
-    ctime_ns: i128,
+    mtime_ns: i64,
+    ctime_ns: i64,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Remembered {
-    stat: Stat,
-    digest: Digest,
+impl Stat {
+    fn of(path: &Path) -> Result<Self> {
+        let metadata = fs::metadata(path).map_err(|source| Error::read(path, source))?;
+        Ok(Self {
+            dev: metadata.dev(),
+            ino: metadata.ino(),
+            size: metadata.size(),
+            mtime_ns: metadata.mtime() * 1_000_000_000 + metadata.mtime_nsec(),
+            ctime_ns: metadata.ctime() * 1_000_000_000 + metadata.ctime_nsec(),
+        })
+    }
 }
 
 /// Digests of a file, or of every file below a folder in ascending order of name; hidden files are left out.
@@ -58,69 +78,154 @@ pub fn digest_path(path: &Path, ledger: Option<&Ledger>, now_ns: i128) -> Result
         let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         found.push((name, path.to_owned()));
     }
-    let digests = digest_all(&found, ledger, now_ns)?;
-    Ok(found.into_iter().zip(digests).map(|((name, path), (bytes, digest))| InputFile { name, path, bytes, digest }).collect())
+    let stats = in_parallel(found.len(), |file_idx| Stat::of(&found[file_idx].1))?;
+    let root = path.canonicalize().map_err(|source| Error::read(path, source))?.display().to_string();
+    let mut digests = match ledger.filter(|ledger| !ledger.is_rehashing()) {
+        Some(ledger) => Table::read(ledger, &root).look_up(&found, &stats),
+        None => vec![None; found.len()],
+    };
+    let unknown: Vec<usize> = (0..found.len()).filter(|file_idx| digests[*file_idx].is_none()).collect();
+    let hashed = in_parallel(unknown.len(), |place| digest_file(&found[unknown[place]].1))?;
+    for (file_idx, digest) in unknown.iter().zip(&hashed) {
+        digests[*file_idx] = Some(*digest);
+    }
+    let digests: Vec<Digest> = digests.into_iter().map(|digest| digest.expect("BUG: what was unknown was hashed")).collect();
+    if let Some(ledger) = ledger
+        && !unknown.is_empty()
+    {
+        Table::write(ledger, &root, &found, &stats, &digests, now_ns);
+    }
+    let files = found.into_iter().zip(stats).zip(digests);
+    Ok(files.map(|(((name, path), stat), digest)| InputFile { name, path, bytes: stat.size, digest, unit: None }).collect())
 }
 
 fn walk(folder: &Path, prefix: &str, found: &mut Vec<(String, PathBuf)>) -> Result<()> {
-    for entry in crate::publish::read_dir(folder)? {
-        let name = entry.file_name().to_string_lossy().into_owned();
+    for (name, is_folder) in Publisher::default().list(folder)? {
         if name.starts_with('.') {
             continue;
         }
-        let (name, path) = (format!("{prefix}{name}"), entry.path());
-        if path.is_dir() {
-            walk(&path, &format!("{name}/"), found)?;
+        let path = folder.join(&name);
+        // A link to a folder is a folder.
+        if is_folder || (fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_symlink()) && path.is_dir()) {
+            walk(&path, &format!("{prefix}{name}/"), found)?;
         } else {
-            found.push((name, path));
+            found.push((format!("{prefix}{name}"), path));
         }
     }
     Ok(())
 }
 
-fn digest_all(found: &[(String, PathBuf)], ledger: Option<&Ledger>, now_ns: i128) -> Result<Vec<(u64, Digest)>> {
-    let n_threads = thread::available_parallelism().map_or(1, usize::from).min(found.len().max(1));
-    let next = AtomicUsize::new(0);
-    let worker = || {
-        let mut digests = Vec::new();
-        loop {
-            let file_idx = next.fetch_add(1, Ordering::Relaxed);
-            let Some((_, path)) = found.get(file_idx) else { return Ok(digests) };
-            digests.push((file_idx, digest_one(path, ledger, now_ns)?));
-        }
-    };
-    let mut digests = thread::scope(|scope| {
-        let workers: Vec<_> = (0..n_threads).map(|_| scope.spawn(worker)).collect();
-        let finished = workers.into_iter().map(|worker| worker.join().expect("BUG: hashing does not panic"));
-        finished.collect::<Result<Vec<_>>>().map(|lists| lists.concat())
-    })?;
-    digests.sort_by_key(|(file_idx, _)| *file_idx);
-    Ok(digests.into_iter().map(|(_, digest)| digest).collect())
+/// What was remembered of the files below one folder, in the order of [`walk`].
+struct Table {
+    /// Columns: name, dev, ino, size, mtime, ctime, digest.
+    batches: Vec<RecordBatch>,
 }
 
-fn digest_one(path: &Path, ledger: Option<&Ledger>, now_ns: i128) -> Result<(u64, Digest)> {
-    let metadata = fs::metadata(path).map_err(|source| Error::read(path, source))?;
-    let stat = Stat {
-        dev: metadata.dev(),
-        ino: metadata.ino(),
-        size: metadata.size(),
-        mtime_ns: i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec()),
-        ctime_ns: i128::from(metadata.ctime()) * 1_000_000_000 + i128::from(metadata.ctime_nsec()),
+impl Table {
+    fn prefix(root: &str) -> Vec<u8> {
+        [b"inputs:", root.as_bytes(), b"\0"].concat()
+    }
+
+    /// What cannot be read is not remembered.
+    fn read(ledger: &Ledger, root: &str) -> Self {
+        let values = ledger.with(|db| db.scan_prefix(Self::prefix(root)).values().collect::<sled::Result<Vec<_>>>());
+        let batch = |value: &sled::IVec| StreamReader::try_new(&value[..], None).ok()?.next()?.ok();
+        Self { batches: values.unwrap_or_default().iter().filter_map(batch).collect() }
+    }
+
+    /// The digest of every file that is as it was remembered.
+    fn look_up(&self, found: &[(String, PathBuf)], stats: &[Stat]) -> Vec<Option<Digest>> {
+        let mut by_name: HashMap<&str, (Stat, Digest)> = HashMap::new();
+        for batch in &self.batches {
+            let names = batch.column(0).as_string::<i32>();
+            let unsigned = |column: usize| batch.column(column).as_primitive::<UInt64Type>().values();
+            let signed = |column: usize| batch.column(column).as_primitive::<Int64Type>().values();
+            let (dev, ino, size, mtime, ctime) = (unsigned(1), unsigned(2), unsigned(3), signed(4), signed(5));
+            let digests = batch.column(6).as_fixed_size_binary();
+            by_name.reserve(names.len());
+            for row in 0..names.len() {
+                let stat = Stat { dev: dev[row], ino: ino[row], size: size[row], mtime_ns: mtime[row], ctime_ns: ctime[row] };
+                let bytes: [u8; 32] = digests.value(row).try_into().expect("BUG: the column has 32 bytes a value");
+                by_name.insert(names.value(row), (stat, blake3::Hash::from_bytes(bytes).into()));
+            }
+        }
+        let known = |((name, _), stat): (&(String, PathBuf), &Stat)| by_name.get(name.as_str()).filter(|(was, _)| was == stat);
+        found.iter().zip(stats).map(|entry| known(entry).map(|(_, digest)| *digest)).collect()
+    }
+
+    fn write(ledger: &Ledger, root: &str, found: &[(String, PathBuf)], stats: &[Stat], digests: &[Digest], now_ns: i128) {
+        let is_calm = |stat: &Stat| now_ns - i128::from(stat.mtime_ns.max(stat.ctime_ns)) > RACY_NS;
+        let calm: Vec<usize> = (0..found.len()).filter(|file_idx| is_calm(&stats[*file_idx])).collect();
+        let values: Vec<Vec<u8>> = calm.chunks(FILES_PER_VALUE).map(|rows| encode(rows, found, stats, digests)).collect();
+        let prefix = Self::prefix(root);
+        // The ledger may always be lost, so a failed write costs a hash, not a run.
+        let _lost = ledger.with(|db| {
+            for (value_idx, value) in values.iter().enumerate() {
+                let key = [&prefix[..], &(value_idx as u32).to_be_bytes()].concat();
+                if db.get(&key)?.is_none_or(|was| was != value) {
+                    db.insert(key, &value[..])?;
+                }
+            }
+            for key in db.scan_prefix(&prefix).keys().skip(values.len()).collect::<sled::Result<Vec<_>>>()? {
+                db.remove(key)?;
+            }
+            Ok(())
+        });
+    }
+}
+
+fn encode(rows: &[usize], found: &[(String, PathBuf)], stats: &[Stat], digests: &[Digest]) -> Vec<u8> {
+    let unsigned =
+        |field: fn(&Stat) -> u64| -> ArrayRef { Arc::new(UInt64Array::from_iter_values(rows.iter().map(|row| field(&stats[*row])))) };
+    let signed =
+        |field: fn(&Stat) -> i64| -> ArrayRef { Arc::new(Int64Array::from_iter_values(rows.iter().map(|row| field(&stats[*row])))) };
+    let names = StringArray::from_iter_values(rows.iter().map(|row| &found[*row].0));
+    let digests = FixedSizeBinaryArray::try_from_iter(rows.iter().map(|row| digests[*row].as_bytes()));
+    let columns: [(&str, ArrayRef); 7] = [
+        ("name", Arc::new(names)),
+        ("dev", unsigned(|stat| stat.dev)),
+        ("ino", unsigned(|stat| stat.ino)),
+        ("size", unsigned(|stat| stat.size)),
+        ("mtime_ns", signed(|stat| stat.mtime_ns)),
+        ("ctime_ns", signed(|stat| stat.ctime_ns)),
+        ("digest", Arc::new(digests.expect("BUG: digests have 32 bytes"))),
+    ];
+    let batch = RecordBatch::try_from_iter(columns).expect("BUG: columns of equal length");
+    let mut bytes = Vec::new();
+    let mut write = || {
+        let mut writer = StreamWriter::try_new(&mut bytes, &batch.schema())?;
+        writer.write(&batch)?;
+        writer.finish()
     };
-    let key = format!("stat:{}", path.canonicalize().map_err(|source| Error::read(path, source))?.display());
-    if let Some(remembered) = ledger.and_then(|ledger| ledger.get::<Remembered>(&key))
-        && remembered.stat == stat
-    {
-        return Ok((stat.size, remembered.digest));
-    }
-    let digest = digest_file(path)?;
-    let size = stat.size;
-    if let Some(ledger) = ledger
-        && now_ns - stat.mtime_ns.max(stat.ctime_ns) > RACY_NS
-    {
-        ledger.put(&key, &Remembered { stat, digest });
-    }
-    Ok((size, digest))
+    write().expect("BUG: writing to memory does not fail");
+    bytes
+}
+
+/// Asks for every index below `n` on all cores; answers are in order.
+fn in_parallel<T: Send>(n: usize, ask: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+    const SPAN: usize = 64;
+    let n_threads = thread::available_parallelism().map_or(1, usize::from).min(n.div_ceil(SPAN)).max(1);
+    let next = AtomicUsize::new(0);
+    let worker = || -> Result<Vec<(usize, Vec<T>)>> {
+        let mut spans = Vec::new();
+        loop {
+            let first = next.fetch_add(SPAN, Ordering::Relaxed);
+            if first >= n {
+                return Ok(spans);
+            }
+            spans.push((first, (first..n.min(first + SPAN)).map(&ask).collect::<Result<_>>()?));
+        }
+    };
+    let mut spans = thread::scope(|scope| {
+        let workers: Vec<_> = (0..n_threads).map(|_| scope.spawn(worker)).collect();
+        let finished = workers.into_iter().map(|worker| worker.join().expect("BUG: hashing does not panic"));
+        finished.collect::<Result<Vec<_>>>()
+    })?
+    .into_iter()
+    .flatten()
+    .collect::<Vec<_>>();
+    spans.sort_by_key(|(first, _)| *first);
+    Ok(spans.into_iter().flat_map(|(_, answers)| answers).collect())
 }
 
 /// The BLAKE3 of a file's content.
@@ -136,9 +241,13 @@ pub fn digest_file(path: &Path) -> Result<Digest> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::publish::replace;
+    use crate::{Store, publish::replace};
 
     const LATER: i128 = 1 << 100;
+
+    fn ledger(home: &Path) -> Ledger {
+        Ledger::of(&Store::open(&home.join("home")).unwrap())
+    }
 
     #[test]
     fn a_folder_lists_its_files_by_name_without_hidden_ones() {
@@ -151,35 +260,53 @@ mod tests {
         assert_eq!(names, ["a/1.jpg", "a/2.jpg", "b.jpg"].map(|name| (name, Digest::of(name.as_bytes()))));
     }
 
+    /// Tells the ledger something else than what the file holds: proof that it is asked.
+    fn lie(ledger: &Ledger, path: &Path) -> Digest {
+        let root = path.canonicalize().unwrap().display().to_string();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        Table::write(ledger, &root, &[(name, path.to_owned())], &[Stat::of(path).unwrap()], &[Digest::of(b"a lie")], LATER);
+        Digest::of(b"a lie")
+    }
+
     #[test]
-    fn a_remembered_digest_is_used_until_the_file_changes() {
+    fn a_remembered_digest_is_used_until_the_file_changes_or_all_is_forgotten() {
         let home = tempfile::tempdir().unwrap();
-        let path = home.path().join("file");
-        let (ledger, _) = Ledger::open(&home.path().join("ledger"), &home.path().join("quarantine")).unwrap();
+        let (path, ledger) = (home.path().join("file"), ledger(home.path()));
+        let digest = |ledger: &Ledger| digest_path(&path, Some(ledger), LATER).unwrap()[0].digest;
         replace(&path, b"one").unwrap();
-        let first = digest_path(&path, Some(&ledger), LATER).unwrap()[0].digest;
-
-        // Proof that the ledger is asked: it answers what it was told, not what the file holds.
-        let key = format!("stat:{}", path.canonicalize().unwrap().display());
-        let mut remembered: Remembered = ledger.get(&key).unwrap();
-        remembered.digest = Digest::of(b"remembered");
-        ledger.put(&key, &remembered);
-        assert_eq!(digest_path(&path, Some(&ledger), LATER).unwrap()[0].digest, Digest::of(b"remembered"));
-
+        assert_eq!(digest(&ledger), Digest::of(b"one"));
+        let lie = lie(&ledger, &path);
+        assert_eq!(digest(&ledger), lie);
+        assert_eq!(digest(&ledger.rehashing(true)), Digest::of(b"one"));
         replace(&path, b"two").unwrap();
-        let second = digest_path(&path, Some(&ledger), LATER).unwrap()[0].digest;
-        assert_eq!((first, second), (Digest::of(b"one"), Digest::of(b"two")));
+        assert_eq!(digest(&self::ledger(home.path())), Digest::of(b"two"));
     }
 
     #[test]
     fn a_file_changed_just_now_is_not_remembered() {
         let home = tempfile::tempdir().unwrap();
-        let path = home.path().join("file");
-        let (ledger, _) = Ledger::open(&home.path().join("ledger"), &home.path().join("quarantine")).unwrap();
+        let (path, ledger) = (home.path().join("file"), ledger(home.path()));
         replace(&path, b"one").unwrap();
-        let metadata = fs::metadata(&path).unwrap();
-        let now_ns = i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
+        let now_ns = i128::from(Stat::of(&path).unwrap().mtime_ns);
         digest_path(&path, Some(&ledger), now_ns).unwrap();
-        assert!(ledger.get::<Remembered>(&format!("stat:{}", path.canonicalize().unwrap().display())).is_none());
+        let root = path.canonicalize().unwrap().display().to_string();
+        assert_eq!(Table::read(&ledger, &root).batches.iter().map(RecordBatch::num_rows).sum::<usize>(), 0);
+    }
+
+    #[test]
+    fn many_files_are_remembered_and_one_that_changes_or_goes_costs_only_itself() {
+        let home = tempfile::tempdir().unwrap();
+        let (folder, ledger) = (home.path().join("folder"), ledger(home.path()));
+        for file in 0..300 {
+            replace(&folder.join(format!("{file:03}")), &[file as u8, (file >> 8) as u8]).unwrap();
+        }
+        let first = digest_path(&folder, Some(&ledger), LATER).unwrap();
+        replace(&folder.join("007"), b"changed").unwrap();
+        Publisher::default().remove(&folder.join("100")).unwrap();
+        let second = digest_path(&folder, Some(&ledger), LATER).unwrap();
+        assert_eq!(second.len(), 299);
+        let changed: Vec<&str> = second.iter().filter(|file| !first.contains(file)).map(|file| file.name.as_str()).collect();
+        assert_eq!(changed, ["007"]);
+        assert_eq!(digest_path(&folder, Some(&ledger), LATER).unwrap(), second);
     }
 }

@@ -1,84 +1,176 @@
-//! An index that can be lost: digests of input files that were hashed before.
+//! An index that can be lost: digests of input files that were hashed before, and when units were last verified.
 //!
-//! Kept in sled 0.34, which belongs to one process: only a caller that holds the home's [`RunLock`](crate::RunLock) opens
-//! it. It is never the truth. A damaged ledger is set aside and begun anew, and the caller is told; the price is hashing
-//! the inputs once more.
+//! Kept in sled 0.34, which belongs to one process at a time: it is opened for a moment, under a lease, and closed again,
+//! so that any number of processes share it. It is never the truth. A damaged ledger is set aside and begun anew, aloud;
+//! the price is hashing the inputs once more. Whoever cannot get at it in time goes without.
 
-use std::path::Path;
+use std::{
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::PathBuf,
+    sync::Mutex,
+    thread,
+    time::{Duration, Instant},
+};
 
-use serde::{Serialize, de::DeserializeOwned};
+use crate::{Error, Lease, Result, Store, publish::Publisher};
 
-use crate::{Error, Result, publish};
+/// How long to wait for other processes that have the ledger open.
+const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The open ledger.
+/// The ledger of a home.
 #[derive(Debug)]
 pub struct Ledger {
-    db: sled::Db,
+    folder: PathBuf,
+    lease: PathBuf,
+    quarantine: PathBuf,
+    publisher: Publisher,
+    notices: Mutex<Vec<String>>,
+    is_rehashing: bool,
 }
 
 impl Ledger {
-    /// Opens or creates the ledger in a folder. The second value says, in words, that a damaged one was set aside.
-    pub fn open(folder: &Path, quarantine: &Path) -> Result<(Self, Option<String>)> {
-        match Self::try_open(folder) {
-            Ok(ledger) => Ok((ledger, None)),
-            Err(_) if folder.exists() => {
-                let aside = publish::quarantine(folder, quarantine)?;
-                let ledger = Self::try_open(folder).map_err(|error| Error::malformed(folder, error.to_string()))?;
-                Ok((ledger, Some(format!("the ledger was damaged and is begun anew; the old one is at {}", aside.display()))))
-            }
-            Err(error) => Err(Error::malformed(folder, error.to_string())),
+    /// The ledger of a store, which is created when it is first written.
+    pub fn of(store: &Store) -> Self {
+        Self {
+            folder: store.home().join("ledger"),
+            lease: store.home().join("leases").join("ledger"),
+            quarantine: store.home().join("quarantine"),
+            publisher: store.publisher().clone(),
+            notices: Mutex::default(),
+            is_rehashing: false,
         }
     }
 
-    fn try_open(folder: &Path) -> sled::Result<Self> {
-        // A plain file where the folder belongs is damage like any other.
-        let db = sled::Config::new().path(folder).cache_capacity(64 << 20).flush_every_ms(None).open()?;
-        Ok(Self { db })
+    /// Forgets what is remembered of input files: each is hashed again.
+    #[must_use]
+    pub fn rehashing(self, is_rehashing: bool) -> Self {
+        Self { is_rehashing, ..self }
     }
 
-    /// Reads a value; one that cannot be read or understood is as good as absent.
-    pub fn get<T: DeserializeOwned>(&self, key: &str) -> Option<T> {
-        let bytes = self.db.get(key).ok()??;
-        serde_json::from_slice(&bytes).ok()
+    pub(crate) fn is_rehashing(&self) -> bool {
+        self.is_rehashing
     }
 
-    /// Writes a value. It survives a crash once [`Self::flush`] has returned.
-    pub fn put<T: Serialize>(&self, key: &str, value: &T) {
-        let bytes = serde_json::to_vec(value).expect("BUG: ledger values are plain JSON");
-        // The ledger may always be lost, so a failed write costs a hash, not a run.
-        let _lost = self.db.insert(key, bytes);
+    /// What happened to the ledger since the last call, in words.
+    pub fn notices(&self) -> Vec<String> {
+        std::mem::take(&mut *self.notices.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 
-    /// Makes everything put so far survive.
-    pub fn flush(&self) {
-        let _lost = self.db.flush();
+    fn say(&self, words: String) {
+        self.notices.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(words);
     }
+
+    /// Throws the ledger away.
+    pub fn forget(&self) -> Result<()> {
+        let started = Instant::now();
+        while started.elapsed() < PATIENCE {
+            if let Ok(_lease) = Lease::take(&self.lease)? {
+                return self.publisher.remove(&self.folder);
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Err(Error::malformed(&self.folder, "is in use by another process"))
+    }
+
+    /// Does something with the open ledger. `None`: it could not be had; what was to be read counts as unknown, and what was
+    /// to be written is lost.
+    pub(crate) fn with<T>(&self, work: impl Fn(&sled::Db) -> sled::Result<T>) -> Option<T> {
+        let started = Instant::now();
+        let _lease = loop {
+            match Lease::take(&self.lease) {
+                Ok(Ok(lease)) => break lease,
+                Ok(Err(_)) if started.elapsed() < PATIENCE => thread::sleep(Duration::from_millis(5)),
+                Ok(Err(holder)) => {
+                    self.say(format!("{} keeps the ledger: inputs are hashed anew", holder.words()));
+                    return None;
+                }
+                // A home that cannot be written has no ledger.
+                Err(_) => return None,
+            }
+        };
+        for is_second_try in [false, true] {
+            // sled panics on some damage.
+            let worked = catch_unwind(AssertUnwindSafe(|| {
+                let db = sled::Config::new().path(&self.folder).cache_capacity(256 << 20).flush_every_ms(None).open()?;
+                let result = work(&db)?;
+                db.flush()?;
+                Ok::<T, sled::Error>(result)
+            }));
+            match worked {
+                Ok(Ok(result)) => return Some(result),
+                Ok(Err(sled::Error::Io(error))) if is_the_disk_s(&error) => {
+                    self.say(format!("{}: {error}: inputs are hashed anew", self.folder.display()));
+                    return None;
+                }
+                _ if is_second_try => {}
+                _ => match self.publisher.set_aside(&self.folder, &self.quarantine) {
+                    Ok(Some(aside)) => self.say(format!("the ledger was damaged and is begun anew; the old one is at {}", aside.display())),
+                    Ok(None) => {}
+                    Err(_) => return None,
+                },
+            }
+        }
+        None
+    }
+}
+
+/// Whether an error is none of the ledger's: beginning it anew would not help.
+fn is_the_disk_s(error: &io::Error) -> bool {
+    use io::ErrorKind as Kind;
+    matches!(error.kind(), Kind::StorageFull | Kind::QuotaExceeded | Kind::PermissionDenied | Kind::ReadOnlyFilesystem)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::publish::replace;
+
+    fn read(ledger: &Ledger) -> Option<Option<Vec<u8>>> {
+        ledger.with(|db| Ok(db.get("a")?.map(|value| value.to_vec())))
+    }
+
+    fn write(ledger: &Ledger) {
+        ledger.with(|db| db.insert("a", b"7")).unwrap();
+    }
 
     #[test]
-    fn values_survive_closing() {
+    fn values_survive_and_several_share_the_ledger() {
         let home = tempfile::tempdir().unwrap();
-        let (folder, aside) = (home.path().join("ledger"), home.path().join("quarantine"));
-        let (ledger, _) = Ledger::open(&folder, &aside).unwrap();
-        ledger.put("a", &7_u32);
-        ledger.flush();
-        drop(ledger);
-        let (ledger, said) = Ledger::open(&folder, &aside).unwrap();
-        assert_eq!((ledger.get("a"), ledger.get::<u32>("b"), said), (Some(7_u32), None, None));
+        let store = Store::open(home.path()).unwrap();
+        let (one, two) = (Ledger::of(&store), Ledger::of(&store));
+        write(&one);
+        assert_eq!(read(&two), Some(Some(b"7".to_vec())));
+        assert!(one.notices().is_empty() && two.notices().is_empty());
+        one.forget().unwrap();
+        assert_eq!(read(&two), Some(None));
     }
 
     #[test]
     fn a_damaged_ledger_is_set_aside_aloud() {
+        for name in ["db", "conf"] {
+            let home = tempfile::tempdir().unwrap();
+            let ledger = Ledger::of(&Store::open(home.path()).unwrap());
+            write(&ledger);
+            let path = home.path().join("ledger").join(name);
+            let length = fs::metadata(&path).unwrap().len() as usize;
+            replace(&path, &b"garbage!".repeat(length.div_ceil(8))[..length.max(8)]).unwrap();
+            // Whatever sled makes of it: the ledger works again, and what it says is true or unknown.
+            assert!(matches!(read(&ledger), Some(None)), "{name}");
+            write(&ledger);
+            assert_eq!(read(&ledger), Some(Some(b"7".to_vec())), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_file_in_the_ledger_s_place_is_damage_like_any_other() {
         let home = tempfile::tempdir().unwrap();
-        let (folder, aside) = (home.path().join("ledger"), home.path().join("quarantine"));
-        publish::replace(&folder, b"this is not a folder").unwrap();
-        let (ledger, said) = Ledger::open(&folder, &aside).unwrap();
-        assert_eq!(ledger.get::<u32>("a"), None);
-        assert!(said.unwrap().contains("begun anew"));
-        assert!(aside.join("ledger").exists());
+        let ledger = Ledger::of(&Store::open(home.path()).unwrap());
+        replace(&home.path().join("ledger"), b"this is not a folder").unwrap();
+        write(&ledger);
+        assert!(ledger.notices()[0].contains("begun anew"));
+        assert!(home.path().join("quarantine/ledger").exists());
     }
 }

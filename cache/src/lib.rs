@@ -2,9 +2,13 @@
 //!
 //! ```text
 //! recipe.rs    identity as data: Recipe -> Fingerprint, and the difference between two recipes in words
-//! publish.rs   the only code that creates, renames or removes files: temporary name, fsync, rename, fsync of the folder
+//! disk.rs      what is asked of a file system; the only code that creates, renames or removes files
+//! publish.rs   how everything that lasts gets there: temporary name, fsync, rename, fsync of the folder
+//! lease.rs     which process is making what
 //! shard.rs     feature shards: Arrow IPC files with a BLAKE3 per record batch, read through a memory map
+//! stats.rs     what a shard's rows look like, for its footer
 //! store.rs     where units and artifacts lie on disk; what is valid, damaged or absent
+//! donors.rs    results of single items that other units hold already
 //! ledger.rs    sled: an index that can be lost (digests of input files)
 //! inputs.rs    content digests of the files a user brings
 //! chunk.rs     item lists cut into units by content
@@ -13,19 +17,27 @@
 //! This crate knows nothing of images, tensors or stages.
 
 pub mod chunk;
+mod disk;
+mod donors;
 mod error;
 pub mod inputs;
+mod lease;
 mod ledger;
 pub mod publish;
 mod recipe;
 pub mod shard;
+mod stats;
 mod store;
 
+pub use disk::crash_at;
+pub use donors::Donors;
 pub use error::Error;
+pub use lease::{Lease, Owner, Session, Watch};
 pub use ledger::Ledger;
-pub use publish::{Draft, DraftFile, FileRecord};
+pub use publish::{Draft, DraftFile, FileRecord, Publisher};
 pub use recipe::{Change, Digest, Fingerprint, Recipe};
-pub use store::{Artifact, Manifest, Provenance, RunLock, Status, Store, UnitRecord, files_digest};
+pub use stats::{Stats, VectorStats};
+pub use store::{Artifact, Claim, Manifest, Provenance, Recovered, Status, Store, UnitKey, UnitRecord, files_digest, unit_name};
 
 /// What every function of this crate returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

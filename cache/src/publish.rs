@@ -1,47 +1,33 @@
-//! The only code that creates, renames or removes files.
+//! How everything that lasts gets onto the disk.
 //!
-//! Two shapes of publishing: [`Draft`], a folder that appears whole or not at all, and [`replace`], one file likewise.
-//! Both write under a temporary name in the target's own folder, fsync every file, rename, and fsync the folder. A reader
-//! never sees half a file; a crash at any instruction leaves at most a folder whose name begins with [`TEMPORARY`], which
-//! [`sweep`] removes at the start of the next run. [`Journal`] is the one append-only file (event logs); its last line may
-//! be torn, and its readers know.
+//! Two shapes of publishing: [`Draft`], a folder that appears whole or not at all, and [`Publisher::replace`], one file
+//! likewise. Both write under a temporary name in the target's own folder, fsync every file, rename, and fsync the folder. A
+//! reader never sees half a file; a crash at any instruction leaves at most things whose names begin with [`TEMPORARY`] and
+//! end with who was writing, which [`Publisher::sweep`] removes once that process is dead. [`Journal`] is the one kind of
+//! append-only file; its last line may be torn, and its readers know.
 //!
 //! An fsync that failed is never tried again on the same file: the kernel may have dropped the pages. The draft is lost and
 //! the unit is made again.
-#![expect(clippy::disallowed_methods, reason = "this is the module that creates, renames and removes")]
 
 use std::{
-    fs::{self, File},
     io::{self, BufWriter, Write},
     path::{Path, PathBuf},
-    process,
     sync::{
-        Mutex,
-        atomic::{AtomicI64, AtomicU64, Ordering},
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
     },
 };
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Digest, Error, Result};
+use crate::{
+    Digest, Error, Result,
+    disk::{Disk, DiskFile, Found, OsDisk},
+    lease::Owner,
+};
 
 /// How the name of everything unfinished begins.
 pub const TEMPORARY: &str = ".tmp-";
-
-/// Counts down at every step of publishing; the process aborts when it reaches zero. Negative: never.
-static CRASH_IN: AtomicI64 = AtomicI64::new(-1);
-
-/// Lets the process die, as by `kill -9`, at the `step`-th step of publishing from here on (0: the next one). For tests of
-/// crash safety.
-pub fn crash_at(step: u32) {
-    CRASH_IN.store(i64::from(step), Ordering::SeqCst);
-}
-
-fn fault_point() {
-    if CRASH_IN.load(Ordering::Relaxed) >= 0 && CRASH_IN.fetch_sub(1, Ordering::SeqCst) == 0 {
-        process::abort();
-    }
-}
 
 /// One published file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,9 +52,188 @@ impl FileRecord {
     }
 }
 
+/// Writes one file whole, replacing what was there.
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    Publisher::default().replace(path, bytes)
+}
+
+/// A disk, and the process that writes to it.
+#[derive(Debug, Clone)]
+pub struct Publisher {
+    disk: Arc<dyn Disk>,
+    owner: Owner,
+}
+
+/// The operating system's disk, and this process.
+impl Default for Publisher {
+    fn default() -> Self {
+        Self { disk: Arc::new(OsDisk), owner: Owner::me().clone() }
+    }
+}
+
+impl Publisher {
+    /// Another disk, and another process: for simulations.
+    #[cfg(test)]
+    pub(crate) fn new(disk: Arc<dyn Disk>, owner: Owner) -> Self {
+        Self { disk, owner }
+    }
+
+    pub(crate) fn disk(&self) -> &dyn Disk {
+        &*self.disk
+    }
+
+    /// Opens a draft that will appear at `target`.
+    pub fn begin(&self, target: &Path) -> Result<Draft> {
+        let (parent, name) = parent_and_name(target);
+        self.create_dir_all(parent)?;
+        let folder = parent.join(self.temporary(&name));
+        self.disk.create_dir(&folder).map_err(|source| Error::write(&folder, source))?;
+        Ok(Draft { publisher: self.clone(), folder, target: target.to_owned(), files: Mutex::default(), is_committed: false })
+    }
+
+    /// Writes one file whole, replacing what was there.
+    pub fn replace(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        let (parent, name) = parent_and_name(path);
+        self.create_dir_all(parent)?;
+        let temporary = parent.join(self.temporary(&name));
+        let written = self
+            .write_synced(&temporary, bytes)
+            .and_then(|()| self.disk.rename(&temporary, path).map_err(|source| Error::write(path, source)));
+        if written.is_err() {
+            let _swept_later = self.disk.remove_file(&temporary);
+        }
+        written?;
+        self.sync_dir(parent)
+    }
+
+    /// Moves something out of the way, never deleting it. `place` is a folder of such things. `None`: it is not there (any
+    /// more).
+    pub fn set_aside(&self, path: &Path, place: &Path) -> Result<Option<PathBuf>> {
+        self.create_dir_all(place)?;
+        let (parent, name) = parent_and_name(path);
+        let mut target = place.join(&name);
+        let mut serial = 1;
+        while self.disk.look(&target).is_ok() {
+            serial += 1;
+            target = place.join(format!("{name}-{serial}"));
+        }
+        match self.disk.rename(path, &target) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(Error::write(path, source)),
+        }
+        // First where it is, then where it is not: a power cut in between shows it twice, never nowhere.
+        self.sync_dir(place)?;
+        self.sync_dir(parent)?;
+        Ok(Some(target))
+    }
+
+    /// Removes a file, or a folder with all that it holds. It is renamed to a temporary name first, so that no reader finds
+    /// half of it and a crash leaves only what [`Self::sweep`] removes.
+    pub fn remove(&self, path: &Path) -> Result<()> {
+        let (parent, name) = parent_and_name(path);
+        let temporary = parent.join(self.temporary(&name));
+        match self.disk.rename(path, &temporary) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(source) => return Err(Error::write(path, source)),
+        }
+        self.sync_dir(parent)?;
+        self.remove_tree(&temporary).map_err(|source| Error::write(&temporary, source))
+    }
+
+    /// Removes what is unfinished in a folder and whose writer `is_over`; returns how many things that were.
+    pub fn sweep(&self, folder: &Path, is_over: &dyn Fn(&Owner) -> bool) -> Result<usize> {
+        let mut n_swept = 0;
+        for (name, _) in self.list(folder)? {
+            let Some(rest) = name.strip_prefix(TEMPORARY) else { continue };
+            // A name without an owner is of an earlier version.
+            let owner = rest.rsplit('-').nth(1).and_then(|owner| owner.parse::<Owner>().ok());
+            if owner.is_none_or(|owner| is_over(&owner)) {
+                let path = folder.join(&name);
+                match self.remove_tree(&path) {
+                    Ok(()) => n_swept += 1,
+                    // Another process swept it.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    Err(source) => return Err(Error::write(&path, source)),
+                }
+            }
+        }
+        Ok(n_swept)
+    }
+
+    /// Names in a folder, ascending, each with whether it is a folder; none where there is no folder.
+    pub(crate) fn list(&self, folder: &Path) -> Result<Vec<(String, bool)>> {
+        match self.disk.list(folder) {
+            Ok(entries) => Ok(entries),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(source) => Err(Error::read(folder, source)),
+        }
+    }
+
+    /// Creates a folder and those above it, each of which survives a power cut.
+    pub fn create_dir_all(&self, folder: &Path) -> Result<()> {
+        match self.disk.look(folder) {
+            Ok(Found::Folder) => return Ok(()),
+            Ok(Found::File(_)) => return Err(Error::write(folder, io::ErrorKind::NotADirectory.into())),
+            Err(_) => {}
+        }
+        let (parent, _) = parent_and_name(folder);
+        if parent != folder {
+            self.create_dir_all(parent)?;
+        }
+        match self.disk.create_dir(folder) {
+            Ok(()) => {}
+            // Another process was first; its entry must survive all the same.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(source) => return Err(Error::write(folder, source)),
+        }
+        self.sync_dir(parent)
+    }
+
+    fn temporary(&self, name: &str) -> String {
+        static SERIAL: AtomicU64 = AtomicU64::new(0);
+        format!("{TEMPORARY}{name}-{}-{}", self.owner, SERIAL.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn write_synced(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        let write = || -> io::Result<()> {
+            let mut file = self.disk.create_new(path)?;
+            file.write_all(bytes)?;
+            file.sync()
+        };
+        write().map_err(|source| Error::write(path, source))
+    }
+
+    fn sync_dir(&self, folder: &Path) -> Result<()> {
+        self.disk.sync_dir(folder).map_err(|source| Error::write(folder, source))
+    }
+
+    /// Fsyncs a folder and the folders below it; their files have been fsynced one by one.
+    fn sync_tree(&self, folder: &Path) -> Result<()> {
+        for (name, is_folder) in self.list(folder)? {
+            if is_folder {
+                self.sync_tree(&folder.join(name))?;
+            }
+        }
+        self.sync_dir(folder)
+    }
+
+    fn remove_tree(&self, path: &Path) -> io::Result<()> {
+        if self.disk.look(path)? != Found::Folder {
+            return self.disk.remove_file(path);
+        }
+        for (name, _) in self.disk.list(path)? {
+            self.remove_tree(&path.join(name))?;
+        }
+        self.disk.remove_dir(path)
+    }
+}
+
 /// A folder in the making. Dropping it aborts: nothing of it stays.
 #[derive(Debug)]
 pub struct Draft {
+    publisher: Publisher,
     folder: PathBuf,
     target: PathBuf,
     /// Filled by `DraftFile::finish`, possibly from several threads; held for the push alone.
@@ -77,24 +242,13 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Opens a draft that will appear at `target`.
-    pub fn begin(target: &Path) -> Result<Self> {
-        static SERIAL: AtomicU64 = AtomicU64::new(0);
-        let (parent, name) = parent_and_name(target);
-        create_dir_all(parent)?;
-        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-        let folder = parent.join(format!("{TEMPORARY}{name}-{}-{serial}", process::id()));
-        fs::create_dir(&folder).map_err(|source| Error::write(&folder, source))?;
-        Ok(Self { folder, target: target.to_owned(), files: Mutex::new(Vec::new()), is_committed: false })
-    }
-
     /// Opens a file of the draft, `name` being its path inside the folder. May be called from several threads.
     pub fn create(&self, name: &str) -> Result<DraftFile<'_>> {
         let path = self.folder.join(name);
         if let Some(parent) = path.parent() {
-            create_dir_all(parent)?;
+            self.publisher.create_dir_all(parent)?;
         }
-        let file = File::create_new(&path).map_err(|source| Error::write(&path, source))?;
+        let file = self.publisher.disk.create_new(&path).map_err(|source| Error::write(&path, source))?;
         let writer = BufWriter::with_capacity(1 << 18, file);
         Ok(DraftFile { draft: self, name: name.into(), path, writer, hasher: blake3::Hasher::new(), bytes: 0 })
     }
@@ -115,26 +269,26 @@ impl Draft {
 
     /// Publishes the folder with one more file, the record that describes it.
     ///
-    /// If the target is there already (another process made the same thing), this draft is dropped and the target stays.
-    pub fn commit(mut self, record_name: &str, record: &[u8]) -> Result<()> {
-        write_synced(&self.folder.join(record_name), record)?;
-        sync_tree(&self.folder)?;
-        fault_point();
-        match fs::rename(&self.folder, &self.target) {
+    /// False: the target is there already (another process made the same thing); this draft is dropped and the target stays.
+    pub fn commit(mut self, record_name: &str, record: &[u8]) -> Result<bool> {
+        let publisher = self.publisher.clone();
+        publisher.write_synced(&self.folder.join(record_name), record)?;
+        publisher.sync_tree(&self.folder)?;
+        match publisher.disk.rename(&self.folder, &self.target) {
             Ok(()) => self.is_committed = true,
-            Err(_) if self.target.join(record_name).exists() => return Ok(()),
+            Err(_) if publisher.disk.look(&self.target.join(record_name)).is_ok() => return Ok(false),
             Err(source) => return Err(Error::write(&self.target, source)),
         }
-        fault_point();
-        sync_folder(parent_and_name(&self.target).0)
+        publisher.sync_dir(parent_and_name(&self.target).0)?;
+        Ok(true)
     }
 }
 
 impl Drop for Draft {
     fn drop(&mut self) {
         if !self.is_committed {
-            // What cannot be removed here is swept at the start of the next run.
-            let _swept_later = fs::remove_dir_all(&self.folder);
+            // What cannot be removed here is swept at the start of a later run.
+            let _swept_later = self.publisher.remove_tree(&self.folder);
         }
     }
 }
@@ -145,7 +299,7 @@ pub struct DraftFile<'a> {
     draft: &'a Draft,
     name: String,
     path: PathBuf,
-    writer: BufWriter<File>,
+    writer: BufWriter<Box<dyn DiskFile>>,
     hasher: blake3::Hasher,
     bytes: u64,
 }
@@ -164,9 +318,8 @@ impl DraftFile<'_> {
     /// As [`Self::finish`], for a file whose meaning is less than its bytes.
     pub fn finish_with(self, content: Option<Digest>) -> Result<()> {
         let Self { draft, name, path, writer, hasher, bytes } = self;
-        fault_point();
-        let file = writer.into_inner().map_err(|error| Error::write(&path, error.into_error()))?;
-        file.sync_all().map_err(|source| Error::write(&path, source))?;
+        let mut file = writer.into_inner().map_err(|error| Error::write(&path, error.into_error()))?;
+        file.sync().map_err(|source| Error::write(&path, source))?;
         let record = FileRecord { name, bytes, digest: hasher.finalize().into(), content };
         draft.files.lock().expect("BUG: a thread panicked while it added a file").push(record);
         Ok(())
@@ -186,85 +339,29 @@ impl Write for DraftFile<'_> {
     }
 }
 
-/// Writes one file whole, replacing what was there.
-pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let (parent, name) = parent_and_name(path);
-    create_dir_all(parent)?;
-    let temporary = parent.join(format!("{TEMPORARY}{name}-{}", process::id()));
-    let written = write_synced(&temporary, bytes).and_then(|()| {
-        fault_point();
-        fs::rename(&temporary, path).map_err(|source| Error::write(path, source))
-    });
-    if written.is_err() {
-        let _swept_later = fs::remove_file(&temporary);
-    }
-    written?;
-    fault_point();
-    sync_folder(parent)
-}
-
-/// Moves something damaged out of the way, never deleting it. `place` is a folder of quarantined things.
-pub fn quarantine(path: &Path, place: &Path) -> Result<PathBuf> {
-    create_dir_all(place)?;
-    let (parent, name) = parent_and_name(path);
-    let mut target = place.join(&name);
-    let mut serial = 1;
-    while target.exists() {
-        serial += 1;
-        target = place.join(format!("{name}-{serial}"));
-    }
-    fault_point();
-    fs::rename(path, &target).map_err(|source| Error::write(path, source))?;
-    sync_folder(parent)?;
-    Ok(target)
-}
-
-/// Removes what interrupted processes left unfinished below a folder; returns how many things that were.
-///
-/// The caller holds the home's lock: no one is writing.
-pub fn sweep(folder: &Path) -> Result<usize> {
-    let mut n_swept = 0;
-    for entry in read_dir(folder)? {
-        if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
-            let path = entry.path();
-            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-            removed.map_err(|source| Error::write(&path, source))?;
-            n_swept += 1;
-        }
-    }
-    Ok(n_swept)
-}
-
-/// The entries of a folder sorted by name; none where there is no folder.
-pub(crate) fn read_dir(folder: &Path) -> Result<Vec<fs::DirEntry>> {
-    let entries = match fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(source) => return Err(Error::read(folder, source)),
-    };
-    let mut entries: Vec<_> = entries.collect::<io::Result<_>>().map_err(|source| Error::read(folder, source))?;
-    entries.sort_by_key(fs::DirEntry::file_name);
-    Ok(entries)
-}
-
-/// Creates a folder and those above it.
-pub fn create_dir_all(folder: &Path) -> Result<()> {
-    fs::create_dir_all(folder).map_err(|source| Error::write(folder, source))
-}
-
-/// An append-only file of lines. A line is written in one call, so that a crash tears at most the last one.
+/// An append-only file of lines. A line is written in one call, so that a crash tears at most the last one and several
+/// processes may append at once.
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,
-    file: File,
+    file: Box<dyn DiskFile>,
 }
 
 impl Journal {
-    /// Creates the file, which must not be there.
-    pub fn create(path: &Path) -> Result<Self> {
-        create_dir_all(parent_and_name(path).0)?;
-        let file = File::create_new(path).map_err(|source| Error::write(path, source))?;
-        Ok(Self { path: path.to_owned(), file })
+    /// Opens a journal, creating it where it is missing. A torn last line is ended, so that the next begins a line of its own.
+    pub fn open(publisher: &Publisher, path: &Path) -> Result<Self> {
+        let (parent, _) = parent_and_name(path);
+        publisher.create_dir_all(parent)?;
+        let before = publisher.disk.look(path);
+        let file = publisher.disk.append(path).map_err(|source| Error::write(path, source))?;
+        let mut journal = Self { path: path.to_owned(), file };
+        match before {
+            Err(_) => publisher.sync_dir(parent)?,
+            Ok(Found::File(0)) => {}
+            Ok(_) if !publisher.disk.read(path).map_err(|source| Error::read(path, source))?.ends_with(b"\n") => journal.append("")?,
+            Ok(_) => {}
+        }
+        Ok(journal)
     }
 
     /// Appends one line.
@@ -273,18 +370,12 @@ impl Journal {
     }
 
     /// Makes everything appended so far survive a power cut.
-    pub fn sync(&self) -> Result<()> {
-        self.file.sync_data().map_err(|source| Error::write(&self.path, source))
+    pub fn sync(&mut self) -> Result<()> {
+        self.file.sync().map_err(|source| Error::write(&self.path, source))
     }
 }
 
-/// Opens a file for locking, creating it where it is missing; its content is the holder's to replace.
-pub(crate) fn open_lock(path: &Path) -> Result<File> {
-    create_dir_all(parent_and_name(path).0)?;
-    File::options().create(true).read(true).write(true).truncate(false).open(path).map_err(|source| Error::write(path, source))
-}
-
-fn parent_and_name(path: &Path) -> (&Path, String) {
+pub(crate) fn parent_and_name(path: &Path) -> (&Path, String) {
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -292,53 +383,39 @@ fn parent_and_name(path: &Path) -> (&Path, String) {
     (parent, path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()))
 }
 
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    fault_point();
-    let write = || -> io::Result<()> {
-        let mut file = File::create(path)?;
-        file.write_all(bytes)?;
-        file.sync_all()
-    };
-    write().map_err(|source| Error::write(path, source))
-}
-
-fn sync_folder(folder: &Path) -> Result<()> {
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(|source| Error::write(folder, source))
-}
-
-/// Fsyncs a folder and the folders below it; their files have been fsynced one by one.
-fn sync_tree(folder: &Path) -> Result<()> {
-    for entry in read_dir(folder)? {
-        if entry.path().is_dir() {
-            sync_tree(&entry.path())?;
-        }
-    }
-    sync_folder(folder)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+
+    fn begin(target: &Path) -> Draft {
+        Publisher::default().begin(target).unwrap()
+    }
+
+    fn n_entries(folder: &Path) -> usize {
+        fs::read_dir(folder).unwrap().count()
+    }
 
     #[test]
     fn a_dropped_draft_leaves_nothing() {
         let home = tempfile::tempdir().unwrap();
-        let draft = Draft::begin(&home.path().join("unit")).unwrap();
+        let draft = begin(&home.path().join("unit"));
         draft.write("features/a", b"half").unwrap();
         drop(draft);
-        assert_eq!(read_dir(home.path()).unwrap().len(), 0);
+        assert_eq!(n_entries(home.path()), 0);
     }
 
     #[test]
     fn a_committed_draft_appears_whole_and_its_records_say_what_it_holds() {
         let home = tempfile::tempdir().unwrap();
         let target = home.path().join("unit");
-        let draft = Draft::begin(&target).unwrap();
+        let draft = begin(&target);
         draft.write("features/b", b"bb").unwrap();
         draft.write("features/a", b"a").unwrap();
         let files = draft.files();
         assert!(!target.exists());
-        draft.commit("unit.json", b"{}").unwrap();
+        assert!(draft.commit("unit.json", b"{}").unwrap());
 
         let names: Vec<_> = files.iter().map(|file| (file.name.as_str(), file.bytes, file.digest)).collect();
         assert_eq!(names, [("features/a", 1, Digest::of(b"a")), ("features/b", 2, Digest::of(b"bb"))]);
@@ -350,32 +427,54 @@ mod tests {
     fn the_first_of_two_drafts_of_the_same_thing_stays() {
         let home = tempfile::tempdir().unwrap();
         let target = home.path().join("unit");
-        let (first, second) = (Draft::begin(&target).unwrap(), Draft::begin(&target).unwrap());
-        first.commit("unit.json", b"first").unwrap();
-        second.commit("unit.json", b"second").unwrap();
+        let (first, second) = (begin(&target), begin(&target));
+        assert!(first.commit("unit.json", b"first").unwrap());
+        assert!(!second.commit("unit.json", b"second").unwrap());
         assert_eq!(fs::read(target.join("unit.json")).unwrap(), b"first");
-        assert_eq!(read_dir(home.path()).unwrap().len(), 1);
+        assert_eq!(n_entries(home.path()), 1);
     }
 
     #[test]
-    fn what_a_crash_left_is_swept_and_nothing_else() {
+    fn what_the_dead_left_is_swept_and_what_the_living_write_is_not() {
         let home = tempfile::tempdir().unwrap();
-        std::mem::forget(Draft::begin(&home.path().join("lost")).unwrap());
+        let dead = Publisher::new(Arc::new(OsDisk), Owner::dead(1));
+        std::mem::forget(dead.begin(&home.path().join("lost")).unwrap());
+        let living = begin(&home.path().join("unit"));
         replace(&home.path().join("kept"), b"kept").unwrap();
-        assert_eq!(sweep(home.path()).unwrap(), 1);
-        assert_eq!(sweep(home.path()).unwrap(), 0);
+        let sweep = || Publisher::default().sweep(home.path(), &Owner::is_dead).unwrap();
+        assert_eq!((sweep(), sweep()), (1, 0));
+        assert!(living.commit("unit.json", b"{}").unwrap());
         assert_eq!(fs::read(home.path().join("kept")).unwrap(), b"kept");
     }
 
     #[test]
-    fn a_quarantined_thing_is_moved_not_deleted_even_twice() {
+    fn what_is_set_aside_is_moved_not_deleted_even_twice() {
         let home = tempfile::tempdir().unwrap();
         let (thing, place) = (home.path().join("thing"), home.path().join("quarantine"));
         for content in [b"1", b"2"] {
             replace(&thing, content).unwrap();
-            quarantine(&thing, &place).unwrap();
+            assert!(Publisher::default().set_aside(&thing, &place).unwrap().is_some());
         }
+        assert_eq!(Publisher::default().set_aside(&thing, &place).unwrap(), None);
         assert_eq!(fs::read(place.join("thing")).unwrap(), b"1");
         assert_eq!(fs::read(place.join("thing-2")).unwrap(), b"2");
+    }
+
+    #[test]
+    fn what_is_removed_is_gone_whole() {
+        let home = tempfile::tempdir().unwrap();
+        replace(&home.path().join("unit/features/a"), b"a").unwrap();
+        Publisher::default().remove(&home.path().join("unit")).unwrap();
+        Publisher::default().remove(&home.path().join("unit")).unwrap();
+        assert_eq!(n_entries(home.path()), 0);
+    }
+
+    #[test]
+    fn a_torn_last_line_does_not_swallow_the_next() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("log");
+        replace(&path, b"one\ntw").unwrap();
+        Journal::open(&Publisher::default(), &path).unwrap().append("three").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "one\ntw\nthree\n");
     }
 }

@@ -3,7 +3,12 @@
 //! Layout: an ordinary Arrow IPC file (any Arrow reader opens it).
 //! - Schema metadata: `ovenbird.shard` = format version, `ovenbird.unit` = fingerprint of the unit, 64 hexadecimal digits.
 //! - Footer metadata: `ovenbird.digests` = JSON list with the BLAKE3 of each record batch, taken over its message and body
-//!   exactly as they lie in the file.
+//!   exactly as they lie in the file; `ovenbird.stats` = [`Stats`] as JSON; `ovenbird.root` = BLAKE3, keyed by the unit's
+//!   fingerprint, of the columns, the digests and the stats.
+//!
+//! The unit's fingerprint is that of its recipe, which holds the digests of its items: a sound shard in the wrong place, or
+//! from another model, does not match. (The place of a unit among others is not in it: data sets share units.) Offsets are
+//! u64.
 //!
 //! The *content* digest of a shard covers its columns and its batches, not the unit's fingerprint: two recipes that come
 //! to the same features are the same input downstream.
@@ -24,13 +29,18 @@ use arrow::{
     },
 };
 
-use crate::{Digest, DraftFile, Error, Fingerprint, Result};
+use crate::{
+    Digest, DraftFile, Error, Fingerprint, Result,
+    stats::{Stats, StatsBuilder},
+};
 
-/// The newest format this program reads, and the one it writes.
-pub const FORMAT: u32 = 1;
+/// The one format this program reads and writes.
+pub const FORMAT: u32 = 2;
 const FORMAT_KEY: &str = "ovenbird.shard";
 const UNIT_KEY: &str = "ovenbird.unit";
 const DIGESTS_KEY: &str = "ovenbird.digests";
+const STATS_KEY: &str = "ovenbird.stats";
+const ROOT_KEY: &str = "ovenbird.root";
 /// `ARROW1` and two bytes of padding.
 const HEADER_BYTES: usize = 8;
 /// Length of the footer (i32) and `ARROW1`.
@@ -48,8 +58,10 @@ pub enum Compression {
 /// A shard being written into a draft.
 pub struct ShardWriter<'a> {
     writer: FileWriter<Tee<'a>>,
-    content: blake3::Hasher,
-    digests: Vec<String>,
+    unit: Fingerprint,
+    columns: String,
+    stats: StatsBuilder,
+    digests: Vec<Digest>,
     path: PathBuf,
 }
 
@@ -75,11 +87,6 @@ impl<'a> ShardWriter<'a> {
     /// Begins a shard of a unit. `schema` must not use dictionaries.
     pub fn new(file: DraftFile<'a>, schema: &Schema, unit: &Fingerprint, compression: Compression) -> Result<Self> {
         let path = file.path().to_owned();
-        let mut content = blake3::Hasher::new();
-        // Arrow prints a field's name, type and nullability; metadata is left out of the content.
-        for field in schema.fields() {
-            content.update(format!("{} {} {}\n", field.name(), field.data_type(), field.is_nullable()).as_bytes());
-        }
         let mut metadata: HashMap<String, String> = schema.metadata().clone();
         metadata.insert(FORMAT_KEY.into(), FORMAT.to_string());
         metadata.insert(UNIT_KEY.into(), unit.to_hex());
@@ -93,7 +100,8 @@ impl<'a> ShardWriter<'a> {
             FileWriter::try_new_with_options(Tee { file, since_mark: blake3::Hasher::new() }, &schema, options)
         };
         let writer = begin().map_err(|error| from_arrow(&path, error))?;
-        let mut shard = Self { writer, content, digests: Vec::new(), path };
+        let stats = StatsBuilder::default();
+        let mut shard = Self { writer, unit: *unit, columns: columns(schema), stats, digests: Vec::new(), path };
         let _header: blake3::Hash = shard.mark();
         Ok(shard)
     }
@@ -102,17 +110,25 @@ impl<'a> ShardWriter<'a> {
     pub fn write(&mut self, batch: &RecordBatch) -> Result<()> {
         self.writer.write(batch).map_err(|error| from_arrow(&self.path, error))?;
         let digest = self.mark();
-        self.content.update(digest.as_bytes());
-        self.digests.push(digest.to_hex().to_string());
+        self.digests.push(digest.into());
+        self.stats.add(batch);
         Ok(())
     }
 
     /// Writes the footer, fsyncs, and records the file in its draft.
     pub fn finish(mut self) -> Result<()> {
         let digests = serde_json::to_string(&self.digests).expect("BUG: a list of strings is plain JSON");
+        let stats = serde_json::to_string(&self.stats.finish()).expect("BUG: numbers are plain JSON");
+        self.writer.write_metadata(ROOT_KEY, root(&self.unit, &self.columns, &digests, &stats).to_hex());
         self.writer.write_metadata(DIGESTS_KEY, digests);
+        self.writer.write_metadata(STATS_KEY, stats);
         let tee = self.writer.into_inner().map_err(|error| from_arrow(&self.path, error))?;
-        tee.file.finish_with(Some(self.content.finalize().into()))
+        let mut content = blake3::Hasher::new();
+        content.update(self.columns.as_bytes());
+        for digest in &self.digests {
+            content.update(digest.as_bytes());
+        }
+        tee.file.finish_with(Some(content.finalize().into()))
     }
 
     fn mark(&mut self) -> blake3::Hash {
@@ -121,6 +137,19 @@ impl<'a> ShardWriter<'a> {
         since_mark.reset();
         digest
     }
+}
+
+/// A line a column: its name, type and whether it may be null. Metadata is left out.
+fn columns(schema: &Schema) -> String {
+    schema.fields().iter().map(|field| format!("{} {} {}\n", field.name(), field.data_type(), field.is_nullable())).collect()
+}
+
+fn root(unit: &Fingerprint, columns: &str, digests: &str, stats: &str) -> Digest {
+    let mut hasher = blake3::Hasher::new_keyed(unit.as_bytes());
+    for part in [columns, digests, stats] {
+        hasher.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
+    }
+    hasher.finalize().into()
 }
 
 fn from_arrow(path: &Path, error: ArrowError) -> Error {
@@ -140,14 +169,22 @@ pub struct ShardReader {
     digests: Vec<Digest>,
     schema: SchemaRef,
     unit: Fingerprint,
+    stats: Stats,
 }
 
 impl ShardReader {
-    /// Opens a shard and checks its footer; batches are checked one by one as they are read.
-    pub fn open(path: &Path) -> Result<Self> {
+    /// Opens a shard and checks its footer; batches are checked one by one as they are read. A shard of a store must belong
+    /// to the `unit` that it lies in.
+    pub fn open(path: &Path, unit: Option<&Fingerprint>) -> Result<Self> {
         let file = File::open(path).map_err(|source| Error::read(path, source))?;
         let bytes = map(&file).map_err(|source| Error::read(path, source))?;
-        Self::from_bytes(path, &bytes)
+        let shard = Self::from_bytes(path, &bytes)?;
+        match unit {
+            Some(unit) if *unit != shard.unit => {
+                Err(Error::malformed(path, format!("is a shard of unit {}, expected one of unit {unit}", shard.unit)))
+            }
+            _ => Ok(shard),
+        }
     }
 
     fn from_bytes(path: &Path, bytes: &Buffer) -> Result<Self> {
@@ -167,14 +204,23 @@ impl ShardReader {
 
         let version = schema.metadata().get(FORMAT_KEY).and_then(|version| version.parse().ok());
         let version: u32 = version.ok_or_else(|| malformed(format!("expected `{FORMAT_KEY}` in the schema: not a feature shard")))?;
-        if version > FORMAT {
-            return Err(Error::Newer { path: path.to_owned(), found: version, known: FORMAT });
+        if version != FORMAT {
+            return Err(Error::OtherFormat { path: path.to_owned(), found: version, known: FORMAT });
         }
         let unit = schema.metadata().get(UNIT_KEY).and_then(|unit| unit.parse().ok());
         let unit = unit.ok_or_else(|| malformed(format!("expected a fingerprint at `{UNIT_KEY}`")))?;
-        let digests = footer.custom_metadata().into_iter().flatten().find(|entry| entry.key() == Some(DIGESTS_KEY));
-        let digests: Option<Vec<Digest>> = digests.and_then(|entry| serde_json::from_str(entry.value()?).ok());
-        let digests = digests.ok_or_else(|| malformed(format!("expected a list of digests at `{DIGESTS_KEY}`")))?;
+        let metadata = |key: &str| {
+            let entry = footer.custom_metadata().into_iter().flatten().find(|entry| entry.key() == Some(key));
+            entry.and_then(|entry| entry.value()).ok_or_else(|| malformed(format!("expected `{key}` in the footer")))
+        };
+        let (digests_text, stats_text, expected) = (metadata(DIGESTS_KEY)?, metadata(STATS_KEY)?, metadata(ROOT_KEY)?);
+        let found = root(&unit, &columns(&schema), digests_text, stats_text);
+        let expected: Digest = expected.parse().map_err(|_| malformed(format!("expected a digest at `{ROOT_KEY}`")))?;
+        if expected != found {
+            return Err(Error::Flipped { path: path.to_owned(), what: "the footer".into(), expected, found });
+        }
+        let digests: Vec<Digest> = serde_json::from_str(digests_text).map_err(|error| malformed(format!("`{DIGESTS_KEY}`: {error}")))?;
+        let stats: Stats = serde_json::from_str(stats_text).map_err(|error| malformed(format!("`{STATS_KEY}`: {error}")))?;
 
         let blocks: Vec<Block> = footer.recordBatches().into_iter().flatten().copied().collect();
         if blocks.len() != digests.len() {
@@ -188,7 +234,7 @@ impl ShardReader {
         }
         let schema = Arc::new(schema);
         let decoder = FileDecoder::new(Arc::clone(&schema), footer.version());
-        Ok(Self { path: path.to_owned(), bytes: bytes.clone(), decoder, blocks, digests, schema, unit })
+        Ok(Self { path: path.to_owned(), bytes: bytes.clone(), decoder, blocks, digests, schema, unit, stats })
     }
 
     /// The columns, with the writer's metadata.
@@ -196,9 +242,14 @@ impl ShardReader {
         &self.schema
     }
 
-    /// The unit this shard says it belongs to.
+    /// The unit it belongs to.
     pub fn unit(&self) -> Fingerprint {
         self.unit
+    }
+
+    /// Its rows in numbers.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
     }
 
     /// How many record batches there are.
@@ -250,7 +301,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Draft, FileRecord};
+    use crate::{FileRecord, publish::Publisher};
 
     fn unit() -> Fingerprint {
         blake3::hash(b"unit").into()
@@ -272,7 +323,7 @@ mod tests {
 
     fn written(home: &Path, batches: &[RecordBatch], unit: Fingerprint, compression: Compression) -> (PathBuf, FileRecord) {
         let target = home.join(unit.to_hex());
-        let draft = Draft::begin(&target).unwrap();
+        let draft = Publisher::default().begin(&target).unwrap();
         let mut shard = ShardWriter::new(draft.create("features/0.arrow").unwrap(), &schema(), &unit, compression).unwrap();
         for batch in batches {
             shard.write(batch).unwrap();
@@ -296,7 +347,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         for (compression, unit) in [(Compression::None, unit()), (Compression::Zstd, blake3::hash(b"zstd").into())] {
             let (path, _) = written(home.path(), &two_batches(), unit, compression);
-            let reader = ShardReader::open(&path).unwrap();
+            let reader = ShardReader::open(&path, None).unwrap();
             assert_eq!(reader.unit(), unit);
             let ids: Vec<u64> =
                 reader.batches().flat_map(|batch| batch.unwrap().column(0).as_primitive::<UInt64Type>().values().to_vec()).collect();
@@ -331,7 +382,7 @@ mod tests {
     fn batches_are_mapped_not_copied() {
         let home = tempfile::tempdir().unwrap();
         let (path, _) = written(home.path(), &two_batches(), unit(), Compression::None);
-        let reader = ShardReader::open(&path).unwrap();
+        let reader = ShardReader::open(&path, None).unwrap();
         let batch = reader.batch(0).unwrap();
         let ids = batch.column(0).as_primitive::<UInt64Type>().values().as_ptr() as usize;
         let map = reader.bytes.as_ptr() as usize;
@@ -343,7 +394,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let (path, _) = written(home.path(), &two_batches(), unit(), Compression::None);
         let sound = fs::read(&path).unwrap();
-        let reader = ShardReader::open(&path).unwrap();
+        let reader = ShardReader::open(&path, None).unwrap();
         let (offset, length) = extent(&reader.blocks[1]).unwrap();
         for at in offset..offset + length {
             let mut hurt = sound.clone();
@@ -370,17 +421,17 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let (path, _) = written(home.path(), &two_batches(), unit(), Compression::None);
         let mut bytes = fs::read(&path).unwrap();
-        // The key is followed by its value: a length-prefixed string "1".
+        // The key is followed by its value: a length-prefixed string "2".
         let keys: Vec<usize> = (0..bytes.len() - 14).filter(|at| &bytes[*at..*at + 14] == FORMAT_KEY.as_bytes()).collect();
         for key in keys {
             for at in key.saturating_sub(24)..key + 40 {
-                if bytes[at] == b'1' && bytes[at - 4..at] == [1, 0, 0, 0] {
+                if bytes[at] == b'2' && bytes[at - 4..at] == [1, 0, 0, 0] {
                     bytes[at] = b'9';
                 }
             }
         }
         let problem = ShardReader::from_bytes(&path, &Buffer::from(bytes)).unwrap_err();
-        assert!(matches!(problem, Error::Newer { found: 9, known: 1, .. }), "{problem}");
+        assert!(matches!(problem, Error::OtherFormat { found: 9, known: 2, .. }), "{problem}");
     }
 
     #[test]
@@ -402,7 +453,7 @@ mod tests {
             let rows: Vec<(u64, Vec<f16>)> = rows.into_iter().map(|(id, bits)| (id, bits.into_iter().map(f16::from_bits).collect())).collect();
             let home = tempfile::tempdir().unwrap();
             let (path, _) = written(home.path(), &[batch(&rows)], unit(), Compression::None);
-            let read = ShardReader::open(&path).unwrap().batch(0).unwrap();
+            let read = ShardReader::open(&path, None).unwrap().batch(0).unwrap();
             for (row_idx, (id, values)) in rows.iter().enumerate() {
                 prop_assert_eq!(read.column(0).as_primitive::<UInt64Type>().value(row_idx), *id);
                 let row = read.column(1).as_list::<i32>().value(row_idx);

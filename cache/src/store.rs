@@ -2,22 +2,27 @@
 //!
 //! ```text
 //! HOME/format.json                         version of this layout
-//! HOME/lock                                held by the one process that runs pipelines here
 //! HOME/units/KIND/FINGERPRINT/unit.json    a unit: its record, and its files below PORT/
 //! HOME/artifacts/KIND/FINGERPRINT.json     an artifact: the manifest that lists its units
+//! HOME/commits.jsonl                       every unit that was published or went, one line each
+//! HOME/leases/ HOME/sessions/              who is making what, who is at work
 //! HOME/runs/ID/events.jsonl                what happened
-//! HOME/quarantine/                         what was found damaged
+//! HOME/quarantine/                         what was found damaged, each thing with its reason
 //! HOME/ledger/                             an index that can be lost
 //! ```
 //!
 //! `KIND` is the stage's kind with `-` for `/`; `FINGERPRINT` is its first 32 hexadecimal digits. Units are what is
 //! shared: two artifacts that hold a unit with the same fingerprint name the same folder.
+//!
+//! A unit is there once its folder has its name: everything in it was fsynced before. The journal of commits comes after;
+//! it tells a unit that was lost from one that never was. Any number of processes may use a home at once: readers need no
+//! permission, and who makes a unit holds its [`Lease`].
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
-    io::{self, Read, Seek, Write},
+    io,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex},
 };
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -25,13 +30,17 @@ use serde_json::Value;
 
 use crate::{
     Digest, Draft, Error, FileRecord, Fingerprint, Recipe, Result,
+    disk::Found,
     inputs::InputFile,
-    publish::{self, open_lock},
+    lease::{self, Lease, Owner, Session, Watch},
+    publish::{Journal, Publisher},
 };
 
-/// The newest layout this program reads, and the one it writes.
-const FORMAT: u32 = 1;
+/// The one layout this program reads and writes.
+const FORMAT: u32 = 2;
 const UNIT_FILE: &str = "unit.json";
+/// The digests of a unit's items, 32 bytes each, in order.
+const ITEMS_FILE: &str = "items";
 const PORT_DOMAIN: &str = "ovenbird port 1";
 
 /// What became of looking something up.
@@ -45,18 +54,34 @@ pub enum Status<T> {
     Absent,
 }
 
+/// What a unit is, before it is made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UnitKey {
+    /// The stage's kind.
+    pub kind: String,
+    /// Its name.
+    pub fingerprint: Fingerprint,
+    /// Of units that hold items: the name of everything that an item's result depends on besides the item. An item that is
+    /// in two units of one family has the same result in both.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub family: Option<Fingerprint>,
+}
+
 /// A published unit.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct UnitRecord {
     /// Version of the layout.
     pub format: u32,
-    /// Its name.
-    pub fingerprint: Fingerprint,
+    /// What it is.
+    pub key: UnitKey,
     /// Its files, sorted by name.
     pub files: Vec<FileRecord>,
     /// What the stage measured while making it, by name.
     pub metrics: BTreeMap<String, Value>,
+    /// BLAKE3 of all the above, keyed by the fingerprint.
+    pub seal: Digest,
 }
 
 /// Where and how something was made. Never part of identity.
@@ -95,6 +120,47 @@ pub struct Manifest {
     pub units: Vec<UnitRecord>,
     /// How it was made.
     pub made: Provenance,
+    /// BLAKE3 of all the above, keyed by the fingerprint.
+    pub seal: Digest,
+}
+
+/// A record that says what it is and can be checked against itself.
+trait Sealed: Serialize + Clone {
+    fn fingerprint(&self) -> &Fingerprint;
+    fn seal_mut(&mut self) -> &mut Digest;
+
+    fn seal_of(&self) -> Digest {
+        let mut open = self.clone();
+        *open.seal_mut() = Digest::from(blake3::Hash::from_bytes([0; 32]));
+        let mut value = serde_json::to_value(&open).expect("BUG: records are plain JSON");
+        value.sort_all_objects();
+        blake3::keyed_hash(self.fingerprint().as_bytes(), value.to_string().as_bytes()).into()
+    }
+
+    fn sealed(mut self) -> Self {
+        *self.seal_mut() = self.seal_of();
+        self
+    }
+}
+
+impl Sealed for UnitRecord {
+    fn fingerprint(&self) -> &Fingerprint {
+        &self.key.fingerprint
+    }
+
+    fn seal_mut(&mut self) -> &mut Digest {
+        &mut self.seal
+    }
+}
+
+impl Sealed for Manifest {
+    fn fingerprint(&self) -> &Fingerprint {
+        &self.fingerprint
+    }
+
+    fn seal_mut(&mut self) -> &mut Digest {
+        &mut self.seal
+    }
 }
 
 /// A valid artifact.
@@ -113,13 +179,22 @@ impl Artifact {
 }
 
 impl UnitRecord {
+    /// Size of all files.
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.bytes).sum()
+    }
+
     fn port(&self, units_folder: &Path, port: &str) -> Vec<InputFile> {
-        let folder = units_folder.join(folder_name(&self.fingerprint));
+        self.port_in(&units_folder.join(folder_name(&self.key.fingerprint)), port)
+    }
+
+    pub(crate) fn port_in(&self, folder: &Path, port: &str) -> Vec<InputFile> {
         let input = |(name, file): (&str, &FileRecord)| InputFile {
             name: name.into(),
             path: folder.join(&file.name),
             bytes: file.bytes,
             digest: file.content(),
+            unit: Some(self.key.fingerprint),
         };
         port_files(self, port).map(input).collect()
     }
@@ -143,12 +218,44 @@ pub fn files_digest(files: &[InputFile]) -> Digest {
 #[derive(Debug, Clone)]
 pub struct Store {
     home: PathBuf,
+    publisher: Publisher,
+    commits: Arc<Mutex<Option<Journal>>>,
 }
 
-/// Held while a process runs pipelines in a home; freed when dropped, or when the process dies.
+/// A line of the journal of commits.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum CommitLine {
+    /// A unit was published: `KIND/FINGERPRINT`, as its folder is named.
+    Commit {
+        unit: String,
+        bytes: u64,
+        /// See [`UnitKey::family`].
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        family: Option<Fingerprint>,
+    },
+    /// A unit went, and why.
+    Gone { unit: String, why: String },
+}
+
+/// What became of asking for the right to make a unit.
 #[derive(Debug)]
-pub struct RunLock {
-    _file: File,
+pub enum Claim {
+    /// It is there.
+    Made(UnitRecord),
+    /// Make it.
+    Mine(Lease),
+    /// That process is making it.
+    Held(Owner),
+}
+
+/// What the start found to put in order.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Recovered {
+    /// Unfinished files and folders that were removed.
+    pub swept: usize,
+    /// Published units whose commit had not been noted.
+    pub adopted: usize,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -159,20 +266,18 @@ struct HomeFormat {
 impl Store {
     /// Opens a home, which need not be there yet. Nothing is written.
     pub fn open(home: &Path) -> Result<Self> {
-        let store = Self { home: home.to_owned() };
-        if home.exists() && !home.is_dir() {
+        Self::open_on(Publisher::default(), home)
+    }
+
+    pub(crate) fn open_on(publisher: Publisher, home: &Path) -> Result<Self> {
+        let store = Self { home: home.to_owned(), publisher, commits: Arc::default() };
+        if let Ok(Found::File(_)) = store.publisher.disk().look(home) {
             return Err(Error::write(home, io::ErrorKind::NotADirectory.into()));
         }
-        let path = store.home.join("format.json");
-        match fs::read(&path) {
-            Ok(bytes) => {
-                let HomeFormat { format } = parse(&path, &bytes)?;
-                if format > FORMAT {
-                    return Err(Error::Newer { path, found: format, known: FORMAT });
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => return Err(Error::read(&path, source)),
+        let path = home.join("format.json");
+        if let Some(bytes) = store.read_if_there(&path)? {
+            let HomeFormat { format } = parse(&path, &bytes)?;
+            check_format(&path, format)?;
         }
         Ok(store)
     }
@@ -182,113 +287,261 @@ impl Store {
         &self.home
     }
 
-    /// Becomes the one process that runs pipelines in this home; creates the home if need be. `holder` says who, for others.
-    pub fn lock(&self, holder: &str) -> Result<RunLock> {
-        let path = self.home.join("lock");
-        let mut file = open_lock(&path)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => {
-                let mut holder = String::new();
-                let _unreadable_is_unknown = file.read_to_string(&mut holder);
-                let holder = if holder.is_empty() { "unknown".into() } else { holder.trim().to_owned() };
-                return Err(Error::Locked { home: self.home.clone(), holder });
-            }
-            Err(fs::TryLockError::Error(source)) => return Err(Error::write(&path, source)),
-        }
-        let announce = |file: &mut File| {
-            file.set_len(0)?;
-            file.rewind()?;
-            file.write_all(holder.as_bytes())
-        };
-        announce(&mut file).map_err(|source| Error::write(&path, source))?;
-        let format = self.home.join("format.json");
-        if !format.exists() {
-            publish::replace(&format, &to_json(&HomeFormat { format: FORMAT }))?;
-        }
-        Ok(RunLock { _file: file })
+    /// What writes to the home.
+    pub fn publisher(&self) -> &Publisher {
+        &self.publisher
     }
 
-    /// Removes what interrupted runs left unfinished; the lock shows that nobody is writing. Returns how many things.
-    pub fn recover(&self, _lock: &RunLock) -> Result<usize> {
-        let mut n_swept = publish::sweep(&self.home)?;
-        for top in ["units", "artifacts", "pipelines"] {
-            n_swept += publish::sweep(&self.home.join(top))?;
-            for kind in publish::read_dir(&self.home.join(top))? {
-                if kind.path().is_dir() {
-                    n_swept += publish::sweep(&kind.path())?;
+    /// Begins to work in a home, which is created if need be, and puts in order what dead processes left.
+    pub fn enter(&self) -> Result<(Session, Recovered)> {
+        let format = self.home.join("format.json");
+        if self.read_if_there(&format)?.is_none() {
+            self.publisher.replace(&format, &to_json(&HomeFormat { format: FORMAT }))?;
+        }
+        let session = Session::begin(&self.home)?;
+        Ok((session, self.recover()?))
+    }
+
+    /// The processes at work in this home.
+    pub fn at_work(&self) -> Vec<Owner> {
+        lease::sessions(&self.home)
+    }
+
+    /// Removes what dead processes left unfinished and notes commits that were not noted. Doing it again, or being cut off
+    /// while doing it, changes nothing.
+    pub(crate) fn recover(&self) -> Result<Recovered> {
+        let is_over = |owner: &Owner| lease::is_over(&self.home, owner);
+        let sweep = |folder: &Path| self.publisher.sweep(folder, &is_over);
+        let mut recovered = Recovered { swept: sweep(&self.home)?, adopted: 0 };
+        for top in ["units", "artifacts", "pipelines", "runs", "quarantine"] {
+            recovered.swept += sweep(&self.home.join(top))?;
+            for (name, is_folder) in self.publisher.list(&self.home.join(top))? {
+                if is_folder {
+                    recovered.swept += sweep(&self.home.join(top).join(name))?;
                 }
             }
         }
-        Ok(n_swept)
+        let noted = self.noted_units()?;
+        for unit in self.unit_names()? {
+            if !noted.contains_key(&unit)
+                && let Status::Valid(record) = self.unit_at(&unit)?
+            {
+                self.note(&CommitLine::Commit { unit, bytes: record.bytes(), family: record.key.family })?;
+                recovered.adopted += 1;
+            }
+        }
+        Ok(recovered)
     }
 
-    /// Looks a unit up: its record can be read, and every file is there with its size.
-    pub fn unit(&self, kind: &str, fingerprint: &Fingerprint) -> Result<Status<UnitRecord>> {
-        let folder = self.unit_folder(kind, fingerprint);
-        if !folder.exists() {
-            return Ok(Status::Absent);
-        }
-        match read_record::<UnitRecord>(&folder.join(UNIT_FILE)) {
-            Ok(Some(record)) => {
-                let findings = missing_or_resized(&folder, &record);
-                Ok(if findings.is_empty() { Status::Valid(record) } else { Status::Damaged(findings) })
+    /// The units that the journal of commits says are there, as `KIND/FINGERPRINT`, with their families. A line that cannot
+    /// be read is torn, and says nothing.
+    pub fn noted_units(&self) -> Result<BTreeMap<String, Option<Fingerprint>>> {
+        let mut noted = BTreeMap::new();
+        let bytes = self.read_if_there(&self.home.join("commits.jsonl"))?.unwrap_or_default();
+        for line in bytes.split(|byte| *byte == b'\n') {
+            match serde_json::from_slice(line) {
+                Ok(CommitLine::Commit { unit, family, .. }) => drop(noted.insert(unit, family)),
+                Ok(CommitLine::Gone { unit, .. }) => drop(noted.remove(&unit)),
+                Err(_) => {}
             }
-            Ok(None) => Ok(Status::Damaged(vec![format!("{}: expected a record, found none", folder.join(UNIT_FILE).display())])),
-            Err(error @ (Error::Newer { .. } | Error::Read { .. })) => Err(error),
-            Err(error) => Ok(Status::Damaged(vec![error.to_string()])),
         }
+        Ok(noted)
+    }
+
+    /// Every unit's folder, as `KIND/FINGERPRINT`, ascending.
+    pub fn unit_names(&self) -> Result<Vec<String>> {
+        let units = self.home.join("units");
+        let mut names = Vec::new();
+        for (kind, _) in self.publisher.list(&units)?.into_iter().filter(|(_, is_folder)| *is_folder) {
+            let of_kind = self.publisher.list(&units.join(&kind))?.into_iter();
+            names.extend(of_kind.filter(|(name, _)| is_folder_name(name)).map(|(name, _)| format!("{kind}/{name}")));
+        }
+        Ok(names)
+    }
+
+    /// Where a unit named by [`Self::unit_names`] lies.
+    pub fn unit_path(&self, name: &str) -> PathBuf {
+        self.home.join("units").join(name)
+    }
+
+    fn note(&self, line: &CommitLine) -> Result<()> {
+        let mut journal = self.commits.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if journal.is_none() {
+            *journal = Some(Journal::open(&self.publisher, &self.home.join("commits.jsonl"))?);
+        }
+        let journal = journal.as_mut().expect("BUG: it was opened just now");
+        journal.append(&serde_json::to_string(line).expect("BUG: lines are plain JSON"))?;
+        journal.sync()
+    }
+
+    /// Looks a unit up: its record is its own, and every file is there with its size.
+    pub fn unit(&self, kind: &str, fingerprint: &Fingerprint) -> Result<Status<UnitRecord>> {
+        self.unit_at(&unit_name(kind, fingerprint))
+    }
+
+    /// As [`Self::unit`], by the folder's name `KIND/FINGERPRINT`.
+    pub fn unit_at(&self, name: &str) -> Result<Status<UnitRecord>> {
+        let folder = self.unit_path(name);
+        let path = folder.join(UNIT_FILE);
+        let record: UnitRecord = match self.read_record(&path) {
+            Ok(Some(record)) => record,
+            Ok(None) if self.publisher.disk().look(&folder).is_err() => return Ok(Status::Absent),
+            Ok(None) => return Ok(Status::Damaged(vec![format!("{}: expected a record, found none", path.display())])),
+            Err(error @ (Error::OtherFormat { .. } | Error::Read { .. })) => return Err(error),
+            Err(error) => return Ok(Status::Damaged(vec![error.to_string()])),
+        };
+        let own_name = unit_name(&record.key.kind, &record.key.fingerprint);
+        if own_name != name {
+            return Ok(Status::Damaged(vec![format!("{}: holds unit {own_name}", folder.display())]));
+        }
+        let findings = self.missing_or_resized(&folder, &record);
+        Ok(if findings.is_empty() { Status::Valid(record) } else { Status::Damaged(findings) })
+    }
+
+    fn missing_or_resized(&self, folder: &Path, record: &UnitRecord) -> Vec<String> {
+        let check = |file: &FileRecord| {
+            let path = folder.join(&file.name);
+            match self.publisher.disk().look(&path) {
+                Ok(Found::File(bytes)) if bytes == file.bytes => None,
+                Ok(Found::File(bytes)) => Some(format!("{}: expected {} bytes, found {bytes}", path.display(), file.bytes)),
+                Ok(Found::Folder) => Some(format!("{}: expected a file, found a folder", path.display())),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Some(format!("{}: missing", path.display())),
+                Err(error) => Some(format!("{}: {error}", path.display())),
+            }
+        };
+        record.files.iter().filter_map(check).collect()
+    }
+
+    /// Asks for the right to make a unit. What is damaged is set aside first.
+    pub fn claim(&self, kind: &str, fingerprint: &Fingerprint, watch: &mut Watch) -> Result<Claim> {
+        let name = unit_name(kind, fingerprint);
+        if let Status::Valid(record) = self.unit_at(&name)? {
+            return Ok(Claim::Made(record));
+        }
+        let path = self.home.join("leases").join(name.replace('/', "."));
+        let lease = match Lease::take(&path)? {
+            Ok(lease) => lease,
+            Err(holder) => {
+                if watch.is_silent(&self.home, &holder) {
+                    lease::break_lease(&path, &holder);
+                }
+                return Ok(Claim::Held(holder));
+            }
+        };
+        // The holder before may just have published it.
+        match self.unit_at(&name)? {
+            Status::Valid(record) => return Ok(Claim::Made(record)),
+            Status::Damaged(findings) => drop(self.quarantine(&name, &findings)?),
+            Status::Absent => {}
+        }
+        Ok(Claim::Mine(lease))
     }
 
     /// The files of an output port of one published unit, sorted by name.
-    pub fn unit_port(&self, kind: &str, record: &UnitRecord, port: &str) -> Vec<InputFile> {
-        record.port(&self.units_folder(kind), port)
+    pub fn unit_port(&self, record: &UnitRecord, port: &str) -> Vec<InputFile> {
+        record.port(&self.units_folder(&record.key.kind), port)
+    }
+
+    /// The digests of the items of a published unit, in order; none for one that holds no items.
+    pub fn items_of(&self, record: &UnitRecord) -> Result<Vec<Digest>> {
+        self.items_in(&self.unit_path(&unit_name(&record.key.kind, &record.key.fingerprint)), record)
+    }
+
+    fn items_in(&self, folder: &Path, record: &UnitRecord) -> Result<Vec<Digest>> {
+        let path = folder.join(ITEMS_FILE);
+        let Some(file) = record.files.iter().find(|file| file.name == ITEMS_FILE) else { return Ok(Vec::new()) };
+        let bytes = self.publisher.disk().read(&path).map_err(|source| Error::read(&path, source))?;
+        let (expected, found) = (file.digest, Digest::of(&bytes));
+        if expected != found {
+            return Err(Error::Flipped { path, what: "the list of items".into(), expected, found });
+        }
+        let (items, _) = bytes.as_chunks::<32>();
+        Ok(items.iter().map(|item| blake3::Hash::from_bytes(*item).into()).collect())
     }
 
     /// Opens a draft for a unit.
-    pub fn begin_unit(&self, kind: &str, fingerprint: &Fingerprint) -> Result<Draft> {
-        Draft::begin(&self.unit_folder(kind, fingerprint))
+    pub fn begin_unit(&self, key: &UnitKey) -> Result<Draft> {
+        self.publisher.begin(&self.unit_path(&unit_name(&key.kind, &key.fingerprint)))
     }
 
-    /// Publishes a unit's draft.
-    pub fn commit_unit(&self, draft: Draft, fingerprint: &Fingerprint, metrics: BTreeMap<String, Value>) -> Result<UnitRecord> {
-        let record = UnitRecord { format: FORMAT, fingerprint: *fingerprint, files: draft.files(), metrics };
-        draft.commit(UNIT_FILE, &to_json(&record))?;
-        Ok(record)
+    /// Publishes a unit's draft. Who comes second gets the record of who came first.
+    pub fn commit_unit(&self, draft: Draft, key: UnitKey, items: &[Digest], metrics: BTreeMap<String, Value>) -> Result<UnitRecord> {
+        let name = unit_name(&key.kind, &key.fingerprint);
+        if !items.is_empty() {
+            let bytes: Vec<u8> = items.iter().flat_map(|item| *item.as_bytes()).collect();
+            draft.write(ITEMS_FILE, &bytes)?;
+        }
+        let seal = Digest::of(&[]);
+        let record = UnitRecord { format: FORMAT, key, files: draft.files(), metrics, seal }.sealed();
+        if draft.commit(UNIT_FILE, &to_json(&record))? {
+            self.note(&CommitLine::Commit { unit: name, bytes: record.bytes(), family: record.key.family })?;
+            return Ok(record);
+        }
+        match self.unit_at(&name)? {
+            Status::Valid(winner) => Ok(winner),
+            Status::Damaged(findings) => Err(Error::malformed(&self.unit_path(&name), findings.join("; "))),
+            Status::Absent => Err(Error::malformed(&self.unit_path(&name), "was published by another process, and is gone again")),
+        }
     }
 
-    /// Sets a damaged unit aside, so that it is made again. Returns where it lies.
-    pub fn quarantine_unit(&self, kind: &str, fingerprint: &Fingerprint) -> Result<PathBuf> {
-        publish::quarantine(&self.unit_folder(kind, fingerprint), &self.quarantine())
+    /// Sets a damaged unit aside with the reason beside it, so that it is made again. `None`: it is not there any more.
+    pub fn quarantine(&self, name: &str, findings: &[String]) -> Result<Option<PathBuf>> {
+        let place = self.home.join("quarantine").join(name.replace('/', "."));
+        let Some(aside) = self.publisher.set_aside(&self.unit_path(name), &place)? else { return Ok(None) };
+        let why = findings.join("\n");
+        self.publisher.replace(&aside.with_extension("reason.txt"), format!("{why}\n").as_bytes())?;
+        self.note(&CommitLine::Gone { unit: name.into(), why })?;
+        Ok(Some(aside))
     }
 
-    /// The kind and fingerprint of the unit that a file belongs to, if it lies in this store.
-    pub fn unit_of(&self, path: &Path) -> Option<(String, Fingerprint)> {
+    /// The folders of the damaged units of a kind, the latest first.
+    pub(crate) fn quarantined(&self, kind: &str) -> Result<Vec<PathBuf>> {
+        let quarantine = self.home.join("quarantine");
+        let of_kind = format!("{}.", kind_name(kind));
+        let mut folders = Vec::new();
+        for (unit, _) in self.publisher.list(&quarantine)?.into_iter().filter(|(name, _)| name.starts_with(&of_kind)) {
+            let times = self.publisher.list(&quarantine.join(&unit))?.into_iter().filter(|(_, is_folder)| *is_folder);
+            folders.extend(times.map(|(name, _)| quarantine.join(&unit).join(name)));
+        }
+        folders.reverse();
+        Ok(folders)
+    }
+
+    /// The record and the items of a damaged unit, where at least these are sound.
+    pub(crate) fn salvageable(&self, folder: &Path) -> Option<(UnitRecord, Vec<Digest>)> {
+        let record: UnitRecord = self.read_record(&folder.join(UNIT_FILE)).ok()??;
+        let items = self.items_in(folder, &record).ok()?;
+        Some((record, items))
+    }
+
+    /// Removes a unit for good, as the garbage collection does.
+    pub fn remove_unit(&self, name: &str, why: &str) -> Result<()> {
+        // Noted first: a unit that is noted as gone and is still there is adopted again, the other way round it would be lost.
+        self.note(&CommitLine::Gone { unit: name.into(), why: why.into() })?;
+        self.publisher.remove(&self.unit_path(name))
+    }
+
+    /// The unit, as `KIND/FINGERPRINT`, that a file belongs to, if it lies in this store.
+    pub fn unit_of(&self, path: &Path) -> Option<String> {
         let mut parts = path.strip_prefix(self.home.join("units")).ok()?.components();
         let (kind, folder) = (parts.next()?, parts.next()?);
-        let record = read_record::<UnitRecord>(&self.home.join("units").join(kind).join(folder).join(UNIT_FILE)).ok()??;
-        Some((kind.as_os_str().to_str()?.to_owned(), record.fingerprint))
+        Some(format!("{}/{}", kind.as_os_str().to_str()?, folder.as_os_str().to_str()?))
     }
 
-    /// Where the folder of damaged things is.
-    pub fn quarantine(&self) -> PathBuf {
-        self.home.join("quarantine")
-    }
-
-    /// Looks an artifact up: its manifest can be read, and every unit is valid.
+    /// Looks an artifact up: its manifest is its own, and every unit is valid.
     pub fn artifact(&self, kind: &str, fingerprint: &Fingerprint) -> Result<Status<Artifact>> {
         let manifest = match self.manifest(kind, fingerprint) {
             Ok(Some(manifest)) => manifest,
             Ok(None) => return Ok(Status::Absent),
-            Err(error @ (Error::Newer { .. } | Error::Read { .. })) => return Err(error),
+            Err(error @ (Error::OtherFormat { .. } | Error::Read { .. })) => return Err(error),
             Err(error) => return Ok(Status::Damaged(vec![error.to_string()])),
         };
         let mut findings = Vec::new();
         for (unit_idx, unit) in manifest.units.iter().enumerate() {
-            match self.unit(kind, &unit.fingerprint)? {
+            match self.unit(kind, &unit.key.fingerprint)? {
                 Status::Valid(_) => {}
                 Status::Damaged(found) => findings.extend(found),
-                Status::Absent => findings.push(format!("unit {unit_idx} ({}) is missing", unit.fingerprint)),
+                Status::Absent => findings.push(format!("unit {unit_idx} ({}) is missing", unit.key.fingerprint)),
             }
         }
         if findings.is_empty() {
@@ -300,35 +553,95 @@ impl Store {
 
     /// An artifact's manifest, whatever became of its units.
     pub fn manifest(&self, kind: &str, fingerprint: &Fingerprint) -> Result<Option<Manifest>> {
-        read_record(&self.manifest_path(kind, fingerprint))
+        self.manifest_at(&self.manifest_path(kind, fingerprint))
+    }
+
+    /// Reads a manifest and checks that it is what its place says.
+    pub(crate) fn manifest_at(&self, path: &Path) -> Result<Option<Manifest>> {
+        let Some(manifest) = self.read_record::<Manifest>(path)? else { return Ok(None) };
+        let recipe = manifest.recipe.fingerprint();
+        if recipe != manifest.fingerprint || self.manifest_path(&manifest.recipe.kind, &recipe) != *path {
+            return Err(Error::malformed(path, format!("is the manifest of {} {recipe}", manifest.recipe.kind)));
+        }
+        Ok(Some(manifest))
+    }
+
+    /// Every manifest's file, ascending.
+    pub fn manifest_paths(&self) -> Result<Vec<PathBuf>> {
+        let artifacts = self.home.join("artifacts");
+        let mut paths = Vec::new();
+        for (kind, _) in self.publisher.list(&artifacts)?.into_iter().filter(|(_, is_folder)| *is_folder) {
+            let of_kind = self.publisher.list(&artifacts.join(&kind))?.into_iter();
+            paths.extend(of_kind.filter(|(name, _)| name.ends_with(".json")).map(|(name, _)| artifacts.join(&kind).join(name)));
+        }
+        Ok(paths)
     }
 
     /// Publishes an artifact whose units are published. An artifact that is made again after damage keeps the identity it
     /// was first published with.
     pub fn commit_artifact(&self, recipe: Recipe, ports: &[&str], units: Vec<UnitRecord>, made: Provenance) -> Result<Artifact> {
         let fingerprint = recipe.fingerprint();
-        let earlier = self.manifest(&recipe.kind, &fingerprint).ok().flatten();
-        let ports = match earlier {
-            Some(earlier) => earlier.ports,
-            None => ports.iter().map(|port| ((*port).to_owned(), port_digest(&units, port))).collect(),
-        };
         let units_folder = self.units_folder(&recipe.kind);
-        let manifest = Manifest { format: FORMAT, fingerprint, recipe, ports, units, made };
-        publish::replace(&self.manifest_path(&manifest.recipe.kind, &fingerprint), &to_json(&manifest))?;
+        let path = self.manifest_path(&recipe.kind, &fingerprint);
+        let ports = match self.manifest_at(&path) {
+            Ok(Some(earlier)) => earlier.ports,
+            Ok(None) => ports.iter().map(|port| ((*port).to_owned(), port_digest(&units, port))).collect(),
+            Err(error @ (Error::OtherFormat { .. } | Error::Read { .. })) => return Err(error),
+            Err(error) => {
+                self.quarantine_manifest(&path, &error.to_string())?;
+                ports.iter().map(|port| ((*port).to_owned(), port_digest(&units, port))).collect()
+            }
+        };
+        let manifest = Manifest { format: FORMAT, fingerprint, recipe, ports, units, made, seal: Digest::of(&[]) }.sealed();
+        self.publisher.replace(&path, &to_json(&manifest))?;
         Ok(Artifact { manifest, units_folder })
+    }
+
+    /// Sets a damaged manifest aside with the reason beside it.
+    pub fn quarantine_manifest(&self, path: &Path, why: &str) -> Result<()> {
+        if let Some(aside) = self.publisher.set_aside(path, &self.home.join("quarantine").join("manifests"))? {
+            self.publisher.replace(&aside.with_extension("reason.txt"), format!("{why}\n").as_bytes())?;
+        }
+        Ok(())
     }
 
     fn units_folder(&self, kind: &str) -> PathBuf {
         self.home.join("units").join(kind_name(kind))
     }
 
-    fn unit_folder(&self, kind: &str, fingerprint: &Fingerprint) -> PathBuf {
-        self.units_folder(kind).join(folder_name(fingerprint))
-    }
-
     fn manifest_path(&self, kind: &str, fingerprint: &Fingerprint) -> PathBuf {
         self.home.join("artifacts").join(kind_name(kind)).join(format!("{}.json", folder_name(fingerprint)))
     }
+
+    fn read_if_there(&self, path: &Path) -> Result<Option<Vec<u8>>> {
+        match self.publisher.disk().read(path) {
+            Ok(bytes) => Ok(Some(bytes)),
+            // A file where a folder belongs: nothing of ours is there.
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+            Err(source) => Err(Error::read(path, source)),
+        }
+    }
+
+    /// Reads a record that carries its format and its seal; `None` where there is no file.
+    fn read_record<T: DeserializeOwned + Sealed>(&self, path: &Path) -> Result<Option<T>> {
+        let Some(bytes) = self.read_if_there(path)? else { return Ok(None) };
+        // The format is looked at first: a record of another version may have fields that this program does not know.
+        let value: Value = parse(path, &bytes)?;
+        if let Some(format) = value.get("format").and_then(Value::as_u64) {
+            check_format(path, u32::try_from(format).unwrap_or(u32::MAX))?;
+        }
+        let mut record: T = serde_json::from_value(value).map_err(|error| Error::malformed(path, error.to_string()))?;
+        let (expected, found) = (*record.seal_mut(), record.seal_of());
+        if expected != found {
+            return Err(Error::Flipped { path: path.to_owned(), what: "the record".into(), expected, found });
+        }
+        Ok(Some(record))
+    }
+}
+
+/// `KIND/FINGERPRINT`, as a unit's folder is named.
+pub fn unit_name(kind: &str, fingerprint: &Fingerprint) -> String {
+    format!("{}/{}", kind_name(kind), folder_name(fingerprint))
 }
 
 fn kind_name(kind: &str) -> String {
@@ -339,17 +652,12 @@ fn folder_name(fingerprint: &Fingerprint) -> String {
     fingerprint.to_hex()[..32].to_owned()
 }
 
-fn missing_or_resized(folder: &Path, record: &UnitRecord) -> Vec<String> {
-    let check = |file: &FileRecord| {
-        let path = folder.join(&file.name);
-        match fs::metadata(&path) {
-            Ok(metadata) if metadata.len() == file.bytes => None,
-            Ok(metadata) => Some(format!("{}: expected {} bytes, found {}", path.display(), file.bytes, metadata.len())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Some(format!("{}: missing", path.display())),
-            Err(error) => Some(format!("{}: {error}", path.display())),
-        }
-    };
-    record.files.iter().filter_map(check).collect()
+fn is_folder_name(name: &str) -> bool {
+    name.len() == 32 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+fn check_format(path: &Path, found: u32) -> Result<()> {
+    if found == FORMAT { Ok(()) } else { Err(Error::OtherFormat { path: path.to_owned(), found, known: FORMAT }) }
 }
 
 fn to_json<T: Serialize>(value: &T) -> Vec<u8> {
@@ -362,28 +670,14 @@ fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|error| Error::malformed(path, error.to_string()))
 }
 
-/// Reads a record that carries its format; `None` where there is no file.
-fn read_record<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    let bytes = match fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(Error::read(path, source)),
-    };
-    // The format is looked at first: a newer record may have fields that this program does not know.
-    let value: Value = parse(path, &bytes)?;
-    match value.get("format").and_then(Value::as_u64) {
-        Some(format) if format > u64::from(FORMAT) => {
-            Err(Error::Newer { path: path.to_owned(), found: u32::try_from(format).unwrap_or(u32::MAX), known: FORMAT })
-        }
-        _ => serde_json::from_value(value).map(Some).map_err(|error| Error::malformed(path, error.to_string())),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use serde_json::json;
 
     use super::*;
+    use crate::publish::replace;
 
     fn recipe() -> Recipe {
         Recipe { kind: "clip/globals".into(), version: 1, params: json!({}), inputs: BTreeMap::new(), link: None }
@@ -394,17 +688,21 @@ mod tests {
         Provenance { program: text(), run: text(), host: text(), device: text(), libtorch: text(), started: text(), wall_s: 0.0 }
     }
 
+    fn key(name: &[u8]) -> UnitKey {
+        UnitKey { kind: "clip/globals".into(), fingerprint: blake3::hash(name).into(), family: None }
+    }
+
     fn made_unit(store: &Store, name: &[u8], content: &[u8]) -> UnitRecord {
-        let fingerprint = blake3::hash(name).into();
-        let draft = store.begin_unit("clip/globals", &fingerprint).unwrap();
+        let draft = store.begin_unit(&key(name)).unwrap();
         draft.write("features/0.arrow", content).unwrap();
         draft.write("log/notes", b"-").unwrap();
-        store.commit_unit(draft, &fingerprint, BTreeMap::new()).unwrap()
+        store.commit_unit(draft, key(name), &[Digest::of(name)], BTreeMap::new()).unwrap()
     }
 
     fn store_with_artifact() -> (tempfile::TempDir, Store, Artifact) {
         let home = tempfile::tempdir().unwrap();
         let store = Store::open(home.path()).unwrap();
+        store.enter().unwrap();
         let units = vec![made_unit(&store, b"0", b"zero"), made_unit(&store, b"1", b"one")];
         let artifact = store.commit_artifact(recipe(), &["features"], units, made()).unwrap();
         (home, store, artifact)
@@ -414,6 +712,10 @@ mod tests {
         store.artifact("clip/globals", &recipe().fingerprint()).unwrap()
     }
 
+    fn unit_path(store: &Store, name: &[u8]) -> PathBuf {
+        store.unit_path(&unit_name("clip/globals", &key(name).fingerprint))
+    }
+
     #[test]
     fn a_committed_artifact_is_found_with_the_files_of_each_port() {
         let (_home, store, _) = store_with_artifact();
@@ -421,29 +723,40 @@ mod tests {
         let contents: Vec<_> = artifact.port("features").iter().map(|file| fs::read(&file.path).unwrap()).collect();
         assert_eq!(contents, [b"zero".to_vec(), b"one".to_vec()]);
         assert_eq!(artifact.port("features")[0].name, "0.arrow");
+        assert_eq!(store.items_of(&artifact.manifest.units[1]).unwrap(), [Digest::of(b"1")]);
     }
 
     #[test]
-    fn missing_truncated_and_unreadable_parts_are_damage_never_absence() {
-        type Hurt = fn(&Path);
-        let hurts: [(&str, Hurt); 4] = [
-            ("expected 4 bytes, found 2", |unit| publish::replace(&unit.join("features/0.arrow"), b"ze").unwrap()),
-            ("missing", |unit| drop(publish::quarantine(&unit.join("features/0.arrow"), &unit.join("gone")).unwrap())),
-            ("unit.json", |unit| publish::replace(&unit.join("unit.json"), b"{").unwrap()),
-            ("is missing", |unit| drop(publish::quarantine(unit, &unit.join("../../../gone")).unwrap())),
+    fn missing_truncated_swapped_and_unreadable_parts_are_damage_never_absence() {
+        type Hurt = fn(&Store, &Path);
+        let hurts: [(&str, Hurt); 6] = [
+            ("expected 4 bytes, found 2", |_, unit| replace(&unit.join("features/0.arrow"), b"ze").unwrap()),
+            ("missing", |store, unit| store.publisher().remove(&unit.join("features/0.arrow")).unwrap()),
+            ("unit.json", |_, unit| replace(&unit.join("unit.json"), b"{").unwrap()),
+            ("the record does not match its digest", |_, unit| {
+                let text = fs::read_to_string(unit.join("unit.json")).unwrap();
+                replace(&unit.join("unit.json"), text.replacen("\"bytes\": 4", "\"bytes\": 5", 1).as_bytes()).unwrap();
+            }),
+            ("holds unit", |store, unit| {
+                let other = fs::read(unit_path(store, b"1").join("unit.json")).unwrap();
+                replace(&unit.join("unit.json"), &other).unwrap();
+            }),
+            ("is missing", |store, unit| store.publisher().remove(unit).unwrap()),
         ];
         for (expected, hurt) in hurts {
             let (_home, store, _) = store_with_artifact();
-            hurt(&store.unit_folder("clip/globals", &blake3::hash(b"0").into()));
+            hurt(&store, &unit_path(&store, b"0"));
             let Status::Damaged(findings) = status(&store) else { panic!("{expected}: not damaged") };
-            assert!(findings.len() == 1 && findings[0].contains(expected), "{findings:?}");
+            assert!(findings.len() == 1 && findings[0].contains(expected), "{expected}: {findings:?}");
         }
     }
 
     #[test]
     fn a_repaired_artifact_keeps_its_identity() {
         let (_home, store, artifact) = store_with_artifact();
-        store.quarantine_unit("clip/globals", &blake3::hash(b"0").into()).unwrap();
+        let name = unit_name("clip/globals", &key(b"0").fingerprint);
+        let aside = store.quarantine(&name, &["for a test".into()]).unwrap().unwrap();
+        assert_eq!(fs::read_to_string(aside.with_extension("reason.txt")).unwrap(), "for a test\n");
         let units = vec![made_unit(&store, b"0", b"zer0"), artifact.manifest.units[1].clone()];
         let repaired = store.commit_artifact(recipe(), &["features"], units, made()).unwrap();
         assert_eq!(repaired.manifest.ports, artifact.manifest.ports);
@@ -451,41 +764,50 @@ mod tests {
     }
 
     #[test]
-    fn a_home_belongs_to_one_process_until_it_lets_go() {
-        let home = tempfile::tempdir().unwrap();
-        let store = Store::open(home.path()).unwrap();
-        let lock = store.lock("run 7").unwrap();
-        let refused = Store::open(home.path()).unwrap().lock("run 8").unwrap_err();
-        assert!(matches!(&refused, Error::Locked { holder, .. } if holder == "run 7"), "{refused}");
-        drop(lock);
-        store.lock("run 8").unwrap();
+    fn one_process_makes_a_unit_and_a_damaged_one_is_set_aside_first() {
+        let (_home, store, _) = store_with_artifact();
+        let (fingerprint, mut watch) = (key(b"0").fingerprint, Watch::default());
+        let mut claim = || store.claim("clip/globals", &fingerprint, &mut watch).unwrap();
+        assert!(matches!(claim(), Claim::Made(_)));
+        replace(&unit_path(&store, b"0").join("features/0.arrow"), b"ze").unwrap();
+        let first = claim();
+        assert!(matches!(first, Claim::Mine(_)) && matches!(claim(), Claim::Held(_)));
+        made_unit(&store, b"0", b"zero");
+        drop(first);
+        assert!(matches!(claim(), Claim::Made(_)));
     }
 
     #[test]
-    fn a_home_and_a_record_of_a_newer_version_are_refused() {
+    fn a_home_and_a_record_of_another_version_are_refused() {
         let (home, store, _) = store_with_artifact();
-        publish::replace(&store.manifest_path("clip/globals", &recipe().fingerprint()), br#"{"format": 9, "new": 1}"#).unwrap();
-        assert!(matches!(store.artifact("clip/globals", &recipe().fingerprint()), Err(Error::Newer { found: 9, .. })));
-        publish::replace(&home.path().join("format.json"), br#"{"format": 9}"#).unwrap();
-        assert!(matches!(Store::open(home.path()), Err(Error::Newer { found: 9, .. })));
+        replace(&store.manifest_path("clip/globals", &recipe().fingerprint()), br#"{"format": 9, "new": 1}"#).unwrap();
+        assert!(matches!(store.artifact("clip/globals", &recipe().fingerprint()), Err(Error::OtherFormat { found: 9, .. })));
+        for found in [1, 9] {
+            replace(&home.path().join("format.json"), format!(r#"{{"format": {found}}}"#).as_bytes()).unwrap();
+            assert!(matches!(Store::open(home.path()), Err(Error::OtherFormat { found: f, .. }) if f == found));
+        }
     }
 
     #[test]
-    fn recovery_sweeps_what_a_crash_left_in_every_folder() {
+    fn the_start_sweeps_what_the_dead_left_and_adopts_what_they_had_finished() {
         let (home, store, _) = store_with_artifact();
-        std::mem::forget(store.begin_unit("clip/globals", &blake3::hash(b"lost").into()).unwrap());
-        publish::replace(&home.path().join(".tmp-format.json-1"), b"").unwrap();
-        let lock = store.lock("test").unwrap();
-        assert_eq!(store.recover(&lock).unwrap(), 2);
-        assert_eq!(store.recover(&lock).unwrap(), 0);
+        replace(&home.path().join(".tmp-format.json-1"), b"").unwrap();
+        fs::create_dir(home.path().join(format!("units/clip-globals/.tmp-unit-{}-0", Owner::dead(7)))).unwrap();
+        let journal = fs::read_to_string(home.path().join("commits.jsonl")).unwrap();
+        let (first, torn) = journal.split_once('\n').unwrap();
+        replace(&home.path().join("commits.jsonl"), format!("{first}\n{}", &torn[..20]).as_bytes()).unwrap();
+        let store = Store::open(store.home()).unwrap();
+        assert_eq!(store.recover().unwrap(), Recovered { swept: 2, adopted: 1 });
+        assert_eq!(store.recover().unwrap(), Recovered::default());
         assert!(matches!(status(&store), Status::Valid(_)));
+        assert_eq!(store.noted_units().unwrap().into_keys().collect::<Vec<_>>(), store.unit_names().unwrap());
     }
 
     #[test]
     fn a_file_of_the_store_knows_its_unit() {
         let (_home, store, artifact) = store_with_artifact();
-        let (kind, fingerprint) = store.unit_of(&artifact.port("features")[1].path).unwrap();
-        assert_eq!((kind.as_str(), fingerprint), ("clip-globals", blake3::hash(b"1").into()));
+        let name = store.unit_of(&artifact.port("features")[1].path).unwrap();
+        assert_eq!(name, unit_name("clip/globals", &key(b"1").fingerprint));
         assert!(store.unit_of(Path::new("/elsewhere/file")).is_none());
     }
 }

@@ -8,18 +8,25 @@
 //! the next unit while the network works on this one. It publishes each unit as soon as it is whole.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     marker::PhantomData,
     ops::Range,
     path::Path,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+    time::Duration,
 };
 
-use ovenbird_cache::{Digest, Draft, DraftFile, Fingerprint, Recipe, Status, Store, chunk, inputs::InputFile};
+use ovenbird_cache::{
+    Claim, Digest, Donors, Draft, DraftFile, Fingerprint, Lease, Recipe, Status, Store, UnitKey, Watch, chunk, inputs::InputFile,
+};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use crate::{Error, Result, artifacts::Artifact};
@@ -208,27 +215,31 @@ pub struct Unit {
     pub items: Range<usize>,
     /// Its name.
     pub fingerprint: Fingerprint,
+    /// Of a unit that holds items: see [`UnitKey::family`].
+    pub family: Option<Fingerprint>,
 }
 
 impl Units {
-    /// Names every unit of a stage with this recipe.
-    pub fn of(self, recipe: &Recipe) -> Vec<Unit> {
+    /// Names every unit of a stage with this recipe; the second list holds the items they are ranges of.
+    pub fn of(self, recipe: &Recipe) -> (Vec<Unit>, Vec<Digest>) {
+        let without_items = |index: usize, fingerprint| Unit { index, items: 0..0, fingerprint, family: None };
         match self {
-            Self::One => vec![Unit { index: 0, items: 0..0, fingerprint: recipe.fingerprint() }],
+            Self::One => (vec![without_items(0, recipe.fingerprint())], Vec::new()),
             Self::Chain { links } => {
                 let link = |link: u32| Recipe { link: Some(link), ..recipe.clone() }.fingerprint();
-                (0..links).map(|index| Unit { index: index as usize, items: 0..0, fingerprint: link(index) }).collect()
+                ((0..links).map(|index| without_items(index as usize, link(index))).collect(), Vec::new())
             }
             Self::Independent { items, replaces } => {
                 let mut shared = recipe.clone();
                 shared.inputs.retain(|port, _| !replaces.contains(&port.as_str()));
+                let family = Some(shared.fingerprint());
                 let unit = |(index, range): (usize, Range<usize>)| {
                     let mut own = shared.clone();
                     let content = Digest::of_list("ovenbird items 1", items[range.clone()].iter().map(|item| ("", *item)));
                     own.inputs.insert("(items)".into(), content);
-                    Unit { index, items: range, fingerprint: own.fingerprint() }
+                    Unit { index, items: range, fingerprint: own.fingerprint(), family }
                 };
-                chunk::cut(&items).into_iter().enumerate().map(unit).collect()
+                (chunk::cut(&items).into_iter().enumerate().map(unit).collect(), items)
             }
         }
     }
@@ -243,6 +254,8 @@ pub enum Progress {
     Tick(u64),
     /// Something the operator should read: a skipped item and why, a measurement.
     Note(String),
+    /// An item could not be read or understood, and is left out.
+    Failed(FailedItem),
     /// A unit is published.
     Committed {
         /// Its place among the units of its stage.
@@ -252,6 +265,39 @@ pub enum Progress {
     },
 }
 
+/// An item that has no result, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FailedItem {
+    /// Its name: an image's file.
+    pub item: String,
+    /// What was expected and what was found.
+    pub reason: String,
+    /// How often it was tried.
+    pub attempts: u32,
+}
+
+/// What to do about an item that cannot be read or understood.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum OnBadItem {
+    /// The stage fails.
+    #[default]
+    Fail,
+    /// The item is left out and noted with its unit, unless more than this part of a stage's items fails.
+    Skip {
+        /// From 0 to 1.
+        max_failed_ratio: f64,
+    },
+}
+
+/// The file of a unit that lists its failed items; there only if there are some.
+pub const FAILED_FILE: &str = "failed.json";
+
+/// How often something is tried that may go well the next time.
+const ATTEMPTS: u32 = 4;
+/// How long to wait before the second time; four times as long before each further one.
+const BACK_OFF: Duration = Duration::from_millis(100);
+
 /// What a stage may use besides its parameters.
 pub struct Context<'a> {
     /// Where units are published.
@@ -260,12 +306,20 @@ pub struct Context<'a> {
     pub kind: &'static str,
     /// Every unit of the stage, the published ones too.
     pub units: &'a [Unit],
+    /// Every item of the stage; units hold ranges of them.
+    pub items: &'a [Digest],
     /// What the stage reads.
     pub inputs: &'a Inputs,
     /// Where networks run.
     pub device: tch::Device,
     /// How many threads the stage may keep busy besides the network's own.
     pub threads: usize,
+    /// What to do about an item that cannot be read or understood.
+    pub on_bad_item: OnBadItem,
+    /// How many items have failed so far.
+    pub n_failed: &'a AtomicU64,
+    /// Watches the processes that make other units of the stage.
+    pub watch: &'a Mutex<Watch>,
     /// Set when the operator asks to stop.
     pub stop: &'a AtomicBool,
     /// Receives progress.
@@ -299,19 +353,81 @@ impl Context<'_> {
         if self.stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) }
     }
 
-    /// Opens a unit's draft. Dropping it loses the unit, and nothing else.
+    /// Opens the draft of a unit that holds no items. Dropping it loses the unit, and nothing else.
     pub fn begin(&self, unit: &Unit) -> Result<UnitDraft> {
         self.proceed()?;
-        let draft = self.store.begin_unit(self.kind, &unit.fingerprint)?;
-        Ok(UnitDraft { draft, unit: unit.clone() })
+        Ok(UnitDraft { draft: self.store.begin_unit(&self.key(unit))?, unit: unit.clone(), failed: Mutex::default(), _lease: None })
+    }
+
+    /// Opens the drafts of units that hold items, one after the other, leaving out those that another process makes
+    /// meanwhile: several share the work of a stage unit by unit.
+    pub fn drafts<'u>(&'u self, units: &'u [Unit]) -> impl Iterator<Item = Result<UnitDraft>> + 'u {
+        units.iter().filter_map(|unit| self.begin_claimed(unit).transpose())
+    }
+
+    fn begin_claimed(&self, unit: &Unit) -> Result<Option<UnitDraft>> {
+        self.proceed()?;
+        match self.store.claim(self.kind, &unit.fingerprint, &mut self.watch.lock().unwrap_or_else(PoisonError::into_inner))? {
+            Claim::Made(_) | Claim::Held(_) => Ok(None),
+            Claim::Mine(lease) => {
+                let draft = self.store.begin_unit(&self.key(unit))?;
+                Ok(Some(UnitDraft { draft, unit: unit.clone(), failed: Mutex::default(), _lease: Some(lease) }))
+            }
+        }
+    }
+
+    /// What the store holds already of the items of some units.
+    pub(crate) fn donors(&self, draft: &UnitDraft) -> Result<Donors> {
+        let Some(family) = draft.unit.family else { return Ok(Donors::default()) };
+        let wanted: HashSet<Digest> = self.items[draft.unit.items.clone()].iter().copied().collect();
+        Ok(self.store.donors(self.kind, &family, &wanted)?)
+    }
+
+    /// Prepares an item; what may go well the next time (a network file system that does not answer) is tried again.
+    pub(crate) fn attempt<T>(&self, prepare: impl Fn() -> Result<T>) -> Attempted<T> {
+        let mut pause = BACK_OFF;
+        for attempts in 1.. {
+            match prepare() {
+                Err(error) if attempts < ATTEMPTS && error.is_transient() && self.proceed().is_ok() => thread::sleep(pause),
+                result => return Attempted { result, attempts },
+            }
+            pause *= 4;
+        }
+        unreachable!("the last attempt returns")
+    }
+
+    /// A prepared item of a unit, or `None` for one that failed and is left out by the stage's policy.
+    pub(crate) fn kept<T>(&self, draft: &UnitDraft, item: &str, attempted: Attempted<T>) -> Result<Option<T>> {
+        let error = match attempted.result {
+            Ok(prepared) => return Ok(Some(prepared)),
+            Err(error) => error,
+        };
+        let OnBadItem::Skip { max_failed_ratio } = self.on_bad_item else { return Err(error) };
+        let Error::Data(cause) = &error else { return Err(error) };
+        let failed = FailedItem { item: item.into(), reason: with_sources(cause), attempts: attempted.attempts };
+        let n_failed = self.n_failed.fetch_add(1, Ordering::Relaxed) + 1;
+        if n_failed as f64 > max_failed_ratio * self.items.len() as f64 {
+            return Err(Error::TooManyFailed { n_failed, n_items: self.items.len(), max_failed_ratio, last: failed.reason });
+        }
+        (self.report)(Progress::Failed(failed.clone()));
+        draft.failed.lock().unwrap_or_else(PoisonError::into_inner).push(failed);
+        self.tick(1);
+        Ok(None)
+    }
+
+    fn key(&self, unit: &Unit) -> UnitKey {
+        UnitKey { kind: self.kind.into(), fingerprint: unit.fingerprint, family: unit.family }
     }
 
     /// Publishes a unit.
     pub fn commit(&self, draft: UnitDraft, metrics: BTreeMap<String, Value>) -> Result<()> {
-        let UnitDraft { draft, unit } = draft;
-        let record = self.store.commit_unit(draft, &unit.fingerprint, metrics)?;
-        let bytes = record.files.iter().map(|file| file.bytes).sum();
-        (self.report)(Progress::Committed { unit: unit.index, bytes });
+        let UnitDraft { draft, unit, failed, _lease } = draft;
+        let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if !failed.is_empty() {
+            draft.write(FAILED_FILE, &serde_json::to_vec_pretty(&failed).expect("BUG: names and reasons are plain JSON"))?;
+        }
+        let record = self.store.commit_unit(draft, self.key(&unit), &self.items[unit.items.clone()], metrics)?;
+        (self.report)(Progress::Committed { unit: unit.index, bytes: record.bytes() });
         Ok(())
     }
 
@@ -322,7 +438,7 @@ impl Context<'_> {
             let problem = format!("unit {index} was published, but is no longer whole");
             return Err(Error::Input { port: port.info.name, problem, hint: "type the same command again: it is made again".into() });
         };
-        T::open(&self.store.unit_port(self.kind, &record, port.info.name))
+        T::open(&self.store.unit_port(&record, port.info.name))
     }
 }
 
@@ -330,6 +446,9 @@ impl Context<'_> {
 pub struct UnitDraft {
     draft: Draft,
     unit: Unit,
+    failed: Mutex<Vec<FailedItem>>,
+    /// Let go after the draft.
+    _lease: Option<Lease>,
 }
 
 impl UnitDraft {
@@ -347,6 +466,17 @@ impl UnitDraft {
     pub fn write<T>(&self, port: Out<T>, name: &str, bytes: &[u8]) -> Result<()> {
         Ok(self.draft.write(&format!("{}/{name}", port.info.name), bytes)?)
     }
+}
+
+/// What came of preparing an item.
+pub(crate) struct Attempted<T> {
+    result: Result<T>,
+    attempts: u32,
+}
+
+fn with_sources(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// The object-safe twin of [`Stage`], for the registry and the program.

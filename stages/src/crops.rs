@@ -84,10 +84,11 @@ impl Stage for Objects {
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
         let images = cx.inputs.read(IMAGES)?;
         let all = self.of_images(&annotations);
-        for unit in units {
-            let draft = cx.begin(unit)?;
+        for draft in cx.drafts(units) {
+            let draft = draft?;
+            let unit = draft.unit().clone();
             let mut shard = CropsWriter::new(draft.create(CROPS, "crops.arrow")?, &unit.fingerprint)?;
-            let prepare = |(image, objects): &(&ImageInfo, Vec<&Annotation>)| {
+            let cut = |(image, objects): &(&ImageInfo, Vec<&Annotation>)| {
                 let decoded = images.decode(&image.file_name, [image.width, image.height])?;
                 let crop = |object: &&Annotation| Crop {
                     image_id: object.image_id,
@@ -95,17 +96,23 @@ impl Stage for Objects {
                     category_id: object.category_id,
                     jpeg: decoded.crop(object.xyxy.expanded(self.expand, [image.width, image.height])).to_jpeg(self.quality),
                 };
-                Ok(objects.iter().map(crop).collect())
+                Ok(objects.iter().map(crop).collect::<Vec<Crop>>())
             };
             let mut n_crops = 0;
-            in_order(&all[unit.items.clone()], cx.threads, prepare, |_, crops: Vec<Crop>| {
-                n_crops += crops.len();
-                for crop in crops {
-                    shard.push(crop)?;
-                }
-                cx.tick(1);
-                cx.proceed()
-            })?;
+            in_order(
+                &all[unit.items.clone()],
+                cx.threads,
+                |item| cx.attempt(|| cut(item)),
+                |(image, _), crops| {
+                    let Some(crops) = cx.kept(&draft, &image.file_name, crops)? else { return Ok(()) };
+                    n_crops += crops.len();
+                    for crop in crops {
+                        shard.push(crop)?;
+                    }
+                    cx.tick(1);
+                    cx.proceed()
+                },
+            )?;
             shard.finish()?;
             cx.commit(draft, [("images".into(), unit.items.len().into()), ("crops".into(), n_crops.into())].into())?;
         }

@@ -24,6 +24,18 @@ pub enum Error {
         /// What the operator can do about it.
         hint: String,
     },
+    /// More items failed than the stage's policy allows.
+    #[error("{n_failed} of {n_items} items failed, more than max_failed_ratio {max_failed_ratio} allows; the last: {last}")]
+    TooManyFailed {
+        /// How many failed so far.
+        n_failed: u64,
+        /// How many there are.
+        n_items: usize,
+        /// How many were allowed, from 0 to 1.
+        max_failed_ratio: f64,
+        /// Why the last one failed.
+        last: String,
+    },
     /// The operator asked to stop; everything committed is kept.
     #[error("stopped on request")]
     Stopped,
@@ -37,8 +49,18 @@ impl Error {
             Self::Data(error) => error.hint(),
             Self::Models(error) => error.hint(),
             Self::Input { hint, .. } => Some(hint.clone()),
+            Self::TooManyFailed { .. } => Some("mend the files, or raise `max_failed_ratio` of the stage".into()),
             Self::Stopped => Some("type the same command again to continue".into()),
         }
+    }
+
+    /// Whether the same thing may go well the next time.
+    pub(crate) fn is_transient(&self) -> bool {
+        let (Self::Data(ovenbird_data::Error::Read { source, .. }) | Self::Cache(ovenbird_cache::Error::Read { source, .. })) = self else {
+            return false;
+        };
+        use std::io::ErrorKind as Kind;
+        !matches!(source.kind(), Kind::NotFound | Kind::PermissionDenied | Kind::IsADirectory | Kind::NotADirectory | Kind::InvalidData)
     }
 
     /// The file whose committed bytes turned out to be damaged, if that is what happened.
@@ -47,7 +69,7 @@ impl Error {
             Self::Cache(ovenbird_cache::Error::Flipped { path, .. } | ovenbird_cache::Error::Malformed { path, .. })
             | Self::Data(ovenbird_data::Error::Malformed { path, .. })
             | Self::Models(ovenbird_models::Error::Malformed { path, .. }) => Some(path),
-            Self::Cache(_) | Self::Data(_) | Self::Models(_) | Self::Input { .. } | Self::Stopped => None,
+            Self::Cache(_) | Self::Data(_) | Self::Models(_) | Self::Input { .. } | Self::TooManyFailed { .. } | Self::Stopped => None,
         }
     }
 }

@@ -15,11 +15,11 @@ use crate::Result;
 /// Items a thread may be ahead of the consumer.
 const AHEAD: usize = 8;
 
-/// Prepares every item on `n_threads` threads and consumes them in order on this one. The first failure, in order, ends it.
+/// Prepares every item on `n_threads` threads and consumes them in order on this one. The consumer's first failure ends it.
 pub(crate) fn in_order<'i, I: Sync, O: Send>(
     items: &'i [I],
     n_threads: usize,
-    prepare: impl Fn(&I) -> Result<O> + Sync,
+    prepare: impl Fn(&I) -> O + Sync,
     mut consume: impl FnMut(&'i I, O) -> Result<()>,
 ) -> Result<()> {
     let n_threads = n_threads.clamp(1, items.len().max(1));
@@ -31,10 +31,8 @@ pub(crate) fn in_order<'i, I: Sync, O: Send>(
                 let prepare = &prepare;
                 scope.spawn(move || {
                     for item in items.iter().skip(first).step_by(n_threads) {
-                        let prepared = prepare(item);
-                        let is_last = prepared.is_err();
                         // The consumer is gone once it has failed.
-                        if sender.send(prepared).is_err() || is_last {
+                        if sender.send(prepare(item)).is_err() {
                             return;
                         }
                     }
@@ -44,7 +42,7 @@ pub(crate) fn in_order<'i, I: Sync, O: Send>(
             .collect();
         for (item_idx, item) in items.iter().enumerate() {
             let prepared = queues[item_idx % n_threads].recv();
-            consume(item, prepared.expect("BUG: a thread that prepares items ended early")?)?;
+            consume(item, prepared.expect("BUG: a thread that prepares items ended early"))?;
         }
         Ok(())
     })
@@ -85,7 +83,7 @@ mod tests {
             let mut seen = Vec::new();
             let prepare = |item: &u64| {
                 thread::yield_now();
-                Ok(item * 2)
+                item * 2
             };
             in_order(&items, n_threads, prepare, |item, double| {
                 seen.push((*item, double));
@@ -98,15 +96,18 @@ mod tests {
     }
 
     #[test]
-    fn the_first_failure_in_order_ends_the_work_on_both_sides() {
+    fn the_consumer_s_failure_ends_the_work_on_both_sides() {
         let items: Vec<u64> = (0..1000).collect();
-        let failing = |item: &u64| if *item < 7 { Ok(*item) } else { Err(Error::Stopped) };
         let mut n_seen = 0;
-        let ended = in_order(&items, 3, failing, |_, _| {
-            n_seen += 1;
-            Ok(())
-        });
-        assert!(matches!(ended, Err(Error::Stopped)) && n_seen == 7, "{n_seen}");
-        assert!(in_order(&items, 3, |item| Ok(*item), |_, item| if item < 5 { Ok(()) } else { Err(Error::Stopped) }).is_err());
+        let ended = in_order(
+            &items,
+            3,
+            |item| *item,
+            |_, item| {
+                n_seen += 1;
+                if item < 7 { Ok(()) } else { Err(Error::Stopped) }
+            },
+        );
+        assert!(matches!(ended, Err(Error::Stopped)) && n_seen == 8, "{n_seen}");
     }
 }

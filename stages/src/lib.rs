@@ -14,7 +14,10 @@ mod feed;
 mod registry;
 pub mod toy;
 
-pub use contract::{AnyStage, Context, In, Inputs, Out, PortInfo, Presence, Problem, Progress, Stage, Unit, UnitDraft, Units};
+pub use contract::{
+    AnyStage, Context, FAILED_FILE, FailedItem, In, Inputs, OnBadItem, Out, PortInfo, Presence, Problem, Progress, Stage, Unit, UnitDraft,
+    Units,
+};
 pub use error::Error;
 pub use registry::{STAGES, StageEntry, find};
 

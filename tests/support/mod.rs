@@ -5,7 +5,19 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
+
+/// Waits for something that another process does; a minute is far more than it takes.
+#[track_caller]
+pub(crate) fn until(is_so: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !is_so() {
+        assert!(started.elapsed() < Duration::from_secs(60), "it did not happen");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
 
 /// A fresh working directory; removed at the end.
 pub(crate) struct World {
@@ -75,6 +87,19 @@ impl World {
         let mut files = BTreeMap::new();
         walk(&self.path(".ovenbird/units"), &self.path(".ovenbird"), &mut files);
         files
+    }
+
+    /// The event logs of all runs.
+    pub(crate) fn logs(&self) -> String {
+        let runs = fs::read_dir(self.path(".ovenbird/runs")).into_iter().flatten().flatten();
+        runs.map(|run| fs::read_to_string(run.path().join("events.jsonl")).unwrap_or_default()).collect()
+    }
+
+    /// How many units are published.
+    pub(crate) fn n_units(&self) -> usize {
+        let kinds = fs::read_dir(self.path(".ovenbird/units")).into_iter().flatten().flatten();
+        let units = kinds.flat_map(|kind| fs::read_dir(kind.path()).into_iter().flatten().flatten());
+        units.filter(|unit| !unit.file_name().to_string_lossy().starts_with('.')).count()
     }
 
     /// A published file whose path has these parts.

@@ -8,7 +8,7 @@
 //! says `ovenbird.bf16`. A record batch holds [`ROWS_PER_BATCH`] rows.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -23,12 +23,12 @@ use arrow::{
 };
 use half::{bf16, f16};
 use ovenbird_cache::{
-    DraftFile, Fingerprint,
+    Digest, Donors, DraftFile, Fingerprint,
     inputs::InputFile,
     shard::{Compression, ShardReader, ShardWriter},
 };
 use ovenbird_data::{
-    annotations::{AnnotationId, CategoryId, ImageId},
+    annotations::{AnnotationId, CategoryId, ImageId, ImageInfo},
     boxes::Xyxy,
 };
 use schemars::JsonSchema;
@@ -139,7 +139,7 @@ impl<'a> ImageFeaturesWriter<'a> {
 /// One embedding an image.
 #[derive(Debug, Clone)]
 pub struct ImageFeatures {
-    shards: Vec<PathBuf>,
+    shards: Vec<InputFile>,
 }
 
 impl Artifact for ImageFeatures {
@@ -147,21 +147,97 @@ impl Artifact for ImageFeatures {
     const EXTENSIONS: &'static [&'static str] = &["arrow", "/"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { shards: files.iter().map(|file| file.path.clone()).collect() })
+        Ok(Self { shards: files.to_vec() })
     }
 }
 
 impl ImageFeatures {
     /// Every image with its embedding `[D]`, in order; each batch is checked as it is reached.
     pub fn rows(&self) -> impl Iterator<Item = Result<(ImageId, Vec<f32>)>> {
-        batches(&self.shards).flat_map(|batch| {
-            let rows = batch.and_then(|(path, batch)| {
-                let ids = u64_column(&path, &batch, "image_id")?;
-                let (values, dim) = vector_column(&path, column(&path, &batch, "embedding")?)?;
-                Ok(ids.into_iter().map(ImageId).zip(values.chunks(dim.max(1)).map(<[f32]>::to_vec)).collect::<Vec<_>>())
-            });
-            flatten_result(rows)
-        })
+        rows_of(&self.shards)
+    }
+}
+
+/// What a shard holds of one image, as one row.
+pub(crate) trait ImageRow: Sized {
+    fn image_id(&self) -> ImageId;
+    /// The rows of a record batch.
+    fn read(path: &Path, batch: &RecordBatch) -> Result<Vec<Self>>;
+}
+
+impl ImageRow for (ImageId, Vec<f32>) {
+    fn image_id(&self) -> ImageId {
+        self.0
+    }
+
+    fn read(path: &Path, batch: &RecordBatch) -> Result<Vec<Self>> {
+        let ids = u64_column(path, batch, "image_id")?;
+        let (values, dim) = vector_column(path, column(path, batch, "embedding")?)?;
+        Ok(ids.into_iter().map(ImageId).zip(values.chunks(dim.max(1)).map(<[f32]>::to_vec)).collect())
+    }
+}
+
+impl ImageRow for Regions {
+    fn image_id(&self) -> ImageId {
+        self.image_id
+    }
+
+    fn read(path: &Path, batch: &RecordBatch) -> Result<Vec<Self>> {
+        region_rows(path, batch)
+    }
+}
+
+fn rows_of<R: ImageRow>(shards: &[InputFile]) -> impl Iterator<Item = Result<R>> {
+    batches(shards).flat_map(|batch| flatten_result(batch.and_then(|(path, batch)| R::read(&path, &batch))))
+}
+
+/// Rows of single images that other units hold already, read when they are asked for.
+pub(crate) struct Shelf<R> {
+    shards: Vec<(PathBuf, ShardReader)>,
+    /// By item: shard and record batch, of batches that are sound.
+    places: HashMap<Digest, (usize, usize)>,
+    open: Option<((usize, usize), HashMap<ImageId, R>)>,
+}
+
+impl<R: ImageRow> Shelf<R> {
+    /// Looks through the donors of some items. What cannot be read is not on the shelf.
+    pub(crate) fn new(donors: &Donors, items: &[Digest], images: &[ImageInfo], port: &str) -> Self {
+        let mut shelf = Self { shards: Vec::new(), places: HashMap::new(), open: None };
+        let mut wanted: BTreeMap<usize, HashMap<ImageId, Digest>> = BTreeMap::new();
+        for (item, image) in items.iter().zip(images) {
+            if let Some(unit) = donors.of(item) {
+                wanted.entry(unit).or_default().insert(image.id, *item);
+            }
+        }
+        for (unit, wanted) in wanted {
+            for file in donors.port(unit, port) {
+                let Ok(shard) = ShardReader::open(&file.path, file.unit.as_ref()) else { continue };
+                for batch_idx in 0..shard.n_batches() {
+                    let ids = shard.batch(batch_idx).ok().and_then(|batch| u64_column(&file.path, &batch, "image_id").ok());
+                    let found = ids.into_iter().flatten().filter_map(|id| wanted.get(&ImageId(id)));
+                    shelf.places.extend(found.map(|item| (*item, (shelf.shards.len(), batch_idx))));
+                }
+                shelf.shards.push((file.path, shard));
+            }
+        }
+        shelf
+    }
+
+    /// Whether an item is there.
+    pub(crate) fn has(&self, item: &Digest) -> bool {
+        self.places.contains_key(item)
+    }
+
+    /// Takes an item's row.
+    pub(crate) fn take(&mut self, item: &Digest, image: ImageId) -> Result<R> {
+        let place = self.places[item];
+        if self.open.as_ref().is_none_or(|(open, _)| *open != place) {
+            let (path, shard) = &self.shards[place.0];
+            let rows = R::read(path, &shard.batch(place.1)?)?;
+            self.open = Some((place, rows.into_iter().map(|row| (row.image_id(), row)).collect()));
+        }
+        let (_, rows) = self.open.as_mut().expect("BUG: it was opened just now");
+        Ok(rows.remove(&image).expect("BUG: an image is taken once"))
     }
 }
 
@@ -254,7 +330,7 @@ fn score_field() -> FieldRef {
 /// Embeddings of the regions of each image.
 #[derive(Debug, Clone)]
 pub struct RegionFeatures {
-    shards: Vec<PathBuf>,
+    shards: Vec<InputFile>,
 }
 
 impl Artifact for RegionFeatures {
@@ -262,14 +338,14 @@ impl Artifact for RegionFeatures {
     const EXTENSIONS: &'static [&'static str] = &["arrow", "/"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { shards: files.iter().map(|file| file.path.clone()).collect() })
+        Ok(Self { shards: files.to_vec() })
     }
 }
 
 impl RegionFeatures {
     /// Every image with its regions, in order; each batch is checked as it is reached.
     pub fn rows(&self) -> impl Iterator<Item = Result<Regions>> {
-        batches(&self.shards).flat_map(|batch| flatten_result(batch.and_then(|(path, batch)| region_rows(&path, &batch))))
+        rows_of(&self.shards)
     }
 }
 
@@ -349,7 +425,7 @@ impl<'a> CropsWriter<'a> {
 /// Cut-out objects.
 #[derive(Debug, Clone)]
 pub struct Crops {
-    shards: Vec<PathBuf>,
+    shards: Vec<InputFile>,
 }
 
 impl Artifact for Crops {
@@ -357,7 +433,7 @@ impl Artifact for Crops {
     const EXTENSIONS: &'static [&'static str] = &["arrow", "/"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { shards: files.iter().map(|file| file.path.clone()).collect() })
+        Ok(Self { shards: files.to_vec() })
     }
 }
 
@@ -384,11 +460,11 @@ impl Crops {
 }
 
 /// Every record batch of some shards in order, with the path of its shard for messages.
-fn batches(shards: &[PathBuf]) -> impl Iterator<Item = Result<(PathBuf, RecordBatch)>> {
-    shards.iter().flat_map(|path| {
-        let batches = ShardReader::open(path).map(|shard| {
+fn batches(shards: &[InputFile]) -> impl Iterator<Item = Result<(PathBuf, RecordBatch)>> {
+    shards.iter().flat_map(|file| {
+        let batches = ShardReader::open(&file.path, file.unit.as_ref()).map(|shard| {
             let n_batches = shard.n_batches();
-            (0..n_batches).map(move |batch_idx| Ok((path.clone(), shard.batch(batch_idx)?)))
+            (0..n_batches).map(move |batch_idx| Ok((file.path.clone(), shard.batch(batch_idx)?)))
         });
         let (batches, error) = match batches {
             Ok(batches) => (Some(batches), None),

@@ -35,6 +35,7 @@ use ovenbird_models::checkpoint::Checkpoint;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tch::Tensor;
 
+pub(crate) use features::Shelf;
 pub use features::{
     Crop, Crops, CropsWriter, ImageFeatures, ImageFeaturesWriter, NumberType, RegionFeatures, RegionFeaturesWriter, Regions,
 };

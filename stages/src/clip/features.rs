@@ -1,10 +1,10 @@
 //! `clip/globals` and `clip/proposals`: embeddings of whole images, and of what proposals cut out of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use ovenbird_cache::Digest;
 use ovenbird_data::{
-    annotations::{Annotations, ImageInfo},
+    annotations::{Annotations, ImageId, ImageInfo},
     images::Image,
     proposals::Proposal,
 };
@@ -16,7 +16,7 @@ use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{
         AnnotationFile, CheckpointFile, ImageFeatures, ImageFeaturesWriter, Images, NumberType, Proposals as ProposalTable, RegionFeatures,
-        RegionFeaturesWriter, Regions,
+        RegionFeaturesWriter, Regions, Shelf,
     },
     feed::in_order,
 };
@@ -78,45 +78,63 @@ impl Stage for Globals {
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
         let images = cx.inputs.read(IMAGES)?;
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, cx.device)?;
-        for unit in units {
-            let draft = cx.begin(unit)?;
-            let mut shard =
-                ImageFeaturesWriter::new(draft.create(GLOBALS, "globals.arrow")?, &unit.fingerprint, self.stored, encoder.dim())?;
-            let mut group: Vec<(&ImageInfo, Image)> = Vec::with_capacity(BATCH);
-            let mut flush = |group: &mut Vec<(&ImageInfo, Image)>| -> Result<()> {
-                let (of_group, pixels): (Vec<_>, Vec<_>) = group.drain(..).unzip();
-                let embeddings = encoder.squares(&pixels)?;
-                for (image, embedding) in of_group.iter().zip(embeddings.chunks_exact(encoder.dim())) {
-                    shard.push(image.id, embedding)?;
+        let prepare = |image: &ImageInfo| {
+            let decoded = images.decode(&image.file_name, [image.width, image.height])?;
+            Ok(match self.view {
+                View::Native => decoded,
+                View::Square => encoder.preprocess.square(&decoded),
+            })
+        };
+        for draft in cx.drafts(units) {
+            let draft = draft?;
+            let Unit { items, fingerprint, .. } = draft.unit();
+            let (of_unit, items) = (&annotations.images[items.clone()], &cx.items[items.clone()]);
+            let mut shelf = Shelf::new(&cx.donors(&draft)?, items, of_unit, GLOBALS.info().name);
+            let mut embeddings: Vec<Option<Vec<f32>>> = vec![None; of_unit.len()];
+            for (place, item) in items.iter().enumerate() {
+                if shelf.has(item) {
+                    let (_, embedding) = shelf.take(item, of_unit[place].id)?;
+                    embeddings[place] = Some(embedding);
                 }
-                cx.tick(of_group.len() as u64);
+            }
+            let fresh: Vec<usize> = (0..of_unit.len()).filter(|place| embeddings[*place].is_none()).collect();
+            let n_taken = of_unit.len() - fresh.len();
+            cx.tick(n_taken as u64);
+
+            let mut group: Vec<(usize, Image)> = Vec::with_capacity(BATCH);
+            let mut encode = |group: &mut Vec<(usize, Image)>| -> Result<()> {
+                let (places, pixels): (Vec<_>, Vec<_>) = group.drain(..).unzip();
+                let encoded = match self.view {
+                    View::Square => encoder.squares(&pixels)?,
+                    View::Native => pixels.iter().map(|pixels| encoder.native(pixels)).collect::<Result<Vec<_>>>()?.concat(),
+                };
+                for (place, embedding) in places.iter().zip(encoded.chunks_exact(encoder.dim())) {
+                    embeddings[*place] = Some(embedding.to_vec());
+                }
+                cx.tick(places.len() as u64);
                 cx.proceed()
             };
-            let prepare = |image: &ImageInfo| {
-                let decoded = images.decode(&image.file_name, [image.width, image.height])?;
-                Ok(match self.view {
-                    View::Native => decoded,
-                    View::Square => encoder.preprocess.square(&decoded),
-                })
-            };
-            match self.view {
-                View::Square => {
-                    in_order(&annotations.images[unit.items.clone()], cx.threads, prepare, |image, square| {
-                        group.push((image, square));
-                        if group.len() == BATCH { flush(&mut group) } else { Ok(()) }
-                    })?;
-                    flush(&mut group)?;
-                }
-                View::Native => {
-                    in_order(&annotations.images[unit.items.clone()], cx.threads, prepare, |image, pixels| {
-                        shard.push(image.id, &encoder.native(&pixels)?)?;
-                        cx.tick(1);
-                        cx.proceed()
-                    })?;
+            let n_together = if self.view == View::Square { BATCH } else { 1 };
+            in_order(
+                &fresh,
+                cx.threads,
+                |place| cx.attempt(|| prepare(&of_unit[*place])),
+                |place, pixels| {
+                    let Some(pixels) = cx.kept(&draft, &of_unit[*place].file_name, pixels)? else { return Ok(()) };
+                    group.push((*place, pixels));
+                    if group.len() == n_together { encode(&mut group) } else { Ok(()) }
+                },
+            )?;
+            encode(&mut group)?;
+
+            let mut shard = ImageFeaturesWriter::new(draft.create(GLOBALS, "globals.arrow")?, fingerprint, self.stored, encoder.dim())?;
+            for (image, embedding) in of_unit.iter().zip(&embeddings) {
+                if let Some(embedding) = embedding {
+                    shard.push(image.id, embedding)?;
                 }
             }
             shard.finish()?;
-            cx.commit(draft, [("images".into(), unit.items.len().into())].into())?;
+            cx.commit(draft, [("images".into(), of_unit.len().into()), ("taken".into(), n_taken.into())].into())?;
         }
         Ok(())
     }
@@ -203,16 +221,31 @@ impl Stage for Proposals {
             let crops: Vec<Image> = crops.map(|(proposal, factor)| crop(proposal, factor)).collect();
             Ok((kept, crops))
         };
-        for unit in units {
-            let draft = cx.begin(unit)?;
+        for draft in cx.drafts(units) {
+            let draft = draft?;
+            let unit = draft.unit().clone();
+            let of_unit = &annotations.images[unit.items.clone()];
+            let mut shelf = Shelf::new(&cx.donors(&draft)?, &cx.items[unit.items.clone()], of_unit, REGIONS.info().name);
             let mut shard = RegionFeaturesWriter::new(draft.create(REGIONS, "regions.arrow")?, &unit.fingerprint, self.stored, dim)?;
             // Crops of several images share a batch; an image is written once its last crop is encoded.
-            let mut pending = Pending { dim, per_region: self.expand.len(), crops: Vec::new(), embeddings: Vec::new(), images: Vec::new() };
-            let mut n_regions = 0;
-            in_order(&items[unit.items.clone()], cx.threads, prepare, |(image, _), (kept, crops)| {
+            let mut pending =
+                Pending { dim, per_region: self.expand.len(), crops: Vec::new(), embeddings: Vec::new(), images: VecDeque::new() };
+            let (mut n_regions, mut n_taken) = (0, 0);
+            let places: Vec<usize> = unit.items.clone().collect();
+            let taken: BTreeSet<usize> = places.iter().copied().filter(|place| shelf.has(&cx.items[*place])).collect();
+            let prepared = |place: &usize| (!taken.contains(place)).then(|| cx.attempt(|| prepare(&items[*place])));
+            in_order(&places, cx.threads, prepared, |place, prepared| {
+                let (image, _) = items[*place];
+                let Some(prepared) = prepared else {
+                    let regions: Regions = shelf.take(&cx.items[*place], image.id)?;
+                    (n_regions, n_taken) = (n_regions + regions.boxes.len(), n_taken + 1);
+                    pending.images.push_back(Waiting::Taken(regions));
+                    return pending.write_whole(&mut shard, cx);
+                };
+                let Some((kept, crops)) = cx.kept(&draft, &image.file_name, prepared)? else { return Ok(()) };
                 n_regions += kept.len();
                 pending.crops.extend(crops);
-                pending.images.push((image, kept));
+                pending.images.push_back(Waiting::ForCrops(image.id, kept));
                 while pending.crops.len() >= BATCH {
                     let rest = pending.crops.split_off(BATCH);
                     pending.embeddings.extend(encoder.squares(&std::mem::replace(&mut pending.crops, rest))?);
@@ -223,43 +256,55 @@ impl Stage for Proposals {
             pending.embeddings.extend(encoder.squares(&std::mem::take(&mut pending.crops))?);
             pending.write_whole(&mut shard, cx)?;
             shard.finish()?;
-            cx.commit(draft, [("images".into(), unit.items.len().into()), ("regions".into(), n_regions.into())].into())?;
+            let metrics = [("images", unit.items.len()), ("regions", n_regions), ("taken", n_taken)];
+            cx.commit(draft, metrics.map(|(name, n)| (name.to_owned(), n.into())).into())?;
         }
         Ok(())
     }
 }
 
-/// Images whose crops are not all encoded yet.
-struct Pending<'a> {
+/// Images whose crops are not all encoded yet, and what follows them.
+struct Pending {
     dim: usize,
     per_region: usize,
     crops: Vec<Image>,
     /// Of the crops of `images`, in order.
     embeddings: Vec<f32>,
-    images: Vec<(&'a ImageInfo, Vec<Proposal>)>,
+    images: VecDeque<Waiting>,
 }
 
-impl Pending<'_> {
+enum Waiting {
+    ForCrops(ImageId, Vec<Proposal>),
+    Taken(Regions),
+}
+
+impl Pending {
     fn write_whole(&mut self, shard: &mut RegionFeaturesWriter<'_>, cx: &Context<'_>) -> Result<()> {
         let (mut n_written, mut used) = (0, 0);
-        for (image, kept) in &self.images {
-            let n_numbers = kept.len() * self.per_region * self.dim;
-            if self.embeddings.len() - used < n_numbers {
-                break;
-            }
-            let embeddings = self.embeddings[used..used + n_numbers].chunks(self.per_region * self.dim);
-            shard.push(Regions {
-                image_id: image.id,
-                boxes: kept.iter().map(|proposal| proposal.xyxy).collect(),
-                objectness: kept.iter().map(|proposal| proposal.score).collect(),
-                embeddings: embeddings.flat_map(|crops| averaged(crops, self.dim)).collect(),
-            })?;
-            used += n_numbers;
+        while let Some(front) = self.images.pop_front() {
+            let regions = match front {
+                Waiting::Taken(regions) => regions,
+                Waiting::ForCrops(image_id, kept) => {
+                    let n_numbers = kept.len() * self.per_region * self.dim;
+                    if self.embeddings.len() - used < n_numbers {
+                        self.images.push_front(Waiting::ForCrops(image_id, kept));
+                        break;
+                    }
+                    let embeddings = self.embeddings[used..used + n_numbers].chunks(self.per_region * self.dim);
+                    used += n_numbers;
+                    Regions {
+                        image_id,
+                        boxes: kept.iter().map(|proposal| proposal.xyxy).collect(),
+                        objectness: kept.iter().map(|proposal| proposal.score).collect(),
+                        embeddings: embeddings.flat_map(|crops| averaged(crops, self.dim)).collect(),
+                    }
+                }
+            };
+            shard.push(regions)?;
             n_written += 1;
         }
-        self.images.drain(..n_written);
         self.embeddings.drain(..used);
-        cx.tick(n_written as u64);
+        cx.tick(n_written);
         Ok(())
     }
 }

@@ -1,0 +1,85 @@
+//! Results of single items that are in the store already: in other units of the same family, or in the sound part of a
+//! damaged one.
+
+use std::{
+    collections::{HashMap, HashSet},
+    path::{Path, PathBuf},
+};
+
+use crate::{Digest, Fingerprint, Result, Status, Store, UnitRecord, inputs::InputFile};
+
+/// Units that hold items someone needs.
+#[derive(Debug, Default)]
+pub struct Donors {
+    units: Vec<Donor>,
+    by_item: HashMap<Digest, usize>,
+}
+
+#[derive(Debug)]
+struct Donor {
+    record: UnitRecord,
+    folder: PathBuf,
+}
+
+impl Donors {
+    /// Which unit holds an item's result.
+    pub fn of(&self, item: &Digest) -> Option<usize> {
+        self.by_item.get(item).copied()
+    }
+
+    /// How many of the items are there.
+    pub fn count(&self, items: &[Digest]) -> usize {
+        items.iter().filter(|item| self.by_item.contains_key(*item)).count()
+    }
+
+    /// The units, as `KIND/FINGERPRINT`, or the place in the quarantine.
+    pub fn names(&self) -> impl Iterator<Item = String> {
+        self.units.iter().map(|donor| {
+            let parts: Vec<_> = donor.folder.iter().rev().take(2).map(|part| part.to_string_lossy()).collect();
+            format!("{}/{}", parts[1], parts[0])
+        })
+    }
+
+    /// The files of an output port of a unit.
+    pub fn port(&self, unit: usize, port: &str) -> Vec<InputFile> {
+        let Donor { record, folder } = &self.units[unit];
+        record.port_in(folder, port)
+    }
+
+    fn add(&mut self, record: UnitRecord, folder: &Path, items: &[Digest], wanted: &HashSet<Digest>) {
+        let found: Vec<&Digest> = items.iter().filter(|item| wanted.contains(*item) && !self.by_item.contains_key(*item)).collect();
+        if !found.is_empty() {
+            self.by_item.extend(found.into_iter().map(|item| (*item, self.units.len())));
+            self.units.push(Donor { record, folder: folder.to_owned() });
+        }
+    }
+}
+
+impl Store {
+    /// Looks for the wanted items of a family among published units, then among those set aside as damaged.
+    ///
+    /// Whoever takes an item's result checks what it reads: what is damaged is made like anything else.
+    pub fn donors(&self, kind: &str, family: &Fingerprint, wanted: &HashSet<Digest>) -> Result<Donors> {
+        let mut donors = Donors::default();
+        if wanted.is_empty() {
+            return Ok(donors);
+        }
+        for (name, noted) in self.noted_units()? {
+            if noted == Some(*family)
+                && let Status::Valid(record) = self.unit_at(&name)?
+                && let Ok(items) = self.items_of(&record)
+            {
+                let folder = self.unit_path(&name);
+                donors.add(record, &folder, &items, wanted);
+            }
+        }
+        for folder in self.quarantined(kind)? {
+            if let Some((record, items)) = self.salvageable(&folder)
+                && record.key.family == Some(*family)
+            {
+                donors.add(record, &folder, &items, wanted);
+            }
+        }
+        Ok(donors)
+    }
+}
