@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: quickstart test check bench libtorch clean
+.PHONY: quickstart test faults check bench libtorch clean
 
 quickstart: libtorch
 	$(CARGO) build --release
@@ -10,6 +10,10 @@ quickstart: libtorch
 
 test: libtorch
 	$(CARGO) test --release --workspace
+
+# Every damage of every file class and 200 kills: some ten minutes.
+faults: libtorch
+	OVENBIRD_FAULTS=all $(CARGO) test --release --test main -- --nocapture --test-threads 1 faults::
 
 check: libtorch
 	$(CARGO) fmt --all --check

@@ -7,22 +7,25 @@ use std::{
     str::FromStr,
     sync::Arc,
     thread,
+    time::Duration,
 };
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 use clap_complete::Shell;
-use ovenbird_cache::{Error as CacheError, Ledger, Store, crash_at, publish};
+use ovenbird_cache::{Error as CacheError, Ledger, Store, crash_at, publish, verify::Depth};
 use serde_json::json;
 
 use crate::{
     describe,
     error::{Error, ExitCode, Result, count},
     event, history,
+    keep::{self, Collection},
     pipeline::{self, NAMED, Pipeline, Setting},
     plan::{self, Outlook},
     report,
     run::{self, Options},
     screen::Screen,
+    verify::{self, Wish},
 };
 
 /// The version of every `--json` form.
@@ -82,6 +85,38 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Say whether what lies in the home is what was published, and put right what is not
+    Verify {
+        /// Also the digest of every file
+        #[arg(long)]
+        full: bool,
+        /// Also what the bytes mean, and whether input files rotted
+        #[arg(long, conflicts_with = "full")]
+        deep: bool,
+        /// Compute this part of the rows of features again and compare: `0.1%`
+        #[arg(long, value_name = "PERCENT", value_parser = percent)]
+        recompute: Option<f64>,
+        /// Set aside what is bad and make it again; nothing is deleted
+        #[arg(long)]
+        fix: bool,
+        /// Only the k-th of n parts: `3/7`
+        #[arg(long, value_name = "K/N", value_parser = kth_of)]
+        subset: Option<(u64, u64)>,
+        /// Stop after so long: `30m`; the same command continues
+        #[arg(long, value_name = "TIME", value_parser = time)]
+        max_duration: Option<Duration>,
+        /// Read no faster: `200MB/s`
+        #[arg(long, value_name = "RATE", value_parser = rate)]
+        rate: Option<u64>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say what takes space in the home, remove what is not needed, make the index anew
+    Cache {
+        #[command(subcommand)]
+        what: CacheCommand,
+    },
     /// Write one HTML file about a run: graph, tables, curves, pictures, manifests
     Report {
         /// A run's id [default: the latest]
@@ -117,6 +152,43 @@ enum Command {
     Man {
         /// The folder
         folder: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
+enum CacheCommand {
+    /// Say what each stage takes, and how much of it no pipeline needs
+    Du {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say which units no pipeline, pinned run or recent run needs; remove them with --delete
+    Gc {
+        /// Remove them
+        #[arg(long)]
+        delete: bool,
+        /// Keep what the last N runs used
+        #[arg(long, default_value_t = 1, value_name = "N")]
+        keep_runs: usize,
+        /// Keep what is younger
+        #[arg(long, default_value = "24h", value_name = "TIME", value_parser = time)]
+        grace: Duration,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make the ledger anew from what lies on the disk
+    Rebuild,
+    /// Keep what a run used
+    Pin {
+        /// A run's id
+        run: String,
+    },
+    /// Keep it no longer
+    Unpin {
+        /// A run's id
+        run: String,
     },
 }
 
@@ -179,6 +251,24 @@ pub(crate) fn main() -> Result<()> {
         Command::Plan { chosen, json } => show_plan(&home, &chosen, json),
         Command::Status { run, json } => history::status(&home, run.as_deref(), json),
         Command::Log { run, json } => history::log(&home, run.as_deref(), json),
+        Command::Verify { full, deep, recompute, fix, subset, max_duration, rate, json } => {
+            let depth = if deep {
+                Depth::Deep
+            } else if full {
+                Depth::Full
+            } else {
+                Depth::Quick
+            };
+            let options = options(None, tch::Device::Cpu, false);
+            verify::verify(&home, &Wish { depth, recompute, fix, subset, max_duration, rate, json, options })
+        }
+        Command::Cache { what } => match what {
+            CacheCommand::Du { json } => keep::du(&home, json),
+            CacheCommand::Gc { delete, keep_runs, grace, json } => keep::gc(&home, &Collection { keep_runs, grace, is_real: delete, json }),
+            CacheCommand::Rebuild => keep::rebuild(&home),
+            CacheCommand::Pin { run } => keep::pin(&home, &run, true),
+            CacheCommand::Unpin { run } => keep::pin(&home, &run, false),
+        },
         Command::Report { run, output } => {
             let run = history::chosen(&home, run.as_deref())?;
             let path = report::write(&Store::open(&home)?, &run, output.as_deref())?;
@@ -235,8 +325,7 @@ impl Chosen {
 fn run(home: &Path, chosen: &Chosen, jobs: Option<usize>, device: tch::Device, rehash: bool) -> Result<()> {
     let (pipeline, wanted) = chosen.load()?;
     let store = Store::open(home)?;
-    let cores = thread::available_parallelism().map_or(1, usize::from);
-    let options = Options { cpu: jobs.unwrap_or(cores).max(1), memory: total_memory(), device, rehash };
+    let options = options(jobs, device, rehash);
     let pipeline = Arc::new(pipeline);
     let mut screen = Screen::new();
     let ended = run::run(&pipeline, &wanted, &store, options, &mut |event| screen.show(event))?;
@@ -253,6 +342,45 @@ fn run(home: &Path, chosen: &Chosen, jobs: Option<usize>, device: tch::Device, r
     text.push_str(&format!("report: {}\n", report.display()));
     text.push_str(&next_commands(&chosen.pipeline, &pipeline));
     print(&text)
+}
+
+fn options(jobs: Option<usize>, device: tch::Device, rehash: bool) -> Options {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    Options { cpu: jobs.unwrap_or(cores).max(1), memory: total_memory(), device, rehash }
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('%').and_then(|number| number.parse::<f64>().ok());
+    number.filter(|number| *number > 0.0 && *number <= 100.0).map(|number| number / 100.0).ok_or_else(|| "expected such as 0.1%".into())
+}
+
+fn kth_of(text: &str) -> Result<(u64, u64), String> {
+    let parts = text.split_once('/').and_then(|(k, n)| Some((k.parse().ok()?, n.parse().ok()?)));
+    parts.filter(|(k, n)| *k >= 1 && k <= n).ok_or_else(|| "expected K/N with K from 1 to N, such as 3/7".into())
+}
+
+fn time(text: &str) -> Result<Duration, String> {
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let seconds = match unit {
+        "s" => 1,
+        "m" | "min" => 60,
+        "h" => 3600,
+        _ => return Err("expected such as 90s, 30m or 8h".into()),
+    };
+    number.parse::<u64>().map(|number| Duration::from_secs(number * seconds)).map_err(|error| error.to_string())
+}
+
+fn rate(text: &str) -> Result<u64, String> {
+    let bytes = text.strip_suffix("/s").unwrap_or(text).to_ascii_uppercase();
+    let (number, unit) = bytes.split_at(bytes.find(|c: char| !c.is_ascii_digit()).unwrap_or(bytes.len()));
+    let scale = match unit {
+        "KB" => 1_000,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        _ => return Err("expected such as 200MB/s".into()),
+    };
+    let rate = number.parse::<u64>().map_err(|error| error.to_string())?.saturating_mul(scale);
+    if rate > 0 { Ok(rate) } else { Err("expected more than 0".into()) }
 }
 
 /// Three commands worth typing after a run.

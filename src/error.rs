@@ -21,6 +21,9 @@ pub(crate) enum Error {
     /// Some stages failed; each was reported when it did.
     #[error("{} failed: {}", count(failed.len(), "stage"), failed.join(", "))]
     StagesFailed { failed: Vec<String>, skipped: Vec<String>, worst: ExitCode },
+    /// What lies in the home is not what was published.
+    #[error("{} {}", count(*n_left, "thing"), if *is_fixed { "could not be put right" } else { "found that should not be" })]
+    Damage { n_left: usize, is_fixed: bool },
     /// The operator asked to stop.
     #[error("stopped on request; everything committed is kept")]
     Interrupted,
@@ -47,6 +50,7 @@ pub(crate) enum ExitCode {
     Pipeline = 3,
     Input = 4,
     Store = 5,
+    Damage = 6,
     Interrupted = 130,
 }
 
@@ -59,6 +63,7 @@ impl ExitCode {
         (Self::Pipeline, "the pipeline file is wrong; nothing was run"),
         (Self::Input, "a file you brought is missing, damaged or does not fit; what was made before is kept"),
         (Self::Store, "the home cannot be used: not writable, full, or of another version"),
+        (Self::Damage, "`verify` found something that is not as it was published, and left it so"),
         (Self::Interrupted, "interrupted, resumable (Ctrl-C, SIGTERM, SIGUSR1): type the same command again"),
     ];
 }
@@ -70,6 +75,7 @@ impl Error {
             Self::Pipeline { .. } | Self::UnknownPipeline { .. } => ExitCode::Pipeline,
             Self::Usage { .. } => ExitCode::Usage,
             Self::StagesFailed { worst, .. } => *worst,
+            Self::Damage { .. } => ExitCode::Damage,
             Self::Interrupted => ExitCode::Interrupted,
             Self::Stage(error) => stage_exit_code(error),
         }
@@ -78,6 +84,9 @@ impl Error {
     /// The message with its causes, on one line.
     pub(crate) fn words(&self) -> String {
         let mut text = self.to_string();
+        if let Self::Pipeline { problems, .. } = self {
+            text.extend(problems.iter().map(|problem| format!("; {}: {}", problem.path, problem.problem)));
+        }
         let mut source = self.source();
         while let Some(cause) = source {
             let _infallible = write!(text, ": {cause}");
@@ -101,6 +110,10 @@ impl Error {
                 let skipped = if skipped.is_empty() { String::new() } else { format!("; not run because of it: {}", skipped.join(", ")) };
                 Some(format!("mend the cause above and type the same command again: it continues where it was{skipped}"))
             }
+            Self::Damage { is_fixed: false, .. } => Some("`ovenbird verify --fix` sets it aside and makes it again".into()),
+            Self::Damage { is_fixed: true, .. } => {
+                Some("what is named above was lost with its inputs; bring these back and type the same command again".into())
+            }
             Self::Interrupted => Some("type the same command again to continue".into()),
             Self::Stage(error) => error.hint(),
         }
@@ -108,10 +121,10 @@ impl Error {
 
     /// The whole message, as printed to stderr.
     pub(crate) fn render(&self) -> String {
-        let mut text = format!("error: {}\n", self.words());
-        if let Self::Pipeline { problems, .. } = self {
-            text.extend(problems.iter().map(with_line));
-        }
+        let mut text = match self {
+            Self::Pipeline { problems, .. } => format!("error: {self}\n{}", problems.iter().map(with_line).collect::<String>()),
+            _ => format!("error: {}\n", self.words()),
+        };
         if let Some(hint) = self.hint() {
             let _infallible = writeln!(text, "hint: {hint}");
         }

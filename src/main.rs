@@ -5,11 +5,14 @@ mod describe;
 mod error;
 mod event;
 mod history;
+mod keep;
 mod pipeline;
 mod plan;
+mod recompute;
 mod report;
 mod run;
 mod screen;
+mod verify;
 
 use std::process::ExitCode;
 

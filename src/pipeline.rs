@@ -13,6 +13,7 @@ use std::{
 };
 
 use ovenbird_stages::{AnyStage, OnBadItem, PortInfo, Presence, STAGES, StageEntry};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use serde_yaml::Value as Yaml;
 
@@ -38,6 +39,18 @@ pub(crate) struct Pipeline {
     pub(crate) description: String,
     /// In an order in which every stage comes after those it reads from.
     pub(crate) steps: Vec<Step>,
+    /// What it was read from.
+    pub(crate) request: Request,
+}
+
+/// What a pipeline was read from: enough to read it again, whatever became of its file.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Request {
+    /// The folder that paths are relative to.
+    pub(crate) folder: PathBuf,
+    /// The pipeline file's text.
+    pub(crate) text: String,
+    pub(crate) settings: Vec<Setting>,
 }
 
 /// A stage of a pipeline.
@@ -94,7 +107,7 @@ pub(crate) fn with_line(problem: &Problem) -> String {
 }
 
 /// Changes from the command line: `--set key=value`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Setting {
     /// A variable, or `stage.parameter`.
     pub(crate) key: String,
@@ -105,10 +118,16 @@ pub(crate) struct Setting {
 /// Reads and checks a pipeline: a named one, or a file (written with a slash).
 pub(crate) fn load(name: &str, settings: &[Setting]) -> Result<Pipeline> {
     let (origin, text) = find(name)?;
-    let mut reader = Reader { lines: Lines::of(&text), problems: Vec::new(), broken: BTreeSet::new() };
-    let pipeline = reader.pipeline(&text, settings);
+    let folder = std::env::current_dir().unwrap_or_default();
+    read(origin, Request { folder, text, settings: settings.to_vec() })
+}
+
+/// Reads and checks a pipeline again. Relative paths in it are those of the current folder.
+pub(crate) fn read(origin: String, request: Request) -> Result<Pipeline> {
+    let mut reader = Reader { lines: Lines::of(&request.text), problems: Vec::new(), broken: BTreeSet::new() };
+    let pipeline = reader.pipeline(&request.text, &request.settings);
     match pipeline {
-        Some(pipeline) if reader.problems.is_empty() => Ok(pipeline),
+        Some(pipeline) if reader.problems.is_empty() => Ok(Pipeline { request, ..pipeline }),
         _ => {
             reader.problems.sort_by_key(|problem| problem.line);
             Err(Error::Pipeline { origin, problems: reader.problems })
@@ -240,7 +259,7 @@ impl Reader {
                 on_bad_item: draft.on_bad_item,
             });
         }
-        Some(Pipeline { name: name?, description: description?, steps })
+        Some(Pipeline { name: name?, description: description?, steps, request: Request::default() })
     }
 
     /// The entries of a mapping; unknown keys are problems and left out. `None`: not a mapping.

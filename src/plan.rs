@@ -62,8 +62,8 @@ pub(crate) struct Work {
     pub(crate) reasons: Vec<String>,
 }
 
-/// Looks a step up whose inputs are all known.
-pub(crate) fn check(step: &Step, files: &FileInputs, made: &Made, store: &Store, last: &Last) -> Result<Checked> {
+/// What a step whose inputs are all known is made from, and the files behind its inputs.
+pub(crate) fn identify(step: &Step, files: &FileInputs, made: &Made) -> (Recipe, Inputs) {
     let mut inputs = Inputs::default();
     let mut digests: BTreeMap<String, Digest> = BTreeMap::new();
     for (port, source) in &step.inputs {
@@ -81,7 +81,12 @@ pub(crate) fn check(step: &Step, files: &FileInputs, made: &Made, store: &Store,
         digests.insert(port.clone(), digest);
     }
     let (kind, version) = (step.entry.kind.to_owned(), step.entry.version);
-    let recipe = Recipe { kind, version, params: step.stage.params(), inputs: digests, link: None };
+    (Recipe { kind, version, params: step.stage.params(), inputs: digests, link: None }, inputs)
+}
+
+/// Looks a step up whose inputs are all known.
+pub(crate) fn check(step: &Step, files: &FileInputs, made: &Made, store: &Store, last: &Last) -> Result<Checked> {
+    let (recipe, inputs) = identify(step, files, made);
     let mut reasons = match store.artifact(step.entry.kind, &recipe.fingerprint())? {
         Status::Valid(artifact) if artifact.manifest.units.iter().all(|unit| is_whole(step, unit)) => return Ok(Checked::Reused(artifact)),
         Status::Valid(_) => vec!["some items failed, which `on_bad_item: fail` does not allow".into()],
@@ -129,8 +134,11 @@ fn taken_from(step: &Step, store: &Store, units: &[Unit], items: &[Digest], miss
     let names: Vec<String> = donors.names().collect();
     Ok(match names.as_slice() {
         [] => None,
-        [name] => Some(format!("{n_taken} of {} items taken from {name}", wanted.len())),
-        [name, rest @ ..] => Some(format!("{n_taken} of {} items taken from {name} and {} more", wanted.len(), rest.len())),
+        // What is damaged in a unit that was set aside shows when it is read.
+        [name] => Some(format!("{n_taken} of {} items taken from {name} as far as they are sound", wanted.len())),
+        [name, rest @ ..] => {
+            Some(format!("{n_taken} of {} items taken from {name} and {} more as far as they are sound", wanted.len(), rest.len()))
+        }
     })
 }
 
@@ -149,6 +157,13 @@ impl Last {
     pub(crate) fn read(home: &Path, pipeline: &str) -> Self {
         let bytes = std::fs::read(Self::path(home, pipeline)).unwrap_or_default();
         serde_json::from_slice(&bytes).unwrap_or_default()
+    }
+
+    /// What is remembered of every pipeline of a home: its name, then its steps.
+    pub(crate) fn of_all(home: &Path) -> BTreeMap<String, BTreeMap<String, Fingerprint>> {
+        let entries = std::fs::read_dir(home.join("pipelines")).into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| Some(entry.file_name().to_str()?.strip_suffix(".json")?.to_owned()));
+        names.map(|name| (name.clone(), Self::read(home, &name).steps)).collect()
     }
 
     /// Remembers a step.

@@ -33,6 +33,7 @@ use crate::{
     event::{self, Event, EventLog, Outcome, Stamped, StepInfo, Verdict},
     pipeline::{Pipeline, Step},
     plan::{self, Checked, FileInputs, Last, Made, Work, upstream},
+    verify::request_path,
 };
 
 /// How often progress goes into the log and to the screen.
@@ -78,6 +79,8 @@ pub(crate) fn run(
     let (session, recovered) = store.enter()?;
     let ledger = Ledger::of(store).rehashing(options.rehash);
     let log = EventLog::create(store, &run)?;
+    let request = serde_json::to_vec_pretty(&pipeline.request).expect("BUG: text is plain JSON");
+    store.publisher().replace(&request_path(store, &run), &request)?;
     let mut coordinator = Coordinator::new(pipeline, wanted, store, options, run, log, show);
     coordinator.emit(Event::RunStarted {
         version: event::VERSION,

@@ -17,6 +17,9 @@ use crate::{
 /// How often a plain line says how far a step is.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
+/// How often a plain line says how far a phase is.
+const PHASE_LINE_EVERY: Duration = Duration::from_secs(2);
+
 /// Shows events on stderr.
 pub(crate) struct Screen {
     bars: Option<MultiProgress>,
@@ -145,6 +148,51 @@ impl Screen {
             // A terminal that is gone is no reason to end a run.
             Some(bars) => drop(bars.println(line)),
             None => eprintln!("{line}"),
+        }
+    }
+}
+
+/// How far something is that is no run: one line on a terminal, a line now and then elsewhere.
+pub(crate) struct Phase {
+    words: String,
+    started: Instant,
+    last: Instant,
+    is_terminal: bool,
+    is_shown: bool,
+}
+
+impl Phase {
+    /// Nothing is shown of what is over soon.
+    pub(crate) fn new(words: &str) -> Self {
+        let (started, is_terminal) = (Instant::now(), std::io::stderr().is_terminal());
+        Self { words: words.into(), started, last: started, is_terminal, is_shown: false }
+    }
+
+    /// `total` is 0 while unknown.
+    #[expect(clippy::print_stderr, reason = "this is the screen")]
+    pub(crate) fn tell(&mut self, done: u64, total: u64, more: &str) {
+        let every = if self.is_terminal { Duration::from_millis(200) } else { PHASE_LINE_EVERY };
+        if self.last.elapsed() < every || self.started.elapsed() < Duration::from_secs(1) {
+            return;
+        }
+        self.last = Instant::now();
+        let of = if total > 0 { format!("/{total} ({:.0} %)", 100.0 * done as f64 / total as f64) } else { String::new() };
+        let rate = done as f64 / self.started.elapsed().as_secs_f64();
+        let line = format!("{}: {done}{of}, {rate:.0}/s {more}", self.words);
+        if self.is_terminal {
+            self.is_shown = true;
+            eprint!("\r\x1b[K{line}");
+        } else {
+            eprintln!("{line}");
+        }
+    }
+}
+
+impl Drop for Phase {
+    #[expect(clippy::print_stderr, reason = "this is the screen")]
+    fn drop(&mut self) {
+        if self.is_shown {
+            eprint!("\r\x1b[K");
         }
     }
 }

@@ -18,7 +18,7 @@ use std::{
 };
 
 use arrow::{
-    array::{Array, ArrayRef, AsArray, FixedSizeBinaryArray, Int64Array, RecordBatch, StringArray, UInt64Array},
+    array::{ArrayRef, AsArray, FixedSizeBinaryArray, Int64Array, RecordBatch, StringArray, UInt64Array},
     datatypes::{Int64Type, UInt64Type},
     ipc::{reader::StreamReader, writer::StreamWriter},
 };
@@ -99,6 +99,35 @@ pub fn digest_path(path: &Path, ledger: Option<&Ledger>, now_ns: i128) -> Result
     Ok(files.map(|(((name, path), stat), digest)| InputFile { name, path, bytes: stat.size, digest, unit: None }).collect())
 }
 
+/// Hashes every remembered file whose size and times are as remembered, and names those whose content is not: what rots on
+/// the disk of the inputs. `visit` is told each file and what was found.
+pub fn verify_remembered(ledger: &Ledger, visit: &mut dyn FnMut(&Path, Option<String>)) {
+    let roots = ledger.with(|db| db.scan_prefix(b"inputs:").keys().collect::<sled::Result<Vec<_>>>()).unwrap_or_default();
+    let root =
+        |key: &sled::IVec| Some(String::from_utf8_lossy(key.strip_prefix(b"inputs:")?.split(|byte| *byte == 0).next()?).into_owned());
+    let mut roots: Vec<String> = roots.iter().filter_map(root).collect();
+    roots.dedup();
+    for root in roots {
+        let is_folder = Path::new(&root).is_dir();
+        for batch in Table::read(ledger, &root).batches {
+            for row in 0..batch.num_rows() {
+                let (name, was, digest) = Table::row(&batch, row);
+                let path = if is_folder { Path::new(&root).join(name) } else { PathBuf::from(&root) };
+                // One that changed aloud is hashed again by the next run.
+                if Stat::of(&path).is_ok_and(|stat| stat == was) {
+                    let found = digest_file(&path).map_err(|error| error.to_string());
+                    let problem = match found {
+                        Ok(found) if found == digest => None,
+                        Ok(found) => Some(format!("changed although its size and times did not: expected {digest}, found {found}")),
+                        Err(error) => Some(error),
+                    };
+                    visit(&path, problem);
+                }
+            }
+        }
+    }
+}
+
 fn walk(folder: &Path, prefix: &str, found: &mut Vec<(String, PathBuf)>) -> Result<()> {
     for (name, is_folder) in Publisher::default().list(folder)? {
         if name.starts_with('.') {
@@ -137,20 +166,23 @@ impl Table {
     fn look_up(&self, found: &[(String, PathBuf)], stats: &[Stat]) -> Vec<Option<Digest>> {
         let mut by_name: HashMap<&str, (Stat, Digest)> = HashMap::new();
         for batch in &self.batches {
-            let names = batch.column(0).as_string::<i32>();
-            let unsigned = |column: usize| batch.column(column).as_primitive::<UInt64Type>().values();
-            let signed = |column: usize| batch.column(column).as_primitive::<Int64Type>().values();
-            let (dev, ino, size, mtime, ctime) = (unsigned(1), unsigned(2), unsigned(3), signed(4), signed(5));
-            let digests = batch.column(6).as_fixed_size_binary();
-            by_name.reserve(names.len());
-            for row in 0..names.len() {
-                let stat = Stat { dev: dev[row], ino: ino[row], size: size[row], mtime_ns: mtime[row], ctime_ns: ctime[row] };
-                let bytes: [u8; 32] = digests.value(row).try_into().expect("BUG: the column has 32 bytes a value");
-                by_name.insert(names.value(row), (stat, blake3::Hash::from_bytes(bytes).into()));
+            by_name.reserve(batch.num_rows());
+            for row in 0..batch.num_rows() {
+                let (name, stat, digest) = Self::row(batch, row);
+                by_name.insert(name, (stat, digest));
             }
         }
         let known = |((name, _), stat): (&(String, PathBuf), &Stat)| by_name.get(name.as_str()).filter(|(was, _)| was == stat);
         found.iter().zip(stats).map(|entry| known(entry).map(|(_, digest)| *digest)).collect()
+    }
+
+    fn row(batch: &RecordBatch, row: usize) -> (&str, Stat, Digest) {
+        let unsigned = |column: usize| batch.column(column).as_primitive::<UInt64Type>().value(row);
+        let signed = |column: usize| batch.column(column).as_primitive::<Int64Type>().value(row);
+        let stat = Stat { dev: unsigned(1), ino: unsigned(2), size: unsigned(3), mtime_ns: signed(4), ctime_ns: signed(5) };
+        let digest = batch.column(6).as_fixed_size_binary().value(row);
+        let digest = blake3::Hash::from_bytes(digest.try_into().expect("BUG: the column has 32 bytes a value"));
+        (batch.column(0).as_string::<i32>().value(row), stat, digest.into())
     }
 
     fn write(ledger: &Ledger, root: &str, found: &[(String, PathBuf)], stats: &[Stat], digests: &[Digest], now_ns: i128) {

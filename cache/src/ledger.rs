@@ -5,6 +5,7 @@
 //! the price is hashing the inputs once more. Whoever cannot get at it in time goes without.
 
 use std::{
+    collections::BTreeMap,
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     path::PathBuf,
@@ -13,10 +14,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{Error, Lease, Result, Store, publish::Publisher};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Lease, Result, Store, publish::Publisher, verify::Depth};
 
 /// How long to wait for other processes that have the ledger open.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// That a unit was verified.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verified {
+    /// How closely.
+    pub depth: Depth,
+    /// When, in s since 1970.
+    pub at: i64,
+}
 
 /// The ledger of a home.
 #[derive(Debug)]
@@ -71,6 +83,26 @@ impl Ledger {
             thread::sleep(Duration::from_millis(5));
         }
         Err(Error::malformed(&self.folder, "is in use by another process"))
+    }
+
+    /// Notes that units were verified, at a time in s since 1970.
+    pub fn note_verified(&self, units: &[String], depth: Depth, at: i64) {
+        let value = serde_json::to_vec(&Verified { depth, at }).expect("BUG: plain data is plain JSON");
+        let _lost = self.with(|db| {
+            for unit in units {
+                db.insert([b"verified:", unit.as_bytes()].concat(), &value[..])?;
+            }
+            Ok(())
+        });
+    }
+
+    /// When units were last verified, as far as that is known.
+    pub fn verified(&self) -> BTreeMap<String, Verified> {
+        let read = |db: &sled::Db| db.scan_prefix("verified:").collect::<sled::Result<Vec<_>>>();
+        let entry = |(key, value): (sled::IVec, sled::IVec)| {
+            Some((String::from_utf8(key["verified:".len()..].to_vec()).ok()?, serde_json::from_slice(&value).ok()?))
+        };
+        self.with(read).unwrap_or_default().into_iter().filter_map(entry).collect()
     }
 
     /// Does something with the open ledger. `None`: it could not be had; what was to be read counts as unknown, and what was

@@ -9,6 +9,7 @@
 //! stats.rs     what a shard's rows look like, for its footer
 //! store.rs     where units and artifacts lie on disk; what is valid, damaged or absent
 //! donors.rs    results of single items that other units hold already
+//! verify.rs    whether what lies in a home is what was published
 //! ledger.rs    sled: an index that can be lost (digests of input files)
 //! inputs.rs    content digests of the files a user brings
 //! chunk.rs     item lists cut into units by content
@@ -28,12 +29,13 @@ mod recipe;
 pub mod shard;
 mod stats;
 mod store;
+pub mod verify;
 
 pub use disk::crash_at;
 pub use donors::Donors;
 pub use error::Error;
 pub use lease::{Lease, Owner, Session, Watch};
-pub use ledger::Ledger;
+pub use ledger::{Ledger, Verified};
 pub use publish::{Draft, DraftFile, FileRecord, Publisher};
 pub use recipe::{Change, Digest, Fingerprint, Recipe};
 pub use stats::{Stats, VectorStats};

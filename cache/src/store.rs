@@ -38,7 +38,7 @@ use crate::{
 
 /// The one layout this program reads and writes.
 const FORMAT: u32 = 2;
-const UNIT_FILE: &str = "unit.json";
+pub(crate) const UNIT_FILE: &str = "unit.json";
 /// The digests of a unit's items, 32 bytes each, in order.
 const ITEMS_FILE: &str = "items";
 const PORT_DOMAIN: &str = "ovenbird port 1";
@@ -418,12 +418,11 @@ impl Store {
         if let Status::Valid(record) = self.unit_at(&name)? {
             return Ok(Claim::Made(record));
         }
-        let path = self.home.join("leases").join(name.replace('/', "."));
-        let lease = match Lease::take(&path)? {
+        let lease = match self.lease(&name)? {
             Ok(lease) => lease,
             Err(holder) => {
                 if watch.is_silent(&self.home, &holder) {
-                    lease::break_lease(&path, &holder);
+                    lease::break_lease(&self.home.join("leases").join(name.replace('/', ".")), &holder);
                 }
                 return Ok(Claim::Held(holder));
             }
@@ -435,6 +434,16 @@ impl Store {
             Status::Absent => {}
         }
         Ok(Claim::Mine(lease))
+    }
+
+    /// Takes the lease on a unit, or says who has it.
+    pub fn lease(&self, name: &str) -> Result<Result<Lease, Owner>> {
+        Lease::take(&self.home.join("leases").join(name.replace('/', ".")))
+    }
+
+    /// Notes that a unit is gone for good.
+    pub fn note_gone(&self, name: &str, why: &str) -> Result<()> {
+        self.note(&CommitLine::Gone { unit: name.into(), why: why.into() })
     }
 
     /// The files of an output port of one published unit, sorted by name.
@@ -652,7 +661,7 @@ fn folder_name(fingerprint: &Fingerprint) -> String {
     fingerprint.to_hex()[..32].to_owned()
 }
 
-fn is_folder_name(name: &str) -> bool {
+pub(crate) fn is_folder_name(name: &str) -> bool {
     name.len() == 32 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 

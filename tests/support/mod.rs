@@ -102,10 +102,27 @@ impl World {
         units.filter(|unit| !unit.file_name().to_string_lossy().starts_with('.')).count()
     }
 
+    /// Every manifest's file.
+    pub(crate) fn manifests(&self) -> Vec<PathBuf> {
+        let mut files = BTreeMap::new();
+        walk(&self.path(".ovenbird/artifacts"), &self.path(".ovenbird"), &mut files);
+        files.into_keys().map(|name| self.path(".ovenbird").join(name)).collect()
+    }
+
     /// A published file whose path has these parts.
     pub(crate) fn find(&self, parts: &[&str]) -> PathBuf {
         let name = self.units().into_keys().find(|name| parts.iter().all(|part| name.contains(part)));
         self.path(".ovenbird").join(name.unwrap_or_else(|| panic!("no published file with {parts:?}")))
+    }
+}
+
+/// Copies a folder with all that it holds.
+pub(crate) fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let (path, target) = (entry.path(), to.join(entry.file_name()));
+        if entry.file_type().unwrap().is_dir() { copy(&path, &target) } else { assert!(fs::copy(path, target).is_ok()) }
     }
 }
 

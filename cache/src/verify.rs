@@ -1,0 +1,309 @@
+//! Whether what lies in a home is what was published: quick (presence, sizes, seals, footers), full (every byte), deep (also
+//! what the bytes mean).
+//!
+//! Nothing here writes; a unit that goes while it is looked at is not a finding.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+};
+
+use arrow::{
+    array::{Array, AsArray, RecordBatch},
+    datatypes::{Float32Type, UInt64Type},
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Digest, Manifest, Result, Stats, Status, Store, UnitRecord,
+    lease::{self, Owner},
+    publish::TEMPORARY,
+    shard::ShardReader,
+    store::UNIT_FILE,
+};
+
+/// How closely to look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Depth {
+    /// Presence, sizes, sealed records, footers of shards.
+    Quick,
+    /// Also the digest of every file.
+    Full,
+    /// Also what rows mean: counts, finite values, norms, ids, boxes, rows that repeat.
+    Deep,
+}
+
+/// What kind of thing is wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Class {
+    /// A unit is not what was published.
+    Damaged,
+    /// A unit was published and is gone.
+    Missing,
+    /// A manifest cannot be read, or disagrees with its units.
+    Manifest,
+    /// Something lies where nothing of ours does.
+    Foreign,
+    /// A dead process left it unfinished.
+    Leftover,
+    /// The index that can be lost is damaged.
+    Ledger,
+    /// An input file changed although its size and times did not.
+    Input,
+    /// Nothing is damaged, but someone should look.
+    Suspect,
+}
+
+/// Something that is not as it should be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// What kind.
+    pub class: Class,
+    /// The unit, as `KIND/FINGERPRINT`, where it is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unit: Option<String>,
+    /// The file or folder.
+    pub path: PathBuf,
+    /// What was expected and what was found.
+    pub problem: String,
+}
+
+/// Norms of CLIP embeddings may differ from 1 by this much once they are rounded to bf16.
+const NORM_TOLERANCE: f64 = 0.02;
+const BUFFER_BYTES: usize = 1 << 18;
+
+impl Store {
+    /// Checks one unit, named as by [`Store::unit_names`]. `read` is told how many bytes were read, and may wait.
+    pub fn verify_unit(&self, name: &str, depth: Depth, read: &dyn Fn(u64)) -> Result<Vec<Finding>> {
+        let folder = self.unit_path(name);
+        let finding = |class, path: &Path, problem: String| Finding { class, unit: Some(name.into()), path: path.to_owned(), problem };
+        let record = match self.unit_at(name) {
+            Err(error) => return Ok(vec![finding(Class::Damaged, &folder, error.to_string())]),
+            Ok(Status::Valid(record)) => record,
+            Ok(Status::Damaged(problems)) => {
+                return Ok(problems.into_iter().map(|problem| finding(Class::Damaged, &folder, problem)).collect());
+            }
+            Ok(Status::Absent) => return Ok(Vec::new()),
+        };
+        let mut found = Vec::new();
+        for path in self.files_below(&folder)? {
+            let known = path
+                .strip_prefix(&folder)
+                .is_ok_and(|name| name == Path::new(UNIT_FILE) || record.files.iter().any(|file| Path::new(&file.name) == name));
+            if !known {
+                found.push(finding(Class::Foreign, &path, "is not among the unit's files".into()));
+            }
+        }
+        for file in &record.files {
+            let path = folder.join(&file.name);
+            if depth >= Depth::Full {
+                match hash(&path, read) {
+                    Ok(digest) if digest == file.digest => {}
+                    Ok(digest) => {
+                        let problem = format!("does not match its digest: expected {}, found {digest}", file.digest);
+                        found.push(finding(Class::Damaged, &path, problem));
+                        continue;
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+                    Err(error) => {
+                        found.push(finding(Class::Damaged, &path, format!("cannot be read: {error}")));
+                        continue;
+                    }
+                }
+            }
+            if path.extension().is_some_and(|extension| extension == "arrow") {
+                let problems = match ShardReader::open(&path, Some(&record.key.fingerprint)) {
+                    Ok(shard) => self.verify_shard(&record, &shard, depth),
+                    Err(error) => Err(error),
+                };
+                match problems {
+                    Ok(problems) => found.extend(problems.into_iter().map(|(class, problem)| finding(class, &path, problem))),
+                    Err(error) => found.push(finding(Class::Damaged, &path, error.to_string())),
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn verify_shard(&self, record: &UnitRecord, shard: &ShardReader, depth: Depth) -> Result<Vec<(Class, String)>> {
+        let mut problems = senseless(shard.stats());
+        if depth < Depth::Deep || shard.schema().column_with_name("embedding").is_none() {
+            return Ok(problems);
+        }
+        let n_items = self.items_of(record)?.len() as u64;
+        let is_short = shard.stats().rows < n_items && !record.files.iter().any(|file| file.name == "failed.json");
+        if n_items > 0 && (shard.stats().rows > n_items || is_short) {
+            problems.push((Class::Damaged, format!("{} rows for {n_items} items", shard.stats().rows)));
+        }
+        let mut last_id = None;
+        let mut seen: HashMap<Digest, u64> = HashMap::new();
+        for batch in shard.batches() {
+            let batch = batch?;
+            let Some(ids) = batch.column(0).as_primitive_opt::<UInt64Type>() else { continue };
+            for (row, id) in ids.values().iter().enumerate() {
+                if last_id.is_some_and(|last| last >= *id) {
+                    problems.push((Class::Damaged, format!("ids are not ascending: {id} follows {}", last_id.unwrap_or_default())));
+                }
+                last_id = Some(*id);
+                if let Some(embedding) = bytes_of_row(&batch, row)
+                    && let Some(other) = seen.insert(embedding, *id)
+                {
+                    problems.push((Class::Suspect, format!("images {other} and {id} have the same embedding to the last bit")));
+                }
+            }
+            problems.extend(senseless_boxes(&batch).map(|problem| (Class::Damaged, problem)));
+        }
+        Ok(problems)
+    }
+
+    fn files_below(&self, folder: &Path) -> Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        for (name, is_folder) in self.publisher().list(folder)? {
+            let path = folder.join(name);
+            if is_folder { files.extend(self.files_below(&path)?) } else { files.push(path) }
+        }
+        Ok(files)
+    }
+
+    /// Checks one manifest against itself and against the records of its units.
+    pub fn verify_manifest(&self, path: &Path) -> Result<Vec<Finding>> {
+        let finding = |problem: String| Finding { class: Class::Manifest, unit: None, path: path.to_owned(), problem };
+        let manifest: Manifest = match self.manifest_at(path) {
+            Ok(Some(manifest)) => manifest,
+            Ok(None) => return Ok(Vec::new()),
+            Err(error) => return Ok(vec![finding(error.to_string())]),
+        };
+        let mut found = Vec::new();
+        for listed in &manifest.units {
+            let name = crate::unit_name(&manifest.recipe.kind, &listed.key.fingerprint);
+            match self.unit_at(&name) {
+                Ok(Status::Valid(record)) if record.files == listed.files => {}
+                Ok(Status::Valid(_)) => found.push(finding(format!("lists other files of unit {name} than the unit itself"))),
+                // The unit is a finding of its own.
+                Ok(Status::Damaged(_)) | Err(_) => {}
+                Ok(Status::Absent) => found.push(Finding {
+                    class: Class::Missing,
+                    unit: Some(name.clone()),
+                    path: self.unit_path(&name),
+                    problem: format!("is missing; {} lists it", path.display()),
+                }),
+            }
+        }
+        Ok(found)
+    }
+
+    /// What lies about: unfinished things of dead processes, things that are none of ours, units that were lost.
+    pub fn verify_house(&self) -> Result<Vec<Finding>> {
+        let mut found = Vec::new();
+        let mut look = |folder: &Path, is_ours: &dyn Fn(&str, bool) -> bool| -> Result<()> {
+            for (name, is_folder) in self.publisher().list(folder)? {
+                let path = folder.join(&name);
+                if let Some(rest) = name.strip_prefix(TEMPORARY) {
+                    let owner = rest.rsplit('-').nth(1).and_then(|owner| owner.parse::<Owner>().ok());
+                    if owner.is_none_or(|owner| lease::is_over(self.home(), &owner)) {
+                        let problem = "was left unfinished by a process that is dead".into();
+                        found.push(Finding { class: Class::Leftover, unit: None, path, problem });
+                    }
+                } else if !is_ours(&name, is_folder) {
+                    let problem = "is none of ovenbird's".into();
+                    found.push(Finding { class: Class::Foreign, unit: None, path, problem });
+                }
+            }
+            Ok(())
+        };
+        const OURS: [&str; 11] = [
+            "artifacts",
+            "commits.jsonl",
+            "format.json",
+            "leases",
+            "ledger",
+            "pipelines",
+            "pins.json",
+            "quarantine",
+            "runs",
+            "sessions",
+            "units",
+        ];
+        look(self.home(), &|name, _| OURS.contains(&name) || name == "verify.json")?;
+        for (top, is_ours) in [
+            ("units", (|name, is_folder| is_folder && crate::store::is_folder_name(name)) as fn(&str, bool) -> bool),
+            ("artifacts", |name, is_folder| !is_folder && name.strip_suffix(".json").is_some_and(crate::store::is_folder_name)),
+        ] {
+            let top = self.home().join(top);
+            look(&top, &|_, is_folder| is_folder)?;
+            for (kind, _) in self.publisher().list(&top)?.into_iter().filter(|(name, is_folder)| *is_folder && !name.starts_with('.')) {
+                look(&top.join(kind), &is_ours)?;
+            }
+        }
+        for unit in self.noted_units()?.into_keys() {
+            // Asked again, because it may go while we look.
+            if matches!(self.unit_at(&unit), Ok(Status::Absent)) && self.noted_units()?.contains_key(&unit) {
+                let path = self.unit_path(&unit);
+                found.push(Finding { class: Class::Missing, unit: Some(unit), path, problem: "was published and is gone".into() });
+            }
+        }
+        Ok(found)
+    }
+
+    /// Every manifest that can be read. One that cannot is a finding of [`Self::verify_manifest`].
+    pub fn manifests(&self) -> Result<Vec<Manifest>> {
+        Ok(self.manifest_paths()?.iter().filter_map(|path| self.manifest_at(path).ok().flatten()).collect())
+    }
+}
+
+fn hash(path: &Path, read: &dyn Fn(u64)) -> io::Result<Digest> {
+    let mut file = File::open(path)?;
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; BUFFER_BYTES];
+    loop {
+        let n_read = file.read(&mut buffer)?;
+        if n_read == 0 {
+            return Ok(hasher.finalize().into());
+        }
+        hasher.update(&buffer[..n_read]);
+        read(n_read as u64);
+    }
+}
+
+/// What a footer's numbers say against its rows.
+fn senseless(stats: &Stats) -> Vec<(Class, String)> {
+    let mut problems = Vec::new();
+    for (column, vectors) in &stats.vectors {
+        if vectors.not_finite > 0 {
+            problems.push((Class::Damaged, format!("`{column}`: {} numbers are not finite", vectors.not_finite)));
+        }
+        if column == "embedding" && vectors.vectors > 0 {
+            if vectors.zero > 0 {
+                problems.push((Class::Damaged, format!("`embedding`: {} of {} rows are all zero", vectors.zero, vectors.vectors)));
+            }
+            let (least, greatest) = (vectors.min_norm, vectors.max_norm);
+            if least < 1.0 - NORM_TOLERANCE || greatest > 1.0 + NORM_TOLERANCE {
+                problems.push((Class::Damaged, format!("`embedding`: norms from {least:.3} to {greatest:.3}, expected 1")));
+            }
+        }
+    }
+    problems
+}
+
+/// The digest of one embedding as it is stored; `None` where a row has many.
+fn bytes_of_row(batch: &RecordBatch, row: usize) -> Option<Digest> {
+    let vectors = batch.column_by_name("embedding")?.as_fixed_size_list_opt()?;
+    let data = vectors.value(row).to_data();
+    let width = data.data_type().primitive_width()?;
+    let start = data.offset() * width;
+    Some(Digest::of(&data.buffers()[0].as_slice()[start..start + data.len() * width]))
+}
+
+/// Boxes that are none: with corners in the wrong order, or outside any image.
+fn senseless_boxes(batch: &RecordBatch) -> Option<String> {
+    let boxes = batch.column_by_name("xyxy")?.as_list_opt::<i32>()?.values().as_fixed_size_list_opt()?;
+    let numbers = boxes.values().as_primitive_opt::<Float32Type>()?;
+    let (corners, _) = numbers.values().as_chunks::<4>();
+    let wrong =
+        corners.iter().find(|[x1, y1, x2, y2]| !(*x1 >= 0.0 && *y1 >= 0.0 && x2 >= x1 && y2 >= y1 && x2.is_finite() && y2.is_finite()))?;
+    Some(format!("`xyxy`: {wrong:?} is no box"))
+}

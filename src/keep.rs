@@ -1,0 +1,241 @@
+//! `ovenbird cache`: what takes space, what may go, and an index that can be made anew.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+use indicatif::HumanBytes;
+use ovenbird_cache::{Ledger, Status, Store, unit_name, verify::Depth};
+use serde::Serialize;
+
+use crate::{
+    cli::{print, to_json},
+    error::{Error, Result, count},
+    event, history,
+    plan::Last,
+    screen::Phase,
+};
+
+/// What a kind of stage takes.
+#[derive(Debug, Default, Serialize)]
+struct Taken {
+    units: usize,
+    bytes: u64,
+    /// In units that an artifact of a pipeline as it stands needs.
+    needed_bytes: u64,
+}
+
+fn opened(home: &Path) -> Result<Store> {
+    if home.exists() {
+        return Ok(Store::open(home)?);
+    }
+    let problem = format!("{}: there is no home here", home.display());
+    Err(Error::Usage { problem, hint: "name it with `--home FOLDER`".into() })
+}
+
+/// What must stay.
+struct Roots {
+    /// Names of artifacts, 32 digits each.
+    artifacts: BTreeSet<String>,
+    /// Kinds, with `-` for `/`, of stages that a run has begun and no run has ended: their units are in no manifest yet.
+    unfinished: BTreeSet<String>,
+}
+
+impl Roots {
+    /// Artifacts of every pipeline as it was last there; of pinned runs, the last `n_runs`, and every pipeline's last; and what
+    /// these runs have begun.
+    fn of(store: &Store, n_runs: usize) -> Self {
+        let name = |fingerprint: &ovenbird_cache::Fingerprint| fingerprint.to_hex()[..32].to_owned();
+        let artifacts =
+            Last::of_all(store.home()).into_values().flat_map(BTreeMap::into_values).map(|fingerprint| name(&fingerprint)).collect();
+        let mut roots = Self { artifacts, unfinished: BTreeSet::new() };
+        let (pinned, runs) = (pins(store), event::runs(store.home()));
+        let mut seen_pipelines = BTreeSet::new();
+        for (age, run) in runs.iter().rev().enumerate() {
+            let log = event::read_log(store.home(), run).unwrap_or_default();
+            let state = history::state(&log);
+            let is_going_on = state.outcome.is_none() && !store.at_work().is_empty();
+            let is_last = seen_pipelines.insert(state.pipeline.clone());
+            if age < n_runs || is_last || is_going_on || pinned.contains(run) {
+                for step in &state.steps {
+                    roots.artifacts.extend(step.fingerprint.as_ref().map(name));
+                    if !matches!(step.state, "done" | "reused") {
+                        roots.unfinished.insert(step.kind.replace('/', "-"));
+                    }
+                }
+            }
+        }
+        roots
+    }
+
+    /// Whether each unit stays, by `KIND/FINGERPRINT`.
+    fn keep(&self, store: &Store) -> Result<impl Fn(&str) -> bool + use<>> {
+        let (mut needed, mut listed) = (BTreeSet::new(), BTreeSet::new());
+        for manifest in store.manifests()? {
+            let units = manifest.units.iter().map(|unit| unit_name(&manifest.recipe.kind, &unit.key.fingerprint));
+            let is_root = self.artifacts.contains(&manifest.fingerprint.to_hex()[..32]);
+            if is_root { needed.extend(units) } else { listed.extend(units) }
+        }
+        let unfinished = self.unfinished.clone();
+        Ok(move |name: &str| {
+            let kind = name.split_once('/').map_or("", |(kind, _)| kind);
+            needed.contains(name) || (!listed.contains(name) && unfinished.contains(kind))
+        })
+    }
+}
+
+fn pins(store: &Store) -> BTreeSet<String> {
+    let bytes = fs::read(store.home().join("pins.json")).unwrap_or_default();
+    serde_json::from_slice(&bytes).unwrap_or_default()
+}
+
+/// `ovenbird cache pin`: what a run used is kept by `gc` until it is unpinned.
+pub(crate) fn pin(home: &Path, run: &str, is_pinned: bool) -> Result<()> {
+    let store = opened(home)?;
+    let run = history::chosen(home, Some(run))?;
+    let mut pins = pins(&store);
+    if is_pinned {
+        pins.insert(run.clone())
+    } else {
+        pins.remove(&run)
+    };
+    let bytes = serde_json::to_vec_pretty(&pins).expect("BUG: a list of names is plain JSON");
+    store.publisher().replace(&home.join("pins.json"), &bytes)?;
+    print(&format!("run {run} is {}\n", if is_pinned { "pinned: `ovenbird cache gc` keeps what it used" } else { "not pinned any more" }))
+}
+
+/// `ovenbird cache du`.
+pub(crate) fn du(home: &Path, json: bool) -> Result<()> {
+    let store = opened(home)?;
+    let is_needed = Roots::of(&store, 0).keep(&store)?;
+    let mut by_kind: BTreeMap<String, Taken> = BTreeMap::new();
+    for name in store.unit_names()? {
+        let kind = name.split_once('/').map_or_else(String::new, |(kind, _)| kind.to_owned());
+        let bytes = bytes_below(&store.unit_path(&name));
+        let taken = by_kind.entry(kind).or_default();
+        (taken.units, taken.bytes) = (taken.units + 1, taken.bytes + bytes);
+        taken.needed_bytes += if is_needed(&name) { bytes } else { 0 };
+    }
+    let quarantine = bytes_below(&home.join("quarantine"));
+    if json {
+        return print(&to_json("du", &serde_json::json!({"kinds": by_kind, "quarantine_bytes": quarantine})));
+    }
+    let human = |bytes: u64| HumanBytes(bytes).to_string();
+    let mut text = format!("{:24} {:>8} {:>12} {:>12}\n", "stage", "units", "size", "not needed");
+    let (mut all, mut free) = (0, 0);
+    for (kind, Taken { units, bytes, needed_bytes }) in &by_kind {
+        text.push_str(&format!("{kind:24} {units:>8} {:>12} {:>12}\n", human(*bytes), human(bytes - needed_bytes)));
+        (all, free) = (all + bytes, free + bytes - needed_bytes);
+    }
+    text.push_str(&format!("{:24} {:>8} {:>12} {:>12}\n", "all", "", human(all), human(free)));
+    if quarantine > 0 {
+        text.push_str(&format!("{:24} {:>8} {:>12}\n", "quarantine", "", human(quarantine)));
+    }
+    if free > 0 {
+        text.push_str("`ovenbird cache gc` says what would go, `ovenbird cache gc --delete` removes it\n");
+    }
+    print(&text)
+}
+
+fn bytes_below(path: &Path) -> u64 {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    let bytes = entries.map(|entry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => bytes_below(&entry.path()),
+        Ok(metadata) => metadata.len(),
+        Err(_) => 0,
+    });
+    bytes.sum()
+}
+
+/// What `gc` is to do.
+pub(crate) struct Collection {
+    /// Keep what the last so many runs used.
+    pub(crate) keep_runs: usize,
+    /// Keep what is younger.
+    pub(crate) grace: Duration,
+    /// Remove; otherwise only say what would go.
+    pub(crate) is_real: bool,
+    pub(crate) json: bool,
+}
+
+/// `ovenbird cache gc`.
+pub(crate) fn gc(home: &Path, collection: &Collection) -> Result<()> {
+    let store = opened(home)?;
+    let roots = Roots::of(&store, collection.keep_runs);
+    let is_needed = roots.keep(&store)?;
+    let is_old = |path: &Path| {
+        let age = fs::metadata(path).and_then(|metadata| metadata.modified()).ok().and_then(|time| time.elapsed().ok());
+        age.is_some_and(|age| age >= collection.grace)
+    };
+    let mut phase = Phase::new("gc");
+    let (mut going, mut bytes) = (Vec::new(), 0);
+    for (n_done, name) in store.unit_names()?.into_iter().enumerate() {
+        phase.tell(n_done as u64, 0, "units");
+        let path = store.unit_path(&name);
+        if !is_needed(&name) && is_old(&path) {
+            bytes += bytes_below(&path);
+            going.push(name);
+        }
+    }
+    let mut left_alone = 0;
+    if collection.is_real {
+        let (_session, _recovered) = store.enter()?;
+        for name in &going {
+            match store.lease(name)? {
+                Ok(_lease) => store.remove_unit(name, "removed by `cache gc`")?,
+                Err(_) => left_alone += 1,
+            }
+        }
+        for path in store.manifest_paths()? {
+            let is_root = path.file_stem().is_some_and(|stem| roots.artifacts.contains(&*stem.to_string_lossy()));
+            if !is_root && is_old(&path) {
+                store.publisher().remove(&path)?;
+            }
+        }
+    }
+    if collection.json {
+        return print(&to_json("gc", &serde_json::json!({"removed": collection.is_real, "units": going, "bytes": bytes})));
+    }
+    let what = count(going.len(), "unit");
+    let mut text = match (collection.is_real, going.is_empty()) {
+        (_, true) => "nothing to remove\n".to_owned(),
+        (true, false) => format!("{what} removed, {}\n", HumanBytes(bytes)),
+        (false, false) => {
+            let list: String = going.iter().map(|name| format!("{name}\n")).collect();
+            format!("{list}{what} would go, {}; `ovenbird cache gc --delete` removes them\n", HumanBytes(bytes))
+        }
+    };
+    if left_alone > 0 {
+        text.push_str(&format!("{} in use, left alone\n", count(left_alone, "unit")));
+    }
+    print(&text)
+}
+
+/// `ovenbird cache rebuild`: the ledger made anew from what lies on the disk.
+pub(crate) fn rebuild(home: &Path) -> Result<()> {
+    let store = opened(home)?;
+    let ledger = Ledger::of(&store);
+    ledger.forget()?;
+    let mut phase = Phase::new("rebuild");
+    let (mut sound, mut n_bad) = (Vec::new(), 0);
+    for (n_done, name) in store.unit_names()?.into_iter().enumerate() {
+        phase.tell(n_done as u64, 0, "units");
+        match store.unit_at(&name) {
+            Ok(Status::Valid(_)) => sound.push(name),
+            _ => n_bad += 1,
+        }
+    }
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs() as i64;
+    ledger.note_verified(&sound, Depth::Quick, now);
+    let (_session, recovered) = store.enter()?;
+    let mut text = format!("the ledger is made anew: {}\n", count(sound.len(), "unit"));
+    if n_bad > 0 {
+        text.push_str(&format!("{} damaged: `ovenbird verify --fix` makes them again\n", count(n_bad, "unit")));
+    }
+    text.extend(crate::run::recovery_words(recovered).map(|words| format!("{words}\n")));
+    text.push_str("input files are hashed once more by the next run\n");
+    print(&text)
+}

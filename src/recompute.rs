@@ -1,0 +1,204 @@
+//! Rows computed again through the model that is recorded, and compared: finds what is sound to the last bit and wrong.
+
+use std::collections::BTreeMap;
+
+use ovenbird_cache::{
+    Artifact, Fingerprint, Status, Store,
+    verify::{Class, Finding},
+};
+use ovenbird_stages::{
+    Context, OnBadItem, Unit,
+    artifacts::{Artifact as _, ImageFeatures, RegionFeatures},
+};
+use serde::Serialize;
+
+use crate::{
+    error::Result,
+    event,
+    plan::{self, Made},
+    screen::Phase,
+    verify::{read_request, request_path},
+};
+
+/// Cosine below which a row is another one. Rounding to f16 and another order of sums cost less than 1e-4.
+const LEAST_COSINE: f64 = 0.999;
+
+/// What an audit came to.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Audit {
+    rows: usize,
+    least_cosine: Option<f64>,
+    wrong: Vec<Wrong>,
+    /// Artifacts that could not be audited, and why.
+    skipped: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Wrong {
+    unit: String,
+    image: u64,
+    cosine: f64,
+}
+
+impl Audit {
+    pub(crate) fn findings(&self) -> Vec<Finding> {
+        let finding = |wrong: &Wrong| Finding {
+            class: Class::Damaged,
+            unit: Some(wrong.unit.clone()),
+            path: wrong.unit.clone().into(),
+            problem: format!("image {}: computed again, the embedding has cosine {:.4} to what is stored", wrong.image, wrong.cosine),
+        };
+        self.wrong.iter().map(finding).collect()
+    }
+
+    pub(crate) fn words(&self) -> String {
+        let least = self.least_cosine.map_or_else(String::new, |least| format!(", least cosine {least:.5}"));
+        let skipped = self.skipped.iter().map(|(what, why)| format!("not computed again: {what}: {why}\n"));
+        format!("{} rows computed again, {} wrong{least}\n", self.rows, self.wrong.len()) + &skipped.collect::<String>()
+    }
+}
+
+/// Computes a part of the rows of every feature artifact again, in a scratch home of its own.
+pub(crate) fn audit(store: &Store, part: f64, device: tch::Device) -> Result<Audit> {
+    let mut audit = Audit::default();
+    let mut done: Vec<Fingerprint> = Vec::new();
+    for run in event::runs(store.home()).into_iter().rev().filter(|run| request_path(store, run).exists()) {
+        let pipeline = match read_request(store, &run) {
+            Ok(pipeline) => pipeline,
+            Err(error) => {
+                audit.skipped.insert(format!("run {run}"), error.words());
+                continue;
+            }
+        };
+        let is_features = |kind: &str| kind == ImageFeatures::KIND || kind == RegionFeatures::KIND;
+        let places =
+            (0..pipeline.steps.len()).filter(|place| pipeline.steps[*place].entry.outputs.iter().any(|port| is_features(port.kind)));
+        for place in places.collect::<Vec<_>>() {
+            let id = format!("{} of run {run}", pipeline.steps[place].id);
+            match audit_step(store, &pipeline, place, part, device, &mut done, &mut audit) {
+                Ok(()) => {}
+                Err(error) => drop(audit.skipped.insert(id, error.words())),
+            }
+        }
+    }
+    Ok(audit)
+}
+
+fn audit_step(
+    store: &Store,
+    pipeline: &crate::pipeline::Pipeline,
+    place: usize,
+    part: f64,
+    device: tch::Device,
+    done: &mut Vec<Fingerprint>,
+    audit: &mut Audit,
+) -> Result<()> {
+    // Everything upstream, as it lies in the store.
+    let needed = plan::needed(pipeline, Some(place));
+    let steps: Vec<_> = needed.iter().map(|step| &pipeline.steps[*step]).collect();
+    let files = plan::digest_files(&steps, Some(&ovenbird_cache::Ledger::of(store)))?;
+    let last = plan::Last::default();
+    let mut made = Made::new();
+    for step in &needed[..needed.len() - 1] {
+        match plan::check(&pipeline.steps[*step], &files, &made, store, &last)? {
+            plan::Checked::Reused(artifact) => drop(made.insert(*step, artifact)),
+            plan::Checked::Run(_) => return Ok(()),
+        }
+    }
+    let step = &pipeline.steps[place];
+    let (recipe, inputs) = plan::identify(step, &files, &made);
+    let Status::Valid(artifact) = store.artifact(step.entry.kind, &recipe.fingerprint())? else { return Ok(()) };
+    if done.contains(&artifact.manifest.fingerprint) {
+        return Ok(());
+    }
+    done.push(artifact.manifest.fingerprint);
+    let (units, items) = step.stage.units(&inputs)?.of(&recipe);
+    let n_rows = ((items.len() as f64 * part).ceil() as usize).min(items.len());
+    // Spread over the list by the artifact's own name: another artifact, other rows; the same audit, the same rows.
+    let seed = u64::from_le_bytes(*recipe.fingerprint().as_bytes().first_chunk::<8>().expect("BUG: a fingerprint has 32 bytes"));
+    let stride = items.len() / n_rows.max(1);
+    let chosen: Vec<usize> = (0..n_rows).map(|row| (row * stride + seed as usize % stride.max(1)).min(items.len() - 1)).collect();
+    let sample = |(index, item): (usize, &usize)| {
+        let name = [recipe.fingerprint().as_bytes().as_slice(), &(*item as u64).to_le_bytes()].concat();
+        let fingerprint = ovenbird_cache::Digest::of(&name).to_hex().parse().expect("BUG: both are 64 digits");
+        Unit { index, items: *item..*item + 1, fingerprint, family: None }
+    };
+    let samples: Vec<Unit> = chosen.iter().enumerate().map(sample).collect();
+    let scratch = tempfile::tempdir().map_err(|source| ovenbird_cache::Error::Write { path: std::env::temp_dir(), source })?;
+    let scratch = Store::open(scratch.path())?;
+    let phase = std::sync::Mutex::new((Phase::new(&format!("recompute {}", step.id)), 0));
+    let report = |said: ovenbird_stages::Progress| {
+        if let ovenbird_stages::Progress::Committed { .. } = said {
+            let mut phase = phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            phase.1 += 1;
+            let n_done = phase.1;
+            phase.0.tell(n_done, n_rows as u64, "");
+        }
+    };
+    let context = Context {
+        store: &scratch,
+        kind: step.entry.kind,
+        units: &samples,
+        items: &items,
+        inputs: &inputs,
+        device,
+        threads: step.resources.cpu,
+        on_bad_item: OnBadItem::Skip { max_failed_ratio: 1.0 },
+        n_failed: &Default::default(),
+        watch: &Default::default(),
+        stop: &Default::default(),
+        report: &report,
+    };
+    step.stage.run(&samples, &context)?;
+    let port = step.entry.outputs[0].name;
+    for (sample, item) in samples.iter().zip(&chosen) {
+        let Status::Valid(record) = scratch.unit(step.entry.kind, &sample.fingerprint)? else { continue };
+        let unit = units.iter().find(|unit| unit.items.contains(item)).expect("BUG: every item is in a unit");
+        let is_regions = step.entry.outputs[0].kind == RegionFeatures::KIND;
+        let again = rows(&scratch.unit_port(&record, port), is_regions)?;
+        let stored = rows_of_unit(store, &artifact, unit, port, is_regions)?;
+        for (image, embedding) in again {
+            let cosine = stored.get(&image).map_or(0.0, |stored| least_cosine(stored, &embedding));
+            audit.rows += 1;
+            audit.least_cosine = Some(audit.least_cosine.map_or(cosine, |least| least.min(cosine)));
+            if cosine < LEAST_COSINE {
+                audit.wrong.push(Wrong { unit: ovenbird_cache::unit_name(step.entry.kind, &unit.fingerprint), image, cosine });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Embeddings by image; those of an image's regions one after the other.
+type Rows = BTreeMap<u64, Vec<Vec<f32>>>;
+
+fn rows_of_unit(store: &Store, artifact: &Artifact, unit: &Unit, port: &str, is_regions: bool) -> Result<Rows> {
+    let record = artifact.manifest.units.iter().find(|listed| listed.key.fingerprint == unit.fingerprint);
+    record.map_or_else(|| Ok(Rows::new()), |record| rows(&store.unit_port(record, port), is_regions))
+}
+
+fn rows(files: &[ovenbird_cache::inputs::InputFile], is_regions: bool) -> Result<Rows> {
+    let mut rows = Rows::new();
+    if is_regions {
+        for regions in RegionFeatures::open(files)?.rows() {
+            let regions = regions?;
+            let dim = regions.embeddings.len() / regions.boxes.len().max(1);
+            rows.insert(regions.image_id.0, regions.embeddings.chunks(dim.max(1)).map(<[f32]>::to_vec).collect());
+        }
+    } else {
+        for row in ImageFeatures::open(files)?.rows() {
+            let (image, embedding) = row?;
+            rows.insert(image.0, vec![embedding]);
+        }
+    }
+    Ok(rows)
+}
+
+fn least_cosine(stored: &[Vec<f32>], again: &[Vec<f32>]) -> f64 {
+    if stored.len() != again.len() {
+        return 0.0;
+    }
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    let cosine = |(a, b): (&Vec<f32>, &Vec<f32>)| dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().max(1e-12);
+    stored.iter().zip(again).map(cosine).fold(1.0, f64::min)
+}
