@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{self, Write as _},
+    io::{self, IsTerminal as _, Write as _},
     path::{Path, PathBuf},
     str::FromStr,
     sync::Arc,
@@ -18,7 +18,7 @@ use serde_json::json;
 use crate::{
     describe,
     error::{Error, ExitCode, Result, count},
-    event, history,
+    event, explain, history,
     keep::{self, Collection},
     pipeline::{self, NAMED, Pipeline, Setting},
     plan::{self, Outlook},
@@ -41,6 +41,9 @@ struct Cli {
     /// For tests of crash safety: die at the n-th step of publishing
     #[arg(long = "crash-at", global = true, env = "OVENBIRD_CRASH_AT", hide = true)]
     crash_step: Option<u32>,
+    /// Say more on stderr: every event with its run, stage and unit (-v), and what the libraries say (-vv)
+    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
     #[command(subcommand)]
     command: Command,
 }
@@ -69,6 +72,25 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Say why a stage, or one unit of it, would run or not, with the chain of causes
+    Explain {
+        #[command(flatten)]
+        chosen: Chosen,
+        /// A stage's id, or one of its units: `globals`, `globals/3`
+        #[arg(value_name = "STAGE[/UNIT]")]
+        what: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Try again what a run with `on_bad_item: skip` left out
+    Retry {
+        #[command(flatten)]
+        chosen: Chosen,
+        /// The items that failed
+        #[arg(long, required = true)]
+        failed: bool,
+    },
     /// Say how the latest run, or another, stands
     Status {
         /// A run's id [default: the latest]
@@ -84,6 +106,9 @@ enum Command {
         /// Print JSON: one event a line for a run
         #[arg(long)]
         json: bool,
+        /// Go on printing until the run ends
+        #[arg(long, short, requires = "run")]
+        follow: bool,
     },
     /// Say whether what lies in the home is what was published, and put right what is not
     Verify {
@@ -241,16 +266,20 @@ fn exit_codes() -> String {
 
 /// Runs the program.
 pub(crate) fn main() -> Result<()> {
-    tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_env("OVENBIRD_LOG")).with_writer(io::stderr).init();
-    let Cli { home, crash_step, command } = Cli::parse();
+    let Cli { home, crash_step, verbose, command } = Cli::parse();
+    let level = ["error", "error,ovenbird=info", "debug"][usize::from(verbose.min(2))];
+    let filter = tracing_subscriber::EnvFilter::try_from_env("OVENBIRD_LOG").unwrap_or_else(|_| level.into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(io::stderr().is_terminal()).with_writer(io::stderr).init();
     if let Some(step) = crash_step {
         crash_at(step);
     }
     match command {
         Command::Run { chosen, jobs, device, rehash } => run(&home, &chosen, jobs, device.0, rehash),
         Command::Plan { chosen, json } => show_plan(&home, &chosen, json),
+        Command::Explain { chosen, what, json } => explain(&home, &chosen, &what, json),
+        Command::Retry { chosen, failed: _ } => retry(&home, &chosen),
         Command::Status { run, json } => history::status(&home, run.as_deref(), json),
-        Command::Log { run, json } => history::log(&home, run.as_deref(), json),
+        Command::Log { run, json, follow } => history::log(&home, run.as_deref(), json, follow),
         Command::Verify { full, deep, recompute, fix, subset, max_duration, rate, json } => {
             let depth = if deep {
                 Depth::Deep
@@ -305,18 +334,22 @@ pub(crate) fn to_json(key: &str, value: &impl serde::Serialize) -> String {
 
 impl Chosen {
     fn load(&self) -> Result<(Pipeline, Vec<usize>)> {
+        self.load_until(self.until.as_deref())
+    }
+
+    fn load_until(&self, until: Option<&str>) -> Result<(Pipeline, Vec<usize>)> {
         let pipeline = pipeline::load(&self.pipeline, &self.settings)?;
-        let place = |id: &String| {
+        let place = |id: &str| {
             let ids = || pipeline.steps.iter().map(|step| step.id.as_str());
             ids().position(|known| known == id).ok_or_else(|| Error::Usage {
-                problem: format!("--until {id}: the pipeline has no such stage"),
+                problem: format!("{id}: the pipeline has no such stage"),
                 hint: match pipeline::nearest(id, ids()) {
                     Some(nearest) => format!("did you mean `{nearest}`?"),
                     None => format!("its stages are {}", ids().collect::<Vec<_>>().join(", ")),
                 },
             })
         };
-        let until = self.until.as_ref().map(place).transpose()?;
+        let until = until.map(place).transpose()?;
         let wanted = plan::needed(&pipeline, until);
         Ok((pipeline, wanted))
     }
@@ -428,6 +461,33 @@ fn show_plan(home: &Path, chosen: &Chosen, json: bool) -> Result<()> {
     let (reused, run) = (n_of(|outlook| matches!(outlook, Outlook::Reused)), n_of(|outlook| matches!(outlook, Outlook::Run { .. })));
     text.push_str(&format!("{reused} reused, {run} to run, {} depending on these\n", outlooks.len() - reused - run));
     print(&text)
+}
+
+fn explain(home: &Path, chosen: &Chosen, what: &str, json: bool) -> Result<()> {
+    let (stage, unit) = match what.split_once('/') {
+        Some((stage, unit)) => {
+            let unit = unit.parse().map_err(|_| Error::Usage {
+                problem: format!("{what}: expected STAGE or STAGE/UNIT"),
+                hint: "units are counted from 0, such as globals/3".into(),
+            })?;
+            (stage, Some(unit))
+        }
+        None => (what, None),
+    };
+    let (pipeline, wanted) = chosen.load_until(Some(stage))?;
+    let place = pipeline.steps.iter().position(|step| step.id == stage).expect("BUG: its name was looked up");
+    explain::explain(&pipeline, &wanted, place, unit, &Store::open(home)?, json)
+}
+
+/// Sets the units with failed items aside and runs; the items that did not fail are taken from there.
+fn retry(home: &Path, chosen: &Chosen) -> Result<()> {
+    let (pipeline, _) = chosen.load()?;
+    let store = Store::open(home)?;
+    let n_failed = plan::forget_failed(&pipeline, &store)?;
+    if n_failed == 0 {
+        return print("no item of this pipeline failed\n");
+    }
+    run(home, chosen, None, tch::Device::Cpu, false)
 }
 
 fn pipelines(name: Option<&str>, json: bool) -> Result<()> {

@@ -5,7 +5,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -100,17 +100,27 @@ pub(crate) enum Outcome {
 /// The event log of one run.
 pub(crate) struct EventLog {
     journal: Journal,
+    /// Lines for which the disk had no room.
+    waiting: Vec<String>,
 }
 
 impl EventLog {
     /// Creates the log of a run.
     pub(crate) fn create(store: &Store, run: &str) -> ovenbird_cache::Result<Self> {
-        Ok(Self { journal: Journal::open(store.publisher(), &log_path(store.home(), run))? })
+        Ok(Self { journal: Journal::open(store.publisher(), &log_path(store.home(), run))?, waiting: Vec::new() })
     }
 
     /// Appends an event. What ends a step or the run survives a power cut.
     pub(crate) fn append(&mut self, event: &Stamped) -> ovenbird_cache::Result<()> {
-        self.journal.append(&serde_json::to_string(event).expect("BUG: events are plain JSON"))?;
+        self.waiting.push(serde_json::to_string(event).expect("BUG: events are plain JSON"));
+        while let Some(line) = self.waiting.first() {
+            match self.journal.append(line) {
+                Ok(()) => drop(self.waiting.remove(0)),
+                // A full disk pauses the stages that write results; what is to be told waits with them.
+                Err(ovenbird_cache::Error::Write { source, .. }) if source.kind() == io::ErrorKind::StorageFull => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
         match event.event {
             Event::StepDone { .. } | Event::StepFailed { .. } | Event::RunEnded { .. } => self.journal.sync(),
             _ => Ok(()),

@@ -1,7 +1,8 @@
 //! What past runs did: `status`, `log`, and the tables a run ends with. Folds over events and manifests.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, path::Path, thread, time::Duration};
 
+use ovenbird_cache::Store;
 use ovenbird_stages::artifacts::{Artifact as _, EvaluationFile};
 use serde::Serialize;
 use serde_json::json;
@@ -14,6 +15,9 @@ use crate::{
     plan::Made,
     screen::duration,
 };
+
+/// How often a log that is followed is read again.
+const FOLLOW_EVERY: Duration = Duration::from_millis(500);
 
 /// The id of the run that was asked for, or the latest.
 pub(crate) fn chosen(home: &Path, run: Option<&str>) -> Result<String> {
@@ -174,14 +178,24 @@ pub(crate) fn status(home: &Path, run: Option<&str>, json: bool) -> Result<()> {
 }
 
 /// `ovenbird log`.
-pub(crate) fn log(home: &Path, run: Option<&str>, json: bool) -> Result<()> {
+pub(crate) fn log(home: &Path, run: Option<&str>, json: bool, follow: bool) -> Result<()> {
     if let Some(run) = run {
         let run = chosen(home, Some(run))?;
-        let lines = event::read_log(home, &run)?.into_iter().map(|stamped| {
-            let line = serde_json::to_string(&stamped).expect("BUG: events are plain JSON");
-            if json { format!("{line}\n") } else { format!("{:.0}  {}\n", stamped.at, words(&stamped.event)) }
-        });
-        return print(&lines.collect::<String>());
+        let mut n_shown = 0;
+        loop {
+            let log = event::read_log(home, &run)?;
+            let lines = log[n_shown.min(log.len())..].iter().map(|stamped| {
+                let line = serde_json::to_string(stamped).expect("BUG: events are plain JSON");
+                if json { format!("{line}\n") } else { format!("{:.0}  {}\n", stamped.at, words(&stamped.event)) }
+            });
+            print(&lines.collect::<String>())?;
+            n_shown = log.len();
+            let is_over = log.iter().any(|stamped| matches!(stamped.event, Event::RunEnded { .. }));
+            if !follow || is_over || Store::open(home)?.at_work().is_empty() {
+                return Ok(());
+            }
+            thread::sleep(FOLLOW_EVERY);
+        }
     }
     let states = runs(home).iter().map(|run| Ok(state(&event::read_log(home, run)?))).collect::<Result<Vec<_>>>()?;
     if json {

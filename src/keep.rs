@@ -4,10 +4,11 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     path::Path,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use indicatif::HumanBytes;
+use jiff::Timestamp;
 use ovenbird_cache::{Ledger, Status, Store, unit_name, verify::Depth};
 use serde::Serialize;
 
@@ -228,8 +229,7 @@ pub(crate) fn rebuild(home: &Path) -> Result<()> {
             _ => n_bad += 1,
         }
     }
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs() as i64;
-    ledger.note_verified(&sound, Depth::Quick, now);
+    ledger.note_verified(&sound, Depth::Quick, Timestamp::now().as_second());
     let (_session, recovered) = store.enter()?;
     let mut text = format!("the ledger is made anew: {}\n", count(sound.len(), "unit"));
     if n_bad > 0 {

@@ -4,6 +4,7 @@ mod cli;
 mod describe;
 mod error;
 mod event;
+mod explain;
 mod history;
 mod keep;
 mod pipeline;

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ovenbird_cache::{Artifact, Digest, Fingerprint, Ledger, Recipe, Status, Store, UnitRecord, files_digest, inputs, publish};
+use ovenbird_cache::{Artifact, Digest, Fingerprint, Ledger, Recipe, Status, Store, UnitRecord, files_digest, inputs, publish, unit_name};
 use ovenbird_stages::{FAILED_FILE, Inputs, OnBadItem, Unit, Units};
 use serde::{Deserialize, Serialize};
 
@@ -123,6 +123,27 @@ pub(crate) fn missing(step: &Step, store: &Store, units: &[Unit], is_chain: bool
 /// Whether a published unit is what the step asks for: an item may have failed only where the step allows it.
 pub(crate) fn is_whole(step: &Step, record: &UnitRecord) -> bool {
     step.on_bad_item != OnBadItem::Fail || !record.files.iter().any(|file| file.name == FAILED_FILE)
+}
+
+/// Sets aside the units of a pipeline, as it was last there, in which items failed; says how many. Their artifacts may come
+/// out different and lose their identity.
+pub(crate) fn forget_failed(pipeline: &Pipeline, store: &Store) -> Result<usize> {
+    let last = Last::read(store.home(), &pipeline.name);
+    let mut n_set_aside = 0;
+    for step in &pipeline.steps {
+        let Some(fingerprint) = last.steps.get(&step.id) else { continue };
+        let Some(manifest) = store.manifest(step.entry.kind, fingerprint)? else { continue };
+        let failed: Vec<&UnitRecord> =
+            manifest.units.iter().filter(|unit| unit.files.iter().any(|file| file.name == FAILED_FILE)).collect();
+        for unit in &failed {
+            store.quarantine(&unit_name(step.entry.kind, &unit.key.fingerprint), &["its failed items are tried again".into()])?;
+        }
+        if !failed.is_empty() {
+            store.quarantine_manifest(&store.manifest_path(step.entry.kind, fingerprint), "its failed items are tried again")?;
+        }
+        n_set_aside += failed.len();
+    }
+    Ok(n_set_aside)
 }
 
 /// Says how many of the items to do other units hold already.

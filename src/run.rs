@@ -18,6 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use indicatif::HumanBytes;
 use jiff::Timestamp;
 use ovenbird_cache::{Artifact, Claim, Ledger, Owner, Provenance, Recovered, Session, Status, Store, UnitRecord, Watch, unit_name};
 use ovenbird_stages::{Context, FailedItem, Progress, Unit};
@@ -43,6 +44,8 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 const BEAT_EVERY: Duration = Duration::from_secs(10);
 /// How often to look whether another process has made what this one waits for.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// How much has to be freed before a run that found the disk full goes on, in bytes.
+const LEAST_ROOM: u64 = 16 << 20;
 /// After how long without any progress the operator is told.
 const SILENCE: Duration = Duration::from_secs(60);
 
@@ -224,6 +227,7 @@ impl<'a> Coordinator<'a> {
     fn emit(&mut self, event: Event) -> Result<()> {
         let stamped = Stamped { at: Timestamp::now(), event };
         self.log.append(&stamped)?;
+        tracing::info!(run = self.run, event = %serde_json::to_string(&stamped.event).unwrap_or_default());
         (self.show)(&stamped);
         Ok(())
     }
@@ -550,7 +554,10 @@ fn make(
         } else {
             Some(lease)
         };
-        step.stage.run(&missing, &context)?;
+        match step.stage.run(&missing, &context) {
+            Err(error) if error.is_disk_full() => wait_for_room(store, &context)?,
+            result => result?,
+        }
     }
     let record = |unit: &Unit| -> Result<UnitRecord> {
         match store.unit(kind, &unit.fingerprint)? {
@@ -573,6 +580,24 @@ fn make(
     Ok(store.commit_artifact(recipe, &ports, records, made)?)
 }
 
+/// Waits until the disk has room again. Nothing is damaged meanwhile: what was in the making is lost, and made again.
+fn wait_for_room(store: &Store, context: &Context<'_>) -> Result<()> {
+    let free = || rustix::fs::statvfs(store.home()).map_or(0, |disk| disk.f_bavail * disk.f_frsize);
+    let at_least = free() + LEAST_ROOM;
+    let words = format!(
+        "the disk is full: paused. Free {} or more at {}, and it continues by itself",
+        HumanBytes(LEAST_ROOM),
+        store.home().display()
+    );
+    context.note(words);
+    while free() < at_least {
+        context.proceed()?;
+        thread::sleep(LOOK_EVERY);
+    }
+    context.note("there is room again: continues");
+    Ok(())
+}
+
 fn read_line(path: &str) -> String {
     fs::read_to_string(path).map_or_else(|_| "unknown".into(), |text| text.trim().to_owned())
 }
@@ -583,4 +608,150 @@ fn device_name(device: tch::Device) -> String {
     let info = read_line("/proc/cpuinfo");
     let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, model)| model.trim().to_owned()));
     model.unwrap_or_else(|| "cpu".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use ovenbird_cache::inputs::InputFile;
+    use ovenbird_stages::{AnyStage, In, Inputs, OnBadItem, Out, PortInfo, StageEntry, Units, artifacts::AnnotationFile};
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::pipeline::{Request, Resources, Source};
+
+    const LEFT: In<AnnotationFile> = In::optional("left", "a number");
+    const RIGHT: In<AnnotationFile> = In::optional("right", "a number");
+    const SUM: Out<AnnotationFile> = Out::new("sum", "a number");
+    const ENTRY: &StageEntry = &StageEntry {
+        kind: "test/sum",
+        version: 1,
+        inputs: &[LEFT.info(), RIGHT.info()] as &[PortInfo],
+        outputs: &[SUM.info()] as &[PortInfo],
+        schema: || schemars::schema_for!(u8),
+        parse: |_| Ok(Box::new(Sum { number: 0 })),
+    };
+
+    /// Adds its number and its inputs, modulo 4: small, so that a changed input often comes to the same.
+    struct Sum {
+        number: u8,
+    }
+
+    fn sum(number: u8, inputs: impl IntoIterator<Item = u8>) -> u8 {
+        inputs.into_iter().fold(number, |sum, input| sum + input) % 4
+    }
+
+    fn read(files: &[InputFile]) -> u8 {
+        fs::read_to_string(&files[0].path).unwrap().parse().unwrap()
+    }
+
+    impl AnyStage for Sum {
+        fn params(&self) -> Value {
+            json!({"number": self.number})
+        }
+
+        fn check(&self) -> Vec<ovenbird_stages::Problem> {
+            Vec::new()
+        }
+
+        fn units(&self, _inputs: &Inputs) -> ovenbird_stages::Result<Units> {
+            Ok(Units::One)
+        }
+
+        fn run(&self, units: &[Unit], cx: &Context<'_>) -> ovenbird_stages::Result<()> {
+            let draft = cx.begin(&units[0])?;
+            let sum = sum(self.number, cx.inputs.ports.values().map(|files| read(files)));
+            draft.write(SUM, "sum.json", sum.to_string().as_bytes())?;
+            cx.commit(draft, [].into())
+        }
+    }
+
+    /// A step: its number, and the earlier steps that it reads from.
+    type Node = (u8, Option<usize>, Option<usize>);
+
+    fn pipeline(nodes: &[Node]) -> Pipeline {
+        let step = |(place, (number, left, right)): (usize, &Node)| {
+            let source = |port: &str, step: &Option<usize>| Some((port.to_owned(), Source::Step { step: (*step)?, port: "sum".into() }));
+            Step {
+                id: format!("s{place}"),
+                entry: ENTRY,
+                stage: Box::new(Sum { number: *number }),
+                inputs: source("left", left).into_iter().chain(source("right", right)).collect(),
+                resources: Resources { cpu: 1, memory: 0, gpu: 0 },
+                on_bad_item: OnBadItem::Fail,
+            }
+        };
+        let steps = nodes.iter().enumerate().map(step).collect();
+        Pipeline { name: "sums".into(), description: String::new(), steps, request: Request::default() }
+    }
+
+    /// What every step comes to, and what it is made from.
+    fn expected(nodes: &[Node]) -> Vec<(u8, (u8, Option<u8>, Option<u8>))> {
+        let mut sums: Vec<(u8, (u8, Option<u8>, Option<u8>))> = Vec::new();
+        for (number, left, right) in nodes {
+            let of = |step: &Option<usize>| step.map(|step| sums[step].0);
+            let recipe = (*number, of(left), of(right));
+            sums.push((sum(*number, recipe.1.into_iter().chain(recipe.2)), recipe));
+        }
+        sums
+    }
+
+    fn nodes() -> impl Strategy<Value = Vec<Node>> {
+        let node = (0..4_u8, any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0..4_u8);
+        prop::collection::vec(node, 1..9).prop_map(|drawn| {
+            let earlier =
+                |place: usize, index: prop::sample::Index, is_there: bool| (place > 0 && is_there).then(|| index.index(place.max(1)));
+            let node = |(place, (number, left, right, ports)): (usize, (u8, prop::sample::Index, prop::sample::Index, u8))| {
+                (number, earlier(place, left, ports & 1 == 1), earlier(place, right, ports & 2 == 2))
+            };
+            drawn.into_iter().enumerate().map(node).collect()
+        })
+    }
+
+    /// Changes a number, or where a port reads from, without making a circle.
+    fn edited(mut nodes: Vec<Node>, place: prop::sample::Index, number: u8, source: Option<prop::sample::Index>) -> Vec<Node> {
+        let place = place.index(nodes.len());
+        match source.filter(|_| place > 0) {
+            Some(source) => nodes[place].1 = Some(source.index(place)),
+            None => nodes[place].0 = number,
+        }
+        nodes
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// After any edits, what an incremental run comes to is what a clean run comes to, and it makes exactly what was never
+        /// made before.
+        #[test]
+        fn incremental_runs_equal_clean_ones_and_make_the_least(
+            first in nodes(),
+            edits in prop::collection::vec((any::<prop::sample::Index>(), 0..4_u8, prop::option::of(any::<prop::sample::Index>())), 1..5),
+        ) {
+            let home = tempfile::tempdir().unwrap();
+            let store = Store::open(home.path()).unwrap();
+            let options = Options { cpu: 2, memory: 1 << 30, device: tch::Device::Cpu, rehash: false };
+            let mut known = BTreeSet::new();
+            let mut nodes = first;
+            for edit in std::iter::once(None).chain(edits.into_iter().map(Some)) {
+                if let Some((place, number, source)) = edit {
+                    nodes = edited(nodes, place, number, source);
+                }
+                let sums = expected(&nodes);
+                let new: BTreeSet<_> = sums.iter().map(|(_, recipe)| *recipe).filter(|recipe| !known.contains(recipe)).collect();
+                let wanted: Vec<usize> = (0..nodes.len()).collect();
+                let mut n_made = 0;
+                let mut count_made = |stamped: &Stamped| n_made += usize::from(matches!(stamped.event, Event::UnitCommitted { .. }));
+                let ended = run(&Arc::new(pipeline(&nodes)), &wanted, &store, options, &mut count_made).unwrap();
+                prop_assert!(ended.error.is_none());
+                prop_assert_eq!(n_made, new.len(), "{:?}", nodes);
+                for (place, (sum, _)) in sums.iter().enumerate() {
+                    prop_assert_eq!(read(&ended.made[&place].port("sum")), *sum);
+                }
+                known.extend(new);
+            }
+        }
+    }
 }

@@ -284,7 +284,8 @@ fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
     for (unit, problems) in &bad_units {
         match store.lease(unit)? {
             Err(holder) => {
-                report.lost.push(Lost { what: unit.clone(), why: format!("{} is making it; verify again later", holder.words()) })
+                let why = format!("{} is making it; verify again later", holder.words());
+                report.lost.push(Lost { what: unit.clone(), why });
             }
             Ok(_lease) => {
                 if store.quarantine(unit, problems)?.is_none() {

@@ -185,7 +185,7 @@ fn what_cannot_be_made_again_is_named_with_what_is_lost() {
         world.write("labels.json", fs::read(lvis).unwrap());
         world.run(["run", "./own.yaml"]).success();
     }
-    let name = world.logs().lines().filter(|line| line.contains("step_checked") && line.contains("\"split\"")).last().unwrap().to_owned();
+    let name = world.logs().lines().rfind(|line| line.contains("step_checked") && line.contains("\"split\"")).unwrap().to_owned();
     assert!(!name.is_empty());
     fs::remove_file(world.path("labels.json")).unwrap();
     let newest = world.units().into_keys().filter(|name| name.contains("coco-split") && !name.ends_with("unit.json"));

@@ -67,3 +67,51 @@ fn asking_for_a_run_that_is_not_there_says_what_to_type() {
     let output = World::new().run(["status"]);
     assert!(output.code == 2 && output.stderr.contains("ovenbird run quickstart"), "{}", output.stderr);
 }
+
+#[test]
+fn explain_names_the_chain_of_causes_and_a_unit() {
+    let world = World::tiny();
+    world.run(["run", "./tiny.yaml", "--until", "coco"]).success();
+    let there = world.run(["explain", "./tiny.yaml", "coco"]).success().stdout;
+    assert!(there.contains("coco: is there") && there.contains("made by run "), "{there}");
+    let why = world.run(["explain", "./tiny.yaml", "coco", "--set", "detect.nms_iou=0.4"]).success().stdout;
+    assert!(why.contains("because detect: would run") && why.contains("with.nms_iou: 0.5 -> 0.4"), "{why}");
+    let unit = world.run(["explain", "./tiny.yaml", "regions/0"]).success().stdout;
+    assert!(unit.contains("is there, 12 items, never verified") && unit.contains("features/regions.arrow"), "{unit}");
+    world.run(["verify", "--full"]).success();
+    let unit = world.run(["explain", "./tiny.yaml", "regions/0"]).success().stdout;
+    assert!(unit.contains("(full)"), "{unit}");
+    let output = world.run(["explain", "./tiny.yaml", "regions/7"]);
+    assert!(output.code == 2 && output.stderr.contains("there is no unit 7"), "{}", output.stderr);
+}
+
+/// Nothing that cannot change a result makes anything run: comments, key order, cores.
+#[test]
+fn what_cannot_change_a_result_runs_nothing() {
+    let world = World::tiny();
+    world.run(["run", "./tiny.yaml", "--until", "prompts"]).success();
+    let text = std::fs::read_to_string(world.path("tiny.yaml")).unwrap();
+    let reordered = text.replace(
+        "in: {annotations: world.train, classes: world.classes}",
+        "in: {classes: world.classes, annotations: world.train} # why not",
+    );
+    assert_ne!(reordered, text);
+    world.write("tiny.yaml", format!("# a comment\n{}", reordered.replace("resources: {cpu: 2}", "resources: {cpu: 1, memory: 2GiB}")));
+    let run = world.run(["run", "./tiny.yaml", "--until", "prompts", "--jobs", "1", "--rehash"]).success();
+    assert!(run.stdout.contains("nothing to do"), "{}", run.stdout);
+}
+
+#[test]
+fn a_log_is_followed_while_its_run_goes_on() {
+    let world = World::tiny();
+    let mut running = world.command(["-v", "run", "./tiny.yaml", "--until", "val"]).spawn().unwrap();
+    crate::support::until(|| world.logs().contains("step_started"));
+    let run = world.run(["status", "--json"]).success();
+    let run: Value = serde_json::from_str(&run.stdout).unwrap();
+    let log = world.run(["log", run["run"]["run"].as_str().unwrap(), "--follow"]).success();
+    assert!(log.stdout.contains("started") && log.stdout.contains("ended: done"), "{}", log.stdout);
+    let status = running.wait().unwrap();
+    let mut stderr = String::new();
+    std::io::Read::read_to_string(&mut running.stderr.take().unwrap(), &mut stderr).unwrap();
+    assert!(status.success() && stderr.contains("step_done") && stderr.contains("run="), "{stderr}");
+}

@@ -618,7 +618,8 @@ impl Store {
         self.home.join("units").join(kind_name(kind))
     }
 
-    fn manifest_path(&self, kind: &str, fingerprint: &Fingerprint) -> PathBuf {
+    /// Where an artifact's manifest lies.
+    pub fn manifest_path(&self, kind: &str, fingerprint: &Fingerprint) -> PathBuf {
         self.home.join("artifacts").join(kind_name(kind)).join(format!("{}.json", folder_name(fingerprint)))
     }
 

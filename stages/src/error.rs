@@ -54,6 +54,16 @@ impl Error {
         }
     }
 
+    /// Whether there was no room on the disk.
+    pub fn is_disk_full(&self) -> bool {
+        use std::io::ErrorKind as Kind;
+        let (Self::Cache(ovenbird_cache::Error::Write { source, .. }) | Self::Data(ovenbird_data::Error::Write { source, .. })) = self
+        else {
+            return false;
+        };
+        matches!(source.kind(), Kind::StorageFull | Kind::QuotaExceeded)
+    }
+
     /// Whether the same thing may go well the next time.
     pub(crate) fn is_transient(&self) -> bool {
         let (Self::Data(ovenbird_data::Error::Read { source, .. }) | Self::Cache(ovenbird_cache::Error::Read { source, .. })) = self else {
