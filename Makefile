@@ -21,7 +21,7 @@ check: libtorch
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check bans licenses sources; else echo "skipped: cargo-deny is not installed"; fi
 
 bench: libtorch
-	$(CARGO) bench --bench globals
+	$(CARGO) bench --bench globals --bench store
 
 # Once per user: the libraries go into the cache folder, the source tree gets a link.
 libtorch:

@@ -668,6 +668,8 @@ mod tests {
         }
     }
 
+    /// What a step is made from: its number, and what it reads.
+    type Made = (u8, Option<u8>, Option<u8>);
     /// A step: its number, and the earlier steps that it reads from.
     type Node = (u8, Option<usize>, Option<usize>);
 
@@ -688,8 +690,8 @@ mod tests {
     }
 
     /// What every step comes to, and what it is made from.
-    fn expected(nodes: &[Node]) -> Vec<(u8, (u8, Option<u8>, Option<u8>))> {
-        let mut sums: Vec<(u8, (u8, Option<u8>, Option<u8>))> = Vec::new();
+    fn expected(nodes: &[Node]) -> Vec<(u8, Made)> {
+        let mut sums: Vec<(u8, Made)> = Vec::new();
         for (number, left, right) in nodes {
             let of = |step: &Option<usize>| step.map(|step| sums[step].0);
             let recipe = (*number, of(left), of(right));

@@ -23,7 +23,7 @@ use arrow::{
     ipc::{reader::StreamReader, writer::StreamWriter},
 };
 
-use crate::{Digest, Error, Fingerprint, Ledger, Result, publish::Publisher};
+use crate::{Digest, Error, Fingerprint, Ledger, Result};
 
 /// How long after its last change a file must have been hashed for the digest to be remembered, in ns.
 const RACY_NS: i128 = 2_000_000_000;
@@ -129,13 +129,21 @@ pub fn verify_remembered(ledger: &Ledger, visit: &mut dyn FnMut(&Path, Option<St
 }
 
 fn walk(folder: &Path, prefix: &str, found: &mut Vec<(String, PathBuf)>) -> Result<()> {
-    for (name, is_folder) in Publisher::default().list(folder)? {
-        if name.starts_with('.') {
-            continue;
+    let read = |source| Error::read(folder, source);
+    let mut entries = Vec::new();
+    for entry in fs::read_dir(folder).map_err(read)? {
+        let entry = entry.map_err(read)?;
+        let kind = entry.file_type().map_err(read)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !name.starts_with('.') {
+            // A link to a folder is a folder.
+            entries.push((name, kind.is_dir() || (kind.is_symlink() && entry.path().is_dir())));
         }
+    }
+    entries.sort_unstable();
+    for (name, is_folder) in entries {
         let path = folder.join(&name);
-        // A link to a folder is a folder.
-        if is_folder || (fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_symlink()) && path.is_dir()) {
+        if is_folder {
             walk(&path, &format!("{prefix}{name}/"), found)?;
         } else {
             found.push((format!("{prefix}{name}"), path));
@@ -164,16 +172,21 @@ impl Table {
 
     /// The digest of every file that is as it was remembered.
     fn look_up(&self, found: &[(String, PathBuf)], stats: &[Stat]) -> Vec<Option<Digest>> {
-        let mut by_name: HashMap<&str, (Stat, Digest)> = HashMap::new();
-        for batch in &self.batches {
-            by_name.reserve(batch.num_rows());
-            for row in 0..batch.num_rows() {
-                let (name, stat, digest) = Self::row(batch, row);
-                by_name.insert(name, (stat, digest));
-            }
-        }
-        let known = |((name, _), stat): (&(String, PathBuf), &Stat)| by_name.get(name.as_str()).filter(|(was, _)| was == stat);
-        found.iter().zip(stats).map(|entry| known(entry).map(|(_, digest)| *digest)).collect()
+        let rows = || self.batches.iter().flat_map(|batch| (0..batch.num_rows()).map(move |row| Self::row(batch, row)));
+        let mut by_name: Option<HashMap<&str, (Stat, Digest)>> = None;
+        // Both lists are in the same order; only once they differ are names looked up.
+        let mut in_order = rows();
+        let known = |((name, _), stat): (&(String, PathBuf), &Stat)| {
+            let (was, digest) = match in_order.next().filter(|(was, ..)| by_name.is_none() && was == name) {
+                Some((_, was, digest)) => (was, digest),
+                None => {
+                    let by_name = by_name.get_or_insert_with(|| rows().map(|(name, was, digest)| (name, (was, digest))).collect());
+                    *by_name.get(name.as_str())?
+                }
+            };
+            (was == *stat).then_some(digest)
+        };
+        found.iter().zip(stats).map(known).collect()
     }
 
     fn row(batch: &RecordBatch, row: usize) -> (&str, Stat, Digest) {
@@ -273,7 +286,10 @@ pub fn digest_file(path: &Path) -> Result<Digest> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Store, publish::replace};
+    use crate::{
+        Store,
+        publish::{Publisher, replace},
+    };
 
     const LATER: i128 = 1 << 100;
 
