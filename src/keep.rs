@@ -37,55 +37,35 @@ fn opened(home: &Path) -> Result<Store> {
     Err(Error::Usage { problem, hint: "name it with `--home FOLDER`".into() })
 }
 
-/// What must stay.
-struct Roots {
-    /// Names of artifacts, 32 digits each.
-    artifacts: BTreeSet<String>,
-    /// Kinds, with `-` for `/`, of stages that a run has begun and no run has ended: their units are in no manifest yet.
-    unfinished: BTreeSet<String>,
+/// The artifacts, by their names of 32 digits, that must stay: of every pipeline as it was last there; and those that pinned
+/// runs, the last `n_runs`, every pipeline's last and the runs going on had or were making.
+fn roots(store: &Store, n_runs: usize) -> BTreeSet<String> {
+    let name = |fingerprint: &ovenbird_cache::Fingerprint| fingerprint.to_hex()[..32].to_owned();
+    let last = Last::of_all(store.home()).into_values().flat_map(BTreeMap::into_values);
+    let mut roots: BTreeSet<String> = last.map(|fingerprint| name(&fingerprint)).collect();
+    let (pinned, runs) = (pins(store), event::runs(store.home()));
+    let mut seen_pipelines = BTreeSet::new();
+    for (age, run) in runs.iter().rev().enumerate() {
+        let state = history::state(&event::read_log(store.home(), run).unwrap_or_default());
+        let is_going_on = state.outcome.is_none() && !store.at_work().is_empty();
+        let is_last = seen_pipelines.insert(state.pipeline.clone());
+        if age < n_runs || is_last || is_going_on || pinned.contains(run) {
+            roots.extend(state.steps.iter().filter_map(|step| step.fingerprint.as_ref().map(name)));
+        }
+    }
+    roots
 }
 
-impl Roots {
-    /// Artifacts of every pipeline as it was last there; of pinned runs, the last `n_runs`, and every pipeline's last; and what
-    /// these runs have begun.
-    fn of(store: &Store, n_runs: usize) -> Self {
-        let name = |fingerprint: &ovenbird_cache::Fingerprint| fingerprint.to_hex()[..32].to_owned();
-        let artifacts =
-            Last::of_all(store.home()).into_values().flat_map(BTreeMap::into_values).map(|fingerprint| name(&fingerprint)).collect();
-        let mut roots = Self { artifacts, unfinished: BTreeSet::new() };
-        let (pinned, runs) = (pins(store), event::runs(store.home()));
-        let mut seen_pipelines = BTreeSet::new();
-        for (age, run) in runs.iter().rev().enumerate() {
-            let log = event::read_log(store.home(), run).unwrap_or_default();
-            let state = history::state(&log);
-            let is_going_on = state.outcome.is_none() && !store.at_work().is_empty();
-            let is_last = seen_pipelines.insert(state.pipeline.clone());
-            if age < n_runs || is_last || is_going_on || pinned.contains(run) {
-                for step in &state.steps {
-                    roots.artifacts.extend(step.fingerprint.as_ref().map(name));
-                    if !matches!(step.state, "done" | "reused") {
-                        roots.unfinished.insert(step.kind.replace('/', "-"));
-                    }
-                }
-            }
+/// The units of some artifacts, made or in the making, as `KIND/FINGERPRINT`.
+fn units_of(store: &Store, artifacts: &BTreeSet<String>) -> Result<BTreeSet<String>> {
+    let planned = store.plans()?.into_iter().filter(|(artifact, _)| artifacts.contains(artifact));
+    let mut units: BTreeSet<String> = planned.flat_map(|(_, units)| units).collect();
+    for manifest in store.manifests()? {
+        if artifacts.contains(&manifest.fingerprint.to_hex()[..32]) {
+            units.extend(manifest.units.iter().map(|unit| unit_name(&manifest.recipe.kind, &unit.key.fingerprint)));
         }
-        roots
     }
-
-    /// Whether each unit stays, by `KIND/FINGERPRINT`.
-    fn keep(&self, store: &Store) -> Result<impl Fn(&str) -> bool + use<>> {
-        let (mut needed, mut listed) = (BTreeSet::new(), BTreeSet::new());
-        for manifest in store.manifests()? {
-            let units = manifest.units.iter().map(|unit| unit_name(&manifest.recipe.kind, &unit.key.fingerprint));
-            let is_root = self.artifacts.contains(&manifest.fingerprint.to_hex()[..32]);
-            if is_root { needed.extend(units) } else { listed.extend(units) }
-        }
-        let unfinished = self.unfinished.clone();
-        Ok(move |name: &str| {
-            let kind = name.split_once('/').map_or("", |(kind, _)| kind);
-            needed.contains(name) || (!listed.contains(name) && unfinished.contains(kind))
-        })
-    }
+    Ok(units)
 }
 
 fn pins(store: &Store) -> BTreeSet<String> {
@@ -111,14 +91,14 @@ pub(crate) fn pin(home: &Path, run: &str, is_pinned: bool) -> Result<()> {
 /// `ovenbird cache du`.
 pub(crate) fn du(home: &Path, json: bool) -> Result<()> {
     let store = opened(home)?;
-    let is_needed = Roots::of(&store, 0).keep(&store)?;
+    let needed = units_of(&store, &roots(&store, 0))?;
     let mut by_kind: BTreeMap<String, Taken> = BTreeMap::new();
     for name in store.unit_names()? {
         let kind = name.split_once('/').map_or_else(String::new, |(kind, _)| kind.to_owned());
         let bytes = bytes_below(&store.unit_path(&name));
         let taken = by_kind.entry(kind).or_default();
         (taken.units, taken.bytes) = (taken.units + 1, taken.bytes + bytes);
-        taken.needed_bytes += if is_needed(&name) { bytes } else { 0 };
+        taken.needed_bytes += if needed.contains(&name) { bytes } else { 0 };
     }
     let quarantine = bytes_below(&home.join("quarantine"));
     if json {
@@ -165,8 +145,8 @@ pub(crate) struct Collection {
 /// `ovenbird cache gc`.
 pub(crate) fn gc(home: &Path, collection: &Collection) -> Result<()> {
     let store = opened(home)?;
-    let roots = Roots::of(&store, collection.keep_runs);
-    let is_needed = roots.keep(&store)?;
+    let roots = roots(&store, collection.keep_runs);
+    let needed = units_of(&store, &roots)?;
     let is_old = |path: &Path| {
         let age = fs::metadata(path).and_then(|metadata| metadata.modified()).ok().and_then(|time| time.elapsed().ok());
         age.is_some_and(|age| age >= collection.grace)
@@ -176,7 +156,7 @@ pub(crate) fn gc(home: &Path, collection: &Collection) -> Result<()> {
     for (n_done, name) in store.unit_names()?.into_iter().enumerate() {
         phase.tell(n_done as u64, 0, "units");
         let path = store.unit_path(&name);
-        if !is_needed(&name) && is_old(&path) {
+        if !needed.contains(&name) && is_old(&path) {
             bytes += bytes_below(&path);
             going.push(name);
         }
@@ -191,7 +171,7 @@ pub(crate) fn gc(home: &Path, collection: &Collection) -> Result<()> {
             }
         }
         for path in store.manifest_paths()? {
-            let is_root = path.file_stem().is_some_and(|stem| roots.artifacts.contains(&*stem.to_string_lossy()));
+            let is_root = path.file_stem().is_some_and(|stem| roots.contains(&*stem.to_string_lossy()));
             if !is_root && is_old(&path) {
                 store.publisher().remove(&path)?;
             }

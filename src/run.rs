@@ -510,6 +510,7 @@ fn make(
         stop,
         report,
     };
+    store.write_plan(&recipe, &units.iter().map(|unit| unit.fingerprint).collect::<Vec<_>>())?;
     let mut waits_for: Option<Owner> = None;
     loop {
         let missing = plan::missing(step, store, &units, is_chain)?;

@@ -295,6 +295,10 @@ fn a_poisoned_image_is_left_out_by_policy_noted_and_tried_again() {
     let deep = world.run(["verify", "--deep"]).success();
     assert!(!deep.stdout.contains("damaged"), "{}", deep.stdout);
 
+    // Trying again what cannot go well leaves it out again, and computes nothing else.
+    let retried = world.run(["retry", "./bad.yaml", "--failed"]).success();
+    assert!(retried.stderr.contains("left out 3.png") && retried.stderr.contains("items taken from"), "{}", retried.stderr);
+
     // With the file mended, only that item is computed.
     world.write("images/3.png", &golden);
     let mended = world.run(["run", "./bad.yaml"]).success();

@@ -4,6 +4,7 @@
 //! HOME/format.json                         version of this layout
 //! HOME/units/KIND/FINGERPRINT/unit.json    a unit: its record, and its files below PORT/
 //! HOME/artifacts/KIND/FINGERPRINT.json     an artifact: the manifest that lists its units
+//! HOME/plans/KIND/FINGERPRINT.json         an artifact in the making: which units it will have
 //! HOME/commits.jsonl                       every unit that was published or went, one line each
 //! HOME/leases/ HOME/sessions/              who is making what, who is at work
 //! HOME/runs/ID/events.jsonl                what happened
@@ -259,6 +260,14 @@ pub struct Recovered {
 }
 
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UnitPlan {
+    format: u32,
+    recipe: Recipe,
+    units: Vec<Fingerprint>,
+}
+
+#[derive(Serialize, Deserialize)]
 struct HomeFormat {
     format: u32,
 }
@@ -313,7 +322,7 @@ impl Store {
         let is_over = |owner: &Owner| lease::is_over(&self.home, owner);
         let sweep = |folder: &Path| self.publisher.sweep(folder, &is_over);
         let mut recovered = Recovered { swept: sweep(&self.home)?, adopted: 0 };
-        for top in ["units", "artifacts", "pipelines", "runs", "quarantine"] {
+        for top in ["units", "artifacts", "plans", "pipelines", "runs", "quarantine"] {
             recovered.swept += sweep(&self.home.join(top))?;
             for (name, is_folder) in self.publisher.list(&self.home.join(top))? {
                 if is_folder {
@@ -586,6 +595,35 @@ impl Store {
         Ok(paths)
     }
 
+    /// Writes down which units an artifact will have, before the first is made. It does not depend on who makes them.
+    pub fn write_plan(&self, recipe: &Recipe, units: &[Fingerprint]) -> Result<()> {
+        let path = self.plan_path(&recipe.kind, &recipe.fingerprint());
+        let plan = UnitPlan { format: FORMAT, recipe: recipe.clone(), units: units.to_vec() };
+        let bytes = serde_json::to_vec(&plan).expect("BUG: records are plain JSON");
+        if self.read_if_there(&path)?.as_ref() == Some(&bytes) { Ok(()) } else { self.publisher.replace(&path, &bytes) }
+    }
+
+    /// The units, as `KIND/FINGERPRINT`, of every artifact in the making, by the artifact's name (32 digits). A plan that
+    /// cannot be read is written anew by the run that needs it.
+    pub fn plans(&self) -> Result<BTreeMap<String, Vec<String>>> {
+        let plans = self.home.join("plans");
+        let mut units = BTreeMap::new();
+        for (kind, _) in self.publisher.list(&plans)?.into_iter().filter(|(_, is_folder)| *is_folder) {
+            for (name, _) in self.publisher.list(&plans.join(&kind))? {
+                let bytes = self.read_if_there(&plans.join(&kind).join(&name))?.unwrap_or_default();
+                if let Ok(plan) = serde_json::from_slice::<UnitPlan>(&bytes) {
+                    let names = plan.units.iter().map(|unit| unit_name(&plan.recipe.kind, unit)).collect();
+                    units.insert(folder_name(&plan.recipe.fingerprint()), names);
+                }
+            }
+        }
+        Ok(units)
+    }
+
+    fn plan_path(&self, kind: &str, fingerprint: &Fingerprint) -> PathBuf {
+        self.home.join("plans").join(kind_name(kind)).join(format!("{}.json", folder_name(fingerprint)))
+    }
+
     /// Publishes an artifact whose units are published. An artifact that is made again after damage keeps the identity it
     /// was first published with.
     pub fn commit_artifact(&self, recipe: Recipe, ports: &[&str], units: Vec<UnitRecord>, made: Provenance) -> Result<Artifact> {
@@ -603,6 +641,7 @@ impl Store {
         };
         let manifest = Manifest { format: FORMAT, fingerprint, recipe, ports, units, made, seal: Digest::of(&[]) }.sealed();
         self.publisher.replace(&path, &to_json(&manifest))?;
+        self.publisher.remove(&self.plan_path(&manifest.recipe.kind, &fingerprint))?;
         Ok(Artifact { manifest, units_folder })
     }
 

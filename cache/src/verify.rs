@@ -215,7 +215,7 @@ impl Store {
             }
             Ok(())
         };
-        const OURS: [&str; 11] = [
+        const OURS: [&str; 12] = [
             "artifacts",
             "commits.jsonl",
             "format.json",
@@ -223,6 +223,7 @@ impl Store {
             "ledger",
             "pipelines",
             "pins.json",
+            "plans",
             "quarantine",
             "runs",
             "sessions",
