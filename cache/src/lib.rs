@@ -27,6 +27,8 @@ mod ledger;
 pub mod publish;
 mod recipe;
 pub mod shard;
+#[cfg(test)]
+mod simulation;
 mod stats;
 mod store;
 pub mod verify;

@@ -303,12 +303,18 @@ impl Store {
 
     /// Begins to work in a home, which is created if need be, and puts in order what dead processes left.
     pub fn enter(&self) -> Result<(Session, Recovered)> {
-        let format = self.home.join("format.json");
-        if self.read_if_there(&format)?.is_none() {
-            self.publisher.replace(&format, &to_json(&HomeFormat { format: FORMAT }))?;
-        }
+        self.settle()?;
         let session = Session::begin(&self.home)?;
         Ok((session, self.recover()?))
+    }
+
+    /// Makes the home one of this format.
+    pub(crate) fn settle(&self) -> Result<()> {
+        let format = self.home.join("format.json");
+        match self.read_if_there(&format)? {
+            Some(_) => Ok(()),
+            None => self.publisher.replace(&format, &to_json(&HomeFormat { format: FORMAT })),
+        }
     }
 
     /// The processes at work in this home.
@@ -378,9 +384,14 @@ impl Store {
         if journal.is_none() {
             *journal = Some(Journal::open(&self.publisher, &self.home.join("commits.jsonl"))?);
         }
-        let journal = journal.as_mut().expect("BUG: it was opened just now");
-        journal.append(&serde_json::to_string(line).expect("BUG: lines are plain JSON"))?;
-        journal.sync()
+        let opened = journal.as_mut().expect("BUG: it was opened just now");
+        let line = serde_json::to_string(line).expect("BUG: lines are plain JSON");
+        let noted = opened.append(&line).and_then(|()| opened.sync());
+        if noted.is_err() {
+            // Never fsynced again through this handle. What the disk lost of it is adopted by a later start.
+            *journal = None;
+        }
+        noted
     }
 
     /// Looks a unit up: its record is its own, and every file is there with its size.

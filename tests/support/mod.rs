@@ -109,6 +109,16 @@ impl World {
         files.into_keys().map(|name| self.path(".ovenbird").join(name)).collect()
     }
 
+    /// The folder names of the units that manifests list.
+    pub(crate) fn listed(&self) -> Vec<String> {
+        let manifest = |path: PathBuf| -> Vec<String> {
+            let manifest: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+            let units = manifest["units"].as_array().unwrap().iter();
+            units.map(|unit| unit["key"]["fingerprint"].as_str().unwrap()[..32].to_owned()).collect()
+        };
+        self.manifests().into_iter().flat_map(manifest).collect()
+    }
+
     /// A published file whose path has these parts.
     pub(crate) fn find(&self, parts: &[&str]) -> PathBuf {
         let name = self.units().into_keys().find(|name| parts.iter().all(|part| name.contains(part)));
