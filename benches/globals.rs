@@ -97,7 +97,7 @@ fn end_to_end(folder: &std::path::Path, precision: &str, n_images: usize) -> f64
     let entry = find("clip/globals").unwrap();
     let params = json!({"view": "square", "clip": {"precision": precision, "gelu": "quick"}});
     let stage = (entry.parse)(&params).map_err(|problem| problem.problem).unwrap();
-    let recipe = Recipe { kind: entry.kind.into(), version: entry.version, params, inputs: BTreeMap::new(), link: None };
+    let recipe = Recipe { kind: entry.kind.into(), version: entry.version, params, inputs: BTreeMap::new() };
     let (units, items) = stage.units(&inputs).unwrap().of(&recipe);
     let stop = AtomicBool::new(false);
     let context = Context {

@@ -84,7 +84,7 @@ fn made(folder: &Path, store: &Store, n_items: usize) -> (Vec<UnitRecord>, f64) 
     let mut units = Vec::new();
     for first in (0..n_items).step_by(ROWS) {
         let items: Vec<Digest> = (first..n_items.min(first + ROWS)).map(|item| Digest::of(&item.to_le_bytes())).collect();
-        let fingerprint = Recipe { link: Some(first as u32), ..recipe.clone() }.fingerprint();
+        let fingerprint = recipe.fingerprint().part("bench", &(first as u64).to_le_bytes());
         let key = UnitKey { kind: recipe.kind.clone(), fingerprint, family };
         let draft = store.begin_unit(&key).unwrap();
         let mut shard =
@@ -108,7 +108,7 @@ fn recipe(folder: &Path) -> Recipe {
     let digest = |name: &str| files_digest(&inputs::digest_path(&folder.join(name), None, 0).unwrap());
     let inputs = [("images", "images"), ("annotations", "labels.json"), ("checkpoint", "clip.safetensors")];
     let inputs = inputs.map(|(port, name)| (port.to_owned(), digest(name))).into();
-    Recipe { kind: entry.kind.into(), version: entry.version, params: stage.params(), inputs, link: None }
+    Recipe { kind: entry.kind.into(), version: entry.version, params: stage.params(), inputs }
 }
 
 fn publish(store: &Store, recipe: Recipe, units: Vec<UnitRecord>) {
@@ -251,7 +251,7 @@ fn overhead(folder: &Path) {
     let home = folder.join("empty");
     let store = Store::open(&home).unwrap();
     drop(store.enter().unwrap());
-    let recipe = Recipe { kind: "bench/empty".into(), version: 1, params: json!({}), inputs: BTreeMap::new(), link: None };
+    let recipe = Recipe { kind: "bench/empty".into(), version: 1, params: json!({}), inputs: BTreeMap::new() };
     let clock = Instant::now();
     let (units, _) = Units::Chain { links: 1_000_000 }.of(&recipe);
     let n_there =

@@ -199,6 +199,10 @@ enum CacheCommand {
         /// Keep what is younger
         #[arg(long, default_value = "24h", value_name = "TIME", value_parser = time)]
         grace: Duration,
+        /// Also drop what pipelines still need of a kind of stage, such as clip/blocks: the record stays, and the bytes are
+        /// made again when something reads them
+        #[arg(long, value_name = "KIND")]
+        drop: Vec<String>,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -293,7 +297,9 @@ pub(crate) fn main() -> Result<()> {
         }
         Command::Cache { what } => match what {
             CacheCommand::Du { json } => keep::du(&home, json),
-            CacheCommand::Gc { delete, keep_runs, grace, json } => keep::gc(&home, &Collection { keep_runs, grace, is_real: delete, json }),
+            CacheCommand::Gc { delete, keep_runs, grace, drop, json } => {
+                keep::gc(&home, &Collection { keep_runs, grace, dropped_kinds: drop, is_real: delete, json })
+            }
             CacheCommand::Rebuild => keep::rebuild(&home),
             CacheCommand::Pin { run } => keep::pin(&home, &run, true),
             CacheCommand::Unpin { run } => keep::pin(&home, &run, false),
@@ -449,16 +455,19 @@ fn show_plan(home: &Path, chosen: &Chosen, json: bool) -> Result<()> {
     for (step, outlook) in &outlooks {
         let words = match outlook {
             Outlook::Reused => "reused".to_owned(),
+            Outlook::Dropped => "dropped  earlier; nothing that would run needs it".to_owned(),
             Outlook::Run { units_done: 0, reasons, .. } => format!("run      {}", reasons.join("; ")),
             Outlook::Run { units_done, units_total, reasons } => {
                 format!("resume   {units_done} of {units_total} units are there; {}", reasons.join("; "))
             }
-            Outlook::DependsOn { steps } => format!("depends  on what {} comes to", steps.join(", ")),
+            Outlook::DependsOn { steps, reasons } if reasons.is_empty() => format!("depends  on what {} comes to", steps.join(", ")),
+            Outlook::DependsOn { steps, reasons } => format!("run      after {}; {}", steps.join(", "), reasons.join("; ")),
         };
         text.push_str(&format!("{:width$}  {words}\n", pipeline.steps[*step].id));
     }
     let n_of = |wanted: fn(&Outlook) -> bool| outlooks.iter().filter(|(_, outlook)| wanted(outlook)).count();
-    let (reused, run) = (n_of(|outlook| matches!(outlook, Outlook::Reused)), n_of(|outlook| matches!(outlook, Outlook::Run { .. })));
+    let (reused, run) =
+        (n_of(|outlook| matches!(outlook, Outlook::Reused | Outlook::Dropped)), n_of(|outlook| matches!(outlook, Outlook::Run { .. })));
     text.push_str(&format!("{reused} reused, {run} to run, {} depending on these\n", outlooks.len() - reused - run));
     print(&text)
 }

@@ -163,6 +163,7 @@ pub(crate) fn schema() -> String {
             "with": {"type": "object", "description": "Parameters"},
             "resources": resources,
             "on_bad_item": {"enum": ["fail", "skip"], "default": "fail", "description": "What to do about an item that cannot be read or understood"},
+            "max_silence_s": {"type": "integer", "minimum": 1, "default": pipeline::MAX_SILENCE.as_secs(), "description": "After so many seconds without any progress the stage counts as hanging, and has failed"},
             "max_failed_ratio": {"type": "number", "minimum": 0, "maximum": 1, "default": pipeline::MAX_FAILED_RATIO, "description": "With `on_bad_item: skip`: the stage fails once more than this part of its items has"},
         },
         "additionalProperties": false,

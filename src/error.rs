@@ -2,7 +2,7 @@
 //!
 //! Nothing else in the program renders errors or knows exit codes.
 
-use std::{error::Error as _, fmt::Write as _};
+use std::{error::Error as _, fmt::Write as _, time::Duration};
 
 use crate::pipeline::{Problem, with_line};
 
@@ -24,6 +24,9 @@ pub(crate) enum Error {
     /// What lies in the home is not what was published.
     #[error("{} {}", count(*n_left, "thing"), if *is_fixed { "could not be put right" } else { "found that should not be" })]
     Damage { n_left: usize, is_fixed: bool },
+    /// A stage gave no sign of life.
+    #[error("no sign of life for {} s: it hangs", after.as_secs())]
+    Hangs { after: Duration },
     /// The operator asked to stop.
     #[error("stopped on request; everything committed is kept")]
     Interrupted,
@@ -76,6 +79,7 @@ impl Error {
             Self::Usage { .. } => ExitCode::Usage,
             Self::StagesFailed { worst, .. } => *worst,
             Self::Damage { .. } => ExitCode::Damage,
+            Self::Hangs { .. } => ExitCode::Stage,
             Self::Interrupted => ExitCode::Interrupted,
             Self::Stage(error) => stage_exit_code(error),
         }
@@ -113,6 +117,9 @@ impl Error {
             Self::Damage { is_fixed: false, .. } => Some("`ovenbird verify --fix` sets it aside and makes it again".into()),
             Self::Damage { is_fixed: true, .. } => {
                 Some("what is named above was lost with its inputs; bring these back and type the same command again".into())
+            }
+            Self::Hangs { .. } => {
+                Some("look whether its disk or network answers, and type the same command again; `max_silence_s` gives it longer".into())
             }
             Self::Interrupted => Some("type the same command again to continue".into()),
             Self::Stage(error) => error.hint(),

@@ -81,6 +81,8 @@ pub(crate) struct StepInfo {
 pub(crate) enum Verdict {
     /// It is there.
     Reused,
+    /// Its bytes were let go, and nothing has needed them so far.
+    Dropped,
     /// It has to be made, from this many units on, for these reasons.
     Run { units_done: usize, units_total: usize, reasons: Vec<String> },
 }

@@ -2,49 +2,20 @@
 
 use std::collections::BTreeMap;
 
-use ovenbird_cache::{Artifact, Ledger, Status, Store, unit_name};
+use ovenbird_cache::{Ledger, Status, Store, unit_name};
 use serde_json::json;
 
 use crate::{
     cli::{print, to_json},
     error::{Error, Result, count},
     pipeline::{Pipeline, Source, Step},
-    plan::{self, Checked, Last, Made, Work, upstream},
+    plan::{self, Seen, upstream},
 };
-
-/// What a look at one step came to.
-enum Seen {
-    There(Box<Artifact>),
-    Runs(Box<Work>),
-    /// It reads from a step that runs.
-    Waits(Vec<String>),
-}
 
 /// Explains the last of the wanted steps, and those of the others that are its causes.
 pub(crate) fn explain(pipeline: &Pipeline, wanted: &[usize], place: usize, unit: Option<usize>, store: &Store, json: bool) -> Result<()> {
-    let steps: Vec<&Step> = wanted.iter().map(|step| &pipeline.steps[*step]).collect();
     let ledger = store.home().exists().then(|| Ledger::of(store));
-    let files = plan::digest_files(&steps, ledger.as_ref())?;
-    let last = Last::read(store.home(), &pipeline.name);
-    let mut made = Made::new();
-    let mut seen: BTreeMap<usize, Seen> = BTreeMap::new();
-    for &place in wanted {
-        let step = &pipeline.steps[place];
-        let unknown: Vec<String> =
-            upstream(step).into_iter().filter(|step| !made.contains_key(step)).map(|step| pipeline.steps[step].id.clone()).collect();
-        let found = if unknown.is_empty() {
-            match plan::check(step, &files, &made, store, &last)? {
-                Checked::Reused(artifact) => {
-                    made.insert(place, artifact.clone());
-                    Seen::There(Box::new(artifact))
-                }
-                Checked::Run(work) => Seen::Runs(Box::new(work)),
-            }
-        } else {
-            Seen::Waits(unknown)
-        };
-        seen.insert(place, found);
-    }
+    let seen = plan::look(pipeline, wanted, store, ledger.as_ref())?;
     if let Some(unit) = unit {
         return explain_unit(&pipeline.steps[place], &seen[&place], unit, store, ledger.as_ref());
     }
@@ -72,8 +43,9 @@ fn chain(pipeline: &Pipeline, seen: &BTreeMap<usize, Seen>, place: usize, depth:
     match &seen[&place] {
         Seen::There(artifact) => {
             let made = &artifact.manifest.made;
+            let is_there = if artifact.is_dropped { "was dropped, and nothing needs it" } else { "is there" };
             let words = vec![
-                format!("is there: nothing it is made from has changed ({})", artifact.manifest.fingerprint),
+                format!("{is_there}: nothing it is made from has changed ({})", artifact.manifest.fingerprint),
                 format!("made by run {} on {} with {}, {}", made.run, made.host, made.program, made.device),
             ];
             causes.push((depth, step.id.clone(), words));
@@ -84,8 +56,11 @@ fn chain(pipeline: &Pipeline, seen: &BTreeMap<usize, Seen>, place: usize, depth:
             words.extend(work.reasons.iter().map(|reason| named_source(pipeline, step, reason)));
             causes.push((depth, step.id.clone(), words));
         }
-        Seen::Waits(steps) => {
-            causes.push((depth, step.id.clone(), vec![format!("would run if what it reads changes: it waits for {}", steps.join(", "))]));
+        Seen::Waits { steps, reasons } => {
+            let whether = if reasons.is_empty() { "would run if what it reads changes: it waits for" } else { "would run after" };
+            let mut words = vec![format!("{whether} {}", steps.join(", "))];
+            words.extend(reasons.iter().map(|reason| named_source(pipeline, step, reason)));
+            causes.push((depth, step.id.clone(), words));
             for source in upstream(step).into_iter().filter(|source| !matches!(seen[source], Seen::There(_))) {
                 chain(pipeline, seen, source, depth + 1, causes);
             }
@@ -108,7 +83,7 @@ fn explain_unit(step: &Step, seen: &Seen, unit: usize, store: &Store, ledger: Op
     let fingerprint = match seen {
         Seen::There(artifact) => artifact.manifest.units.get(unit).map(|unit| unit.key.fingerprint),
         Seen::Runs(work) => work.units.get(unit).map(|unit| unit.fingerprint),
-        Seen::Waits(steps) => {
+        Seen::Waits { steps, .. } => {
             return print(&format!("{}: its units are not known before {} ran\n", step.id, steps.join(", ")));
         }
     };

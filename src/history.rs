@@ -40,7 +40,7 @@ pub(crate) fn chosen(home: &Path, run: Option<&str>) -> Result<String> {
 pub(crate) struct StepState {
     pub(crate) id: String,
     pub(crate) kind: String,
-    /// `waiting`, `running`, `reused`, `done`, `failed`, `skipped`, `cut off`.
+    /// `waiting`, `running`, `reused`, `dropped`, `done`, `failed`, `skipped`, `cut off`.
     pub(crate) state: &'static str,
     pub(crate) done: u64,
     pub(crate) total: u64,
@@ -113,6 +113,7 @@ pub(crate) fn state(log: &[Stamped]) -> RunState {
                 step.fingerprint = Some(*fingerprint);
                 match verdict {
                     Verdict::Reused => step.state = "reused",
+                    Verdict::Dropped => step.state = "dropped",
                     Verdict::Run { reasons, .. } => step.words = reasons.join("; "),
                 }
             }),
@@ -218,6 +219,7 @@ fn words(event: &Event) -> String {
         Event::RunStarted { run, pipeline, .. } => format!("run {run} of `{pipeline}` started"),
         Event::Notice { words } => words.clone(),
         Event::StepChecked { step, verdict: Verdict::Reused, .. } => format!("{step}: reused"),
+        Event::StepChecked { step, verdict: Verdict::Dropped, .. } => format!("{step}: dropped, not needed"),
         Event::StepChecked { step, verdict: Verdict::Run { units_done, units_total, reasons }, .. } => {
             format!("{step}: will run, {units_done} of {units_total} units are there: {}", reasons.join("; "))
         }

@@ -9,7 +9,7 @@ use std::{
 
 use indicatif::HumanBytes;
 use jiff::Timestamp;
-use ovenbird_cache::{Ledger, Status, Store, unit_name, verify::Depth};
+use ovenbird_cache::{Ledger, Manifest, Status, Store, unit_name, verify::Depth};
 use serde::Serialize;
 
 use crate::{
@@ -37,22 +37,33 @@ fn opened(home: &Path) -> Result<Store> {
     Err(Error::Usage { problem, hint: "name it with `--home FOLDER`".into() })
 }
 
-/// The artifacts, by their names of 32 digits, that must stay: of every pipeline as it was last there; and those that pinned
-/// runs, the last `n_runs`, every pipeline's last and the runs going on had or were making.
-fn roots(store: &Store, n_runs: usize) -> BTreeSet<String> {
+/// The artifacts that must stay.
+struct Roots {
+    /// Of runs going on and of pinned ones, by their names of 32 digits.
+    in_use: BTreeSet<String>,
+    /// These; of every pipeline as it was last there; of every pipeline's last run; of the last so many runs.
+    all: BTreeSet<String>,
+}
+
+fn roots(store: &Store, n_runs: usize) -> Roots {
     let name = |fingerprint: &ovenbird_cache::Fingerprint| fingerprint.to_hex()[..32].to_owned();
     let last = Last::of_all(store.home()).into_values().flat_map(BTreeMap::into_values);
-    let mut roots: BTreeSet<String> = last.map(|fingerprint| name(&fingerprint)).collect();
+    let mut roots = Roots { in_use: BTreeSet::new(), all: last.map(|fingerprint| name(&fingerprint)).collect() };
     let (pinned, runs) = (pins(store), event::runs(store.home()));
     let mut seen_pipelines = BTreeSet::new();
     for (age, run) in runs.iter().rev().enumerate() {
         let state = history::state(&event::read_log(store.home(), run).unwrap_or_default());
         let is_going_on = state.outcome.is_none() && !store.at_work().is_empty();
         let is_last = seen_pipelines.insert(state.pipeline.clone());
-        if age < n_runs || is_last || is_going_on || pinned.contains(run) {
-            roots.extend(state.steps.iter().filter_map(|step| step.fingerprint.as_ref().map(name)));
+        let names = || state.steps.iter().filter_map(|step| step.fingerprint.as_ref().map(name));
+        if is_going_on || pinned.contains(run) {
+            roots.in_use.extend(names());
+        }
+        if age < n_runs || is_last {
+            roots.all.extend(names());
         }
     }
+    roots.all.extend(roots.in_use.iter().cloned());
     roots
 }
 
@@ -91,7 +102,7 @@ pub(crate) fn pin(home: &Path, run: &str, is_pinned: bool) -> Result<()> {
 /// `ovenbird cache du`.
 pub(crate) fn du(home: &Path, json: bool) -> Result<()> {
     let store = opened(home)?;
-    let needed = units_of(&store, &roots(&store, 0))?;
+    let needed = units_of(&store, &roots(&store, 0).all)?;
     let mut by_kind: BTreeMap<String, Taken> = BTreeMap::new();
     for name in store.unit_names()? {
         let kind = name.split_once('/').map_or_else(String::new, |(kind, _)| kind.to_owned());
@@ -137,6 +148,8 @@ pub(crate) struct Collection {
     pub(crate) keep_runs: usize,
     /// Keep what is younger.
     pub(crate) grace: Duration,
+    /// Kinds of stages of which also the units go that pipelines need, unless they are in use.
+    pub(crate) dropped_kinds: Vec<String>,
     /// Remove; otherwise only say what would go.
     pub(crate) is_real: bool,
     pub(crate) json: bool,
@@ -145,8 +158,18 @@ pub(crate) struct Collection {
 /// `ovenbird cache gc`.
 pub(crate) fn gc(home: &Path, collection: &Collection) -> Result<()> {
     let store = opened(home)?;
+    if let Some(unknown) = collection.dropped_kinds.iter().find(|kind| ovenbird_stages::find(kind).is_none()) {
+        let hint = "`ovenbird cache du` lists the kinds that are there".into();
+        return Err(Error::Usage { problem: format!("--drop {unknown}: there is no such stage"), hint });
+    }
     let roots = roots(&store, collection.keep_runs);
-    let needed = units_of(&store, &roots)?;
+    let name = |manifest: &Manifest| manifest.fingerprint.to_hex()[..32].to_owned();
+    let is_dropped =
+        |manifest: &Manifest| collection.dropped_kinds.contains(&manifest.recipe.kind) && !roots.in_use.contains(&name(manifest));
+    let dropped: Vec<Manifest> = store.manifests()?.into_iter().filter(is_dropped).collect();
+    let goes: BTreeSet<String> = dropped.iter().map(name).collect();
+    let kept = roots.all.difference(&goes).cloned().collect();
+    let needed = units_of(&store, &kept)?;
     let is_old = |path: &Path| {
         let age = fs::metadata(path).and_then(|metadata| metadata.modified()).ok().and_then(|time| time.elapsed().ok());
         age.is_some_and(|age| age >= collection.grace)
@@ -164,6 +187,9 @@ pub(crate) fn gc(home: &Path, collection: &Collection) -> Result<()> {
     let mut left_alone = 0;
     if collection.is_real {
         let (_session, _recovered) = store.enter()?;
+        for manifest in dropped {
+            store.let_go(manifest)?;
+        }
         for name in &going {
             match store.lease(name)? {
                 Ok(_lease) => store.remove_unit(name, "removed by `cache gc`")?,
@@ -171,7 +197,7 @@ pub(crate) fn gc(home: &Path, collection: &Collection) -> Result<()> {
             }
         }
         for path in store.manifest_paths()? {
-            let is_root = path.file_stem().is_some_and(|stem| roots.contains(&*stem.to_string_lossy()));
+            let is_root = path.file_stem().is_some_and(|stem| roots.all.contains(&*stem.to_string_lossy()));
             if !is_root && is_old(&path) {
                 store.publisher().remove(&path)?;
             }

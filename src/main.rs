@@ -15,15 +15,24 @@ mod run;
 mod screen;
 mod verify;
 
-use std::process::ExitCode;
+use error::ExitCode;
 
 #[expect(clippy::print_stderr, reason = "the one place where errors are printed")]
-fn main() -> ExitCode {
-    match cli::main() {
-        Ok(()) => ExitCode::SUCCESS,
+fn main() {
+    let code = match cli::main() {
+        Ok(()) => ExitCode::Success,
         Err(error) => {
             eprint!("{}", error.render());
-            ExitCode::from(error.exit_code() as u8)
+            error.exit_code()
         }
-    }
+    };
+    leave(code)
+}
+
+/// Ends at once: libtorch's destructors take a quarter of the program's start-up time and give back what the system takes
+/// anyway, and a stage that hangs cannot be waited for.
+#[expect(unsafe_code, reason = "a foreign function without preconditions")]
+fn leave(code: ExitCode) -> ! {
+    // SAFETY: `_exit` only ends the process. `cli::print` flushes what it prints.
+    unsafe { libc::_exit(code as i32) }
 }

@@ -10,6 +10,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use ovenbird_stages::{AnyStage, OnBadItem, PortInfo, Presence, STAGES, StageEntry};
@@ -24,11 +25,14 @@ use lines::Lines;
 pub(crate) const VERSION: u64 = 1;
 
 const FILE_KEYS: &[&str] = &["version", "name", "description", "variables", "stages"];
-const STAGE_KEYS: &[&str] = &["id", "use", "in", "with", "resources", "on_bad_item", "max_failed_ratio"];
+const STAGE_KEYS: &[&str] = &["id", "use", "in", "with", "resources", "on_bad_item", "max_failed_ratio", "max_silence_s"];
 const RESOURCE_KEYS: &[&str] = &["cpu", "memory", "gpu"];
 
 /// How many of a stage's items may fail where the pipeline says `on_bad_item: skip` and nothing else, from 0 to 1.
 pub(crate) const MAX_FAILED_RATIO: f64 = 0.001;
+
+/// After how long without a sign of life a stage is given up, where the pipeline says nothing else.
+pub(crate) const MAX_SILENCE: Duration = Duration::from_secs(1800);
 
 /// The named pipelines that come with the program.
 pub(crate) const NAMED: &[(&str, &str)] = &[("quickstart", include_str!("../pipelines/quickstart.yaml"))];
@@ -61,6 +65,8 @@ pub(crate) struct Step {
     pub(crate) inputs: BTreeMap<String, Source>,
     pub(crate) resources: Resources,
     pub(crate) on_bad_item: OnBadItem,
+    /// After how long without a sign of life the stage counts as hanging.
+    pub(crate) max_silence: Duration,
 }
 
 /// Where an input comes from.
@@ -183,6 +189,7 @@ struct Draft {
     inputs: BTreeMap<String, String>,
     resources: Resources,
     on_bad_item: OnBadItem,
+    max_silence: Duration,
 }
 
 impl Reader {
@@ -257,6 +264,7 @@ impl Reader {
                 inputs,
                 resources: draft.resources,
                 on_bad_item: draft.on_bad_item,
+                max_silence: draft.max_silence,
             });
         }
         Some(Pipeline { name: name?, description: description?, steps, request: Request::default() })
@@ -367,7 +375,15 @@ impl Reader {
         let inputs = self.inputs(&path, entry, keys.get("in"));
         let resources = self.resources(&path, keys.get("resources"));
         let on_bad_item = self.on_bad_item(&path, keys.get("on_bad_item"), keys.get("max_failed_ratio"));
-        Some(Draft { id, entry, stage, inputs, resources, on_bad_item })
+        let max_silence = match keys.get("max_silence_s").map(|given| (given.as_u64(), given)) {
+            None => MAX_SILENCE,
+            Some((Some(seconds @ 1..), _)) => Duration::from_secs(seconds),
+            Some((_, found)) => {
+                self.push(format!("{path}.max_silence_s"), format!("expected a whole number of seconds, found {}", shown(found)));
+                MAX_SILENCE
+            }
+        };
+        Some(Draft { id, entry, stage, inputs, resources, on_bad_item, max_silence })
     }
 
     /// Replaces `${name}` in every text of a value; a text that is nothing but one variable takes its type.

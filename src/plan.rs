@@ -3,7 +3,7 @@
 //! [`check`] is the one place that decides whether a step runs; `plan` and `run` both ask it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
 };
 
@@ -44,6 +44,8 @@ pub(crate) enum Checked {
     Reused(Artifact),
     /// It has to be made.
     Run(Work),
+    /// It has to be made, for these reasons, from the bytes of these steps, which were let go.
+    Lacks { sources: Vec<usize>, reasons: Vec<String> },
 }
 
 /// A step that has to run, with everything the run needs.
@@ -60,6 +62,8 @@ pub(crate) struct Work {
     pub(crate) is_chain: bool,
     /// Why, in words.
     pub(crate) reasons: Vec<String>,
+    /// What it will be to those that read it, where that is known: it was there before.
+    pub(crate) was: Option<Artifact>,
 }
 
 /// What a step whose inputs are all known is made from, and the files behind its inputs.
@@ -81,27 +85,35 @@ pub(crate) fn identify(step: &Step, files: &FileInputs, made: &Made) -> (Recipe,
         digests.insert(port.clone(), digest);
     }
     let (kind, version) = (step.entry.kind.to_owned(), step.entry.version);
-    (Recipe { kind, version, params: step.stage.params(), inputs: digests, link: None }, inputs)
+    (Recipe { kind, version, params: step.stage.params(), inputs: digests }, inputs)
 }
 
-/// Looks a step up whose inputs are all known.
-pub(crate) fn check(step: &Step, files: &FileInputs, made: &Made, store: &Store, last: &Last) -> Result<Checked> {
+/// Looks a step up whose inputs are all known. One whose bytes were let go is there unless they are demanded.
+pub(crate) fn check(step: &Step, is_demanded: bool, files: &FileInputs, made: &Made, store: &Store, last: &Last) -> Result<Checked> {
     let (recipe, inputs) = identify(step, files, made);
-    let mut reasons = match store.artifact(step.entry.kind, &recipe.fingerprint())? {
+    let as_it_was = || store.artifact_as_it_was(step.entry.kind, &recipe.fingerprint());
+    let (mut reasons, was) = match store.artifact(step.entry.kind, &recipe.fingerprint())? {
+        Status::Valid(artifact) if artifact.is_dropped && is_demanded => {
+            (vec!["its bytes were dropped, and are needed".into()], Some(artifact))
+        }
         Status::Valid(artifact) if artifact.manifest.units.iter().all(|unit| is_whole(step, unit)) => return Ok(Checked::Reused(artifact)),
-        Status::Valid(_) => vec!["some items failed, which `on_bad_item: fail` does not allow".into()],
-        Status::Damaged(findings) => findings.into_iter().map(|finding| format!("damaged: {finding}")).collect(),
-        Status::Absent => Vec::new(),
+        Status::Valid(_) => (vec!["some items failed, which `on_bad_item: fail` does not allow".into()], None),
+        Status::Damaged(findings) => (findings.into_iter().map(|finding| format!("damaged: {finding}")).collect(), as_it_was()),
+        Status::Absent => (Vec::new(), None),
     };
+    if reasons.is_empty() {
+        reasons = last.reasons(step, &recipe, store)?;
+    }
+    let sources: Vec<usize> = upstream(step).into_iter().filter(|source| made[source].is_dropped).collect();
+    if !sources.is_empty() {
+        return Ok(Checked::Lacks { sources, reasons });
+    }
     let divided = step.stage.units(&inputs)?;
     let is_chain = matches!(divided, Units::Chain { .. });
     let (units, items) = divided.of(&recipe);
     let missing = missing(step, store, &units, is_chain)?;
-    if reasons.is_empty() {
-        reasons = last.reasons(step, &recipe, store)?;
-    }
     reasons.extend(taken_from(step, store, &units, &items, &missing)?);
-    Ok(Checked::Run(Work { recipe, inputs, units, items, missing, is_chain, reasons }))
+    Ok(Checked::Run(Work { recipe, inputs, units, items, missing, is_chain, reasons, was }))
 }
 
 /// Places of the units that have to be made.
@@ -208,6 +220,8 @@ impl Last {
 pub(crate) enum Outlook {
     /// It is there.
     Reused,
+    /// Its bytes were let go, and nothing that would run needs them.
+    Dropped,
     /// It will run.
     Run {
         /// Units that need not be made.
@@ -217,41 +231,84 @@ pub(crate) enum Outlook {
         /// Why.
         reasons: Vec<String>,
     },
-    /// Whether it runs depends on what these steps come to.
+    /// Whether it runs depends on what other steps come to; or it runs after them.
     DependsOn {
         /// Their ids.
         steps: Vec<String>,
+        /// Why it runs in any case, if it does.
+        reasons: Vec<String>,
     },
+}
+
+/// What a look at one step came to, without running anything.
+pub(crate) enum Seen {
+    There(Box<Artifact>),
+    Runs(Box<Work>),
+    /// It reads from steps that run. Where it is known already that it will, too: why.
+    Waits {
+        steps: Vec<String>,
+        reasons: Vec<String>,
+    },
+}
+
+/// Looks at every wanted step, in order.
+pub(crate) fn look(pipeline: &Pipeline, wanted: &[usize], store: &Store, ledger: Option<&Ledger>) -> Result<BTreeMap<usize, Seen>> {
+    let steps: Vec<&Step> = wanted.iter().map(|step| &pipeline.steps[*step]).collect();
+    let files = digest_files(&steps, ledger)?;
+    let last = Last::read(store.home(), &pipeline.name);
+    let mut demanded = ends(pipeline, wanted);
+    'again: loop {
+        let (mut made, mut seen) = (Made::new(), BTreeMap::new());
+        for &place in wanted {
+            let step = &pipeline.steps[place];
+            let unknown = upstream(step).into_iter().filter(|step| !made.contains_key(step));
+            let unknown: Vec<String> = unknown.map(|step| pipeline.steps[step].id.clone()).collect();
+            let found = if unknown.is_empty() {
+                match check(step, demanded.contains(&place), &files, &made, store, &last)? {
+                    Checked::Reused(artifact) => {
+                        made.insert(place, artifact.clone());
+                        Seen::There(Box::new(artifact))
+                    }
+                    Checked::Run(work) => {
+                        made.extend(work.was.clone().map(|artifact| (place, artifact)));
+                        Seen::Runs(Box::new(work))
+                    }
+                    Checked::Lacks { sources, reasons } => {
+                        let n_demanded = demanded.len();
+                        demanded.extend(&sources);
+                        if demanded.len() > n_demanded {
+                            continue 'again;
+                        }
+                        Seen::Waits { steps: sources.into_iter().map(|step| pipeline.steps[step].id.clone()).collect(), reasons }
+                    }
+                }
+            } else {
+                Seen::Waits { steps: unknown, reasons: Vec::new() }
+            };
+            seen.insert(place, found);
+        }
+        return Ok(seen);
+    }
 }
 
 /// Says of every step what a run would do, without doing it.
 pub(crate) fn outlook(pipeline: &Pipeline, wanted: &[usize], store: &Store, ledger: Option<&Ledger>) -> Result<Vec<(usize, Outlook)>> {
-    let steps: Vec<&Step> = wanted.iter().map(|step| &pipeline.steps[*step]).collect();
-    let files = digest_files(&steps, ledger)?;
-    let last = Last::read(store.home(), &pipeline.name);
-    let mut made = Made::new();
-    let mut outlooks = Vec::new();
-    for &place in wanted {
-        let step = &pipeline.steps[place];
-        let mut unknown: Vec<String> =
-            upstream(step).into_iter().filter(|step| !made.contains_key(step)).map(|step| pipeline.steps[step].id.clone()).collect();
-        unknown.dedup();
-        let outlook = if unknown.is_empty() {
-            match check(step, &files, &made, store, &last)? {
-                Checked::Reused(artifact) => {
-                    made.insert(place, artifact);
-                    Outlook::Reused
-                }
-                Checked::Run(Work { units, missing, reasons, .. }) => {
-                    Outlook::Run { units_done: units.len() - missing.len(), units_total: units.len(), reasons }
-                }
-            }
-        } else {
-            Outlook::DependsOn { steps: unknown }
-        };
-        outlooks.push((place, outlook));
-    }
-    Ok(outlooks)
+    let outlook = |seen| match seen {
+        Seen::There(artifact) if artifact.is_dropped => Outlook::Dropped,
+        Seen::There(_) => Outlook::Reused,
+        Seen::Runs(work) => {
+            let Work { units, missing, reasons, .. } = *work;
+            Outlook::Run { units_done: units.len() - missing.len(), units_total: units.len(), reasons }
+        }
+        Seen::Waits { steps, reasons } => Outlook::DependsOn { steps, reasons },
+    };
+    Ok(look(pipeline, wanted, store, ledger)?.into_iter().map(|(place, seen)| (place, outlook(seen))).collect())
+}
+
+/// The wanted steps that no other wanted step reads from: what a run is for.
+pub(crate) fn ends(pipeline: &Pipeline, wanted: &[usize]) -> BTreeSet<usize> {
+    let read: BTreeSet<usize> = wanted.iter().flat_map(|step| upstream(&pipeline.steps[*step])).collect();
+    wanted.iter().copied().filter(|step| !read.contains(step)).collect()
 }
 
 /// The steps that a step reads from, ascending, each once.

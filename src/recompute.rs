@@ -100,15 +100,15 @@ fn audit_step(
     let last = plan::Last::default();
     let mut made = Made::new();
     for step in &needed[..needed.len() - 1] {
-        match plan::check(&pipeline.steps[*step], &files, &made, store, &last)? {
+        match plan::check(&pipeline.steps[*step], true, &files, &made, store, &last)? {
             plan::Checked::Reused(artifact) => drop(made.insert(*step, artifact)),
-            plan::Checked::Run(_) => return Ok(()),
+            plan::Checked::Run(_) | plan::Checked::Lacks { .. } => return Ok(()),
         }
     }
     let step = &pipeline.steps[place];
     let (recipe, inputs) = plan::identify(step, &files, &made);
     let Status::Valid(artifact) = store.artifact(step.entry.kind, &recipe.fingerprint())? else { return Ok(()) };
-    if done.contains(&artifact.manifest.fingerprint) {
+    if artifact.is_dropped || done.contains(&artifact.manifest.fingerprint) {
         return Ok(());
     }
     done.push(artifact.manifest.fingerprint);

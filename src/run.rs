@@ -7,7 +7,7 @@
 //! A step that fails does not stop those that do not need it; those that do are skipped by name.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
@@ -46,7 +46,7 @@ const BEAT_EVERY: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// How much has to be freed before a run that found the disk full goes on, in bytes.
 const LEAST_ROOM: u64 = 16 << 20;
-/// After how long without any progress the operator is told.
+/// After how long without any progress the operator is told; [`Step::max_silence`] says when a step is given up.
 const SILENCE: Duration = Duration::from_secs(60);
 
 /// What a run may use. None of it changes a result.
@@ -158,14 +158,15 @@ struct Gauge {
     failed: u64,
     done: u64,
     total: u64,
+    units_left: usize,
     bytes: u64,
     is_stale: bool,
 }
 
 impl Gauge {
-    fn new() -> Self {
+    fn new(units_left: usize) -> Self {
         let now = Instant::now();
-        Self { started: now, last_sign: now, is_silent: false, failed: 0, done: 0, total: 0, bytes: 0, is_stale: false }
+        Self { started: now, last_sign: now, is_silent: false, failed: 0, done: 0, total: 0, units_left, bytes: 0, is_stale: false }
     }
 }
 
@@ -188,6 +189,8 @@ struct Coordinator<'a> {
     stop: Arc<AtomicBool>,
     states: BTreeMap<usize, State>,
     made: Made,
+    /// Steps whose bytes are needed: those that nothing reads from, and those that a step that runs reads from.
+    demanded: BTreeSet<usize>,
     last: Last,
     failed: Vec<String>,
     skipped: Vec<String>,
@@ -217,6 +220,7 @@ impl<'a> Coordinator<'a> {
             stop: Arc::default(),
             states: wanted.iter().map(|step| (*step, State::Waiting)).collect(),
             made: Made::new(),
+            demanded: plan::ends(pipeline, wanted),
             last: Last::read(store.home(), &pipeline.name),
             failed: Vec::new(),
             skipped: Vec::new(),
@@ -301,8 +305,8 @@ impl<'a> Coordinator<'a> {
                         self.start_check(place, Arc::clone(files));
                     }
                 }
-                State::Queued(_) if self.fits(place) => {
-                    let gauge = Gauge::new();
+                State::Queued(work) if self.fits(place) => {
+                    let gauge = Gauge::new(work.missing.len());
                     if let Some(State::Queued(work)) = self.states.insert(place, State::Running(gauge)) {
                         self.emit(Event::StepStarted { step: self.id(place) })?;
                         self.start_worker(place, *work);
@@ -328,10 +332,10 @@ impl<'a> Coordinator<'a> {
 
     fn start_check(&self, place: usize, files: Arc<FileInputs>) {
         let (pipeline, store, sender) = (Arc::clone(self.pipeline), self.store.clone(), self.sender.clone());
-        let last = self.last.clone();
+        let (last, is_demanded) = (self.last.clone(), self.demanded.contains(&place));
         let made: Made = upstream(&pipeline.steps[place]).into_iter().map(|step| (step, self.made[&step].clone())).collect();
         thread::spawn(move || {
-            let checked = guard(|| plan::check(&pipeline.steps[place], &files, &made, &store, &last));
+            let checked = guard(|| plan::check(&pipeline.steps[place], is_demanded, &files, &made, &store, &last));
             // Nobody listens once the loop has ended because its log could not be written.
             drop(sender.send(Message::Checked(place, checked)));
         });
@@ -350,10 +354,23 @@ impl<'a> Coordinator<'a> {
 
     fn learn(&mut self, message: Message) -> Result<()> {
         match message {
+            // It was given up, and is alive after all.
+            Message::Finished(place, _) if matches!(self.states[&place], State::Failed) => Ok(()),
             Message::Checked(place, Ok(Checked::Reused(artifact))) => {
                 let fingerprint = artifact.manifest.fingerprint;
-                self.emit(Event::StepChecked { step: self.id(place), fingerprint, verdict: Verdict::Reused })?;
+                let verdict = if artifact.is_dropped { Verdict::Dropped } else { Verdict::Reused };
+                self.emit(Event::StepChecked { step: self.id(place), fingerprint, verdict })?;
                 self.keep(place, artifact)
+            }
+            Message::Checked(place, Ok(Checked::Lacks { sources, .. })) => {
+                for source in sources {
+                    if self.demanded.insert(source) {
+                        self.made.remove(&source);
+                        self.states.insert(source, State::Waiting);
+                    }
+                }
+                self.states.insert(place, State::Waiting);
+                Ok(())
             }
             Message::Checked(place, Ok(Checked::Run(work))) => {
                 let (units_total, units_done) = (work.units.len(), work.units.len() - work.missing.len());
@@ -391,9 +408,14 @@ impl<'a> Coordinator<'a> {
         match said {
             Progress::Total(total) => gauge.total = total,
             Progress::Tick(n_items) => gauge.done += n_items,
+            Progress::Waiting => gauge.is_stale = false,
             Progress::Committed { unit, bytes } => {
+                let is_first = gauge.bytes == 0;
                 gauge.bytes += bytes;
-                return self.emit(Event::UnitCommitted { step, unit, bytes });
+                gauge.units_left = gauge.units_left.saturating_sub(1);
+                let lacks = if is_first { lacks_room(self.store, gauge.units_left, bytes) } else { None };
+                self.emit(Event::UnitCommitted { step: step.clone(), unit, bytes })?;
+                return lacks.map_or(Ok(()), |words| self.emit(Event::StepNote { step, words }));
             }
             Progress::Failed(FailedItem { item, reason, attempts }) => {
                 gauge.failed += 1;
@@ -405,21 +427,25 @@ impl<'a> Coordinator<'a> {
     }
 
     fn tell_progress(&mut self) -> Result<()> {
-        let mut events = Vec::new();
+        let (mut events, mut hanging) = (Vec::new(), Vec::new());
         for (place, state) in &mut self.states {
             let State::Running(gauge) = state else { continue };
-            let step = self.pipeline.steps[*place].id.clone();
-            if !gauge.is_silent && gauge.last_sign.elapsed() > SILENCE {
+            let Step { id, max_silence, .. } = &self.pipeline.steps[*place];
+            let (step, silence) = (id.clone(), gauge.last_sign.elapsed());
+            if silence > *max_silence {
+                hanging.push((*place, *max_silence));
+            } else if !gauge.is_silent && silence > SILENCE {
                 gauge.is_silent = true;
-                let words =
-                    format!("no sign of life for {} s; if it hangs, stop the run and type the same command again", SILENCE.as_secs());
+                let words = format!("no sign of life for {} s; it is given up after {} s", SILENCE.as_secs(), max_silence.as_secs());
                 events.push(Event::StepNote { step: step.clone(), words });
             }
             if std::mem::take(&mut gauge.is_stale) {
                 events.push(Event::StepProgress { step, done: gauge.done, total: gauge.total });
             }
         }
-        events.into_iter().try_for_each(|event| self.emit(event))
+        events.into_iter().try_for_each(|event| self.emit(event))?;
+        // Its thread is left behind, and ends with the program.
+        hanging.into_iter().try_for_each(|(place, after)| self.fail(place, &Failure::Known(Error::Hangs { after })))
     }
 
     fn fail(&mut self, place: usize, failure: &Failure) -> Result<()> {
@@ -510,6 +536,12 @@ fn make(
         stop,
         report,
     };
+    let family = units.first().and_then(|unit| unit.family);
+    if let Some(unit_bytes) = store.mean_unit_bytes(kind, family)?
+        && let Some(words) = lacks_room(store, missing.len(), unit_bytes)
+    {
+        context.note(words);
+    }
     store.write_plan(&recipe, &units.iter().map(|unit| unit.fingerprint).collect::<Vec<_>>())?;
     let mut waits_for: Option<Owner> = None;
     loop {
@@ -534,6 +566,7 @@ fn make(
                     report(Progress::Note(format!("waits for {}, which is making it", holder.words())));
                     waits_for = Some(holder);
                 }
+                report(Progress::Waiting);
                 thread::sleep(LOOK_EVERY);
                 continue;
             }
@@ -544,6 +577,8 @@ fn make(
                 Status::Damaged(findings) => drop(store.quarantine(&unit_name(kind, &unit.fingerprint), &findings)?),
                 Status::Valid(record) if !plan::is_whole(step, &record) => {
                     drop(store.quarantine(&unit_name(kind, &unit.fingerprint), &["some items failed".into()])?);
+                    // With more items it is another artifact to those that read it.
+                    store.quarantine_manifest(&store.manifest_path(kind, &recipe.fingerprint()), "some items failed")?;
                 }
                 Status::Valid(_) | Status::Absent => {}
             }
@@ -581,18 +616,33 @@ fn make(
     Ok(store.commit_artifact(recipe, &ports, records, made)?)
 }
 
+/// Free space where the home lies, in bytes.
+fn free(store: &Store) -> u64 {
+    rustix::fs::statvfs(store.home()).map_or(0, |disk| disk.f_bavail * disk.f_frsize)
+}
+
+/// Says so where the disk will not hold some more units of a size.
+fn lacks_room(store: &Store, n_units: usize, unit_bytes: u64) -> Option<String> {
+    let (free, needed) = (free(store), n_units as u64 * unit_bytes);
+    (needed > free).then(|| {
+        let (needed, free) = (HumanBytes(needed), HumanBytes(free));
+        let at = store.home().display();
+        format!("needs about {needed} for {} and finds {free} at {at}: it will pause when the disk is full", count(n_units, "unit"))
+    })
+}
+
 /// Waits until the disk has room again. Nothing is damaged meanwhile: what was in the making is lost, and made again.
 fn wait_for_room(store: &Store, context: &Context<'_>) -> Result<()> {
-    let free = || rustix::fs::statvfs(store.home()).map_or(0, |disk| disk.f_bavail * disk.f_frsize);
-    let at_least = free() + LEAST_ROOM;
+    let at_least = free(store) + LEAST_ROOM;
     let words = format!(
         "the disk is full: paused. Free {} or more at {}, and it continues by itself",
         HumanBytes(LEAST_ROOM),
         store.home().display()
     );
     context.note(words);
-    while free() < at_least {
+    while free(store) < at_least {
         context.proceed()?;
+        (context.report)(Progress::Waiting);
         thread::sleep(LOOK_EVERY);
     }
     context.note("there is room again: continues");
@@ -613,8 +663,6 @@ fn device_name(device: tch::Device) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use ovenbird_cache::inputs::InputFile;
     use ovenbird_stages::{AnyStage, In, Inputs, OnBadItem, Out, PortInfo, StageEntry, Units, artifacts::AnnotationFile};
     use proptest::prelude::*;
@@ -646,6 +694,52 @@ mod tests {
 
     fn read(files: &[InputFile]) -> u8 {
         fs::read_to_string(&files[0].path).unwrap().parse().unwrap()
+    }
+
+    /// Never says anything again.
+    struct Hung;
+
+    impl AnyStage for Hung {
+        fn params(&self) -> Value {
+            json!({})
+        }
+
+        fn check(&self) -> Vec<ovenbird_stages::Problem> {
+            Vec::new()
+        }
+
+        fn units(&self, _inputs: &Inputs) -> ovenbird_stages::Result<Units> {
+            Ok(Units::One)
+        }
+
+        fn run(&self, _units: &[Unit], _cx: &Context<'_>) -> ovenbird_stages::Result<()> {
+            loop {
+                thread::park();
+            }
+        }
+    }
+
+    #[test]
+    fn a_stage_that_hangs_is_given_up_and_the_others_are_not() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(home.path()).unwrap();
+        let options = Options { cpu: 2, memory: 1 << 30, device: tch::Device::Cpu, rehash: false };
+        let mut pipeline = pipeline(&[(1, None, None), (2, None, None), (3, Some(0), None)]);
+        pipeline.steps[0].stage = Box::new(Hung);
+        pipeline.steps[0].max_silence = Duration::from_secs(1);
+        let ended = run(&Arc::new(pipeline), &[0, 1, 2], &store, options, &mut |_| {}).unwrap();
+        let Some(Error::StagesFailed { failed, skipped, worst: ExitCode::Stage }) = ended.error else { panic!("{:?}", ended.error) };
+        assert_eq!((failed, skipped), (vec!["s0".to_owned()], vec!["s2".to_owned()]));
+        assert_eq!(ended.made.into_keys().collect::<Vec<_>>(), [1]);
+    }
+
+    #[test]
+    fn too_little_room_is_said_beforehand() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(home.path()).unwrap();
+        assert_eq!(lacks_room(&store, 3, 100), None);
+        let words = lacks_room(&store, 1_000_000, 1 << 40).unwrap();
+        assert!(words.starts_with("needs about 976.56 PiB for 1000000 units and finds"), "{words}");
     }
 
     impl AnyStage for Sum {
@@ -684,6 +778,7 @@ mod tests {
                 inputs: source("left", left).into_iter().chain(source("right", right)).collect(),
                 resources: Resources { cpu: 1, memory: 0, gpu: 0 },
                 on_bad_item: OnBadItem::Fail,
+                max_silence: Duration::from_secs(1800),
             }
         };
         let steps = nodes.iter().enumerate().map(step).collect();

@@ -88,6 +88,7 @@ impl Screen {
     fn checked(&mut self, step: &str, verdict: &Verdict) {
         match verdict {
             Verdict::Reused => self.step_line(step, "reused"),
+            Verdict::Dropped => self.step_line(step, "dropped earlier; made again if something needs it"),
             Verdict::Run { units_done, units_total, reasons } => {
                 let resumed = (*units_done > 0).then(|| format!("{units_done} of {units_total} units are there"));
                 let why = resumed.clone().into_iter().chain(reasons.iter().cloned()).collect::<Vec<_>>().join("; ");

@@ -398,3 +398,28 @@ fn what_no_pipeline_needs_may_go_and_what_is_begun_stays() {
     world.run(["cache", "rebuild"]).success();
     world.run(["verify"]).success();
 }
+
+#[test]
+fn dropped_bytes_are_made_again_when_something_reads_them_and_not_before() {
+    let world = copied();
+    let kinds = ["toy-world", "clip-proposals"];
+    let dropped = |world: &World| -> BTreeMap<_, _> {
+        world.units().into_iter().filter(|(name, _)| kinds.iter().any(|kind| name.contains(kind))).collect()
+    };
+    let before = dropped(&world);
+    world.run(["cache", "gc", "--drop", "toy/world", "--drop", "clip/proposals", "--grace", "0s", "--delete"]).success();
+    assert!(!before.is_empty() && dropped(&world).is_empty());
+    assert!(world.run(["plan", "./tiny.yaml"]).success().stdout.contains("regions    dropped"));
+    assert!(world.run(["run", "./tiny.yaml"]).success().stdout.contains("nothing to do"));
+    world.run(["verify", "--full"]).success();
+    assert!(dropped(&world).is_empty());
+    let changed = ["./tiny.yaml", "--set", "detect.nms_iou=0.3"];
+    let plan = world.run(["plan"].into_iter().chain(changed)).success();
+    let run = world.run(["run"].into_iter().chain(changed)).success();
+    for words in [plan.stdout, run.stderr.clone()] {
+        assert_eq!(words.matches("its bytes were dropped, and are needed").count(), 2, "{words}");
+    }
+    assert_eq!(run.steps("done"), ["coco", "detect", "lvis", "regions", "world"], "{}", run.stderr);
+    assert_eq!(dropped(&world), before);
+    world.run(["verify", "--full"]).success();
+}

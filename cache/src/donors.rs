@@ -65,7 +65,7 @@ impl Store {
             return Ok(donors);
         }
         for (name, noted) in self.noted_units()? {
-            if noted == Some(*family)
+            if noted.family == Some(*family)
                 && let Status::Valid(record) = self.unit_at(&name)?
                 && let Ok(items) = self.items_of(&record)
             {

@@ -41,7 +41,7 @@ pub use ledger::{Ledger, Verified};
 pub use publish::{Draft, DraftFile, FileRecord, Publisher};
 pub use recipe::{Change, Digest, Fingerprint, Recipe};
 pub use stats::{Stats, VectorStats};
-pub use store::{Artifact, Claim, Manifest, Provenance, Recovered, Status, Store, UnitKey, UnitRecord, files_digest, unit_name};
+pub use store::{Artifact, Claim, Manifest, Noted, Provenance, Recovered, Status, Store, UnitKey, UnitRecord, files_digest, unit_name};
 
 /// What every function of this crate returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

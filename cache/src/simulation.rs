@@ -374,7 +374,7 @@ fn name(unit: u8) -> String {
 
 impl Scenario {
     fn recipe() -> Recipe {
-        Recipe { kind: KIND.into(), version: 1, params: json!({}), inputs: BTreeMap::new(), link: None }
+        Recipe { kind: KIND.into(), version: 1, params: json!({}), inputs: BTreeMap::new() }
     }
 
     fn make(self, store: &Store, unit: u8) -> Result<UnitRecord> {

@@ -121,6 +121,9 @@ pub struct Manifest {
     pub units: Vec<UnitRecord>,
     /// How it was made.
     pub made: Provenance,
+    /// Whether its units may be gone because the operator let them go; whoever needs them makes them again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_dropped: bool,
     /// BLAKE3 of all the above, keyed by the fingerprint.
     pub seal: Digest,
 }
@@ -169,6 +172,8 @@ impl Sealed for Manifest {
 pub struct Artifact {
     /// Its manifest.
     pub manifest: Manifest,
+    /// Whether some of its units were let go: what it is, is known; it cannot be read.
+    pub is_dropped: bool,
     units_folder: PathBuf,
 }
 
@@ -237,6 +242,15 @@ enum CommitLine {
     },
     /// A unit went, and why.
     Gone { unit: String, why: String },
+}
+
+/// What the journal of commits says of a unit that is there.
+#[derive(Debug, Clone, Copy)]
+pub struct Noted {
+    /// Size of its files.
+    pub bytes: u64,
+    /// See [`UnitKey::family`].
+    pub family: Option<Fingerprint>,
 }
 
 /// What became of asking for the right to make a unit.
@@ -348,19 +362,33 @@ impl Store {
         Ok(recovered)
     }
 
-    /// The units that the journal of commits says are there, as `KIND/FINGERPRINT`, with their families. A line that cannot
-    /// be read is torn, and says nothing.
-    pub fn noted_units(&self) -> Result<BTreeMap<String, Option<Fingerprint>>> {
+    /// The units that the journal of commits says are there, as `KIND/FINGERPRINT`. A line that cannot be read is torn, and says
+    /// nothing.
+    pub fn noted_units(&self) -> Result<BTreeMap<String, Noted>> {
         let mut noted = BTreeMap::new();
         let bytes = self.read_if_there(&self.home.join("commits.jsonl"))?.unwrap_or_default();
         for line in bytes.split(|byte| *byte == b'\n') {
             match serde_json::from_slice(line) {
-                Ok(CommitLine::Commit { unit, family, .. }) => drop(noted.insert(unit, family)),
-                Ok(CommitLine::Gone { unit, .. }) => drop(noted.remove(&unit)),
+                Ok(CommitLine::Commit { unit, bytes, family }) => {
+                    noted.insert(unit, Noted { bytes, family });
+                }
+                Ok(CommitLine::Gone { unit, .. }) => {
+                    noted.remove(&unit);
+                }
                 Err(_) => {}
             }
         }
         Ok(noted)
+    }
+
+    /// How large the published units of a kind are on average: those of a family, if there are any.
+    pub fn mean_unit_bytes(&self, kind: &str, family: Option<Fingerprint>) -> Result<Option<u64>> {
+        let prefix = format!("{}/", kind_name(kind));
+        let of_kind: Vec<Noted> =
+            self.noted_units()?.into_iter().filter(|(unit, _)| unit.starts_with(&prefix)).map(|(_, noted)| noted).collect();
+        let of_family: Vec<Noted> = of_kind.iter().filter(|noted| family.is_some() && noted.family == family).copied().collect();
+        let like = if of_family.is_empty() { of_kind } else { of_family };
+        Ok(like.iter().map(|noted| noted.bytes).sum::<u64>().checked_div(like.len() as u64))
     }
 
     /// Every unit's folder, as `KIND/FINGERPRINT`, ascending.
@@ -557,7 +585,7 @@ impl Store {
         Some(format!("{}/{}", kind.as_os_str().to_str()?, folder.as_os_str().to_str()?))
     }
 
-    /// Looks an artifact up: its manifest is its own, and every unit is valid.
+    /// Looks an artifact up: its manifest is its own, and every unit is valid or was let go.
     pub fn artifact(&self, kind: &str, fingerprint: &Fingerprint) -> Result<Status<Artifact>> {
         let manifest = match self.manifest(kind, fingerprint) {
             Ok(Some(manifest)) => manifest,
@@ -565,19 +593,26 @@ impl Store {
             Err(error @ (Error::OtherFormat { .. } | Error::Read { .. })) => return Err(error),
             Err(error) => return Ok(Status::Damaged(vec![error.to_string()])),
         };
-        let mut findings = Vec::new();
+        let (mut findings, mut is_dropped) = (Vec::new(), false);
         for (unit_idx, unit) in manifest.units.iter().enumerate() {
             match self.unit(kind, &unit.key.fingerprint)? {
                 Status::Valid(_) => {}
                 Status::Damaged(found) => findings.extend(found),
+                Status::Absent if manifest.is_dropped => is_dropped = true,
                 Status::Absent => findings.push(format!("unit {unit_idx} ({}) is missing", unit.key.fingerprint)),
             }
         }
         if findings.is_empty() {
-            Ok(Status::Valid(Artifact { manifest, units_folder: self.units_folder(kind) }))
+            Ok(Status::Valid(Artifact { manifest, is_dropped, units_folder: self.units_folder(kind) }))
         } else {
             Ok(Status::Damaged(findings))
         }
+    }
+
+    /// An artifact whose units are gone or damaged, as its manifest tells: made again, it is the same to those that read it.
+    pub fn artifact_as_it_was(&self, kind: &str, fingerprint: &Fingerprint) -> Option<Artifact> {
+        let manifest = self.manifest(kind, fingerprint).ok()??;
+        Some(Artifact { manifest, is_dropped: true, units_folder: self.units_folder(kind) })
     }
 
     /// An artifact's manifest, whatever became of its units.
@@ -650,10 +685,17 @@ impl Store {
                 ports.iter().map(|port| ((*port).to_owned(), port_digest(&units, port))).collect()
             }
         };
-        let manifest = Manifest { format: FORMAT, fingerprint, recipe, ports, units, made, seal: Digest::of(&[]) }.sealed();
+        let seal = Digest::of(&[]);
+        let manifest = Manifest { format: FORMAT, fingerprint, recipe, ports, units, made, is_dropped: false, seal }.sealed();
         self.publisher.replace(&path, &to_json(&manifest))?;
         self.publisher.remove(&self.plan_path(&manifest.recipe.kind, &fingerprint))?;
-        Ok(Artifact { manifest, units_folder })
+        Ok(Artifact { manifest, is_dropped: false, units_folder })
+    }
+
+    /// Notes that the units of an artifact may go. What it was made from, and what came out, stays known.
+    pub fn let_go(&self, manifest: Manifest) -> Result<()> {
+        let path = self.manifest_path(&manifest.recipe.kind, &manifest.fingerprint);
+        self.publisher.replace(&path, &to_json(&Manifest { is_dropped: true, ..manifest }.sealed()))
     }
 
     /// Sets a damaged manifest aside with the reason beside it.
@@ -740,7 +782,7 @@ mod tests {
     use crate::publish::replace;
 
     fn recipe() -> Recipe {
-        Recipe { kind: "clip/globals".into(), version: 1, params: json!({}), inputs: BTreeMap::new(), link: None }
+        Recipe { kind: "clip/globals".into(), version: 1, params: json!({}), inputs: BTreeMap::new() }
     }
 
     fn made() -> Provenance {

@@ -185,6 +185,7 @@ impl Store {
                 Ok(Status::Valid(_)) => found.push(finding(format!("lists other files of unit {name} than the unit itself"))),
                 // The unit is a finding of its own.
                 Ok(Status::Damaged(_)) | Err(_) => {}
+                Ok(Status::Absent) if manifest.is_dropped => {}
                 Ok(Status::Absent) => found.push(Finding {
                     class: Class::Missing,
                     unit: Some(name.clone()),

@@ -226,18 +226,18 @@ impl Units {
         match self {
             Self::One => (vec![without_items(0, recipe.fingerprint())], Vec::new()),
             Self::Chain { links } => {
-                let link = |link: u32| Recipe { link: Some(link), ..recipe.clone() }.fingerprint();
-                ((0..links).map(|index| without_items(index as usize, link(index))).collect(), Vec::new())
+                let chain = recipe.fingerprint();
+                let link = |link: u32| without_items(link as usize, chain.part("ovenbird link 1", &link.to_le_bytes()));
+                ((0..links).map(link).collect(), Vec::new())
             }
             Self::Independent { items, replaces } => {
                 let mut shared = recipe.clone();
                 shared.inputs.retain(|port, _| !replaces.contains(&port.as_str()));
-                let family = Some(shared.fingerprint());
+                let family = shared.fingerprint();
                 let unit = |(index, range): (usize, Range<usize>)| {
-                    let mut own = shared.clone();
                     let content = Digest::of_list("ovenbird items 1", items[range.clone()].iter().map(|item| ("", *item)));
-                    own.inputs.insert("(items)".into(), content);
-                    Unit { index, items: range, fingerprint: own.fingerprint(), family }
+                    let fingerprint = family.part("ovenbird unit 1", content.as_bytes());
+                    Unit { index, items: range, fingerprint, family: Some(family) }
                 };
                 (chunk::cut(&items).into_iter().enumerate().map(unit).collect(), items)
             }
@@ -254,6 +254,8 @@ pub enum Progress {
     Tick(u64),
     /// Something the operator should read: a skipped item and why, a measurement.
     Note(String),
+    /// It waits for something outside: another process, room on the disk.
+    Waiting,
     /// An item could not be read or understood, and is left out.
     Failed(FailedItem),
     /// A unit is published.
