@@ -2,7 +2,8 @@
 
 use std::{collections::BTreeMap, path::Path, thread, time::Duration};
 
-use ovenbird_cache::Store;
+use jiff::Timestamp;
+use ovenbird_cache::{Ledger, Store};
 use ovenbird_stages::artifacts::{Artifact as _, EvaluationFile};
 use serde::Serialize;
 use serde_json::json;
@@ -175,7 +176,18 @@ pub(crate) fn status(home: &Path, run: Option<&str>, json: bool) -> Result<()> {
         text.push_str(format!("  {:width$}  {:8} {amount}{failed}", step.id, step.state).trim_end());
         text.push('\n');
     }
+    text.push_str(&verified_words(&Store::open(home)?)?);
     print(&text)
+}
+
+/// How many units a home holds, and how long ago they were verified.
+fn verified_words(store: &Store) -> Result<String> {
+    let units = store.unit_names()?;
+    let verified = Ledger::of(store).verified();
+    let times: Vec<i64> = units.iter().filter_map(|unit| Some(verified.get(unit)?.at)).collect();
+    let oldest = times.iter().min().and_then(|oldest| Timestamp::from_second(*oldest).ok());
+    let oldest = oldest.map_or_else(String::new, |oldest| format!(", the others since {}", oldest.strftime("%Y-%m-%d %H:%M UTC")));
+    Ok(format!("{}, {} never verified{oldest}\n", count(units.len(), "unit"), units.len() - times.len()))
 }
 
 /// `ovenbird log`.

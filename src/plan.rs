@@ -41,9 +41,9 @@ pub(crate) type Made = BTreeMap<usize, Artifact>;
 /// What a look-up came to.
 pub(crate) enum Checked {
     /// The artifact is there.
-    Reused(Artifact),
+    Reused(Box<Artifact>),
     /// It has to be made.
-    Run(Work),
+    Run(Box<Work>),
     /// It has to be made, for these reasons, from the bytes of these steps, which were let go.
     Lacks { sources: Vec<usize>, reasons: Vec<String> },
 }
@@ -96,7 +96,9 @@ pub(crate) fn check(step: &Step, is_demanded: bool, files: &FileInputs, made: &M
         Status::Valid(artifact) if artifact.is_dropped && is_demanded => {
             (vec!["its bytes were dropped, and are needed".into()], Some(artifact))
         }
-        Status::Valid(artifact) if artifact.manifest.units.iter().all(|unit| is_whole(step, unit)) => return Ok(Checked::Reused(artifact)),
+        Status::Valid(artifact) if artifact.manifest.units.iter().all(|unit| is_whole(step, unit)) => {
+            return Ok(Checked::Reused(Box::new(artifact)));
+        }
         Status::Valid(_) => (vec!["some items failed, which `on_bad_item: fail` does not allow".into()], None),
         Status::Damaged(findings) => (findings.into_iter().map(|finding| format!("damaged: {finding}")).collect(), as_it_was()),
         Status::Absent => (Vec::new(), None),
@@ -113,7 +115,7 @@ pub(crate) fn check(step: &Step, is_demanded: bool, files: &FileInputs, made: &M
     let (units, items) = divided.of(&recipe);
     let missing = missing(step, store, &units, is_chain)?;
     reasons.extend(taken_from(step, store, &units, &items, &missing)?);
-    Ok(Checked::Run(Work { recipe, inputs, units, items, missing, is_chain, reasons, was }))
+    Ok(Checked::Run(Box::new(Work { recipe, inputs, units, items, missing, is_chain, reasons, was })))
 }
 
 /// Places of the units that have to be made.
@@ -266,12 +268,12 @@ pub(crate) fn look(pipeline: &Pipeline, wanted: &[usize], store: &Store, ledger:
             let found = if unknown.is_empty() {
                 match check(step, demanded.contains(&place), &files, &made, store, &last)? {
                     Checked::Reused(artifact) => {
-                        made.insert(place, artifact.clone());
-                        Seen::There(Box::new(artifact))
+                        made.insert(place, (*artifact).clone());
+                        Seen::There(artifact)
                     }
                     Checked::Run(work) => {
                         made.extend(work.was.clone().map(|artifact| (place, artifact)));
-                        Seen::Runs(Box::new(work))
+                        Seen::Runs(work)
                     }
                     Checked::Lacks { sources, reasons } => {
                         let n_demanded = demanded.len();

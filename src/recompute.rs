@@ -101,7 +101,7 @@ fn audit_step(
     let mut made = Made::new();
     for step in &needed[..needed.len() - 1] {
         match plan::check(&pipeline.steps[*step], true, &files, &made, store, &last)? {
-            plan::Checked::Reused(artifact) => drop(made.insert(*step, artifact)),
+            plan::Checked::Reused(artifact) => drop(made.insert(*step, *artifact)),
             plan::Checked::Run(_) | plan::Checked::Lacks { .. } => return Ok(()),
         }
     }

@@ -19,7 +19,7 @@ use ovenbird_stages::{
 };
 
 use crate::{
-    error::Result,
+    error::{Result, count},
     event::{self, Event, Stamped},
     history::{self, RunState, StepState},
     screen::duration,
@@ -331,6 +331,9 @@ fn manifests(out: &mut String, gathered: &Gathered) {
             put!(out, "<p class=\"quiet\">{}: no artifact</p>", escape(&step.id));
             continue;
         };
+        if step.failed > 0 {
+            put!(out, "<p class=\"failure\">{}: {} left out</p>", escape(&step.id), count(step.failed as usize, "item"));
+        }
         let manifest = &artifact.manifest;
         let files = || manifest.units.iter().flat_map(|unit| &unit.files);
         let metrics: BTreeMap<_, _> = manifest.units.iter().flat_map(|unit| &unit.metrics).collect();

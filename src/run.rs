@@ -81,6 +81,7 @@ pub(crate) fn run(
     let run = new_run_id(store, Timestamp::now());
     let (session, recovered) = store.enter()?;
     let ledger = Ledger::of(store).rehashing(options.rehash);
+    ledger.begin();
     let log = EventLog::create(store, &run)?;
     let request = serde_json::to_vec_pretty(&pipeline.request).expect("BUG: text is plain JSON");
     store.publisher().replace(&request_path(store, &run), &request)?;
@@ -173,7 +174,7 @@ impl Gauge {
 enum Message {
     Checked(usize, Result<Checked, Failure>),
     Progress(usize, Progress),
-    Finished(usize, Result<Artifact, Failure>),
+    Finished(usize, Result<Box<Artifact>, Failure>),
 }
 
 /// The owner of all state of a run.
@@ -348,7 +349,7 @@ impl<'a> Coordinator<'a> {
             let progress = sender.clone();
             let report = move |said| drop(progress.send(Message::Progress(place, said)));
             let finished = guard(|| make(&pipeline.steps[place], work, &store, options, &run, &stop, &report));
-            drop(sender.send(Message::Finished(place, finished)));
+            drop(sender.send(Message::Finished(place, finished.map(Box::new))));
         });
     }
 
@@ -360,7 +361,7 @@ impl<'a> Coordinator<'a> {
                 let fingerprint = artifact.manifest.fingerprint;
                 let verdict = if artifact.is_dropped { Verdict::Dropped } else { Verdict::Reused };
                 self.emit(Event::StepChecked { step: self.id(place), fingerprint, verdict })?;
-                self.keep(place, artifact)
+                self.keep(place, *artifact)
             }
             Message::Checked(place, Ok(Checked::Lacks { sources, .. })) => {
                 for source in sources {
@@ -376,7 +377,7 @@ impl<'a> Coordinator<'a> {
                 let (units_total, units_done) = (work.units.len(), work.units.len() - work.missing.len());
                 let verdict = Verdict::Run { units_done, units_total, reasons: work.reasons.clone() };
                 let fingerprint = work.recipe.fingerprint();
-                self.states.insert(place, State::Queued(Box::new(work)));
+                self.states.insert(place, State::Queued(work));
                 self.emit(Event::StepChecked { step: self.id(place), fingerprint, verdict })
             }
             Message::Progress(place, said) => self.note(place, said),
@@ -387,7 +388,7 @@ impl<'a> Coordinator<'a> {
                     let (fingerprint, ports) = (artifact.manifest.fingerprint, artifact.manifest.ports.clone());
                     self.emit(Event::StepDone { step: self.id(place), fingerprint, ports, items, failed, bytes, wall_s })?;
                 }
-                self.keep(place, artifact)
+                self.keep(place, *artifact)
             }
             Message::Checked(place, Err(failure)) | Message::Finished(place, Err(failure)) => self.fail(place, &failure),
         }

@@ -120,7 +120,12 @@ fn scan(store: &Store, wish: &Wish) -> Result<Report> {
     let clock = Instant::now();
     let ledger = Ledger::of(store);
     let mut report = Report::default();
-    let mut units: Vec<String> = store.unit_names()?.into_iter().filter(|unit| is_in(wish.subset, unit)).collect();
+    let names = store.unit_names()?;
+    if !names.is_empty() && !store.home().join("ledger").exists() {
+        let problem = "is missing: when units were verified, and the digests of inputs, are not known".into();
+        report.findings.push(Finding { class: Class::Ledger, unit: None, path: store.home().join("ledger"), problem });
+    }
+    let mut units: Vec<String> = names.into_iter().filter(|unit| is_in(wish.subset, unit)).collect();
     let verified = ledger.verified();
     report.never_verified = units.iter().filter(|unit| verified.get(*unit).is_none_or(|was| was.depth < wish.depth)).count();
     for words in ledger.notices() {
@@ -388,7 +393,7 @@ fn how_to_repair(class: Class) -> &'static str {
         Class::Leftover => "the next run, or `ovenbird verify --fix`, removes it",
         Class::Ledger => "nothing to do: it is begun anew",
         Class::Input => "restore the file from where it came from",
-        Class::Suspect => "look at the two images: they may be copies",
+        Class::Suspect => "the bytes are what was published; look whether the images and boxes they were made from are right",
     }
 }
 

@@ -202,7 +202,11 @@ fn what_cannot_be_made_again_is_named_with_what_is_lost() {
 #[test]
 fn a_lost_ledger_costs_nothing_but_time() {
     let world = copied();
-    fs::remove_dir_all(world.path(".ovenbird/ledger")).ok();
+    fs::remove_dir_all(world.path(".ovenbird/ledger")).unwrap();
+    let missing = world.run(["verify"]);
+    assert!(missing.code == 6 && missing.stdout.contains("ledger: is missing"), "{}", missing.stdout);
+    world.run(["verify"]).success();
+    fs::remove_dir_all(world.path(".ovenbird/ledger")).unwrap();
     let again = world.run(["run", "./tiny.yaml"]).success();
     assert!(again.stdout.contains("nothing to do"), "{}", again.stdout);
     world.write(".ovenbird/ledger/db", b"garbage".repeat(3000));

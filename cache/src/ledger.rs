@@ -73,6 +73,13 @@ impl Ledger {
         self.notices.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(words);
     }
 
+    /// Begins a ledger where there is none.
+    pub fn begin(&self) {
+        if !self.folder.exists() {
+            let _without = self.with(|_| Ok(()));
+        }
+    }
+
     /// Throws the ledger away.
     pub fn forget(&self) -> Result<()> {
         let started = Instant::now();

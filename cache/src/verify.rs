@@ -12,7 +12,7 @@ use std::{
 
 use arrow::{
     array::{Array, AsArray, RecordBatch},
-    datatypes::{Float32Type, UInt64Type},
+    datatypes::{Float32Type, UInt32Type, UInt64Type},
 };
 use serde::{Deserialize, Serialize};
 
@@ -54,7 +54,7 @@ pub enum Class {
     Ledger,
     /// An input file changed although its size and times did not.
     Input,
-    /// Nothing is damaged, but someone should look.
+    /// Nothing is damaged, but someone should look: two images with the same embedding, a box that reaches out of its image.
     Suspect,
 }
 
@@ -156,6 +156,7 @@ impl Store {
                 }
             }
             problems.extend(senseless_boxes(&batch).map(|problem| (Class::Damaged, problem)));
+            problems.extend(box_outside(&batch).map(|problem| (Class::Suspect, problem)));
         }
         Ok(problems)
     }
@@ -298,6 +299,22 @@ fn bytes_of_row(batch: &RecordBatch, row: usize) -> Option<Digest> {
     let width = data.data_type().primitive_width()?;
     let start = data.offset() * width;
     Some(Digest::of(&data.buffers()[0].as_slice()[start..start + data.len() * width]))
+}
+
+/// A box that reaches out of its image by more than rounding explains.
+fn box_outside(batch: &RecordBatch) -> Option<String> {
+    let boxes = batch.column_by_name("xyxy")?.as_list_opt::<i32>()?;
+    let side = |name: &str| batch.column_by_name(name)?.as_primitive_opt::<UInt32Type>();
+    let (ids, widths, heights) = (batch.column(0).as_primitive_opt::<UInt64Type>()?, side("width_px")?, side("height_px")?);
+    let of_row = |row: usize| {
+        let boxes = boxes.value(row);
+        let numbers = boxes.as_fixed_size_list_opt()?.values().as_primitive_opt::<Float32Type>()?.clone();
+        let (corners, _) = numbers.values().as_chunks::<4>();
+        let [width, height] = [widths.value(row) as f32, heights.value(row) as f32];
+        let outside = corners.iter().find(|[_, _, x2, y2]| *x2 > width + 1.0 || *y2 > height + 1.0)?;
+        Some(format!("image {}: box {outside:?} reaches out of {width} x {height} px", ids.value(row)))
+    };
+    (0..batch.num_rows()).find_map(of_row)
 }
 
 /// Boxes that are none: with corners in the wrong order, or outside any image.

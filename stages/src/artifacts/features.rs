@@ -1,8 +1,9 @@
 //! CLIP features and image crops in Arrow shards.
 //!
-//! `image-features`: `image_id` u64, `embedding` `[D]`. `region-features`: one row an image: `image_id` u64, and lists of
-//! equal length: `embedding` `[N, D]`, `xyxy` f32 `[N, 4]` px of the original image, `objectness` f32 `[N]`. `crops`: one
-//! row an object: `image_id` u64, `annotation_id` u64, `category_id` u64, `jpeg` bytes.
+//! `image-features`: `image_id` u64, `embedding` `[D]`. `region-features`: one row an image: `image_id` u64, `width_px` and
+//! `height_px` u32 of the original image, and lists of equal length: `embedding` `[N, D]`, `xyxy` f32 `[N, 4]` px of the
+//! original image, `objectness` f32 `[N]`. `crops`: one row an object: `image_id` u64, `annotation_id` u64, `category_id` u64,
+//! `jpeg` bytes.
 //!
 //! Embeddings are f16 unless a parameter says otherwise. Arrow has no bf16: it is stored as u16 in a field whose metadata
 //! says `ovenbird.bf16`. A record batch holds [`ROWS_PER_BATCH`] rows.
@@ -16,10 +17,10 @@ use std::{
 use arrow::{
     array::{
         Array, ArrayRef, AsArray, BinaryArray, FixedSizeListArray, Float16Array, Float32Array, ListArray, RecordBatch, UInt16Array,
-        UInt64Array,
+        UInt32Array, UInt64Array,
     },
     buffer::OffsetBuffer,
-    datatypes::{DataType, Field, FieldRef, Float16Type, Float32Type, Schema, UInt16Type, UInt64Type},
+    datatypes::{DataType, Field, FieldRef, Float16Type, Float32Type, Schema, UInt16Type, UInt32Type, UInt64Type},
 };
 use half::{bf16, f16};
 use ovenbird_cache::{
@@ -246,6 +247,8 @@ impl<R: ImageRow> Shelf<R> {
 pub struct Regions {
     /// The image.
     pub image_id: ImageId,
+    /// Its width and height.
+    pub size_px: [u32; 2],
     /// Boxes, N of them.
     pub boxes: Vec<Xyxy>,
     /// How sure the proposal network was, `[N]`.
@@ -267,6 +270,8 @@ impl<'a> RegionFeaturesWriter<'a> {
     pub fn new(file: DraftFile<'a>, unit: &Fingerprint, stored: NumberType, dim: usize) -> Result<Self> {
         let schema = Schema::new(vec![
             Field::new("image_id", DataType::UInt64, false),
+            Field::new("width_px", DataType::UInt32, false),
+            Field::new("height_px", DataType::UInt32, false),
             list_field("embedding", embedding_field(stored, dim)),
             list_field("xyxy", box_field()),
             list_field("objectness", score_field()),
@@ -295,8 +300,11 @@ impl<'a> RegionFeaturesWriter<'a> {
         let corners = |xyxy: &Xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2];
         let corners: Vec<f32> = rows.iter().flat_map(|row| row.boxes.iter().flat_map(corners)).collect();
         let boxes = vector_array(NumberType::F32.field("item"), 4, NumberType::F32.array(&corners));
-        let columns: [(&str, ArrayRef); 4] = [
+        let side = |axis: usize| -> ArrayRef { Arc::new(UInt32Array::from_iter_values(rows.iter().map(|row| row.size_px[axis]))) };
+        let columns: [(&str, ArrayRef); 6] = [
             ("image_id", Arc::new(UInt64Array::from_iter_values(rows.iter().map(|row| row.image_id.0)))),
+            ("width_px", side(0)),
+            ("height_px", side(1)),
             ("embedding", list(embedding_field(self.stored, self.dim), Arc::new(embeddings))),
             ("xyxy", list(box_field(), Arc::new(boxes))),
             ("objectness", list(score_field(), NumberType::F32.array(&flat(|row| row.objectness.clone())))),
@@ -351,6 +359,11 @@ impl RegionFeatures {
 
 fn region_rows(path: &Path, batch: &RecordBatch) -> Result<Vec<Regions>> {
     let ids = u64_column(path, batch, "image_id")?;
+    let side = |name: &str| {
+        let column = batch.column_by_name(name).and_then(|column| column.as_primitive_opt::<UInt32Type>());
+        column.ok_or_else(|| malformed(path, format!("expected a column `{name}` of u32")))
+    };
+    let (widths, heights) = (side("width_px")?, side("height_px")?);
     let embeddings = list_column(path, batch, "embedding")?;
     let (boxes, scores) = (list_column(path, batch, "xyxy")?, list_column(path, batch, "objectness")?);
     let row = |(row_idx, image_id): (usize, u64)| {
@@ -361,7 +374,8 @@ fn region_rows(path: &Path, batch: &RecordBatch) -> Result<Vec<Regions>> {
             return Err(malformed(path, format!("image {image_id}: boxes and objectness do not have the same length")));
         }
         let boxes = corners.chunks_exact(4).map(|corner| Xyxy { x1: corner[0], y1: corner[1], x2: corner[2], y2: corner[3] }).collect();
-        Ok(Regions { image_id: ImageId(image_id), boxes, objectness, embeddings })
+        let size_px = [widths.value(row_idx), heights.value(row_idx)];
+        Ok(Regions { image_id: ImageId(image_id), size_px, boxes, objectness, embeddings })
     };
     ids.into_iter().enumerate().map(row).collect()
 }

@@ -176,7 +176,7 @@ impl Proposals {
 
 impl Stage for Proposals {
     const KIND: &'static str = "clip/proposals";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), PROPOSALS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
 
@@ -245,7 +245,7 @@ impl Stage for Proposals {
                 let Some((kept, crops)) = cx.kept(&draft, &image.file_name, prepared)? else { return Ok(()) };
                 n_regions += kept.len();
                 pending.crops.extend(crops);
-                pending.images.push_back(Waiting::ForCrops(image.id, kept));
+                pending.images.push_back(Waiting::ForCrops(image.id, [image.width, image.height], kept));
                 while pending.crops.len() >= BATCH {
                     let rest = pending.crops.split_off(BATCH);
                     pending.embeddings.extend(encoder.squares(&std::mem::replace(&mut pending.crops, rest))?);
@@ -274,7 +274,7 @@ struct Pending {
 }
 
 enum Waiting {
-    ForCrops(ImageId, Vec<Proposal>),
+    ForCrops(ImageId, [u32; 2], Vec<Proposal>),
     Taken(Regions),
 }
 
@@ -284,16 +284,17 @@ impl Pending {
         while let Some(front) = self.images.pop_front() {
             let regions = match front {
                 Waiting::Taken(regions) => regions,
-                Waiting::ForCrops(image_id, kept) => {
+                Waiting::ForCrops(image_id, size_px, kept) => {
                     let n_numbers = kept.len() * self.per_region * self.dim;
                     if self.embeddings.len() - used < n_numbers {
-                        self.images.push_front(Waiting::ForCrops(image_id, kept));
+                        self.images.push_front(Waiting::ForCrops(image_id, size_px, kept));
                         break;
                     }
                     let embeddings = self.embeddings[used..used + n_numbers].chunks(self.per_region * self.dim);
                     used += n_numbers;
                     Regions {
                         image_id,
+                        size_px,
                         boxes: kept.iter().map(|proposal| proposal.xyxy).collect(),
                         objectness: kept.iter().map(|proposal| proposal.score).collect(),
                         embeddings: embeddings.flat_map(|crops| averaged(crops, self.dim)).collect(),
