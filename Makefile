@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: quickstart test faults check bench libtorch clean
+.PHONY: quickstart test faults check bench peers libtorch clean
 
 quickstart: libtorch
 	$(CARGO) build --release
@@ -22,6 +22,11 @@ check: libtorch
 
 bench: libtorch
 	$(CARGO) bench --bench globals --bench store
+
+# The programs that `make bench` compares with; it says so where they are absent.
+peers:
+	python3 -m venv target/peers
+	target/peers/bin/pip install --quiet --disable-pip-version-check -r benches/peers/requirements.txt
 
 # Once per user: the libraries go into the cache folder, the source tree gets a link.
 libtorch:

@@ -3,6 +3,8 @@
 //! Limits: a no-op run has to start the program and look at two inodes a unit; a full scan has to read every byte and pass it
 //! through BLAKE3; a random look-up has to touch one page; a commit has to fsync its files and folders.
 //!
+//! Peers, where `make peers` has set them up: `dvc status` of the same folders, and loading one file an image in PyTorch.
+//!
 //! `make bench`; `OVENBIRD_BENCH_ITEMS` sets the number of items (1,000,000: 1 GB of features and as many small files).
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods, reason = "a benchmark prints, and may end where it fails")]
 
@@ -40,6 +42,7 @@ fn main() {
     println!("-- {n_items} items, {DIM} f16 each, {} units", n_items.div_ceil(ROWS));
     fs::create_dir(folder.path().join("images")).unwrap();
     fs::write(folder.path().join("images/0.jpg"), b"an image").unwrap();
+    write_pipeline(folder.path());
     let (units, writing) = made(folder.path(), &store, n_items);
     let bytes: u64 = units.iter().map(UnitRecord::bytes).sum();
     println!("written with digests and statistics: {:.0} rows/s", n_items as f64 / writing);
@@ -63,17 +66,39 @@ fn main() {
         bare / scan
     );
 
+    one_file_an_image(folder.path(), n_items as f64 / scan);
     look_ups(folder.path(), &paths, n_items);
-    small_files(folder.path(), &store, n_items);
+    println!("-- small input files");
+    for n_files in [n_items / 100, n_items / 10] {
+        small_files(n_files);
+    }
+    small_files(n_items);
     overhead(folder.path());
+    after_a_kill(folder.path());
+}
+
+/// A program of `make peers`; none, aloud, where it is not set up.
+fn peer(name: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/peers/bin").join(name);
+    if !path.exists() {
+        println!("skipped: {name} is not set up (`make peers`)");
+    }
+    path.exists().then_some(path)
+}
+
+/// Checking features by loading one file an image, as the reference does, beside a full scan of shards.
+fn one_file_an_image(folder: &Path, scanned_per_s: f64) {
+    let Some(python) = peer("python") else { return };
+    let n_files = 20_000;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/peers/per_image_files.py");
+    let output = Command::new(python).arg(script).arg(folder.join("pth")).args([n_files.to_string(), DIM.to_string()]).output().unwrap();
+    let seconds: f64 = String::from_utf8_lossy(&output.stdout).trim().parse().unwrap();
+    let loaded_per_s = f64::from(n_files) / seconds;
+    println!("rows checked: {scanned_per_s:.0}/s by verify --full, {loaded_per_s:.0}/s by torch.load of one file an image");
 }
 
 /// An artifact of `clip/globals` with rows of unit norm, published as the program would; and how long writing took, in s.
 fn made(folder: &Path, store: &Store, n_items: usize) -> (Vec<UnitRecord>, f64) {
-    fs::write(folder.join("labels.json"), b"{}").unwrap();
-    fs::write(folder.join("clip.safetensors"), b"weights").unwrap();
-    let text = "version: 1\nname: bench\nstages:\n  - {id: globals, use: clip/globals, in: {images: ./images, annotations: ./labels.json, checkpoint: ./clip.safetensors}}\n";
-    fs::write(folder.join("bench.yaml"), text).unwrap();
     let recipe = recipe(folder);
     let family = Some(recipe.fingerprint());
     let mut random = ChaCha8Rng::seed_from_u64(3);
@@ -99,6 +124,13 @@ fn made(folder: &Path, store: &Store, n_items: usize) -> (Vec<UnitRecord>, f64) 
     let writing = clock.elapsed().as_secs_f64();
     publish(store, recipe, units.clone());
     (units, writing)
+}
+
+fn write_pipeline(folder: &Path) {
+    fs::write(folder.join("labels.json"), b"{}").unwrap();
+    fs::write(folder.join("clip.safetensors"), b"weights").unwrap();
+    let text = "version: 1\nname: bench\nstages:\n  - {id: globals, use: clip/globals, in: {images: ./images, annotations: ./labels.json, checkpoint: ./clip.safetensors}}\n";
+    fs::write(folder.join("bench.yaml"), text).unwrap();
 }
 
 /// What the program will say the step is made from.
@@ -225,25 +257,79 @@ fn look_ups(folder: &Path, paths: &[PathBuf], n_items: usize) {
     fs::remove_dir_all(small).unwrap();
 }
 
-/// A no-op run over as many small input files, and after one of them has changed.
-fn small_files(folder: &Path, store: &Store, n_items: usize) {
-    let images = folder.join("images");
-    for item in 0..n_items {
-        fs::write(images.join(format!("{item:012}.jpg")), item.to_le_bytes()).unwrap();
-    }
-    publish(store, recipe(folder), Vec::new());
+/// A no-op plan over as many small input files, and after one of them has changed; and what DVC takes on the same folder.
+fn small_files(n_files: usize) {
+    let folder = tempfile::tempdir().unwrap();
+    let (folder, images) = (folder.path(), folder.path().join("images"));
+    fs::create_dir(&images).unwrap();
+    let name = |item: usize| images.join(format!("{item:012}.jpg"));
+    (0..n_files).for_each(|item| fs::write(name(item), item.to_le_bytes()).unwrap());
+    write_pipeline(folder);
+    let store = Store::open(&folder.join("home")).unwrap();
+    drop(store.enter().unwrap());
+    publish(&store, recipe(folder), Vec::new());
+    // Times of files that changed just now are not trusted.
     thread::sleep(Duration::from_secs(3));
     let (first, _) = best_of(1, folder, &["plan", "./bench.yaml"]);
     let (warm, peak) = best_of(3, folder, &["plan", "./bench.yaml"]);
-    println!("-- {n_items} input files: hashed once in {first:.1} s; plan afterwards {warm:.2} s, peak {peak:.0} MiB");
     let clock = Instant::now();
-    assert!((0..n_items).all(|item| images.join(format!("{item:012}.jpg")).exists()));
+    assert!((0..n_files).all(|item| name(item).exists()));
     let exists = clock.elapsed().as_secs_f64();
-    println!("exists() of each in turn: {exists:.2} s");
-    fs::write(images.join("000000000007.jpg"), b"changed").unwrap();
-    publish(store, recipe(folder), Vec::new());
+    fs::write(name(7), b"changed").unwrap();
+    publish(&store, recipe(folder), Vec::new());
     let (changed, _) = best_of(1, folder, &["plan", "./bench.yaml"]);
-    println!("plan after one file has changed: {changed:.2} s");
+    println!(
+        "{n_files} files: hashed once in {first:.2} s; plan {warm:.2} s, peak {peak:.0} MiB; after one changed {changed:.2} s; exists() of each {exists:.2} s"
+    );
+    // DVC takes minutes for a million.
+    if n_files <= 100_000
+        && let Some(dvc) = peer("dvc")
+    {
+        let run = |args: &[&str]| {
+            let clock = Instant::now();
+            let status =
+                Command::new(&dvc).args(args).current_dir(folder).env("DVC_NO_ANALYTICS", "1").stdout(Stdio::null()).status().unwrap();
+            assert!(status.success(), "{args:?}");
+            clock.elapsed().as_secs_f64()
+        };
+        run(&["init", "--no-scm", "--quiet"]);
+        let first = run(&["add", "--quiet", "images"]);
+        let warm = (0..3).map(|_| run(&["status"])).fold(f64::MAX, f64::min);
+        println!("  dvc add {first:.1} s, dvc status {warm:.2} s");
+    }
+}
+
+/// How long the program takes from its start after a kill to the first unit it adds, in a home of 100,000 other units.
+fn after_a_kill(folder: &Path) {
+    let pipeline = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines/quickstart.yaml")).unwrap();
+    let small = pipeline.replace("with: {seed: \"${seed}\"}", "with: {seed: \"${seed}\", steps: 100000, steps_per_unit: 1, batch: 8}");
+    fs::write(folder.join("kill.yaml"), small).unwrap();
+    let n_links = || fs::read_dir(folder.join("empty/units/clip-pretrain")).map_or(0, Iterator::count);
+    let start = || {
+        let args = ["run", "./kill.yaml", "--until", "clip", "--set", "web_images=200", "--home", "empty"];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ovenbird"));
+        command.args(args).current_dir(folder).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    };
+    let until = |n: usize| {
+        while n_links() < n {
+            thread::sleep(Duration::from_millis(2));
+        }
+    };
+    let mut seconds = Vec::new();
+    for _ in 0..4 {
+        let before = n_links();
+        let clock = Instant::now();
+        let mut running = start();
+        // A unit in the making counts as a folder, too.
+        until(before + 2);
+        seconds.push(clock.elapsed().as_secs_f64());
+        let one_more = Instant::now();
+        until(before + 12);
+        let link = one_more.elapsed().as_secs_f64() / 10.0;
+        running.kill().unwrap();
+        running.wait().unwrap();
+        println!("start after a kill: first unit after {:.2} s; each further one {link:.2} s", seconds[seconds.len() - 1]);
+    }
 }
 
 /// What a unit costs that holds nothing.
