@@ -9,7 +9,7 @@ quickstart: libtorch
 	target/release/ovenbird run quickstart
 
 test: libtorch
-	$(CARGO) test --release --workspace
+	$(CARGO) test --release --workspace --no-fail-fast
 
 # Every damage of every file class and 200 kills: some ten minutes.
 faults: libtorch

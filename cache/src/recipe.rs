@@ -222,7 +222,7 @@ mod tests {
             [
                 "b772369daba0e1b63621e4b4a91c5e734a8259644d484d95ae16983fc619d304",
                 "c12271dcbe0b5e71573c7b5d814a007ee8d107ab3b520268b0702150e82ffc88",
-                "093cde78b066632eff608d99f8b49899ead1c52791c8bcaaf2da618d52722e03",
+                "63eaab562efcda4c6f84b57f8e3de29e07c17f90eeaccac35e7eac6bbe886f2e",
             ]
         );
     }
