@@ -14,6 +14,7 @@ mod report;
 mod run;
 mod screen;
 mod verify;
+mod work;
 
 use error::ExitCode;
 

@@ -8,20 +8,17 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc,
+        atomic::{AtomicBool, Ordering},
     },
     thread,
     time::{Duration, Instant},
 };
 
-use indicatif::HumanBytes;
 use jiff::Timestamp;
-use ovenbird_cache::{Artifact, Claim, Ledger, Owner, Provenance, Recovered, Session, Status, Store, UnitRecord, Watch, unit_name};
-use ovenbird_stages::{Context, FailedItem, Progress, Unit};
+use ovenbird_cache::{Artifact, Ledger, Recovered, Session, Store};
+use ovenbird_stages::{FailedItem, Progress};
 use tokio::{
     runtime,
     signal::unix::{Signal, SignalKind, signal},
@@ -35,6 +32,7 @@ use crate::{
     pipeline::{Pipeline, Step},
     plan::{self, Checked, FileInputs, Last, Made, Work, upstream},
     verify::request_path,
+    work::{self, Failure, Shop, Task, guard, lacks_room},
 };
 
 /// How often progress goes into the log and to the screen.
@@ -42,10 +40,6 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 /// How often a run says that it lives, to those who wait for what it makes.
 const BEAT_EVERY: Duration = Duration::from_secs(10);
-/// How often to look whether another process has made what this one waits for.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// How much has to be freed before a run that found the disk full goes on, in bytes.
-const LEAST_ROOM: u64 = 16 << 20;
 /// After how long without any progress the operator is told; [`Step::max_silence`] says when a step is given up.
 const SILENCE: Duration = Duration::from_secs(60);
 
@@ -161,13 +155,29 @@ struct Gauge {
     total: u64,
     units_left: usize,
     bytes: u64,
+    /// Crops or images that went through the network.
+    views: u64,
+    /// Pieces of work that were ready for it at last.
+    ready: u64,
     is_stale: bool,
 }
 
 impl Gauge {
     fn new(units_left: usize) -> Self {
         let now = Instant::now();
-        Self { started: now, last_sign: now, is_silent: false, failed: 0, done: 0, total: 0, units_left, bytes: 0, is_stale: false }
+        Self {
+            started: now,
+            last_sign: now,
+            is_silent: false,
+            failed: 0,
+            done: 0,
+            total: 0,
+            units_left,
+            bytes: 0,
+            views: 0,
+            ready: 0,
+            is_stale: false,
+        }
     }
 }
 
@@ -306,12 +316,19 @@ impl<'a> Coordinator<'a> {
                         self.start_check(place, Arc::clone(files));
                     }
                 }
-                State::Queued(work) if self.fits(place) => {
-                    let gauge = Gauge::new(work.missing.len());
-                    if let Some(State::Queued(work)) = self.states.insert(place, State::Running(gauge)) {
-                        self.emit(Event::StepStarted { step: self.id(place) })?;
-                        self.start_worker(place, *work);
+                State::Queued(_) if self.fits(place) && !self.may_gain_company(place) => {
+                    let (mut tasks, company) = (Vec::new(), self.company(place));
+                    if company.len() > 1 {
+                        let ids: Vec<String> = company.iter().map(|place| self.id(*place)).collect();
+                        self.emit(Event::Notice { words: format!("one pass over the images serves {}", ids.join(", ")) })?;
                     }
+                    for place in company {
+                        let Some(State::Queued(work)) = self.states.remove(&place) else { continue };
+                        self.states.insert(place, State::Running(Gauge::new(work.missing.len())));
+                        self.emit(Event::StepStarted { step: self.id(place) })?;
+                        tasks.push((place, work));
+                    }
+                    self.start_worker(tasks);
                 }
                 State::Queued(_) | State::Checking | State::Running(_) | State::Done | State::Failed | State::Skipped => {}
             }
@@ -342,14 +359,44 @@ impl<'a> Coordinator<'a> {
         });
     }
 
-    fn start_worker(&self, place: usize, work: Work) {
+    /// Whether two steps can share a pass over their images.
+    fn share_a_pass(&self, one: usize, other: usize) -> bool {
+        let [one, other] = [one, other].map(|place| &self.pipeline.steps[place]);
+        let is_alike = |port: &str| one.inputs.get(port) == other.inputs.get(port);
+        one.stage.rides() && other.stage.rides() && is_alike("images") && is_alike("annotations")
+    }
+
+    /// The queued steps that share a pass with a queued step, itself included.
+    fn company(&self, place: usize) -> Vec<usize> {
+        let queued = self.states.iter().filter(|(_, state)| matches!(state, State::Queued(_))).map(|(place, _)| *place);
+        queued.filter(|other| *other == place || self.share_a_pass(place, *other)).collect()
+    }
+
+    /// Whether a step that is just being looked up might share a pass with a queued step.
+    fn may_gain_company(&self, place: usize) -> bool {
+        self.states.iter().any(|(other, state)| matches!(state, State::Checking) && self.share_a_pass(place, *other))
+    }
+
+    fn start_worker(&self, tasks: Vec<(usize, Box<Work>)>) {
         let (pipeline, store, sender) = (Arc::clone(self.pipeline), self.store.clone(), self.sender.clone());
         let (options, run, stop) = (self.options, self.run.clone(), Arc::clone(&self.stop));
         thread::spawn(move || {
-            let progress = sender.clone();
-            let report = move |said| drop(progress.send(Message::Progress(place, said)));
-            let finished = guard(|| make(&pipeline.steps[place], work, &store, options, &run, &stop, &report));
-            drop(sender.send(Message::Finished(place, finished.map(Box::new))));
+            let places: Vec<usize> = tasks.iter().map(|(place, _)| *place).collect();
+            let reports: Vec<_> = places
+                .iter()
+                .map(|place| {
+                    let (progress, place) = (sender.clone(), *place);
+                    move |said| drop(progress.send(Message::Progress(place, said)))
+                })
+                .collect();
+            let task = |((place, work), report)| Task { step: &pipeline.steps[place], work, report };
+            let reports = reports.iter().map(|report| report as &(dyn Fn(Progress) + Send + Sync));
+            let tasks: Vec<Task<'_>> = tasks.into_iter().zip(reports).map(task).collect();
+            let shop = Shop { store: &store, options, run: &run, stop: &stop };
+            for (place, finished) in places.iter().zip(work::make(&tasks, shop)) {
+                // Nobody listens once the loop has ended because its log could not be written.
+                drop(sender.send(Message::Finished(*place, finished.map(Box::new))));
+            }
         });
     }
 
@@ -410,6 +457,10 @@ impl<'a> Coordinator<'a> {
             Progress::Total(total) => gauge.total = total,
             Progress::Tick(n_items) => gauge.done += n_items,
             Progress::Waiting => gauge.is_stale = false,
+            Progress::Flow { views, ready } => {
+                gauge.views += views;
+                gauge.ready = ready;
+            }
             Progress::Committed { unit, bytes } => {
                 let is_first = gauge.bytes == 0;
                 gauge.bytes += bytes;
@@ -482,190 +533,16 @@ impl<'a> Coordinator<'a> {
     }
 }
 
-/// Why a worker ended without an artifact.
-enum Failure {
-    Known(Error),
-    /// A panic, which is always ours.
-    Bug(String),
-}
-
-/// Runs something on a worker's thread; a panic comes back as a failure.
-fn guard<T>(work: impl FnOnce() -> Result<T>) -> Result<T, Failure> {
-    match catch_unwind(AssertUnwindSafe(work)) {
-        Ok(result) => result.map_err(Failure::Known),
-        Err(panic) => {
-            let words = panic.downcast_ref::<String>().cloned();
-            let words = words.or_else(|| panic.downcast_ref::<&str>().map(|words| (*words).to_owned()));
-            Err(Failure::Bug(words.unwrap_or_else(|| "a panic without words".into())))
-        }
-    }
-}
-
 fn listen(kind: SignalKind) -> Signal {
     signal(kind).expect("BUG: SIGINT and SIGTERM can be listened to")
 }
 
-/// Makes the missing units of a step and publishes its artifact.
-fn make(
-    step: &Step,
-    work: Work,
-    store: &Store,
-    options: Options,
-    run: &str,
-    stop: &AtomicBool,
-    report: &(dyn Fn(Progress) + Send + Sync),
-) -> Result<Artifact> {
-    let (started, clock) = (Timestamp::now(), Instant::now());
-    let kind = step.entry.kind;
-    let Work { recipe, inputs, units, items, missing, is_chain, .. } = work;
-    let n_items: usize = missing.iter().map(|unit| units[*unit].items.len()).sum();
-    if n_items > 0 {
-        report(Progress::Total(n_items as u64));
-    }
-    let (watch, n_failed) = (Mutex::new(Watch::default()), AtomicU64::new(0));
-    let context = Context {
-        store,
-        kind,
-        units: &units,
-        items: &items,
-        inputs: &inputs,
-        device: options.device,
-        threads: step.resources.cpu,
-        on_bad_item: step.on_bad_item,
-        n_failed: &n_failed,
-        watch: &watch,
-        stop,
-        report,
-    };
-    let family = units.first().and_then(|unit| unit.family);
-    if let Some(unit_bytes) = store.mean_unit_bytes(kind, family)?
-        && let Some(words) = lacks_room(store, missing.len(), unit_bytes)
-    {
-        context.note(words);
-    }
-    store.write_plan(&recipe, &units.iter().map(|unit| unit.fingerprint).collect::<Vec<_>>())?;
-    let mut waits_for: Option<Owner> = None;
-    loop {
-        let missing = plan::missing(step, store, &units, is_chain)?;
-        if missing.is_empty() {
-            break;
-        }
-        context.proceed()?;
-        // Units that hold items are claimed one by one by the stage; anything else is one process's as a whole.
-        let first = &units[missing[0]];
-        let claimed = if first.family.is_some() { &first.fingerprint } else { &recipe.fingerprint() };
-        let claim = store.claim(kind, claimed, &mut watch.lock().unwrap_or_else(PoisonError::into_inner))?;
-        let lease = match claim {
-            Claim::Mine(lease) => lease,
-            Claim::Made(record) if plan::is_whole(step, &record) => continue,
-            Claim::Made(record) => {
-                store.quarantine(&unit_name(kind, &record.key.fingerprint), &["some items failed".into()])?;
-                continue;
-            }
-            Claim::Held(holder) => {
-                if waits_for.as_ref() != Some(&holder) {
-                    report(Progress::Note(format!("waits for {}, which is making it", holder.words())));
-                    waits_for = Some(holder);
-                }
-                report(Progress::Waiting);
-                thread::sleep(LOOK_EVERY);
-                continue;
-            }
-        };
-        let missing: Vec<Unit> = missing.into_iter().map(|unit| units[unit].clone()).collect();
-        for unit in &missing {
-            match store.unit(kind, &unit.fingerprint)? {
-                Status::Damaged(findings) => drop(store.quarantine(&unit_name(kind, &unit.fingerprint), &findings)?),
-                Status::Valid(record) if !plan::is_whole(step, &record) => {
-                    drop(store.quarantine(&unit_name(kind, &unit.fingerprint), &["some items failed".into()])?);
-                    // With more items it is another artifact to those that read it.
-                    store.quarantine_manifest(&store.manifest_path(kind, &recipe.fingerprint()), "some items failed")?;
-                }
-                Status::Valid(_) | Status::Absent => {}
-            }
-        }
-        // The stage claims units that hold items by itself.
-        let _whole = if first.family.is_some() {
-            drop(lease);
-            None
-        } else {
-            Some(lease)
-        };
-        match step.stage.run(&missing, &context) {
-            Err(error) if error.is_disk_full() => wait_for_room(store, &context)?,
-            result => result?,
-        }
-    }
-    let record = |unit: &Unit| -> Result<UnitRecord> {
-        match store.unit(kind, &unit.fingerprint)? {
-            Status::Valid(record) => Ok(record),
-            Status::Damaged(_) | Status::Absent => panic!("BUG: `{kind}` ended well without unit {}", unit.index),
-        }
-    };
-    let whole = if is_chain { &units[units.len().saturating_sub(1)..] } else { &units[..] };
-    let records = whole.iter().map(record).collect::<Result<Vec<_>>>()?;
-    let made = Provenance {
-        program: format!("ovenbird {}", env!("CARGO_PKG_VERSION")),
-        run: run.to_owned(),
-        host: read_line("/proc/sys/kernel/hostname"),
-        device: device_name(options.device),
-        libtorch: ovenbird_models::LIBTORCH.into(),
-        started: started.to_string(),
-        wall_s: clock.elapsed().as_secs_f64(),
-    };
-    let ports: Vec<&str> = step.entry.outputs.iter().map(|port| port.name).collect();
-    Ok(store.commit_artifact(recipe, &ports, records, made)?)
-}
-
-/// Free space where the home lies, in bytes.
-fn free(store: &Store) -> u64 {
-    rustix::fs::statvfs(store.home()).map_or(0, |disk| disk.f_bavail * disk.f_frsize)
-}
-
-/// Says so where the disk will not hold some more units of a size.
-fn lacks_room(store: &Store, n_units: usize, unit_bytes: u64) -> Option<String> {
-    let (free, needed) = (free(store), n_units as u64 * unit_bytes);
-    (needed > free).then(|| {
-        let (needed, free) = (HumanBytes(needed), HumanBytes(free));
-        let at = store.home().display();
-        format!("needs about {needed} for {} and finds {free} at {at}: it will pause when the disk is full", count(n_units, "unit"))
-    })
-}
-
-/// Waits until the disk has room again. Nothing is damaged meanwhile: what was in the making is lost, and made again.
-fn wait_for_room(store: &Store, context: &Context<'_>) -> Result<()> {
-    let at_least = free(store) + LEAST_ROOM;
-    let words = format!(
-        "the disk is full: paused. Free {} or more at {}, and it continues by itself",
-        HumanBytes(LEAST_ROOM),
-        store.home().display()
-    );
-    context.note(words);
-    while free(store) < at_least {
-        context.proceed()?;
-        (context.report)(Progress::Waiting);
-        thread::sleep(LOOK_EVERY);
-    }
-    context.note("there is room again: continues");
-    Ok(())
-}
-
-fn read_line(path: &str) -> String {
-    fs::read_to_string(path).map_or_else(|_| "unknown".into(), |text| text.trim().to_owned())
-}
-
-/// What networks run on, in words.
-fn device_name(device: tch::Device) -> String {
-    let tch::Device::Cpu = device else { return format!("{device:?}") };
-    let info = read_line("/proc/cpuinfo");
-    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, model)| model.trim().to_owned()));
-    model.unwrap_or_else(|| "cpu".into())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use ovenbird_cache::inputs::InputFile;
-    use ovenbird_stages::{AnyStage, In, Inputs, OnBadItem, Out, PortInfo, StageEntry, Units, artifacts::AnnotationFile};
+    use ovenbird_stages::{AnyStage, Context, In, Inputs, OnBadItem, Out, PortInfo, StageEntry, Unit, Units, artifacts::AnnotationFile};
     use proptest::prelude::*;
     use serde_json::{Value, json};
 

@@ -4,6 +4,7 @@
 mod support;
 
 mod errors;
+mod extraction;
 mod faults;
 mod quickstart;
 mod surface;

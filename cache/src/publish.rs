@@ -88,7 +88,7 @@ impl Publisher {
         self.create_dir_all(parent)?;
         let folder = parent.join(self.temporary(&name));
         self.disk.create_dir(&folder).map_err(|source| Error::write(&folder, source))?;
-        Ok(Draft { publisher: self.clone(), folder, target: target.to_owned(), files: Mutex::default(), is_committed: false })
+        Ok(Draft { publisher: self.clone(), folder, target: target.to_owned(), files: Arc::default(), is_committed: false })
     }
 
     /// Writes one file whole, replacing what was there.
@@ -237,20 +237,20 @@ pub struct Draft {
     folder: PathBuf,
     target: PathBuf,
     /// Filled by `DraftFile::finish`, possibly from several threads; held for the push alone.
-    files: Mutex<Vec<FileRecord>>,
+    files: Arc<Mutex<Vec<FileRecord>>>,
     is_committed: bool,
 }
 
 impl Draft {
     /// Opens a file of the draft, `name` being its path inside the folder. May be called from several threads.
-    pub fn create(&self, name: &str) -> Result<DraftFile<'_>> {
+    pub fn create(&self, name: &str) -> Result<DraftFile> {
         let path = self.folder.join(name);
         if let Some(parent) = path.parent() {
             self.publisher.create_dir_all(parent)?;
         }
         let file = self.publisher.disk.create_new(&path).map_err(|source| Error::write(&path, source))?;
         let writer = BufWriter::with_capacity(1 << 18, file);
-        Ok(DraftFile { draft: self, name: name.into(), path, writer, hasher: blake3::Hasher::new(), bytes: 0 })
+        Ok(DraftFile { files: Arc::clone(&self.files), name: name.into(), path, writer, hasher: blake3::Hasher::new(), bytes: 0 })
     }
 
     /// Writes a whole file of the draft.
@@ -295,8 +295,9 @@ impl Drop for Draft {
 
 /// A file of a [`Draft`], hashed as it is written. Dropping it without [`DraftFile::finish`] leaves it out of the record.
 #[derive(Debug)]
-pub struct DraftFile<'a> {
-    draft: &'a Draft,
+pub struct DraftFile {
+    /// The draft's.
+    files: Arc<Mutex<Vec<FileRecord>>>,
     name: String,
     path: PathBuf,
     writer: BufWriter<Box<dyn DiskFile>>,
@@ -304,7 +305,7 @@ pub struct DraftFile<'a> {
     bytes: u64,
 }
 
-impl DraftFile<'_> {
+impl DraftFile {
     /// Where the file lies for now, for messages.
     pub fn path(&self) -> &Path {
         &self.path
@@ -317,16 +318,16 @@ impl DraftFile<'_> {
 
     /// As [`Self::finish`], for a file whose meaning is less than its bytes.
     pub fn finish_with(self, content: Option<Digest>) -> Result<()> {
-        let Self { draft, name, path, writer, hasher, bytes } = self;
+        let Self { files, name, path, writer, hasher, bytes } = self;
         let mut file = writer.into_inner().map_err(|error| Error::write(&path, error.into_error()))?;
         file.sync().map_err(|source| Error::write(&path, source))?;
         let record = FileRecord { name, bytes, digest: hasher.finalize().into(), content };
-        draft.files.lock().expect("BUG: a thread panicked while it added a file").push(record);
+        files.lock().expect("BUG: a thread panicked while it added a file").push(record);
         Ok(())
     }
 }
 
-impl Write for DraftFile<'_> {
+impl Write for DraftFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let n_written = self.writer.write(bytes)?;
         self.hasher.update(&bytes[..n_written]);

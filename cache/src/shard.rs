@@ -56,8 +56,8 @@ pub enum Compression {
 }
 
 /// A shard being written into a draft.
-pub struct ShardWriter<'a> {
-    writer: FileWriter<Tee<'a>>,
+pub struct ShardWriter {
+    writer: FileWriter<Tee>,
     unit: Fingerprint,
     columns: String,
     stats: StatsBuilder,
@@ -66,12 +66,12 @@ pub struct ShardWriter<'a> {
 }
 
 /// Hashes what passes through since the last mark.
-struct Tee<'a> {
-    file: DraftFile<'a>,
+struct Tee {
+    file: DraftFile,
     since_mark: blake3::Hasher,
 }
 
-impl Write for Tee<'_> {
+impl Write for Tee {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         let n_written = self.file.write(bytes)?;
         self.since_mark.update(&bytes[..n_written]);
@@ -83,9 +83,9 @@ impl Write for Tee<'_> {
     }
 }
 
-impl<'a> ShardWriter<'a> {
+impl ShardWriter {
     /// Begins a shard of a unit. `schema` must not use dictionaries.
-    pub fn new(file: DraftFile<'a>, schema: &Schema, unit: &Fingerprint, compression: Compression) -> Result<Self> {
+    pub fn new(file: DraftFile, schema: &Schema, unit: &Fingerprint, compression: Compression) -> Result<Self> {
         let path = file.path().to_owned();
         let mut metadata: HashMap<String, String> = schema.metadata().clone();
         metadata.insert(FORMAT_KEY.into(), FORMAT.to_string());

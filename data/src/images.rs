@@ -87,8 +87,19 @@ impl Image {
 
     /// Pillow's antialiased bicubic resize.
     pub fn resize(&self, width: u32, height: u32) -> Self {
-        let [from, to] = [[self.width, self.height], [width, height]].map(|size| size.map(|side| side as usize));
-        Self { width, height, rgb: bicubic(&self.rgb, from, to) }
+        self.resize_of([0, 0, i64::from(self.width), i64::from(self.height)], width, height)
+    }
+
+    /// As [`Self::crop`] and then [`Self::resize`], without the memory of the crop.
+    pub fn resize_of(&self, rectangle: [i64; 4], width: u32, height: u32) -> Self {
+        self.resize_window(rectangle, [width, height], [0, 0, width, height])
+    }
+
+    /// As [`Self::resize_of`] and then [`Self::crop`] to a window inside of it, without computing what is cut off.
+    fn resize_window(&self, rectangle: [i64; 4], to: [u32; 2], window: [u32; 4]) -> Self {
+        let [from, to] = [[self.width, self.height], to].map(|size| size.map(|side| side as usize));
+        let rgb = bicubic(&self.rgb, from, rectangle, to, window.map(|edge| edge as usize));
+        Self { width: window[2] - window[0], height: window[3] - window[1], rgb }
     }
 }
 
@@ -151,14 +162,19 @@ impl Preprocess {
     /// The centre square at the network's size: short side to S (bicubic), long side truncated, centre crop with its offset
     /// rounded half to even.
     pub fn square(&self, image: &Image) -> Image {
+        self.square_of(image, [0, 0, i64::from(image.width), i64::from(image.height)])
+    }
+
+    /// As [`Self::square`] of the rectangle `[x1, y1, x2, y2]`, which is black where it leaves the image.
+    pub fn square_of(&self, image: &Image, rectangle: [i64; 4]) -> Image {
         let side = self.side_px;
-        let (width, height) = (image.width, image.height);
+        let [x1, y1, x2, y2] = rectangle;
+        let (width, height) = ((x2 - x1) as u32, (y2 - y1) as u32);
         let long = |short: u32, long: u32| ((u64::from(side) * u64::from(long)) / u64::from(short)) as u32;
         let (width, height) = if width <= height { (side, long(width, height)) } else { (long(height, width), side) };
-        let resized = image.resize(width, height);
-        let offset = |length: u32| (f64::from(length - side) / 2.0).round_ties_even() as i64;
-        let (x, y, side) = (offset(width), offset(height), i64::from(side));
-        resized.crop([x, y, x + side, y + side])
+        let offset = |length: u32| (f64::from(length - side) / 2.0).round_ties_even() as u32;
+        let (x, y) = (offset(width), offset(height));
+        image.resize_window(rectangle, [width, height], [x, y, x + side, y + side])
     }
 
     /// Normalises an image into `out`, `[3, H, W]`.
@@ -326,6 +342,28 @@ mod tests {
     fn a_png_holds_the_same_pixels() {
         let image = picture(31, 17);
         assert_eq!(Image::decode(&image.to_png(), Path::new("again.png")).unwrap(), image);
+    }
+
+    #[test]
+    fn resizing_a_rectangle_is_cutting_it_out_and_resizing_it() {
+        let image = picture(97, 61);
+        let rectangles = [
+            [0, 0, 97, 61],
+            [10, 20, 50, 31],
+            [-30, -7, 40, 90],
+            [-300, -200, 400, 300],
+            [90, 50, 130, 80],
+            [96, 60, 97, 61],
+            [-9, 3, -2, 8],
+        ];
+        for rectangle in rectangles {
+            for (width, height) in [(32, 32), (224, 130), (7, 200)] {
+                let expected = image.crop(rectangle).resize(width, height);
+                assert!(image.resize_of(rectangle, width, height) == expected, "{rectangle:?} {width}x{height}");
+            }
+            let clip = Preprocess::clip(48);
+            assert!(clip.square_of(&image, rectangle) == clip.square(&image.crop(rectangle)), "{rectangle:?}");
+        }
     }
 
     #[test]

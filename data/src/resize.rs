@@ -15,14 +15,68 @@ struct Taps {
     weights: Vec<i32>,
 }
 
-/// Resizes packed RGB `[H, W, 3]`.
-pub(crate) fn bicubic(rgb: &[u8], [width, height]: [usize; 2], [to_width, to_height]: [usize; 2]) -> Vec<u8> {
-    assert!(width > 0 && height > 0 && to_width > 0 && to_height > 0 && rgb.len() == 3 * width * height, "BUG: an image without pixels");
-    let narrowed = if width == to_width { rgb.to_vec() } else { horizontal(rgb, width, &taps(width, to_width)) };
-    if height == to_height { narrowed } else { vertical(&narrowed, 3 * to_width, &taps(height, to_height)) }
+/// Resizes a rectangle `[x1, y1, x2, y2]` of packed RGB `[H, W, 3]`, which is black outside of it.
+///
+/// Of the result, `to` in width and height, the window `[x1, y1, x2, y2]` is computed. Black adds nothing to a sum: what lies outside
+/// the image is never looked at, and takes no memory.
+pub(crate) fn bicubic(rgb: &[u8], [width, height]: [usize; 2], rectangle: [i64; 4], to: [usize; 2], window: [usize; 4]) -> Vec<u8> {
+    let [x1, y1, x2, y2] = rectangle;
+    assert!(x1 < x2 && y1 < y2 && rgb.len() == 3 * width * height, "BUG: an image without pixels");
+    let columns = within(&taps((x2 - x1) as usize, to[0])[window[0]..window[2]], x1, width);
+    let rows = within(&taps((y2 - y1) as usize, to[1])[window[1]..window[3]], y1, height);
+    let to_width = columns.len();
+    let (first_column, end_column) = reach(&columns);
+    let (first_row, end_row) = reach(&rows);
+    let window = [first_column, first_row, end_column, end_row];
+    // Along rows first. An axis is summed as columns of whole rows, which processors do many at once: the image lies on its side.
+    let narrowed = combine(&transposed(rgb, width, window), 3 * (end_row - first_row), first_column, &columns);
+    let narrowed = transposed(&narrowed, end_row - first_row, [0, 0, end_row - first_row, to_width]);
+    combine(&narrowed, 3 * to_width, first_row, &rows)
+}
+
+/// From where to where some target looks.
+fn reach(taps: &[Taps]) -> (usize, usize) {
+    let first = taps.iter().filter(|taps| !taps.weights.is_empty()).map(|taps| taps.first).min().unwrap_or(0);
+    (first, taps.iter().map(|taps| taps.first + taps.weights.len()).max().unwrap_or(0).max(first))
+}
+
+/// Pixels a side that are turned at once: their rows stay in the first cache.
+const TILE: usize = 16;
+
+/// A window `[x1, y1, x2, y2]` of packed RGB of some width, with rows and columns exchanged.
+fn transposed(rgb: &[u8], width: usize, [x1, y1, x2, y2]: [usize; 4]) -> Vec<u8> {
+    let n_rows = y2 - y1;
+    let mut out = vec![0; 3 * (x2 - x1) * n_rows];
+    for tile_y in (y1..y2).step_by(TILE) {
+        for tile_x in (x1..x2).step_by(TILE) {
+            for y in tile_y..y2.min(tile_y + TILE) {
+                let row = &rgb[3 * (y * width + tile_x)..3 * (y * width + x2.min(tile_x + TILE))];
+                for (column, pixel) in row.chunks_exact(3).enumerate() {
+                    let to = 3 * ((tile_x - x1 + column) * n_rows + y - y1);
+                    out[to..to + 3].copy_from_slice(pixel);
+                }
+            }
+        }
+    }
+    out
+}
+
+/// Taps of a rectangle that begins at `start`, as taps of the `length` pixels there are.
+fn within(taps: &[Taps], start: i64, length: usize) -> Vec<Taps> {
+    let inside = |Taps { first, weights }: &Taps| {
+        let (low, high) = (*first as i64 + start, *first as i64 + start + weights.len() as i64);
+        let (from, to) = (low.clamp(0, length as i64), high.clamp(0, length as i64));
+        let weights = if from < to { weights[(from - low) as usize..(to - low) as usize].to_vec() } else { Vec::new() };
+        Taps { first: from as usize, weights }
+    };
+    taps.iter().map(inside).collect()
 }
 
 fn taps(from: usize, to: usize) -> Vec<Taps> {
+    if from == to {
+        // Pillow leaves an axis alone that keeps its length.
+        return (0..to).map(|first| Taps { first, weights: vec![1 << PRECISION_BITS] }).collect();
+    }
     let scale = from as f64 / to as f64;
     let reduction = scale.max(1.0);
     let reach = SUPPORT * reduction;
@@ -55,33 +109,32 @@ fn to_level(sum: i32) -> u8 {
     (sum >> PRECISION_BITS).clamp(0, 255) as u8
 }
 
-fn horizontal(rgb: &[u8], width: usize, taps: &[Taps]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(rgb.len() / width * taps.len());
-    for row in rgb.chunks_exact(3 * width) {
-        for Taps { first, weights } in taps {
-            let mut sums = [1 << (PRECISION_BITS - 1); 3];
-            for (pixel, weight) in row[3 * first..].chunks_exact(3).zip(weights) {
-                for channel in 0..3 {
-                    sums[channel] += i32::from(pixel[channel]) * weight;
+/// Bytes that are summed at once.
+const LANES: usize = 64;
+
+/// Rows as weighted sums of rows; the first of `rows` is the image's row `first_row`.
+#[multiversion::multiversion(targets = "simd")]
+fn combine(rows: &[u8], row_bytes: usize, first_row: usize, taps: &[Taps]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(row_bytes * taps.len());
+    for Taps { first, weights } in taps {
+        let rows = if weights.is_empty() { &[] } else { &rows[(first - first_row) * row_bytes..] };
+        let n_whole = row_bytes / LANES * LANES;
+        for start in (0..n_whole).step_by(LANES) {
+            let mut sums = [1_i32 << (PRECISION_BITS - 1); LANES];
+            for (row, weight) in weights.iter().enumerate() {
+                let levels = &rows[row * row_bytes + start..][..LANES];
+                for (sum, level) in sums.iter_mut().zip(levels) {
+                    // Never wraps: 255 times the sum of all weights' sizes, at most 1.5 x 2^22, is below 2^31. A check for it would keep
+                    // the loop from being done in vectors.
+                    *sum = sum.wrapping_add(i32::from(*level).wrapping_mul(*weight));
                 }
             }
             out.extend(sums.map(to_level));
         }
-    }
-    out
-}
-
-fn vertical(rows: &[u8], row_bytes: usize, taps: &[Taps]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(row_bytes * taps.len());
-    let mut sums = vec![0_i32; row_bytes];
-    for Taps { first, weights } in taps {
-        sums.fill(1 << (PRECISION_BITS - 1));
-        for (row, weight) in rows[first * row_bytes..].chunks_exact(row_bytes).zip(weights) {
-            for (sum, level) in sums.iter_mut().zip(row) {
-                *sum += i32::from(*level) * weight;
-            }
+        for byte in n_whole..row_bytes {
+            let sum = weights.iter().enumerate().map(|(row, weight)| i32::from(rows[row * row_bytes + byte]) * weight);
+            out.push(to_level((1 << (PRECISION_BITS - 1)) + sum.sum::<i32>()));
         }
-        out.extend(sums.iter().map(|sum| to_level(*sum)));
     }
     out
 }

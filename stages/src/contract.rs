@@ -29,7 +29,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use crate::{Error, Result, artifacts::Artifact};
+use crate::{Error, Result, Rider, artifacts::Artifact};
 
 /// A named kind of work. The implementing struct *is* its parameters.
 pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static {
@@ -55,6 +55,15 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
 
     /// Makes the given units, in order, publishing each by [`Context::commit`]. For a chain they are its last links.
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()>;
+
+    /// Whether the stage's items are the images of its port `annotations`, in ascending id, decoded from its port `images`: it can
+    /// then share a pass over them with others.
+    const RIDES: bool = false;
+
+    /// How a stage that rides takes part in a pass.
+    fn rider<'a>(&'a self, _units: &'a [Unit], _cx: &'a Context<'a>) -> Result<Rider<'a>> {
+        panic!("BUG: `{}` does not ride", Self::KIND)
+    }
 }
 
 /// Something wrong with a parameter.
@@ -256,6 +265,13 @@ pub enum Progress {
     Note(String),
     /// It waits for something outside: another process, room on the disk.
     Waiting,
+    /// The network has worked on a batch.
+    Flow {
+        /// Crops or images in it.
+        views: u64,
+        /// Pieces of work that were ready when it began: 0 means that the network waits for decoding and cutting.
+        ready: u64,
+    },
     /// An item could not be read or understood, and is left out.
     Failed(FailedItem),
     /// A unit is published.
@@ -344,6 +360,11 @@ impl Context<'_> {
         (self.report)(Progress::Tick(n_items));
     }
 
+    /// Says that the network has worked on some more views, and how many pieces of work were ready for it.
+    pub(crate) fn flow(&self, n_views: usize, n_ready: usize) {
+        (self.report)(Progress::Flow { views: n_views as u64, ready: n_ready as u64 });
+    }
+
     /// Says something that the operator should read.
     pub fn note(&self, words: impl Into<String>) {
         (self.report)(Progress::Note(words.into()));
@@ -361,13 +382,9 @@ impl Context<'_> {
         Ok(UnitDraft { draft: self.store.begin_unit(&self.key(unit))?, unit: unit.clone(), failed: Mutex::default(), _lease: None })
     }
 
-    /// Opens the drafts of units that hold items, one after the other, leaving out those that another process makes
-    /// meanwhile: several share the work of a stage unit by unit.
-    pub fn drafts<'u>(&'u self, units: &'u [Unit]) -> impl Iterator<Item = Result<UnitDraft>> + 'u {
-        units.iter().filter_map(|unit| self.begin_claimed(unit).transpose())
-    }
-
-    fn begin_claimed(&self, unit: &Unit) -> Result<Option<UnitDraft>> {
+    /// Opens the draft of a unit that holds items; none where another process makes it meanwhile: several share the work of a
+    /// stage unit by unit.
+    pub(crate) fn begin_claimed(&self, unit: &Unit) -> Result<Option<UnitDraft>> {
         self.proceed()?;
         match self.store.claim(self.kind, &unit.fingerprint, &mut self.watch.lock().unwrap_or_else(PoisonError::into_inner))? {
             Claim::Made(_) | Claim::Held(_) => Ok(None),
@@ -460,8 +477,13 @@ impl UnitDraft {
     }
 
     /// Opens a file at an output port; several may be open at once.
-    pub fn create<T>(&self, port: Out<T>, name: &str) -> Result<DraftFile<'_>> {
+    pub fn create<T>(&self, port: Out<T>, name: &str) -> Result<DraftFile> {
         Ok(self.draft.create(&format!("{}/{name}", port.info.name))?)
+    }
+
+    /// As [`Self::create`], by the port's name.
+    pub(crate) fn create_at(&self, port: &str, name: &str) -> Result<DraftFile> {
+        Ok(self.draft.create(&format!("{port}/{name}"))?)
     }
 
     /// Writes a whole file at an output port.
@@ -491,6 +513,14 @@ pub trait AnyStage: Send + Sync {
     fn units(&self, inputs: &Inputs) -> Result<Units>;
     /// See [`Stage::run`].
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()>;
+    /// See [`Stage::RIDES`].
+    fn rides(&self) -> bool {
+        false
+    }
+    /// See [`Stage::rider`].
+    fn rider<'a>(&'a self, _units: &'a [Unit], _cx: &'a Context<'a>) -> Result<Rider<'a>> {
+        panic!("BUG: this stage does not ride")
+    }
 }
 
 impl<S: Stage> AnyStage for S {
@@ -508,6 +538,14 @@ impl<S: Stage> AnyStage for S {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         Stage::run(self, units, cx)
+    }
+
+    fn rides(&self) -> bool {
+        S::RIDES
+    }
+
+    fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
+        Stage::rider(self, units, cx)
     }
 }
 

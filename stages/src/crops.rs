@@ -1,14 +1,19 @@
 //! `crops/objects`: annotated objects, cut out.
 
+use std::ops::Range;
+
 use ovenbird_cache::Digest;
-use ovenbird_data::annotations::{Annotation, Annotations, ImageInfo};
+use ovenbird_data::{
+    annotations::{Annotation, Annotations, ImageInfo},
+    images::Image,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{AnnotationFile, Crop, Crops, CropsWriter, Images},
-    feed::in_order,
+    Context, In, Inputs, Out, PortInfo, Problem, Result, Rider, Stage, Unit, Units,
+    artifacts::{AnnotationFile, Crop, Crops, Images, Row, RowKind},
+    pass::{Cut, Frames, Sight, ride},
 };
 
 /// Crops of annotated objects, encoded, in one indexed shard a unit.
@@ -52,9 +57,10 @@ impl Objects {
 
 impl Stage for Objects {
     const KIND: &'static str = "crops/objects";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[CROPS.info()];
+    const RIDES: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
@@ -81,41 +87,41 @@ impl Stage for Objects {
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        ride(&[Stage::rider(self, units, cx)?])
+    }
+
+    fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
-        let images = cx.inputs.read(IMAGES)?;
-        let all = self.of_images(&annotations);
-        for draft in cx.drafts(units) {
-            let draft = draft?;
-            let unit = draft.unit().clone();
-            let mut shard = CropsWriter::new(draft.create(CROPS, "crops.arrow")?, &unit.fingerprint)?;
-            let cut = |(image, objects): &(&ImageInfo, Vec<&Annotation>)| {
-                let decoded = images.decode(&image.file_name, [image.width, image.height])?;
-                let crop = |object: &&Annotation| Crop {
-                    image_id: object.image_id,
-                    annotation_id: object.id,
-                    category_id: object.category_id,
-                    jpeg: decoded.crop(object.xyxy.expanded(self.expand, [image.width, image.height])).to_jpeg(self.quality),
-                };
-                Ok(objects.iter().map(crop).collect::<Vec<Crop>>())
-            };
-            let mut n_crops = 0;
-            in_order(
-                &all[unit.items.clone()],
-                cx.threads,
-                |item| cx.attempt(|| cut(item)),
-                |(image, _), crops| {
-                    let Some(crops) = cx.kept(&draft, &image.file_name, crops)? else { return Ok(()) };
-                    n_crops += crops.len();
-                    for crop in crops {
-                        shard.push(crop)?;
-                    }
-                    cx.tick(1);
-                    cx.proceed()
-                },
-            )?;
-            shard.finish()?;
-            cx.commit(draft, [("images".into(), unit.items.len().into()), ("crops".into(), n_crops.into())].into())?;
-        }
-        Ok(())
+        let objects = self.of_images(&annotations).into_iter().map(|(_, objects)| objects.into_iter().cloned().collect()).collect();
+        let sight = Box::new(CropSight { stage: self, objects });
+        let frames = Frames { images: cx.inputs.read(IMAGES)?, infos: annotations.images };
+        Ok(Rider { cx, units, frames, sight, encoder: None, port: CROPS.info().name, rows: RowKind::Crops })
+    }
+}
+
+struct CropSight<'a> {
+    stage: &'a Objects,
+    /// By image.
+    objects: Vec<Vec<Annotation>>,
+}
+
+impl Sight for CropSight<'_> {
+    fn n_views(&self, place: usize) -> usize {
+        usize::from(!self.objects[place].is_empty())
+    }
+
+    fn cut(&self, place: usize, image: &Image, _views: Range<usize>) -> Cut {
+        let crop = |object: &Annotation| Crop {
+            image_id: object.image_id,
+            annotation_id: object.id,
+            category_id: object.category_id,
+            jpeg: image.crop(object.xyxy.expanded(self.stage.expand, [image.width, image.height])).to_jpeg(self.stage.quality),
+        };
+        Cut::Whole(Row::Crops(self.objects[place].iter().map(crop).collect()))
+    }
+
+    fn row(&self, _place: usize, _embeddings: &[f32], _dim: usize) -> Row {
+        // Of an image without objects, which is not decoded.
+        Row::Crops(Vec::new())
     }
 }

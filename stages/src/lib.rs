@@ -11,6 +11,7 @@ pub mod crops;
 pub mod detect;
 mod error;
 mod feed;
+mod pass;
 mod registry;
 pub mod toy;
 
@@ -19,6 +20,7 @@ pub use contract::{
     Units,
 };
 pub use error::Error;
+pub use pass::{Rider, run_together};
 pub use registry::{STAGES, StageEntry, find};
 
 /// What every function of this crate returns.

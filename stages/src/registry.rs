@@ -18,6 +18,8 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<clip::Pretrain>(),
     StageEntry::of::<clip::Ensemble>(),
     StageEntry::of::<clip::Globals>(),
+    StageEntry::of::<clip::Blocks>(),
+    StageEntry::of::<clip::Objects>(),
     StageEntry::of::<clip::Proposals>(),
     StageEntry::of::<detect::ZeroShot>(),
     StageEntry::of::<detect::Coco>(),

@@ -297,6 +297,36 @@ impl Clip {
         })
     }
 
+    /// The side G of the grid of [`Self::encode_objects`] for images at the network's size; `None` for a ResNet, which has no tokens.
+    pub fn object_grid(&self) -> Option<i64> {
+        match (&self.image, &self.config.image) {
+            (Image::Vit(vit), ImageConfig::Vit { image_side, .. }) => Some(vit.object_grid(*image_side)),
+            _ => None,
+        }
+    }
+
+    /// Embeds an object in each image by OADP's object-token mask attention (section 4.3 there): `[B, D]` in the compute kind, not
+    /// normalised.
+    ///
+    /// `images`: as for [`Self::encode_image`], at the network's size S; `background`: `[B, G, G]` of any kind, 0 where a patch is the object's
+    /// and 1 elsewhere, G from [`Self::object_grid`].
+    pub fn encode_objects(&self, images: &Tensor, background: &Tensor) -> Result<Tensor> {
+        let (Image::Vit(vit), ImageConfig::Vit { image_side: side, .. }) = (&self.image, &self.config.image) else {
+            let expected = "a vision transformer: the object token looks at its patches".into();
+            return Err(Error::Input { what: "image tower", expected, found: "a ResNet".into() });
+        };
+        let (grid, b) = (vit.object_grid(*side), images.size().first().copied().unwrap_or_default());
+        if b < 1 || images.size() != [b, 3, *side, *side] || background.size() != [b, grid, grid] {
+            return Err(Error::Input {
+                what: "objects",
+                expected: format!("images [B, 3, {side}, {side}] and masks [B, {grid}, {grid}]"),
+                found: format!("{:?} and {:?}", images.size(), background.size()),
+            });
+        }
+        let [images, background] = [images, background].map(|tensor| tensor.to_device(self.device).to_kind(self.kind));
+        Ok(vit.forward_objects(&images, &background))
+    }
+
     /// Embeds images as [`Self::encode_image`] does, then scales each row to unit length, in the compute kind.
     pub fn encode_image_features(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
         Ok(to_unit_length(&self.encode_image(images, mode)?))

@@ -409,3 +409,49 @@ fn images_and_tokens_that_do_not_fit_are_refused_in_words() {
     assert_eq!(text(&Tensor::zeros([8], (Kind::Int64, Device::Cpu))), format!("{expected} Int64 [8]"));
     assert_eq!(text(&Tensor::from_slice(&[50_i64]).reshape([1, 1])), format!("{expected} a token 50"));
 }
+
+/// Masks of `make.py`: 1 is background.
+fn object_masks() -> Tensor {
+    let some: Vec<f32> = unit("masks.objects", 3 * 14 * 14).map(|u| f32::from(u > 0.4)).collect();
+    Tensor::from_slice(&some).reshape([3, 14, 14])
+}
+
+#[test]
+fn objects_are_embedded_as_by_the_explicit_formula() {
+    let golden = Golden::read("objects");
+    let clip = load(&golden.tensors(), Activation::QuickGelu);
+    let images = images("images.objects", &[3, 3, 224, 224]);
+    assert_eq!(clip.object_grid(), Some(14));
+    let found = clip.encode_objects(&images, &object_masks()).unwrap();
+    let everywhere = clip.encode_objects(&images, &object_masks().zeros_like()).unwrap();
+    let errors = (error(&found, &golden.rows("objects")), error(&everywhere, &golden.rows("everywhere")));
+    println!("objects: {:.1e}, everywhere {:.1e}", errors.0, errors.1);
+    assert!(errors.0 < TOLERANCE && errors.1 < TOLERANCE, "{errors:?}");
+    // An object that is nowhere is the same in every image, and another than one that is somewhere.
+    let nowhere = clip.encode_objects(&images, &object_masks().ones_like()).unwrap();
+    assert!(error(&nowhere, &nowhere.narrow(0, 0, 1).expand([3, -1], false)) < 1e-5);
+    assert!(error(&nowhere, &everywhere) > 0.1 && error(&found, &everywhere) > 0.1);
+}
+
+#[test]
+fn patches_of_objects_are_twice_as_dense_and_padded_by_half_a_stride_less_one() {
+    let weight = Tensor::from_slice(&unit("kernel", 3 * 32 * 32).collect::<Vec<f32>>()).reshape([1, 3, 32, 32]);
+    let pixels = images("images.patches", &[1, 3, 224, 224]);
+    let patches = pixels.conv2d(&weight, None::<&Tensor>, 16, 15, 1, 1);
+    assert_eq!(patches.size(), [1, 1, 14, 14]);
+    // Patch (0, 0) covers rows and columns -15..17: the kernel's [15, 15] falls on pixel (0, 0).
+    let corner = (pixels.narrow(2, 0, 17).narrow(3, 0, 17) * weight.narrow(2, 15, 17).narrow(3, 15, 17)).sum(Kind::Float);
+    assert!(error(&patches.get(0).get(0).get(0).get(0), &corner) < 1e-3);
+}
+
+#[test]
+fn objects_of_another_size_or_tower_are_refused_in_words() {
+    let golden = Golden::read("hugging-face");
+    let clip = load(&golden.tensors(), Activation::QuickGelu);
+    let words = |images: [i64; 4], masks: [i64; 3]| {
+        let [images, masks] = [&images[..], &masks[..]].map(|shape| Tensor::zeros(shape, (Kind::Float, Device::Cpu)));
+        clip.encode_objects(&images, &masks).unwrap_err().to_string()
+    };
+    assert!(words([1, 3, 256, 256], [1, 14, 14]).contains("images [B, 3, 224, 224] and masks [B, 14, 14]"));
+    assert!(words([2, 3, 224, 224], [1, 14, 14]).contains("[2, 3, 224, 224] and [1, 14, 14]"));
+}

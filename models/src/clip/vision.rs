@@ -3,14 +3,21 @@
 //! Any image at least one patch wide and high is taken: the grid is `floor(H / patch) x floor(W / patch)` (remaining pixels are dropped),
 //! and where it differs from the grid of the checkpoint the position table is resized bilinearly, `align_corners = false`, without
 //! antialiasing. That is OADP's rule; open_clip and Hugging Face resize bicubically.
+//!
+//! [`Vit::forward_objects`] is OADP's object-token mask attention (section 4.3 there): patches twice as dense, and beside the ordinary
+//! stream a token that looks only at the object's patches. The reference projects keys and values of the patches a second time for
+//! it, and computes patches in the last block that nothing reads; here neither is done. The result is the same.
 
 use tch::{IndexOp, Kind, Tensor};
 
 use super::{
     Activation,
     parameters::{Init, Parameters},
-    transformer::{Attention, BlockInit, LayerNorm, Shape, Transformer},
+    transformer::{BlockInit, LayerNorm, Shape, Transformer},
 };
+
+/// What is added to the logits of patches that are not the object's (OADP).
+const MASK_BIAS: f64 = -100.0;
 
 /// The vision transformer.
 #[derive(Debug)]
@@ -48,13 +55,30 @@ impl Vit {
 
     /// Returns `[B, D]`; `images`: `[B, 3, H, W]` in the compute kind.
     pub(super) fn forward(&self, images: &Tensor) -> Tensor {
-        let x = self.transformer.forward(self.tokens(images), Attention::Full);
+        let x = self.transformer.forward_first(self.tokens(images, self.patch, 0));
         self.ln_post.forward(&x.i((.., 0))).matmul(&self.proj)
     }
 
+    /// Returns `[B, D]`: an object in each of `images` `[B, 3, S, S]`, whose patches `background` `[B, G, G]` marks with 0, everything else
+    /// with 1; G = [`Self::object_grid`].
+    pub(super) fn forward_objects(&self, images: &Tensor, background: &Tensor) -> Tensor {
+        let tokens = self.tokens(images, self.patch / 2, self.patch / 2 - 1);
+        let bias = background.to_kind(tokens.kind()).flatten(1, 2) * MASK_BIAS;
+        // The object always looks at itself.
+        let bias = bias.constant_pad_nd([0, 1]).unsqueeze(1).unsqueeze(1);
+        let object = self.transformer.forward_object(Tensor::cat(&[&tokens, &tokens.narrow(1, 0, 1)], 1), &bias);
+        self.ln_post.forward(&object.i((.., 0))).matmul(&self.proj)
+    }
+
+    /// The side G of the grid that objects are seen on, for images of `side` px.
+    pub(super) fn object_grid(&self, side: i64) -> i64 {
+        let stride = self.patch / 2;
+        (side + 2 * (stride - 1) - self.patch) / stride + 1
+    }
+
     /// What enters the first block, `[B, 1 + grid, C]`: class token and patches, with positions, after `ln_pre`.
-    pub(crate) fn tokens(&self, images: &Tensor) -> Tensor {
-        let patches = images.conv2d(&self.conv1, None::<&Tensor>, self.patch, 0, 1, 1);
+    pub(crate) fn tokens(&self, images: &Tensor, stride: i64, padding: i64) -> Tensor {
+        let patches = images.conv2d(&self.conv1, None::<&Tensor>, stride, padding, 1, 1);
         let (b, c, rows, columns) = patches.size4().expect("BUG: a convolution of images has four dimensions");
         let class = self.class_embedding.to_kind(patches.kind()).expand([b, 1, c], false);
         let x = Tensor::cat(&[class, patches.flatten(2, 3).transpose(1, 2)], 1);

@@ -93,17 +93,17 @@ fn vector_array(item: Field, dim: usize, values: ArrayRef) -> FixedSizeListArray
 }
 
 /// Writes `image-features`.
-pub struct ImageFeaturesWriter<'a> {
-    shard: ShardWriter<'a>,
+pub struct ImageFeaturesWriter {
+    shard: ShardWriter,
     stored: NumberType,
     dim: usize,
     image_ids: Vec<u64>,
     values: Vec<f32>,
 }
 
-impl<'a> ImageFeaturesWriter<'a> {
+impl ImageFeaturesWriter {
     /// Begins the shard of a unit with embeddings of `dim` numbers.
-    pub fn new(file: DraftFile<'a>, unit: &Fingerprint, stored: NumberType, dim: usize) -> Result<Self> {
+    pub fn new(file: DraftFile, unit: &Fingerprint, stored: NumberType, dim: usize) -> Result<Self> {
         let schema = Schema::new(vec![
             Field::new("image_id", DataType::UInt64, false),
             Field::new("embedding", vectors(stored.field("item"), dim), false),
@@ -155,55 +155,118 @@ impl Artifact for ImageFeatures {
 impl ImageFeatures {
     /// Every image with its embedding `[D]`, in order; each batch is checked as it is reached.
     pub fn rows(&self) -> impl Iterator<Item = Result<(ImageId, Vec<f32>)>> {
-        rows_of(&self.shards)
+        rows_of(&self.shards, image_rows)
     }
 }
 
-/// What a shard holds of one image, as one row.
-pub(crate) trait ImageRow: Sized {
-    fn image_id(&self) -> ImageId;
-    /// The rows of a record batch.
-    fn read(path: &Path, batch: &RecordBatch) -> Result<Vec<Self>>;
+fn image_rows(path: &Path, batch: &RecordBatch) -> Result<Vec<(ImageId, Vec<f32>)>> {
+    let ids = u64_column(path, batch, "image_id")?;
+    let (values, dim) = vector_column(path, column(path, batch, "embedding")?)?;
+    Ok(ids.into_iter().map(ImageId).zip(values.chunks(dim.max(1)).map(<[f32]>::to_vec)).collect())
 }
 
-impl ImageRow for (ImageId, Vec<f32>) {
-    fn image_id(&self) -> ImageId {
-        self.0
-    }
+/// The rows of every batch of some shards, in order.
+fn rows_of<R>(shards: &[InputFile], read: impl Fn(&Path, &RecordBatch) -> Result<Vec<R>> + Copy) -> impl Iterator<Item = Result<R>> {
+    batches(shards).flat_map(move |batch| flatten_result(batch.and_then(|(path, batch)| read(&path, &batch))))
+}
 
-    fn read(path: &Path, batch: &RecordBatch) -> Result<Vec<Self>> {
-        let ids = u64_column(path, batch, "image_id")?;
-        let (values, dim) = vector_column(path, column(path, batch, "embedding")?)?;
-        Ok(ids.into_iter().map(ImageId).zip(values.chunks(dim.max(1)).map(<[f32]>::to_vec)).collect())
+/// What a unit holds of one image, whatever its kind.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Row {
+    /// The image's own embedding `[D]`.
+    Image(ImageId, Vec<f32>),
+    /// Its regions.
+    Regions(Regions),
+    /// Its annotated objects.
+    Crops(Vec<Crop>),
+}
+
+/// What kind of rows a unit holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RowKind {
+    /// [`Row::Image`].
+    Image(NumberType),
+    /// [`Row::Regions`].
+    Regions(NumberType),
+    /// [`Row::Crops`].
+    Crops,
+}
+
+impl RowKind {
+    /// The name of a unit's shard.
+    pub(crate) fn file_name(self) -> &'static str {
+        match self {
+            Self::Image(_) => "globals.arrow",
+            Self::Regions(_) => "regions.arrow",
+            Self::Crops => "crops.arrow",
+        }
     }
 }
 
-impl ImageRow for Regions {
-    fn image_id(&self) -> ImageId {
-        self.image_id
+/// Writes the rows of a unit.
+pub(crate) enum RowWriter {
+    Image(ImageFeaturesWriter),
+    Regions(RegionFeaturesWriter),
+    Crops(CropsWriter),
+}
+
+impl RowWriter {
+    /// Begins the shard of a unit with embeddings of `dim` numbers, where its rows have any.
+    pub(crate) fn new(kind: RowKind, file: DraftFile, unit: &Fingerprint, dim: usize) -> Result<Self> {
+        Ok(match kind {
+            RowKind::Image(stored) => Self::Image(ImageFeaturesWriter::new(file, unit, stored, dim)?),
+            RowKind::Regions(stored) => Self::Regions(RegionFeaturesWriter::new(file, unit, stored, dim)?),
+            RowKind::Crops => Self::Crops(CropsWriter::new(file, unit)?),
+        })
     }
 
-    fn read(path: &Path, batch: &RecordBatch) -> Result<Vec<Self>> {
-        region_rows(path, batch)
+    /// Appends an image's row.
+    pub(crate) fn push(&mut self, row: Row) -> Result<()> {
+        match (self, row) {
+            (Self::Image(shard), Row::Image(image, embedding)) => shard.push(image, &embedding),
+            (Self::Regions(shard), Row::Regions(regions)) => shard.push(regions),
+            (Self::Crops(shard), Row::Crops(crops)) => crops.into_iter().try_for_each(|crop| shard.push(crop)),
+            _ => panic!("BUG: a row of another kind than its unit's"),
+        }
+    }
+
+    /// Writes what is left and finishes the file.
+    pub(crate) fn finish(self) -> Result<()> {
+        match self {
+            Self::Image(shard) => shard.finish(),
+            Self::Regions(shard) => shard.finish(),
+            Self::Crops(shard) => shard.finish(),
+        }
     }
 }
 
-fn rows_of<R: ImageRow>(shards: &[InputFile]) -> impl Iterator<Item = Result<R>> {
-    batches(shards).flat_map(|batch| flatten_result(batch.and_then(|(path, batch)| R::read(&path, &batch))))
+impl Row {
+    /// How many rows of embeddings or crops it is.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Image(..) => 1,
+            Self::Regions(regions) => regions.boxes.len(),
+            Self::Crops(crops) => crops.len(),
+        }
+    }
 }
 
 /// Rows of single images that other units hold already, read when they are asked for.
-pub(crate) struct Shelf<R> {
+pub(crate) struct Shelf {
+    kind: RowKind,
     shards: Vec<(PathBuf, ShardReader)>,
     /// By item: shard and record batch, of batches that are sound.
     places: HashMap<Digest, (usize, usize)>,
-    open: Option<((usize, usize), HashMap<ImageId, R>)>,
+    open: Option<((usize, usize), HashMap<ImageId, Row>)>,
 }
 
-impl<R: ImageRow> Shelf<R> {
+impl Shelf {
     /// Looks through the donors of some items. What cannot be read is not on the shelf.
-    pub(crate) fn new(donors: &Donors, items: &[Digest], images: &[ImageInfo], port: &str) -> Self {
-        let mut shelf = Self { shards: Vec::new(), places: HashMap::new(), open: None };
+    pub(crate) fn new(kind: RowKind, donors: &Donors, items: &[Digest], images: &[ImageInfo], port: &str) -> Self {
+        let mut shelf = Self { kind, shards: Vec::new(), places: HashMap::new(), open: None };
+        if kind == RowKind::Crops {
+            return shelf;
+        }
         let mut wanted: BTreeMap<usize, HashMap<ImageId, Digest>> = BTreeMap::new();
         for (item, image) in items.iter().zip(images) {
             if let Some(unit) = donors.of(item) {
@@ -230,12 +293,16 @@ impl<R: ImageRow> Shelf<R> {
     }
 
     /// Takes an item's row.
-    pub(crate) fn take(&mut self, item: &Digest, image: ImageId) -> Result<R> {
+    pub(crate) fn take(&mut self, item: &Digest, image: ImageId) -> Result<Row> {
         let place = self.places[item];
         if self.open.as_ref().is_none_or(|(open, _)| *open != place) {
             let (path, shard) = &self.shards[place.0];
-            let rows = R::read(path, &shard.batch(place.1)?)?;
-            self.open = Some((place, rows.into_iter().map(|row| (row.image_id(), row)).collect()));
+            let batch = shard.batch(place.1)?;
+            let rows = match self.kind {
+                RowKind::Regions(_) => region_rows(path, &batch)?.into_iter().map(|row| (row.image_id, Row::Regions(row))).collect(),
+                _ => image_rows(path, &batch)?.into_iter().map(|(image, row)| (image, Row::Image(image, row))).collect(),
+            };
+            self.open = Some((place, rows));
         }
         let (_, rows) = self.open.as_mut().expect("BUG: it was opened just now");
         Ok(rows.remove(&image).expect("BUG: an image is taken once"))
@@ -258,16 +325,16 @@ pub struct Regions {
 }
 
 /// Writes `region-features`.
-pub struct RegionFeaturesWriter<'a> {
-    shard: ShardWriter<'a>,
+pub struct RegionFeaturesWriter {
+    shard: ShardWriter,
     stored: NumberType,
     dim: usize,
     rows: Vec<Regions>,
 }
 
-impl<'a> RegionFeaturesWriter<'a> {
+impl RegionFeaturesWriter {
     /// Begins the shard of a unit with embeddings of `dim` numbers.
-    pub fn new(file: DraftFile<'a>, unit: &Fingerprint, stored: NumberType, dim: usize) -> Result<Self> {
+    pub fn new(file: DraftFile, unit: &Fingerprint, stored: NumberType, dim: usize) -> Result<Self> {
         let schema = Schema::new(vec![
             Field::new("image_id", DataType::UInt64, false),
             Field::new("width_px", DataType::UInt32, false),
@@ -353,7 +420,7 @@ impl Artifact for RegionFeatures {
 impl RegionFeatures {
     /// Every image with its regions, in order; each batch is checked as it is reached.
     pub fn rows(&self) -> impl Iterator<Item = Result<Regions>> {
-        rows_of(&self.shards)
+        rows_of(&self.shards, region_rows)
     }
 }
 
@@ -394,14 +461,14 @@ pub struct Crop {
 }
 
 /// Writes `crops`.
-pub struct CropsWriter<'a> {
-    shard: ShardWriter<'a>,
+pub struct CropsWriter {
+    shard: ShardWriter,
     crops: Vec<Crop>,
 }
 
-impl<'a> CropsWriter<'a> {
+impl CropsWriter {
     /// Begins the shard of a unit.
-    pub fn new(file: DraftFile<'a>, unit: &Fingerprint) -> Result<Self> {
+    pub fn new(file: DraftFile, unit: &Fingerprint) -> Result<Self> {
         let id = |name| Field::new(name, DataType::UInt64, false);
         let jpeg = Field::new("jpeg", DataType::Binary, false);
         let schema = Schema::new(vec![id("image_id"), id("annotation_id"), id("category_id"), jpeg]);

@@ -35,10 +35,10 @@ use ovenbird_models::checkpoint::Checkpoint;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tch::Tensor;
 
-pub(crate) use features::Shelf;
 pub use features::{
     Crop, Crops, CropsWriter, ImageFeatures, ImageFeaturesWriter, NumberType, RegionFeatures, RegionFeaturesWriter, Regions,
 };
+pub(crate) use features::{Row, RowKind, RowWriter, Shelf};
 pub use tables::{Detections, Proposals};
 
 use crate::{Error, Result, error::malformed};

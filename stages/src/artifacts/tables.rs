@@ -59,7 +59,7 @@ impl Artifact for Proposals {
 
 impl Proposals {
     /// Writes the table and finishes the file.
-    pub fn write(&self, file: DraftFile<'_>) -> Result<()> {
+    pub fn write(&self, file: DraftFile) -> Result<()> {
         let (mut images, mut boxes) = (Vec::new(), Vec::new());
         for (image, proposals) in &self.by_image {
             if proposals.is_empty() {
@@ -99,7 +99,7 @@ impl Artifact for Detections {
 
 impl Detections {
     /// Writes the table and finishes the file.
-    pub fn write(&self, file: DraftFile<'_>) -> Result<()> {
+    pub fn write(&self, file: DraftFile) -> Result<()> {
         let images = self.0.iter().map(|detection| detection.image_id.0).collect();
         let categories = self.0.iter().map(|detection| detection.category_id.0).collect();
         let boxes: Vec<_> = self.0.iter().map(|detection| Some((detection.xyxy, detection.score))).collect();
@@ -107,7 +107,7 @@ impl Detections {
     }
 }
 
-fn write_table(mut file: DraftFile<'_>, ids: Vec<(&str, Vec<u64>)>, boxes: &[Option<(Xyxy, f32)>]) -> Result<()> {
+fn write_table(mut file: DraftFile, ids: Vec<(&str, Vec<u64>)>, boxes: &[Option<(Xyxy, f32)>]) -> Result<()> {
     let column = |value: fn(&(Xyxy, f32)) -> f32| -> ArrayRef {
         Arc::new(boxes.iter().map(|row| row.as_ref().map(value)).collect::<Float32Array>())
     };

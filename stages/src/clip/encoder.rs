@@ -1,5 +1,8 @@
 //! A frozen CLIP, as the stages use it.
 
+use std::{sync::OnceLock, time::Instant};
+
+use ovenbird_cache::Status;
 use ovenbird_data::images::{Image, Preprocess};
 use ovenbird_models::{
     checkpoint::Checkpoint,
@@ -9,21 +12,41 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::{Result, artifacts::CheckpointFile};
+use crate::{Context, Result, artifacts::CheckpointFile, pass::View};
 
-/// Images of a forward pass: what a stage collects before it calls [`Encoder::squares`]. Part of the results: libtorch may sum
-/// in another order for another shape, so the last batch of a unit is filled up with zeros and the shape is always the same.
-pub(crate) const BATCH: usize = 64;
+/// Squares of a forward pass. Part of the results: libtorch may sum in another order for another shape, so the last batch of a
+/// unit is filled up with zeros and the shape is always the same.
+const SQUARES: usize = 64;
+/// Objects of a forward pass; each has four times the tokens of a square.
+const OBJECTS: usize = 16;
+
+/// The name under which units note the arithmetic they were made in.
+pub(crate) const PRECISION: &str = "precision";
+/// How much faster than f32 bf16 has to be to be chosen.
+const LEAST_GAIN: f64 = 1.5;
+/// The cosine to f32 that it has to reach.
+const LEAST_COSINE: f64 = 0.999;
 
 /// The arithmetic of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// Single precision.
+    /// bf16 where the device computes at least 1.5 times as fast in it and the network's embeddings keep a cosine of 0.999 to those
+    /// of f32, else f32. Measured when a stage begins; each unit notes the choice, and a stage goes on as it began.
     #[default]
+    Auto,
+    /// Single precision.
     F32,
-    /// bfloat16, about four times as fast where the processor has it; cosine to f32 at least 0.999 on trained weights.
+    /// bfloat16, about four times as fast on processors that have it (AVX-512 BF16, AMX).
     Bf16,
+    /// IEEE half precision, as the reference on GPUs.
+    F16,
+}
+
+impl Precision {
+    /// What it is called, and what the network computes in. `Auto` has no kind of its own.
+    const KINDS: [(&str, Self, Kind); 3] =
+        [("f32", Self::F32, Kind::Float), ("bf16", Self::Bf16, Kind::BFloat16), ("f16", Self::F16, Kind::Half)];
 }
 
 /// Which checkpoint file's conventions the weights follow, where the tensors cannot say.
@@ -47,10 +70,27 @@ pub struct Clip {
     pub gelu: Option<Gelu>,
 }
 
+/// What a network is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Manner {
+    /// Squares of the network's size, many at once.
+    Squares,
+    /// Images of any size, one by one: their shapes differ.
+    Native,
+    /// Squares with a mask of what is the object.
+    Objects,
+}
+
 /// A loaded image tower with its preprocessing.
 pub(crate) struct Encoder {
     clip: clip::Clip,
     pub(crate) preprocess: Preprocess,
+    manner: Manner,
+    /// What it computes in.
+    pub(crate) precision: &'static str,
+    /// `[1, 3, 1, 1]`, f32, on the device.
+    mean: Tensor,
+    std: Tensor,
 }
 
 impl Clip {
@@ -59,15 +99,32 @@ impl Clip {
         self.load_as(file, Device::Cpu, Kind::Float)
     }
 
-    /// Loads the image tower for a device.
-    pub(crate) fn load(self, file: &CheckpointFile, device: Device) -> Result<Encoder> {
-        let kind = match self.precision {
-            Precision::F32 => Kind::Float,
-            Precision::Bf16 => Kind::BFloat16,
+    /// Loads the image tower for a stage.
+    pub(crate) fn load(self, file: &CheckpointFile, manner: Manner, cx: &Context<'_>) -> Result<Encoder> {
+        let load = |precision: Precision| -> Result<Encoder> {
+            let found = Precision::KINDS.iter().find(|(_, known, _)| *known == precision);
+            let (name, _, kind) = found.expect("BUG: `auto` is settled before");
+            Ok(Encoder::new(self.load_as(file, cx.device, *kind)?, manner, name))
         };
-        let clip = self.load_as(file, device, kind)?;
-        let (ImageConfig::Vit { image_side, .. } | ImageConfig::ResNet { image_side, .. }) = clip.config().image;
-        Ok(Encoder { clip, preprocess: Preprocess::clip(image_side as u32) })
+        if self.precision != Precision::Auto {
+            return load(self.precision);
+        }
+        if let Some(began) = began_in(cx)? {
+            return load(began);
+        }
+        let gain = *GAIN.get_or_init(|| gain_of_bf16(cx.device));
+        if gain < LEAST_GAIN {
+            cx.note(format!("computes in f32: bf16 is {gain:.1} times as fast here, {LEAST_GAIN} is asked for"));
+            return load(Precision::F32);
+        }
+        let (single, half) = (load(Precision::F32)?, load(Precision::Bf16)?);
+        let cosine = least_cosine(&single, &half)?;
+        if cosine < LEAST_COSINE {
+            cx.note(format!("computes in f32: bf16 keeps a cosine of {cosine:.5} to it, {LEAST_COSINE} is asked for"));
+            return Ok(single);
+        }
+        cx.note(format!("computes in bf16: {gain:.1} times as fast as f32 here, cosine to it at least {cosine:.5}"));
+        Ok(half)
     }
 
     fn load_as(self, file: &CheckpointFile, device: Device, kind: Kind) -> Result<clip::Clip> {
@@ -80,47 +137,134 @@ impl Clip {
     }
 }
 
+/// The arithmetic that a published unit of a stage was made in.
+fn began_in(cx: &Context<'_>) -> Result<Option<Precision>> {
+    for unit in cx.units {
+        if let Status::Valid(record) = cx.store.unit(cx.kind, &unit.fingerprint)? {
+            let noted = record.metrics.get(PRECISION).and_then(|noted| noted.as_str());
+            return Ok(Precision::KINDS.iter().find(|(name, ..)| Some(*name) == noted).map(|(_, precision, _)| *precision));
+        }
+    }
+    Ok(None)
+}
+
+/// How many times as fast as in f32 this process's device multiplies matrices in bf16.
+static GAIN: OnceLock<f64> = OnceLock::new();
+
+/// Measured on the matrices of a transformer block's perceptron, which is where the time goes.
+fn gain_of_bf16(device: Device) -> f64 {
+    let seconds = |kind: Kind| {
+        let [x, weight] = [[1024, 768], [3072, 768]].map(|shape| Tensor::ones(shape, (kind, device)));
+        let once = || {
+            let clock = Instant::now();
+            // Reading a number waits for the device.
+            let _sum = x.linear(&weight, None::<&Tensor>).get(0).get(0).double_value(&[]);
+            clock.elapsed().as_secs_f64()
+        };
+        once();
+        (0..5).map(|_| once()).fold(f64::MAX, f64::min)
+    };
+    no_grad(|| seconds(Kind::Float) / seconds(Kind::BFloat16))
+}
+
+/// The least cosine between what two networks make of four patterns.
+fn least_cosine(one: &Encoder, other: &Encoder) -> Result<f64> {
+    let side = one.preprocess.side_px;
+    let pattern = |n: u32| {
+        let level = move |x: u32, y: u32, channel: u32| ((x * (n + channel) + y * (5 - n) + (x / 16 + y / 16) * 64) % 256) as u8;
+        let rgb = (0..side).flat_map(|y| (0..side).flat_map(move |x| (0..3).map(move |channel| level(x, y, channel)))).collect();
+        let n_cells = one.object_grid().unwrap_or(0).pow(2);
+        View {
+            pixels: Image { width: side, height: side, rgb },
+            background: Some((0..n_cells).map(|cell| u8::from(cell % 3 > 0)).collect()),
+        }
+    };
+    let views: Vec<View> = (1..=4).map(pattern).collect();
+    let (one, other) = (one.encode(&views)?, other.encode(&views)?);
+    let dim = one.len() / views.len();
+    let cosine = |(a, b): (&[f32], &[f32])| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    Ok(one.chunks_exact(dim).zip(other.chunks_exact(dim)).map(cosine).fold(1.0, f64::min))
+}
+
 impl Encoder {
+    fn new(clip: clip::Clip, manner: Manner, precision: &'static str) -> Self {
+        let (ImageConfig::Vit { image_side, .. } | ImageConfig::ResNet { image_side, .. }) = clip.config().image;
+        let preprocess = Preprocess::clip(image_side as u32);
+        let channels = |numbers: &[f32; 3]| Tensor::from_slice(numbers).view([1, 3, 1, 1]).to_device(clip.device());
+        let (mean, std) = (channels(&preprocess.mean), channels(&preprocess.std));
+        Self { clip, preprocess, manner, precision, mean, std }
+    }
+
     /// The dimension D of embeddings.
     pub(crate) fn dim(&self) -> usize {
         self.clip.config().embed_dim as usize
     }
 
-    /// Unit-norm embeddings of square images at the network's size, `[N, D]` row by row.
-    pub(crate) fn squares(&self, images: &[Image]) -> Result<Vec<f32>> {
-        let mut embeddings = Vec::with_capacity(images.len() * self.dim());
-        let n_numbers = self.preprocess.n_numbers();
-        let mut pixels = vec![0.0; BATCH * n_numbers];
-        for batch in images.chunks(BATCH) {
-            for (place, numbers) in pixels.chunks_exact_mut(n_numbers).enumerate() {
-                match batch.get(place) {
-                    Some(image) => self.preprocess.normalise(image, numbers),
-                    None => numbers.fill(0.0),
-                }
-            }
-            let side = i64::from(self.preprocess.side_px);
-            let rows = self.forward(&pixels, &[BATCH as i64, 3, side, side])?;
+    /// The side of the grid of object masks; `None` for a ResNet.
+    pub(crate) fn object_grid(&self) -> Option<usize> {
+        self.clip.object_grid().map(|side| side as usize)
+    }
+
+    /// How many views go through the network at once.
+    pub(crate) fn batch(&self) -> usize {
+        match self.manner {
+            Manner::Squares => SQUARES,
+            Manner::Native => 1,
+            Manner::Objects => OBJECTS,
+        }
+    }
+
+    /// Unit-norm embeddings, `[N, D]` row by row.
+    pub(crate) fn encode(&self, views: &[View]) -> Result<Vec<f32>> {
+        let mut embeddings = Vec::with_capacity(views.len() * self.dim());
+        for batch in views.chunks(self.batch()) {
+            let rows = self.forward(batch)?;
             embeddings.extend_from_slice(&rows[..batch.len() * self.dim()]);
         }
         Ok(embeddings)
     }
 
-    /// The unit-norm embedding `[D]` of an image at its own size.
-    pub(crate) fn native(&self, image: &Image) -> Result<Vec<f32>> {
-        let mut pixels = vec![0.0; image.rgb.len()];
-        self.preprocess.normalise(image, &mut pixels);
-        self.forward(&pixels, &[1, 3, i64::from(image.height), i64::from(image.width)])
-    }
-
-    fn forward(&self, pixels: &[f32], shape: &[i64]) -> Result<Vec<f32>> {
+    /// A batch, filled up to its size.
+    fn forward(&self, views: &[View]) -> Result<Vec<f32>> {
+        let Image { width, height, .. } = views[0].pixels;
+        let n_bytes = 3 * (width * height) as usize;
+        let mut levels = Vec::with_capacity(self.batch() * n_bytes);
+        for view in views {
+            assert_eq!(view.pixels.rgb.len(), n_bytes, "BUG: views of different sizes in a batch");
+            levels.extend_from_slice(&view.pixels.rgb);
+        }
+        levels.resize(self.batch() * n_bytes, 0);
         no_grad(|| {
-            let images = Tensor::from_slice(pixels).view(shape).to_device(self.clip.device()).to_kind(self.clip.kind());
-            let embeddings = self.clip.encode_image(&images, Mode::Eval)?;
+            let shape = [self.batch() as i64, i64::from(height), i64::from(width), 3];
+            let levels = Tensor::from_slice(&levels).view(shape).to_device(self.clip.device());
+            let pixels = self.normalised(&levels).to_kind(self.clip.kind());
+            let embeddings = match self.manner {
+                Manner::Squares | Manner::Native => self.clip.encode_image(&pixels, Mode::Eval)?,
+                Manner::Objects => self.clip.encode_objects(&pixels, &self.backgrounds(views))?,
+            };
             let embeddings = unit_norm(&embeddings.to_kind(Kind::Float)).to_device(Device::Cpu).contiguous();
             let mut rows = vec![0.0; embeddings.numel()];
             embeddings.copy_data(&mut rows, embeddings.numel());
             Ok(rows)
         })
+    }
+
+    /// Levels `[B, H, W, 3]` u8 as the network's input `[B, 3, H, W]`: v / 255, minus mean, divided by std, each rounded to f32.
+    fn normalised(&self, levels: &Tensor) -> Tensor {
+        let mut pixels = levels.permute([0, 3, 1, 2]).to_kind(Kind::Float).contiguous();
+        pixels = pixels.g_div_scalar_(255.0);
+        pixels = pixels.g_sub_(&self.mean);
+        pixels.g_div_(&self.std)
+    }
+
+    fn backgrounds(&self, views: &[View]) -> Tensor {
+        let grid = self.object_grid().expect("BUG: only transformers are asked for objects");
+        let mut cells: Vec<u8> = Vec::with_capacity(self.batch() * grid * grid);
+        for view in views {
+            cells.extend_from_slice(view.background.as_ref().expect("BUG: an object has a mask"));
+        }
+        cells.resize(self.batch() * grid * grid, 0);
+        Tensor::from_slice(&cells).view([self.batch() as i64, grid as i64, grid as i64])
     }
 }
 

@@ -1,29 +1,97 @@
-//! `clip/globals` and `clip/proposals`: embeddings of whole images, and of what proposals cut out of them.
+//! `clip/globals`, `clip/blocks`, `clip/objects` and `clip/proposals`: embeddings of whole images, of overlapping blocks, of objects in
+//! their surroundings, and of what proposals cut out.
+//!
+//! What differs from the OADP reference is a parameter each, and its default is said there; in every case boxes are stored in f32
+//! (there: f16), an image without proposals has an empty row (there: a crash), and proposals are matched to images by id.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::{collections::BTreeMap, ops::Range};
 
 use ovenbird_cache::Digest;
 use ovenbird_data::{
     annotations::{Annotations, ImageId, ImageInfo},
-    images::Image,
+    boxes::Xyxy,
+    images::{Image, Preprocess},
     proposals::Proposal,
+    views,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::encoder::{BATCH, Clip};
+use super::encoder::{Clip, Encoder, Manner};
 use crate::{
-    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
+    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Rider, Stage, Unit, Units,
     artifacts::{
-        AnnotationFile, CheckpointFile, ImageFeatures, ImageFeaturesWriter, Images, NumberType, Proposals as ProposalTable, RegionFeatures,
-        RegionFeaturesWriter, Regions, Shelf,
+        AnnotationFile, CheckpointFile, ImageFeatures, Images, NumberType, Proposals as ProposalTable, RegionFeatures, Regions, Row,
+        RowKind,
     },
-    feed::in_order,
+    pass::{self, Cut, Frames, Sight, ride},
 };
 
 const IMAGES: In<Images> = In::required("images", "The folder that the annotations' file names are relative to.");
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json: which images, their ids and sizes.");
 const CHECKPOINT: In<CheckpointFile> = In::required("checkpoint", "CLIP weights: OpenAI, open_clip or Hugging Face.");
+const PROPOSALS: In<ProposalTable> = In::required("proposals", "The boxes, of the same images as `annotations`.");
+
+const GLOBALS: Out<ImageFeatures> = Out::new("features", "By image: `image_id` u64, `embedding` [D], unit norm.");
+const REGIONS: Out<RegionFeatures> =
+    Out::new("features", "By image: `embedding` [N, D] of unit norm, `xyxy` f32 [N, 4] px, `objectness` f32 [N].");
+
+/// One digest an image: its id and its content. Images are in ascending id.
+fn image_items(annotations: &Annotations, images: &Images) -> Result<Vec<Digest>> {
+    let item = |image: &ImageInfo| {
+        let digest = images.digest(&image.file_name)?;
+        let stated = format!("{} {}x{}", image.id, image.width, image.height);
+        Ok(Digest::of_list("ovenbird image 1", [(stated.as_str(), digest)]))
+    };
+    annotations.images.iter().map(item).collect()
+}
+
+/// Units of stages whose items are images alone.
+fn image_units(inputs: &Inputs) -> Result<Units> {
+    let items = image_items(&inputs.read(ANNOTATIONS)?.load()?, &inputs.read(IMAGES)?)?;
+    Ok(Units::Independent { items, replaces: vec!["images", "annotations"] })
+}
+
+/// Units of stages whose items are images with their proposals.
+fn region_units(inputs: &Inputs) -> Result<Units> {
+    let annotations = inputs.read(ANNOTATIONS)?.load()?;
+    let proposals = of_images(&annotations, inputs.read(PROPOSALS)?)?;
+    let images = image_items(&annotations, &inputs.read(IMAGES)?)?;
+    let item = |(image, proposals): (Digest, &Vec<Proposal>)| {
+        let numbers = proposals.iter().flat_map(|Proposal { xyxy, score }| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2, *score]);
+        let bytes: Vec<u8> = numbers.flat_map(f32::to_le_bytes).collect();
+        Digest::of_list("ovenbird regions 1", [("image", image), ("proposals", Digest::of(&bytes))])
+    };
+    let items = images.into_iter().zip(&proposals).map(item).collect();
+    Ok(Units::Independent { items, replaces: vec!["images", "annotations", "proposals"] })
+}
+
+/// The proposals of every image of the annotations, in ascending image id. Images without an entry are named.
+fn of_images(annotations: &Annotations, proposals: ProposalTable) -> Result<Vec<Vec<Proposal>>> {
+    let mut by_image: BTreeMap<_, _> = proposals.by_image;
+    let of_image = |image: &ImageInfo| {
+        by_image.remove(&image.id).ok_or_else(|| Error::Input {
+            port: "proposals",
+            problem: format!("none for image {}, which the annotations have", image.id),
+            hint: "use the proposals that `proposals/import` made for these annotations".into(),
+        })
+    };
+    annotations.images.iter().map(of_image).collect()
+}
+
+/// The proposals of every image that are large enough on both sides.
+fn kept(inputs: &Inputs, min_side: f32) -> Result<(Annotations, Vec<Vec<Proposal>>)> {
+    let annotations = inputs.read(ANNOTATIONS)?.load()?;
+    let mut proposals = of_images(&annotations, inputs.read(PROPOSALS)?)?;
+    for of_image in &mut proposals {
+        of_image.retain(|proposal| proposal.xyxy.width() >= min_side && proposal.xyxy.height() >= min_side);
+    }
+    Ok((annotations, proposals))
+}
+
+fn frames(inputs: &Inputs, annotations: Annotations) -> Result<Frames> {
+    Ok(Frames { images: inputs.read(IMAGES)?, infos: annotations.images })
+}
 
 /// What the network sees of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -39,9 +107,8 @@ pub enum View {
 /// CLIP embeddings of whole images.
 ///
 /// One unit-norm embedding an image, in ascending image id. (OADP, section 4.1: globals.)
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
-#[derive(Default)]
 pub struct Globals {
     /// How CLIP is run.
     pub clip: Clip,
@@ -51,93 +118,283 @@ pub struct Globals {
     pub stored: NumberType,
 }
 
-const GLOBALS: Out<ImageFeatures> = Out::new("features", "By image: `image_id` u64, `embedding` [D], unit norm.");
+struct GlobalSight {
+    view: View,
+    preprocess: Preprocess,
+    ids: Vec<ImageId>,
+}
 
-/// One digest an image: its id and its content. Images are in ascending id.
-fn image_items(annotations: &Annotations, images: &Images) -> Result<Vec<Digest>> {
-    let item = |image: &ImageInfo| {
-        let digest = images.digest(&image.file_name)?;
-        let stated = format!("{} {}x{}", image.id, image.width, image.height);
-        Ok(Digest::of_list("ovenbird image 1", [(stated.as_str(), digest)]))
-    };
-    annotations.images.iter().map(item).collect()
+impl Sight for GlobalSight {
+    fn n_views(&self, _place: usize) -> usize {
+        1
+    }
+
+    fn cut(&self, _place: usize, image: &Image, _views: Range<usize>) -> Cut {
+        let pixels = match self.view {
+            View::Native => image.clone(),
+            View::Square => self.preprocess.square(image),
+        };
+        Cut::Views(vec![pass::View { pixels, background: None }])
+    }
+
+    fn row(&self, place: usize, embeddings: &[f32], _dim: usize) -> Row {
+        Row::Image(self.ids[place], embeddings.to_vec())
+    }
 }
 
 impl Stage for Globals {
     const KIND: &'static str = "clip/globals";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[GLOBALS.info()];
+    const RIDES: bool = true;
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
-        let items = image_items(&inputs.read(ANNOTATIONS)?.load()?, &inputs.read(IMAGES)?)?;
-        Ok(Units::Independent { items, replaces: vec!["images", "annotations"] })
+        image_units(inputs)
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
-        let images = cx.inputs.read(IMAGES)?;
-        let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, cx.device)?;
-        let prepare = |image: &ImageInfo| {
-            let decoded = images.decode(&image.file_name, [image.width, image.height])?;
-            Ok(match self.view {
-                View::Native => decoded,
-                View::Square => encoder.preprocess.square(&decoded),
-            })
-        };
-        for draft in cx.drafts(units) {
-            let draft = draft?;
-            let Unit { items, fingerprint, .. } = draft.unit();
-            let (of_unit, items) = (&annotations.images[items.clone()], &cx.items[items.clone()]);
-            let mut shelf = Shelf::new(&cx.donors(&draft)?, items, of_unit, GLOBALS.info().name);
-            let mut embeddings: Vec<Option<Vec<f32>>> = vec![None; of_unit.len()];
-            for (place, item) in items.iter().enumerate() {
-                if shelf.has(item) {
-                    let (_, embedding) = shelf.take(item, of_unit[place].id)?;
-                    embeddings[place] = Some(embedding);
-                }
-            }
-            let fresh: Vec<usize> = (0..of_unit.len()).filter(|place| embeddings[*place].is_none()).collect();
-            let n_taken = of_unit.len() - fresh.len();
-            cx.tick(n_taken as u64);
-
-            let mut group: Vec<(usize, Image)> = Vec::with_capacity(BATCH);
-            let mut encode = |group: &mut Vec<(usize, Image)>| -> Result<()> {
-                let (places, pixels): (Vec<_>, Vec<_>) = group.drain(..).unzip();
-                let encoded = match self.view {
-                    View::Square => encoder.squares(&pixels)?,
-                    View::Native => pixels.iter().map(|pixels| encoder.native(pixels)).collect::<Result<Vec<_>>>()?.concat(),
-                };
-                for (place, embedding) in places.iter().zip(encoded.chunks_exact(encoder.dim())) {
-                    embeddings[*place] = Some(embedding.to_vec());
-                }
-                cx.tick(places.len() as u64);
-                cx.proceed()
-            };
-            let n_together = if self.view == View::Square { BATCH } else { 1 };
-            in_order(
-                &fresh,
-                cx.threads,
-                |place| cx.attempt(|| prepare(&of_unit[*place])),
-                |place, pixels| {
-                    let Some(pixels) = cx.kept(&draft, &of_unit[*place].file_name, pixels)? else { return Ok(()) };
-                    group.push((*place, pixels));
-                    if group.len() == n_together { encode(&mut group) } else { Ok(()) }
-                },
-            )?;
-            encode(&mut group)?;
-
-            let mut shard = ImageFeaturesWriter::new(draft.create(GLOBALS, "globals.arrow")?, fingerprint, self.stored, encoder.dim())?;
-            for (image, embedding) in of_unit.iter().zip(&embeddings) {
-                if let Some(embedding) = embedding {
-                    shard.push(image.id, embedding)?;
-                }
-            }
-            shard.finish()?;
-            cx.commit(draft, [("images".into(), of_unit.len().into()), ("taken".into(), n_taken.into())].into())?;
-        }
-        Ok(())
+        ride(&[Stage::rider(self, units, cx)?])
     }
+
+    fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let manner = match self.view {
+            View::Native => Manner::Native,
+            View::Square => Manner::Squares,
+        };
+        let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, manner, cx)?;
+        let ids = annotations.images.iter().map(|image| image.id).collect();
+        let sight = Box::new(GlobalSight { view: self.view, preprocess: encoder.preprocess, ids });
+        let frames = frames(cx.inputs, annotations)?;
+        Ok(Rider { cx, units, frames, sight, encoder: Some(encoder), port: GLOBALS.info().name, rows: RowKind::Image(self.stored) })
+    }
+}
+
+/// The box that stands for the whole image among its blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum WholeBox {
+    /// The centre square that the network sees. (The reference's defect 2, mended.)
+    #[default]
+    Fixed,
+    /// Left, top, side, side of it: what the reference stores as xyxy.
+    Reference,
+}
+
+/// CLIP embeddings of overlapping blocks of an image pyramid.
+///
+/// First the whole image as its centre square, then blocks of the network's size without resizing, overlapping by half at least, of
+/// levels that are 1.5 times smaller each, as long as a block fits. Boxes are px of the original image, `objectness` is 1.
+/// (OADP, section 4.2: blocks.)
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Blocks {
+    /// How CLIP is run.
+    pub clip: Clip,
+    /// The first row's box.
+    pub whole_box: WholeBox,
+    /// How embeddings are stored.
+    pub stored: NumberType,
+}
+
+struct BlockSight {
+    whole_box: WholeBox,
+    preprocess: Preprocess,
+    infos: Vec<ImageInfo>,
+}
+
+impl BlockSight {
+    fn levels(&self, place: usize) -> Vec<views::Level> {
+        let ImageInfo { width, height, .. } = self.infos[place];
+        views::pyramid([width, height], self.preprocess.side_px)
+    }
+}
+
+impl Sight for BlockSight {
+    fn n_views(&self, place: usize) -> usize {
+        1 + self.levels(place).iter().map(|level| level.corners.len()).sum::<usize>()
+    }
+
+    fn cut(&self, place: usize, image: &Image, views: Range<usize>) -> Cut {
+        let side = i64::from(self.preprocess.side_px);
+        let view = |pixels: Image| pass::View { pixels, background: None };
+        let mut cut = Vec::with_capacity(views.len());
+        if views.start == 0 {
+            cut.push(view(self.preprocess.square(image)));
+        }
+        let (mut level_image, mut first) = (image.clone(), 1);
+        for (level_idx, level) in self.levels(place).iter().enumerate() {
+            if first >= views.end {
+                break;
+            }
+            if level_idx > 0 {
+                level_image = level_image.resize(level.size[0], level.size[1]);
+            }
+            for (_, corner) in level.corners.iter().enumerate().filter(|(block, _)| views.contains(&(first + block))) {
+                let [x, y] = corner.map(i64::from);
+                cut.push(view(level_image.crop([x, y, x + side, y + side])));
+            }
+            first += level.corners.len();
+        }
+        Cut::Views(cut)
+    }
+
+    fn row(&self, place: usize, embeddings: &[f32], _dim: usize) -> Row {
+        let ImageInfo { id, width, height, .. } = self.infos[place];
+        let rule = match self.whole_box {
+            WholeBox::Fixed => views::WholeBox::Centre,
+            WholeBox::Reference => views::WholeBox::Reference,
+        };
+        let side = self.preprocess.side_px;
+        let of_level = |level: views::Level| level.corners.iter().map(|corner| level.xyxy(*corner, side)).collect::<Vec<Xyxy>>();
+        let boxes: Vec<Xyxy> =
+            std::iter::once(views::whole_box([width, height], rule)).chain(self.levels(place).into_iter().flat_map(of_level)).collect();
+        let objectness = vec![1.0; boxes.len()];
+        Row::Regions(Regions { image_id: id, size_px: [width, height], boxes, objectness, embeddings: embeddings.to_vec() })
+    }
+}
+
+impl Stage for Blocks {
+    const KIND: &'static str = "clip/blocks";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CHECKPOINT.info()];
+    const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
+    const RIDES: bool = true;
+
+    fn units(&self, inputs: &Inputs) -> Result<Units> {
+        image_units(inputs)
+    }
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        ride(&[Stage::rider(self, units, cx)?])
+    }
+
+    fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, Manner::Squares, cx)?;
+        let infos = annotations.images.clone();
+        let sight = Box::new(BlockSight { whole_box: self.whole_box, preprocess: encoder.preprocess, infos });
+        let frames = frames(cx.inputs, annotations)?;
+        Ok(Rider { cx, units, frames, sight, encoder: Some(encoder), port: REGIONS.info().name, rows: RowKind::Regions(self.stored) })
+    }
+}
+
+/// How large the square around an object is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Square {
+    /// Eight times the object's area, whatever the image: published features are made so. An object longer than eight times its
+    /// width is cut, a large one is shrunk inside black margins (the reference's defect 6).
+    #[default]
+    Reference,
+    /// The same, but at most the image's shorter side and at least the object's longer one.
+    Fixed,
+}
+
+/// CLIP embeddings of objects in their surroundings, by object-token mask attention.
+///
+/// For each proposal at least `min_side` px on both sides: a square around it, of which the object fills an eighth; patches twice as
+/// dense as CLIP's; and a token that begins as the class token and looks only at patches of the object. Vision transformers only.
+/// (OADP, section 4.3: objects.)
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Objects {
+    /// How CLIP is run.
+    pub clip: Clip,
+    /// How large the square is.
+    pub square: Square,
+    /// Proposals smaller than this on either side are left out, in px.
+    pub min_side: f32,
+    /// How embeddings are stored.
+    pub stored: NumberType,
+}
+
+impl Default for Objects {
+    fn default() -> Self {
+        Self { clip: Clip::default(), square: Square::default(), min_side: 4.0, stored: NumberType::default() }
+    }
+}
+
+struct ObjectSight {
+    square: views::Square,
+    preprocess: Preprocess,
+    grid: usize,
+    infos: Vec<ImageInfo>,
+    proposals: Vec<Vec<Proposal>>,
+}
+
+impl Sight for ObjectSight {
+    fn n_views(&self, place: usize) -> usize {
+        self.proposals[place].len()
+    }
+
+    fn cut(&self, place: usize, image: &Image, views: Range<usize>) -> Cut {
+        let size = [image.width, image.height];
+        let view = |proposal: &Proposal| {
+            let square = views::object_square(&proposal.xyxy, size, self.square);
+            let background = views::background(&proposal.xyxy, &square, self.grid);
+            pass::View { pixels: self.preprocess.square_of(image, views::rounded(&square)), background: Some(background) }
+        };
+        Cut::Views(self.proposals[place][views].iter().map(view).collect())
+    }
+
+    fn row(&self, place: usize, embeddings: &[f32], _dim: usize) -> Row {
+        Row::Regions(regions(&self.infos[place], &self.proposals[place], embeddings.to_vec()))
+    }
+}
+
+fn regions(info: &ImageInfo, proposals: &[Proposal], embeddings: Vec<f32>) -> Regions {
+    Regions {
+        image_id: info.id,
+        size_px: [info.width, info.height],
+        boxes: proposals.iter().map(|proposal| proposal.xyxy).collect(),
+        objectness: proposals.iter().map(|proposal| proposal.score).collect(),
+        embeddings,
+    }
+}
+
+impl Stage for Objects {
+    const KIND: &'static str = "clip/objects";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), PROPOSALS.info(), CHECKPOINT.info()];
+    const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
+    const RIDES: bool = true;
+
+    fn check(&self) -> Vec<Problem> {
+        // A box without an area has no square.
+        Problem::unless(&[("min_side", self.min_side > 0.0, "a side above 0 px")])
+    }
+
+    fn units(&self, inputs: &Inputs) -> Result<Units> {
+        region_units(inputs)
+    }
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        ride(&[Stage::rider(self, units, cx)?])
+    }
+
+    fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
+        let (annotations, proposals) = kept(cx.inputs, self.min_side)?;
+        let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, Manner::Objects, cx)?;
+        let grid = object_grid(&encoder)?;
+        let square = match self.square {
+            Square::Reference => views::Square::Reference,
+            Square::Fixed => views::Square::Clamped,
+        };
+        let infos = annotations.images.clone();
+        let sight = Box::new(ObjectSight { square, preprocess: encoder.preprocess, grid, infos, proposals });
+        let frames = frames(cx.inputs, annotations)?;
+        Ok(Rider { cx, units, frames, sight, encoder: Some(encoder), port: REGIONS.info().name, rows: RowKind::Regions(self.stored) })
+    }
+}
+
+fn object_grid(encoder: &Encoder) -> Result<usize> {
+    encoder.object_grid().ok_or_else(|| Error::Input {
+        port: CHECKPOINT.info().name,
+        problem: "a ResNet: the object token looks at the patches of a vision transformer".into(),
+        hint: "use a ViT, or `clip/proposals`".into(),
+    })
 }
 
 /// CLIP embeddings of what proposals cut out.
@@ -164,13 +421,30 @@ impl Default for Proposals {
     }
 }
 
-const PROPOSALS: In<ProposalTable> = In::required("proposals", "Boxes of every image of the annotations.");
-const REGIONS: Out<RegionFeatures> =
-    Out::new("features", "By image: `embedding` [N, D], unit norm; `xyxy` f32 [N, 4] px, as proposed; `objectness` f32 [N].");
+struct ProposalSight<'a> {
+    expand: &'a [f32],
+    preprocess: Preprocess,
+    infos: Vec<ImageInfo>,
+    proposals: Vec<Vec<Proposal>>,
+}
 
-impl Proposals {
-    fn is_kept(&self, proposal: &Proposal) -> bool {
-        proposal.xyxy.width() >= self.min_side && proposal.xyxy.height() >= self.min_side
+impl Sight for ProposalSight<'_> {
+    fn n_views(&self, place: usize) -> usize {
+        self.proposals[place].len() * self.expand.len()
+    }
+
+    fn cut(&self, place: usize, image: &Image, views: Range<usize>) -> Cut {
+        let view = |view: usize| {
+            let (proposal, factor) = (&self.proposals[place][view / self.expand.len()], self.expand[view % self.expand.len()]);
+            let pixels = self.preprocess.square_of(image, proposal.xyxy.expanded(factor, [image.width, image.height]));
+            pass::View { pixels, background: None }
+        };
+        Cut::Views(views.map(view).collect())
+    }
+
+    fn row(&self, place: usize, embeddings: &[f32], dim: usize) -> Row {
+        let embeddings = embeddings.chunks_exact((self.expand.len() * dim).max(1)).flat_map(|crops| averaged(crops, dim)).collect();
+        Row::Regions(regions(&self.infos[place], &self.proposals[place], embeddings))
     }
 }
 
@@ -179,6 +453,7 @@ impl Stage for Proposals {
     const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), PROPOSALS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
+    const RIDES: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
@@ -192,121 +467,20 @@ impl Stage for Proposals {
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
-        let annotations = inputs.read(ANNOTATIONS)?.load()?;
-        let proposals = of_images(&annotations, inputs.read(PROPOSALS)?)?;
-        let images = image_items(&annotations, &inputs.read(IMAGES)?)?;
-        let item = |(image, proposals): (Digest, &Vec<Proposal>)| {
-            let numbers = proposals.iter().flat_map(|Proposal { xyxy, score }| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2, *score]);
-            let bytes: Vec<u8> = numbers.flat_map(f32::to_le_bytes).collect();
-            Digest::of_list("ovenbird regions 1", [("image", image), ("proposals", Digest::of(&bytes))])
-        };
-        let items = images.into_iter().zip(&proposals).map(item).collect();
-        Ok(Units::Independent { items, replaces: vec!["images", "annotations", "proposals"] })
+        region_units(inputs)
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
-        let proposals = of_images(&annotations, cx.inputs.read(PROPOSALS)?)?;
-        let images = cx.inputs.read(IMAGES)?;
-        let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, cx.device)?;
-        let dim = encoder.dim();
-        let items: Vec<(&ImageInfo, &Vec<Proposal>)> = annotations.images.iter().zip(&proposals).collect();
-        let prepare = |(image, proposals): &(&ImageInfo, &Vec<Proposal>)| {
-            let decoded = images.decode(&image.file_name, [image.width, image.height])?;
-            let crop = |proposal: &Proposal, factor: f32| {
-                encoder.preprocess.square(&decoded.crop(proposal.xyxy.expanded(factor, [image.width, image.height])))
-            };
-            let kept: Vec<Proposal> = proposals.iter().filter(|proposal| self.is_kept(proposal)).copied().collect();
-            let crops = kept.iter().flat_map(|proposal| self.expand.iter().map(move |factor| (proposal, *factor)));
-            let crops: Vec<Image> = crops.map(|(proposal, factor)| crop(proposal, factor)).collect();
-            Ok((kept, crops))
-        };
-        for draft in cx.drafts(units) {
-            let draft = draft?;
-            let unit = draft.unit().clone();
-            let of_unit = &annotations.images[unit.items.clone()];
-            let mut shelf = Shelf::new(&cx.donors(&draft)?, &cx.items[unit.items.clone()], of_unit, REGIONS.info().name);
-            let mut shard = RegionFeaturesWriter::new(draft.create(REGIONS, "regions.arrow")?, &unit.fingerprint, self.stored, dim)?;
-            // Crops of several images share a batch; an image is written once its last crop is encoded.
-            let mut pending =
-                Pending { dim, per_region: self.expand.len(), crops: Vec::new(), embeddings: Vec::new(), images: VecDeque::new() };
-            let (mut n_regions, mut n_taken) = (0, 0);
-            let places: Vec<usize> = unit.items.clone().collect();
-            let taken: BTreeSet<usize> = places.iter().copied().filter(|place| shelf.has(&cx.items[*place])).collect();
-            let prepared = |place: &usize| (!taken.contains(place)).then(|| cx.attempt(|| prepare(&items[*place])));
-            in_order(&places, cx.threads, prepared, |place, prepared| {
-                let (image, _) = items[*place];
-                let Some(prepared) = prepared else {
-                    let regions: Regions = shelf.take(&cx.items[*place], image.id)?;
-                    (n_regions, n_taken) = (n_regions + regions.boxes.len(), n_taken + 1);
-                    pending.images.push_back(Waiting::Taken(regions));
-                    return pending.write_whole(&mut shard, cx);
-                };
-                let Some((kept, crops)) = cx.kept(&draft, &image.file_name, prepared)? else { return Ok(()) };
-                n_regions += kept.len();
-                pending.crops.extend(crops);
-                pending.images.push_back(Waiting::ForCrops(image.id, [image.width, image.height], kept));
-                while pending.crops.len() >= BATCH {
-                    let rest = pending.crops.split_off(BATCH);
-                    pending.embeddings.extend(encoder.squares(&std::mem::replace(&mut pending.crops, rest))?);
-                }
-                pending.write_whole(&mut shard, cx)?;
-                cx.proceed()
-            })?;
-            pending.embeddings.extend(encoder.squares(&std::mem::take(&mut pending.crops))?);
-            pending.write_whole(&mut shard, cx)?;
-            shard.finish()?;
-            let metrics = [("images", unit.items.len()), ("regions", n_regions), ("taken", n_taken)];
-            cx.commit(draft, metrics.map(|(name, n)| (name.to_owned(), n.into())).into())?;
-        }
-        Ok(())
+        ride(&[Stage::rider(self, units, cx)?])
     }
-}
 
-/// Images whose crops are not all encoded yet, and what follows them.
-struct Pending {
-    dim: usize,
-    per_region: usize,
-    crops: Vec<Image>,
-    /// Of the crops of `images`, in order.
-    embeddings: Vec<f32>,
-    images: VecDeque<Waiting>,
-}
-
-enum Waiting {
-    ForCrops(ImageId, [u32; 2], Vec<Proposal>),
-    Taken(Regions),
-}
-
-impl Pending {
-    fn write_whole(&mut self, shard: &mut RegionFeaturesWriter<'_>, cx: &Context<'_>) -> Result<()> {
-        let (mut n_written, mut used) = (0, 0);
-        while let Some(front) = self.images.pop_front() {
-            let regions = match front {
-                Waiting::Taken(regions) => regions,
-                Waiting::ForCrops(image_id, size_px, kept) => {
-                    let n_numbers = kept.len() * self.per_region * self.dim;
-                    if self.embeddings.len() - used < n_numbers {
-                        self.images.push_front(Waiting::ForCrops(image_id, size_px, kept));
-                        break;
-                    }
-                    let embeddings = self.embeddings[used..used + n_numbers].chunks(self.per_region * self.dim);
-                    used += n_numbers;
-                    Regions {
-                        image_id,
-                        size_px,
-                        boxes: kept.iter().map(|proposal| proposal.xyxy).collect(),
-                        objectness: kept.iter().map(|proposal| proposal.score).collect(),
-                        embeddings: embeddings.flat_map(|crops| averaged(crops, self.dim)).collect(),
-                    }
-                }
-            };
-            shard.push(regions)?;
-            n_written += 1;
-        }
-        self.embeddings.drain(..used);
-        cx.tick(n_written);
-        Ok(())
+    fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
+        let (annotations, proposals) = kept(cx.inputs, self.min_side)?;
+        let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, Manner::Squares, cx)?;
+        let infos = annotations.images.clone();
+        let sight = Box::new(ProposalSight { expand: &self.expand, preprocess: encoder.preprocess, infos, proposals });
+        let frames = frames(cx.inputs, annotations)?;
+        Ok(Rider { cx, units, frames, sight, encoder: Some(encoder), port: REGIONS.info().name, rows: RowKind::Regions(self.stored) })
     }
 }
 
@@ -321,19 +495,6 @@ fn averaged(crops: &[f32], dim: usize) -> Vec<f32> {
     }
     let norm = sum.iter().map(|number| number * number).sum::<f32>().sqrt().max(1e-12);
     sum.into_iter().map(|number| number / norm).collect()
-}
-
-/// The proposals of every image of the annotations, in ascending image id. Images without an entry are named.
-fn of_images(annotations: &Annotations, proposals: ProposalTable) -> Result<Vec<Vec<Proposal>>> {
-    let mut by_image: BTreeMap<_, _> = proposals.by_image;
-    let of_image = |image: &ImageInfo| {
-        by_image.remove(&image.id).ok_or_else(|| Error::Input {
-            port: "proposals",
-            problem: format!("none for image {}, which the annotations have", image.id),
-            hint: "use the proposals that `proposals/import` made for these annotations".into(),
-        })
-    };
-    annotations.images.iter().map(of_image).collect()
 }
 
 #[cfg(test)]

@@ -1,13 +1,13 @@
 //! Stages that run CLIP: training a small one, class embeddings, features of images and regions.
 
-mod encoder;
+pub(crate) mod encoder;
 mod features;
 mod pretrain;
 mod prompts;
 mod templates;
 
 pub use encoder::{Clip, Precision};
-pub use features::{Globals, Proposals, View};
+pub use features::{Blocks, Globals, Objects, Proposals, View};
 pub use pretrain::{Architecture, Pretrain, TrainingState};
 pub use prompts::Ensemble;
 pub use templates::Templates;

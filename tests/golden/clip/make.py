@@ -10,7 +10,7 @@ in f32 but fuse and order sums differently; that leaves about 1e-6 to 1e-5.
 
 ViT-B-32 and RN50 have their full size. ViT-B-16, ViT-L-14 and RN50x4 keep their patch, image side and number of bottlenecks, but are narrower or
 shallower, so that the tests stay fast. `hugging-face.json` is a CLIPModel of ViT-B/32 with two blocks; its grid of 15 x 20 is reached twice: with the
-position table resized bilinearly (what is expected) and by the library's own bicubic rule (what must not match).
+position table resized bilinearly (what is expected) and by the library's own bicubic rule (what must not match). `objects.json` is OADP's masked forward pass, in f64.
 """
 
 import json
@@ -156,6 +156,57 @@ def make_hugging_face():
     )
 
 
+def make_objects():
+    """OADP's object-token mask attention over a Hugging Face vision tower, written out in f64 with explicit query, key and value matrices."""
+    config = CLIPConfig(projection_dim=512)
+    config.vision_config.projection_dim = config.text_config.projection_dim = 512
+    config.text_config.num_hidden_layers = 1
+    model = CLIPModel(config).eval()
+    shapes = fill(model)
+    vision = model.double().vision_model
+    heads, width = 12, 64
+
+    def attend(layer, queries, keys, bias):
+        def split(x):
+            return x.unflatten(-1, (heads, width)).transpose(1, 2)
+
+        q, k, v = split(layer.q_proj(queries)), split(layer.k_proj(keys)), split(layer.v_proj(keys))
+        logits = q @ k.transpose(-1, -2) / math.sqrt(width) + bias
+        return layer.out_proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    def forward(pixels, background):
+        n = len(pixels)
+        patches = F.conv2d(pixels, vision.embeddings.patch_embedding.weight, stride=16, padding=15)
+        assert patches.shape[2:] == (14, 14)
+        table = vision.embeddings.position_embedding.weight
+        grid = table[1:].reshape(1, 7, 7, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(14, 14), mode="bilinear", align_corners=False)
+        positions = torch.cat([table[:1], grid.permute(0, 2, 3, 1).flatten(1, 2)[0]])
+        x = torch.cat([vision.embeddings.class_embedding.expand(n, 1, -1), patches.flatten(2).transpose(1, 2)], 1)
+        x = vision.pre_layrnorm(x + positions)
+        y = x[:, :1]
+        bias = torch.cat([-100 * background.flatten(1), torch.zeros(n, 1)], 1)[:, None, None]
+        for layer in vision.encoder.layers:
+            # The object first: it reads the stream as it enters the block.
+            u = layer.layer_norm1(torch.cat([x[:, 1:], y], 1))
+            y = y + attend(layer.self_attn, u[:, -1:], u, bias)
+            y = y + layer.mlp(layer.layer_norm2(y))
+            x = layer(x, attention_mask=None)
+            x = x[0] if isinstance(x, tuple) else x
+        ordinary = model.visual_projection(vision.post_layernorm(x[:, 0]))
+        return model.visual_projection(vision.post_layernorm(y[:, 0])), ordinary
+
+    pixels = images("images.objects", [3, 3, 224, 224]).double()
+    # Something in between, the object everywhere, and nowhere.
+    some = (torch.from_numpy(unit("masks.objects", 3 * 14 * 14)).reshape(3, 14, 14) > 0.4).double()
+    objects, ordinary = forward(pixels, some)
+    everywhere, _ = forward(pixels, torch.zeros(3, 14, 14))
+    nowhere, _ = forward(pixels, torch.ones(3, 14, 14))
+    assert (everywhere - ordinary).abs().max() < 1e-9
+    assert (nowhere - nowhere[:1]).abs().max() < 1e-5
+    write("objects", shapes, objects=objects, everywhere=everywhere)
+
+
 @torch.no_grad()
 def main():
     small_text = {"width": 128, "heads": 2, "layers": 3}
@@ -165,6 +216,7 @@ def main():
     make_open_clip("ViT-L-14", config_of("ViT-L-14", {"width": 256, "layers": 4}, small_text, 192), 224)
     make_open_clip("RN50x4", config_of("RN50x4", {"width": 20}, small_text, 160), 288)
     make_hugging_face()
+    make_objects()
 
 
 main()

@@ -1,0 +1,309 @@
+//! What a worker does: makes the missing units of a step, or of several steps that share a pass over their images, waits for
+//! what other processes make, and publishes the artifacts.
+
+use std::{
+    fs,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use indicatif::HumanBytes;
+use jiff::Timestamp;
+use ovenbird_cache::{Artifact, Claim, Lease, Owner, Provenance, Status, Store, UnitRecord, Watch, unit_name};
+use ovenbird_stages::{AnyStage, Context, Progress, Unit, run_together};
+
+use crate::{
+    error::{Error, Result, count},
+    pipeline::Step,
+    plan::{self, Work},
+    run::Options,
+};
+
+/// How often to look whether another process has made what this one waits for.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// How much has to be freed before a run that found the disk full goes on, in bytes.
+const LEAST_ROOM: u64 = 16 << 20;
+
+/// Why a worker ended without an artifact.
+pub(crate) enum Failure {
+    Known(Error),
+    /// A panic, which is always ours.
+    Bug(String),
+}
+
+/// Runs something on a worker's thread; a panic comes back as a failure.
+pub(crate) fn guard<T>(work: impl FnOnce() -> Result<T>) -> Result<T, Failure> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => result.map_err(Failure::Known),
+        Err(panic) => {
+            let words = panic.downcast_ref::<String>().cloned();
+            let words = words.or_else(|| panic.downcast_ref::<&str>().map(|words| (*words).to_owned()));
+            Err(Failure::Bug(words.unwrap_or_else(|| "a panic without words".into())))
+        }
+    }
+}
+
+/// What every worker of a run has.
+#[derive(Clone, Copy)]
+pub(crate) struct Shop<'a> {
+    pub(crate) store: &'a Store,
+    pub(crate) options: Options,
+    /// The run's id.
+    pub(crate) run: &'a str,
+    /// Set when the operator asks to stop.
+    pub(crate) stop: &'a AtomicBool,
+}
+
+/// A step to be made.
+pub(crate) struct Task<'a> {
+    pub(crate) step: &'a Step,
+    pub(crate) work: Box<Work>,
+    /// Receives progress.
+    pub(crate) report: &'a (dyn Fn(Progress) + Send + Sync),
+}
+
+/// Makes some steps, which share a pass where there are several; says of each what came of it.
+///
+/// Where the shared pass fails, each goes on alone: one that is at fault does not take the others with it.
+pub(crate) fn make(tasks: &[Task<'_>], shop: Shop<'_>) -> Vec<Result<Artifact, Failure>> {
+    let making: Vec<Making<'_>> = tasks.iter().map(|task| Making::new(task, shop)).collect();
+    if let [one] = &making[..] {
+        return vec![guard(|| one.begin().and_then(|()| work_on(&making)).and_then(|()| one.publish()))];
+    }
+    let together = guard(|| making.iter().try_for_each(Making::begin).and_then(|()| work_on(&making)));
+    let is_stopped = matches!(&together, Err(Failure::Known(Error::Stage(ovenbird_stages::Error::Stopped))));
+    let alone = |one: &Making<'_>| {
+        guard(|| {
+            if together.is_err() && !is_stopped {
+                work_on(std::slice::from_ref(one))?;
+            }
+            one.context().proceed()?;
+            one.publish()
+        })
+    };
+    making.iter().map(alone).collect()
+}
+
+/// A step in the making.
+struct Making<'a> {
+    task: &'a Task<'a>,
+    shop: Shop<'a>,
+    started: Timestamp,
+    clock: Instant,
+    n_failed: AtomicU64,
+    /// Nobody waits for it: one worker holds it at a time.
+    watch: Mutex<Watch>,
+    /// As `watch`.
+    waits_for: Mutex<Option<Owner>>,
+}
+
+/// What there is to do for a step.
+enum Due {
+    Nothing,
+    /// Other processes are at all of it.
+    Later,
+    /// These units. The lease is on the whole step, where its units hold no items.
+    Units(Vec<Unit>, Option<Lease>),
+}
+
+/// Works until nothing is missing of any of the steps.
+fn work_on(making: &[Making<'_>]) -> Result<()> {
+    loop {
+        let (mut due, mut is_waiting) = (Vec::new(), false);
+        for one in making {
+            match one.due()? {
+                Due::Nothing => {}
+                Due::Later => is_waiting = true,
+                Due::Units(units, lease) => due.push((one, one.context(), units, lease)),
+            }
+        }
+        let result = match &due[..] {
+            [] if is_waiting => {
+                thread::sleep(LOOK_EVERY);
+                continue;
+            }
+            [] => return Ok(()),
+            [(one, context, units, _)] => one.task.step.stage.run(units, context),
+            several => {
+                let stages = several.iter().map(|(one, context, units, _)| (&*one.task.step.stage, &units[..], context));
+                run_together(&stages.collect::<Vec<(&dyn AnyStage, _, _)>>())
+            }
+        };
+        match result {
+            Err(error) if error.is_disk_full() => wait_for_room(making[0].shop.store, &due[0].1)?,
+            result => result?,
+        }
+    }
+}
+
+impl<'a> Making<'a> {
+    fn new(task: &'a Task<'a>, shop: Shop<'a>) -> Self {
+        Self {
+            task,
+            shop,
+            started: Timestamp::now(),
+            clock: Instant::now(),
+            n_failed: AtomicU64::new(0),
+            watch: Mutex::default(),
+            waits_for: Mutex::default(),
+        }
+    }
+
+    fn context(&self) -> Context<'_> {
+        let Task { step, work, report } = self.task;
+        Context {
+            store: self.shop.store,
+            kind: step.entry.kind,
+            units: &work.units,
+            items: &work.items,
+            inputs: &work.inputs,
+            device: self.shop.options.device,
+            threads: step.resources.cpu,
+            on_bad_item: step.on_bad_item,
+            n_failed: &self.n_failed,
+            watch: &self.watch,
+            stop: self.shop.stop,
+            report,
+        }
+    }
+
+    /// Says how much there is to do, and writes down which units there will be.
+    fn begin(&self) -> Result<()> {
+        let Task { step, work, report } = self.task;
+        let n_items: usize = work.missing.iter().map(|unit| work.units[*unit].items.len()).sum();
+        if n_items > 0 {
+            report(Progress::Total(n_items as u64));
+        }
+        let (store, kind) = (self.shop.store, step.entry.kind);
+        let family = work.units.first().and_then(|unit| unit.family);
+        if let Some(unit_bytes) = store.mean_unit_bytes(kind, family)?
+            && let Some(words) = lacks_room(store, work.missing.len(), unit_bytes)
+        {
+            report(Progress::Note(words));
+        }
+        Ok(store.write_plan(&work.recipe, &work.units.iter().map(|unit| unit.fingerprint).collect::<Vec<_>>())?)
+    }
+
+    /// What is missing; what is damaged of it is set aside.
+    fn due(&self) -> Result<Due> {
+        let (Task { step, work, report }, store) = (self.task, self.shop.store);
+        let kind = step.entry.kind;
+        loop {
+            let missing = plan::missing(step, store, &work.units, work.is_chain)?;
+            if missing.is_empty() {
+                return Ok(Due::Nothing);
+            }
+            self.context().proceed()?;
+            // Units that hold items are claimed one by one by the stage; anything else is one process's as a whole.
+            let first = &work.units[missing[0]];
+            let claimed = if first.family.is_some() { &first.fingerprint } else { &work.recipe.fingerprint() };
+            let claim = store.claim(kind, claimed, &mut self.watch.lock().unwrap_or_else(PoisonError::into_inner))?;
+            let lease = match claim {
+                Claim::Mine(lease) => lease,
+                Claim::Made(record) if plan::is_whole(step, &record) => continue,
+                Claim::Made(record) => {
+                    store.quarantine(&unit_name(kind, &record.key.fingerprint), &["some items failed".into()])?;
+                    continue;
+                }
+                Claim::Held(holder) => {
+                    let mut waits_for = self.waits_for.lock().unwrap_or_else(PoisonError::into_inner);
+                    if waits_for.as_ref() != Some(&holder) {
+                        report(Progress::Note(format!("waits for {}, which is making it", holder.words())));
+                        *waits_for = Some(holder);
+                    }
+                    report(Progress::Waiting);
+                    return Ok(Due::Later);
+                }
+            };
+            let missing: Vec<Unit> = missing.into_iter().map(|unit| work.units[unit].clone()).collect();
+            for unit in &missing {
+                match store.unit(kind, &unit.fingerprint)? {
+                    Status::Damaged(findings) => drop(store.quarantine(&unit_name(kind, &unit.fingerprint), &findings)?),
+                    Status::Valid(record) if !plan::is_whole(step, &record) => {
+                        drop(store.quarantine(&unit_name(kind, &unit.fingerprint), &["some items failed".into()])?);
+                        // With more items it is another artifact to those that read it.
+                        store.quarantine_manifest(&store.manifest_path(kind, &work.recipe.fingerprint()), "some items failed")?;
+                    }
+                    Status::Valid(_) | Status::Absent => {}
+                }
+            }
+            // The stage claims units that hold items by itself.
+            let lease = first.family.is_none().then_some(lease);
+            return Ok(Due::Units(missing, lease));
+        }
+    }
+
+    fn publish(&self) -> Result<Artifact> {
+        let (Task { step, work, .. }, store) = (self.task, self.shop.store);
+        let (kind, units) = (step.entry.kind, &work.units);
+        let record = |unit: &Unit| -> Result<UnitRecord> {
+            match store.unit(kind, &unit.fingerprint)? {
+                Status::Valid(record) => Ok(record),
+                Status::Damaged(_) | Status::Absent => panic!("BUG: `{kind}` ended well without unit {}", unit.index),
+            }
+        };
+        let whole = if work.is_chain { &units[units.len().saturating_sub(1)..] } else { &units[..] };
+        let records = whole.iter().map(record).collect::<Result<Vec<_>>>()?;
+        let made = Provenance {
+            program: format!("ovenbird {}", env!("CARGO_PKG_VERSION")),
+            run: self.shop.run.to_owned(),
+            host: read_line("/proc/sys/kernel/hostname"),
+            device: device_name(self.shop.options.device),
+            libtorch: ovenbird_models::LIBTORCH.into(),
+            started: self.started.to_string(),
+            wall_s: self.clock.elapsed().as_secs_f64(),
+        };
+        let ports: Vec<&str> = step.entry.outputs.iter().map(|port| port.name).collect();
+        Ok(store.commit_artifact(work.recipe.clone(), &ports, records, made)?)
+    }
+}
+
+/// Free space where the home lies, in bytes.
+fn free(store: &Store) -> u64 {
+    rustix::fs::statvfs(store.home()).map_or(0, |disk| disk.f_bavail * disk.f_frsize)
+}
+
+/// Says so where the disk will not hold some more units of a size.
+pub(crate) fn lacks_room(store: &Store, n_units: usize, unit_bytes: u64) -> Option<String> {
+    let (free, needed) = (free(store), n_units as u64 * unit_bytes);
+    (needed > free).then(|| {
+        let (needed, free) = (HumanBytes(needed), HumanBytes(free));
+        let at = store.home().display();
+        format!("needs about {needed} for {} and finds {free} at {at}: it will pause when the disk is full", count(n_units, "unit"))
+    })
+}
+
+/// Waits until the disk has room again. Nothing is damaged meanwhile: what was in the making is lost, and made again.
+fn wait_for_room(store: &Store, context: &Context<'_>) -> Result<()> {
+    let at_least = free(store) + LEAST_ROOM;
+    let words = format!(
+        "the disk is full: paused. Free {} or more at {}, and it continues by itself",
+        HumanBytes(LEAST_ROOM),
+        store.home().display()
+    );
+    context.note(words);
+    while free(store) < at_least {
+        context.proceed()?;
+        (context.report)(Progress::Waiting);
+        thread::sleep(LOOK_EVERY);
+    }
+    context.note("there is room again: continues");
+    Ok(())
+}
+
+fn read_line(path: &str) -> String {
+    fs::read_to_string(path).map_or_else(|_| "unknown".into(), |text| text.trim().to_owned())
+}
+
+/// What networks run on, in words.
+fn device_name(device: tch::Device) -> String {
+    let tch::Device::Cpu = device else { return format!("{device:?}") };
+    let info = read_line("/proc/cpuinfo");
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, model)| model.trim().to_owned()));
+    model.unwrap_or_else(|| "cpu".into())
+}

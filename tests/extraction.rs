@@ -1,0 +1,77 @@
+//! Features: every kind of extraction, alone and in one pass, and what each row means.
+
+use crate::support::World;
+
+/// Every stage that reads images, on the toy world, with a small vision transformer.
+const ALL: &str = r#"version: 1
+name: all
+stages:
+  - id: world
+    use: toy/world
+    with: {seed: 7, train_images: 4, val_images: 9, web_images: 40, held_out_images: 60, side_px: 160}
+  - id: clip
+    use: clip/pretrain
+    in: {images: world.web_images, captions: world.captions}
+    with: {seed: 7, steps: 2, steps_per_unit: 2, batch: 8, architecture: vit}
+  - id: proposals
+    use: proposals/import
+    in: {proposals: world.val_proposals, annotations: world.val}
+  - id: globals
+    use: clip/globals
+    in: {images: world.images, annotations: world.val, checkpoint: clip.checkpoint}
+    with: {clip: {precision: f32}}
+  - id: blocks
+    use: clip/blocks
+    in: {images: world.images, annotations: world.val, checkpoint: clip.checkpoint}
+    with: {clip: {precision: f32}}
+  - id: objects
+    use: clip/objects
+    in: {images: world.images, annotations: world.val, proposals: proposals.proposals, checkpoint: clip.checkpoint}
+    with: {clip: {precision: f32}}
+  - id: regions
+    use: clip/proposals
+    in: {images: world.images, annotations: world.val, proposals: proposals.proposals, checkpoint: clip.checkpoint}
+    with: {clip: {precision: f32}, expand: [1.0, 1.5]}
+  - id: crops
+    use: crops/objects
+    in: {images: world.images, annotations: world.val}
+"#;
+
+#[test]
+fn stages_that_share_a_pass_publish_what_they_publish_alone() {
+    let (together, alone) = (World::new(), World::new());
+    for world in [&together, &alone] {
+        world.write("all.yaml", ALL);
+    }
+    let all = together.run(["run", "./all.yaml"]).success();
+    assert_eq!(all.steps("done").len(), 8, "{}", all.stderr);
+    assert!(all.stderr.contains("one pass over the images serves globals, blocks, objects, regions"), "{}", all.stderr);
+    for stage in ["globals", "blocks", "objects", "regions", "crops"] {
+        alone.run(["run", "./all.yaml", "--until", stage]).success();
+    }
+    assert!(together.units() == alone.units());
+    together.run(["verify", "--deep"]).success();
+    together.run(["verify", "--recompute", "50%"]).success();
+}
+
+#[test]
+fn the_arithmetic_is_chosen_by_measurement_noted_and_kept() {
+    let world = World::new();
+    world.write("all.yaml", ALL.replace("precision: f32", "precision: auto"));
+    let run = world.run(["run", "./all.yaml", "--until", "globals"]).success();
+    assert!(run.stderr.contains("computes in "), "{}", run.stderr);
+    let record = std::fs::read_to_string(world.find(&["clip-globals", "unit.json"])).unwrap();
+    let chosen = ["\"precision\": \"bf16\"", "\"precision\": \"f32\""].iter().filter(|words| record.contains(**words)).count();
+    assert_eq!(chosen, 1, "{record}");
+}
+
+#[test]
+fn a_resnet_has_no_patches_for_objects_and_the_message_says_what_to_do() {
+    let world = World::new();
+    world.write("all.yaml", ALL.replace("architecture: vit", "architecture: resnet"));
+    let run = world.run(["run", "./all.yaml"]);
+    assert!(run.code == 4 && run.stderr.contains("a ResNet: the object token looks at the patches"), "{}", run.stderr);
+    assert!(run.stderr.contains("use a ViT, or `clip/proposals`"), "{}", run.stderr);
+    // The others of its pass are not taken along.
+    assert_eq!(run.steps("failed"), ["objects"], "{}", run.stderr);
+}
