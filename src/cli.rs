@@ -16,9 +16,9 @@ use ovenbird_cache::{Error as CacheError, Ledger, Store, crash_at, publish, veri
 use serde_json::json;
 
 use crate::{
-    describe,
+    describe, doctor,
     error::{Error, ExitCode, Result, count},
-    event, explain, history,
+    estimate, event, explain, history,
     keep::{self, Collection},
     pipeline::{self, NAMED, Pipeline, Setting},
     plan::{self, Outlook},
@@ -28,6 +28,8 @@ use crate::{
     verify::{self, Wish},
 };
 
+/// How many items of a stage `run --estimate` measures where `--dry-run` does not say.
+const SAMPLE: usize = 64;
 /// The version of every `--json` form.
 const JSON_VERSION: u32 = 1;
 
@@ -63,6 +65,12 @@ enum Command {
         /// Hash every input file again instead of trusting its size and times
         #[arg(long)]
         rehash: bool,
+        /// Only the first N items of every stage, and one unit of a training; results lie apart
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        dry_run: Option<u32>,
+        /// Predict time, bytes and memory of every stage from a dry run, one stage after the other [default: of 64 items]
+        #[arg(long)]
+        estimate: bool,
     },
     /// Say what a run would do, stage by stage, and why
     Plan {
@@ -162,6 +170,15 @@ enum Command {
     Pipelines {
         /// A pipeline's name
         name: Option<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say what this machine has, and what a CLIP checkpoint is and whether it works
+    Doctor {
+        /// A checkpoint of OpenAI, open_clip or Hugging Face
+        #[arg(long, value_name = "FILE")]
+        clip: Option<PathBuf>,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -278,7 +295,18 @@ pub(crate) fn main() -> Result<()> {
         crash_at(step);
     }
     match command {
-        Command::Run { chosen, jobs, device, rehash } => run(&home, &chosen, jobs, device.0, rehash),
+        Command::Run { chosen, jobs, device, rehash, dry_run, estimate } => {
+            let sample = dry_run.map(|n| n as usize).or(estimate.then_some(SAMPLE));
+            let options = Options { is_measuring: estimate, ..options(jobs, device.0, rehash) };
+            let Some(n) = sample else { return run(&home, &chosen, options, None) };
+            let name = if estimate { "estimate".to_owned() } else { n.to_string() };
+            let apart = home.join("dry-run").join(name);
+            if estimate {
+                // What is there already would not be measured.
+                Store::open(&apart)?.publisher().remove(&apart)?;
+            }
+            run(&apart, &chosen, options, Some(n))
+        }
         Command::Plan { chosen, json } => show_plan(&home, &chosen, json),
         Command::Explain { chosen, what, json } => explain(&home, &chosen, &what, json),
         Command::Retry { chosen, failed: _ } => retry(&home, &chosen),
@@ -311,6 +339,7 @@ pub(crate) fn main() -> Result<()> {
         }
         Command::Stages { kind, json } => print(&describe::stages(kind.as_deref(), json)?),
         Command::Pipelines { name, json } => pipelines(name.as_deref(), json),
+        Command::Doctor { clip, json } => doctor::doctor(&home, clip.as_deref(), json),
         Command::Schema => print(&describe::schema()),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -361,10 +390,10 @@ impl Chosen {
     }
 }
 
-fn run(home: &Path, chosen: &Chosen, jobs: Option<usize>, device: tch::Device, rehash: bool) -> Result<()> {
-    let (pipeline, wanted) = chosen.load()?;
+fn run(home: &Path, chosen: &Chosen, options: Options, most_items: Option<usize>) -> Result<()> {
+    let (mut pipeline, wanted) = chosen.load()?;
+    pipeline.steps.iter_mut().for_each(|step| step.most_items = most_items);
     let store = Store::open(home)?;
-    let options = options(jobs, device, rehash);
     let pipeline = Arc::new(pipeline);
     let mut screen = Screen::new();
     let ended = run::run(&pipeline, &wanted, &store, options, &mut |event| screen.show(event))?;
@@ -378,6 +407,12 @@ fn run(home: &Path, chosen: &Chosen, jobs: Option<usize>, device: tch::Device, r
     if n_made == 0 {
         text.push_str("nothing to do: every stage is there already\n");
     }
+    if let Some(n) = most_items {
+        text.push_str(&format!("a dry run of {n} items a stage; what it made lies apart, in {}\n", home.display()));
+    }
+    if options.is_measuring {
+        text.push_str(&estimate::table(home, &ended.run)?);
+    }
     text.push_str(&format!("report: {}\n", report.display()));
     text.push_str(&next_commands(&chosen.pipeline, &pipeline));
     print(&text)
@@ -385,7 +420,7 @@ fn run(home: &Path, chosen: &Chosen, jobs: Option<usize>, device: tch::Device, r
 
 fn options(jobs: Option<usize>, device: tch::Device, rehash: bool) -> Options {
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    Options { cpu: jobs.unwrap_or(cores).max(1), memory: total_memory(), device, rehash }
+    Options { cpu: jobs.unwrap_or(cores).max(1), memory: total_memory(), device, rehash, is_measuring: false }
 }
 
 fn percent(text: &str) -> Result<f64, String> {
@@ -431,7 +466,7 @@ fn next_commands(name: &str, pipeline: &Pipeline) -> String {
     )
 }
 
-fn total_memory() -> u64 {
+pub(crate) fn total_memory() -> u64 {
     let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kib = info.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
     kib.map_or(4 << 30, |kib| kib * 1024)
@@ -496,7 +531,7 @@ fn retry(home: &Path, chosen: &Chosen) -> Result<()> {
     if n_failed == 0 {
         return print("no item of this pipeline failed\n");
     }
-    run(home, chosen, None, tch::Device::Cpu, false)
+    run(home, chosen, options(None, tch::Device::Cpu, false), None)
 }
 
 fn pipelines(name: Option<&str>, json: bool) -> Result<()> {

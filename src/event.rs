@@ -37,8 +37,17 @@ pub(crate) enum Event {
     StepChecked { step: String, fingerprint: Fingerprint, verdict: Verdict },
     /// A step began to work.
     StepStarted { step: String },
-    /// How far a step is. `total` is 0 while unknown.
-    StepProgress { step: String, done: u64, total: u64 },
+    /// How far a step is. `total` is 0 while unknown. Where a network works: how many crops or images (`views`) it has seen, and how
+    /// many pieces of work were ready for it at last; none means that it waits for decoding and cutting.
+    StepProgress {
+        step: String,
+        done: u64,
+        total: u64,
+        #[serde(default)]
+        views: u64,
+        #[serde(default)]
+        ready: u64,
+    },
     /// A unit was published.
     UnitCommitted { step: String, unit: usize, bytes: u64 },
     /// An item has no result and was left out.
@@ -55,6 +64,9 @@ pub(crate) enum Event {
         failed: u64,
         bytes: u64,
         wall_s: f64,
+        /// The most memory that the program held while or before it worked.
+        #[serde(default)]
+        peak_bytes: u64,
     },
     /// A step ended without its artifact.
     StepFailed { step: String, error: String, hint: Option<String> },
@@ -84,7 +96,14 @@ pub(crate) enum Verdict {
     /// Its bytes were let go, and nothing has needed them so far.
     Dropped,
     /// It has to be made, from this many units on, for these reasons.
-    Run { units_done: usize, units_total: usize, reasons: Vec<String> },
+    Run {
+        units_done: usize,
+        units_total: usize,
+        reasons: Vec<String>,
+        /// In a dry run: how many items, or units of a training, are made, and how many there are in earnest.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        sample: Option<(u64, u64)>,
+    },
 }
 
 /// How a run ended.

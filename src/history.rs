@@ -119,7 +119,7 @@ pub(crate) fn state(log: &[Stamped]) -> RunState {
                 }
             }),
             Event::StepStarted { step } => with(step, &|step| step.state = "running"),
-            Event::StepProgress { step, done, total } => with(step, &|step| (step.done, step.total) = (*done, *total)),
+            Event::StepProgress { step, done, total, .. } => with(step, &|step| (step.done, step.total) = (*done, *total)),
             Event::StepDone { step, items, wall_s, .. } => with(step, &|step| {
                 step.state = "done";
                 (step.done, step.wall_s) = (*items, Some(*wall_s));
@@ -232,11 +232,12 @@ fn words(event: &Event) -> String {
         Event::Notice { words } => words.clone(),
         Event::StepChecked { step, verdict: Verdict::Reused, .. } => format!("{step}: reused"),
         Event::StepChecked { step, verdict: Verdict::Dropped, .. } => format!("{step}: dropped, not needed"),
-        Event::StepChecked { step, verdict: Verdict::Run { units_done, units_total, reasons }, .. } => {
+        Event::StepChecked { step, verdict: Verdict::Run { units_done, units_total, reasons, .. }, .. } => {
             format!("{step}: will run, {units_done} of {units_total} units are there: {}", reasons.join("; "))
         }
         Event::StepStarted { step } => format!("{step}: started"),
-        Event::StepProgress { step, done, total } => format!("{step}: {done} of {total}"),
+        Event::StepProgress { step, done, total, views: 0, .. } => format!("{step}: {done} of {total}"),
+        Event::StepProgress { step, done, total, views, ready } => format!("{step}: {done} of {total}, {views} views, {ready} ready"),
         Event::UnitCommitted { step, unit, bytes } => format!("{step}: unit {unit} committed, {bytes} bytes"),
         Event::ItemFailed { step, item, reason, attempts } => {
             format!("{step}: left out {item} after {}: {reason}", count(*attempts as usize, "attempt"))

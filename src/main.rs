@@ -2,7 +2,9 @@
 
 mod cli;
 mod describe;
+mod doctor;
 mod error;
+mod estimate;
 mod event;
 mod explain;
 mod history;

@@ -67,6 +67,8 @@ pub(crate) struct Step {
     pub(crate) on_bad_item: OnBadItem,
     /// After how long without a sign of life the stage counts as hanging.
     pub(crate) max_silence: Duration,
+    /// In a dry run: how many of its items are made, and of a training one unit.
+    pub(crate) most_items: Option<usize>,
 }
 
 /// Where an input comes from.
@@ -265,6 +267,7 @@ impl Reader {
                 resources: draft.resources,
                 on_bad_item: draft.on_bad_item,
                 max_silence: draft.max_silence,
+                most_items: None,
             });
         }
         Some(Pipeline { name: name?, description: description?, steps, request: Request::default() })

@@ -58,6 +58,8 @@ pub(crate) struct Work {
     pub(crate) items: Vec<Digest>,
     /// Places of the units that have to be made.
     pub(crate) missing: Vec<usize>,
+    /// How many items there are, or units of a training, or 1: more than the above in a dry run.
+    pub(crate) n_whole: usize,
     /// Whether each unit continues the one before: the last is the artifact.
     pub(crate) is_chain: bool,
     /// Why, in words.
@@ -110,12 +112,20 @@ pub(crate) fn check(step: &Step, is_demanded: bool, files: &FileInputs, made: &M
     if !sources.is_empty() {
         return Ok(Checked::Lacks { sources, reasons });
     }
-    let divided = step.stage.units(&inputs)?;
+    let mut divided = step.stage.units(&inputs)?;
     let is_chain = matches!(divided, Units::Chain { .. });
+    let n_whole = match &divided {
+        Units::One => 1,
+        Units::Independent { items, .. } => items.len(),
+        Units::Chain { links } => *links as usize,
+    };
+    if let Some(most) = step.most_items {
+        divided.truncate(most);
+    }
     let (units, items) = divided.of(&recipe);
     let missing = missing(step, store, &units, is_chain)?;
     reasons.extend(taken_from(step, store, &units, &items, &missing)?);
-    Ok(Checked::Run(Box::new(Work { recipe, inputs, units, items, missing, is_chain, reasons, was })))
+    Ok(Checked::Run(Box::new(Work { recipe, inputs, units, items, missing, n_whole, is_chain, reasons, was })))
 }
 
 /// Places of the units that have to be made.

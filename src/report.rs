@@ -34,6 +34,8 @@ struct Gathered {
     /// Start and end of each step that worked, in s since the run's start.
     spans: BTreeMap<String, (f64, f64)>,
     bytes: BTreeMap<String, u64>,
+    /// By step: seconds since the run's start, items done, views seen, pieces of work ready.
+    flow: BTreeMap<String, Vec<(f64, u64, u64, u64)>>,
     artifacts: BTreeMap<String, Artifact>,
     evaluations: Vec<(String, Evaluation)>,
     pictures: Vec<Picture>,
@@ -51,6 +53,7 @@ fn gather(store: &Store, log: &[Stamped]) -> Result<Gathered> {
     let run = history::state(log);
     let start_ms = log.first().map_or(0, |first| first.at.as_millisecond());
     let (mut after, mut spans, mut bytes) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
+    let mut flow: BTreeMap<String, Vec<_>> = BTreeMap::new();
     for Stamped { at, event } in log {
         let now = (at.as_millisecond() - start_ms) as f64 / 1e3;
         match event {
@@ -60,9 +63,11 @@ fn gather(store: &Store, log: &[Stamped]) -> Result<Gathered> {
                 bytes.insert(step.clone(), *of_step);
                 spans.entry(step.clone()).and_modify(|span| span.1 = now);
             }
-            Event::StepFailed { step, .. } | Event::StepProgress { step, .. } => {
+            Event::StepProgress { step, done, views, ready, .. } => {
                 spans.entry(step.clone()).and_modify(|span| span.1 = now);
+                flow.entry(step.clone()).or_default().push((now, *done, *views, *ready));
             }
+            Event::StepFailed { step, .. } => drop(spans.entry(step.clone()).and_modify(|span| span.1 = now)),
             _ => {}
         }
     }
@@ -81,7 +86,7 @@ fn gather(store: &Store, log: &[Stamped]) -> Result<Gathered> {
         }
     }
     let pictures = gallery::pictures(&run.steps, &artifacts);
-    Ok(Gathered { run, after, spans, bytes, artifacts, evaluations, pictures })
+    Ok(Gathered { run, after, spans, bytes, flow, artifacts, evaluations, pictures })
 }
 
 /// Text that is safe inside HTML, also inside attributes.
@@ -125,6 +130,7 @@ fn render(gathered: &Gathered) -> String {
     graph(&mut out, gathered);
     timeline(&mut out, gathered);
     throughput(&mut out, gathered);
+    flow(&mut out, gathered);
     manifests(&mut out, gathered);
     if !run.notices.is_empty() {
         out.push_str("<section><h2>Notes</h2><ul>");
@@ -324,6 +330,61 @@ fn throughput(out: &mut String, gathered: &Gathered) {
     out.push_str("</table></div></section>");
 }
 
+/// Views (where a step has any, else items) a second over time, and what was ready for the network.
+fn flow(out: &mut String, gathered: &Gathered) {
+    let (width, height, left, bottom) = (520.0, 150.0, 44.0, 30.0);
+    let long_enough = gathered.flow.iter().filter(|(_, points)| points.len() >= 4);
+    let mut is_first = true;
+    for (step, points) in long_enough {
+        let counts_views = points.iter().any(|(_, _, views, _)| *views > 0);
+        let amount = |(_, done, views, _): &(f64, u64, u64, u64)| if counts_views { *views } else { *done } as f64;
+        let rate = |pair: &[(f64, u64, u64, u64)]| (pair[1].0, (amount(&pair[1]) - amount(&pair[0])) / (pair[1].0 - pair[0].0).max(1e-3));
+        let rates: Vec<(f64, f64)> = points.windows(2).map(rate).collect();
+        let (start, end) = (points[0].0, points[points.len() - 1].0);
+        let x = |at: f64| left + (at - start) / (end - start).max(1e-9) * (width - left - 12.0);
+        let line = |points: &mut dyn Iterator<Item = (f64, f64)>, most: f64| -> String {
+            let y = |value: f64| height - bottom - value / most.max(1e-9) * (height - bottom - 14.0);
+            points.map(|(at, value)| format!("{:.1},{:.1} ", x(at), y(value))).collect()
+        };
+        let most = rates.iter().map(|(_, rate)| *rate).fold(0.0, f64::max);
+        let most_ready = points.iter().map(|(.., ready)| *ready).max().unwrap_or(0);
+        if is_first {
+            out.push_str("<section><h2>Flow</h2>");
+            is_first = false;
+        }
+        put!(out, "<figure><svg class=\"plot\" viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"Rate over time\">");
+        put!(out, "<line class=\"grid\" x1=\"{left}\" x2=\"{}\" y1=\"{y}\" y2=\"{y}\"/>", width - 12.0, y = height - bottom);
+        put!(
+            out,
+            "<text x=\"{}\" y=\"18\" text-anchor=\"end\">{most:.0}</text><text x=\"{}\" y=\"{}\" text-anchor=\"end\">0</text>",
+            left - 6.0,
+            left - 6.0,
+            height - bottom + 4.0
+        );
+        put!(
+            out,
+            "<text x=\"{left}\" y=\"{}\">{start:.0} s</text><text x=\"{}\" y=\"{}\" text-anchor=\"end\">{end:.0} s</text>",
+            height - 8.0,
+            width - 12.0,
+            height - 8.0
+        );
+        put!(out, "<polyline class=\"curve base\" points=\"{}\"/>", line(&mut rates.iter().copied(), most));
+        let what = if counts_views { "views/s" } else { "items/s" };
+        let mut caption = format!("{}: {what} (dashed)", escape(step));
+        if counts_views {
+            let ready = line(&mut points.iter().map(|(at, .., ready)| (*at, *ready as f64)), most_ready as f64);
+            put!(out, "<polyline class=\"curve all\" points=\"{ready}\"/>");
+            caption.push_str(&format!(
+                "; pieces of work ready for the network (dotted, at most {most_ready}): at the bottom it waits for images"
+            ));
+        }
+        put!(out, "</svg><figcaption>{caption}</figcaption></figure>");
+    }
+    if !is_first {
+        out.push_str("</section>");
+    }
+}
+
 fn manifests(out: &mut String, gathered: &Gathered) {
     out.push_str("<section><h2>Manifests</h2>");
     for step in &gathered.run.steps {
@@ -400,6 +461,7 @@ mod tests {
             after: vec![vec![]],
             spans: BTreeMap::from([("<script>".into(), (0.0, 2.0))]),
             bytes: BTreeMap::new(),
+            flow: BTreeMap::new(),
             artifacts: BTreeMap::new(),
             evaluations: vec![("coco".into(), evaluation)],
             pictures: vec![],

@@ -54,6 +54,8 @@ pub(crate) struct Options {
     pub(crate) device: tch::Device,
     /// Whether to hash every input file again.
     pub(crate) rehash: bool,
+    /// Whether steps run one after the other, so that each is measured by itself.
+    pub(crate) is_measuring: bool,
 }
 
 /// A run that has ended.
@@ -328,6 +330,9 @@ impl<'a> Coordinator<'a> {
                         self.emit(Event::StepStarted { step: self.id(place) })?;
                         tasks.push((place, work));
                     }
+                    if self.options.is_measuring {
+                        reset_peak_memory();
+                    }
                     self.start_worker(tasks);
                 }
                 State::Queued(_) | State::Checking | State::Running(_) | State::Done | State::Failed | State::Skipped => {}
@@ -345,7 +350,11 @@ impl<'a> Coordinator<'a> {
         let memory: u64 = running.iter().map(|used| used.memory).sum();
         let gpu: usize = running.iter().map(|used| used.gpu).sum();
         let gpu_fits = wanted.gpu == 0 || gpu + wanted.gpu <= usize::from(self.options.device.is_cuda());
-        running.is_empty() || (cpu + wanted.cpu <= self.options.cpu && memory + wanted.memory <= self.options.memory && gpu_fits)
+        running.is_empty()
+            || (!self.options.is_measuring
+                && cpu + wanted.cpu <= self.options.cpu
+                && memory + wanted.memory <= self.options.memory
+                && gpu_fits)
     }
 
     fn start_check(&self, place: usize, files: Arc<FileInputs>) {
@@ -363,7 +372,7 @@ impl<'a> Coordinator<'a> {
     fn share_a_pass(&self, one: usize, other: usize) -> bool {
         let [one, other] = [one, other].map(|place| &self.pipeline.steps[place]);
         let is_alike = |port: &str| one.inputs.get(port) == other.inputs.get(port);
-        one.stage.rides() && other.stage.rides() && is_alike("images") && is_alike("annotations")
+        !self.options.is_measuring && one.stage.rides() && other.stage.rides() && is_alike("images") && is_alike("annotations")
     }
 
     /// The queued steps that share a pass with a queued step, itself included.
@@ -422,7 +431,9 @@ impl<'a> Coordinator<'a> {
             }
             Message::Checked(place, Ok(Checked::Run(work))) => {
                 let (units_total, units_done) = (work.units.len(), work.units.len() - work.missing.len());
-                let verdict = Verdict::Run { units_done, units_total, reasons: work.reasons.clone() };
+                let n_made = if work.items.is_empty() { work.units.len() } else { work.items.len() };
+                let sample = self.pipeline.steps[place].most_items.map(|_| (n_made as u64, work.n_whole as u64));
+                let verdict = Verdict::Run { units_done, units_total, reasons: work.reasons.clone(), sample };
                 let fingerprint = work.recipe.fingerprint();
                 self.states.insert(place, State::Queued(work));
                 self.emit(Event::StepChecked { step: self.id(place), fingerprint, verdict })
@@ -432,8 +443,9 @@ impl<'a> Coordinator<'a> {
                 if let Some(State::Running(gauge)) = self.states.get(&place) {
                     let Gauge { started, done, bytes, failed, .. } = gauge;
                     let (items, bytes, failed, wall_s) = (*done, *bytes, *failed, started.elapsed().as_secs_f64());
+                    let peak_bytes = peak_memory();
                     let (fingerprint, ports) = (artifact.manifest.fingerprint, artifact.manifest.ports.clone());
-                    self.emit(Event::StepDone { step: self.id(place), fingerprint, ports, items, failed, bytes, wall_s })?;
+                    self.emit(Event::StepDone { step: self.id(place), fingerprint, ports, items, failed, bytes, wall_s, peak_bytes })?;
                 }
                 self.keep(place, *artifact)
             }
@@ -492,7 +504,8 @@ impl<'a> Coordinator<'a> {
                 events.push(Event::StepNote { step: step.clone(), words });
             }
             if std::mem::take(&mut gauge.is_stale) {
-                events.push(Event::StepProgress { step, done: gauge.done, total: gauge.total });
+                let Gauge { done, total, views, ready, .. } = *gauge;
+                events.push(Event::StepProgress { step, done, total, views, ready });
             }
         }
         events.into_iter().try_for_each(|event| self.emit(event))?;
@@ -531,6 +544,19 @@ impl<'a> Coordinator<'a> {
         }
         Ok(())
     }
+}
+
+/// The most memory that this process held since the last reset, in bytes.
+fn peak_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.map_or(0, |kib| kib * 1024)
+}
+
+/// Sets the peak back to what is held now. Where that is not allowed, the peak is that of the run so far.
+#[expect(clippy::disallowed_methods, reason = "a file of the kernel, not of the home")]
+fn reset_peak_memory() {
+    let _not_allowed = std::fs::write("/proc/self/clear_refs", "5");
 }
 
 fn listen(kind: SignalKind) -> Signal {
@@ -601,7 +627,7 @@ mod tests {
     fn a_stage_that_hangs_is_given_up_and_the_others_are_not() {
         let home = tempfile::tempdir().unwrap();
         let store = Store::open(home.path()).unwrap();
-        let options = Options { cpu: 2, memory: 1 << 30, device: tch::Device::Cpu, rehash: false };
+        let options = Options { cpu: 2, memory: 1 << 30, device: tch::Device::Cpu, rehash: false, is_measuring: false };
         let mut pipeline = pipeline(&[(1, None, None), (2, None, None), (3, Some(0), None)]);
         pipeline.steps[0].stage = Box::new(Hung);
         pipeline.steps[0].max_silence = Duration::from_secs(1);
@@ -657,6 +683,7 @@ mod tests {
                 resources: Resources { cpu: 1, memory: 0, gpu: 0 },
                 on_bad_item: OnBadItem::Fail,
                 max_silence: Duration::from_secs(1800),
+                most_items: None,
             }
         };
         let steps = nodes.iter().enumerate().map(step).collect();
@@ -708,7 +735,7 @@ mod tests {
         ) {
             let home = tempfile::tempdir().unwrap();
             let store = Store::open(home.path()).unwrap();
-            let options = Options { cpu: 2, memory: 1 << 30, device: tch::Device::Cpu, rehash: false };
+            let options = Options { cpu: 2, memory: 1 << 30, device: tch::Device::Cpu, rehash: false, is_measuring: false };
             let mut known = BTreeSet::new();
             let mut nodes = first;
             for edit in std::iter::once(None).chain(edits.into_iter().map(Some)) {

@@ -56,7 +56,7 @@ impl Screen {
                 let resumed = self.steps.remove(step).and_then(|shown| shown.resumed);
                 self.steps.insert(step.clone(), Shown { bar, started: now, resumed, last_line: now });
             }
-            Event::StepProgress { step, done, total } => self.progress(step, *done, *total),
+            Event::StepProgress { step, done, total, views, ready } => self.progress(step, [*done, *total], *views, *ready),
             Event::ItemFailed { step, item, reason, .. } => self.step_line(step, &format!("left out {item}: {reason}")),
             Event::StepNote { step, words } => self.step_line(step, words),
             Event::StepDone { step, items, failed, bytes, wall_s, .. } => {
@@ -89,7 +89,7 @@ impl Screen {
         match verdict {
             Verdict::Reused => self.step_line(step, "reused"),
             Verdict::Dropped => self.step_line(step, "dropped earlier; made again if something needs it"),
-            Verdict::Run { units_done, units_total, reasons } => {
+            Verdict::Run { units_done, units_total, reasons, .. } => {
                 let resumed = (*units_done > 0).then(|| format!("{units_done} of {units_total} units are there"));
                 let why = resumed.clone().into_iter().chain(reasons.iter().cloned()).collect::<Vec<_>>().join("; ");
                 self.step_line(step, &format!("will run: {why}"));
@@ -108,15 +108,20 @@ impl Screen {
         Some(bar)
     }
 
-    fn progress(&mut self, step: &str, done: u64, total: u64) {
+    fn progress(&mut self, step: &str, [done, total]: [u64; 2], views: u64, ready: u64) {
         let Some(shown) = self.steps.get_mut(step) else { return };
         let elapsed_s = shown.started.elapsed().as_secs_f64();
         let rate = done as f64 / elapsed_s.max(1e-9);
         let left = total.saturating_sub(done) as f64 / rate.max(1e-9);
         let ends = if total > 0 && done > 0 { format!(", ends {}", clock_in(left)) } else { String::new() };
+        let flow = match (views, ready) {
+            (0, _) => String::new(),
+            (views, 0) => format!(", {:.0} views/s, waits for images", views as f64 / elapsed_s.max(1e-9)),
+            (views, _) => format!(", {:.0} views/s, {ready} ready", views as f64 / elapsed_s.max(1e-9)),
+        };
         let words = match total {
-            0 => format!("{done} items, {rate:.0} items/s"),
-            total => format!("{done}/{total} ({:.0} %), {rate:.0} items/s{ends}", 100.0 * done as f64 / total as f64),
+            0 => format!("{done} items, {rate:.1} items/s{flow}"),
+            total => format!("{done}/{total} ({:.0} %), {rate:.1} items/s{flow}{ends}", 100.0 * done as f64 / total as f64),
         };
         if let Some(bar) = &shown.bar {
             if total > 0 {

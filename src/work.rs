@@ -301,7 +301,7 @@ fn read_line(path: &str) -> String {
 }
 
 /// What networks run on, in words.
-fn device_name(device: tch::Device) -> String {
+pub(crate) fn device_name(device: tch::Device) -> String {
     let tch::Device::Cpu = device else { return format!("{device:?}") };
     let info = read_line("/proc/cpuinfo");
     let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, model)| model.trim().to_owned()));

@@ -40,9 +40,9 @@ stages:
 #[test]
 fn stages_that_share_a_pass_publish_what_they_publish_alone() {
     let (together, alone) = (World::new(), World::new());
-    for world in [&together, &alone] {
-        world.write("all.yaml", ALL);
-    }
+    together.write("all.yaml", ALL);
+    // Nor do cores matter.
+    alone.write("all.yaml", ALL.replace("expand: [1.0, 1.5]}", "expand: [1.0, 1.5]}\n    resources: {cpu: 3}"));
     let all = together.run(["run", "./all.yaml"]).success();
     assert_eq!(all.steps("done").len(), 8, "{}", all.stderr);
     assert!(all.stderr.contains("one pass over the images serves globals, blocks, objects, regions"), "{}", all.stderr);
@@ -74,4 +74,41 @@ fn a_resnet_has_no_patches_for_objects_and_the_message_says_what_to_do() {
     assert!(run.stderr.contains("use a ViT, or `clip/proposals`"), "{}", run.stderr);
     // The others of its pass are not taken along.
     assert_eq!(run.steps("failed"), ["objects"], "{}", run.stderr);
+}
+
+#[test]
+fn a_dry_run_goes_through_every_stage_and_leaves_the_home_as_it_was() {
+    let world = World::new();
+    world.write("all.yaml", ALL);
+    let dry = world.run(["run", "./all.yaml", "--dry-run", "3"]).success();
+    assert!(dry.stdout.contains("a dry run of 3 items a stage; what it made lies apart"), "{}", dry.stdout);
+    assert_eq!(dry.steps("done").len(), 8, "{}", dry.stderr);
+    assert!(!world.path(".ovenbird/units").exists());
+    let plan = world.run(["plan", "./all.yaml"]).success();
+    assert!(plan.stdout.contains("0 reused"), "{}", plan.stdout);
+    world.run(["verify", "--deep", "--home", ".ovenbird/dry-run/3"]).success();
+    let estimate = world.run(["run", "./all.yaml", "--estimate", "--dry-run", "3"]).success();
+    let objects = estimate.stdout.lines().find(|line| line.starts_with("objects ")).unwrap_or_default();
+    assert_eq!(objects.split_whitespace().take(3).collect::<Vec<_>>(), ["objects", "3", "9"], "{}", estimate.stdout);
+    assert!(!estimate.stderr.contains("one pass over the images"), "{}", estimate.stderr);
+    // The same rows as in earnest, as far as they go.
+    world.run(["run", "./all.yaml", "--until", "globals"]).success();
+    world.run(["verify"]).success();
+}
+
+#[test]
+fn the_doctor_knows_the_machine_and_what_a_checkpoint_is() {
+    let world = World::new();
+    world.write("all.yaml", ALL);
+    let alone = world.run(["doctor"]).success();
+    assert!(alone.stdout.contains("libtorch") && alone.stdout.contains("bf16 multiplies matrices"), "{}", alone.stdout);
+    world.run(["run", "./all.yaml", "--until", "clip"]).success();
+    let checkpoint = world.find(&["clip-pretrain", "clip.safetensors"]);
+    let found = world.run(["doctor", "--clip", checkpoint.to_str().unwrap()]).success();
+    for words in ["ViT/8 at 64 px: 3 blocks of width 128, 2 heads", "every number is finite", "to f32", "OpenAI's names"] {
+        assert!(found.stdout.contains(words), "expected `{words}` in\n{}", found.stdout);
+    }
+    world.write("not.safetensors", "nothing");
+    let output = world.run(["doctor", "--clip", "not.safetensors"]);
+    assert!(output.code == 4 && output.stderr.contains("not.safetensors"), "{}", output.stderr);
 }

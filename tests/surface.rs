@@ -155,7 +155,7 @@ fn json_forms_are_as_documented() {
     world.run(["run", "./tiny.yaml", "--until", "coco"]).success();
     let run = json(&world, &["status", "--json"])["run"]["run"].as_str().unwrap().to_owned();
     let record = world.find(&["coco-split", "unit.json"]);
-    let forms: [(&str, &[&str]); 10] = [
+    let forms: [(&str, &[&str]); 11] = [
         ("plan PIPELINE", &["plan", "./tiny.yaml", "--until", "lvis", "--set", "detect.nms_iou=0.3", "--json"]),
         ("explain PIPELINE STAGE", &["explain", "./tiny.yaml", "coco", "--set", "detect.nms_iou=0.3", "--json"]),
         ("status", &["status", "--json"]),
@@ -164,6 +164,7 @@ fn json_forms_are_as_documented() {
         ("cache du", &["cache", "du", "--json"]),
         ("cache gc", &["cache", "gc", "--grace", "0s", "--json"]),
         ("stages", &["stages", "--json"]),
+        ("doctor", &["doctor", "--json"]),
         ("pipelines", &["pipelines", "--json"]),
         ("verify", &["verify", "--full", "--json"]),
     ];

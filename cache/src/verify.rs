@@ -217,9 +217,10 @@ impl Store {
             }
             Ok(())
         };
-        const OURS: [&str; 12] = [
+        const OURS: [&str; 13] = [
             "artifacts",
             "commits.jsonl",
+            "dry-run",
             "format.json",
             "leases",
             "ledger",

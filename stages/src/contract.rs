@@ -229,6 +229,15 @@ pub struct Unit {
 }
 
 impl Units {
+    /// Leaves the first items, or the first link of a chain.
+    pub fn truncate(&mut self, n_items: usize) {
+        match self {
+            Self::One => {}
+            Self::Independent { items, .. } => items.truncate(n_items),
+            Self::Chain { links } => *links = (*links).min(1),
+        }
+    }
+
     /// Names every unit of a stage with this recipe; the second list holds the items they are ranges of.
     pub fn of(self, recipe: &Recipe) -> (Vec<Unit>, Vec<Digest>) {
         let without_items = |index: usize, fingerprint| Unit { index, items: 0..0, fingerprint, family: None };

@@ -410,6 +410,73 @@ fn images_and_tokens_that_do_not_fit_are_refused_in_words() {
     assert_eq!(text(&Tensor::from_slice(&[50_i64]).reshape([1, 1])), format!("{expected} a token 50"));
 }
 
+/// A state dict of OpenAI's names with the shapes that define a tower, without any memory.
+fn shapes_of_openai(image: &[(&str, &[i64])], embed_dim: i64, text_width: i64) -> BTreeMap<String, Tensor> {
+    let text: [(&str, &[i64]); 4] = [
+        ("text_projection", &[text_width, embed_dim]),
+        ("token_embedding.weight", &[49_408, text_width]),
+        ("positional_embedding", &[77, text_width]),
+        ("input_resolution", &[]),
+    ];
+    let blocks: Vec<String> = (0..12).map(|block| format!("transformer.resblocks.{block}.mlp.c_fc.bias")).collect();
+    let width = [4 * text_width];
+    let text: Vec<(&str, &[i64])> = text.into_iter().chain(blocks.iter().map(|name| (name.as_str(), &width[..]))).collect();
+    let blank = |shape: &[i64]| Tensor::from(0.0_f32).to_kind(Kind::Half).expand(shape, false);
+    text.iter().chain(image).map(|(name, shape)| ((*name).to_owned(), blank(shape))).collect()
+}
+
+/// The published members that have no golden embeddings of their own, by the shapes of OpenAI's files.
+#[test]
+fn the_sizes_of_the_published_members_are_read_off_their_shapes() {
+    let vit = |width: i64, patch: i64, grid: i64, depth: usize| {
+        let mut shapes: Vec<(String, Vec<i64>)> =
+            (0..depth).map(|block| (format!("visual.transformer.resblocks.{block}.mlp.c_fc.bias"), vec![4 * width])).collect();
+        shapes.push(("visual.conv1.weight".to_owned(), vec![width, 3, patch, patch]));
+        shapes.push(("visual.positional_embedding".to_owned(), vec![grid * grid + 1, width]));
+        shapes.push(("visual.proj".to_owned(), vec![width, 768]));
+        shapes
+    };
+    let resnet = |width: i64, layers: [usize; 4], grid: i64, embed_dim: i64| {
+        let level = |(level, n): (usize, &usize)| {
+            (format!("visual.layer{}.{}.conv1.weight", level + 1, n - 1), vec![width << level, width << (level + 2), 1, 1])
+        };
+        let mut shapes: Vec<(String, Vec<i64>)> = layers.iter().enumerate().map(level).collect();
+        shapes.push(("visual.bn3.weight".to_owned(), vec![width]));
+        shapes.push(("visual.conv1.weight".to_owned(), vec![width / 2, 3, 3, 3]));
+        shapes.push(("visual.conv3.weight".to_owned(), vec![width, width / 2, 3, 3]));
+        shapes.push(("visual.attnpool.positional_embedding".to_owned(), vec![grid * grid + 1, 32 * width]));
+        shapes.push(("visual.attnpool.c_proj.weight".to_owned(), vec![embed_dim, 32 * width]));
+        shapes.push(("visual.attnpool.q_proj.weight".to_owned(), vec![32 * width, 32 * width]));
+        shapes
+    };
+    let members = [
+        (
+            vit(1024, 14, 16, 24),
+            768,
+            768,
+            ImageConfig::Vit { image_side: 224, patch: 14, width: 1024, depth: 24, heads: 16, mlp_width: 4096 },
+        ),
+        (
+            vit(1024, 14, 24, 24),
+            768,
+            768,
+            ImageConfig::Vit { image_side: 336, patch: 14, width: 1024, depth: 24, heads: 16, mlp_width: 4096 },
+        ),
+        (resnet(64, [3, 4, 23, 3], 7, 512), 512, 512, ImageConfig::ResNet { image_side: 224, layers: [3, 4, 23, 3], width: 64, heads: 32 }),
+        (
+            resnet(96, [6, 8, 18, 8], 12, 768),
+            768,
+            768,
+            ImageConfig::ResNet { image_side: 384, layers: [6, 8, 18, 8], width: 96, heads: 48 },
+        ),
+    ];
+    for (image, embed_dim, text_width, expected) in members {
+        let image: Vec<(&str, &[i64])> = image.iter().map(|(name, shape)| (name.as_str(), &shape[..])).collect();
+        let config = layout::config(&shapes_of_openai(&image, embed_dim, text_width), origin(), None).unwrap();
+        assert_eq!((config.image, config.text.depth, config.embed_dim), (expected, 12, embed_dim));
+    }
+}
+
 /// Masks of `make.py`: 1 is background.
 fn object_masks() -> Tensor {
     let some: Vec<f32> = unit("masks.objects", 3 * 14 * 14).map(|u| f32::from(u > 0.4)).collect();

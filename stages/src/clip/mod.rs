@@ -6,7 +6,7 @@ mod pretrain;
 mod prompts;
 mod templates;
 
-pub use encoder::{Clip, Precision};
+pub use encoder::{Clip, Precision, gain_of_bf16};
 pub use features::{Blocks, Globals, Objects, Proposals, View};
 pub use pretrain::{Architecture, Pretrain, TrainingState};
 pub use prompts::Ensemble;
