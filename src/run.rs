@@ -149,6 +149,8 @@ enum State {
 /// How far a running step is.
 struct Gauge {
     started: Instant,
+    /// The steps that share its pass, itself included: a sign of one is a sign of all.
+    company: Arc<[usize]>,
     last_sign: Instant,
     /// Whether the operator was told that there is no sign of life.
     is_silent: bool,
@@ -165,10 +167,11 @@ struct Gauge {
 }
 
 impl Gauge {
-    fn new(units_left: usize) -> Self {
+    fn new(units_left: usize, company: Arc<[usize]>) -> Self {
         let now = Instant::now();
         Self {
             started: now,
+            company,
             last_sign: now,
             is_silent: false,
             failed: 0,
@@ -319,14 +322,14 @@ impl<'a> Coordinator<'a> {
                     }
                 }
                 State::Queued(_) if self.fits(place) && !self.may_gain_company(place) => {
-                    let (mut tasks, company) = (Vec::new(), self.company(place));
+                    let (mut tasks, company): (_, Arc<[usize]>) = (Vec::new(), self.company(place).into());
                     if company.len() > 1 {
                         let ids: Vec<String> = company.iter().map(|place| self.id(*place)).collect();
                         self.emit(Event::Notice { words: format!("one pass over the images serves {}", ids.join(", ")) })?;
                     }
-                    for place in company {
+                    for &place in company.iter() {
                         let Some(State::Queued(work)) = self.states.remove(&place) else { continue };
-                        self.states.insert(place, State::Running(Gauge::new(work.missing.len())));
+                        self.states.insert(place, State::Running(Gauge::new(work.missing.len(), Arc::clone(&company))));
                         self.emit(Event::StepStarted { step: self.id(place) })?;
                         tasks.push((place, work));
                     }
@@ -462,9 +465,14 @@ impl<'a> Coordinator<'a> {
 
     fn note(&mut self, place: usize, said: Progress) -> Result<()> {
         let step = self.id(place);
+        let Some(State::Running(Gauge { company, .. })) = self.states.get(&place) else { return Ok(()) };
+        for other in Arc::clone(company).iter() {
+            if let Some(State::Running(gauge)) = self.states.get_mut(other) {
+                (gauge.last_sign, gauge.is_silent) = (Instant::now(), false);
+            }
+        }
         let Some(State::Running(gauge)) = self.states.get_mut(&place) else { return Ok(()) };
         gauge.is_stale = true;
-        (gauge.last_sign, gauge.is_silent) = (Instant::now(), false);
         match said {
             Progress::Total(total) => gauge.total = total,
             Progress::Tick(n_items) => gauge.done += n_items,

@@ -33,8 +33,18 @@ impl Image {
         Self::decode(&bytes, path)
     }
 
+    /// As [`Self::open`], of a file whose size is known, `[width, height]` px: another one is refused before anything is decoded.
+    pub fn open_sized(path: &Path, stated: [u32; 2]) -> Result<Self> {
+        let bytes = fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        Self::decode_sized(&bytes, path, Some(stated))
+    }
+
     /// Decodes a JPEG or PNG; `path` is for the message.
     pub fn decode(bytes: &[u8], path: &Path) -> Result<Self> {
+        Self::decode_sized(bytes, path, None)
+    }
+
+    fn decode_sized(bytes: &[u8], path: &Path, stated: Option<[u32; 2]>) -> Result<Self> {
         let malformed = |problem: String| Error::Malformed {
             path: path.to_owned(),
             problem,
@@ -44,12 +54,18 @@ impl Image {
         if bytes.starts_with(JPEG_START) && !reaches_end(bytes) {
             return Err(malformed(format!("a JPEG without its end: {} bytes", bytes.len())));
         }
-        let decode = || -> image::ImageResult<Self> {
-            let decoder = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?.into_decoder()?;
-            let (width, height) = decoder.dimensions();
-            Ok(Self { width, height, rgb: to_rgb8(DynamicImage::from_decoder(decoder)?) })
-        };
-        decode().map_err(|error| malformed(format!("expected a JPEG or PNG image: {error}")))
+        let not_an_image = |error: image::ImageError| malformed(format!("expected a JPEG or PNG image: {error}"));
+        let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format();
+        let decoder = reader.map_err(Into::into).and_then(ImageReader::into_decoder).map_err(not_an_image)?;
+        let (width, height) = decoder.dimensions();
+        if let Some(stated) = stated.filter(|stated| *stated != [width, height]) {
+            let size = |[width, height]: [u32; 2]| format!("{width} x {height}");
+            let problem = format!("the annotations say {} px, the image has {}", size(stated), size([width, height]));
+            let hint = Some("use the images the annotations were made for; a resized copy does not fit its boxes".into());
+            return Err(Error::Malformed { path: path.to_owned(), problem, hint });
+        }
+        let rgb = to_rgb8(DynamicImage::from_decoder(decoder).map_err(not_an_image)?);
+        Ok(Self { width, height, rgb })
     }
 
     /// Encodes as JPEG, `quality` in 1..=100.
@@ -167,14 +183,17 @@ impl Preprocess {
 
     /// As [`Self::square`] of the rectangle `[x1, y1, x2, y2]`, which is black where it leaves the image.
     pub fn square_of(&self, image: &Image, rectangle: [i64; 4]) -> Image {
-        let side = self.side_px;
         let [x1, y1, x2, y2] = rectangle;
-        let (width, height) = ((x2 - x1) as u32, (y2 - y1) as u32);
+        let (to, [x, y]) = self.resized([(x2 - x1) as u32, (y2 - y1) as u32]);
+        image.resize_window(rectangle, to, [x, y, x + self.side_px, y + self.side_px])
+    }
+
+    /// The size that an image of some size is resized to, and where in it the centre square begins.
+    pub fn resized(&self, [width, height]: [u32; 2]) -> ([u32; 2], [u32; 2]) {
+        let side = self.side_px;
         let long = |short: u32, long: u32| ((u64::from(side) * u64::from(long)) / u64::from(short)) as u32;
-        let (width, height) = if width <= height { (side, long(width, height)) } else { (long(height, width), side) };
-        let offset = |length: u32| (f64::from(length - side) / 2.0).round_ties_even() as u32;
-        let (x, y) = (offset(width), offset(height));
-        image.resize_window(rectangle, [width, height], [x, y, x + side, y + side])
+        let to = if width <= height { [side, long(width, height)] } else { [long(height, width), side] };
+        (to, to.map(|length| (f64::from(length - side) / 2.0).round_ties_even() as u32))
     }
 
     /// Normalises an image into `out`, `[3, H, W]`.

@@ -1,6 +1,6 @@
 //! `crops/objects`: annotated objects, cut out.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use ovenbird_cache::Digest;
 use ovenbird_data::{
@@ -110,7 +110,7 @@ impl Sight for CropSight<'_> {
         usize::from(!self.objects[place].is_empty())
     }
 
-    fn cut(&self, place: usize, image: &Image, _views: Range<usize>) -> Cut {
+    fn cut(&self, place: usize, image: &Arc<Image>, _views: Range<usize>) -> Cut {
         let crop = |object: &Annotation| Crop {
             image_id: object.image_id,
             annotation_id: object.id,

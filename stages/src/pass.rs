@@ -27,10 +27,17 @@ const VIEWS_A_JOB: usize = 32;
 
 /// What a network is shown.
 pub(crate) struct View {
-    /// At the network's size, or of any.
-    pub(crate) pixels: Image,
+    pub(crate) pixels: Pixels,
     /// Of an object: see [`ovenbird_data::views::background`].
     pub(crate) background: Option<Vec<u8>>,
+}
+
+/// The pixels of a view.
+pub(crate) enum Pixels {
+    /// At the network's size, or of any.
+    Ready(Image),
+    /// The square of a rectangle, to be cut where the network runs: see [`ovenbird_data::images::Preprocess::square_of`].
+    Square(Arc<Image>, [i64; 4]),
 }
 
 /// What is cut out of an image.
@@ -46,7 +53,7 @@ pub(crate) trait Sight: Sync {
     /// How many views an image has. A stage without a network has one.
     fn n_views(&self, place: usize) -> usize;
     /// Cuts some of them.
-    fn cut(&self, place: usize, image: &Image, views: Range<usize>) -> Cut;
+    fn cut(&self, place: usize, image: &Arc<Image>, views: Range<usize>) -> Cut;
     /// What becomes of the embeddings of all views, `[V, D]`.
     fn row(&self, place: usize, embeddings: &[f32], dim: usize) -> Row;
 }
@@ -88,7 +95,7 @@ pub(crate) fn ride(riders: &[Rider<'_>]) -> Result<()> {
             let (Seat { cx, sight, .. }, n_views) = (&seats[seat], views.len());
             let cut = cx.attempt(|| {
                 // No view, no pixels.
-                if n_views == 0 { Ok(Cut::Views(Vec::new())) } else { Ok(sight.cut(place, &*slot.image(frames, place)?, views.clone())) }
+                if n_views == 0 { Ok(Cut::Views(Vec::new())) } else { Ok(sight.cut(place, &slot.image(frames, place)?, views.clone())) }
             });
             Ready::Cut { seat, place, is_first: views.start == 0, cut }
         }

@@ -107,16 +107,7 @@ impl Images {
 
     /// Decodes an image and checks it against the size its annotations state, `[width, height]` px.
     pub fn decode(&self, file_name: &str, stated: [u32; 2]) -> Result<Image> {
-        let path = self.path(file_name)?;
-        let image = Image::open(path)?;
-        let found = [image.width, image.height];
-        if found == stated {
-            return Ok(image);
-        }
-        let size = |[width, height]: [u32; 2]| format!("{width} x {height}");
-        let problem = format!("the annotations say {} px, the image has {}", size(stated), size(found));
-        let hint = Some("use the images the annotations were made for; a resized copy does not fit its boxes".into());
-        Err(ovenbird_data::Error::Malformed { path: path.to_owned(), problem, hint }.into())
+        Ok(Image::open_sized(self.path(file_name)?, stated)?)
     }
 
     fn entry(&self, file_name: &str) -> Result<&(PathBuf, Digest)> {

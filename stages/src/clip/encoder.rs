@@ -1,6 +1,9 @@
 //! A frozen CLIP, as the stages use it.
 
-use std::{sync::OnceLock, time::Instant};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
 
 use ovenbird_cache::Status;
 use ovenbird_data::images::{Image, Preprocess};
@@ -12,7 +15,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::{Context, Result, artifacts::CheckpointFile, pass::View};
+use super::on_device;
+use crate::{
+    Context, Result,
+    artifacts::CheckpointFile,
+    pass::{Pixels, View},
+};
 
 /// Squares of a forward pass. Part of the results: libtorch may sum in another order for another shape, so the last batch of a
 /// unit is filled up with zeros and the shape is always the same.
@@ -177,7 +185,7 @@ fn least_cosine(one: &Encoder, other: &Encoder) -> Result<f64> {
         let rgb = (0..side).flat_map(|y| (0..side).flat_map(move |x| (0..3).map(move |channel| level(x, y, channel)))).collect();
         let n_cells = one.object_grid().unwrap_or(0).pow(2);
         View {
-            pixels: Image { width: side, height: side, rgb },
+            pixels: Pixels::Ready(Image { width: side, height: side, rgb }),
             background: Some((0..n_cells).map(|cell| u8::from(cell % 3 > 0)).collect()),
         }
     };
@@ -188,6 +196,25 @@ fn least_cosine(one: &Encoder, other: &Encoder) -> Result<f64> {
     Ok(one.chunks_exact(dim).zip(other.chunks_exact(dim)).map(cosine).fold(1.0, f64::min))
 }
 
+/// How squares are cut out of images for a network.
+#[derive(Clone, Copy)]
+pub(crate) struct Cutter {
+    preprocess: Preprocess,
+    /// Whether an accelerator does it: it has the image then, and threads only say where.
+    is_on_device: bool,
+}
+
+impl Cutter {
+    /// The square of a rectangle: see [`Preprocess::square_of`].
+    pub(crate) fn square(&self, image: &Arc<Image>, rectangle: [i64; 4]) -> Pixels {
+        if self.is_on_device {
+            Pixels::Square(Arc::clone(image), rectangle)
+        } else {
+            Pixels::Ready(self.preprocess.square_of(image, rectangle))
+        }
+    }
+}
+
 impl Encoder {
     fn new(clip: clip::Clip, manner: Manner, precision: &'static str) -> Self {
         let (ImageConfig::Vit { image_side, .. } | ImageConfig::ResNet { image_side, .. }) = clip.config().image;
@@ -195,6 +222,11 @@ impl Encoder {
         let channels = |numbers: &[f32; 3]| Tensor::from_slice(numbers).view([1, 3, 1, 1]).to_device(clip.device());
         let (mean, std) = (channels(&preprocess.mean), channels(&preprocess.std));
         Self { clip, preprocess, manner, precision, mean, std }
+    }
+
+    /// How squares are cut for it.
+    pub(crate) fn cutter(&self) -> Cutter {
+        Cutter { preprocess: self.preprocess, is_on_device: self.clip.device() != Device::Cpu }
     }
 
     /// The dimension D of embeddings.
@@ -228,17 +260,8 @@ impl Encoder {
 
     /// A batch, filled up to its size.
     fn forward(&self, views: &[View]) -> Result<Vec<f32>> {
-        let Image { width, height, .. } = views[0].pixels;
-        let n_bytes = 3 * (width * height) as usize;
-        let mut levels = Vec::with_capacity(self.batch() * n_bytes);
-        for view in views {
-            assert_eq!(view.pixels.rgb.len(), n_bytes, "BUG: views of different sizes in a batch");
-            levels.extend_from_slice(&view.pixels.rgb);
-        }
-        levels.resize(self.batch() * n_bytes, 0);
         no_grad(|| {
-            let shape = [self.batch() as i64, i64::from(height), i64::from(width), 3];
-            let levels = Tensor::from_slice(&levels).view(shape).to_device(self.clip.device());
+            let levels = self.levels(views);
             let pixels = self.normalised(&levels).to_kind(self.clip.kind());
             let embeddings = match self.manner {
                 Manner::Squares | Manner::Native => self.clip.encode_image(&pixels, Mode::Eval)?,
@@ -251,7 +274,39 @@ impl Encoder {
         })
     }
 
-    /// Levels `[B, H, W, 3]` u8 as the network's input `[B, 3, H, W]`: v / 255, minus mean, divided by std, each rounded to f32.
+    /// Levels `[B, H, W, 3]` on the device: of images that are ready, and of squares that are cut there.
+    fn levels(&self, views: &[View]) -> Tensor {
+        let (device, mut parts) = (self.clip.device(), Vec::new());
+        let alike = |one: &View, other: &View| match (&one.pixels, &other.pixels) {
+            (Pixels::Ready(_), Pixels::Ready(_)) => true,
+            (Pixels::Square(one, _), Pixels::Square(other, _)) => Arc::ptr_eq(one, other),
+            _ => false,
+        };
+        for group in views.chunk_by(alike) {
+            let ready = group.iter().filter_map(|view| if let Pixels::Ready(image) = &view.pixels { Some(image) } else { None });
+            let ready: Vec<&Image> = ready.collect();
+            if let Some(Image { width, height, .. }) = ready.first() {
+                assert!(
+                    ready.iter().all(|image| (&image.width, &image.height) == (width, height)),
+                    "BUG: views of different sizes in a batch"
+                );
+                let levels: Vec<u8> = ready.iter().flat_map(|image| &image.rgb).copied().collect();
+                let shape = [ready.len() as i64, i64::from(*height), i64::from(*width), 3];
+                parts.push(Tensor::from_slice(&levels).view(shape).to_device(device));
+            } else if let Pixels::Square(image, _) = &group[0].pixels {
+                let rectangle = |view: &View| if let Pixels::Square(_, rectangle) = view.pixels { Some(rectangle) } else { None };
+                let rectangles: Vec<[i64; 4]> = group.iter().filter_map(rectangle).collect();
+                parts.push(on_device::squares(&self.preprocess, image, &rectangles, device));
+            }
+        }
+        let levels = if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 0) };
+        match self.batch() - views.len() {
+            0 => levels,
+            n_missing => levels.constant_pad_nd([0, 0, 0, 0, 0, 0, 0, n_missing as i64]),
+        }
+    }
+
+    /// Levels `[B, H, W, 3]` as the network's input `[B, 3, H, W]`: v / 255, minus mean, divided by std, each rounded to f32.
     fn normalised(&self, levels: &Tensor) -> Tensor {
         let mut pixels = levels.permute([0, 3, 1, 2]).to_kind(Kind::Float).contiguous();
         pixels = pixels.g_div_scalar_(255.0);
@@ -273,4 +328,48 @@ impl Encoder {
 /// x / max(|x|, 1e-12) over the last axis.
 pub(crate) fn unit_norm(rows: &Tensor) -> Tensor {
     rows / rows.norm_scalaropt_dim(2.0, [-1], true).clamp_min(1e-12)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use ovenbird_models::clip::{Config, TextConfig};
+    use tch::nn;
+
+    use super::*;
+
+    /// The path that accelerators take, on the CPU.
+    #[test]
+    fn objects_cut_on_the_device_are_those_cut_by_threads() {
+        let config = Config {
+            embed_dim: 32,
+            image: ImageConfig::Vit { image_side: 64, patch: 16, width: 64, depth: 2, heads: 2, mlp_width: 128 },
+            text: TextConfig { context: 8, vocabulary: 50, width: 32, heads: 1, depth: 1 },
+            activation: Activation::QuickGelu,
+        };
+        let weights = nn::VarStore::new(Device::Cpu);
+        clip::Clip::new(&weights.root(), &config, 3).unwrap();
+        let tensors: BTreeMap<String, Tensor> = weights.variables().into_iter().collect();
+        let network = clip::Clip::load_as(&config, &tensors, "clip".as_ref(), Device::Cpu, Kind::Float).unwrap();
+        let encoder = Encoder::new(network, Manner::Objects, "f32");
+        let rgb =
+            (0..150 * 90 * 3_u32).map(|index| (index.wrapping_mul(2_654_435_761) >> 24) as u8 / 4 + (index / 450 % 3 * 60) as u8).collect();
+        let image = Arc::new(Image { width: 150, height: 90, rgb });
+        let views = |is_on_device: bool| -> Vec<View> {
+            let cutter = Cutter { preprocess: encoder.preprocess, is_on_device };
+            let rectangles = [[0, 0, 90, 90], [-20, -30, 120, 110], [100, 40, 131, 71]];
+            let view = |(n, rectangle): (usize, [i64; 4])| View {
+                pixels: cutter.square(&image, rectangle),
+                background: Some((0..64).map(|cell| u8::from(cell % (n + 2) > 0)).collect()),
+            };
+            rectangles.into_iter().enumerate().map(view).collect()
+        };
+        let (threads, device) = (encoder.encode(&views(false)).unwrap(), encoder.encode(&views(true)).unwrap());
+        assert_eq!((threads.len(), device.len()), (96, 96));
+        for (one, other) in threads.chunks_exact(32).zip(device.chunks_exact(32)) {
+            let cosine: f32 = one.iter().zip(other).map(|(a, b)| a * b).sum();
+            assert!(cosine > 0.9999, "{cosine}");
+        }
+    }
 }

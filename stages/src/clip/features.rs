@@ -4,7 +4,7 @@
 //! What differs from the OADP reference is a parameter each, and its default is said there; in every case boxes are stored in f32
 //! (there: f16), an image without proposals has an empty row (there: a crash), and proposals are matched to images by id.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 use ovenbird_cache::Digest;
 use ovenbird_data::{
@@ -17,14 +17,14 @@ use ovenbird_data::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::encoder::{Clip, Encoder, Manner};
+use super::encoder::{Clip, Cutter, Encoder, Manner};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Rider, Stage, Unit, Units,
     artifacts::{
         AnnotationFile, CheckpointFile, ImageFeatures, Images, NumberType, Proposals as ProposalTable, RegionFeatures, Regions, Row,
         RowKind,
     },
-    pass::{self, Cut, Frames, Sight, ride},
+    pass::{self, Cut, Frames, Pixels, Sight, ride},
 };
 
 const IMAGES: In<Images> = In::required("images", "The folder that the annotations' file names are relative to.");
@@ -129,12 +129,12 @@ impl Sight for GlobalSight {
         1
     }
 
-    fn cut(&self, _place: usize, image: &Image, _views: Range<usize>) -> Cut {
+    fn cut(&self, _place: usize, image: &Arc<Image>, _views: Range<usize>) -> Cut {
         let pixels = match self.view {
-            View::Native => image.clone(),
+            View::Native => Image::clone(image),
             View::Square => self.preprocess.square(image),
         };
-        Cut::Views(vec![pass::View { pixels, background: None }])
+        Cut::Views(vec![pass::View { pixels: Pixels::Ready(pixels), background: None }])
     }
 
     fn row(&self, place: usize, embeddings: &[f32], _dim: usize) -> Row {
@@ -216,14 +216,14 @@ impl Sight for BlockSight {
         1 + self.levels(place).iter().map(|level| level.corners.len()).sum::<usize>()
     }
 
-    fn cut(&self, place: usize, image: &Image, views: Range<usize>) -> Cut {
+    fn cut(&self, place: usize, image: &Arc<Image>, views: Range<usize>) -> Cut {
         let side = i64::from(self.preprocess.side_px);
-        let view = |pixels: Image| pass::View { pixels, background: None };
+        let view = |pixels: Image| pass::View { pixels: Pixels::Ready(pixels), background: None };
         let mut cut = Vec::with_capacity(views.len());
         if views.start == 0 {
             cut.push(view(self.preprocess.square(image)));
         }
-        let (mut level_image, mut first) = (image.clone(), 1);
+        let (mut level_image, mut first) = (Image::clone(image), 1);
         for (level_idx, level) in self.levels(place).iter().enumerate() {
             if first >= views.end {
                 break;
@@ -318,7 +318,7 @@ impl Default for Objects {
 
 struct ObjectSight {
     square: views::Square,
-    preprocess: Preprocess,
+    cutter: Cutter,
     grid: usize,
     infos: Vec<ImageInfo>,
     proposals: Vec<Vec<Proposal>>,
@@ -329,12 +329,12 @@ impl Sight for ObjectSight {
         self.proposals[place].len()
     }
 
-    fn cut(&self, place: usize, image: &Image, views: Range<usize>) -> Cut {
+    fn cut(&self, place: usize, image: &Arc<Image>, views: Range<usize>) -> Cut {
         let size = [image.width, image.height];
         let view = |proposal: &Proposal| {
             let square = views::object_square(&proposal.xyxy, size, self.square);
             let background = views::background(&proposal.xyxy, &square, self.grid);
-            pass::View { pixels: self.preprocess.square_of(image, views::rounded(&square)), background: Some(background) }
+            pass::View { pixels: self.cutter.square(image, views::rounded(&square)), background: Some(background) }
         };
         Cut::Views(self.proposals[place][views].iter().map(view).collect())
     }
@@ -383,7 +383,7 @@ impl Stage for Objects {
             Square::Fixed => views::Square::Clamped,
         };
         let infos = annotations.images.clone();
-        let sight = Box::new(ObjectSight { square, preprocess: encoder.preprocess, grid, infos, proposals });
+        let sight = Box::new(ObjectSight { square, cutter: encoder.cutter(), grid, infos, proposals });
         let frames = frames(cx.inputs, annotations)?;
         Ok(Rider { cx, units, frames, sight, encoder: Some(encoder), port: REGIONS.info().name, rows: RowKind::Regions(self.stored) })
     }
@@ -423,7 +423,7 @@ impl Default for Proposals {
 
 struct ProposalSight<'a> {
     expand: &'a [f32],
-    preprocess: Preprocess,
+    cutter: Cutter,
     infos: Vec<ImageInfo>,
     proposals: Vec<Vec<Proposal>>,
 }
@@ -433,10 +433,10 @@ impl Sight for ProposalSight<'_> {
         self.proposals[place].len() * self.expand.len()
     }
 
-    fn cut(&self, place: usize, image: &Image, views: Range<usize>) -> Cut {
+    fn cut(&self, place: usize, image: &Arc<Image>, views: Range<usize>) -> Cut {
         let view = |view: usize| {
             let (proposal, factor) = (&self.proposals[place][view / self.expand.len()], self.expand[view % self.expand.len()]);
-            let pixels = self.preprocess.square_of(image, proposal.xyxy.expanded(factor, [image.width, image.height]));
+            let pixels = self.cutter.square(image, proposal.xyxy.expanded(factor, [image.width, image.height]));
             pass::View { pixels, background: None }
         };
         Cut::Views(views.map(view).collect())
@@ -478,7 +478,7 @@ impl Stage for Proposals {
         let (annotations, proposals) = kept(cx.inputs, self.min_side)?;
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, Manner::Squares, cx)?;
         let infos = annotations.images.clone();
-        let sight = Box::new(ProposalSight { expand: &self.expand, preprocess: encoder.preprocess, infos, proposals });
+        let sight = Box::new(ProposalSight { expand: &self.expand, cutter: encoder.cutter(), infos, proposals });
         let frames = frames(cx.inputs, annotations)?;
         Ok(Rider { cx, units, frames, sight, encoder: Some(encoder), port: REGIONS.info().name, rows: RowKind::Regions(self.stored) })
     }

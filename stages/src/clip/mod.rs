@@ -2,6 +2,7 @@
 
 pub(crate) mod encoder;
 mod features;
+mod on_device;
 mod pretrain;
 mod prompts;
 mod templates;
