@@ -35,6 +35,9 @@ stages:
   - id: crops
     use: crops/objects
     in: {images: world.images, annotations: world.val}
+  - id: folder
+    use: crops/folder
+    in: {crops: crops.crops, annotations: world.val}
 "#;
 
 #[test]
@@ -44,13 +47,17 @@ fn stages_that_share_a_pass_publish_what_they_publish_alone() {
     // Nor do cores matter.
     alone.write("all.yaml", ALL.replace("expand: [1.0, 1.5]}", "expand: [1.0, 1.5]}\n    resources: {cpu: 3}"));
     let all = together.run(["run", "./all.yaml"]).success();
-    assert_eq!(all.steps("done").len(), 8, "{}", all.stderr);
+    assert_eq!(all.steps("done").len(), 9, "{}", all.stderr);
     assert!(all.stderr.contains("one pass over the images serves globals, blocks, objects, regions"), "{}", all.stderr);
-    for stage in ["globals", "blocks", "objects", "regions", "crops"] {
+    for stage in ["globals", "blocks", "objects", "regions", "folder"] {
         alone.run(["run", "./all.yaml", "--until", stage]).success();
     }
     assert!(together.units() == alone.units());
     together.run(["verify", "--deep"]).success();
+    // One JPEG a crop, in the folder of its class.
+    let files: Vec<String> = together.units().into_keys().filter(|name| name.contains("crops-folder") && name.ends_with(".jpg")).collect();
+    let classes: std::collections::BTreeSet<&str> = files.iter().map(|name| name.rsplit('/').nth(1).unwrap()).collect();
+    assert!(files.len() > classes.len() && classes.len() > 3, "{files:?}");
     together.run(["verify", "--recompute", "50%"]).success();
 }
 
@@ -82,7 +89,7 @@ fn a_dry_run_goes_through_every_stage_and_leaves_the_home_as_it_was() {
     world.write("all.yaml", ALL);
     let dry = world.run(["run", "./all.yaml", "--dry-run", "3"]).success();
     assert!(dry.stdout.contains("a dry run of 3 items a stage; what it made lies apart"), "{}", dry.stdout);
-    assert_eq!(dry.steps("done").len(), 8, "{}", dry.stderr);
+    assert_eq!(dry.steps("done").len(), 9, "{}", dry.stderr);
     assert!(!world.path(".ovenbird/units").exists());
     let plan = world.run(["plan", "./all.yaml"]).success();
     assert!(plan.stdout.contains("0 reused"), "{}", plan.stdout);

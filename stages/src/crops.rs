@@ -1,4 +1,4 @@
-//! `crops/objects`: annotated objects, cut out.
+//! `crops/objects`: annotated objects, cut out; `crops/folder`: as files in one folder a class.
 
 use std::{ops::Range, sync::Arc};
 
@@ -11,7 +11,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Context, In, Inputs, Out, PortInfo, Problem, Result, Rider, Stage, Unit, Units,
+    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Rider, Stage, Unit, Units,
     artifacts::{AnnotationFile, Crop, Crops, Images, Row, RowKind},
     pass::{Cut, Frames, Sight, ride},
 };
@@ -123,5 +123,44 @@ impl Sight for CropSight<'_> {
     fn row(&self, _place: usize, _embeddings: &[f32], _dim: usize) -> Row {
         // Of an image without objects, which is not decoded.
         Row::Crops(Vec::new())
+    }
+}
+
+/// Crops as JPEG files, a folder a class: `CLASS/IMAGE-ANNOTATION.jpg`.
+///
+/// For tools that read such folders. One unit, and one file a crop: for millions of objects read the shards instead. A class name's
+/// `/` becomes `_`.
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Folder {}
+
+const CROPS_IN: In<Crops> = In::required("crops", "The crops.");
+const CLASSES: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json with the names of their classes.");
+const FOLDER: Out<Images> = Out::new("images", "`CLASS/IMAGE-ANNOTATION.jpg`.");
+
+impl Stage for Folder {
+    const KIND: &'static str = "crops/folder";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = &[CROPS_IN.info(), CLASSES.info()];
+    const OUTPUTS: &'static [PortInfo] = &[FOLDER.info()];
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let annotations = cx.inputs.read(CLASSES)?.load()?;
+        let draft = cx.begin(&units[0])?;
+        let mut n_crops = 0_u64;
+        for crop in cx.inputs.read(CROPS_IN)?.rows() {
+            let Crop { image_id, annotation_id, category_id, jpeg } = crop?;
+            let class = annotations.category(category_id).ok_or_else(|| Error::Input {
+                port: CLASSES.info().name,
+                problem: format!("no class {category_id}, which annotation {annotation_id} has"),
+                hint: "use the annotations that the crops were made from".into(),
+            })?;
+            let class = class.name.replace('/', "_");
+            draft.write(FOLDER, &format!("{class}/{image_id}-{annotation_id}.jpg"), &jpeg)?;
+            n_crops += 1;
+            cx.tick(1);
+            cx.proceed()?;
+        }
+        cx.commit(draft, [("crops".into(), n_crops.into())].into())
     }
 }

@@ -15,6 +15,7 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<annotations::Split>(),
     StageEntry::of::<annotations::Import>(),
     StageEntry::of::<crops::Objects>(),
+    StageEntry::of::<crops::Folder>(),
     StageEntry::of::<clip::Pretrain>(),
     StageEntry::of::<clip::Ensemble>(),
     StageEntry::of::<clip::Globals>(),

@@ -332,16 +332,14 @@ pub(crate) fn unit_norm(rows: &Tensor) -> Tensor {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::{collections::BTreeMap, path::Path};
 
     use ovenbird_models::clip::{Config, TextConfig};
     use tch::nn;
 
     use super::*;
 
-    /// The path that accelerators take, on the CPU.
-    #[test]
-    fn objects_cut_on_the_device_are_those_cut_by_threads() {
+    fn encoder(manner: Manner) -> Encoder {
         let config = Config {
             embed_dim: 32,
             image: ImageConfig::Vit { image_side: 64, patch: 16, width: 64, depth: 2, heads: 2, mlp_width: 128 },
@@ -352,7 +350,32 @@ mod tests {
         clip::Clip::new(&weights.root(), &config, 3).unwrap();
         let tensors: BTreeMap<String, Tensor> = weights.variables().into_iter().collect();
         let network = clip::Clip::load_as(&config, &tensors, "clip".as_ref(), Device::Cpu, Kind::Float).unwrap();
-        let encoder = Encoder::new(network, Manner::Objects, "f32");
+        Encoder::new(network, manner, "f32")
+    }
+
+    /// Pillow decodes with libjpeg-turbo; the pictures are those of `tests/golden/images/make.py`.
+    #[test]
+    fn what_decoders_differ_by_does_not_change_embeddings() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/images");
+        let encoder = encoder(Manner::Squares);
+        let mut n_levels = 0;
+        for name in ["half.jpg", "full.jpg", "progressive.jpg", "grey.jpg", "cmyk.jpg", "exif.jpg"] {
+            let ours = Image::open(&folder.join(name)).unwrap();
+            let pillow_s = Image::open(&folder.join(format!("pillow/{name}.png"))).unwrap();
+            n_levels += ours.rgb.iter().zip(&pillow_s.rgb).filter(|(one, other)| one != other).count();
+            let view = |image: &Image| View { pixels: Pixels::Ready(encoder.preprocess.square(image)), background: None };
+            let embeddings = encoder.encode(&[view(&ours), view(&pillow_s)]).unwrap();
+            let (one, other) = embeddings.split_at(32);
+            let cosine: f32 = one.iter().zip(other).map(|(a, b)| a * b).sum();
+            assert!(cosine >= 0.9995, "{name}: {cosine}");
+        }
+        assert!(n_levels > 0, "the decoders agree: this test shows nothing");
+    }
+
+    /// The path that accelerators take, on the CPU.
+    #[test]
+    fn objects_cut_on_the_device_are_those_cut_by_threads() {
+        let encoder = encoder(Manner::Objects);
         let rgb =
             (0..150 * 90 * 3_u32).map(|index| (index.wrapping_mul(2_654_435_761) >> 24) as u8 / 4 + (index / 450 % 3 * 60) as u8).collect();
         let image = Arc::new(Image { width: 150, height: 90, rgb });

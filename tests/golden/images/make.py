@@ -77,6 +77,9 @@ jpeg = {}
 for name, (image, options) in jpegs.items():
     image.save(HERE / name, quality=90, **options)
     rgb = np.asarray(Image.open(HERE / name).convert("RGB"))
+    # Every pixel, for what embeddings make of the differences between decoders.
+    (HERE / "pillow").mkdir(exist_ok=True)
+    Image.fromarray(rgb).save(HERE / "pillow" / f"{name}.png")
     pixels = rgb.reshape(-1, 3)
     jpeg[name] = {"size": [rgb.shape[1], rgb.shape[0]], "mean": pixels.mean(0).tolist(), "pixels": pixels[::37].tolist()}
 
