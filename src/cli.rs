@@ -1,7 +1,6 @@
 //! The command line.
 
 use std::{
-    fs,
     io::{self, IsTerminal as _, Write as _},
     path::{Path, PathBuf},
     str::FromStr,
@@ -20,6 +19,7 @@ use crate::{
     error::{Error, ExitCode, Result, count},
     estimate, event, explain, history,
     keep::{self, Collection},
+    machine::total_memory,
     pipeline::{self, NAMED, Pipeline, Setting},
     plan::{self, Outlook},
     report,
@@ -464,12 +464,6 @@ fn next_commands(name: &str, pipeline: &Pipeline) -> String {
     format!(
         "next:\n  ovenbird plan {name}{change}    what a changed parameter would run again\n  ovenbird stages    every stage with its parameters\n  ovenbird log    past runs and what they did\n"
     )
-}
-
-pub(crate) fn total_memory() -> u64 {
-    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib = info.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    kib.map_or(4 << 30, |kib| kib * 1024)
 }
 
 fn show_plan(home: &Path, chosen: &Chosen, json: bool) -> Result<()> {

@@ -16,8 +16,9 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{
-    cli::{print, to_json, total_memory},
+    cli::{print, to_json},
     error::Result,
+    machine,
 };
 
 /// Lines of what was found: a name and a value.
@@ -29,7 +30,7 @@ struct Line {
 
 /// Runs the command.
 pub(crate) fn doctor(home: &Path, clip: Option<&Path>, json: bool) -> Result<()> {
-    let mut lines = machine(home);
+    let mut lines = of_machine(home);
     if let Some(path) = clip {
         lines.extend(checkpoint(path)?);
     }
@@ -40,19 +41,18 @@ pub(crate) fn doctor(home: &Path, clip: Option<&Path>, json: bool) -> Result<()>
     print(&lines.iter().map(|Line { name, value }| format!("{name:width$}  {value}\n")).collect::<String>())
 }
 
-fn machine(home: &Path) -> Vec<Line> {
+fn of_machine(home: &Path) -> Vec<Line> {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let there = home.ancestors().find(|folder| folder.exists() && !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let free = rustix::fs::statvfs(there).map_or(0, |disk| disk.f_bavail * disk.f_frsize);
     let gain = ovenbird_stages::clip::gain_of_bf16(Device::Cpu);
     let line = |name, value| Line { name, value };
     vec![
         line("program", format!("ovenbird {}, libtorch {}", env!("CARGO_PKG_VERSION"), ovenbird_models::LIBTORCH)),
-        line("processor", format!("{}, {cores} cores", crate::work::device_name(Device::Cpu))),
+        line("processor", format!("{}, {cores} cores", machine::device_name(Device::Cpu))),
         line("arithmetic", format!("bf16 multiplies matrices {gain:.1} times as fast as f32 here")),
         line("accelerators", format!("{} that libtorch sees", tch::Cuda::device_count())),
-        line("memory", HumanBytes(total_memory()).to_string()),
-        line("home", format!("{}, {} free", home.display(), HumanBytes(free))),
+        line("memory", HumanBytes(machine::total_memory()).to_string()),
+        line("home", format!("{}, {} free", home.display(), HumanBytes(machine::free_space(there)))),
     ]
 }
 

@@ -9,6 +9,7 @@ mod event;
 mod explain;
 mod history;
 mod keep;
+mod machine;
 mod pipeline;
 mod plan;
 mod recompute;

@@ -29,6 +29,7 @@ use tokio::{
 use crate::{
     error::{Error, ExitCode, Result, count},
     event::{self, Event, EventLog, Outcome, Stamped, StepInfo, Verdict},
+    machine::{peak_memory, reset_peak_memory},
     pipeline::{Pipeline, Step},
     plan::{self, Checked, FileInputs, Last, Made, Work, upstream},
     verify::request_path,
@@ -552,19 +553,6 @@ impl<'a> Coordinator<'a> {
         }
         Ok(())
     }
-}
-
-/// The most memory that this process held since the last reset, in bytes.
-fn peak_memory() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    kib.map_or(0, |kib| kib * 1024)
-}
-
-/// Sets the peak back to what is held now. Where that is not allowed, the peak is that of the run so far.
-#[expect(clippy::disallowed_methods, reason = "a file of the kernel, not of the home")]
-fn reset_peak_memory() {
-    let _not_allowed = std::fs::write("/proc/self/clear_refs", "5");
 }
 
 fn listen(kind: SignalKind) -> Signal {

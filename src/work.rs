@@ -2,7 +2,6 @@
 //! what other processes make, and publishes the artifacts.
 
 use std::{
-    fs,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Mutex, PoisonError,
@@ -19,6 +18,7 @@ use ovenbird_stages::{AnyStage, Context, Progress, Unit, run_together};
 
 use crate::{
     error::{Error, Result, count},
+    machine::{self, free_space},
     pipeline::Step,
     plan::{self, Work},
     run::Options,
@@ -252,8 +252,8 @@ impl<'a> Making<'a> {
         let made = Provenance {
             program: format!("ovenbird {}", env!("CARGO_PKG_VERSION")),
             run: self.shop.run.to_owned(),
-            host: read_line("/proc/sys/kernel/hostname"),
-            device: device_name(self.shop.options.device),
+            host: machine::host(),
+            device: machine::device_name(self.shop.options.device),
             libtorch: ovenbird_models::LIBTORCH.into(),
             started: self.started.to_string(),
             wall_s: self.clock.elapsed().as_secs_f64(),
@@ -263,14 +263,9 @@ impl<'a> Making<'a> {
     }
 }
 
-/// Free space where the home lies, in bytes.
-fn free(store: &Store) -> u64 {
-    rustix::fs::statvfs(store.home()).map_or(0, |disk| disk.f_bavail * disk.f_frsize)
-}
-
 /// Says so where the disk will not hold some more units of a size.
 pub(crate) fn lacks_room(store: &Store, n_units: usize, unit_bytes: u64) -> Option<String> {
-    let (free, needed) = (free(store), n_units as u64 * unit_bytes);
+    let (free, needed) = (free_space(store.home()), n_units as u64 * unit_bytes);
     (needed > free).then(|| {
         let (needed, free) = (HumanBytes(needed), HumanBytes(free));
         let at = store.home().display();
@@ -280,30 +275,18 @@ pub(crate) fn lacks_room(store: &Store, n_units: usize, unit_bytes: u64) -> Opti
 
 /// Waits until the disk has room again. Nothing is damaged meanwhile: what was in the making is lost, and made again.
 fn wait_for_room(store: &Store, context: &Context<'_>) -> Result<()> {
-    let at_least = free(store) + LEAST_ROOM;
+    let at_least = free_space(store.home()) + LEAST_ROOM;
     let words = format!(
         "the disk is full: paused. Free {} or more at {}, and it continues by itself",
         HumanBytes(LEAST_ROOM),
         store.home().display()
     );
     context.note(words);
-    while free(store) < at_least {
+    while free_space(store.home()) < at_least {
         context.proceed()?;
         (context.report)(Progress::Waiting);
         thread::sleep(LOOK_EVERY);
     }
     context.note("there is room again: continues");
     Ok(())
-}
-
-fn read_line(path: &str) -> String {
-    fs::read_to_string(path).map_or_else(|_| "unknown".into(), |text| text.trim().to_owned())
-}
-
-/// What networks run on, in words.
-pub(crate) fn device_name(device: tch::Device) -> String {
-    let tch::Device::Cpu = device else { return format!("{device:?}") };
-    let info = read_line("/proc/cpuinfo");
-    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, model)| model.trim().to_owned()));
-    model.unwrap_or_else(|| "cpu".into())
 }

@@ -1,0 +1,48 @@
+//! What this machine has: facts that the kernel tells.
+
+use std::{fs, path::Path};
+
+/// Memory of the machine, in bytes; 4 GiB where that is not known.
+pub(crate) fn total_memory() -> u64 {
+    stated_bytes("/proc/meminfo", "MemTotal:").unwrap_or(4 << 30)
+}
+
+/// The most memory that this process held since the last reset, in bytes; 0 where that is not known.
+pub(crate) fn peak_memory() -> u64 {
+    stated_bytes("/proc/self/status", "VmHWM:").unwrap_or(0)
+}
+
+/// Sets the peak back to what is held now. Where that is not allowed, the peak is that of the run so far.
+#[expect(clippy::disallowed_methods, reason = "a file of the kernel, not of the home")]
+pub(crate) fn reset_peak_memory() {
+    let _not_allowed = fs::write("/proc/self/clear_refs", "5");
+}
+
+/// A line `FIELD 123 kB` of a file of the kernel, in bytes.
+fn stated_bytes(path: &str, field: &str) -> Option<u64> {
+    let text = fs::read_to_string(path).ok()?;
+    let kib = text.lines().find_map(|line| line.strip_prefix(field)?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.map(|kib| kib * 1024)
+}
+
+/// Free space where a folder lies, in bytes; 0 where that is not known.
+pub(crate) fn free_space(folder: &Path) -> u64 {
+    rustix::fs::statvfs(folder).map_or(0, |disk| disk.f_bavail * disk.f_frsize)
+}
+
+/// The machine's name.
+pub(crate) fn host() -> String {
+    read_line("/proc/sys/kernel/hostname")
+}
+
+/// What networks run on, in words.
+pub(crate) fn device_name(device: tch::Device) -> String {
+    let tch::Device::Cpu = device else { return format!("{device:?}") };
+    let info = read_line("/proc/cpuinfo");
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, model)| model.trim().to_owned()));
+    model.unwrap_or_else(|| "cpu".into())
+}
+
+fn read_line(path: &str) -> String {
+    fs::read_to_string(path).map_or_else(|_| "unknown".into(), |text| text.trim().to_owned())
+}
