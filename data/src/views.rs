@@ -3,7 +3,7 @@
 //!
 //! Geometry alone; pixels are cut by [`crate::images`]. All of it is in f32, as in the reference.
 //!
-//! Where this differs from the reference, by choice of the caller: [`WholeBox::Centre`] and [`Square::Clamped`].
+//! Where this differs from the reference, by choice of the caller: [`whole_box`] and [`clamped_object_square`].
 
 use crate::boxes::Xyxy;
 
@@ -58,46 +58,41 @@ impl Level {
     }
 }
 
-/// The box that stands for the whole image among its blocks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WholeBox {
-    /// The centre square, which is what the network sees.
-    Centre,
-    /// Left, top, side, side of that square: the reference stores a width and a height where it reads a corner.
-    Reference,
-}
-
-/// The box of the whole image.
-pub fn whole_box([width, height]: [u32; 2], rule: WholeBox) -> Xyxy {
+/// The box that stands for the whole image among its blocks: its centre square, which is what the network sees.
+pub fn whole_box([width, height]: [u32; 2]) -> Xyxy {
     let [width, height] = [width as f32, height as f32];
     let side = width.min(height);
     let (x1, y1) = ((width - side) / 2.0, (height - side) / 2.0);
-    match rule {
-        WholeBox::Centre => Xyxy { x1, y1, x2: x1 + side, y2: y1 + side },
-        WholeBox::Reference => Xyxy { x1, y1, x2: side, y2: side },
-    }
+    Xyxy { x1, y1, x2: x1 + side, y2: y1 + side }
 }
 
-/// How large the square around an object is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Square {
-    /// Eight times the object's area: a large object is shrunk inside black margins, a long one is cut.
-    Reference,
-    /// The same, but at most the image's shorter side, and at least the object's longer one.
-    Clamped,
+/// Left, top, side, side of [`whole_box`]: the reference stores a width and a height where it reads a corner.
+pub fn reference_whole_box(size: [u32; 2]) -> Xyxy {
+    let whole = whole_box(size);
+    Xyxy { x2: whole.width(), y2: whole.height(), ..whole }
 }
 
-/// The square that shows an object in its surroundings: `[x1, y1, x2, y2]`, which may leave the image.
+/// The square that shows an object in its surroundings, which may leave the image: of eight times the object's area, so that a
+/// large object is shrunk inside black margins, and a long one is cut.
 ///
 /// Its centre is the box's, moved on each axis so that the square lies in the image, unless it is too large for that.
-pub fn object_square(xyxy: &Xyxy, size: [u32; 2], rule: Square) -> Xyxy {
-    let (width, height) = (xyxy.width(), xyxy.height());
+pub fn object_square(xyxy: &Xyxy, size: [u32; 2]) -> Xyxy {
+    square_about(xyxy, size, eighth(xyxy))
+}
+
+/// As [`object_square`], but at most as large as the image's shorter side, and at least as the object's longer one.
+pub fn clamped_object_square(xyxy: &Xyxy, size: [u32; 2]) -> Xyxy {
+    let shorter = size[0].min(size[1]) as f32;
+    square_about(xyxy, size, eighth(xyxy).min(shorter).max(xyxy.width().max(xyxy.height())))
+}
+
+/// The side of a square that a box fills an eighth of.
+fn eighth(xyxy: &Xyxy) -> f32 {
+    (8.0 * xyxy.width() * xyxy.height()).sqrt()
+}
+
+fn square_about(xyxy: &Xyxy, size: [u32; 2], side: f32) -> Xyxy {
     let image = size.map(|side| side as f32);
-    let side = (8.0 * width * height).sqrt();
-    let side = match rule {
-        Square::Reference => side,
-        Square::Clamped => side.min(image[0].min(image[1])).max(width.max(height)),
-    };
     let axis = |low: f32, high: f32, length: f32| {
         let centre = (low + high) / 2.0;
         let (low, high) = (centre - side / 2.0, centre + side / 2.0);
@@ -193,9 +188,9 @@ mod tests {
 
     #[test]
     fn the_whole_image_s_box_is_its_centre_square() {
-        assert_eq!(whole_box([640, 480], WholeBox::Centre), Xyxy { x1: 80.0, y1: 0.0, x2: 560.0, y2: 480.0 });
-        assert_eq!(whole_box([640, 480], WholeBox::Reference), Xyxy { x1: 80.0, y1: 0.0, x2: 480.0, y2: 480.0 });
-        assert_eq!(whole_box([333, 500], WholeBox::Centre), Xyxy { x1: 0.0, y1: 83.5, x2: 333.0, y2: 416.5 });
+        assert_eq!(whole_box([640, 480]), Xyxy { x1: 80.0, y1: 0.0, x2: 560.0, y2: 480.0 });
+        assert_eq!(reference_whole_box([640, 480]), Xyxy { x1: 80.0, y1: 0.0, x2: 480.0, y2: 480.0 });
+        assert_eq!(whole_box([333, 500]), Xyxy { x1: 0.0, y1: 83.5, x2: 333.0, y2: 416.5 });
     }
 
     /// Image, proposal, S, crop, columns and rows of the mask's object: the specification's table.
@@ -215,7 +210,7 @@ mod tests {
     fn squares_and_masks_of_objects_are_as_in_the_specification() {
         for (size, proposal, side, crop, columns, rows) in GEOMETRY {
             let proposal = Xyxy::from(proposal);
-            let square = object_square(&proposal, size, Square::Reference);
+            let square = object_square(&proposal, size);
             assert!((square.width() - side).abs() < 1e-3 && (square.height() - side).abs() < 1e-3, "{proposal:?}: {square:?}");
             assert_eq!(rounded(&square), crop, "{proposal:?}");
             let expected =
@@ -227,9 +222,9 @@ mod tests {
 
     #[test]
     fn a_clamped_square_fits_the_image_and_holds_the_object() {
-        let large = object_square(&Xyxy::from([50.0, 40.0, 600.0, 440.0]), [640, 480], Square::Clamped);
+        let large = clamped_object_square(&Xyxy::from([50.0, 40.0, 600.0, 440.0]), [640, 480]);
         assert!((large.width() - 550.0).abs() < 1e-3 && (large.x1 - 50.0).abs() < 1e-3, "{large:?}");
-        let long = object_square(&Xyxy::from([300.0, 10.0, 304.0, 470.0]), [640, 480], Square::Clamped);
+        let long = clamped_object_square(&Xyxy::from([300.0, 10.0, 304.0, 470.0]), [640, 480]);
         assert!((long.y1 - 10.0).abs() < 1e-3 && (long.y2 - 470.0).abs() < 1e-3, "{long:?}");
     }
 
@@ -251,7 +246,7 @@ mod tests {
         for case in golden.geometry {
             let (size, proposal, square, mask): ([u32; 2], [f32; 4], [f32; 4], String) = serde_json::from_value(case).unwrap();
             let proposal = Xyxy::from(proposal);
-            let found = object_square(&proposal, size, Square::Reference);
+            let found = object_square(&proposal, size);
             let corners = [found.x1, found.y1, found.x2, found.y2];
             assert!(
                 corners.iter().zip(square).all(|(found, expected)| (found - expected).abs() <= 1e-3),

@@ -29,7 +29,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use crate::{Error, Result, Rider, artifacts::Artifact};
+use crate::{Error, Result, Rider, artifacts::Artifact, pass::ride};
 
 /// A named kind of work. The implementing struct *is* its parameters.
 pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static {
@@ -53,8 +53,11 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
         Ok(Units::One)
     }
 
-    /// Makes the given units, in order, publishing each by [`Context::commit`]. For a chain they are its last links.
-    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()>;
+    /// Makes the given units, in order, publishing each by [`Context::commit`]. For a chain they are its last links. A stage that
+    /// rides does so by riding alone.
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        ride(&[Stage::rider(self, units, cx)?])
+    }
 
     /// Whether the stage's items are the images of its port `annotations`, in ascending id, decoded from its port `images`: it can
     /// then share a pass over them with others.

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Rider, Stage, Unit, Units,
     artifacts::{AnnotationFile, Crop, Crops, Images, Row, RowKind},
-    pass::{Cut, Frames, Sight, ride},
+    pass::{Cut, Frames, Sight},
 };
 
 /// Crops of annotated objects, encoded, in one indexed shard a unit.
@@ -86,10 +86,6 @@ impl Stage for Objects {
         Ok(Units::Independent { items, replaces: vec!["images", "annotations"] })
     }
 
-    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        ride(&[Stage::rider(self, units, cx)?])
-    }
-
     fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
         let objects = self.of_images(&annotations).into_iter().map(|(_, objects)| objects.into_iter().cloned().collect()).collect();
@@ -106,7 +102,7 @@ struct CropSight<'a> {
 }
 
 impl Sight for CropSight<'_> {
-    fn n_views(&self, place: usize) -> usize {
+    fn n_views(&self, place: usize, _info: &ImageInfo) -> usize {
         usize::from(!self.objects[place].is_empty())
     }
 
@@ -120,7 +116,7 @@ impl Sight for CropSight<'_> {
         Cut::Whole(Row::Crops(self.objects[place].iter().map(crop).collect()))
     }
 
-    fn row(&self, _place: usize, _embeddings: &[f32], _dim: usize) -> Row {
+    fn row(&self, _place: usize, _info: &ImageInfo, _embeddings: &[f32], _dim: usize) -> Row {
         // Of an image without objects, which is not decoded.
         Row::Crops(Vec::new())
     }

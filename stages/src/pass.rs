@@ -51,11 +51,11 @@ pub(crate) enum Cut {
 /// What a stage sees of images, by their places in the list.
 pub(crate) trait Sight: Sync {
     /// How many views an image has. A stage without a network has one.
-    fn n_views(&self, place: usize) -> usize;
+    fn n_views(&self, place: usize, info: &ImageInfo) -> usize;
     /// Cuts some of them.
     fn cut(&self, place: usize, image: &Arc<Image>, views: Range<usize>) -> Cut;
     /// What becomes of the embeddings of all views, `[V, D]`.
-    fn row(&self, place: usize, embeddings: &[f32], dim: usize) -> Row;
+    fn row(&self, place: usize, info: &ImageInfo, embeddings: &[f32], dim: usize) -> Row;
 }
 
 /// Images and what is known of them without decoding, in ascending id.
@@ -225,7 +225,7 @@ impl Route<'_> {
             if taken.contains(&place) {
                 self.jobs.push_back((Job::Take { seat, place }, 0));
             } else {
-                let n_views = sight.n_views(place);
+                let n_views = sight.n_views(place, &self.frames.infos[place]);
                 for start in (0..n_views.max(1)).step_by(VIEWS_A_JOB) {
                     let views = start..n_views.min(start + VIEWS_A_JOB);
                     // The first job that needs the image carries its weight.
@@ -329,7 +329,7 @@ impl<'a> Desk<'a> {
             Some(Cut::Whole(row)) => self.waiting.push_back(Waiting::Whole(row)),
             Some(Cut::Views(views)) => {
                 if is_first {
-                    self.waiting.push_back(Waiting::ForViews { place, n_views: self.sight.n_views(place) });
+                    self.waiting.push_back(Waiting::ForViews { place, n_views: self.sight.n_views(place, &self.frames.infos[place]) });
                 }
                 self.views.extend(views);
             }
@@ -357,7 +357,7 @@ impl<'a> Desk<'a> {
                         break;
                     }
                     used += n_numbers;
-                    self.sight.row(place, &self.embeddings[used - n_numbers..used], dim)
+                    self.sight.row(place, &self.frames.infos[place], &self.embeddings[used - n_numbers..used], dim)
                 }
             };
             let unit = self.open.as_mut().expect("BUG: a unit is opened before its images come");

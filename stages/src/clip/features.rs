@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 use ovenbird_cache::Digest;
 use ovenbird_data::{
-    annotations::{Annotations, ImageId, ImageInfo},
+    annotations::{Annotations, ImageInfo},
     boxes::Xyxy,
     images::{Image, Preprocess},
     proposals::Proposal,
@@ -24,7 +24,7 @@ use crate::{
         AnnotationFile, CheckpointFile, ImageFeatures, Images, NumberType, Proposals as ProposalTable, RegionFeatures, Regions, Row,
         RowKind,
     },
-    pass::{self, Cut, Frames, Pixels, Sight, ride},
+    pass::{self, Cut, Frames, Pixels, Sight},
 };
 
 const IMAGES: In<Images> = In::required("images", "The folder that the annotations' file names are relative to.");
@@ -89,8 +89,17 @@ fn kept(inputs: &Inputs, min_side: f32) -> Result<(Annotations, Vec<Vec<Proposal
     Ok((annotations, proposals))
 }
 
-fn frames(inputs: &Inputs, annotations: Annotations) -> Result<Frames> {
-    Ok(Frames { images: inputs.read(IMAGES)?, infos: annotations.images })
+/// A rider with a network over the images of some annotations.
+fn rider<'a>(
+    (units, cx): (&'a [Unit], &'a Context<'a>),
+    annotations: Annotations,
+    encoder: Encoder,
+    sight: impl Sight + 'a,
+    port: &'static str,
+    rows: RowKind,
+) -> Result<Rider<'a>> {
+    let frames = Frames { images: cx.inputs.read(IMAGES)?, infos: annotations.images };
+    Ok(Rider { cx, units, frames, sight: Box::new(sight), encoder: Some(encoder), port, rows })
 }
 
 /// What the network sees of an image.
@@ -121,11 +130,10 @@ pub struct Globals {
 struct GlobalSight {
     view: View,
     preprocess: Preprocess,
-    ids: Vec<ImageId>,
 }
 
 impl Sight for GlobalSight {
-    fn n_views(&self, _place: usize) -> usize {
+    fn n_views(&self, _place: usize, _info: &ImageInfo) -> usize {
         1
     }
 
@@ -137,8 +145,8 @@ impl Sight for GlobalSight {
         Cut::Views(vec![pass::View { pixels: Pixels::Ready(pixels), background: None }])
     }
 
-    fn row(&self, place: usize, embeddings: &[f32], _dim: usize) -> Row {
-        Row::Image(self.ids[place], embeddings.to_vec())
+    fn row(&self, _place: usize, info: &ImageInfo, embeddings: &[f32], _dim: usize) -> Row {
+        Row::Image(info.id, embeddings.to_vec())
     }
 }
 
@@ -153,10 +161,6 @@ impl Stage for Globals {
         image_units(inputs)
     }
 
-    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        ride(&[Stage::rider(self, units, cx)?])
-    }
-
     fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
         let manner = match self.view {
@@ -164,10 +168,8 @@ impl Stage for Globals {
             View::Square => Manner::Squares,
         };
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, manner, cx)?;
-        let ids = annotations.images.iter().map(|image| image.id).collect();
-        let sight = Box::new(GlobalSight { view: self.view, preprocess: encoder.preprocess, ids });
-        let frames = frames(cx.inputs, annotations)?;
-        Ok(Rider { cx, units, frames, sight, encoder: Some(encoder), port: GLOBALS.info().name, rows: RowKind::Image(self.stored) })
+        let sight = GlobalSight { view: self.view, preprocess: encoder.preprocess };
+        rider((units, cx), annotations, encoder, sight, GLOBALS.info().name, RowKind::Image(self.stored))
     }
 }
 
@@ -201,38 +203,37 @@ pub struct Blocks {
 struct BlockSight {
     whole_box: WholeBox,
     preprocess: Preprocess,
-    infos: Vec<ImageInfo>,
 }
 
 impl BlockSight {
-    fn levels(&self, place: usize) -> Vec<views::Level> {
-        let ImageInfo { width, height, .. } = self.infos[place];
-        views::pyramid([width, height], self.preprocess.side_px)
+    fn levels(&self, size: [u32; 2]) -> Vec<views::Level> {
+        views::pyramid(size, self.preprocess.side_px)
     }
 }
 
 impl Sight for BlockSight {
-    fn n_views(&self, place: usize) -> usize {
-        1 + self.levels(place).iter().map(|level| level.corners.len()).sum::<usize>()
+    fn n_views(&self, _place: usize, info: &ImageInfo) -> usize {
+        1 + self.levels([info.width, info.height]).iter().map(|level| level.corners.len()).sum::<usize>()
     }
 
-    fn cut(&self, place: usize, image: &Arc<Image>, views: Range<usize>) -> Cut {
+    fn cut(&self, _place: usize, image: &Arc<Image>, views: Range<usize>) -> Cut {
         let side = i64::from(self.preprocess.side_px);
         let view = |pixels: Image| pass::View { pixels: Pixels::Ready(pixels), background: None };
         let mut cut = Vec::with_capacity(views.len());
         if views.start == 0 {
             cut.push(view(self.preprocess.square(image)));
         }
-        let (mut level_image, mut first) = (Image::clone(image), 1);
-        for (level_idx, level) in self.levels(place).iter().enumerate() {
+        // Each level is resized from the one before.
+        let (mut level_image, mut first) = (Arc::clone(image), 1);
+        for level in self.levels([image.width, image.height]) {
             if first >= views.end {
                 break;
             }
-            if level_idx > 0 {
-                level_image = level_image.resize(level.size[0], level.size[1]);
+            if level.size != [level_image.width, level_image.height] {
+                level_image = Arc::new(level_image.resize(level.size[0], level.size[1]));
             }
-            for (_, corner) in level.corners.iter().enumerate().filter(|(block, _)| views.contains(&(first + block))) {
-                let [x, y] = corner.map(i64::from);
+            for block in views.start.max(first)..views.end.min(first + level.corners.len()) {
+                let [x, y] = level.corners[block - first].map(i64::from);
                 cut.push(view(level_image.crop([x, y, x + side, y + side])));
             }
             first += level.corners.len();
@@ -240,18 +241,16 @@ impl Sight for BlockSight {
         Cut::Views(cut)
     }
 
-    fn row(&self, place: usize, embeddings: &[f32], _dim: usize) -> Row {
-        let ImageInfo { id, width, height, .. } = self.infos[place];
-        let rule = match self.whole_box {
-            WholeBox::Fixed => views::WholeBox::Centre,
-            WholeBox::Reference => views::WholeBox::Reference,
+    fn row(&self, _place: usize, info: &ImageInfo, embeddings: &[f32], _dim: usize) -> Row {
+        let (size, side) = ([info.width, info.height], self.preprocess.side_px);
+        let whole = match self.whole_box {
+            WholeBox::Fixed => views::whole_box(size),
+            WholeBox::Reference => views::reference_whole_box(size),
         };
-        let side = self.preprocess.side_px;
         let of_level = |level: views::Level| level.corners.iter().map(|corner| level.xyxy(*corner, side)).collect::<Vec<Xyxy>>();
-        let boxes: Vec<Xyxy> =
-            std::iter::once(views::whole_box([width, height], rule)).chain(self.levels(place).into_iter().flat_map(of_level)).collect();
+        let boxes: Vec<Xyxy> = std::iter::once(whole).chain(self.levels(size).into_iter().flat_map(of_level)).collect();
         let objectness = vec![1.0; boxes.len()];
-        Row::Regions(Regions { image_id: id, size_px: [width, height], boxes, objectness, embeddings: embeddings.to_vec() })
+        Row::Regions(Regions { image_id: info.id, size_px: size, boxes, objectness, embeddings: embeddings.to_vec() })
     }
 }
 
@@ -266,17 +265,11 @@ impl Stage for Blocks {
         image_units(inputs)
     }
 
-    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        ride(&[Stage::rider(self, units, cx)?])
-    }
-
     fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, Manner::Squares, cx)?;
-        let infos = annotations.images.clone();
-        let sight = Box::new(BlockSight { whole_box: self.whole_box, preprocess: encoder.preprocess, infos });
-        let frames = frames(cx.inputs, annotations)?;
-        Ok(Rider { cx, units, frames, sight, encoder: Some(encoder), port: REGIONS.info().name, rows: RowKind::Regions(self.stored) })
+        let sight = BlockSight { whole_box: self.whole_box, preprocess: encoder.preprocess };
+        rider((units, cx), annotations, encoder, sight, REGIONS.info().name, RowKind::Regions(self.stored))
     }
 }
 
@@ -317,30 +310,32 @@ impl Default for Objects {
 }
 
 struct ObjectSight {
-    square: views::Square,
+    square: Square,
     cutter: Cutter,
     grid: usize,
-    infos: Vec<ImageInfo>,
     proposals: Vec<Vec<Proposal>>,
 }
 
 impl Sight for ObjectSight {
-    fn n_views(&self, place: usize) -> usize {
+    fn n_views(&self, place: usize, _info: &ImageInfo) -> usize {
         self.proposals[place].len()
     }
 
     fn cut(&self, place: usize, image: &Arc<Image>, views: Range<usize>) -> Cut {
         let size = [image.width, image.height];
         let view = |proposal: &Proposal| {
-            let square = views::object_square(&proposal.xyxy, size, self.square);
+            let square = match self.square {
+                Square::Reference => views::object_square(&proposal.xyxy, size),
+                Square::Fixed => views::clamped_object_square(&proposal.xyxy, size),
+            };
             let background = views::background(&proposal.xyxy, &square, self.grid);
             pass::View { pixels: self.cutter.square(image, views::rounded(&square)), background: Some(background) }
         };
         Cut::Views(self.proposals[place][views].iter().map(view).collect())
     }
 
-    fn row(&self, place: usize, embeddings: &[f32], _dim: usize) -> Row {
-        Row::Regions(regions(&self.infos[place], &self.proposals[place], embeddings.to_vec()))
+    fn row(&self, place: usize, info: &ImageInfo, embeddings: &[f32], _dim: usize) -> Row {
+        Row::Regions(regions(info, &self.proposals[place], embeddings.to_vec()))
     }
 }
 
@@ -370,22 +365,12 @@ impl Stage for Objects {
         region_units(inputs)
     }
 
-    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        ride(&[Stage::rider(self, units, cx)?])
-    }
-
     fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
         let (annotations, proposals) = kept(cx.inputs, self.min_side)?;
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, Manner::Objects, cx)?;
         let grid = object_grid(&encoder)?;
-        let square = match self.square {
-            Square::Reference => views::Square::Reference,
-            Square::Fixed => views::Square::Clamped,
-        };
-        let infos = annotations.images.clone();
-        let sight = Box::new(ObjectSight { square, cutter: encoder.cutter(), grid, infos, proposals });
-        let frames = frames(cx.inputs, annotations)?;
-        Ok(Rider { cx, units, frames, sight, encoder: Some(encoder), port: REGIONS.info().name, rows: RowKind::Regions(self.stored) })
+        let sight = ObjectSight { square: self.square, cutter: encoder.cutter(), grid, proposals };
+        rider((units, cx), annotations, encoder, sight, REGIONS.info().name, RowKind::Regions(self.stored))
     }
 }
 
@@ -424,12 +409,11 @@ impl Default for Proposals {
 struct ProposalSight<'a> {
     expand: &'a [f32],
     cutter: Cutter,
-    infos: Vec<ImageInfo>,
     proposals: Vec<Vec<Proposal>>,
 }
 
 impl Sight for ProposalSight<'_> {
-    fn n_views(&self, place: usize) -> usize {
+    fn n_views(&self, place: usize, _info: &ImageInfo) -> usize {
         self.proposals[place].len() * self.expand.len()
     }
 
@@ -442,9 +426,9 @@ impl Sight for ProposalSight<'_> {
         Cut::Views(views.map(view).collect())
     }
 
-    fn row(&self, place: usize, embeddings: &[f32], dim: usize) -> Row {
+    fn row(&self, place: usize, info: &ImageInfo, embeddings: &[f32], dim: usize) -> Row {
         let embeddings = embeddings.chunks_exact((self.expand.len() * dim).max(1)).flat_map(|crops| averaged(crops, dim)).collect();
-        Row::Regions(regions(&self.infos[place], &self.proposals[place], embeddings))
+        Row::Regions(regions(info, &self.proposals[place], embeddings))
     }
 }
 
@@ -470,17 +454,11 @@ impl Stage for Proposals {
         region_units(inputs)
     }
 
-    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        ride(&[Stage::rider(self, units, cx)?])
-    }
-
     fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
         let (annotations, proposals) = kept(cx.inputs, self.min_side)?;
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, Manner::Squares, cx)?;
-        let infos = annotations.images.clone();
-        let sight = Box::new(ProposalSight { expand: &self.expand, cutter: encoder.cutter(), infos, proposals });
-        let frames = frames(cx.inputs, annotations)?;
-        Ok(Rider { cx, units, frames, sight, encoder: Some(encoder), port: REGIONS.info().name, rows: RowKind::Regions(self.stored) })
+        let sight = ProposalSight { expand: &self.expand, cutter: encoder.cutter(), proposals };
+        rider((units, cx), annotations, encoder, sight, REGIONS.info().name, RowKind::Regions(self.stored))
     }
 }
 
