@@ -27,6 +27,8 @@ bench: libtorch
 peers:
 	python3 -m venv target/peers
 	target/peers/bin/pip install --quiet --disable-pip-version-check -r benches/peers/requirements.txt
+	python3 -m venv target/clip-retrieval
+	target/clip-retrieval/bin/pip install --quiet --disable-pip-version-check -r benches/peers/requirements-clip-retrieval.txt
 
 # Once per user: the libraries go into the cache folder, the source tree gets a link.
 libtorch:

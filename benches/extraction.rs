@@ -15,10 +15,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
-    sync::{
-        Mutex,
-        atomic::{AtomicBool, AtomicU64},
-    },
+    sync::{Mutex, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
@@ -239,7 +236,7 @@ fn end_to_end(folder: &Path, stages: &[(&str, &Value)], precision: &str, n_image
             (entry, stage, inputs, units, items)
         })
         .collect();
-    let (stop, n_failed, watch) = (AtomicBool::new(false), AtomicU64::new(0), Mutex::default());
+    let (n_failed, watch) = (AtomicU64::new(0), Mutex::default());
     let contexts: Vec<Context<'_>> = made
         .iter()
         .map(|(entry, _, inputs, units, items)| Context {
@@ -253,7 +250,7 @@ fn end_to_end(folder: &Path, stages: &[(&str, &Value)], precision: &str, n_image
             inputs,
             device: Device::Cpu,
             threads: 2,
-            stop: &stop,
+            is_stopped: &|| false,
             report: &|_| {},
         })
         .collect();

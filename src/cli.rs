@@ -19,7 +19,7 @@ use crate::{
     error::{Error, ExitCode, Result, count},
     estimate, event, explain, history,
     keep::{self, Collection},
-    machine::total_memory,
+    machine,
     pipeline::{self, NAMED, Pipeline, Setting},
     plan::{self, Outlook},
     report,
@@ -59,9 +59,9 @@ enum Command {
         /// Processor cores for all stages together [default: all]
         #[arg(long, value_name = "N")]
         jobs: Option<usize>,
-        /// Where networks run
-        #[arg(long, default_value = "cpu", value_name = "cpu|cuda:N")]
-        device: Device,
+        /// Where networks run: several devices share the units of a stage; `cuda` is all that there are
+        #[arg(long, default_value = "cpu", value_name = "cpu|cuda|cuda:N,N")]
+        device: Devices,
         /// Hash every input file again instead of trusting its size and times
         #[arg(long)]
         rehash: bool,
@@ -260,23 +260,29 @@ impl FromStr for Setting {
     }
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Device(tch::Device);
+#[derive(Debug, Clone)]
+struct Devices(Vec<tch::Device>);
 
-impl FromStr for Device {
+impl FromStr for Devices {
     type Err = String;
 
+    /// `cpu`, `cuda` for all, or `cuda:0,2` for some. `cpu,cpu` has two workers, as two accelerators would.
     fn from_str(text: &str) -> Result<Self, String> {
-        if text == "cpu" {
-            return Ok(Self(tch::Device::Cpu));
+        if text.split(',').all(|device| device == "cpu") {
+            return Ok(Self(text.split(',').map(|_| tch::Device::Cpu).collect()));
         }
-        let index: usize = text.strip_prefix("cuda:").and_then(|index| index.parse().ok()).ok_or("expected cpu or cuda:N")?;
-        let n_devices = tch::Cuda::device_count();
-        if (index as i64) < n_devices {
-            Ok(Self(tch::Device::Cuda(index)))
-        } else {
-            Err(format!("libtorch sees {} here", count(n_devices as usize, "CUDA device")))
+        let expected = "expected cpu, cuda, or cuda: and numbers, as in cuda:0,1";
+        let chosen = text.strip_prefix("cuda").ok_or(expected)?;
+        let n_devices = machine::n_accelerators().ok_or("libtorch's CUDA part is not here: `CUDA=1 make libtorch`, and build again")?;
+        let indices: Vec<usize> = match chosen.strip_prefix(':') {
+            Some(list) => list.split(',').map(|index| index.parse().map_err(|_| expected)).collect::<Result<_, _>>()?,
+            None if chosen.is_empty() => (0..n_devices).collect(),
+            None => return Err(expected.into()),
+        };
+        if indices.is_empty() || indices.iter().any(|index| *index >= n_devices) {
+            return Err(format!("libtorch sees {} here; `ovenbird doctor` says more", count(n_devices, "CUDA device")));
         }
+        Ok(Self(indices.into_iter().map(tch::Device::Cuda).collect()))
     }
 }
 
@@ -298,14 +304,14 @@ pub(crate) fn main() -> Result<()> {
         Command::Run { chosen, jobs, device, rehash, dry_run, estimate } => {
             let sample = dry_run.map(|n| n as usize).or(estimate.then_some(SAMPLE));
             let options = Options { is_measuring: estimate, ..options(jobs, device.0, rehash) };
-            let Some(n) = sample else { return run(&home, &chosen, options, None) };
+            let Some(n) = sample else { return run(&home, &chosen, &options, None) };
             let name = if estimate { "estimate".to_owned() } else { n.to_string() };
             let apart = home.join("dry-run").join(name);
             if estimate {
                 // What is there already would not be measured.
                 Store::open(&apart)?.publisher().remove(&apart)?;
             }
-            run(&apart, &chosen, options, Some(n))
+            run(&apart, &chosen, &options, Some(n))
         }
         Command::Plan { chosen, json } => show_plan(&home, &chosen, json),
         Command::Explain { chosen, what, json } => explain(&home, &chosen, &what, json),
@@ -320,7 +326,7 @@ pub(crate) fn main() -> Result<()> {
             } else {
                 Depth::Quick
             };
-            let options = options(None, tch::Device::Cpu, false);
+            let options = options(None, vec![tch::Device::Cpu], false);
             verify::verify(&home, &Wish { depth, recompute, fix, subset, max_duration, rate, json, options })
         }
         Command::Cache { what } => match what {
@@ -390,7 +396,7 @@ impl Chosen {
     }
 }
 
-fn run(home: &Path, chosen: &Chosen, options: Options, most_items: Option<usize>) -> Result<()> {
+fn run(home: &Path, chosen: &Chosen, options: &Options, most_items: Option<usize>) -> Result<()> {
     let (mut pipeline, wanted) = chosen.load()?;
     pipeline.steps.iter_mut().for_each(|step| step.most_items = most_items);
     let store = Store::open(home)?;
@@ -418,9 +424,9 @@ fn run(home: &Path, chosen: &Chosen, options: Options, most_items: Option<usize>
     print(&text)
 }
 
-fn options(jobs: Option<usize>, device: tch::Device, rehash: bool) -> Options {
+fn options(jobs: Option<usize>, devices: Vec<tch::Device>, rehash: bool) -> Options {
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    Options { cpu: jobs.unwrap_or(cores).max(1), memory: total_memory(), device, rehash, is_measuring: false }
+    Options { cpu: jobs.unwrap_or(cores).max(1), memory: machine::total_memory(), devices, rehash, is_measuring: false }
 }
 
 fn percent(text: &str) -> Result<f64, String> {
@@ -525,7 +531,7 @@ fn retry(home: &Path, chosen: &Chosen) -> Result<()> {
     if n_failed == 0 {
         return print("no item of this pipeline failed\n");
     }
-    run(home, chosen, options(None, tch::Device::Cpu, false), None)
+    run(home, chosen, &options(None, vec![tch::Device::Cpu], false), None)
 }
 
 fn pipelines(name: Option<&str>, json: bool) -> Result<()> {

@@ -45,12 +45,16 @@ fn of_machine(home: &Path) -> Vec<Line> {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let there = home.ancestors().find(|folder| folder.exists() && !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let gain = ovenbird_stages::clip::gain_of_bf16(Device::Cpu);
+    let accelerators = match machine::n_accelerators() {
+        Some(n) => format!("{n} that libtorch sees"),
+        None => "libtorch's CUDA part is not here; `CUDA=1 make libtorch`, and build again, to have it".into(),
+    };
     let line = |name, value| Line { name, value };
     vec![
         line("program", format!("ovenbird {}, libtorch {}", env!("CARGO_PKG_VERSION"), ovenbird_models::LIBTORCH)),
-        line("processor", format!("{}, {cores} cores", machine::device_name(Device::Cpu))),
+        line("processor", format!("{}, {cores} cores", machine::processor())),
         line("arithmetic", format!("bf16 multiplies matrices {gain:.1} times as fast as f32 here")),
-        line("accelerators", format!("{} that libtorch sees", tch::Cuda::device_count())),
+        line("accelerators", accelerators),
         line("memory", HumanBytes(machine::total_memory()).to_string()),
         line("home", format!("{}, {} free", home.display(), HumanBytes(machine::free_space(there)))),
     ]

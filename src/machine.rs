@@ -1,6 +1,6 @@
 //! What this machine has: facts that the kernel tells.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, sync::OnceLock};
 
 /// Memory of the machine, in bytes; 4 GiB where that is not known.
 pub(crate) fn total_memory() -> u64 {
@@ -36,8 +36,27 @@ pub(crate) fn host() -> String {
 }
 
 /// What networks run on, in words.
-pub(crate) fn device_name(device: tch::Device) -> String {
-    let tch::Device::Cpu = device else { return format!("{device:?}") };
+pub(crate) fn device_names(devices: &[tch::Device]) -> String {
+    let name = |device: &tch::Device| match device {
+        tch::Device::Cpu => processor(),
+        accelerator => format!("{accelerator:?}"),
+    };
+    devices.iter().map(name).collect::<Vec<_>>().join(", ")
+}
+
+/// How many accelerators libtorch sees; `None` where its CUDA part is not there.
+///
+/// That part is loaded only by who asks: it takes a second.
+#[expect(unsafe_code, reason = "loaded by hand, a library costs nothing where nobody asks, and need not be there")]
+pub(crate) fn n_accelerators() -> Option<usize> {
+    static IS_LOADED: OnceLock<bool> = OnceLock::new();
+    // SAFETY: libtorch's own library, of the version that is linked; loading it registers its kernels.
+    let load = || !unsafe { libc::dlopen(c"libtorch_cuda.so".as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) }.is_null();
+    IS_LOADED.get_or_init(load).then(|| tch::Cuda::device_count() as usize)
+}
+
+/// The processor's model.
+pub(crate) fn processor() -> String {
     let info = read_line("/proc/cpuinfo");
     let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, model)| model.trim().to_owned()));
     model.unwrap_or_else(|| "cpu".into())

@@ -45,14 +45,14 @@ const BEAT_EVERY: Duration = Duration::from_secs(10);
 const SILENCE: Duration = Duration::from_secs(60);
 
 /// What a run may use. None of it changes a result.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Options {
     /// Processor cores for all steps together.
     pub(crate) cpu: usize,
     /// Memory for all steps together, in bytes.
     pub(crate) memory: u64,
-    /// Where networks run.
-    pub(crate) device: tch::Device,
+    /// Where networks run; steps share them unit by unit. At least one.
+    pub(crate) devices: Vec<tch::Device>,
     /// Whether to hash every input file again.
     pub(crate) rehash: bool,
     /// Whether steps run one after the other, so that each is measured by itself.
@@ -72,7 +72,7 @@ pub(crate) fn run(
     pipeline: &Arc<Pipeline>,
     wanted: &[usize],
     store: &Store,
-    options: Options,
+    options: &Options,
     show: &mut dyn FnMut(&Stamped),
 ) -> Result<Ended> {
     let run = new_run_id(store, Timestamp::now());
@@ -197,7 +197,7 @@ enum Message {
 struct Coordinator<'a> {
     pipeline: &'a Arc<Pipeline>,
     store: &'a Store,
-    options: Options,
+    options: &'a Options,
     run: String,
     log: EventLog,
     show: &'a mut dyn FnMut(&Stamped),
@@ -219,7 +219,7 @@ impl<'a> Coordinator<'a> {
         pipeline: &'a Arc<Pipeline>,
         wanted: &[usize],
         store: &'a Store,
-        options: Options,
+        options: &'a Options,
         run: String,
         log: EventLog,
         show: &'a mut dyn FnMut(&Stamped),
@@ -353,7 +353,8 @@ impl<'a> Coordinator<'a> {
         let cpu: usize = running.iter().map(|used| used.cpu).sum();
         let memory: u64 = running.iter().map(|used| used.memory).sum();
         let gpu: usize = running.iter().map(|used| used.gpu).sum();
-        let gpu_fits = wanted.gpu == 0 || gpu + wanted.gpu <= usize::from(self.options.device.is_cuda());
+        let n_gpus = self.options.devices.iter().filter(|device| device.is_cuda()).count();
+        let gpu_fits = wanted.gpu == 0 || gpu + wanted.gpu <= n_gpus;
         running.is_empty()
             || (!self.options.is_measuring
                 && cpu + wanted.cpu <= self.options.cpu
@@ -392,7 +393,7 @@ impl<'a> Coordinator<'a> {
 
     fn start_worker(&self, tasks: Vec<(usize, Box<Work>)>) {
         let (pipeline, store, sender) = (Arc::clone(self.pipeline), self.store.clone(), self.sender.clone());
-        let (options, run, stop) = (self.options, self.run.clone(), Arc::clone(&self.stop));
+        let (options, run, stop) = (self.options.clone(), self.run.clone(), Arc::clone(&self.stop));
         thread::spawn(move || {
             let places: Vec<usize> = tasks.iter().map(|(place, _)| *place).collect();
             let reports: Vec<_> = places
@@ -405,7 +406,7 @@ impl<'a> Coordinator<'a> {
             let task = |((place, work), report)| Task { step: &pipeline.steps[place], work, report };
             let reports = reports.iter().map(|report| report as &(dyn Fn(Progress) + Send + Sync));
             let tasks: Vec<Task<'_>> = tasks.into_iter().zip(reports).map(task).collect();
-            let shop = Shop { store: &store, options, run: &run, stop: &stop };
+            let shop = Shop { store: &store, options: &options, run: &run, stop: &stop };
             for (place, finished) in places.iter().zip(work::make(&tasks, shop)) {
                 // Nobody listens once the loop has ended because its log could not be written.
                 drop(sender.send(Message::Finished(*place, finished.map(Box::new))));
@@ -623,11 +624,11 @@ mod tests {
     fn a_stage_that_hangs_is_given_up_and_the_others_are_not() {
         let home = tempfile::tempdir().unwrap();
         let store = Store::open(home.path()).unwrap();
-        let options = Options { cpu: 2, memory: 1 << 30, device: tch::Device::Cpu, rehash: false, is_measuring: false };
+        let options = Options { cpu: 2, memory: 1 << 30, devices: vec![tch::Device::Cpu], rehash: false, is_measuring: false };
         let mut pipeline = pipeline(&[(1, None, None), (2, None, None), (3, Some(0), None)]);
         pipeline.steps[0].stage = Box::new(Hung);
         pipeline.steps[0].max_silence = Duration::from_secs(1);
-        let ended = run(&Arc::new(pipeline), &[0, 1, 2], &store, options, &mut |_| {}).unwrap();
+        let ended = run(&Arc::new(pipeline), &[0, 1, 2], &store, &options, &mut |_| {}).unwrap();
         let Some(Error::StagesFailed { failed, skipped, worst: ExitCode::Stage }) = ended.error else { panic!("{:?}", ended.error) };
         assert_eq!((failed, skipped), (vec!["s0".to_owned()], vec!["s2".to_owned()]));
         assert_eq!(ended.made.into_keys().collect::<Vec<_>>(), [1]);
@@ -731,7 +732,7 @@ mod tests {
         ) {
             let home = tempfile::tempdir().unwrap();
             let store = Store::open(home.path()).unwrap();
-            let options = Options { cpu: 2, memory: 1 << 30, device: tch::Device::Cpu, rehash: false, is_measuring: false };
+            let options = Options { cpu: 2, memory: 1 << 30, devices: vec![tch::Device::Cpu], rehash: false, is_measuring: false };
             let mut known = BTreeSet::new();
             let mut nodes = first;
             for edit in std::iter::once(None).chain(edits.into_iter().map(Some)) {
@@ -743,7 +744,7 @@ mod tests {
                 let wanted: Vec<usize> = (0..nodes.len()).collect();
                 let mut n_made = 0;
                 let mut count_made = |stamped: &Stamped| n_made += usize::from(matches!(stamped.event, Event::UnitCommitted { .. }));
-                let ended = run(&Arc::new(pipeline(&nodes)), &wanted, &store, options, &mut count_made).unwrap();
+                let ended = run(&Arc::new(pipeline(&nodes)), &wanted, &store, &options, &mut count_made).unwrap();
                 prop_assert!(ended.error.is_none());
                 prop_assert_eq!(n_made, new.len(), "{:?}", nodes);
                 for (place, (sum, _)) in sums.iter().enumerate() {

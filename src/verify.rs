@@ -94,7 +94,7 @@ pub(crate) fn verify(home: &Path, wish: &Wish) -> Result<()> {
     let store = Store::open(&home)?;
     let mut report = scan(&store, wish)?;
     if let Some(part) = wish.recompute {
-        let audit = recompute::audit(&store, part, wish.options.device)?;
+        let audit = recompute::audit(&store, part)?;
         report.findings.extend(audit.findings());
         report.recomputed = Some(audit);
     }
@@ -310,7 +310,7 @@ fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
             needed.sort_unstable();
             needed.dedup();
             let mut screen = Screen::new();
-            run::run(&Arc::new(pipeline), &needed, store, wish.options, &mut |event| screen.show(event))
+            run::run(&Arc::new(pipeline), &needed, store, &wish.options, &mut |event| screen.show(event))
         });
         match made {
             Ok(ended) => {

@@ -2,10 +2,10 @@
 //! what other processes make, and publishes the artifacts.
 
 use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -52,7 +52,7 @@ pub(crate) fn guard<T>(work: impl FnOnce() -> Result<T>) -> Result<T, Failure> {
 #[derive(Clone, Copy)]
 pub(crate) struct Shop<'a> {
     pub(crate) store: &'a Store,
-    pub(crate) options: Options,
+    pub(crate) options: &'a Options,
     /// The run's id.
     pub(crate) run: &'a str,
     /// Set when the operator asks to stop.
@@ -82,7 +82,7 @@ pub(crate) fn make(tasks: &[Task<'_>], shop: Shop<'_>) -> Vec<Result<Artifact, F
             if together.is_err() && !is_stopped {
                 work_on(std::slice::from_ref(one))?;
             }
-            one.context().proceed()?;
+            one.proceed()?;
             one.publish()
         })
     };
@@ -96,10 +96,17 @@ struct Making<'a> {
     started: Timestamp,
     clock: Instant,
     n_failed: AtomicU64,
-    /// Nobody waits for it: one worker holds it at a time.
+    /// Held for a moment.
     watch: Mutex<Watch>,
-    /// As `watch`.
+    /// Nobody waits for it: one worker holds it.
     waits_for: Mutex<Option<Owner>>,
+}
+
+/// A step's part in a pass.
+struct Share<'a> {
+    making: &'a Making<'a>,
+    units: Vec<Unit>,
+    lease: Option<Lease>,
 }
 
 /// What there is to do for a step.
@@ -115,30 +122,59 @@ enum Due {
 fn work_on(making: &[Making<'_>]) -> Result<()> {
     loop {
         let (mut due, mut is_waiting) = (Vec::new(), false);
-        for one in making {
-            match one.due()? {
+        for making in making {
+            match making.due()? {
                 Due::Nothing => {}
                 Due::Later => is_waiting = true,
-                Due::Units(units, lease) => due.push((one, one.context(), units, lease)),
+                Due::Units(units, lease) => due.push(Share { making, units, lease }),
             }
         }
-        let result = match &due[..] {
-            [] if is_waiting => {
-                thread::sleep(LOOK_EVERY);
-                continue;
-            }
+        match &due[..] {
+            [] if is_waiting => thread::sleep(LOOK_EVERY),
             [] => return Ok(()),
-            [(one, context, units, _)] => one.task.step.stage.run(units, context),
-            several => {
-                let stages = several.iter().map(|(one, context, units, _)| (&*one.task.step.stage, &units[..], context));
+            [first, ..] => match run_on_devices(&due) {
+                Err(error) if error.is_disk_full() => wait_for_room(first.making)?,
+                result => result?,
+            },
+        }
+    }
+}
+
+/// Runs stages in one pass on every device, on a thread for each. Units that hold items are claimed one by one, so that devices
+/// share them as processes do; anything else runs on the first device.
+///
+/// What fails on one device stops the others.
+fn run_on_devices(due: &[Share<'_>]) -> Result<(), ovenbird_stages::Error> {
+    let Shop { options, stop, .. } = due[0].making.shop;
+    let is_shared = due.iter().all(|share| share.lease.is_none());
+    let devices = &options.devices[..if is_shared { options.devices.len() } else { 1 }];
+    let has_failed = AtomicBool::new(false);
+    let is_stopped = || stop.load(Ordering::Relaxed) || has_failed.load(Ordering::Relaxed);
+    let run_on = |device: tch::Device| {
+        let contexts: Vec<Context<'_>> = due.iter().map(|share| share.making.context(device, devices.len(), &is_stopped)).collect();
+        let result = match (due, &contexts[..]) {
+            ([share], [context]) => share.making.task.step.stage.run(&share.units, context),
+            _ => {
+                let stages = due.iter().zip(&contexts).map(|(share, context)| (&*share.making.task.step.stage, &share.units[..], context));
                 run_together(&stages.collect::<Vec<(&dyn AnyStage, _, _)>>())
             }
         };
-        match result {
-            Err(error) if error.is_disk_full() => wait_for_room(making[0].shop.store, &due[0].1)?,
-            result => result?,
+        if result.is_err() {
+            has_failed.store(true, Ordering::Relaxed);
         }
-    }
+        result
+    };
+    let results: Vec<_> = thread::scope(|scope| {
+        let threads: Vec<_> = devices[1..].iter().map(|device| scope.spawn(|| run_on(*device))).collect();
+        let first = run_on(devices[0]);
+        let others = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        std::iter::once(first).chain(others).collect()
+    });
+    // Devices that were stopped because of another one's failure are not the cause.
+    let failures: Vec<_> = results.into_iter().filter_map(Result::err).collect();
+    let is_cause = |failure: &ovenbird_stages::Error| !matches!(failure, ovenbird_stages::Error::Stopped);
+    let cause = failures.iter().position(is_cause).unwrap_or(0);
+    failures.into_iter().nth(cause).map_or(Ok(()), Err)
 }
 
 impl<'a> Making<'a> {
@@ -154,7 +190,8 @@ impl<'a> Making<'a> {
         }
     }
 
-    fn context(&self) -> Context<'_> {
+    /// What the stage may use on one of some devices.
+    fn context<'b>(&'b self, device: tch::Device, n_devices: usize, is_stopped: &'b (dyn Fn() -> bool + Sync)) -> Context<'b> {
         let Task { step, work, report } = self.task;
         Context {
             store: self.shop.store,
@@ -162,14 +199,19 @@ impl<'a> Making<'a> {
             units: &work.units,
             items: &work.items,
             inputs: &work.inputs,
-            device: self.shop.options.device,
-            threads: step.resources.cpu,
+            device,
+            threads: step.resources.cpu.div_ceil(n_devices),
             on_bad_item: step.on_bad_item,
             n_failed: &self.n_failed,
             watch: &self.watch,
-            stop: self.shop.stop,
+            is_stopped,
             report,
         }
+    }
+
+    /// Fails once the operator has asked to stop.
+    fn proceed(&self) -> Result<()> {
+        if self.shop.stop.load(Ordering::Relaxed) { Err(ovenbird_stages::Error::Stopped.into()) } else { Ok(()) }
     }
 
     /// Says how much there is to do, and writes down which units there will be.
@@ -198,7 +240,7 @@ impl<'a> Making<'a> {
             if missing.is_empty() {
                 return Ok(Due::Nothing);
             }
-            self.context().proceed()?;
+            self.proceed()?;
             // Units that hold items are claimed one by one by the stage; anything else is one process's as a whole.
             let first = &work.units[missing[0]];
             let claimed = if first.family.is_some() { &first.fingerprint } else { &work.recipe.fingerprint() };
@@ -253,7 +295,7 @@ impl<'a> Making<'a> {
             program: format!("ovenbird {}", env!("CARGO_PKG_VERSION")),
             run: self.shop.run.to_owned(),
             host: machine::host(),
-            device: machine::device_name(self.shop.options.device),
+            device: machine::device_names(&self.shop.options.devices),
             libtorch: ovenbird_models::LIBTORCH.into(),
             started: self.started.to_string(),
             wall_s: self.clock.elapsed().as_secs_f64(),
@@ -274,19 +316,20 @@ pub(crate) fn lacks_room(store: &Store, n_units: usize, unit_bytes: u64) -> Opti
 }
 
 /// Waits until the disk has room again. Nothing is damaged meanwhile: what was in the making is lost, and made again.
-fn wait_for_room(store: &Store, context: &Context<'_>) -> Result<()> {
+fn wait_for_room(making: &Making<'_>) -> Result<()> {
+    let (store, report) = (making.shop.store, making.task.report);
     let at_least = free_space(store.home()) + LEAST_ROOM;
     let words = format!(
         "the disk is full: paused. Free {} or more at {}, and it continues by itself",
         HumanBytes(LEAST_ROOM),
         store.home().display()
     );
-    context.note(words);
+    report(Progress::Note(words));
     while free_space(store.home()) < at_least {
-        context.proceed()?;
-        (context.report)(Progress::Waiting);
+        making.proceed()?;
+        report(Progress::Waiting);
         thread::sleep(LOOK_EVERY);
     }
-    context.note("there is room again: continues");
+    report(Progress::Note("there is room again: continues".into()));
     Ok(())
 }

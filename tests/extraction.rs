@@ -1,6 +1,8 @@
 //! Features: every kind of extraction, alone and in one pass, and what each row means.
 
-use crate::support::World;
+use serde_json::json;
+
+use crate::support::{World, until};
 
 /// Every stage that reads images, on the toy world, with a small vision transformer.
 const ALL: &str = r#"version: 1
@@ -59,6 +61,81 @@ fn stages_that_share_a_pass_publish_what_they_publish_alone() {
     let classes: std::collections::BTreeSet<&str> = files.iter().map(|name| name.rsplit('/').nth(1).unwrap()).collect();
     assert!(files.len() > classes.len() && classes.len() > 3, "{files:?}");
     together.run(["verify", "--recompute", "50%"]).success();
+}
+
+/// Thousands of entries for one small picture: several units of each stage.
+const MANY: &str = r#"version: 1
+name: many
+stages:
+  - id: world
+    use: toy/world
+    with: {seed: 7, train_images: 4, val_images: 9, web_images: 40, held_out_images: 60, side_px: 160}
+  - id: clip
+    use: clip/pretrain
+    in: {images: world.web_images, captions: world.captions}
+    with: {seed: 7, steps: 2, steps_per_unit: 2, batch: 8, architecture: vit}
+  - id: globals
+    use: clip/globals
+    in: {images: ./images, annotations: ./labels.json, checkpoint: clip.checkpoint}
+    with: {clip: {precision: f32}}
+  - id: blocks
+    use: clip/blocks
+    in: {images: ./images, annotations: ./labels.json, checkpoint: clip.checkpoint}
+    with: {clip: {precision: f32}}
+"#;
+
+/// A world with [`MANY`]; some of its entries name a file that is no picture.
+fn many(n_images: usize, broken: &[usize]) -> World {
+    let world = World::new();
+    let picture = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/images/rgb.png")).unwrap();
+    world.write("images/0.png", &picture);
+    world.write("images/1.png", "no picture");
+    let image = |image: usize| json!({"id": image, "file_name": format!("{}.png", usize::from(broken.contains(&image))), "width": 33, "height": 21});
+    let images: Vec<serde_json::Value> = (0..n_images).map(image).collect();
+    world.write("labels.json", json!({"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}).to_string());
+    world.write("many.yaml", MANY);
+    world
+}
+
+#[test]
+fn several_devices_share_the_units_and_kills_lose_nothing_of_them() {
+    let (alone, shared) = (many(3000, &[]), many(3000, &[]));
+    alone.run(["run", "./many.yaml"]).success();
+    let n_made = |world: &World, kind: &str| world.units().keys().filter(|name| name.contains(kind) && name.ends_with("unit.json")).count();
+    let n_units = n_made(&alone, "clip-globals");
+    assert!(n_units >= 2, "{n_units}");
+
+    shared.run(["run", "./many.yaml", "--until", "clip"]).success();
+    let mut running = shared.command(["run", "./many.yaml", "--device", "cpu,cpu"]).spawn().unwrap();
+    until(|| n_made(&shared, "clip-globals") > 0);
+    running.kill().unwrap();
+    running.wait().unwrap();
+    let run = shared.run(["run", "./many.yaml", "--device", "cpu,cpu"]).success();
+    assert!(shared.units() == alone.units(), "{}", run.stderr);
+    shared.run(["verify", "--deep"]).success();
+}
+
+#[test]
+fn an_image_that_is_broken_is_left_out_by_every_stage_of_its_pass() {
+    let world = many(40, &[7, 30]);
+    let failed = world.run(["run", "./many.yaml", "--device", "cpu,cpu"]);
+    assert!(failed.code == 4 && failed.steps("failed") == ["blocks", "globals"], "{}", failed.stderr);
+    assert!(failed.stderr.contains("1.png"), "{}", failed.stderr);
+
+    let policy = "    on_bad_item: skip\n    max_failed_ratio: 0.1\n";
+    world.write("many.yaml", MANY.replace("precision: f32}}\n", &format!("precision: f32}}}}\n{policy}")));
+    let run = world.run(["run", "./many.yaml"]).success();
+    assert!(run.stderr.contains("one pass over the images serves globals, blocks"), "{}", run.stderr);
+    let units = world.units();
+    for kind in ["clip-globals", "clip-blocks"] {
+        let (_, noted) = units.iter().find(|(name, _)| name.contains(kind) && name.ends_with("failed.json")).unwrap();
+        let noted: Vec<serde_json::Value> = serde_json::from_slice(noted).unwrap();
+        assert_eq!(noted.iter().map(|item| &item["item"]).collect::<Vec<_>>(), ["1.png", "1.png"], "{kind}");
+        let (_, record) = units.iter().find(|(name, _)| name.contains(kind) && name.ends_with("unit.json")).unwrap();
+        let record: serde_json::Value = serde_json::from_slice(record).unwrap();
+        assert_eq!((&record["metrics"]["images"], &record["metrics"]["rows"]), (&40.into(), &38.into()), "{kind}");
+    }
+    world.run(["verify", "--deep"]).success();
 }
 
 #[test]

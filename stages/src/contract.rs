@@ -14,7 +14,7 @@ use std::{
     path::Path,
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     thread,
     time::Duration,
@@ -350,8 +350,8 @@ pub struct Context<'a> {
     pub n_failed: &'a AtomicU64,
     /// Watches the processes that make other units of the stage.
     pub watch: &'a Mutex<Watch>,
-    /// Set when the operator asks to stop.
-    pub stop: &'a AtomicBool,
+    /// Whether the stage should stop where it is.
+    pub is_stopped: &'a (dyn Fn() -> bool + Sync),
     /// Receives progress.
     pub report: &'a (dyn Fn(Progress) + Send + Sync),
 }
@@ -382,10 +382,10 @@ impl Context<'_> {
         (self.report)(Progress::Note(words.into()));
     }
 
-    /// Fails with [`Error::Stopped`] once the operator has asked to stop. Asked at every [`Self::begin`]; a stage asks by
+    /// Fails with [`Error::Stopped`] once the stage should stop. Asked at every [`Self::begin`]; a stage asks by
     /// itself where a unit takes long and can be cut short.
     pub fn proceed(&self) -> Result<()> {
-        if self.stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) }
+        if (self.is_stopped)() { Err(Error::Stopped) } else { Ok(()) }
     }
 
     /// Opens the draft of a unit that holds no items. Dropping it loses the unit, and nothing else.

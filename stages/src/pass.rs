@@ -15,7 +15,7 @@ use ovenbird_data::{annotations::ImageInfo, images::Image};
 use crate::{
     AnyStage, Context, Result, Unit,
     artifacts::{Images, Row, RowKind, RowWriter, Shelf},
-    clip::encoder::{Encoder, PRECISION},
+    clip::encoder::{Encoder, PRECISION, Pending},
     contract::{Attempted, UnitDraft},
     feed::stream,
 };
@@ -254,6 +254,8 @@ struct Desk<'a> {
     port: &'static str,
     /// Not encoded yet.
     views: Vec<View>,
+    /// The batch that the network was given last.
+    in_flight: Option<Pending>,
     /// Of views that are encoded, of the images that wait.
     embeddings: Vec<f32>,
     /// Images whose rows are not written yet, in order.
@@ -286,6 +288,7 @@ impl<'a> Desk<'a> {
             rows: rider.rows,
             port: rider.port,
             views: Vec::new(),
+            in_flight: None,
             embeddings: Vec::new(),
             waiting: VecDeque::new(),
             open: None,
@@ -335,13 +338,21 @@ impl<'a> Desk<'a> {
             }
         }
         while let Some(encoder) = self.encoder.filter(|encoder| self.views.len() >= encoder.batch()) {
-            let batch: Vec<View> = self.views.drain(..encoder.batch()).collect();
-            self.embeddings.extend(encoder.encode(&batch)?);
-            cx.flow(batch.len(), n_ready);
+            self.embed(encoder, encoder.batch(), n_ready)?;
             cx.proceed()?;
         }
         self.write_whole()?;
         cx.proceed()
+    }
+
+    /// Sends some views through the network. While an accelerator is at work on a batch, the next one is put together and sent.
+    fn embed(&mut self, encoder: &Encoder, n_views: usize, n_ready: usize) -> Result<()> {
+        let batch = encoder.upload(&self.views[..n_views]);
+        self.views.drain(..n_views);
+        self.embeddings.extend(self.in_flight.take().into_iter().flat_map(Pending::rows));
+        self.in_flight = Some(encoder.begin(&batch)?);
+        self.cx.flow(n_views, n_ready);
+        Ok(())
     }
 
     /// Writes the images at the front whose views are all encoded.
@@ -373,11 +384,10 @@ impl<'a> Desk<'a> {
     }
 
     fn close(&mut self) -> Result<()> {
-        if let Some(encoder) = self.encoder {
-            let rest = std::mem::take(&mut self.views);
-            self.embeddings.extend(encoder.encode(&rest)?);
-            self.cx.flow(rest.len(), 0);
+        if let Some(encoder) = self.encoder.filter(|_| !self.views.is_empty()) {
+            self.embed(encoder, self.views.len(), 0)?;
         }
+        self.embeddings.extend(self.in_flight.take().into_iter().flat_map(Pending::rows));
         self.write_whole()?;
         assert!(self.waiting.is_empty() && self.embeddings.is_empty(), "BUG: a unit ends with all its views encoded");
         let OpenUnit { shard, draft, n_taken, n_rows, .. } = self.open.take().expect("BUG: a unit is closed once");

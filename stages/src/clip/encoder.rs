@@ -89,6 +89,28 @@ pub(crate) enum Manner {
     Objects,
 }
 
+/// Views that are on the device, or on their way.
+pub(crate) struct Batch {
+    n_views: usize,
+    /// `[B, H, W, 3]`.
+    levels: Tensor,
+    /// Of objects, `[B, G, G]`.
+    backgrounds: Option<Tensor>,
+}
+
+/// Embeddings that an accelerator may still be computing. A processor has them at once.
+pub(crate) struct Pending(Tensor);
+
+impl Pending {
+    /// Unit-norm embeddings of the batch's views, `[N, D]` row by row; waits for them.
+    pub(crate) fn rows(self) -> Vec<f32> {
+        let embeddings = self.0.to_device(Device::Cpu).contiguous();
+        let mut rows = vec![0.0; embeddings.numel()];
+        embeddings.copy_data(&mut rows, embeddings.numel());
+        rows
+    }
+}
+
 /// A loaded image tower with its preprocessing.
 pub(crate) struct Encoder {
     clip: clip::Clip,
@@ -190,7 +212,8 @@ fn least_cosine(one: &Encoder, other: &Encoder) -> Result<f64> {
         }
     };
     let views: Vec<View> = (1..=4).map(pattern).collect();
-    let (one, other) = (one.encode(&views)?, other.encode(&views)?);
+    let embed = |encoder: &Encoder| Ok::<_, crate::Error>(encoder.begin(&encoder.upload(&views))?.rows());
+    let (one, other) = (embed(one)?, embed(other)?);
     let dim = one.len() / views.len();
     let cosine = |(a, b): (&[f32], &[f32])| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
     Ok(one.chunks_exact(dim).zip(other.chunks_exact(dim)).map(cosine).fold(1.0, f64::min))
@@ -248,29 +271,24 @@ impl Encoder {
         }
     }
 
-    /// Unit-norm embeddings, `[N, D]` row by row.
-    pub(crate) fn encode(&self, views: &[View]) -> Result<Vec<f32>> {
-        let mut embeddings = Vec::with_capacity(views.len() * self.dim());
-        for batch in views.chunks(self.batch()) {
-            let rows = self.forward(batch)?;
-            embeddings.extend_from_slice(&rows[..batch.len() * self.dim()]);
-        }
-        Ok(embeddings)
+    /// Puts views on the device as a batch, filled up to its size.
+    pub(crate) fn upload(&self, views: &[View]) -> Batch {
+        no_grad(|| Batch {
+            n_views: views.len(),
+            levels: self.levels(views),
+            backgrounds: (self.manner == Manner::Objects).then(|| self.backgrounds(views)),
+        })
     }
 
-    /// A batch, filled up to its size.
-    fn forward(&self, views: &[View]) -> Result<Vec<f32>> {
+    /// Begins to compute the embeddings of a batch.
+    pub(crate) fn begin(&self, batch: &Batch) -> Result<Pending> {
         no_grad(|| {
-            let levels = self.levels(views);
-            let pixels = self.normalised(&levels).to_kind(self.clip.kind());
-            let embeddings = match self.manner {
-                Manner::Squares | Manner::Native => self.clip.encode_image(&pixels, Mode::Eval)?,
-                Manner::Objects => self.clip.encode_objects(&pixels, &self.backgrounds(views))?,
+            let pixels = self.normalised(&batch.levels).to_kind(self.clip.kind());
+            let embeddings = match &batch.backgrounds {
+                None => self.clip.encode_image(&pixels, Mode::Eval)?,
+                Some(backgrounds) => self.clip.encode_objects(&pixels, backgrounds)?,
             };
-            let embeddings = unit_norm(&embeddings.to_kind(Kind::Float)).to_device(Device::Cpu).contiguous();
-            let mut rows = vec![0.0; embeddings.numel()];
-            embeddings.copy_data(&mut rows, embeddings.numel());
-            Ok(rows)
+            Ok(Pending(unit_norm(&embeddings.to_kind(Kind::Float)).narrow(0, 0, batch.n_views as i64)))
         })
     }
 
@@ -290,9 +308,9 @@ impl Encoder {
                     ready.iter().all(|image| (&image.width, &image.height) == (width, height)),
                     "BUG: views of different sizes in a batch"
                 );
-                let levels: Vec<u8> = ready.iter().flat_map(|image| &image.rgb).copied().collect();
+                let levels = ready.iter().map(|image| &image.rgb[..]).collect::<Vec<_>>().concat();
                 let shape = [ready.len() as i64, i64::from(*height), i64::from(*width), 3];
-                parts.push(Tensor::from_slice(&levels).view(shape).to_device(device));
+                parts.push(on_device::upload(&levels, device).view(shape));
             } else if let Pixels::Square(image, _) = &group[0].pixels {
                 let rectangle = |view: &View| if let Pixels::Square(_, rectangle) = view.pixels { Some(rectangle) } else { None };
                 let rectangles: Vec<[i64; 4]> = group.iter().filter_map(rectangle).collect();
@@ -321,7 +339,7 @@ impl Encoder {
             cells.extend_from_slice(view.background.as_ref().expect("BUG: an object has a mask"));
         }
         cells.resize(self.batch() * grid * grid, 0);
-        Tensor::from_slice(&cells).view([self.batch() as i64, grid as i64, grid as i64])
+        on_device::upload(&cells, self.clip.device()).view([self.batch() as i64, grid as i64, grid as i64])
     }
 }
 
@@ -353,6 +371,10 @@ mod tests {
         Encoder::new(network, manner, "f32")
     }
 
+    fn embed(encoder: &Encoder, views: &[View]) -> Vec<f32> {
+        encoder.begin(&encoder.upload(views)).unwrap().rows()
+    }
+
     /// Pillow decodes with libjpeg-turbo; the pictures are those of `tests/golden/images/make.py`.
     #[test]
     fn what_decoders_differ_by_does_not_change_embeddings() {
@@ -364,7 +386,7 @@ mod tests {
             let pillow_s = Image::open(&folder.join(format!("pillow/{name}.png"))).unwrap();
             n_levels += ours.rgb.iter().zip(&pillow_s.rgb).filter(|(one, other)| one != other).count();
             let view = |image: &Image| View { pixels: Pixels::Ready(encoder.preprocess.square(image)), background: None };
-            let embeddings = encoder.encode(&[view(&ours), view(&pillow_s)]).unwrap();
+            let embeddings = embed(&encoder, &[view(&ours), view(&pillow_s)]);
             let (one, other) = embeddings.split_at(32);
             let cosine: f32 = one.iter().zip(other).map(|(a, b)| a * b).sum();
             assert!(cosine >= 0.9995, "{name}: {cosine}");
@@ -388,7 +410,7 @@ mod tests {
             };
             rectangles.into_iter().enumerate().map(view).collect()
         };
-        let (threads, device) = (encoder.encode(&views(false)).unwrap(), encoder.encode(&views(true)).unwrap());
+        let (threads, device) = (embed(&encoder, &views(false)), embed(&encoder, &views(true)));
         assert_eq!((threads.len(), device.len()), (96, 96));
         for (one, other) in threads.chunks_exact(32).zip(device.chunks_exact(32)) {
             let cosine: f32 = one.iter().zip(other).map(|(a, b)| a * b).sum();

@@ -6,6 +6,12 @@
 use ovenbird_data::images::{Image, Preprocess};
 use tch::{Device, Kind, Tensor};
 
+/// Bytes `[N]` on a device. An accelerator fetches them from pinned memory by itself, while this thread goes on.
+pub(crate) fn upload(bytes: &[u8], device: Device) -> Tensor {
+    let here = Tensor::from_slice(bytes);
+    if device == Device::Cpu { here } else { here.pin_memory(device).to_device_(device, Kind::Uint8, true, false) }
+}
+
 /// Squares `[N, S, S, 3]` of levels, f32, cut out of one image: see [`Preprocess::square_of`].
 pub(crate) fn squares(preprocess: &Preprocess, image: &Image, rectangles: &[[i64; 4]], device: Device) -> Tensor {
     let (n, side) = (rectangles.len() as i64, i64::from(preprocess.side_px));
@@ -21,7 +27,7 @@ pub(crate) fn squares(preprocess: &Preprocess, image: &Image, rectangles: &[[i64
         };
         taps(&rectangles.iter().zip(&plans).map(plan).collect::<Vec<_>>(), side, length, device)
     };
-    let levels = Tensor::from_slice(&image.rgb).view([height, width, 3]).to_device(device).to_kind(Kind::Float);
+    let levels = upload(&image.rgb, device).view([height, width, 3]).to_kind(Kind::Float);
     // Along rows first, rounded in between, as Pillow: [N S, W] x [W, H 3].
     let columns = levels.permute([1, 0, 2]).reshape([width, height * 3]);
     let narrowed = to_levels(&axis(0, width).view([n * side, width]).matmul(&columns));
