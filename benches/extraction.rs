@@ -4,8 +4,8 @@
 //! else can be the bottleneck while decoding (about 4 ms an image) and cutting (about 1 ms a crop) hide behind it. Both sides run the same
 //! network on batches of the same shape, on the same threads, in the same process.
 //!
-//! Peers, where `make peers` has set them up: open_clip with a PyTorch DataLoader, and the way of the OADP reference, an image at a
-//! time with crops by Pillow.
+//! Peers, where `make peers` has set them up: open_clip with a PyTorch DataLoader, clip-retrieval, and the way of the OADP reference,
+//! an image at a time with crops by Pillow.
 //!
 //! `make bench`; `OVENBIRD_BENCH_IMAGES` sets the number of pictures (1,024, with 10 proposals each).
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods, reason = "a benchmark prints, and may end where it fails")]
@@ -13,7 +13,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     sync::{Mutex, atomic::AtomicU64},
     time::{Duration, Instant},
@@ -115,6 +115,10 @@ fn preparing(folder: &Path) {
     timed("decoding 640 x 480", &mut |index| images.push(Image::decode(&bytes[index], folder).unwrap()));
     let preprocess = Preprocess::clip(224);
     timed("its centre square of 224", &mut |index| drop(std::hint::black_box(preprocess.square(&images[index]))));
+    timed("decoding a draft, and its square", &mut |index| {
+        let draft = Image::open_draft(&folder.join(format!("images/{index:06}.jpg")), SIZE, 224).unwrap();
+        drop(std::hint::black_box(preprocess.square_of_draft(&draft, SIZE)));
+    });
     timed("a crop of 160 px to 224", &mut |index| drop(std::hint::black_box(preprocess.square_of(&images[index], [100, 100, 260, 260]))));
     timed("a square of 500 px to 224", &mut |index| drop(std::hint::black_box(preprocess.square_of(&images[index], [-50, -50, 450, 450]))));
 }
@@ -289,12 +293,16 @@ fn resident(field: &str) -> f64 {
 /// What Python packages make of the same files.
 fn peers(folder: &Path, n_images: usize) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let python: PathBuf = root.join("target/peers/bin/python");
-    if !python.exists() {
-        println!("skipped: the peers are not set up (`make peers`)");
-        return;
-    }
-    for (script, n_images) in [("open_clip_globals.py", n_images), ("oadp_objects.py", n_images / 32)] {
+    for (venv, script, n_images) in [
+        ("peers", "open_clip_globals.py", n_images),
+        ("clip-retrieval", "clip_retrieval_inference.py", n_images / 4),
+        ("peers", "oadp_objects.py", n_images / 32),
+    ] {
+        let python = root.join("target").join(venv).join("bin/python");
+        if !python.exists() {
+            println!("skipped {script}: its peer is not set up (`make peers`)");
+            continue;
+        }
         let output =
             Command::new(&python).arg(root.join("benches/peers").join(script)).arg(folder).arg(n_images.to_string()).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

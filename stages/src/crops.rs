@@ -106,7 +106,7 @@ impl Sight for CropSight<'_> {
         usize::from(!self.objects[place].is_empty())
     }
 
-    fn cut(&self, place: usize, image: &Arc<Image>, _views: Range<usize>) -> Cut {
+    fn cut(&self, place: usize, _info: &ImageInfo, image: &Arc<Image>, _views: Range<usize>) -> Cut {
         let crop = |object: &Annotation| Crop {
             image_id: object.image_id,
             annotation_id: object.id,

@@ -53,7 +53,12 @@ pub(crate) trait Sight: Sync {
     /// How many views an image has. A stage without a network has one.
     fn n_views(&self, place: usize, info: &ImageInfo) -> usize;
     /// Cuts some of them.
-    fn cut(&self, place: usize, image: &Arc<Image>, views: Range<usize>) -> Cut;
+    fn cut(&self, place: usize, info: &ImageInfo, image: &Arc<Image>, views: Range<usize>) -> Cut;
+    /// Where images need not be decoded at their full size: how long their shorter side has to be, in px. Such a draft is not shared
+    /// with other riders.
+    fn draft_side(&self) -> Option<u32> {
+        None
+    }
     /// What becomes of the embeddings of all views, `[V, D]`.
     fn row(&self, place: usize, info: &ImageInfo, embeddings: &[f32], dim: usize) -> Row;
 }
@@ -62,6 +67,18 @@ pub(crate) trait Sight: Sync {
 pub(crate) struct Frames {
     pub(crate) images: Images,
     pub(crate) infos: Vec<ImageInfo>,
+}
+
+impl Frames {
+    fn decode(&self, place: usize) -> Result<Image> {
+        let ImageInfo { file_name, width, height, .. } = &self.infos[place];
+        self.images.decode(file_name, [*width, *height])
+    }
+
+    fn decode_draft(&self, place: usize, least_side: u32) -> Result<Image> {
+        let ImageInfo { file_name, width, height, .. } = &self.infos[place];
+        self.images.decode_draft(file_name, [*width, *height], least_side)
+    }
 }
 
 /// A stage in a pass.
@@ -95,7 +112,14 @@ pub(crate) fn ride(riders: &[Rider<'_>]) -> Result<()> {
             let (Seat { cx, sight, .. }, n_views) = (&seats[seat], views.len());
             let cut = cx.attempt(|| {
                 // No view, no pixels.
-                if n_views == 0 { Ok(Cut::Views(Vec::new())) } else { Ok(sight.cut(place, &slot.image(frames, place)?, views.clone())) }
+                if n_views == 0 {
+                    return Ok(Cut::Views(Vec::new()));
+                }
+                let image = match sight.draft_side() {
+                    None => slot.image(frames, place)?,
+                    Some(least_side) => Arc::new(frames.decode_draft(place, least_side)?),
+                };
+                Ok(sight.cut(place, &frames.infos[place], &image, views.clone()))
             });
             Ready::Cut { seat, place, is_first: views.start == 0, cut }
         }
@@ -130,8 +154,7 @@ impl Slot {
         if let Some(image) = &*slot {
             return Ok(Arc::clone(image));
         }
-        let ImageInfo { file_name, width, height, .. } = &frames.infos[place];
-        let image = Arc::new(frames.images.decode(file_name, [*width, *height])?);
+        let image = Arc::new(frames.decode(place)?);
         *slot = Some(Arc::clone(&image));
         Ok(image)
     }

@@ -110,6 +110,11 @@ impl Images {
         Ok(Image::open_sized(self.path(file_name)?, stated)?)
     }
 
+    /// As [`Self::decode`], at a part of its size where that leaves its shorter side long enough: see [`Image::open_draft`].
+    pub(crate) fn decode_draft(&self, file_name: &str, stated: [u32; 2], least_side: u32) -> Result<Image> {
+        Ok(Image::open_draft(self.path(file_name)?, stated, least_side)?)
+    }
+
     fn entry(&self, file_name: &str) -> Result<&(PathBuf, Digest)> {
         self.by_name.get(file_name).ok_or_else(|| Error::Input {
             port: Self::KIND,

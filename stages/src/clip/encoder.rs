@@ -352,6 +352,7 @@ pub(crate) fn unit_norm(rows: &Tensor) -> Tensor {
 mod tests {
     use std::{collections::BTreeMap, path::Path};
 
+    use ovenbird_data::toy::{Set, World};
     use ovenbird_models::clip::{Config, TextConfig};
     use tch::nn;
 
@@ -392,6 +393,28 @@ mod tests {
             assert!(cosine >= 0.9995, "{name}: {cosine}");
         }
         assert!(n_levels > 0, "the decoders agree: this test shows nothing");
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "a scratch folder of a test")]
+    fn drafts_keep_what_embeddings_say() {
+        let encoder = encoder(Manner::Squares);
+        let folder = tempfile::tempdir().unwrap();
+        let world = World { seed: 5, side_px: 320 };
+        for index in 0..5 {
+            let path = folder.path().join(format!("{index}.jpg"));
+            std::fs::write(&path, world.scene(Set::Val, index).jpeg).unwrap();
+            let image = Image::open(&path).unwrap();
+            let size = [image.width, image.height];
+            let draft = Image::open_draft(&path, size, encoder.preprocess.side_px).unwrap();
+            assert!(draft.width < image.width / 2 && draft.height < image.height / 2, "{} x {}", draft.width, draft.height);
+            let view = |pixels: Image| View { pixels: Pixels::Ready(pixels), background: None };
+            let views = [encoder.preprocess.square(&image), encoder.preprocess.square_of_draft(&draft, size)].map(view);
+            let embeddings = embed(&encoder, &views);
+            let (one, other) = embeddings.split_at(32);
+            let cosine: f32 = one.iter().zip(other).map(|(a, b)| a * b).sum();
+            assert!((0.98..0.999_999).contains(&cosine), "{index}: {cosine}");
+        }
     }
 
     /// The path that accelerators take, on the CPU.
