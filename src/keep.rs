@@ -46,16 +46,15 @@ struct Roots {
 }
 
 fn roots(store: &Store, n_runs: usize) -> Roots {
-    let name = |fingerprint: &ovenbird_cache::Fingerprint| fingerprint.to_hex()[..32].to_owned();
     let last = Last::of_all(store.home()).into_values().flat_map(BTreeMap::into_values);
-    let mut roots = Roots { in_use: BTreeSet::new(), all: last.map(|fingerprint| name(&fingerprint)).collect() };
+    let mut roots = Roots { in_use: BTreeSet::new(), all: last.map(|fingerprint| fingerprint.short()).collect() };
     let (pinned, runs) = (pins(store), event::runs(store.home()));
     let mut seen_pipelines = BTreeSet::new();
     for (age, run) in runs.iter().rev().enumerate() {
         let state = history::state(&event::read_log(store.home(), run).unwrap_or_default());
         let is_going_on = state.outcome.is_none() && !store.at_work().is_empty();
         let is_last = seen_pipelines.insert(state.pipeline.clone());
-        let names = || state.steps.iter().filter_map(|step| step.fingerprint.as_ref().map(name));
+        let names = || state.steps.iter().filter_map(|step| step.fingerprint.map(|fingerprint| fingerprint.short()));
         if is_going_on || pinned.contains(run) {
             roots.in_use.extend(names());
         }
@@ -72,7 +71,7 @@ fn units_of(store: &Store, artifacts: &BTreeSet<String>) -> Result<BTreeSet<Stri
     let planned = store.plans()?.into_iter().filter(|(artifact, _)| artifacts.contains(artifact));
     let mut units: BTreeSet<String> = planned.flat_map(|(_, units)| units).collect();
     for manifest in store.manifests()? {
-        if artifacts.contains(&manifest.fingerprint.to_hex()[..32]) {
+        if artifacts.contains(&manifest.fingerprint.short()) {
             units.extend(manifest.units.iter().map(|unit| unit_name(&manifest.recipe.kind, &unit.key.fingerprint)));
         }
     }
@@ -163,11 +162,11 @@ pub(crate) fn gc(home: &Path, collection: &Collection) -> Result<()> {
         return Err(Error::Usage { problem: format!("--drop {unknown}: there is no such stage"), hint });
     }
     let roots = roots(&store, collection.keep_runs);
-    let name = |manifest: &Manifest| manifest.fingerprint.to_hex()[..32].to_owned();
-    let is_dropped =
-        |manifest: &Manifest| collection.dropped_kinds.contains(&manifest.recipe.kind) && !roots.in_use.contains(&name(manifest));
+    let is_dropped = |manifest: &Manifest| {
+        collection.dropped_kinds.contains(&manifest.recipe.kind) && !roots.in_use.contains(&manifest.fingerprint.short())
+    };
     let dropped: Vec<Manifest> = store.manifests()?.into_iter().filter(is_dropped).collect();
-    let goes: BTreeSet<String> = dropped.iter().map(name).collect();
+    let goes: BTreeSet<String> = dropped.iter().map(|manifest| manifest.fingerprint.short()).collect();
     let kept = roots.all.difference(&goes).cloned().collect();
     let needed = units_of(&store, &kept)?;
     let is_old = |path: &Path| {

@@ -242,8 +242,8 @@ fn lost_manifests(store: &Store) -> Result<Vec<Finding>> {
     let mut found = Vec::new();
     for (pipeline, steps) in plan::Last::of_all(store.home()) {
         for (step, fingerprint) in steps {
-            let name = &fingerprint.to_hex()[..32];
-            if !there.contains(name) {
+            let name = fingerprint.short();
+            if !there.contains(name.as_str()) {
                 let path = store.home().join("artifacts").join(format!("{name}.json"));
                 found.push(Finding {
                     class: Class::Manifest,
@@ -301,7 +301,7 @@ fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
         let lists = manifests.iter().filter(|manifest| {
             manifest.units.iter().any(|listed| ovenbird_cache::unit_name(&manifest.recipe.kind, &listed.key.fingerprint) == *unit)
         });
-        wanted.extend(lists.map(|manifest| manifest.fingerprint.to_hex()[..32].to_owned()));
+        wanted.extend(lists.map(|manifest| manifest.fingerprint.short()));
     }
     for (run, steps) in runs_of(store, &wanted, &mut report.lost) {
         let made = read_request(store, &run).and_then(|pipeline| {
@@ -358,7 +358,7 @@ fn runs_of(store: &Store, wanted: &BTreeSet<String>, lost: &mut Vec<Lost>) -> BT
         }
         for stamped in event::read_log(store.home(), &run).unwrap_or_default() {
             if let Event::StepChecked { step, fingerprint, .. } = stamped.event
-                && open.remove(&fingerprint.to_hex()[..32])
+                && open.remove(&fingerprint.short())
             {
                 runs.entry(run.clone()).or_default().push(step);
             }

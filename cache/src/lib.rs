@@ -7,6 +7,7 @@
 //! lease.rs     which process is making what
 //! shard.rs     feature shards: Arrow IPC files with a BLAKE3 per record batch, read through a memory map
 //! stats.rs     what a shard's rows look like, for its footer
+//! record.rs    what is written of units and artifacts
 //! store.rs     where units and artifacts lie on disk; what is valid, damaged or absent
 //! donors.rs    results of single items that other units hold already
 //! verify.rs    whether what lies in a home is what was published
@@ -26,6 +27,7 @@ mod lease;
 mod ledger;
 pub mod publish;
 mod recipe;
+mod record;
 pub mod shard;
 #[cfg(test)]
 mod simulation;
@@ -40,8 +42,9 @@ pub use lease::{Lease, Owner, Session, Watch};
 pub use ledger::{Ledger, Verified};
 pub use publish::{Draft, DraftFile, FileRecord, Publisher};
 pub use recipe::{Change, Digest, Fingerprint, Recipe};
+pub use record::{Manifest, Provenance, UnitKey, UnitRecord, files_digest};
 pub use stats::{Stats, VectorStats};
-pub use store::{Artifact, Claim, Manifest, Noted, Provenance, Recovered, Status, Store, UnitKey, UnitRecord, files_digest, unit_name};
+pub use store::{Artifact, Claim, Noted, Recovered, Status, Store, unit_name};
 
 /// What every function of this crate returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -82,6 +82,11 @@ hash_newtype! {
 }
 
 impl Fingerprint {
+    /// Its first 32 hexadecimal digits: the name on disk of what it names.
+    pub fn short(&self) -> String {
+        self.to_hex()[..32].to_owned()
+    }
+
     /// Names a part of what this names: a link of a chain, the unit that holds certain items.
     pub fn part(&self, domain: &str, which: &[u8]) -> Self {
         let mut hasher = blake3::Hasher::new();

@@ -35,6 +35,7 @@ use crate::{
     inputs::InputFile,
     lease::{self, Lease, Owner, Session, Watch},
     publish::{Journal, Publisher},
+    record::{Manifest, Provenance, Sealed, UnitKey, UnitRecord, port_digest},
 };
 
 /// The one layout this program reads and writes.
@@ -42,7 +43,6 @@ const FORMAT: u32 = 2;
 pub(crate) const UNIT_FILE: &str = "unit.json";
 /// The digests of a unit's items, 32 bytes each, in order.
 const ITEMS_FILE: &str = "items";
-const PORT_DOMAIN: &str = "ovenbird port 1";
 
 /// What became of looking something up.
 #[derive(Debug)]
@@ -53,118 +53,6 @@ pub enum Status<T> {
     Damaged(Vec<String>),
     /// It was never made.
     Absent,
-}
-
-/// What a unit is, before it is made.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct UnitKey {
-    /// The stage's kind.
-    pub kind: String,
-    /// Its name.
-    pub fingerprint: Fingerprint,
-    /// Of units that hold items: the name of everything that an item's result depends on besides the item. An item that is
-    /// in two units of one family has the same result in both.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub family: Option<Fingerprint>,
-}
-
-/// A published unit.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct UnitRecord {
-    /// Version of the layout.
-    pub format: u32,
-    /// What it is.
-    pub key: UnitKey,
-    /// Its files, sorted by name.
-    pub files: Vec<FileRecord>,
-    /// What the stage measured while making it, by name.
-    pub metrics: BTreeMap<String, Value>,
-    /// BLAKE3 of all the above, keyed by the fingerprint.
-    pub seal: Digest,
-}
-
-/// Where and how something was made. Never part of identity.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Provenance {
-    /// Name and version of the program.
-    pub program: String,
-    /// The run that finished it.
-    pub run: String,
-    /// The machine.
-    pub host: String,
-    /// Processor or accelerator the networks ran on.
-    pub device: String,
-    /// Version of libtorch.
-    pub libtorch: String,
-    /// When the stage began, RFC 3339.
-    pub started: String,
-    /// How long the stage worked in that run, in s. Units taken from the store cost nothing.
-    pub wall_s: f64,
-}
-
-/// Everything about an artifact but its bytes.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Manifest {
-    /// Version of the layout.
-    pub format: u32,
-    /// The name of `recipe`.
-    pub fingerprint: Fingerprint,
-    /// What it was made from.
-    pub recipe: Recipe,
-    /// Content digest of each output port, settled when the artifact was first published.
-    pub ports: BTreeMap<String, Digest>,
-    /// Its units in order.
-    pub units: Vec<UnitRecord>,
-    /// How it was made.
-    pub made: Provenance,
-    /// Whether its units may be gone because the operator let them go; whoever needs them makes them again.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub is_dropped: bool,
-    /// BLAKE3 of all the above, keyed by the fingerprint.
-    pub seal: Digest,
-}
-
-/// A record that says what it is and can be checked against itself.
-trait Sealed: Serialize + Clone {
-    fn fingerprint(&self) -> &Fingerprint;
-    fn seal_mut(&mut self) -> &mut Digest;
-
-    fn seal_of(&self) -> Digest {
-        let mut open = self.clone();
-        *open.seal_mut() = Digest::from(blake3::Hash::from_bytes([0; 32]));
-        let mut value = serde_json::to_value(&open).expect("BUG: records are plain JSON");
-        value.sort_all_objects();
-        blake3::keyed_hash(self.fingerprint().as_bytes(), value.to_string().as_bytes()).into()
-    }
-
-    fn sealed(mut self) -> Self {
-        *self.seal_mut() = self.seal_of();
-        self
-    }
-}
-
-impl Sealed for UnitRecord {
-    fn fingerprint(&self) -> &Fingerprint {
-        &self.key.fingerprint
-    }
-
-    fn seal_mut(&mut self) -> &mut Digest {
-        &mut self.seal
-    }
-}
-
-impl Sealed for Manifest {
-    fn fingerprint(&self) -> &Fingerprint {
-        &self.fingerprint
-    }
-
-    fn seal_mut(&mut self) -> &mut Digest {
-        &mut self.seal
-    }
 }
 
 /// A valid artifact.
@@ -180,44 +68,9 @@ pub struct Artifact {
 impl Artifact {
     /// The files of an output port: units in order, names sorted within a unit.
     pub fn port(&self, port: &str) -> Vec<InputFile> {
-        self.manifest.units.iter().flat_map(|unit| unit.port(&self.units_folder, port)).collect()
+        let files = |unit: &UnitRecord| unit.port_in(&self.units_folder.join(unit.key.fingerprint.short()), port);
+        self.manifest.units.iter().flat_map(files).collect()
     }
-}
-
-impl UnitRecord {
-    /// Size of all files.
-    pub fn bytes(&self) -> u64 {
-        self.files.iter().map(|file| file.bytes).sum()
-    }
-
-    fn port(&self, units_folder: &Path, port: &str) -> Vec<InputFile> {
-        self.port_in(&units_folder.join(folder_name(&self.key.fingerprint)), port)
-    }
-
-    pub(crate) fn port_in(&self, folder: &Path, port: &str) -> Vec<InputFile> {
-        let input = |(name, file): (&str, &FileRecord)| InputFile {
-            name: name.into(),
-            path: folder.join(&file.name),
-            bytes: file.bytes,
-            digest: file.content(),
-            unit: Some(self.key.fingerprint),
-        };
-        port_files(self, port).map(input).collect()
-    }
-}
-
-fn port_files<'a>(unit: &'a UnitRecord, port: &'a str) -> impl Iterator<Item = (&'a str, &'a FileRecord)> {
-    unit.files.iter().filter_map(move |file| Some((file.name.strip_prefix(port)?.strip_prefix('/')?, file)))
-}
-
-/// The content digest of an output port over its units in order.
-pub(crate) fn port_digest(units: &[UnitRecord], port: &str) -> Digest {
-    Digest::of_list(PORT_DOMAIN, units.iter().flat_map(|unit| port_files(unit, port)).map(|(name, file)| (name, file.content())))
-}
-
-/// The content digest of an input that a user brings: the same rule as for an artifact's port.
-pub fn files_digest(files: &[InputFile]) -> Digest {
-    Digest::of_list(PORT_DOMAIN, files.iter().map(|file| (file.name.as_str(), file.digest)))
 }
 
 /// All state of one home.
@@ -496,7 +349,7 @@ impl Store {
 
     /// The files of an output port of one published unit, sorted by name.
     pub fn unit_port(&self, record: &UnitRecord, port: &str) -> Vec<InputFile> {
-        record.port(&self.units_folder(&record.key.kind), port)
+        record.port_in(&self.unit_path(&unit_name(&record.key.kind, &record.key.fingerprint)), port)
     }
 
     /// The digests of the items of a published unit, in order; none for one that holds no items.
@@ -659,7 +512,7 @@ impl Store {
                 let bytes = self.read_if_there(&plans.join(&kind).join(&name))?.unwrap_or_default();
                 if let Ok(plan) = serde_json::from_slice::<UnitPlan>(&bytes) {
                     let names = plan.units.iter().map(|unit| unit_name(&plan.recipe.kind, unit)).collect();
-                    units.insert(folder_name(&plan.recipe.fingerprint()), names);
+                    units.insert(plan.recipe.fingerprint().short(), names);
                 }
             }
         }
@@ -667,7 +520,7 @@ impl Store {
     }
 
     fn plan_path(&self, kind: &str, fingerprint: &Fingerprint) -> PathBuf {
-        self.home.join("plans").join(kind_name(kind)).join(format!("{}.json", folder_name(fingerprint)))
+        self.home.join("plans").join(kind_name(kind)).join(format!("{}.json", fingerprint.short()))
     }
 
     /// Publishes an artifact whose units are published. An artifact that is made again after damage keeps the identity it
@@ -712,7 +565,7 @@ impl Store {
 
     /// Where an artifact's manifest lies.
     pub fn manifest_path(&self, kind: &str, fingerprint: &Fingerprint) -> PathBuf {
-        self.home.join("artifacts").join(kind_name(kind)).join(format!("{}.json", folder_name(fingerprint)))
+        self.home.join("artifacts").join(kind_name(kind)).join(format!("{}.json", fingerprint.short()))
     }
 
     fn read_if_there(&self, path: &Path) -> Result<Option<Vec<u8>>> {
@@ -743,15 +596,11 @@ impl Store {
 
 /// `KIND/FINGERPRINT`, as a unit's folder is named.
 pub fn unit_name(kind: &str, fingerprint: &Fingerprint) -> String {
-    format!("{}/{}", kind_name(kind), folder_name(fingerprint))
+    format!("{}/{}", kind_name(kind), fingerprint.short())
 }
 
 fn kind_name(kind: &str) -> String {
     kind.replace('/', "-")
-}
-
-fn folder_name(fingerprint: &Fingerprint) -> String {
-    fingerprint.to_hex()[..32].to_owned()
 }
 
 pub(crate) fn is_folder_name(name: &str) -> bool {
