@@ -31,7 +31,7 @@ use ovenbird_models::{
     checkpoint::write_safetensors,
     clip::{Activation, Clip, Config, ImageConfig, Mode, TextConfig},
 };
-use ovenbird_stages::{Context, Inputs, OnBadItem, artifacts::Proposals, find, run_together};
+use ovenbird_stages::{Context, Inputs, OnBadItem, artifacts::Proposals, clip::gain_of_bf16, find, run_together};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
@@ -65,7 +65,11 @@ fn main() {
     let checkpoint = folder.join("clip.safetensors");
     write_safetensors(&tensors, &BTreeMap::new(), &mut fs::File::create(&checkpoint).unwrap()).unwrap();
 
-    for (precision, kind) in [("bf16", Kind::BFloat16), ("f32", Kind::Float)] {
+    let has_bf16 = gain_of_bf16(Device::Cpu) >= 1.5;
+    if !has_bf16 {
+        println!("skipped bf16: this processor is no faster in it");
+    }
+    for (precision, kind) in [("bf16", Kind::BFloat16), ("f32", Kind::Float)].into_iter().skip(usize::from(!has_bf16)) {
         let clip = Clip::load_as(&config(), &tensors, &checkpoint, Device::Cpu, kind).unwrap();
         // f32 takes four times as long.
         let n = |n: usize| if kind == Kind::Float { n.div_ceil(4) } else { n };
@@ -98,9 +102,10 @@ fn main() {
             );
         }
     }
-    one_pass(folder, n_images / 16);
-    memory(folder);
-    peers(folder, n_images);
+    let fastest = if has_bf16 { "bf16" } else { "f32" };
+    one_pass(folder, fastest, n_images / 16);
+    memory(folder, fastest);
+    peers(folder, fastest, n_images);
 }
 
 /// What decoding and cutting take on one core.
@@ -265,21 +270,21 @@ fn end_to_end(folder: &Path, stages: &[(&str, &Value)], precision: &str, n_image
 }
 
 /// Several stages in one pass beside one after the other.
-fn one_pass(folder: &Path, n_images: usize) {
+fn one_pass(folder: &Path, precision: &str, n_images: usize) {
     let (nothing, native) = (json!({}), json!({"view": "native"}));
     let stages = [("clip/globals", &native), ("clip/objects", &nothing), ("crops/objects", &nothing)];
-    let apart: f64 = stages.iter().map(|stage| end_to_end(folder, &[*stage], "bf16", n_images, PROPOSALS)).sum();
-    let together = end_to_end(folder, &stages, "bf16", n_images, PROPOSALS);
+    let apart: f64 = stages.iter().map(|stage| end_to_end(folder, &[*stage], precision, n_images, PROPOSALS)).sum();
+    let together = end_to_end(folder, &stages, precision, n_images, PROPOSALS);
     println!("globals, objects and crops of {n_images} images: {apart:.1} s one after the other, {together:.1} s in one pass");
 }
 
 /// Peak memory of this process while it makes objects of few images with more and more proposals.
-fn memory(folder: &Path) {
+fn memory(folder: &Path, precision: &str) {
     for per_image in [10, 100, 1000, 3000] {
         // Sets the peak back to what is resident.
         fs::write("/proc/self/clear_refs", "5").unwrap();
         let before = resident("VmRSS:");
-        end_to_end(folder, &[("clip/proposals", &json!({}))], "bf16", 3000_usize.div_ceil(per_image).min(100), per_image);
+        end_to_end(folder, &[("clip/proposals", &json!({}))], precision, 3000_usize.div_ceil(per_image).min(100), per_image);
         println!("{per_image:4} proposals an image: peak {:.0} MiB, {before:.0} before", resident("VmHWM:"));
     }
 }
@@ -291,7 +296,7 @@ fn resident(field: &str) -> f64 {
 }
 
 /// What Python packages make of the same files.
-fn peers(folder: &Path, n_images: usize) {
+fn peers(folder: &Path, fastest: &str, n_images: usize) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     for (venv, script, n_images) in [
         ("peers", "open_clip_globals.py", n_images),
@@ -303,8 +308,13 @@ fn peers(folder: &Path, n_images: usize) {
             println!("skipped {script}: its peer is not set up (`make peers`)");
             continue;
         }
-        let output =
-            Command::new(&python).arg(root.join("benches/peers").join(script)).arg(folder).arg(n_images.to_string()).output().unwrap();
+        let output = Command::new(&python)
+            .arg(root.join("benches/peers").join(script))
+            .arg(folder)
+            .arg(n_images.to_string())
+            .arg(fastest)
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         print!("{}", String::from_utf8_lossy(&output.stdout));
     }

@@ -73,28 +73,56 @@ fn page(entry: &StageEntry) -> String {
 
 fn push_properties(text: &mut String, properties: &Map<String, Value>, definitions: &Value, indent: &str) {
     for (name, schema) in properties {
-        let default = schema.get("default").map_or_else(|| " (must be given)".into(), |default| format!(" = {default}"));
+        let is_optional = schema.get("anyOf").and_then(Value::as_array).is_some_and(|cases| cases.contains(&json!({"type": "null"})));
+        let default = match schema.get("default") {
+            // A parameter in single precision is not shown with the digits of double precision.
+            Some(Value::Number(number)) if number.is_f64() => format!(" = {:?}", number.as_f64().unwrap_or(f64::NAN) as f32),
+            Some(default) => format!(" = {default}"),
+            None if is_optional => " (may be left out)".into(),
+            None => " (must be given)".into(),
+        };
         text.push_str(&format!("{indent}{name}: {}{default}\n", type_words(schema, definitions)));
         if let Some(doc) = schema.get("description").and_then(Value::as_str) {
             text.push_str(&format!("{}\n", indented(doc, &format!("{indent}    "))));
         }
+        push_details(text, schema, definitions, &format!("{indent}    "));
     }
+}
+
+/// What the parts of a parameter mean: its values, where it has a few, and the entries of a mapping.
+fn push_details(text: &mut String, schema: &Value, definitions: &Value, indent: &str) {
+    let schema = resolved(schema, definitions);
+    if let Some(properties) = schema.get("properties").and_then(Value::as_object) {
+        push_properties(text, properties, definitions, indent);
+    }
+    for case in ["oneOf", "anyOf"].into_iter().filter_map(|cases| schema.get(cases)?.as_array()).flatten() {
+        match (case.get("const").and_then(Value::as_str), case.get("description").and_then(Value::as_str)) {
+            (Some(value), Some(doc)) => {
+                let doc = indented(&format!("{value}: {doc}"), &format!("{indent}  "));
+                text.push_str(&format!("{indent}{}\n", doc.trim_start()));
+            }
+            _ => push_details(text, case, definitions, indent),
+        }
+    }
+}
+
+/// What a schema refers to, or itself.
+fn resolved<'a>(schema: &'a Value, definitions: &'a Value) -> &'a Value {
+    let one = schema.get("allOf").and_then(Value::as_array).and_then(|all| all.first()).unwrap_or(schema);
+    let name = one.get("$ref").and_then(Value::as_str).and_then(|reference| reference.rsplit('/').next());
+    name.and_then(|name| definitions.get(name)).unwrap_or(one)
 }
 
 /// A type in words: `integer`, `one of f16, bf16, f32`, `a mapping with base, novel`.
 fn type_words(schema: &Value, definitions: &Value) -> String {
-    if let Some(name) = schema.get("$ref").and_then(Value::as_str).and_then(|reference| reference.rsplit('/').next()) {
-        return definitions.get(name).map_or_else(|| name.to_owned(), |definition| type_words(definition, definitions));
-    }
-    if let Some(one) = schema.get("allOf").and_then(Value::as_array).and_then(|all| all.first()) {
-        return type_words(one, definitions);
-    }
+    let schema = resolved(schema, definitions);
     if let Some(values) = schema.get("enum").and_then(Value::as_array) {
         return format!("one of {}", words_of(values));
     }
     for alternatives in ["oneOf", "anyOf"] {
         if let Some(cases) = schema.get(alternatives).and_then(Value::as_array) {
-            let words: Vec<String> = cases.iter().map(|case| type_words(case, definitions)).collect();
+            let given = cases.iter().filter(|case| case.get("type").is_none_or(|kind| kind != "null"));
+            let words: Vec<String> = given.map(|case| type_words(case, definitions)).collect();
             return words.join(" or ");
         }
     }
