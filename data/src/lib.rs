@@ -14,6 +14,7 @@ pub mod proposals;
 mod resize;
 pub mod split;
 pub mod toy;
+pub mod training;
 pub mod views;
 
 pub use error::Error;

@@ -1,0 +1,287 @@
+//! What a detector is trained on: which images and objects of an annotation file, in which order, at which size, mirrored or not.
+//!
+//! The rules are those of mmdet 3 as OADP uses it (methods, section 6.2). Boxes and images go the same way through a [`Placement`]; boxes
+//! of stored features do, too.
+//!
+//! Where this differs: nothing is drawn at random here. Who trains draws a [`Placement`] with random numbers of its own.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    annotations::{AnnotationId, Annotations, CategoryId, ImageInfo},
+    boxes::Xyxy,
+    images::Image,
+    masks::Segmentation,
+    resize::bilinear,
+};
+
+/// Images with a shorter side below this are left out, in px.
+const LEAST_SIDE: u32 = 32;
+
+/// An image to train on.
+#[derive(Debug, Clone)]
+pub struct Sample {
+    /// The image.
+    pub info: ImageInfo,
+    /// Its objects of the classes that are trained on, in the file's order.
+    pub objects: Vec<Object>,
+}
+
+/// An object to train on.
+#[derive(Debug, Clone)]
+pub struct Object {
+    /// Its annotation.
+    pub id: AnnotationId,
+    /// Its box, px of the image.
+    pub xyxy: Xyxy,
+    /// Its class, as a place in the list of classes.
+    pub class: usize,
+    /// Its outline, where there is one.
+    pub segmentation: Option<Segmentation>,
+}
+
+/// The images of some annotations that show a class of `classes` and are not tiny, with their objects. Left out are regions of many
+/// objects, and boxes that lie outside the image or are smaller than a pixel.
+pub fn samples(annotations: &Annotations, classes: &[CategoryId]) -> Vec<Sample> {
+    let class_of: BTreeMap<CategoryId, usize> = classes.iter().enumerate().map(|(class, id)| (*id, class)).collect();
+    let by_image = annotations.by_image();
+    let sample = |info: &ImageInfo| {
+        let labels = by_image.get(&info.id)?;
+        let shows_a_class = labels.iter().any(|label| class_of.contains_key(&label.category_id));
+        if !shows_a_class || info.width.min(info.height) < LEAST_SIDE {
+            return None;
+        }
+        let object = |label: &&crate::annotations::Annotation| {
+            let class = *class_of.get(&label.category_id)?;
+            let inside = clipped(&label.xyxy, [info.width, info.height]);
+            let [_, _, width, height] = label.bbox;
+            let counts = !label.is_crowd && inside.area() > 0.0 && label.area > 0.0 && width >= 1.0 && height >= 1.0;
+            counts.then(|| Object { id: label.id, xyxy: label.xyxy, class, segmentation: label.segmentation.clone() })
+        };
+        Some(Sample { info: info.clone(), objects: labels.iter().filter_map(object).collect() })
+    };
+    annotations.images.iter().filter_map(sample).collect()
+}
+
+/// How often each image is seen in an epoch: ceil(max over its classes c of max(1, sqrt(threshold / f_c))), where f_c is the part of the
+/// images that show c (LVIS, Gupta et al. 2019, appendix B; rounded up).
+pub fn repeats(samples: &[Sample], threshold: f64) -> Vec<usize> {
+    let mut n_images: BTreeMap<usize, usize> = BTreeMap::new();
+    let classes_of = |sample: &Sample| sample.objects.iter().map(|object| object.class).collect::<std::collections::BTreeSet<_>>();
+    for class in samples.iter().flat_map(classes_of) {
+        *n_images.entry(class).or_default() += 1;
+    }
+    let of_class = |class: usize| (threshold / (n_images[&class] as f64 / samples.len() as f64)).sqrt().max(1.0);
+    samples.iter().map(|sample| classes_of(sample).into_iter().map(of_class).fold(1.0, f64::max).ceil() as usize).collect()
+}
+
+/// Batches of `size` images in an order, none of which mixes wide and tall ones: each shape waits until it fills a batch. What is left
+/// at the end makes batches of what is left, the last one smaller.
+pub fn batches(order: &[usize], is_tall: impl Fn(usize) -> bool, size: usize) -> Vec<Vec<usize>> {
+    let (mut batches, mut waiting) = (Vec::new(), [Vec::new(), Vec::new()]);
+    for place in order {
+        let shape = &mut waiting[usize::from(is_tall(*place))];
+        shape.push(*place);
+        if shape.len() == size {
+            batches.push(std::mem::take(shape));
+        }
+    }
+    batches.extend(waiting.concat().chunks(size).map(<[usize]>::to_vec));
+    batches
+}
+
+/// How an image is shown to a network: resized, then mirrored or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Placement {
+    /// `[width, height]` px of the image.
+    pub from: [u32; 2],
+    /// `[width, height]` px of what is shown.
+    pub to: [u32; 2],
+    /// Whether left is right.
+    pub is_mirrored: bool,
+}
+
+impl Placement {
+    /// The largest size of the image's shape whose longer side is at most `longer` and whose shorter one at most `shorter` px.
+    pub fn fitting(from: [u32; 2], longer: u32, shorter: u32) -> Self {
+        let [long, short] = [from[0].max(from[1]), from[0].min(from[1])].map(f64::from);
+        let factor = (f64::from(longer) / long).min(f64::from(shorter) / short);
+        Self { from, to: from.map(|side| (f64::from(side) * factor + 0.5) as u32), is_mirrored: false }
+    }
+
+    /// The same, mirrored.
+    pub fn mirrored(self) -> Self {
+        Self { is_mirrored: !self.is_mirrored, ..self }
+    }
+
+    /// Where a box of the image lies in what is shown, clipped to it.
+    pub fn show(&self, xyxy: &Xyxy) -> Xyxy {
+        let [x, y] = [0, 1].map(|axis| self.to[axis] as f32 / self.from[axis] as f32);
+        let Xyxy { x1, y1, x2, y2 } = clipped(&Xyxy { x1: xyxy.x1 * x, y1: xyxy.y1 * y, x2: xyxy.x2 * x, y2: xyxy.y2 * y }, self.to);
+        let width = self.to[0] as f32;
+        if self.is_mirrored { Xyxy { x1: width - x2, y1, x2: width - x1, y2 } } else { Xyxy { x1, y1, x2, y2 } }
+    }
+
+    /// Where a box of what is shown lies in the image, clipped to it.
+    pub fn find(&self, xyxy: &Xyxy) -> Xyxy {
+        let width = self.to[0] as f32;
+        let Xyxy { x1, y1, x2, y2 } = if self.is_mirrored { Xyxy { x1: width - xyxy.x2, x2: width - xyxy.x1, ..*xyxy } } else { *xyxy };
+        let [x, y] = [0, 1].map(|axis| self.from[axis] as f32 / self.to[axis] as f32);
+        clipped(&Xyxy { x1: x1 * x, y1: y1 * y, x2: x2 * x, y2: y2 * y }, self.from)
+    }
+
+    /// What is shown of the image, packed RGB.
+    pub fn pixels(&self, image: &Image) -> Image {
+        assert_eq!([image.width, image.height], self.from, "BUG: a view of another image");
+        let [from, to] = [self.from, self.to].map(|size| size.map(|side| side as usize));
+        let mut rgb = if from == to { image.rgb.clone() } else { bilinear(&image.rgb, from, to) };
+        if self.is_mirrored {
+            for row in rgb.chunks_exact_mut(3 * to[0]) {
+                let (pixels, _) = row.as_chunks_mut::<3>();
+                pixels.reverse();
+            }
+        }
+        Image { width: self.to[0], height: self.to[1], rgb }
+    }
+}
+
+fn clipped(xyxy: &Xyxy, [width, height]: [u32; 2]) -> Xyxy {
+    let [width, height] = [width as f32, height as f32];
+    Xyxy { x1: xyxy.x1.clamp(0.0, width), y1: xyxy.y1.clamp(0.0, height), x2: xyxy.x2.clamp(0.0, width), y2: xyxy.y2.clamp(0.0, height) }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde::Deserialize;
+    use serde_json::json;
+
+    use super::*;
+
+    #[derive(Deserialize)]
+    struct Case {
+        from: [u32; 2],
+        to: [u32; 2],
+        rgb: Vec<u8>,
+    }
+
+    fn picture([width, height]: [u32; 2]) -> Image {
+        let level = |x: u32, y: u32, c: u32| ((x * (37 + 11 * c) + y * (101 - 7 * c) + x * y) % 256) as u8;
+        let rgb = (0..height).flat_map(|y| (0..width).flat_map(move |x| (0..3).map(move |c| level(x, y, c)))).collect();
+        Image { width, height, rgb }
+    }
+
+    #[test]
+    fn resizing_is_that_of_opencv() {
+        let cases: Vec<Case> = serde_json::from_str(include_str!("../../tests/golden/training/resize.json")).unwrap();
+        let (mut n_apart, mut n_levels) = (0, 0);
+        for Case { from, to, rgb } in cases {
+            let shown = Placement { from, to, is_mirrored: false }.pixels(&picture(from));
+            assert_eq!((shown.width, shown.height, shown.rgb.len()), (to[0], to[1], rgb.len()));
+            let apart: Vec<u8> = shown.rgb.iter().zip(&rgb).map(|(found, expected)| found.abs_diff(*expected)).collect();
+            assert!(apart.iter().all(|levels| *levels <= 1), "{from:?} to {to:?}: {:?}", apart.iter().max());
+            n_apart += apart.iter().filter(|levels| **levels > 0).count();
+            n_levels += apart.len();
+        }
+        assert!(n_apart * 100 <= n_levels, "{n_apart} of {n_levels}");
+    }
+
+    #[test]
+    fn sizes_are_those_of_mmdet() {
+        let to = |from, longer, shorter| Placement::fitting(from, longer, shorter).to;
+        assert_eq!(to([640, 480], 1333, 800), [1067, 800]);
+        assert_eq!(to([640, 427], 1331, 667), [1000, 667]);
+        assert_eq!(to([333, 500], 1333, 800), [800, 1201]);
+        assert_eq!(to([1000, 224], 1333, 800), [1333, 299]);
+    }
+
+    #[test]
+    fn a_mirrored_picture_is_the_picture_mirrored() {
+        let plain = Placement { from: [4, 3], to: [4, 3], is_mirrored: false };
+        let image = picture([4, 3]);
+        assert_eq!(plain.pixels(&image), image);
+        let mirrored = plain.mirrored().pixels(&image);
+        let pixel = |image: &Image, x: usize, y: usize| image.rgb[3 * (4 * y + x)..][..3].to_vec();
+        for (x, y) in [(0, 0), (1, 2), (3, 1)] {
+            assert_eq!(pixel(&mirrored, 3 - x, y), pixel(&image, x, y));
+        }
+    }
+
+    #[test]
+    fn what_is_no_object_is_left_out() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let label = |id: u64, image: u64, category: u64, bbox: [f64; 4], is_crowd: u8| json!({"id": id, "image_id": image, "category_id": category, "bbox": bbox, "area": bbox[2] * bbox[3], "iscrowd": is_crowd});
+        let image = |id: u64, side: u32| json!({"id": id, "file_name": format!("{id}.jpg"), "width": 100, "height": side});
+        let content = json!({
+            "images": [image(1, 80), image(2, 31), image(3, 80), image(4, 80)],
+            "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}],
+            "annotations": [
+                label(1, 1, 9, [10.0, 10.0, 20.0, 20.0], 0), label(2, 1, 9, [10.0, 10.0, 20.0, 20.0], 1),
+                label(3, 1, 9, [10.0, 10.0, 0.5, 20.0], 0), label(4, 1, 9, [99.0, 10.0, 20.0, 20.0], 0), label(5, 1, 7, [1.0, 1.0, 9.0, 9.0], 0),
+                label(6, 2, 9, [1.0, 1.0, 9.0, 9.0], 0), label(7, 3, 7, [1.0, 1.0, 9.0, 9.0], 0), label(8, 4, 9, [0.0, 0.0, 50.0, 50.0], 1),
+            ],
+        });
+        serde_json::to_writer(&file, &content).unwrap();
+        let annotations = Annotations::load(file.path()).unwrap();
+        let found = samples(&annotations, &[CategoryId(9)]);
+        let named: Vec<(u64, Vec<u64>)> =
+            found.iter().map(|sample| (sample.info.id.0, sample.objects.iter().map(|object| object.id.0).collect())).collect();
+        // Of image 2 a side is too short; 3 has none of the classes; 4 has a region of many of them, and no object.
+        assert_eq!(named, [(1, vec![1, 4]), (4, vec![])]);
+        assert_eq!(found[0].objects[0].class, 0);
+    }
+
+    #[test]
+    fn rare_classes_are_seen_more_often() {
+        let sample = |classes: &[usize]| Sample {
+            info: ImageInfo {
+                id: crate::annotations::ImageId(1),
+                file_name: String::new(),
+                width: 100,
+                height: 100,
+                neg_category_ids: Vec::new(),
+                not_exhaustive_category_ids: Vec::new(),
+            },
+            objects: classes
+                .iter()
+                .map(|class| Object {
+                    id: AnnotationId(1),
+                    xyxy: Xyxy { x1: 0.0, y1: 0.0, x2: 9.0, y2: 9.0 },
+                    class: *class,
+                    segmentation: None,
+                })
+                .collect(),
+        };
+        for (n_images, expected) in [(4000, 2), (3000, 2), (1000, 1)] {
+            let mut all = vec![sample(&[0]); n_images];
+            all[17] = sample(&[0, 1, 1]);
+            let repeats = repeats(&all, 1e-3);
+            assert_eq!((repeats[17], repeats[0]), (expected, 1), "{n_images}");
+        }
+    }
+
+    #[test]
+    fn batches_do_not_mix_shapes_but_at_the_end() {
+        let order = [0, 1, 2, 3, 4, 5, 6];
+        assert_eq!(batches(&order, |place| place % 2 == 1, 2), [vec![0, 2], vec![1, 3], vec![4, 6], vec![5]]);
+        assert_eq!(batches(&order, |place| place == 3, 4), [vec![0, 1, 2, 4], vec![5, 6, 3]]);
+    }
+
+    proptest! {
+        #[test]
+        fn boxes_go_and_come_back(x in 0.0_f32..500.0, y in 0.0_f32..400.0, w in 1.0_f32..140.0, h in 1.0_f32..80.0, longer in 200_u32..1400) {
+            let placement = Placement::fitting([640, 480], longer, 800);
+            let xyxy = Xyxy { x1: x, y1: y, x2: x + w, y2: y + h };
+            let close = |one: &Xyxy, other: &Xyxy| {
+                [(one.x1, other.x1), (one.y1, other.y1), (one.x2, other.x2), (one.y2, other.y2)].iter().all(|(a, b)| (a - b).abs() < 1e-2)
+            };
+            for placement in [placement, placement.mirrored()] {
+                prop_assert!(close(&placement.find(&placement.show(&xyxy)), &xyxy));
+            }
+            prop_assert_eq!(placement.mirrored().mirrored(), placement);
+            // Mirrored, then scaled, is scaled, then mirrored.
+            let here = Placement { from: placement.from, to: placement.from, is_mirrored: true };
+            prop_assert!(close(&placement.show(&here.show(&xyxy)), &placement.mirrored().show(&xyxy)));
+        }
+    }
+}
