@@ -1,10 +1,14 @@
-//! Networks on libtorch: CLIP towers and their tokenizer, and the readers of published checkpoints.
+//! Networks on libtorch: CLIP towers and their tokenizer, two-stage detectors, and the readers of published checkpoints.
 //!
 //! This crate knows tensors and weights. It knows nothing of what files mean to a pipeline, nor of stages or the store.
 
 pub mod checkpoint;
 pub mod clip;
+pub mod detector;
 mod error;
+#[cfg(test)]
+mod golden;
+mod parameters;
 
 pub use error::{Error, Misfit};
 

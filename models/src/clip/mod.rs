@@ -11,7 +11,6 @@
 
 mod cleaning;
 pub mod layout;
-mod parameters;
 pub mod resnet;
 pub mod text;
 pub mod tokenizer;
@@ -26,13 +25,15 @@ use std::{cell::RefCell, collections::BTreeMap, path::Path};
 use tch::{Device, Kind, Tensor, nn};
 
 use self::{
-    parameters::{Fill, Init, Parameters},
     resnet::{ModifiedResNet, REDUCTION},
     text::Text,
     transformer::Shape,
     vision::Vit,
 };
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    parameters::{Fill, Init, Parameters},
+};
 
 /// The mean of each colour channel that OpenAI normalises images by (RGB in [0, 1]).
 pub const IMAGE_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];

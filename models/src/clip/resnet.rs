@@ -7,10 +7,10 @@ use tch::{Kind, Tensor};
 
 use super::{
     Mode,
-    parameters::{Init, Parameters},
     transformer::{Attention, CUDNN, Linear, attend},
     vision::resize_positions,
 };
+use crate::parameters::{Init, Parameters};
 
 /// Channels leave a bottleneck this many times wider than they are inside it.
 const EXPANSION: i64 = 4;

@@ -6,7 +6,10 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor, nn};
 
 use super::{Activation, Clip, Config, ImageConfig, Mode, TextConfig, layout};
-use crate::{Error, Misfit};
+use crate::{
+    Error, Misfit,
+    golden::{error, unit},
+};
 
 /// Largest difference allowed in embeddings whose largest values are 2 to 5, and which are at least 0.1 apart.
 const TOLERANCE: f64 = 1e-4;
@@ -37,17 +40,6 @@ impl Golden {
         let flat: Vec<f32> = rows.iter().flat_map(|row| row.as_array().unwrap()).map(|v| v.as_f64().unwrap() as f32).collect();
         Tensor::from_slice(&flat).reshape([rows.len() as i64, -1])
     }
-}
-
-/// `n` values, even in [-1, 1), exact in f32: splitmix64 of fnv1a(name) + index.
-fn unit(name: &str, n: usize) -> impl Iterator<Item = f32> {
-    let start = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |state, byte| (state ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-    (0..n as u64).map(move |index| {
-        let mut z = start.wrapping_add(index).wrapping_add(0x9e37_79b9_7f4a_7c15);
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 40) as f32 / (1 << 23) as f32 - 1.0
-    })
 }
 
 /// Middle and half range of a tensor's values, chosen so that activations stay near one.
@@ -112,12 +104,6 @@ fn origin() -> &'static Path {
 
 fn load(tensors: &BTreeMap<String, Tensor>, activation: Activation) -> Clip {
     Clip::load(tensors, origin(), Some(activation), Device::Cpu, Kind::Float).unwrap()
-}
-
-/// The largest absolute difference.
-fn error(found: &Tensor, expected: &Tensor) -> f64 {
-    assert_eq!(found.size(), expected.size());
-    (found - expected).abs().max().double_value(&[])
 }
 
 #[track_caller]

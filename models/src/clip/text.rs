@@ -6,10 +6,12 @@ use tch::{IndexOp, Kind, Tensor};
 
 use super::{
     Activation, TextConfig,
-    parameters::{Init, Parameters},
     transformer::{Attention, BlockInit, LayerNorm, Shape, Transformer},
 };
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    parameters::{Init, Parameters},
+};
 
 /// The text tower.
 #[derive(Debug)]

@@ -4,10 +4,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{
-    Activation, QUICK_GELU_SLOPE,
-    parameters::{Init, Parameters},
-};
+use super::{Activation, QUICK_GELU_SLOPE};
+use crate::parameters::{Init, Parameters};
 
 /// The epsilon of every LayerNorm in CLIP.
 const LAYER_NORM_EPS: f64 = 1e-5;

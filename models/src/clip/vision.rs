@@ -12,9 +12,9 @@ use tch::{IndexOp, Kind, Tensor};
 
 use super::{
     Activation,
-    parameters::{Init, Parameters},
     transformer::{BlockInit, LayerNorm, Shape, Transformer},
 };
+use crate::parameters::{Init, Parameters};
 
 /// What is added to the logits of patches that are not the object's (OADP).
 const MASK_BIAS: f64 = -100.0;

@@ -14,7 +14,7 @@ use tch::{Tensor, nn};
 
 /// The first value of a parameter.
 #[derive(Clone, Copy)]
-pub(super) enum Init {
+pub(crate) enum Init {
     /// The same number everywhere.
     Constant(f64),
     /// Zero mean, this standard deviation.
@@ -25,14 +25,14 @@ pub(super) enum Init {
 
 impl Init {
     /// PyTorch's default for the weights and biases of linear and convolution layers.
-    pub(super) fn fan_in(n_inputs: i64) -> Self {
+    pub(crate) fn fan_in(n_inputs: i64) -> Self {
         Self::Uniform((n_inputs as f64).powf(-0.5))
     }
 }
 
 /// Where first values come from.
 #[derive(Clone, Copy)]
-pub(super) enum Fill {
+pub(crate) enum Fill {
     /// From the rules of [`Init`] and this seed.
     Seed(u64),
     /// Nowhere: zeros, which a checkpoint is about to overwrite.
@@ -40,7 +40,7 @@ pub(super) enum Fill {
 }
 
 /// A place in the tree of names under which parameters are declared.
-pub(super) struct Parameters<'a> {
+pub(crate) struct Parameters<'a> {
     path: nn::Path<'a>,
     prefix: String,
     fill: Fill,
@@ -49,12 +49,12 @@ pub(super) struct Parameters<'a> {
 }
 
 impl<'a> Parameters<'a> {
-    pub(super) fn new(path: &nn::Path<'a>, fill: Fill, declared: &'a RefCell<BTreeMap<String, Tensor>>) -> Self {
+    pub(crate) fn new(path: &nn::Path<'a>, fill: Fill, declared: &'a RefCell<BTreeMap<String, Tensor>>) -> Self {
         Self { path: path.clone(), prefix: String::new(), fill, declared }
     }
 
     /// Declares a trainable tensor, f32.
-    pub(super) fn trainable(&self, name: &str, shape: &[i64], init: Init) -> Tensor {
+    pub(crate) fn trainable(&self, name: &str, shape: &[i64], init: Init) -> Tensor {
         let mut tensor = self.path.zeros(name, shape);
         if let Fill::Seed(seed) = self.fill {
             let values = draw(seed, &self.full(name), shape.iter().product::<i64>() as usize, init);
@@ -65,7 +65,7 @@ impl<'a> Parameters<'a> {
     }
 
     /// Declares a tensor that is saved and loaded, but not trained, f32.
-    pub(super) fn running(&self, name: &str, shape: &[i64], value: f64) -> Tensor {
+    pub(crate) fn running(&self, name: &str, shape: &[i64], value: f64) -> Tensor {
         let mut tensor = self.path.zeros_no_train(name, shape);
         let tensor = tch::no_grad(|| tensor.fill_(value));
         self.declared.borrow_mut().insert(self.full(name), tensor.shallow_clone());

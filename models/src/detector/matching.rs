@@ -1,0 +1,113 @@
+//! Which boxes stand for which objects in training, and which of them are learned from.
+//!
+//! Plain loops on the CPU: what is chosen depends on boxes and the generator alone, not on a device or on threads.
+
+use rand_chacha::{ChaCha8Rng, rand_core::RngCore};
+use serde::{Deserialize, Serialize};
+
+use super::boxes::{Corners, iou};
+
+/// What a box stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Match {
+    /// The object of this index.
+    Object(usize),
+    /// No object.
+    Background,
+    /// Neither: it is not learned from.
+    Ignored,
+}
+
+/// When a box stands for an object, by its intersection over union (mmdet's `MaxIoUAssigner`).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Assigner {
+    /// At least this with an object: it stands for the object it overlaps most.
+    pub object_iou: f32,
+    /// Less than this with every object: background.
+    pub background_iou: f32,
+    /// An object also gets the boxes that overlap it most, whatever they overlap more, if that is at least this; none switches it off.
+    pub best_of_object_iou: Option<f32>,
+}
+
+impl Assigner {
+    /// Says what each of `boxes` stands for among `objects`. Where two objects claim a box as their best, the later one gets it.
+    pub fn assign(&self, boxes: &[Corners], objects: &[Corners]) -> Vec<Match> {
+        let mut best_of_box = vec![(0.0_f32, 0_usize); boxes.len()];
+        let mut best_of_object = vec![0.0_f32; objects.len()];
+        for (place, &corners) in boxes.iter().enumerate() {
+            for (object, &target) in objects.iter().enumerate() {
+                let overlap = iou(corners, target);
+                if overlap > best_of_box[place].0 {
+                    best_of_box[place] = (overlap, object);
+                }
+                best_of_object[object] = best_of_object[object].max(overlap);
+            }
+        }
+        let mut matches: Vec<Match> = best_of_box
+            .iter()
+            .map(|&(overlap, object)| match overlap {
+                overlap if overlap >= self.object_iou && !objects.is_empty() => Match::Object(object),
+                overlap if overlap < self.background_iou => Match::Background,
+                _ => Match::Ignored,
+            })
+            .collect();
+        let Some(least) = self.best_of_object_iou else { return matches };
+        for (object, &target) in objects.iter().enumerate().filter(|&(object, _)| best_of_object[object] >= least.max(f32::MIN_POSITIVE)) {
+            for (place, &corners) in boxes.iter().enumerate() {
+                // The same operations on the same numbers: equality is exact.
+                if iou(corners, target).total_cmp(&best_of_object[object]).is_eq() {
+                    matches[place] = Match::Object(object);
+                }
+            }
+        }
+        matches
+    }
+}
+
+/// How many boxes of an image are learned from.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sampler {
+    /// Boxes of an image at most.
+    pub n: usize,
+    /// How much of that may be objects; background fills the rest.
+    pub object_fraction: f64,
+}
+
+/// The boxes of an image that are learned from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sample {
+    /// Indices of boxes that stand for objects, ascending.
+    pub objects: Vec<usize>,
+    /// Indices of boxes that are background, ascending.
+    pub background: Vec<usize>,
+}
+
+impl Sampler {
+    /// Draws boxes evenly, objects first; `rng` decides alone.
+    pub fn draw(&self, matches: &[Match], rng: &mut ChaCha8Rng) -> Sample {
+        let places = |wanted: fn(&Match) -> bool| -> Vec<usize> {
+            matches.iter().enumerate().filter(|(_, found)| wanted(found)).map(|(place, _)| place).collect()
+        };
+        let n_objects = (self.n as f64 * self.object_fraction) as usize;
+        let objects = some_of(places(|found| matches!(found, Match::Object(_))), n_objects, rng);
+        let background = some_of(places(|found| matches!(found, Match::Background)), self.n - objects.len(), rng);
+        Sample { objects, background }
+    }
+}
+
+/// At most `n` of `places`, each set as likely as another; ascending.
+fn some_of(mut places: Vec<usize>, n: usize, rng: &mut ChaCha8Rng) -> Vec<usize> {
+    if places.len() > n {
+        for place in 0..n {
+            let n_left = (places.len() - place) as u128;
+            // The upper half of a product is even to 2^-64 times the number of places.
+            let step = (u128::from(rng.next_u64()) * n_left) >> 64;
+            places.swap(place, place + step as usize);
+        }
+        places.truncate(n);
+        places.sort_unstable();
+    }
+    places
+}

@@ -1,0 +1,20 @@
+//! What the golden tests share: numbers that both sides make from a name, so that no file has to hold them.
+
+use tch::Tensor;
+
+/// `n` values, even in [-1, 1), exact in f32: splitmix64 of fnv1a(name) + index.
+pub(crate) fn unit(name: &str, n: usize) -> impl Iterator<Item = f32> {
+    let start = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |state, byte| (state ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    (0..n as u64).map(move |index| {
+        let mut z = start.wrapping_add(index).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1 << 23) as f32 - 1.0
+    })
+}
+
+/// The largest absolute difference.
+pub(crate) fn error(found: &Tensor, expected: &Tensor) -> f64 {
+    assert_eq!(found.size(), expected.size());
+    (found - expected).abs().max().double_value(&[])
+}
