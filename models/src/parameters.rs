@@ -28,6 +28,16 @@ impl Init {
     pub(crate) fn fan_in(n_inputs: i64) -> Self {
         Self::Uniform((n_inputs as f64).powf(-0.5))
     }
+
+    /// Kaiming's normal for what follows a layer with this many outputs and is a ReLU.
+    pub(crate) fn fan_out(n_outputs: i64) -> Self {
+        Self::Normal((2.0 / n_outputs as f64).sqrt())
+    }
+
+    /// Xavier's uniform.
+    pub(crate) fn xavier(n_inputs: i64, n_outputs: i64) -> Self {
+        Self::Uniform((6.0 / (n_inputs + n_outputs) as f64).sqrt())
+    }
 }
 
 /// Where first values come from.
@@ -39,23 +49,40 @@ pub(crate) enum Fill {
     Blank,
 }
 
+/// Whether the tensors at a place learn.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Learning {
+    Trains,
+    Frozen,
+}
+
 /// A place in the tree of names under which parameters are declared.
+#[derive(Clone)]
 pub(crate) struct Parameters<'a> {
     path: nn::Path<'a>,
     prefix: String,
     fill: Fill,
+    learning: Learning,
     /// Everything declared so far, by its full name below the root.
     declared: &'a RefCell<BTreeMap<String, Tensor>>,
 }
 
 impl<'a> Parameters<'a> {
     pub(crate) fn new(path: &nn::Path<'a>, fill: Fill, declared: &'a RefCell<BTreeMap<String, Tensor>>) -> Self {
-        Self { path: path.clone(), prefix: String::new(), fill, declared }
+        Self { path: path.clone(), prefix: String::new(), fill, learning: Learning::Trains, declared }
     }
 
-    /// Declares a trainable tensor, f32.
+    /// The same place, where tensors have the first values of trainable ones and keep them.
+    pub(crate) fn frozen(&self) -> Self {
+        Self { learning: Learning::Frozen, ..self.clone() }
+    }
+
+    /// Declares a trainable tensor (at a frozen place, one that could be), f32.
     pub(crate) fn trainable(&self, name: &str, shape: &[i64], init: Init) -> Tensor {
-        let mut tensor = self.path.zeros(name, shape);
+        let mut tensor = match self.learning {
+            Learning::Trains => self.path.zeros(name, shape),
+            Learning::Frozen => self.path.zeros_no_train(name, shape),
+        };
         if let Fill::Seed(seed) = self.fill {
             let values = draw(seed, &self.full(name), shape.iter().product::<i64>() as usize, init);
             tch::no_grad(|| tensor.copy_(&Tensor::from_slice(&values).reshape(shape)));
@@ -81,7 +108,7 @@ impl<'a> Div<&str> for &Parameters<'a> {
     type Output = Parameters<'a>;
 
     fn div(self, name: &str) -> Parameters<'a> {
-        Parameters { path: &self.path / name, prefix: format!("{}{name}.", self.prefix), fill: self.fill, declared: self.declared }
+        Parameters { path: &self.path / name, prefix: format!("{}{name}.", self.prefix), ..self.clone() }
     }
 }
 

@@ -1,8 +1,10 @@
 //! The detector against torchvision, by weights and inputs that both sides make from one formula (`tests/golden/detector/make.py`).
 
+mod detectors;
+mod networks;
 mod operators;
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use serde_json::{Map, Value};
 use tch::Tensor;
@@ -30,6 +32,10 @@ impl Golden {
         self.0[key].as_array().unwrap().iter().map(|v| v.as_i64().unwrap()).collect()
     }
 
+    fn parts(&self, key: &str) -> Vec<Self> {
+        self.0[key].as_array().unwrap().iter().map(|part| Self(part.as_object().unwrap().clone())).collect()
+    }
+
     fn tensor(&self, key: &str, shape: &[i64]) -> Tensor {
         Tensor::from_slice(&self.floats(key)).reshape(shape)
     }
@@ -48,4 +54,51 @@ fn boxes_of(name: &str, n: usize, extent: f32, least: f32, most: f32) -> Vec<Cor
         [x, y, x + (least + u[2] * (most - least)), y + (least + u[3] * (most - least))]
     };
     u.as_chunks().0.iter().map(one).collect()
+}
+
+/// Middle and half range of a tensor's values: `rule` of `make.py`.
+fn rule(name: &str, shape: &[i64]) -> (f32, f32) {
+    let ends = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
+    if ends(&["running_var"]) {
+        return (1.0, 0.25);
+    } else if ends(&["bias", "running_mean"]) {
+        return (0.0, 0.1);
+    } else if ends(&["bn3.weight"]) {
+        return (0.25, 0.1);
+    } else if shape.len() == 1 {
+        return (1.0, 0.1);
+    }
+    let variance = if shape.len() == 4 { 6.0 } else { 3.0 };
+    let gain = (variance / shape[1..].iter().product::<i64>() as f64).sqrt();
+    let factor = if ends(&["rpn_reg.weight"]) {
+        0.2
+    } else if ends(&["bbox_pred.weight"]) {
+        0.05
+    } else if ends(&["mask_fcn_logits.weight"]) {
+        0.15
+    } else {
+        1.0
+    };
+    (0.0, (factor * gain) as f32)
+}
+
+fn values(name: &str, shape: &[i64]) -> Tensor {
+    let (middle, half_range) = rule(name, shape);
+    let flat: Vec<f32> = unit(name, shape.iter().product::<i64>() as usize).map(|u| middle + half_range * u).collect();
+    Tensor::from_slice(&flat).reshape(shape)
+}
+
+/// Overwrites parameters by what `make.py` gives those of the same name, without `prefix`.
+fn fill(parameters: &BTreeMap<String, Tensor>, prefix: &str) {
+    for (name, parameter) in parameters {
+        let name = name.strip_prefix(prefix).unwrap();
+        tch::no_grad(|| parameter.shallow_clone().copy_(&values(name, &parameter.size())));
+    }
+}
+
+/// Squares of 32 px in random colours, under a fine grain.
+fn images(name: &str, [b, c, h, w]: [i64; 4]) -> Tensor {
+    let colours = field(&format!("{name}.colours"), &[b, c, h / 32, w / 32]);
+    let colours = colours.repeat_interleave_self_int(32, 2, None).repeat_interleave_self_int(32, 3, None);
+    colours * 2.0 + field(&format!("{name}.grain"), &[b, c, h, w])
 }

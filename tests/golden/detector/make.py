@@ -14,10 +14,12 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from torchvision.models.detection import _utils as det_utils
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 MASK = (1 << 64) - 1
 
@@ -133,6 +135,210 @@ def make_matching():
     write("matching", at_half=plain.tolist(), low_quality=low_quality.tolist())
 
 
+def rule(name, shape):
+    """Middle and half range of a tensor's values, chosen so that activations stay near one."""
+    if name.endswith("running_var"):
+        return 1.0, 0.25
+    if name.endswith(("bias", "running_mean")):
+        return 0.0, 0.1
+    if name.endswith("bn3.weight"):
+        # Small, so that the sum of many blocks does not grow.
+        return 0.25, 0.1
+    if len(shape) == 1:
+        return 1.0, 0.1
+    gain = math.sqrt((6.0 if len(shape) == 4 else 3.0) / math.prod(shape[1:]))
+    if name.endswith(("rpn_reg.weight", "bbox_pred.weight")):
+        # Boxes should differ from anchors, but not by the largest factor.
+        return 0.0, (0.2 if name.endswith("rpn_reg.weight") else 0.05) * gain
+    if name.endswith("mask_fcn_logits.weight"):
+        # Probabilities should be far from 0 and 1.
+        return 0.0, 0.15 * gain
+    return 0.0, gain
+
+
+def values(name, shape):
+    middle, half_range = rule(name, shape)
+    flat = np.float32(middle) + np.float32(half_range) * unit(name, math.prod(shape))
+    return torch.from_numpy(flat).reshape(shape)
+
+
+def fill(model, prefix=""):
+    """Overwrites all floating tensors of a network; returns their names and shapes."""
+    state = model.state_dict()
+    shapes = {name: list(tensor.shape) for name, tensor in state.items() if tensor.is_floating_point()}
+    for name, shape in shapes.items():
+        state[name].copy_(values(prefix + name, shape))
+    return shapes
+
+
+def images(name, b, h, w):
+    """Squares of 32 px in random colours, under a fine grain: so that images differ at every scale."""
+    colours = field(f"{name}.colours", b, 3, h // 32, w // 32)
+    return 2.0 * colours.repeat_interleave(32, 2).repeat_interleave(32, 3) + field(f"{name}.grain", b, 3, h, w)
+
+
+def summary(tensor):
+    """Shape, spread, and 200 values evenly spaced in memory order."""
+    flat = tensor.flatten()
+    step = max(len(flat) // 200, 1)
+    return {"shape": list(tensor.shape), "std": float(flat.std()), "values": numbers(flat[::step])}
+
+
+def maps_of(network, x):
+    x = network.maxpool(network.relu(network.bn1(network.conv1(x))))
+    maps = []
+    for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
+        x = stage(x)
+        maps.append(x)
+    return maps
+
+
+@torch.no_grad()
+def make_backbones():
+    """C2 to C5 of torchvision's ResNets, as they are and with the stride in the first convolution; P2 to P6 of its pyramid."""
+    content = {}
+    x = images("images.backbone", 2, 96, 128)
+    for case, name in {"middle": "resnet50", "first": "resnet50", "18": "resnet18"}.items():
+        network = torchvision.models.get_model(name).eval()
+        fill(network)
+        if case == "first":
+            for stage in (network.layer2, network.layer3, network.layer4):
+                stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+        maps = maps_of(network, x)
+        print(case, [f"{m.std():.2f}" for m in maps])
+        content[case] = [summary(m) for m in maps]
+
+    widths = [8, 12, 16, 20]
+    # Sides that are not twice the next one.
+    maps = {str(i): field(f"pyramid.{i}", 2, c, h, w) for i, (c, h, w) in enumerate(zip(widths, (25, 13, 7, 4), (19, 10, 5, 3)))}
+    for case, norm in {"bias": None, "batch": torch.nn.BatchNorm2d}.items():
+        pyramid = FeaturePyramidNetwork(widths, 16, extra_blocks=LastLevelMaxPool(), norm_layer=norm)
+        for i in range(4):
+            for ours, theirs in (("lateral_convs", pyramid.inner_blocks[i]), ("fpn_convs", pyramid.layer_blocks[i])):
+                for index, layer in (("0", "conv"), ("1", "bn")):
+                    if index in dict(theirs.named_children()):
+                        fill(theirs[int(index)], f"neck.{ours}.{i}.{layer}.")
+        content[f"pyramid.{case}"] = [summary(m) for m in pyramid.eval()(maps).values()]
+    # Last, because it moves the running statistics.
+    content["pyramid.batch.train"] = [summary(m) for m in pyramid.train()(maps).values()]
+    content["names.resnet101"] = [[n, list(t.shape)] for n, t in torchvision.models.resnet101().state_dict().items() if n[:3] != "fc." and t.dim()]
+    write("backbones", **content)
+
+
+@torch.no_grad()
+def make_rpn():
+    """A proposal network over a pyramid of 16 channels and two images, of which the second is smaller than the batch."""
+    batch, sizes = (128, 160), [(128, 160), (100, 90)]
+    strides = [4, 8, 16, 32, 64]
+    pyramid = [field(f"rpn.{i}", 2, 16, -(-batch[0] // s), -(-batch[1] // s)) for i, s in enumerate(strides)]
+    weights = {name: values(f"rpn_head.{name}.weight", shape) for name, shape in
+               {"rpn_conv": (16, 16, 3, 3), "rpn_cls": (3, 16, 1, 1), "rpn_reg": (12, 16, 1, 1)}.items()}
+    biases = {name: values(f"rpn_head.{name}.bias", (weights[name].shape[0],)) for name in weights}
+    anchors, objectness, deltas, covered, level_of = [], [], [], [[], []], []
+    for i, (level, stride) in enumerate(zip(pyramid, strides)):
+        hidden = F.relu(F.conv2d(level, weights["rpn_conv"], biases["rpn_conv"], padding=1))
+        h, w = level.shape[2:]
+        objectness.append(F.conv2d(hidden, weights["rpn_cls"], biases["rpn_cls"]).permute(0, 2, 3, 1).flatten(1))
+        deltas.append(F.conv2d(hidden, weights["rpn_reg"], biases["rpn_reg"]).permute(0, 2, 3, 1).reshape(2, -1, 4))
+        ratios = torch.tensor([0.5, 1.0, 2.0]).double()
+        sides = torch.stack([8 * stride / ratios.sqrt(), 8 * stride * ratios.sqrt()], 1)
+        base = torch.cat([-sides, sides], 1) / 2
+        y, x = torch.meshgrid(torch.arange(h) * stride, torch.arange(w) * stride, indexing="ij")
+        shifts = torch.stack([x, y, x, y], -1).reshape(-1, 1, 4)
+        anchors.append((shifts + base).reshape(-1, 4).float())
+        level_of += [i] * len(anchors[-1])
+        for image, (height, width) in enumerate(sizes):
+            rows, columns = (-(-(-(-side // 32) * 32) // stride) for side in (height, width))
+            inside = (torch.arange(h)[:, None] < rows) & (torch.arange(w)[None] < columns)
+            covered[image].append(inside.flatten().repeat_interleave(3))
+    coder = det_utils.BoxCoder((1.0, 1.0, 1.0, 1.0))
+    objects = [boxes_of("rpn.objects.0", 4, 70, 20, 60), boxes_of("rpn.objects.1", 2, 30, 20, 50)]
+    all_anchors, n_sampled, entropy, differences = torch.cat(anchors), 0, 0.0, 0.0
+    proposals, n_objects = [], []
+    for image in range(2):
+        inside = torch.cat(covered[image])
+        logits, changes = torch.cat([o[image] for o in objectness]), torch.cat([d[image] for d in deltas])
+        overlaps = torchvision.ops.box_iou(objects[image], all_anchors[inside])
+        matches = det_utils.Matcher(0.7, 0.3, allow_low_quality_matches=False)(overlaps)
+        for row, overlap in enumerate(overlaps):
+            if overlap.max() >= 0.3:
+                matches[overlap == overlap.max()] = row
+        learned = matches != -2
+        entropy += F.binary_cross_entropy_with_logits(logits[inside][learned], (matches[learned] >= 0).float(), reduction="sum")
+        found = matches >= 0
+        targets = coder.encode_single(objects[image][matches[found]], all_anchors[inside][found])
+        differences += (changes[inside][found] - targets).abs().sum()
+        n_sampled += int(learned.sum())
+        n_objects.append(int(found.sum()))
+
+        boxes, scores, levels = [], [], []
+        for i in range(5):
+            best = objectness[i][image].topk(min(300, len(anchors[i]))).indices
+            boxes.append(coder.decode_single(deltas[i][image][best], anchors[i][best]))
+            scores.append(objectness[i][image][best].sigmoid())
+            levels.append(torch.full_like(best, i))
+        boxes, scores, levels = torch.cat(boxes), torch.cat(scores), torch.cat(levels)
+        boxes = torchvision.ops.clip_boxes_to_image(boxes, sizes[image])
+        large = torchvision.ops.remove_small_boxes(boxes, 1e-3)
+        boxes, scores, levels = boxes[large], scores[large], levels[large]
+        kept = torchvision.ops.batched_nms(boxes, scores, levels, 0.7)[:100]
+        proposals.append({"boxes": numbers(boxes[kept]), "scores": numbers(scores[kept])})
+    print(f"rpn: {n_objects} anchors of objects among {n_sampled}, outside {[int((~torch.cat(c)).sum()) for c in covered]}")
+    write("rpn", objectness=float(entropy / n_sampled), boxes=float(differences / n_sampled), proposals=proposals)
+
+
+@torch.no_grad()
+def make_classifier():
+    """Logits of 5 regions over 7 classes, of which 4 are base, in f64."""
+    x = field("classifier.x", 5, 12).double()
+    weight, bias = field("classifier._linear.weight", 8, 12).double(), field("classifier._linear.bias", 8).double()
+    table, background = field("classifier.classes", 7, 8).double(), field("classifier._bg_embedding", 1, 8).double()
+    e = F.normalize(x @ weight.T + bias)
+    cosines = torch.cat([e @ table.T, e @ F.normalize(background).T], 1)
+    write("classifier", embeddings=numbers(e), train=numbers(cosines / 0.007), test=numbers(cosines / 0.01), affine=numbers(cosines * 20 - 4))
+
+
+@torch.no_grad()
+def make_mask_rcnn():
+    """torchvision's Mask R-CNN on five images of different sizes in one batch, without its resizing; the best 20 detections of each.
+
+    Biases of classes make up for what all regions have in common, so that many classes are found; they are kept."""
+    model = torchvision.models.detection.maskrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, rpn_pre_nms_top_n_test=300, rpn_post_nms_top_n_test=150
+    ).eval()
+    shapes = fill(model)
+    sizes = [(160, 192), (224, 256), (200, 131), (97, 256), (224, 150)]
+    batch = images("images.mask-rcnn", 5, 224, 256)
+    for image, (height, width) in enumerate(sizes):
+        batch[image, :, height:], batch[image, :, :, width:] = 0, 0
+    features = model.backbone(batch)
+    batch = ImageList(batch, sizes)
+    proposals, _ = model.rpn(batch, features)
+    heads = model.roi_heads
+    regions = heads.box_head(heads.box_roi_pool(features, proposals, sizes))
+    logits = heads.box_predictor.cls_score(regions)
+    biases = heads.box_predictor.cls_score.bias
+    biases -= logits.mean(0)
+    biases.copy_(torch.tensor(numbers(biases)))
+    detections, _ = model.roi_heads(features, proposals, sizes)
+    found = []
+    for detection in detections:
+        boxes, scores, labels, masks = (detection[key][:20] for key in ("boxes", "scores", "labels", "masks"))
+        gap = (scores[:-1] - scores[1:]).min()
+        print(f"mask r-cnn: {len(detection['scores'])} detections, scores {scores[0]:.3f} to {scores[-1]:.3f}, smallest gap {gap:.1e}, "
+              f"{len(labels.unique())} classes, masks {masks.quantile(0.1):.3f} to {masks.quantile(0.9):.3f}")
+        assert gap > 1e-5, "the order would be open"
+        found.append({
+            "n": len(detection["scores"]), "boxes": numbers(boxes), "scores": numbers(scores), "labels": labels.tolist(),
+            "mask_means": numbers(masks.mean((1, 2, 3))), "mask_diagonals": numbers(masks[:, 0].diagonal(dim1=1, dim2=2)),
+        })
+    write("mask_rcnn", shapes=shapes, cls_score_bias=numbers(biases), detections=found)
+
+
 make_roi_align()
 make_boxes()
 make_matching()
+make_backbones()
+make_rpn()
+make_classifier()
+make_mask_rcnn()

@@ -1,0 +1,405 @@
+//! What looks at regions, and at the whole image: heads on pooled features, and what they learn from.
+//!
+//! Labels of regions are 0 to K - 1 for classes, and K for background, as in mmdet.
+
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Reduction, Tensor};
+
+use super::{
+    boxes::{BoxCoder, Corners, ImageSize, Kept, Suppression, boxes_tensor, clip_to_image, corners, integers},
+    classifier::{Background, EmbeddingClassifier},
+    ensure,
+    layers::{Conv, ConvModule, ConvShape, Linear, Phase, sum_over},
+    matching::{Assigner, Match, Sampler},
+    roi_align::{Alignment, Level, RoiAlign, Sampling},
+};
+use crate::{
+    Error, Result,
+    parameters::{Init, Parameters},
+};
+
+/// What lies between pooled features and a classifier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrunkConfig {
+    /// 3 x 3 convolutions with batch normalisation and ReLU, of the pyramid's channels.
+    pub n_convs: usize,
+    /// Fully connected layers with ReLU, at least one.
+    pub n_fcs: usize,
+    /// The outputs of each of them.
+    pub width: i64,
+}
+
+/// Convolutions, then fully connected layers.
+#[derive(Debug)]
+struct Trunk {
+    shared_convs: Vec<ConvModule>,
+    shared_fcs: Vec<Linear>,
+    /// C, side, side.
+    input: [i64; 3],
+}
+
+impl Trunk {
+    fn declare(at: &Parameters<'_>, config: &TrunkConfig, [channels, side, _]: [i64; 3]) -> Self {
+        let shape = ConvShape::new(channels, channels, 3);
+        let convs = &(at / "shared_convs");
+        let shared_convs = (0..config.n_convs).map(|index| ConvModule::normalised(&(convs / index), shape, shape.kaiming())).collect();
+        let fcs = &(at / "shared_fcs");
+        let linear = |index| {
+            let n_in = if index == 0 { channels * side * side } else { config.width };
+            Linear::declare(&(fcs / index), n_in, config.width, Init::xavier(n_in, config.width), Init::Constant(0.0))
+        };
+        Self { shared_convs, shared_fcs: (0..config.n_fcs).map(linear).collect(), input: [channels, side, side] }
+    }
+
+    /// Returns `[N, width]`; `pooled`: `[N, C, side, side]`, flattened channel by channel.
+    fn forward(&self, pooled: &Tensor, phase: Phase) -> Result<Tensor> {
+        let [channels, side, _] = self.input;
+        let fits = pooled.size().get(1..) == Some(&self.input[..]);
+        ensure(fits, "pooled features", &format!("[N, {channels}, {side}, {side}]"), pooled)?;
+        let maps = self.shared_convs.iter().fold(pooled.shallow_clone(), |x, conv| conv.forward(&x, phase).relu());
+        Ok(self.shared_fcs.iter().fold(maps.flatten(1, 3), |x, fc| fc.forward(&x).relu()))
+    }
+}
+
+/// A head with an open vocabulary: ViLD's text branch (with boxes), its image branch and OADP's block head (without).
+#[derive(Debug)]
+pub struct OpenHead {
+    trunk: Trunk,
+    /// The classifier, on what [`Self::forward`] returns.
+    pub classifier: EmbeddingClassifier,
+    fc_reg: Option<Linear>,
+}
+
+/// What an [`OpenHead`] is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OpenHeadConfig {
+    /// What lies before the classifier.
+    pub trunk: TrunkConfig,
+    /// What a region may be besides a class.
+    pub background: Background,
+    /// Whether the head corrects boxes.
+    pub boxes: Boxes,
+}
+
+/// Whether a head corrects boxes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Boxes {
+    /// One box for all classes.
+    Agnostic,
+    /// It classifies only.
+    None,
+}
+
+/// What a head says of regions.
+#[derive(Debug)]
+pub struct Regions {
+    /// f32 `[N, D]`, of unit length.
+    pub embeddings: Tensor,
+    /// f32 `[N, 4]`; none if the head only classifies.
+    pub deltas: Option<Tensor>,
+}
+
+impl OpenHead {
+    pub(crate) fn declare(at: &Parameters<'_>, config: &OpenHeadConfig, input: [i64; 3], embed_dim: i64) -> Self {
+        let width = config.trunk.width;
+        Self {
+            trunk: Trunk::declare(at, &config.trunk, input),
+            classifier: EmbeddingClassifier::of_regions(&(at / "fc_cls"), width, embed_dim, config.background),
+            fc_reg: match config.boxes {
+                Boxes::Agnostic => Some(box_regressor(at, width, 4)),
+                Boxes::None => None,
+            },
+        }
+    }
+
+    /// Looks at regions; `pooled`: `[N, C, side, side]`. In training it updates the running statistics.
+    pub fn forward(&self, pooled: &Tensor, phase: Phase) -> Result<Regions> {
+        let hidden = self.trunk.forward(pooled, phase)?;
+        let deltas = self.fc_reg.as_ref().map(|fc_reg| fc_reg.forward(&hidden).to_kind(Kind::Float));
+        Ok(Regions { embeddings: self.classifier.embed(&hidden), deltas })
+    }
+}
+
+fn box_regressor(at: &Parameters<'_>, width: i64, n_out: i64) -> Linear {
+    Linear::declare(&(at / "fc_reg"), width, n_out, Init::Normal(0.001), Init::Constant(0.0))
+}
+
+/// A head with classes of its own and a box for each of them (Fast R-CNN).
+#[derive(Debug)]
+pub struct ClosedHead {
+    trunk: Trunk,
+    fc_cls: Linear,
+    fc_reg: Linear,
+}
+
+impl ClosedHead {
+    pub(crate) fn declare(at: &Parameters<'_>, trunk: &TrunkConfig, input: [i64; 3], n_classes: i64) -> Self {
+        Self {
+            trunk: Trunk::declare(at, trunk, input),
+            fc_cls: Linear::declare(&(at / "fc_cls"), trunk.width, n_classes + 1, Init::Normal(0.01), Init::Constant(0.0)),
+            fc_reg: box_regressor(at, trunk.width, 4 * n_classes),
+        }
+    }
+
+    /// Returns logits f32 `[N, K + 1]`, the last column background, and deltas f32 `[N, 4 K]`; `pooled`: `[N, C, side, side]`.
+    pub fn forward(&self, pooled: &Tensor, phase: Phase) -> Result<(Tensor, Tensor)> {
+        let hidden = self.trunk.forward(pooled, phase)?;
+        Ok((self.fc_cls.forward(&hidden).to_kind(Kind::Float), self.fc_reg.forward(&hidden).to_kind(Kind::Float)))
+    }
+}
+
+/// OADP's head for whole images.
+#[derive(Debug)]
+pub struct GlobalHead {
+    /// The classifier, on what [`Self::embed`] returns.
+    pub classifier: EmbeddingClassifier,
+}
+
+impl GlobalHead {
+    pub(crate) fn declare(at: &Parameters<'_>, channels: i64, embed_dim: i64) -> Self {
+        Self { classifier: EmbeddingClassifier::of_images(&(at / "_classifier"), channels, embed_dim) }
+    }
+
+    /// Returns embeddings f32 `[B, D]` of unit length; `coarsest`: P6, of which all cells count, those of padding too.
+    pub fn embed(&self, coarsest: &Tensor) -> Tensor {
+        self.classifier.embed(&coarsest.mean_dim([2_i64, 3].as_slice(), false, None::<Kind>))
+    }
+}
+
+/// What a [`MaskHead`] is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MaskHeadConfig {
+    /// 3 x 3 convolutions with ReLU.
+    pub n_convs: usize,
+    /// Their channels.
+    pub channels: i64,
+    /// The masks of a region: 1 for all classes, or one for each class.
+    pub n_masks: i64,
+}
+
+/// Draws the object of a region, at twice the side of what was pooled (Mask R-CNN, figure 4).
+#[derive(Debug)]
+pub struct MaskHead {
+    convs: Vec<ConvModule>,
+    upsample: Upsample,
+    conv_logits: Conv,
+    channels: i64,
+    n_masks: i64,
+}
+
+/// A transposed convolution of kernel 2 and stride 2.
+#[derive(Debug)]
+struct Upsample {
+    /// `[in, out, 2, 2]`.
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl MaskHead {
+    pub(crate) fn declare(at: &Parameters<'_>, config: &MaskHeadConfig, channels: i64) -> Self {
+        let MaskHeadConfig { n_convs, channels: inner, n_masks } = *config;
+        let convs = &(at / "convs");
+        let conv = |index| {
+            let shape = ConvShape::new(if index == 0 { channels } else { inner }, inner, 3);
+            ConvModule::plain(&(convs / index), shape, shape.kaiming())
+        };
+        let upsample = &(at / "upsample");
+        let logits = ConvShape::new(inner, n_masks, 1);
+        Self {
+            convs: (0..n_convs).map(conv).collect(),
+            upsample: Upsample {
+                weight: upsample.trainable("weight", &[inner, inner, 2, 2], Init::fan_out(4 * inner)),
+                bias: upsample.trainable("bias", &[inner], Init::Constant(0.0)),
+            },
+            conv_logits: Conv::with_bias(&(at / "conv_logits"), logits, logits.kaiming()),
+            channels,
+            n_masks,
+        }
+    }
+
+    /// Returns logits f32 `[N, 2 side, 2 side]` of one mask for each region.
+    ///
+    /// `pooled`: `[N, C, side, side]`; `classes`: the class of each region, which does not matter if there is one mask for all.
+    pub fn forward(&self, pooled: &Tensor, classes: &[i64]) -> Result<Tensor> {
+        let fits = matches!(pooled.size()[..], [n, c, _, _] if n == classes.len() as i64 && c == self.channels);
+        ensure(fits, "pooled features", &format!("[{}, {}, side, side]", classes.len(), self.channels), pooled)?;
+        let n_masks = self.n_masks;
+        if n_masks > 1
+            && let Some(class) = classes.iter().find(|class| !(0..n_masks).contains(class))
+        {
+            return Err(Error::Input { what: "classes of masks", expected: format!("0 to {}", n_masks - 1), found: class.to_string() });
+        }
+        let maps = self.convs.iter().fold(pooled.shallow_clone(), |x, conv| conv.forward(&x, Phase::Test).relu());
+        let Upsample { weight, bias } = &self.upsample;
+        let maps = maps.conv_transpose2d(weight, Some(bias), 2, 0, 0, 1, 1).relu();
+        // [N, masks, 2 side, 2 side].
+        let logits = self.conv_logits.forward(&maps).to_kind(Kind::Float);
+        let (n, side) = (logits.size()[0], logits.size()[2]);
+        let column: Vec<i64> = classes.iter().map(|&class| if n_masks > 1 { class } else { 0 }).collect();
+        let column = Tensor::from_slice(&column).to_device(logits.device()).reshape([n, 1, 1, 1]).expand([n, 1, side, side], false);
+        Ok(logits.gather(1, &column, false).squeeze_dim(1))
+    }
+}
+
+/// The cross entropy of mask logits `[N, side, side]` with `targets` of the same shape, 0 or 1: its mean, and 0 where there are none.
+pub fn mask_loss(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    ensure(targets.size() == logits.size(), "mask targets", &format!("{:?}", logits.size()), targets)?;
+    let targets = targets.to_device(logits.device()).to_kind(Kind::Float);
+    let entropy = logits.binary_cross_entropy_with_logits(&targets, None::<&Tensor>, None::<&Tensor>, Reduction::None);
+    Ok(sum_over(&entropy, entropy.numel()))
+}
+
+/// What the masks of objects look like within boxes: f32 `[N, side, side]`, 0 or 1.
+///
+/// `masks`: `[G, H, W]` of one image, any kind, 0 outside; `boxes`: `[N, 4]`, px of the masks; `objects`: for each box which mask it is.
+/// A cell is 1 where at least half of the mask is, by RoIAlign, as in mmdet.
+pub fn mask_targets(masks: &Tensor, boxes: &Tensor, objects: &[usize], side: i64) -> Result<Tensor> {
+    let n_masks = masks.size().first().copied().unwrap_or_default();
+    let fits = masks.dim() == 3 && objects.iter().all(|&object| (object as i64) < n_masks);
+    ensure(fits, "masks", "[G, H, W], with one for each object", masks)?;
+    let boxes = corners(boxes, "boxes of masks")?;
+    if boxes.len() != objects.len() {
+        let expected = format!("as many as objects, {}", objects.len());
+        return Err(Error::Input { what: "boxes of masks", expected, found: boxes.len().to_string() });
+    }
+    if boxes.is_empty() {
+        return Ok(Tensor::zeros([0, side, side], (Kind::Float, Device::Cpu)));
+    }
+    // Each mask is an image, and each box a box on one of them.
+    let rule = RoiAlign { side, sampling: Sampling::Adaptive, alignment: Alignment::Centre, finest_scale: 56.0 };
+    let masks = masks.to_device(Device::Cpu).to_kind(Kind::Float).unsqueeze(1);
+    let chosen = masks.index_select(0, &Tensor::from_slice(&objects.iter().map(|&object| object as i64).collect::<Vec<_>>()));
+    let boxes: Vec<Tensor> = boxes.iter().map(|&corners| boxes_tensor(&[corners])).collect();
+    let shares = rule.forward(&[Level { features: &chosen, stride: 1 }], &boxes)?;
+    Ok(shares.squeeze_dim(1).ge(0.5).to_kind(Kind::Float))
+}
+
+/// Which regions are learned from, and how boxes are corrected.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegionRule {
+    /// Which regions stand for objects.
+    pub assigner: Assigner,
+    /// How many are learned from.
+    pub sampler: Sampler,
+    /// How boxes differ from regions.
+    pub coder: BoxCoder,
+}
+
+/// The regions of an image that are learned from: first those that stand for objects, then background.
+#[derive(Debug)]
+pub struct RegionSample {
+    /// f32 `[N, 4]` on the CPU, px.
+    pub boxes: Tensor,
+    /// i64 `[N]` on the CPU; K is background.
+    pub labels: Tensor,
+    /// f32 `[O, 4]` on the CPU, for the first O regions.
+    pub deltas: Tensor,
+    /// For the first O regions, which object each stands for.
+    pub objects: Vec<usize>,
+}
+
+impl RegionRule {
+    /// Chooses among the proposals of an image and its objects, which are proposals too (as in mmdet, they come first).
+    ///
+    /// `proposals`: `[N, 4]`; `objects`: `[G, 4]`; `labels`: i64 `[G]`, from 0 to `n_classes` - 1.
+    pub fn choose(
+        &self,
+        proposals: &Tensor,
+        objects: &Tensor,
+        labels: &Tensor,
+        n_classes: i64,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<RegionSample> {
+        let objects = corners(objects, "objects")?;
+        let fits = labels.size() == [objects.len() as i64] && labels.kind() == Kind::Int64;
+        ensure(fits, "labels", &format!("i64 [{}], one for each object", objects.len()), labels)?;
+        let labels = integers(labels);
+        if let Some(label) = labels.iter().find(|label| !(0..n_classes).contains(label)) {
+            return Err(Error::Input { what: "labels", expected: format!("0 to {}", n_classes - 1), found: label.to_string() });
+        }
+        let regions: Vec<Corners> = objects.iter().copied().chain(corners(proposals, "proposals")?).collect();
+        let matches = self.assigner.assign(&regions, &objects);
+        let sample = self.sampler.draw(&matches, rng);
+        let chosen: Vec<usize> = sample.objects.iter().chain(&sample.background).copied().collect();
+        let object_of = |&region: &usize| match matches[region] {
+            Match::Object(object) => Some(object),
+            Match::Background | Match::Ignored => None,
+        };
+        let stands_for: Vec<usize> = sample.objects.iter().filter_map(object_of).collect();
+        let from = boxes_tensor(&sample.objects.iter().map(|&region| regions[region]).collect::<Vec<_>>());
+        let to = boxes_tensor(&stands_for.iter().map(|&object| objects[object]).collect::<Vec<_>>());
+        let label_of = |region: &usize| object_of(region).map_or(n_classes, |object| labels[object]);
+        Ok(RegionSample {
+            boxes: boxes_tensor(&chosen.iter().map(|&region| regions[region]).collect::<Vec<_>>()),
+            labels: Tensor::from_slice(&chosen.iter().map(label_of).collect::<Vec<_>>()),
+            deltas: self.coder.encode(&from, &to)?,
+            objects: stands_for,
+        })
+    }
+}
+
+/// What a head learns from, f32 scalars.
+#[derive(Debug)]
+pub struct RegionLosses {
+    /// Cross entropy over classes and background.
+    pub classes: Tensor,
+    /// The absolute differences of deltas.
+    pub boxes: Tensor,
+}
+
+/// Compares what a head says with the regions of all images, in their order; both losses are divided by the number of regions.
+///
+/// `logits`: f32 `[N, K + 1]`; `deltas`: f32 `[N, 4]`, or `[N, 4 K]` where each class has its own.
+pub fn region_losses(logits: &Tensor, deltas: &Tensor, samples: &[RegionSample]) -> Result<RegionLosses> {
+    let n = samples.iter().map(|sample| sample.labels.size()[0]).sum::<i64>();
+    ensure(matches!(logits.size()[..], [rows, _] if rows == n), "logits", &format!("[{n}, K + 1], a row for each region"), logits)?;
+    let k = logits.size()[1] - 1;
+    let n_boxes = deltas.size().get(1).map_or(0, |columns| columns / 4);
+    let fits = deltas.size() == [n, 4 * n_boxes] && (n_boxes == 1 || n_boxes == k);
+    ensure(fits, "box deltas", &format!("[{n}, 4] or [{n}, {}]", 4 * k), deltas)?;
+    let on_device = |tensor: Tensor| tensor.to_device(logits.device());
+    let (mut places, mut targets, mut labels) = (vec![], vec![], vec![]);
+    let mut first = 0;
+    for sample in samples {
+        let classes = integers(&sample.labels);
+        // Rows of [N boxes, 4]: a region's own, or that of its class.
+        let place = |row: usize| (first + row as i64) * n_boxes + if n_boxes > 1 { classes[row] } else { 0 };
+        places.extend((0..sample.objects.len()).map(place));
+        first += classes.len() as i64;
+        targets.push(sample.deltas.shallow_clone());
+        labels.extend(classes);
+    }
+    let entropy = logits.cross_entropy_loss(&on_device(Tensor::from_slice(&labels)), None::<&Tensor>, Reduction::None, -100, 0.0);
+    let said = deltas.reshape([-1, 4]).index_select(0, &on_device(Tensor::from_slice(&places)));
+    let targets = if targets.is_empty() { said.detach() } else { on_device(Tensor::cat(&targets, 0)) };
+    Ok(RegionLosses { classes: sum_over(&entropy, n as usize), boxes: sum_over(&(said - targets).abs(), n as usize) })
+}
+
+/// Which detections are made of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DetectionRule {
+    /// Only classes with a score above this.
+    pub threshold: f32,
+    /// Which of a class are duplicates, and how many stay of the image.
+    pub suppression: Suppression,
+}
+
+impl DetectionRule {
+    /// Makes detections of the regions of one image.
+    ///
+    /// `regions`: `[N, 4]`, px; `deltas`: `[N, 4]` or `[N, 4 K]`; `scores`: `[N, K]`, without background; `size`: without padding.
+    pub fn detect(&self, coder: &BoxCoder, regions: &Tensor, deltas: &Tensor, scores: &Tensor, size: ImageSize) -> Result<Kept> {
+        let [deltas, scores] = [deltas, scores].map(|tensor| tensor.detach().to_device(Device::Cpu).to_kind(Kind::Float));
+        let boxes = coder.decode(&regions.to_device(Device::Cpu).to_kind(Kind::Float), &deltas)?;
+        let (n, columns) = (boxes.size()[0], boxes.size()[1]);
+        let boxes = clip_to_image(&boxes.reshape([-1, 4]), size).reshape([n, columns]);
+        self.suppression.of_classes(&boxes, &scores, self.threshold)
+    }
+}

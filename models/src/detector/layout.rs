@@ -1,0 +1,159 @@
+//! The names that others give to the tensors of a detector, and how checkpoints are laid over a network.
+//!
+//! The network's own names are mmdet's. torchvision's Mask R-CNN has other names, lists background first among classes where mmdet has it
+//! last, and keeps boxes and masks of background, which nothing reads; both its names before and since version 0.13 are known.
+
+use std::{collections::BTreeMap, path::Path};
+
+use tch::{Kind, Tensor};
+
+use super::boxes::is_floating;
+use crate::{Error, Misfit, Result};
+
+/// What training scripts put in front of names.
+const WRAPPERS: [&str; 2] = ["state_dict.", "module."];
+/// Ends the names of counters that mmdet keeps: of batches (batch normalisation) and of warm-up steps (OADP's losses).
+const COUNTERS: [&str; 2] = [".num_batches_tracked", "._steps"];
+/// Only torchvision's detectors have it.
+const TORCHVISION_MARK: &str = "roi_heads.box_predictor.cls_score.weight";
+
+/// What became of the tensors of a checkpoint.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoadReport {
+    /// Names of parameters that have the checkpoint's values.
+    pub loaded: Vec<String>,
+    /// Parameters that keep their values, because the checkpoint has no such tensor.
+    pub missing: Vec<Misfit>,
+    /// Tensors of the checkpoint that the network has no place for.
+    pub unmatched: Vec<Misfit>,
+    /// Parameters that keep their values, because the checkpoint's are of another shape.
+    pub misshaped: Vec<Misfit>,
+    /// Counters of the checkpoint, which no network needs: names and values.
+    pub counters: Vec<(String, i64)>,
+}
+
+impl LoadReport {
+    /// Refuses anything but a checkpoint of this very network; `origin` names the file.
+    pub fn require_all(self, origin: &Path) -> Result<Self> {
+        let problems: Vec<Misfit> = [&self.missing, &self.unmatched, &self.misshaped].into_iter().flatten().cloned().collect();
+        if problems.is_empty() { Ok(self) } else { Err(Error::Misfits { path: origin.to_owned(), problems }) }
+    }
+}
+
+/// Copies every tensor of a checkpoint that matches a parameter in name and shape; kinds are cast. Everything else is reported.
+///
+/// `checkpoint`: under mmdet's names, with or without `state_dict.` and `module.` before them, or torchvision's Mask R-CNN. Fails if nothing
+/// matches, or if a tensor does not hold floating numbers.
+pub fn load(checkpoint: &BTreeMap<String, Tensor>, parameters: &BTreeMap<String, Tensor>, origin: &Path) -> Result<LoadReport> {
+    let mut tensors = unwrap(checkpoint);
+    if tensors.contains_key(TORCHVISION_MARK) {
+        tensors = from_torchvision(&tensors, origin)?;
+    }
+    let mut report = LoadReport::default();
+    let mut matched = Vec::new();
+    for (name, tensor) in &tensors {
+        match parameters.get(name) {
+            None if COUNTERS.iter().any(|ending| name.ends_with(ending)) && tensor.numel() == 1 => {
+                report.counters.push((name.clone(), tensor.to_kind(Kind::Int64).int64_value(&[])));
+            }
+            None => report.unmatched.push(Misfit { name: name.clone(), expected: None, found: Some(tensor.size()) }),
+            Some(parameter) if parameter.size() != tensor.size() => {
+                report.misshaped.push(Misfit { name: name.clone(), expected: Some(parameter.size()), found: Some(tensor.size()) });
+            }
+            Some(_) if !is_floating(tensor) => {
+                return Err(malformed(origin, format!("{name}: expected a floating kind, found {:?}", tensor.kind())));
+            }
+            Some(parameter) => {
+                matched.push((parameter, tensor));
+                report.loaded.push(name.clone());
+            }
+        }
+    }
+    let absent = parameters.iter().filter(|(name, _)| !tensors.contains_key(*name));
+    report.missing = absent.map(|(name, tensor)| Misfit { name: name.clone(), expected: Some(tensor.size()), found: None }).collect();
+    if matched.is_empty() {
+        let first = tensors.keys().next().map_or("no tensor at all", String::as_str);
+        return Err(malformed(origin, format!("no detector that is known: expected tensors such as backbone.conv1.weight, found {first}")));
+    }
+    for (parameter, tensor) in matched {
+        tch::no_grad(|| parameter.shallow_clone().copy_(tensor));
+    }
+    Ok(report)
+}
+
+fn malformed(origin: &Path, problem: String) -> Error {
+    let hint = "give a detector of mmdet, or torchvision's Mask R-CNN with a ResNet and a feature pyramid";
+    Error::Malformed { path: origin.to_owned(), problem, hint: Some(hint.into()) }
+}
+
+/// Takes off what a training script put in front of the names.
+fn unwrap(tensors: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
+    let bare = |name: &str| WRAPPERS.iter().fold(name, |rest, wrapper| rest.strip_prefix(wrapper).unwrap_or(rest)).to_owned();
+    tensors.iter().map(|(name, tensor)| (bare(name), tensor.shallow_clone())).collect()
+}
+
+/// Translates torchvision's Mask R-CNN to mmdet's names and order of classes; names that no rule knows are kept.
+pub fn from_torchvision(tensors: &BTreeMap<String, Tensor>, origin: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let mut renamed = BTreeMap::new();
+    for (name, tensor) in tensors {
+        let (new_name, classes) = mmdet_name(name);
+        let rows = tensor.size().first().copied().unwrap_or_default();
+        let tensor = match classes {
+            Classes::None => tensor.shallow_clone(),
+            Classes::BackgroundFirst if rows >= 2 => Tensor::cat(&[tensor.narrow(0, 1, rows - 1), tensor.narrow(0, 0, 1)], 0),
+            Classes::ForEach(n) if rows > n => tensor.narrow(0, n, rows - n),
+            Classes::BackgroundFirst | Classes::ForEach(_) => {
+                let found = tensor.size();
+                return Err(malformed(origin, format!("{name}: expected rows for background and at least one class, found {found:?}")));
+            }
+        };
+        renamed.insert(new_name, tensor);
+    }
+    Ok(renamed)
+}
+
+/// How the rows of a tensor of torchvision stand for classes.
+#[derive(Clone, Copy)]
+enum Classes {
+    /// They do not.
+    None,
+    /// One row each, of which the first is background.
+    BackgroundFirst,
+    /// This many rows each, of which the first ones, background's, are read by nobody.
+    ForEach(i64),
+}
+
+fn mmdet_name(name: &str) -> (String, Classes) {
+    let plain = |name: String| (name, Classes::None);
+    if let Some(rest) = name.strip_prefix("backbone.body.") {
+        return plain(format!("backbone.{rest}"));
+    }
+    for (theirs, ours) in [("backbone.fpn.inner_blocks.", "neck.lateral_convs."), ("backbone.fpn.layer_blocks.", "neck.fpn_convs.")] {
+        if let Some((level, rest)) = name.strip_prefix(theirs).and_then(|rest| rest.split_once('.')) {
+            return plain(format!("{ours}{level}.conv.{}", rest.strip_prefix("0.").unwrap_or(rest)));
+        }
+    }
+    if let Some(rest) = name.strip_prefix("roi_heads.mask_head.") {
+        if let Some((number, rest)) = rest.strip_prefix("mask_fcn").and_then(|rest| rest.split_once('.'))
+            && let Ok(number @ 1..) = number.parse::<usize>()
+        {
+            return plain(format!("roi_head.mask_head.convs.{}.conv.{rest}", number - 1));
+        }
+        return plain(format!("roi_head.mask_head.convs.{}", rest.replacen(".0.", ".conv.", 1)));
+    }
+    let prefixes = [
+        ("rpn.head.conv.0.0.", "rpn_head.rpn_conv.", Classes::None),
+        ("rpn.head.conv.", "rpn_head.rpn_conv.", Classes::None),
+        ("rpn.head.cls_logits.", "rpn_head.rpn_cls.", Classes::None),
+        ("rpn.head.bbox_pred.", "rpn_head.rpn_reg.", Classes::None),
+        ("roi_heads.box_head.fc6.", "roi_head.bbox_head.shared_fcs.0.", Classes::None),
+        ("roi_heads.box_head.fc7.", "roi_head.bbox_head.shared_fcs.1.", Classes::None),
+        ("roi_heads.box_predictor.cls_score.", "roi_head.bbox_head.fc_cls.", Classes::BackgroundFirst),
+        ("roi_heads.box_predictor.bbox_pred.", "roi_head.bbox_head.fc_reg.", Classes::ForEach(4)),
+        ("roi_heads.mask_predictor.conv5_mask.", "roi_head.mask_head.upsample.", Classes::None),
+        ("roi_heads.mask_predictor.mask_fcn_logits.", "roi_head.mask_head.conv_logits.", Classes::ForEach(1)),
+    ];
+    let known =
+        prefixes.iter().find_map(|&(theirs, ours, classes)| name.strip_prefix(theirs).map(|rest| (format!("{ours}{rest}"), classes)));
+    known.unwrap_or_else(|| plain(name.to_owned()))
+}
