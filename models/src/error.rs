@@ -76,9 +76,7 @@ impl Error {
                 Some("check the path, or download the checkpoint first".into())
             }
             Self::Read { .. } | Self::Torch(_) | Self::Input { .. } => None,
-            Self::Misfits { .. } => {
-                Some("check that the checkpoint is a CLIP of a known layout, and that it is the one that was meant".into())
-            }
+            Self::Misfits { .. } => Some("check that the checkpoint has a known layout, and that it is the one that was meant".into()),
             Self::Malformed { hint, .. } => hint.clone(),
         }
     }

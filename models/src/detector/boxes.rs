@@ -166,11 +166,12 @@ impl Suppression {
         ensure(scores.size() == [n] && is_floating(scores), "scores", "floating [N], N as of the boxes", scores)?;
         ensure(groups.size() == [n] && groups.kind() == Kind::Int64, "groups", "i64 [N], N as of the boxes", groups)?;
         let groups = integers(groups);
-        let least = groups.iter().copied().min().unwrap_or_default();
-        let group_of = |index: usize| (groups[index] - least) as usize;
-        let n_groups = groups.iter().max().map_or(0, |most| (most - least) as usize + 1);
+        let mut distinct = groups.clone();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let group_of = |index: usize| distinct.binary_search(&groups[index]).expect("BUG: every group is among the distinct ones");
         let candidates = floats(scores).into_iter().enumerate().map(|(index, score)| Candidate { score, index }).collect();
-        let kept = self.greedy(candidates, n_groups, group_of, |index| corners[index]);
+        let kept = self.greedy(candidates, distinct.len(), group_of, |index| corners[index]);
         Ok(kept.into_iter().map(|candidate| candidate.index as i64).collect())
     }
 

@@ -30,7 +30,7 @@ pub use self::layers::{Phase, Statistics};
 use self::{
     anchors::{Anchors, Grid},
     boxes::{BoxCoder, ImageSize, Kept, Suppression},
-    classifier::Background,
+    classifier::{Background, Ensemble, Vocabulary},
     fpn::{FINEST_STRIDE, Fpn, N_LEVELS},
     heads::{Boxes, ClosedHead, DetectionRule, GlobalHead, MaskHead, MaskHeadConfig, OpenHead, OpenHeadConfig, TrunkConfig},
     matching::{Assigner, Sampler},
@@ -320,6 +320,75 @@ impl Detector {
     pub fn parameters(&self) -> &BTreeMap<String, Tensor> {
         &self.parameters
     }
+
+    /// Detects objects in images f32 `[B, 3, H, W]`, normalised, H and W at least 32, without gradients; `sizes`: of each, without padding.
+    ///
+    /// Scores are those of the box head; where `vocabularies` has classes for the object head, they are joined with that head's.
+    pub fn detect(
+        &self,
+        images: &Tensor,
+        sizes: &[ImageSize],
+        vocabularies: &Vocabularies<'_>,
+        rule: &TestRule,
+    ) -> Result<Vec<Detections>> {
+        tch::no_grad(|| {
+            let pyramid = self.regions.forward(images, Phase::Test)?;
+            let proposals = self.regions.rpn.proposals(&pyramid.predictions, sizes, &rule.proposals)?;
+            let boxes: Vec<Tensor> = proposals.into_iter().map(|proposals| proposals.boxes).collect();
+            let pooled = pyramid.pool(&self.config.pool, &boxes)?;
+            let regions = self.bbox_head.forward(&pooled, Phase::Test)?;
+            let logits = self.bbox_head.classifier.logits(&regions.embeddings, vocabularies.bbox, Phase::Test)?;
+            let n_classes = vocabularies.bbox.n_classes();
+            let scores = match (vocabularies.object, &self.object_head) {
+                (None, _) => logits.softmax(-1, Kind::Float).narrow(1, 0, n_classes),
+                (Some(vocabulary), Some(head)) => {
+                    let embeddings = head.forward(&pooled, Phase::Test)?.embeddings;
+                    let object_logits = head.classifier.logits(&embeddings, vocabulary, Phase::Test)?;
+                    rule.ensemble.scores(&logits, &object_logits, vocabularies.bbox.n_base())?
+                }
+                (Some(_), None) => {
+                    let expected = "none: the detector has no object head".into();
+                    return Err(Error::Input { what: "classes of the object head", expected, found: "a vocabulary".into() });
+                }
+            };
+            let deltas = regions.deltas.expect("BUG: Config::check requires boxes of the box head");
+            let kept = detect_regions(&rule.detections, &REGION_CODER, &boxes, &deltas, &scores, sizes)?;
+            let mask_head = self.mask_head.as_ref().zip(self.config.mask_head.as_ref());
+            with_masks(kept, &pyramid, mask_head.map(|(head, config)| (head, &config.pool)))
+        })
+    }
+}
+
+/// The classes that the heads of a [`Detector`] tell apart, the same ones in the same order.
+#[derive(Clone, Copy, Debug)]
+pub struct Vocabularies<'a> {
+    /// For the box head.
+    pub bbox: &'a Vocabulary,
+    /// For the object head; none leaves it out.
+    pub object: Option<&'a Vocabulary>,
+}
+
+/// How a [`Detector`] detects.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TestRule {
+    /// How many proposals are made.
+    pub proposals: ProposalRule,
+    /// How the scores of two heads are joined.
+    pub ensemble: Ensemble,
+    /// Which detections are made.
+    pub detections: DetectionRule,
+}
+
+impl Default for TestRule {
+    /// OADP's.
+    fn default() -> Self {
+        Self {
+            proposals: ProposalRule { per_level: 1000, suppression: Suppression { iou: 0.7, keep: 1000 }, least_side: 0.0 },
+            ensemble: Ensemble::default(),
+            detections: DetectionRule { threshold: 0.0, suppression: Suppression { iou: 0.5, keep: 300 } },
+        }
+    }
 }
 
 /// A Mask R-CNN.
@@ -335,13 +404,13 @@ pub struct MaskRcnn {
     config: MaskRcnnConfig,
 }
 
-/// What a [`MaskRcnn`] detects in an image.
+/// What is detected in an image.
 #[derive(Debug)]
 pub struct Detections {
     /// Boxes, classes and scores, best first.
     pub kept: Kept,
-    /// Logits of the masks, f32 `[M, 28, 28]`, each as wide and high as its box.
-    pub masks: Tensor,
+    /// Logits of the masks, f32 `[M, 28, 28]`, each as wide and high as its box; none without a mask head.
+    pub masks: Option<Tensor>,
 }
 
 impl MaskRcnn {
@@ -376,22 +445,39 @@ impl MaskRcnn {
             let boxes: Vec<Tensor> = proposals.into_iter().map(|proposals| proposals.boxes).collect();
             let (logits, deltas) = self.bbox_head.forward(&pyramid.pool(&self.config.pool, &boxes)?, Phase::Test)?;
             let scores = logits.softmax(-1, Kind::Float).narrow(1, 0, self.config.n_classes);
-            let mut first = 0;
-            let detect = |(boxes, &size): (&Tensor, &ImageSize)| {
-                let n = boxes.size()[0];
-                let [deltas, scores] = [&deltas, &scores].map(|all| all.narrow(0, first, n));
-                first += n;
-                self.config.detections.detect(&self.config.coder, boxes, &deltas, &scores, size)
-            };
-            let kept: Vec<Kept> = boxes.iter().zip(sizes).map(detect).collect::<Result<_>>()?;
-            let pooled = pyramid.pool(&self.config.mask.pool, &kept.iter().map(|kept| kept.boxes.shallow_clone()).collect::<Vec<_>>())?;
-            let classes: Vec<i64> = kept.iter().flat_map(|kept| &kept.classes).copied().collect();
-            let masks = self.mask_head.forward(&pooled, &classes)?;
-            let counts: Vec<i64> = kept.iter().map(|kept| kept.rows.len() as i64).collect();
-            let masks = masks.split_with_sizes(counts, 0);
-            Ok(kept.into_iter().zip(masks).map(|(kept, masks)| Detections { kept, masks }).collect())
+            let kept = detect_regions(&self.config.detections, &self.config.coder, &boxes, &deltas, &scores, sizes)?;
+            with_masks(kept, &pyramid, Some((&self.mask_head, &self.config.mask.pool)))
         })
     }
+}
+
+/// Makes detections of the regions of each image; `deltas` and `scores` are of the regions of all images, in their order.
+fn detect_regions(
+    rule: &DetectionRule,
+    coder: &BoxCoder,
+    regions: &[Tensor],
+    deltas: &Tensor,
+    scores: &Tensor,
+    sizes: &[ImageSize],
+) -> Result<Vec<Kept>> {
+    let mut first = 0;
+    let detect = |(regions, &size): (&Tensor, &ImageSize)| {
+        let n = regions.size()[0];
+        let [deltas, scores] = [deltas, scores].map(|all| all.narrow(0, first, n));
+        first += n;
+        rule.detect(coder, regions, &deltas, &scores, size)
+    };
+    regions.iter().zip(sizes).map(detect).collect()
+}
+
+/// Draws the mask of every detection, where there is a head for it.
+fn with_masks(kept: Vec<Kept>, pyramid: &Pyramid, head: Option<(&MaskHead, &RoiAlign)>) -> Result<Vec<Detections>> {
+    let Some((head, pool)) = head else { return Ok(kept.into_iter().map(|kept| Detections { kept, masks: None }).collect()) };
+    let pooled = pyramid.pool(pool, &kept.iter().map(|kept| kept.boxes.shallow_clone()).collect::<Vec<_>>())?;
+    let classes: Vec<i64> = kept.iter().flat_map(|kept| &kept.classes).copied().collect();
+    let counts: Vec<i64> = kept.iter().map(|kept| kept.rows.len() as i64).collect();
+    let masks = head.forward(&pooled, &classes)?.split_with_sizes(counts, 0);
+    Ok(kept.into_iter().zip(masks).map(|(kept, masks)| Detections { kept, masks: Some(masks) }).collect())
 }
 
 impl RegionsConfig {

@@ -2,9 +2,17 @@
 //!
 //! A pooled cell is a weighted sum of feature cells, and the weights are products of one along y and one along x. So the whole pooling of
 //! a batch is one sparse matrix, with a row for each pooled cell, times the features, with a row for each feature cell of each level. The
-//! matrix is built here from the boxes, duplicates merged; libtorch multiplies, and differentiates. Its CSR kernel takes a fifteenth of
-//! torchvision's time on two cores (512 boxes of 256 channels on 80 x 80 cells: 9 ms against 139; with gradients 34 against 644), and
-//! `embedding_bag`, which could do the same, 65 and 97 ms.
+//! matrix is built here from the boxes, duplicates merged; libtorch multiplies, and differentiates.
+//!
+//! Two of its kernels can. That of sparse matrices (CSR) is the fastest on a CPU; cuSPARSE does not promise the same bits in every run, so
+//! that other devices take that of embedding tables, whose sums are in a fixed order. Of 512 boxes over 256 channels, one core pools
+//!
+//! | map       | CSR               | embedding tables   | torchvision's kernel |
+//! |-----------|-------------------|--------------------|----------------------|
+//! | 80 x 80   | 16 ms, both 59 ms | 66 ms, both 103 ms | 75 ms, both 574 ms   |
+//! | 200 x 200 | 24 ms, both 113 ms| 86 ms, both 200 ms | 151 ms, both 764 ms  |
+//!
+//! where "both" is with gradients, and only CSR includes the building of the matrix.
 //!
 //! Boxes get no gradients, as in the reference implementations. The arithmetic of sampling points is torchvision's, in f32.
 
@@ -17,6 +25,8 @@ use super::{
 };
 use crate::{Error, Result};
 
+/// The mode of libtorch's `embedding_bag` that adds.
+const SUM: i64 = 0;
 /// Boxes farther out than this are no boxes of an image, px.
 const MAX_COORDINATE: f32 = 1e6;
 
@@ -101,7 +111,10 @@ impl RoiAlign {
         // [cells of all levels, C]; what a convolution leaves channels-last is only viewed.
         let cells = levels.iter().map(|level| level.features.permute([0, 2, 3, 1]).reshape([-1, c]).to_kind(Kind::Float));
         let cells = Tensor::cat(&cells.collect::<Vec<_>>(), 0);
-        let pooled = matrix.to_tensor(n_cells, device).mm(&cells);
+        let pooled = match device {
+            Device::Cpu => matrix.times_by_csr(&cells),
+            Device::Cuda(_) | Device::Mps | Device::Vulkan => matrix.times_by_bags(&cells),
+        };
         Ok(pooled.view([-1, self.side, self.side, c]).permute([0, 3, 1, 2]).to_kind(kind))
     }
 
@@ -193,24 +206,35 @@ struct FeatureGrid {
 
 /// A matrix in compressed rows.
 #[derive(Default)]
-struct SparseRows {
+pub(super) struct SparseRows {
     /// For each row, how many values there are up to its end.
-    row_ends: Vec<i64>,
-    columns: Vec<i64>,
-    values: Vec<f32>,
+    pub(super) row_ends: Vec<i64>,
+    pub(super) columns: Vec<i64>,
+    pub(super) values: Vec<f32>,
 }
 
 impl SparseRows {
-    fn to_tensor(&self, n_columns: i64, device: Device) -> Tensor {
-        let n_rows = self.row_ends.len() as i64;
-        let row_starts = Tensor::cat(&[Tensor::from_slice(&[0_i64]), Tensor::from_slice(&self.row_ends)], 0);
+    /// Row starts and the end, columns, values.
+    fn to_tensors(&self, device: Device) -> [Tensor; 3] {
+        let starts = Tensor::cat(&[Tensor::from_slice(&[0_i64]), Tensor::from_slice(&self.row_ends)], 0);
+        [starts, Tensor::from_slice(&self.columns), Tensor::from_slice(&self.values)].map(|tensor| tensor.to_device(device))
+    }
+
+    /// The product with `dense` f32 `[columns, C]`, by the kernel of sparse matrices.
+    pub(super) fn times_by_csr(&self, dense: &Tensor) -> Tensor {
+        let [starts, columns, values] = self.to_tensors(dense.device());
+        let shape = [self.row_ends.len() as i64, dense.size()[0]];
         // The checks that this leaves out are a pass over indices that were made above, and a warning on the operator's screen.
-        Tensor::internal_sparse_csr_tensor_unsafe(
-            &row_starts.to_device(device),
-            &Tensor::from_slice(&self.columns).to_device(device),
-            &Tensor::from_slice(&self.values).to_device(device),
-            [n_rows, n_columns],
-            (Kind::Float, device),
-        )
+        Tensor::internal_sparse_csr_tensor_unsafe(&starts, &columns, &values, shape, (Kind::Float, dense.device())).mm(dense)
+    }
+
+    /// The same product, by the kernel of embedding tables.
+    pub(super) fn times_by_bags(&self, dense: &Tensor) -> Tensor {
+        if self.columns.is_empty() {
+            return Tensor::zeros([self.row_ends.len() as i64, dense.size()[1]], (Kind::Float, dense.device()));
+        }
+        let [starts, columns, values] = self.to_tensors(dense.device());
+        let (scale_by_frequency, sparse_gradient, starts_have_end) = (false, false, true);
+        Tensor::embedding_bag(dense, &columns, &starts, scale_by_frequency, SUM, sparse_gradient, Some(&values), starts_have_end).0
     }
 }

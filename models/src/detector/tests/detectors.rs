@@ -7,10 +7,10 @@ use tch::{Device, Kind, Tensor, nn};
 
 use super::{
     super::{
-        Config, Detector, MaskConfig, MaskRcnn, MaskRcnnConfig, POOL, Phase, Pyramid, REGION_CODER,
+        Config, Detections, Detector, MaskConfig, MaskRcnn, MaskRcnnConfig, POOL, Phase, Pyramid, REGION_CODER, TestRule, Vocabularies,
         boxes::{ImageSize, Suppression, boxes_tensor, floats, integers, iou_matrix},
-        classifier::{LogitScale, Vocabulary},
-        heads::{DetectionRule, MaskHeadConfig, RegionRule, RegionSample, mask_loss, mask_targets, region_losses},
+        classifier::{Ensemble, LogitScale, Vocabulary},
+        heads::{MaskHeadConfig, RegionRule, RegionSample, mask_loss, mask_targets, region_losses},
         layout,
         matching::{Assigner, Sampler},
         roi_align::RoiAlign,
@@ -57,7 +57,7 @@ fn mask_rcnn_detects_what_torchvisions_detects() {
     let found = network.detect(&batch, &sizes).unwrap();
     for (image, (found, expected)) in found.iter().zip(golden.parts("detections")).enumerate() {
         assert_eq!(found.kept.rows.len() as i64, expected.0["n"].as_i64().unwrap());
-        let masks = found.masks.narrow(0, 0, 20).sigmoid();
+        let masks = found.masks.as_ref().unwrap().narrow(0, 0, 20).sigmoid();
         let errors = [
             error(&found.kept.boxes.narrow(0, 0, 20), &expected.tensor("boxes", &[20, 4])),
             error(&Tensor::from_slice(&found.kept.scores[..20]), &expected.tensor("scores", &[20])),
@@ -409,19 +409,12 @@ fn a_toy_detector_learns_two_images_by_heart_and_repeats_itself() {
     assert!(history[..3].iter().flatten().map(|loss| loss.to_bits()).eq(learn(3).0.iter().flatten().map(|loss| loss.to_bits())));
 
     // What it learned, it detects.
-    let pyramid = detector.regions.forward(&images("images.toy", [2, 3, 96, 128]), Phase::Test).unwrap();
-    let limits = ProposalRule { per_level: 100, suppression: Suppression { iou: 0.7, keep: 50 }, least_side: 0.0 };
-    let proposals = detector.regions.rpn.proposals(&pyramid.predictions, &SIZES, &limits).unwrap();
-    let boxes: Vec<Tensor> = proposals.iter().map(|found| found.boxes.shallow_clone()).collect();
-    let regions = detector.bbox_head.forward(&pyramid.pool(&detector.config().pool, &boxes).unwrap(), Phase::Test).unwrap();
-    let logits = detector.bbox_head.classifier.logits(&regions.embeddings, &toy_classes(), Phase::Test).unwrap();
-    let (scores, deltas) = (logits.softmax(-1, Kind::Float).narrow(1, 0, 3), regions.deltas.unwrap());
-    let rule = DetectionRule { threshold: 0.0, suppression: Suppression { iou: 0.5, keep: 300 } };
-    let mut first = 0;
-    for (image, regions) in boxes.iter().enumerate() {
-        let n = regions.size()[0];
-        let kept = rule.detect(&REGION_CODER, regions, &deltas.narrow(0, first, n), &scores.narrow(0, first, n), SIZES[image]).unwrap();
-        first += n;
+    let (images, classes) = (images("images.toy", [2, 3, 96, 128]), toy_classes());
+    let vocabularies = Vocabularies { bbox: &classes, object: None };
+    let found = detector.detect(&images, &SIZES, &vocabularies, &TestRule::default()).unwrap();
+    for (image, Detections { kept, masks }) in found.iter().enumerate() {
+        assert!(kept.scores.is_sorted_by(|a, b| a >= b) && kept.scores.len() <= 300);
+        assert_eq!(masks.as_ref().unwrap().size(), [kept.rows.len() as i64, 28, 28]);
         let overlaps = iou_matrix(&kept.boxes, &toy_objects(image)).unwrap();
         for (object, class) in [(0, 0), (1, 2)] {
             let best = kept.classes.iter().position(|&found| found == class).expect("every class has a score");
@@ -430,6 +423,30 @@ fn a_toy_detector_learns_two_images_by_heart_and_repeats_itself() {
             assert!(overlap > 0.5, "image {image}, class {class}: {overlap}");
         }
     }
+}
+
+#[test]
+fn scores_are_joined_with_those_of_the_object_head() {
+    let (_store, with_both) = detector(&toy(), 1);
+    let (_other, alone) = detector(&Config { object_head: None, mask_head: None, ..toy() }, 1);
+    let (images, classes) = (images("images.toy", [2, 3, 96, 128]), toy_classes());
+    let detect = |detector: &Detector, object| {
+        let vocabularies = Vocabularies { bbox: &classes, object };
+        detector.detect(&images, &SIZES, &vocabularies, &TestRule::default())
+    };
+    let joined = detect(&with_both, Some(&classes)).unwrap();
+    let plain = detect(&with_both, None).unwrap();
+    assert_ne!(joined[0].kept.scores, plain[0].kept.scores);
+    // The object head does not change what the others say.
+    let same = detect(&alone, None).unwrap();
+    assert_eq!((&same[0].kept.scores, same[0].masks.is_none()), (&plain[0].kept.scores, true));
+    // Where all exponents are the box head's, the other one has no say, but for the background it does not know.
+    let rule = TestRule { ensemble: Ensemble { base: 1.0, novel: 1.0 }, ..TestRule::default() };
+    let vocabularies = Vocabularies { bbox: &classes, object: Some(&classes) };
+    let unmoved = with_both.detect(&images, &SIZES, &vocabularies, &rule).unwrap();
+    assert_eq!(unmoved[1].kept.scores, plain[1].kept.scores);
+    let refusal = detect(&alone, Some(&classes)).unwrap_err().to_string();
+    assert_eq!(refusal, "classes of the object head: expected none: the detector has no object head, found a vocabulary");
 }
 
 #[test]

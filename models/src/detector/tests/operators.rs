@@ -10,7 +10,7 @@ use super::{
         anchors::{Anchors, Cells, Grid},
         boxes::{BoxCoder, ImageSize, Suppression, boxes_tensor, clip_to_image, floats, iou_matrix},
         matching::{Assigner, Match, Sampler},
-        roi_align::{Alignment, Level, RoiAlign, Sampling},
+        roi_align::{Alignment, Level, RoiAlign, Sampling, SparseRows},
     },
     Golden, boxes_of, field,
 };
@@ -64,6 +64,25 @@ fn a_box_is_pooled_from_the_level_of_its_size_and_of_its_image() {
 }
 
 #[test]
+fn both_kernels_multiply_and_differentiate_alike() {
+    // Rows of 2, 0, 3 and 1 values.
+    let matrix = SparseRows { row_ends: vec![2, 2, 5, 6], columns: vec![0, 3, 1, 2, 3, 0], values: vec![0.5, -1.0, 2.0, 0.25, 1.0, 3.0] };
+    let product = |kernel: fn(&SparseRows, &Tensor) -> Tensor| {
+        let dense = field("dense", &[5, 8]).set_requires_grad(true);
+        let product = kernel(&matrix, &dense);
+        (&product * field("upstream", &[4, 8])).sum(Kind::Float).backward();
+        (product, dense.grad())
+    };
+    let (by_csr, by_bags) = (product(SparseRows::times_by_csr), product(SparseRows::times_by_bags));
+    assert!(by_csr.0.abs().max().double_value(&[]) > 0.1 && by_csr.1.abs().max().double_value(&[]) > 0.1);
+    assert!(error(&by_bags.0, &by_csr.0) < 1e-6 && error(&by_bags.1, &by_csr.1) < 1e-6);
+    let nothing = SparseRows { row_ends: vec![0, 0], columns: vec![], values: vec![] };
+    for kernel in [SparseRows::times_by_csr, SparseRows::times_by_bags] {
+        assert_eq!(floats(&kernel(&nothing, &field("dense", &[5, 8]))), [0.0; 16]);
+    }
+}
+
+#[test]
 fn levels_begin_at_56_px_and_double() {
     let level = |side: f32| POOL.level_of([10.0, 10.0, 10.0 + side, 10.0 + side], 4);
     let sides = [0.0, 1.0, 111.9, 112.0, 223.9, 224.0, 447.9, 448.0, 5000.0];
@@ -103,7 +122,7 @@ fn the_same_boxes_are_kept_as_by_torchvision() {
     assert_eq!(keep(usize::MAX), kept);
     assert_eq!(keep(300), kept[..300]);
     // The numbers of groups do not matter, nor their sign.
-    let moved: Vec<i64> = groups.iter().map(|group| group - 7).collect();
+    let moved: Vec<i64> = groups.iter().map(|group| if *group == 3 { i64::MAX } else { group - 7 }).collect();
     let moved = Suppression { iou: 0.5, keep: 300 }.of_groups(&boxes, &field("nms.scores", &[5000]), &Tensor::from_slice(&moved)).unwrap();
     assert_eq!(moved, kept[..300]);
 }
