@@ -73,7 +73,7 @@ pub fn iou_matrix(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 /// Moves the corners of `boxes` `[N, 4]` into the image; a box that lies outside becomes empty.
-pub fn clip_to_image(boxes: &Tensor, size: ImageSize) -> Tensor {
+pub(crate) fn clip_to_image(boxes: &Tensor, size: ImageSize) -> Tensor {
     let limit = Tensor::from_slice(&[size.width as f32, size.height as f32, size.width as f32, size.height as f32]);
     boxes.clamp_min(0.0).minimum(&limit.to_device(boxes.device()).to_kind(boxes.kind()))
 }

@@ -122,7 +122,7 @@ impl EmbeddingClassifier {
     }
 
     /// Returns embeddings f32 `[N, D]` of unit length; `x`: `[N, in]`.
-    pub fn embed(&self, x: &Tensor) -> Tensor {
+    pub(crate) fn embed(&self, x: &Tensor) -> Tensor {
         to_unit_length(&self.linear.forward(x).to_kind(Kind::Float))
     }
 

@@ -55,7 +55,7 @@ impl Fpn {
     /// Returns P2 to P6, `[B, C, h, w]` of strides 4 to 64; P6 is every other cell of P5.
     ///
     /// `maps`: C2 to C5 of a backbone.
-    pub fn forward(&self, maps: &[Tensor; 4], phase: Phase) -> [Tensor; N_LEVELS] {
+    pub(crate) fn forward(&self, maps: &[Tensor; 4], phase: Phase) -> [Tensor; N_LEVELS] {
         let mut laterals = [0, 1, 2, 3].map(|level: usize| self.lateral_convs[level].forward(&maps[level], phase));
         for level in [2, 1, 0] {
             let finer = &laterals[level];

@@ -2,6 +2,8 @@
 //!
 //! Labels of regions are 0 to K - 1 for classes, and K for background, as in mmdet.
 
+use std::collections::BTreeMap;
+
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Reduction, Tensor};
@@ -157,16 +159,19 @@ impl ClosedHead {
 pub struct GlobalHead {
     /// The classifier, on what [`Self::embed`] returns.
     pub classifier: EmbeddingClassifier,
+    channels: i64,
 }
 
 impl GlobalHead {
     pub(crate) fn declare(at: &Parameters<'_>, channels: i64, embed_dim: i64) -> Self {
-        Self { classifier: EmbeddingClassifier::of_images(&(at / "_classifier"), channels, embed_dim) }
+        Self { classifier: EmbeddingClassifier::of_images(&(at / "_classifier"), channels, embed_dim), channels }
     }
 
     /// Returns embeddings f32 `[B, D]` of unit length; `coarsest`: P6, of which all cells count, those of padding too.
-    pub fn embed(&self, coarsest: &Tensor) -> Tensor {
-        self.classifier.embed(&coarsest.mean_dim([2_i64, 3].as_slice(), false, None::<Kind>))
+    pub fn embed(&self, coarsest: &Tensor) -> Result<Tensor> {
+        let fits = matches!(coarsest.size()[..], [_, c, h, w] if c == self.channels && h > 0 && w > 0);
+        ensure(fits, "coarsest level", &format!("[B, {}, h, w]", self.channels), coarsest)?;
+        Ok(self.classifier.embed(&coarsest.mean_dim([2_i64, 3].as_slice(), false, None::<Kind>)))
     }
 }
 
@@ -270,12 +275,24 @@ pub fn mask_targets(masks: &Tensor, boxes: &Tensor, objects: &[usize], side: i64
     if boxes.is_empty() {
         return Ok(Tensor::zeros([0, side, side], (Kind::Float, Device::Cpu)));
     }
-    // Each mask is an image, and each box a box on one of them.
+    let mut rows_of = BTreeMap::<usize, Vec<usize>>::new();
+    for (row, &object) in objects.iter().enumerate() {
+        rows_of.entry(object).or_default().push(row);
+    }
     let rule = RoiAlign { side, sampling: Sampling::Adaptive, alignment: Alignment::Centre, finest_scale: 56.0 };
-    let masks = masks.to_device(Device::Cpu).to_kind(Kind::Float).unsqueeze(1);
-    let chosen = masks.index_select(0, &Tensor::from_slice(&objects.iter().map(|&object| object as i64).collect::<Vec<_>>()));
-    let boxes: Vec<Tensor> = boxes.iter().map(|&corners| boxes_tensor(&[corners])).collect();
-    let shares = rule.forward(&[Level { features: &chosen, stride: 1 }], &boxes)?;
+    let mut places = vec![0_i64; boxes.len()];
+    let (mut shares, mut n_done) = (vec![], 0);
+    // One mask after the other: as floats, all of them may take a gigabyte.
+    for (object, rows) in rows_of {
+        let mask = masks.narrow(0, object as i64, 1).to_device(Device::Cpu).to_kind(Kind::Float).unsqueeze(1);
+        let boxes = boxes_tensor(&rows.iter().map(|&row| boxes[row]).collect::<Vec<_>>());
+        shares.push(rule.forward(&[Level { features: &mask, stride: 1 }], &[boxes])?);
+        for row in rows {
+            places[row] = n_done;
+            n_done += 1;
+        }
+    }
+    let shares = Tensor::cat(&shares, 0).index_select(0, &Tensor::from_slice(&places));
     Ok(shares.squeeze_dim(1).ge(0.5).to_kind(Kind::Float))
 }
 
@@ -374,6 +391,9 @@ pub fn region_losses(logits: &Tensor, deltas: &Tensor, samples: &[RegionSample])
         first += classes.len() as i64;
         targets.push(sample.deltas.shallow_clone());
         labels.extend(classes);
+    }
+    if let Some(label) = labels.iter().find(|label| !(0..=k).contains(label)) {
+        return Err(Error::Input { what: "labels", expected: format!("0 to {k}, which is background"), found: label.to_string() });
     }
     let entropy = logits.cross_entropy_loss(&on_device(Tensor::from_slice(&labels)), None::<&Tensor>, Reduction::None, -100, 0.0);
     let said = deltas.reshape([-1, 4]).index_select(0, &on_device(Tensor::from_slice(&places)));

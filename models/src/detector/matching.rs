@@ -90,7 +90,7 @@ impl Sampler {
         let places = |wanted: fn(&Match) -> bool| -> Vec<usize> {
             matches.iter().enumerate().filter(|(_, found)| wanted(found)).map(|(place, _)| place).collect()
         };
-        let n_objects = (self.n as f64 * self.object_fraction) as usize;
+        let n_objects = ((self.n as f64 * self.object_fraction) as usize).min(self.n);
         let objects = some_of(places(|found| matches!(found, Match::Object(_))), n_objects, rng);
         let background = some_of(places(|found| matches!(found, Match::Background)), self.n - objects.len(), rng);
         Sample { objects, background }

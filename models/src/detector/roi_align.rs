@@ -75,7 +75,7 @@ pub struct Level<'a> {
 
 impl RoiAlign {
     /// The level, of `n_levels` from the finest on, that a box is taken from (FPN, equation 1, as mmdet computes it).
-    pub fn level_of(&self, [x1, y1, x2, y2]: [f32; 4], n_levels: usize) -> usize {
+    pub(crate) fn level_of(&self, [x1, y1, x2, y2]: [f32; 4], n_levels: usize) -> usize {
         let side = ((x2 - x1) * (y2 - y1)).max(0.0).sqrt();
         // An empty box has the logarithm of 1e-6, far below zero, which the cast makes 0.
         let level = (side / self.finest_scale + 1e-6).log2().floor() as usize;

@@ -42,7 +42,7 @@ pub struct Config {
 #[serde(deny_unknown_fields)]
 pub struct ProposalRule {
     /// The best of each level that go on.
-    pub per_level: i64,
+    pub per_level: usize,
     /// Which of them are duplicates, each level for itself, and how many stay.
     pub suppression: Suppression,
     /// Boxes go whose width or height is not more than this, px.
@@ -104,7 +104,7 @@ impl Rpn {
     /// Looks at every anchor.
     ///
     /// `pyramid`: P2 to P6; `batch`: height and width of the images, padding included, px.
-    pub fn forward(&self, pyramid: &[Tensor; N_LEVELS], batch: [i64; 2]) -> Predictions {
+    pub(crate) fn forward(&self, pyramid: &[Tensor; N_LEVELS], batch: [i64; 2]) -> Predictions {
         let mut predictions = Predictions { objectness: vec![], deltas: vec![], anchors: vec![], cells: vec![] };
         for (place, level) in pyramid.iter().enumerate() {
             let (b, _, height, width) = level.size4().expect("BUG: a level of a pyramid is [B, C, h, w]");
@@ -133,7 +133,7 @@ impl Rpn {
         let (mut boxes, mut scores, mut levels) = (vec![], vec![], vec![]);
         for (level, anchors) in predictions.anchors.iter().enumerate() {
             let logits = predictions.objectness[level].get(image);
-            let (logits, best) = logits.topk(rule.per_level.min(logits.size()[0]), 0, true, true);
+            let (logits, best) = logits.topk((rule.per_level as i64).min(logits.size()[0]), 0, true, true);
             let deltas = predictions.deltas[level].get(image).index_select(0, &best);
             // From here on there is little work for a device, and much for plain loops.
             let [logits, deltas] = [logits, deltas].map(|tensor| tensor.to_device(Device::Cpu).to_kind(Kind::Float));

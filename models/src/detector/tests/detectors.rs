@@ -258,6 +258,8 @@ fn losses_of_regions_are_divided_by_their_number() {
     check(&own, 3.0 + 1.5);
     let refusal = region_losses(&logits, &zeros(12), &samples).unwrap_err().to_string();
     assert_eq!(refusal, "box deltas: expected [3, 4] or [3, 8], found Float [3, 12]");
+    let refusal = region_losses(&logits.narrow(1, 0, 2), &zeros(4), &samples).unwrap_err().to_string();
+    assert_eq!(refusal, "labels: expected 0 to 1, which is background, found 2");
     let nothing = region_losses(&logits.narrow(0, 0, 0), &zeros(4).narrow(0, 0, 0), &[]).unwrap();
     assert_eq!(floats(&Tensor::stack(&[nothing.classes, nothing.boxes], 0)), [0.0, 0.0]);
 }
@@ -267,15 +269,16 @@ fn a_mask_is_cut_out_of_the_box_of_its_object() {
     let masks = Tensor::zeros([2, 40, 60], (Kind::Uint8, Device::Cpu));
     // The second object: the left half of the box, below row 20.
     drop(masks.get(1).narrow(0, 20, 20).narrow(1, 10, 10).fill_(1));
-    let boxes = boxes_tensor(&[[10.0, 4.0, 30.0, 36.0], [10.0, 4.0, 30.0, 36.0]]);
-    let targets = mask_targets(&masks, &boxes, &[1, 0], 4).unwrap();
-    let (on, off) = ([1.0, 1.0, 0.0, 0.0], [0.0; 4]);
-    assert_eq!(floats(&targets.get(0)), [off, off, on, on].concat());
+    let boxes = boxes_tensor(&[[10.0, 4.0, 30.0, 36.0], [10.0, 4.0, 30.0, 36.0], [0.0, 20.0, 20.0, 40.0]]);
+    let targets = mask_targets(&masks, &boxes, &[1, 0, 1], 4).unwrap();
+    let (left, right, off) = ([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0], [0.0; 4]);
+    assert_eq!(floats(&targets.get(0)), [off, off, left, left].concat());
     assert_eq!(floats(&targets.get(1)), [0.0; 16]);
+    assert_eq!(floats(&targets.get(2)), [right; 4].concat());
     let even = mask_loss(&targets.zeros_like(), &targets).unwrap().double_value(&[]);
     assert!((even - 2.0_f64.ln()).abs() < 1e-6, "{even}");
     assert_eq!(mask_targets(&masks, &boxes.narrow(0, 0, 0), &[], 4).unwrap().size(), [0, 4, 4]);
-    let refusal = mask_targets(&masks, &boxes, &[1, 2], 4).unwrap_err().to_string();
+    let refusal = mask_targets(&masks, &boxes, &[1, 2, 0], 4).unwrap_err().to_string();
     assert_eq!(refusal, "masks: expected [G, H, W], with one for each object, found Uint8 [2, 40, 60]");
 }
 
@@ -368,7 +371,7 @@ fn losses(detector: &Detector, rng: &mut ChaCha8Rng) -> Vec<Tensor> {
     let pull = |embeddings: Tensor| (embeddings - 0.1).abs().mean(Kind::Float);
     let [object, block] = [&detector.object_head, &detector.block_head]
         .map(|head| pull(head.as_ref().unwrap().forward(&pooled, Phase::Train).unwrap().embeddings));
-    let global = pull(detector.global_head.as_ref().unwrap().embed(&pyramid.levels[4]));
+    let global = pull(detector.global_head.as_ref().unwrap().embed(&pyramid.levels[4]).unwrap());
     losses.into_iter().chain([mask_loss(&drawn, &targets).unwrap(), object, block, global]).collect()
 }
 
@@ -459,6 +462,8 @@ fn heads_take_no_regions() {
     }
     let refusal = detector.bbox_head.forward(&Tensor::zeros([2, 64, 5, 7], (Kind::Float, Device::Cpu)), Phase::Test).unwrap_err();
     assert_eq!(refusal.to_string(), "pooled features: expected [N, 64, 7, 7], found Float [2, 64, 5, 7]");
+    let flat = detector.global_head.as_ref().unwrap().embed(&Tensor::zeros([2, 64], (Kind::Float, Device::Cpu))).unwrap_err();
+    assert_eq!(flat.to_string(), "coarsest level: expected [B, 64, h, w], found Float [2, 64]");
     let masks = Tensor::zeros([0, 64, 14, 14], (Kind::Float, Device::Cpu));
     assert_eq!(detector.mask_head.as_ref().unwrap().forward(&masks, &[]).unwrap().size(), [0, 28, 28]);
 }
