@@ -128,7 +128,7 @@ impl EmbeddingClassifier {
 
     /// Returns logits f32 `[N, K]`, or `[N, K + 1]` with a last column for background; see [`Background`].
     ///
-    /// `embeddings`: what [`Self::embed`] returned. In training the columns of novel classes are minus infinity, without gradients.
+    /// `embeddings`: f32 `[N, D]`, of unit length, as the head of this classifier returned them. In training the columns of novel classes are minus infinity, without gradients.
     pub fn logits(&self, embeddings: &Tensor, vocabulary: &Vocabulary, phase: Phase) -> Result<Tensor> {
         let d = vocabulary.embeddings.size()[1];
         ensure(

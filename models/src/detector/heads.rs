@@ -69,7 +69,7 @@ impl Trunk {
 #[derive(Debug)]
 pub struct OpenHead {
     trunk: Trunk,
-    /// The classifier, on what [`Self::forward`] returns.
+    /// The classifier, on embeddings that [`Self::forward`] returns.
     pub classifier: EmbeddingClassifier,
     fc_reg: Option<Linear>,
 }

@@ -14,6 +14,8 @@ use crate::{Error, Misfit, Result};
 const WRAPPERS: [&str; 2] = ["state_dict.", "module."];
 /// Ends the names of counters that mmdet keeps: of batches (batch normalisation) and of warm-up steps (OADP's losses).
 const COUNTERS: [&str; 2] = [".num_batches_tracked", "._steps"];
+/// A ResNet that is no detector has it.
+const CLASSIFIER_MARK: &str = "layer4.0.conv1.weight";
 /// Only torchvision's detectors have it.
 const TORCHVISION_MARK: &str = "roi_heads.box_predictor.cls_score.weight";
 
@@ -42,12 +44,14 @@ impl LoadReport {
 
 /// Copies every tensor of a checkpoint that matches a parameter in name and shape; kinds are cast. Everything else is reported.
 ///
-/// `checkpoint`: under mmdet's names, with or without `state_dict.` and `module.` before them, or torchvision's Mask R-CNN. Fails if nothing
-/// matches, or if a tensor does not hold floating numbers.
+/// `checkpoint`: under mmdet's names, with or without `state_dict.` and `module.` before them, torchvision's Mask R-CNN, or a ResNet that
+/// classifies images, for the backbone. Fails if nothing matches, or if a tensor that does holds no floating numbers.
 pub fn load(checkpoint: &BTreeMap<String, Tensor>, parameters: &BTreeMap<String, Tensor>, origin: &Path) -> Result<LoadReport> {
-    let mut tensors = unwrap(checkpoint);
+    let mut tensors = unwrap(checkpoint, origin)?;
     if tensors.contains_key(TORCHVISION_MARK) {
         tensors = from_torchvision(&tensors, origin)?;
+    } else if tensors.contains_key(CLASSIFIER_MARK) {
+        tensors = tensors.into_iter().map(|(name, tensor)| (format!("backbone.{name}"), tensor)).collect();
     }
     let mut report = LoadReport::default();
     let mut matched = Vec::new();
@@ -87,9 +91,15 @@ fn malformed(origin: &Path, problem: String) -> Error {
 }
 
 /// Takes off what a training script put in front of the names.
-fn unwrap(tensors: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
-    let bare = |name: &str| WRAPPERS.iter().fold(name, |rest, wrapper| rest.strip_prefix(wrapper).unwrap_or(rest)).to_owned();
-    tensors.iter().map(|(name, tensor)| (bare(name), tensor.shallow_clone())).collect()
+fn unwrap(tensors: &BTreeMap<String, Tensor>, origin: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let mut bare = BTreeMap::new();
+    for (name, tensor) in tensors {
+        let rest = WRAPPERS.iter().fold(name.as_str(), |rest, wrapper| rest.strip_prefix(wrapper).unwrap_or(rest));
+        if bare.insert(rest.to_owned(), tensor.shallow_clone()).is_some() {
+            return Err(malformed(origin, format!("{rest}: two tensors of this name, with and without a prefix")));
+        }
+    }
+    Ok(bare)
 }
 
 /// Translates torchvision's Mask R-CNN to mmdet's names and order of classes; names that no rule knows are kept.

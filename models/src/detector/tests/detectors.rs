@@ -172,6 +172,21 @@ fn what_a_checkpoint_lacks_has_too_much_or_in_another_shape_is_listed() {
 }
 
 #[test]
+fn a_classifier_of_images_gives_its_backbone() {
+    let (_store, network) = detector(&toy(), 1);
+    let (_other, trained) = detector(&toy(), 2);
+    let backbone =
+        trained.parameters().iter().filter_map(|(name, tensor)| Some((name.strip_prefix("backbone.")?.to_owned(), tensor.copy())));
+    let mut classifier: BTreeMap<String, Tensor> = backbone.collect();
+    let n_tensors = classifier.len();
+    classifier.insert("fc.weight".into(), field("fc", &[10, 128]));
+    let report = layout::load(&classifier, network.parameters(), origin()).unwrap();
+    assert_eq!((report.loaded.len(), report.unmatched.len()), (n_tensors, 1));
+    assert_eq!(report.missing.len(), network.parameters().len() - n_tensors);
+    assert_eq!(network.parameters()["backbone.conv1.weight"], trained.parameters()["backbone.conv1.weight"]);
+}
+
+#[test]
 fn a_checkpoint_of_something_else_is_refused() {
     let (_store, network) = detector(&toy(), 1);
     let refusal = |name: &str, tensor: Tensor| {
@@ -179,6 +194,10 @@ fn a_checkpoint_of_something_else_is_refused() {
     };
     let expected = "detector.pth: no detector that is known: expected tensors such as backbone.conv1.weight, found visual.proj";
     assert_eq!(refusal("visual.proj", field("some", &[3])), expected);
+    let bias = || field("bias", &[3]);
+    let twice = BTreeMap::from([("rpn_head.rpn_cls.bias".to_owned(), bias()), ("module.rpn_head.rpn_cls.bias".to_owned(), bias())]);
+    let refused = layout::load(&twice, network.parameters(), origin()).unwrap_err().to_string();
+    assert_eq!(refused, "detector.pth: rpn_head.rpn_cls.bias: two tensors of this name, with and without a prefix");
     let kind = refusal("rpn_head.rpn_cls.bias", Tensor::from_slice(&[1_i64, 2, 3]));
     assert_eq!(kind, "detector.pth: rpn_head.rpn_cls.bias: expected a floating kind, found Int64");
 }
