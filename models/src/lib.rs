@@ -8,6 +8,7 @@ pub mod detector;
 mod error;
 #[cfg(test)]
 mod golden;
+mod layers;
 mod parameters;
 
 pub use error::{Error, Misfit};

@@ -7,10 +7,13 @@ use tch::{Kind, Tensor};
 
 use super::{
     Mode,
-    transformer::{Attention, CUDNN, Linear, attend},
+    transformer::{Attention, attend},
     vision::resize_positions,
 };
-use crate::parameters::{Init, Parameters};
+use crate::{
+    layers::{CUDNN, Linear},
+    parameters::{Init, Parameters},
+};
 
 /// Channels leave a bottleneck this many times wider than they are inside it.
 const EXPANSION: i64 = 4;

@@ -5,34 +5,13 @@
 use tch::{Device, Kind, Tensor};
 
 use super::{Activation, QUICK_GELU_SLOPE};
-use crate::parameters::{Init, Parameters};
+use crate::{
+    layers::{CUDNN, Linear},
+    parameters::{Init, Parameters},
+};
 
 /// The epsilon of every LayerNorm in CLIP.
 const LAYER_NORM_EPS: f64 = 1e-5;
-
-/// `y = x W^T + b`.
-#[derive(Debug)]
-pub(crate) struct Linear {
-    /// `[out, in]`.
-    pub(crate) weight: Tensor,
-    /// `[out]`.
-    pub(crate) bias: Tensor,
-}
-
-impl Linear {
-    pub(super) fn declare(at: &Parameters<'_>, n_in: i64, n_out: i64, weight: Init, bias: Init) -> Self {
-        Self { weight: at.trainable("weight", &[n_out, n_in], weight), bias: at.trainable("bias", &[n_out], bias) }
-    }
-
-    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, Some(&self.bias))
-    }
-
-    pub(super) fn cast(&mut self, kind: Kind) {
-        self.weight = self.weight.to_kind(kind);
-        self.bias = self.bias.to_kind(kind);
-    }
-}
 
 /// LayerNorm over the last dimension, computed in f32 and cast back.
 #[derive(Debug)]
@@ -54,9 +33,6 @@ impl LayerNorm {
         if x.device() == Device::Cpu { norm(x) } else { norm(&x.to_kind(Kind::Float)).to_kind(x.kind()) }
     }
 }
-
-/// Whether libtorch may use cuDNN's kernels where it has them.
-pub(super) const CUDNN: bool = true;
 
 /// Which tokens a token may look at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,10 +8,11 @@ use tch::{Kind, Tensor};
 
 use super::{
     ensure,
-    layers::{Linear, Phase, to_unit_length},
+    layers::{Phase, to_unit_length},
 };
 use crate::{
     Error, Result,
+    layers::Linear,
     parameters::{Init, Parameters},
 };
 

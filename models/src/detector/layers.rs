@@ -1,14 +1,17 @@
-//! The layers that backbone, pyramid and heads are made of.
+//! The layers that backbone, pyramid and heads are made of, besides those of all networks.
 
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::parameters::{Init, Parameters};
+use crate::{
+    layers::CUDNN,
+    parameters::{Init, Parameters},
+};
 
-/// Whether libtorch may use cuDNN's kernels where it has them.
-const CUDNN: bool = true;
 /// PyTorch's default for batch normalisation.
 const BATCH_NORM_MOMENTUM: f64 = 0.1;
+/// PyTorch's default for what batch normalisation adds to a variance.
+pub(crate) const BATCH_NORM_EPS: f64 = 1e-5;
 
 /// What a forward pass is for. It is always an argument: no part of a network remembers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,26 +30,6 @@ pub enum Statistics {
     Frozen,
     /// Those of the batch, which the running ones follow.
     Batch,
-}
-
-/// `y = x W^T + b`.
-#[derive(Debug)]
-pub(crate) struct Linear {
-    /// `[out, in]`.
-    pub(crate) weight: Tensor,
-    /// `[out]`.
-    pub(crate) bias: Tensor,
-}
-
-impl Linear {
-    pub(crate) fn declare(at: &Parameters<'_>, n_in: i64, n_out: i64, weight: Init, bias: Init) -> Self {
-        Self { weight: at.trainable("weight", &[n_out, n_in], weight), bias: at.trainable("bias", &[n_out], bias) }
-    }
-
-    /// `x`: `[N, in]`.
-    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, Some(&self.bias))
-    }
 }
 
 /// The shape of a convolution, whose output keeps the input's side (over the stride).
@@ -146,9 +129,6 @@ pub(crate) struct ConvModule {
     pub(crate) conv: Conv,
     pub(crate) bn: Option<BatchNorm>,
 }
-
-/// PyTorch's default epsilon of batch normalisation.
-pub(crate) const BATCH_NORM_EPS: f64 = 1e-5;
 
 impl ConvModule {
     /// A convolution with a bias.

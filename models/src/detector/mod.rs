@@ -4,6 +4,10 @@
 //! [`layout`] translates torchvision's. Images arrive normalised, right and below padded with zeros. Boxes are xyxy, half-open, f32, in
 //! px of the image as the network sees it. How an image becomes a tensor, and in which order losses are taken, is not known here.
 //!
+//! What differs from mmdet and OADP: batch normalisation sees one device (the reference synchronises several); joined scores are products, not
+//! logits made of them ([`classifier::Ensemble`]); losses of proposals are divided by what was sampled ([`rpn`]). Residual blocks begin with
+//! all weights of normalisation at 1, where mmdet begins the last of a block at 0, which only matters without pretraining.
+//!
 //! No part remembers whether it learns or detects: [`Phase`] is an argument. Random choices come from the generator that is passed in.
 
 pub mod anchors;

@@ -33,13 +33,13 @@ pub struct Config {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Depth {
     /// 2, 2, 2, 2 blocks of two convolutions.
-    #[serde(rename = "18")]
+    #[serde(rename = "resnet-18")]
     R18,
     /// 3, 4, 6, 3 bottlenecks.
-    #[serde(rename = "50")]
+    #[serde(rename = "resnet-50")]
     R50,
     /// 3, 4, 23, 3 bottlenecks.
-    #[serde(rename = "101")]
+    #[serde(rename = "resnet-101")]
     R101,
 }
 
