@@ -55,6 +55,17 @@ pub(crate) fn n_accelerators() -> Option<usize> {
     IS_LOADED.get_or_init(load).then(|| tch::Cuda::device_count() as usize)
 }
 
+/// Keeps libtorch's warnings off the operator's screen: that a kernel is in beta state is no news for them.
+#[expect(unsafe_code, reason = "a setting of libtorch's that has no function")]
+pub(crate) fn silence_libtorch() {
+    unsafe extern "C" {
+        /// What is logged: 1 is warnings, 2 errors.
+        static mut FLAGS_caffe2_log_level: libc::c_int;
+    }
+    // SAFETY: an integer that libtorch reads when it logs; no thread of its is there yet.
+    unsafe { FLAGS_caffe2_log_level = 2 }
+}
+
 /// The processor's model.
 pub(crate) fn processor() -> String {
     let info = read_line("/proc/cpuinfo");

@@ -23,6 +23,7 @@ use error::ExitCode;
 
 #[expect(clippy::print_stderr, reason = "the one place where errors are printed")]
 fn main() {
+    machine::silence_libtorch();
     let code = match cli::main() {
         Ok(()) => ExitCode::Success,
         Err(error) => {

@@ -35,7 +35,11 @@ pub(crate) const MAX_FAILED_RATIO: f64 = 0.001;
 pub(crate) const MAX_SILENCE: Duration = Duration::from_secs(1800);
 
 /// The named pipelines that come with the program.
-pub(crate) const NAMED: &[(&str, &str)] = &[("quickstart", include_str!("../pipelines/quickstart.yaml"))];
+pub(crate) const NAMED: &[(&str, &str)] = &[
+    ("quickstart", include_str!("../pipelines/quickstart.yaml")),
+    ("supervised-toy", include_str!("../pipelines/supervised-toy.yaml")),
+    ("vild-toy", include_str!("../pipelines/vild-toy.yaml")),
+];
 
 /// A pipeline that can be planned.
 pub(crate) struct Pipeline {

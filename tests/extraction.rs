@@ -101,13 +101,12 @@ fn many(n_images: usize, broken: &[usize]) -> World {
 fn several_devices_share_the_units_and_kills_lose_nothing_of_them() {
     let (alone, shared) = (many(3000, &[]), many(3000, &[]));
     alone.run(["run", "./many.yaml"]).success();
-    let n_made = |world: &World, kind: &str| world.units().keys().filter(|name| name.contains(kind) && name.ends_with("unit.json")).count();
-    let n_units = n_made(&alone, "clip-globals");
+    let n_units = alone.n_units_of("clip/globals");
     assert!(n_units >= 2, "{n_units}");
 
     shared.run(["run", "./many.yaml", "--until", "clip"]).success();
     let mut running = shared.command(["run", "./many.yaml", "--device", "cpu,cpu"]).spawn().unwrap();
-    until(|| n_made(&shared, "clip-globals") > 0);
+    until(|| shared.n_units_of("clip/globals") > 0);
     running.kill().unwrap();
     running.wait().unwrap();
     let run = shared.run(["run", "./many.yaml", "--device", "cpu,cpu"]).success();

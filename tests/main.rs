@@ -3,6 +3,7 @@
 
 mod support;
 
+mod detector;
 mod errors;
 mod extraction;
 mod faults;

@@ -506,7 +506,7 @@ impl UnitDraft {
 
 /// What came of preparing an item.
 pub(crate) struct Attempted<T> {
-    result: Result<T>,
+    pub(crate) result: Result<T>,
     attempts: u32,
 }
 

@@ -47,8 +47,8 @@ const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "The labels 
 const DETECTIONS: Out<Detections> = Out::new("detections", "Boxes (xyxy, px), categories and scores by image, best first.");
 const EVALUATION: Out<EvaluationFile> = Out::new("evaluation", "AP and AR of all, base and novel classes, of every class, and PR curves.");
 
-/// Category ids of base ++ novel, by name.
-fn category_ids(annotations: &Annotations, classes: &ClassSplit) -> Result<Vec<CategoryId>> {
+/// Category ids of some classes, by name.
+pub(crate) fn category_ids<'a>(annotations: &Annotations, classes: impl Iterator<Item = &'a String>) -> Result<Vec<CategoryId>> {
     let id = |name: &String| {
         let found = annotations.categories.iter().find(|category| category.name == *name);
         found.map(|category| category.id).ok_or_else(|| Error::Input {
@@ -57,7 +57,7 @@ fn category_ids(annotations: &Annotations, classes: &ClassSplit) -> Result<Vec<C
             hint: "use the classes and the annotations of the same split".into(),
         })
     };
-    classes.all().map(id).collect()
+    classes.map(id).collect()
 }
 
 impl Stage for ZeroShot {
@@ -80,7 +80,7 @@ impl Stage for ZeroShot {
         let [unit] = units else { return Ok(()) };
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
-        let ids = category_ids(&annotations, &classes)?;
+        let ids = category_ids(&annotations, classes.all())?;
         let names: Vec<String> = classes.all().cloned().collect();
         let prompts = cx.inputs.read(PROMPTS)?.select(&names)?;
         cx.total(annotations.images.len() as u64);

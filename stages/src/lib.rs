@@ -9,6 +9,7 @@ pub mod clip;
 mod contract;
 pub mod crops;
 pub mod detect;
+pub mod detector;
 mod error;
 mod feed;
 mod pass;

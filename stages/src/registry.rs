@@ -6,7 +6,7 @@ use serde_json::Value;
 use crate::{
     annotations, clip,
     contract::{AnyStage, PortInfo, Problem, Stage},
-    crops, detect, toy,
+    crops, detect, detector, toy,
 };
 
 /// Every stage, in the order `ovenbird stages` lists them.
@@ -23,6 +23,8 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<clip::Objects>(),
     StageEntry::of::<clip::Proposals>(),
     StageEntry::of::<detect::ZeroShot>(),
+    StageEntry::of::<detector::Train>(),
+    StageEntry::of::<detector::Test>(),
     StageEntry::of::<detect::Coco>(),
     StageEntry::of::<detect::Lvis>(),
 ];

@@ -95,6 +95,12 @@ impl World {
         runs.map(|run| fs::read_to_string(run.path().join("events.jsonl")).unwrap_or_default()).collect()
     }
 
+    /// How many units of a stage are published; a process may be at work.
+    pub(crate) fn n_units_of(&self, kind: &str) -> usize {
+        let Ok(units) = fs::read_dir(self.path(".ovenbird/units").join(kind.replace('/', "-"))) else { return 0 };
+        units.filter(|unit| unit.as_ref().is_ok_and(|unit| unit.path().join("unit.json").exists())).count()
+    }
+
     /// How many units are published.
     pub(crate) fn n_units(&self) -> usize {
         let kinds = fs::read_dir(self.path(".ovenbird/units")).into_iter().flatten().flatten();

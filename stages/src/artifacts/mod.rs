@@ -25,7 +25,7 @@ use std::{
 
 use ovenbird_cache::{Digest, inputs::InputFile};
 use ovenbird_data::{
-    annotations::Annotations,
+    annotations::{Annotations, ImageInfo},
     classes::ClassSplit,
     evaluate::Evaluation,
     images::Image,
@@ -55,7 +55,7 @@ pub trait Artifact: Sized {
 }
 
 /// The one file of a port that must hold exactly one.
-fn only_file<'a>(kind: &'static str, files: &'a [InputFile]) -> Result<&'a InputFile> {
+pub(crate) fn only_file<'a>(kind: &'static str, files: &'a [InputFile]) -> Result<&'a InputFile> {
     match files {
         [file] => Ok(file),
         _ => Err(Error::Input {
@@ -113,6 +113,15 @@ impl Images {
     /// As [`Self::decode`], at a part of its size where that leaves its shorter side long enough: see [`Image::open_draft`].
     pub(crate) fn decode_draft(&self, file_name: &str, stated: [u32; 2], least_side: u32) -> Result<Image> {
         Ok(Image::open_draft(self.path(file_name)?, stated, least_side)?)
+    }
+
+    /// One digest an image of some annotations, in ascending id: of its id, the size that is stated, and its content.
+    pub(crate) fn items(&self, annotations: &Annotations) -> Result<Vec<Digest>> {
+        let item = |image: &ImageInfo| {
+            let stated = format!("{} {}x{}", image.id, image.width, image.height);
+            Ok(Digest::of_list("ovenbird image 1", [(stated.as_str(), self.digest(&image.file_name)?)]))
+        };
+        annotations.images.iter().map(item).collect()
     }
 
     fn entry(&self, file_name: &str) -> Result<&(PathBuf, Digest)> {
@@ -236,6 +245,21 @@ impl Artifact for CheckpointFile {
             _ => only_file(Self::KIND, files)?,
         };
         Ok(Self { path: file.path.clone(), digest: file.digest })
+    }
+}
+
+/// What a training continues from, besides its weights.
+pub struct TrainingState {
+    /// Where it lies: safetensors.
+    pub path: PathBuf,
+}
+
+impl Artifact for TrainingState {
+    const KIND: &'static str = "training-state";
+    const EXTENSIONS: &'static [&'static str] = &["safetensors"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { path: only_file(Self::KIND, files)?.path.clone() })
     }
 }
 

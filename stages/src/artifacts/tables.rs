@@ -84,13 +84,14 @@ impl Artifact for Detections {
     const EXTENSIONS: &'static [&'static str] = &["parquet"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        let path = &only_file(Self::KIND, files)?.path;
         let mut detections = Vec::new();
-        for batch in read_table(path)? {
-            let (images, categories) = (ids(path, &batch, "image_id")?, ids(path, &batch, "category_id")?);
-            for ((image, category), (xyxy, score)) in images.into_iter().zip(categories).zip(boxes(path, &batch)?) {
-                let xyxy = xyxy.ok_or_else(|| malformed(path, "a detection without a box"))?;
-                detections.push(Detection { image_id: ImageId(image), category_id: CategoryId(category), xyxy, score });
+        for InputFile { path, .. } in files {
+            for batch in read_table(path)? {
+                let (images, categories) = (ids(path, &batch, "image_id")?, ids(path, &batch, "category_id")?);
+                for ((image, category), (xyxy, score)) in images.into_iter().zip(categories).zip(boxes(path, &batch)?) {
+                    let xyxy = xyxy.ok_or_else(|| malformed(path, "a detection without a box"))?;
+                    detections.push(Detection { image_id: ImageId(image), category_id: CategoryId(category), xyxy, score });
+                }
             }
         }
         Ok(Self(detections))

@@ -9,6 +9,6 @@ mod templates;
 
 pub use encoder::{Clip, Precision, gain_of_bf16};
 pub use features::{Blocks, Globals, Objects, Proposals, View};
-pub use pretrain::{Architecture, Pretrain, TrainingState};
+pub use pretrain::{Architecture, Pretrain};
 pub use prompts::Ensemble;
 pub use templates::Templates;

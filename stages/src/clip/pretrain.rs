@@ -1,11 +1,7 @@
 //! `clip/pretrain`: a small CLIP, trained from nothing on captioned pictures.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
-use ovenbird_cache::inputs::InputFile;
 use ovenbird_data::images::{Image, Preprocess};
 use ovenbird_models::{
     checkpoint::{Checkpoint, write_safetensors},
@@ -23,7 +19,7 @@ use tch::{Device, Kind, Tensor, nn, no_grad};
 use super::{encoder::unit_norm, prompts::ensemble};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft, Units,
-    artifacts::{Artifact, Captions, CheckpointFile, Images},
+    artifacts::{Captions, CheckpointFile, Images, TrainingState},
     contract::write_error,
     feed::in_parallel,
 };
@@ -92,21 +88,6 @@ const HELD_OUT: In<Captions> = In::optional("held_out", "Their class names.");
 const CHECKPOINT: Out<CheckpointFile> = Out::new("checkpoint", "Weights in OpenAI's layout, safetensors, f32.");
 const STATE: Out<TrainingState> =
     Out::new("state", "What the next unit continues from besides the weights: both moments of the optimizer, steps done.");
-
-/// What a training continues from.
-pub struct TrainingState {
-    path: PathBuf,
-}
-
-impl Artifact for TrainingState {
-    const KIND: &'static str = "training-state";
-    const EXTENSIONS: &'static [&'static str] = &["safetensors"];
-
-    fn open(files: &[InputFile]) -> Result<Self> {
-        let [file] = files else { panic!("BUG: a unit of training has one state") };
-        Ok(Self { path: file.path.clone() })
-    }
-}
 
 impl Stage for Pretrain {
     const KIND: &'static str = "clip/pretrain";

@@ -1,0 +1,147 @@
+//! Two-stage detectors as stages: trained ([`Train`]), and asked what they see ([`Test`]). Written after ViLD (Gu et al. 2022) and OADP
+//! (methods, section 6).
+//!
+//! A trained detector's file says how it is built and asked ([`Card`]), so that nothing has to be repeated where it is used.
+
+mod test;
+mod train;
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use ovenbird_cache::inputs::InputFile;
+use ovenbird_data::{classes::ClassSplit, images::Image};
+use ovenbird_models::{
+    checkpoint::Checkpoint,
+    detector::{Config, classifier::LogitScale},
+};
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+pub use self::{test::Test, train::Train};
+use crate::{
+    Error, In, Inputs, Result,
+    artifacts::{AnnotationFile, Artifact, Classes, Images, Prompts, only_file},
+    error::malformed,
+};
+
+const IMAGES: In<Images> = In::required("images", "The folder that the annotations' file names are relative to.");
+const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json: which images; of training, its objects.");
+const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
+const PROMPTS: In<Prompts> = In::optional(
+    "prompts",
+    "Class embeddings. Without them every base class gets a direction of its own, and novel ones none: they are never found.",
+);
+
+/// Red, green, blue of ImageNet: taken off, and divided by.
+const MEAN: [f32; 3] = [123.675, 116.28, 103.53];
+const STD: [f32; 3] = [58.395, 57.12, 57.375];
+/// Batches are as wide and high as a multiple of this, in px.
+const GRAIN: u32 = 32;
+/// The dimension of class embeddings where there are no prompts.
+const DIM_WITHOUT_PROMPTS: i64 = 128;
+
+/// Under which key of a file's metadata its [`Card`] is.
+const CARD_KEY: &str = "ovenbird.detector";
+
+/// How a trained detector is built and asked.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Card {
+    config: Config,
+    /// Longer and shorter side that images are fitted into, in px.
+    fits: [u32; 2],
+    /// Whether classes have embeddings of their names.
+    has_prompts: bool,
+    /// How cosines become logits, in all heads that look at regions.
+    scale: LogitScale,
+}
+
+/// A trained detector.
+pub struct DetectorFile {
+    path: PathBuf,
+}
+
+impl Artifact for DetectorFile {
+    const KIND: &'static str = "detector";
+    const EXTENSIONS: &'static [&'static str] = &["safetensors"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { path: only_file(Self::KIND, files)?.path.clone() })
+    }
+}
+
+impl DetectorFile {
+    fn card(&self, checkpoint: &Checkpoint) -> Result<Card> {
+        let expected = "expected the network's configuration under `ovenbird.detector` in the metadata";
+        let text = checkpoint.metadata().get(CARD_KEY).ok_or_else(|| malformed(&self.path, format!("{expected}, found none")))?;
+        serde_json::from_str(text).map_err(|error| malformed(&self.path, format!("{expected}: {error}")))
+    }
+}
+
+/// Class embeddings f32 `[K, D]` of base ++ novel.
+fn class_embeddings(inputs: &Inputs, classes: &ClassSplit) -> Result<Tensor> {
+    let names: Vec<String> = classes.all().cloned().collect();
+    if let Some(prompts) = inputs.read_if_given(PROMPTS)? {
+        return Ok(prompts.select(&names)?.to_kind(Kind::Float));
+    }
+    // Were novel classes to get directions that nothing in training keeps regions away from, one of them would win them all.
+    let direction = |name: &String| {
+        let mut random = ChaCha8Rng::from_seed(*ovenbird_cache::Digest::of(name.as_bytes()).as_bytes());
+        let numbers: Vec<f32> = (0..DIM_WITHOUT_PROMPTS).map(|_| random.random_range(-1.0..1.0)).collect();
+        Tensor::from_slice(&numbers)
+    };
+    let rows = Tensor::stack(&classes.base.iter().map(direction).collect::<Vec<_>>(), 0);
+    let rows = &rows / rows.norm_scalaropt_dim(2.0, [-1].as_slice(), true);
+    Ok(rows.constant_pad_nd([0, 0, 0, classes.novel.len() as i64]))
+}
+
+impl Card {
+    /// Refuses class embeddings of another space than the detector's.
+    fn check(&self, inputs: &Inputs, embeddings: &Tensor) -> Result<()> {
+        let port = PROMPTS.info().name;
+        let (dim, expected) = (embeddings.size()[1], self.config.embed_dim);
+        let problem = match (self.has_prompts, inputs.ports.contains_key(port)) {
+            (true, false) => "the detector was trained with class embeddings, and gets none".into(),
+            (false, true) => "the detector was trained without class embeddings, and gets some".into(),
+            (true, true) | (false, false) if dim != expected => {
+                format!("class embeddings have {dim} numbers, the detector's space has {expected}")
+            }
+            (true, true) | (false, false) => return Ok(()),
+        };
+        let hint = "use the prompts (or none) that the detector was trained with, or others of the same CLIP".into();
+        Err(Error::Input { port, problem, hint })
+    }
+}
+
+/// Images as a network sees them: `[B, 3, H, W]`, normalised, right and below padded with zeros.
+struct Pixels {
+    numbers: Vec<f32>,
+    shape: [i64; 4],
+}
+
+impl Pixels {
+    fn of(images: &[Image]) -> Self {
+        let longest = |side: fn(&Image) -> u32| images.iter().map(side).max().unwrap_or(GRAIN).next_multiple_of(GRAIN) as usize;
+        let (width, height) = (longest(|image| image.width), longest(|image| image.height));
+        let mut numbers = vec![0.0; images.len() * 3 * height * width];
+        for (image, planes) in images.iter().zip(numbers.chunks_exact_mut(3 * height * width)) {
+            for (channel, plane) in planes.chunks_exact_mut(height * width).enumerate() {
+                for (row, levels) in plane.chunks_exact_mut(width).zip(image.rgb.chunks_exact(3 * image.width as usize)) {
+                    for (number, pixel) in row.iter_mut().zip(levels.chunks_exact(3)) {
+                        *number = (f32::from(pixel[channel]) - MEAN[channel]) / STD[channel];
+                    }
+                }
+            }
+        }
+        Self { numbers, shape: [images.len() as i64, 3, height as i64, width as i64] }
+    }
+
+    fn on(&self, device: Device) -> Tensor {
+        Tensor::from_slice(&self.numbers).view(self.shape).to_device(device)
+    }
+}
+
+/// The tensors of a training's files, each under a name.
+type Named = BTreeMap<String, Tensor>;

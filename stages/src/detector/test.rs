@@ -1,0 +1,164 @@
+//! `detector/test`: what a trained detector sees.
+
+use ovenbird_cache::Digest;
+use ovenbird_data::{annotations::ImageInfo, boxes::Xyxy, evaluate::Detection, training::Placement};
+use ovenbird_models::{
+    checkpoint::Checkpoint,
+    detector::{
+        Detector, TestRule, Vocabularies,
+        boxes::{ImageSize, Suppression},
+        classifier::{Ensemble, Vocabulary},
+        heads::DetectionRule,
+        layout,
+        rpn::ProposalRule,
+    },
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::nn;
+
+use super::{ANNOTATIONS, CLASSES, DetectorFile, IMAGES, PROMPTS, Pixels, class_embeddings};
+use crate::{
+    Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
+    artifacts::{Classes, Detections},
+    detect::category_ids,
+    feed::stream,
+};
+
+/// Bytes of images that may be ahead of the network.
+const ROOM: usize = 256 << 20;
+
+/// Which heads say what a region is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Heads {
+    /// The box head and, where the detector has one, the object head: a geometric mean, in which the box head weighs two thirds for base
+    /// classes and a third for novel ones. (ViLD, equation 5; OADP, section 6.6.)
+    #[default]
+    Both,
+    /// The box head alone.
+    Box,
+}
+
+/// Detects objects of base and novel classes with a trained detector.
+///
+/// Images one by one, fitted into the sides that the detector was trained with. Class-aware NMS; boxes are xyxy in px of the image.
+/// (OADP, section 6.6.)
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Test {
+    /// Which heads say what a region is.
+    pub heads: Heads,
+    /// Proposals of each pyramid level before NMS, and of an image after it.
+    pub proposals: usize,
+    /// A proposal falls when it overlaps a better one of its level by more.
+    pub proposal_iou: f32,
+    /// Detections with this score or less are dropped.
+    pub score_threshold: f32,
+    /// A box falls when it overlaps a better one of its class by more.
+    pub nms_iou: f32,
+    /// Detections kept an image.
+    pub most_per_image: usize,
+}
+
+impl Default for Test {
+    fn default() -> Self {
+        Self { heads: Heads::Both, proposals: 1000, proposal_iou: 0.7, score_threshold: 0.0, nms_iou: 0.5, most_per_image: 300 }
+    }
+}
+
+const DETECTOR: In<DetectorFile> = In::required("detector", "What `detector/train` made.");
+const DETECTIONS: Out<Detections> = Out::new("detections", "Boxes (xyxy, px), categories and scores by image, best first.");
+
+impl Stage for Test {
+    const KIND: &'static str = "detector/test";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), DETECTOR.info()];
+    const OUTPUTS: &'static [PortInfo] = &[DETECTIONS.info()];
+
+    fn check(&self) -> Vec<Problem> {
+        Problem::unless(&[
+            ("proposals", self.proposals > 0, "at least 1"),
+            ("proposal_iou", (0.0..=1.0).contains(&self.proposal_iou), "a number from 0 to 1"),
+            ("score_threshold", (0.0..1.0).contains(&self.score_threshold), "a number from 0 to below 1"),
+            ("nms_iou", (0.0..=1.0).contains(&self.nms_iou), "a number from 0 to 1"),
+            ("most_per_image", self.most_per_image > 0, "at least 1"),
+        ])
+    }
+
+    fn units(&self, inputs: &Inputs) -> Result<Units> {
+        let annotations = inputs.read(ANNOTATIONS)?.load()?;
+        let Classes(classes) = inputs.read(CLASSES)?;
+        let ids: Vec<u8> = category_ids(&annotations, classes.all())?.iter().flat_map(|id| id.0.to_le_bytes()).collect();
+        let ids = Digest::of(&ids);
+        let images = inputs.read(IMAGES)?.items(&annotations)?;
+        let item = |image: Digest| Digest::of_list("ovenbird detection 1", [("image", image), ("categories", ids)]);
+        Ok(Units::Independent { items: images.into_iter().map(item).collect(), replaces: vec!["images", "annotations"] })
+    }
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let images = cx.inputs.read(IMAGES)?;
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let Classes(classes) = cx.inputs.read(CLASSES)?;
+        let ids = category_ids(&annotations, classes.all())?;
+
+        let file = cx.inputs.read(DETECTOR)?;
+        let checkpoint = Checkpoint::open(&file.path)?;
+        let card = file.card(&checkpoint)?;
+        let weights = nn::VarStore::new(cx.device);
+        let detector = Detector::new(&weights.root(), &card.config, 0)?;
+        layout::load(checkpoint.tensors(), detector.parameters(), &file.path)?.require_all(&file.path)?;
+        let embeddings = class_embeddings(cx.inputs, &classes)?;
+        card.check(cx.inputs, &embeddings)?;
+        let vocabulary = Vocabulary::new(embeddings, classes.base.len() as i64, card.scale)?;
+        let object = (self.heads == Heads::Both && detector.object_head.is_some()).then_some(&vocabulary);
+        let vocabularies = Vocabularies { bbox: &vocabulary, object };
+        let rule = self.rule();
+
+        for unit in units {
+            // One that another process or device makes is passed by.
+            let Some(draft) = cx.begin_claimed(unit)? else { continue };
+            let (mut places, mut detections) = (unit.items.clone(), Vec::new());
+            let bytes = |place: &usize| 3 * (annotations.images[*place].width * annotations.images[*place].height) as usize;
+            let prepare = |place: usize| {
+                let info = &annotations.images[place];
+                let placement = Placement::fitting([info.width, info.height], card.fits[0], card.fits[1]);
+                let pixels = cx.attempt(|| Ok(Pixels::of(&[placement.pixels(&images.decode(&info.file_name, placement.from)?)])));
+                (place, placement, pixels)
+            };
+            let next = || Ok(places.next().map(|place| (place, bytes(&place))));
+            stream(cx.threads, ROOM, next, prepare, |(place, placement, pixels), n_ready| {
+                let ImageInfo { id: image_id, ref file_name, .. } = annotations.images[place];
+                let Some(pixels) = cx.kept(&draft, file_name, pixels)? else { return Ok(()) };
+                let size = ImageSize { width: placement.to[0].into(), height: placement.to[1].into() };
+                for found in detector.detect(&pixels.on(cx.device), &[size], &vocabularies, &rule)? {
+                    let boxes = Vec::<f32>::try_from(found.kept.boxes.contiguous().view(-1)).map_err(ovenbird_models::Error::from)?;
+                    let (boxes, _) = boxes.as_chunks::<4>();
+                    for ((corners, class), score) in boxes.iter().zip(found.kept.classes).zip(found.kept.scores) {
+                        let xyxy = placement.find(&Xyxy::from(*corners));
+                        detections.push(Detection { image_id, category_id: ids[class as usize], xyxy, score });
+                    }
+                }
+                cx.flow(1, n_ready);
+                cx.tick(1);
+                cx.proceed()
+            })?;
+            let n_detections = detections.len();
+            Detections(detections).write(draft.create(DETECTIONS, "detections.parquet")?)?;
+            cx.commit(draft, [("detections".into(), n_detections.into())].into())?;
+        }
+        Ok(())
+    }
+}
+
+impl Test {
+    fn rule(&self) -> TestRule {
+        let proposals = Suppression { iou: self.proposal_iou, keep: self.proposals };
+        let detections = Suppression { iou: self.nms_iou, keep: self.most_per_image };
+        TestRule {
+            proposals: ProposalRule { per_level: self.proposals, suppression: proposals, least_side: 0.0 },
+            ensemble: Ensemble::default(),
+            detections: DetectionRule { threshold: self.score_threshold, suppression: detections },
+        }
+    }
+}
