@@ -257,6 +257,7 @@ fn end_to_end(folder: &Path, stages: &[(&str, &Value)], precision: &str, n_image
             n_failed: &n_failed,
             watch: &watch,
             inputs,
+            most_items: None,
             device: Device::Cpu,
             threads: 2,
             is_stopped: &|| false,

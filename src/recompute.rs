@@ -140,6 +140,7 @@ fn audit_step(
         units: &samples,
         items: &items,
         inputs: &inputs,
+        most_items: None,
         device: tch::Device::Cpu,
         threads: step.resources.cpu,
         on_bad_item: OnBadItem::Skip { max_failed_ratio: 1.0 },

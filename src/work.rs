@@ -199,6 +199,7 @@ impl<'a> Making<'a> {
             units: &work.units,
             items: &work.items,
             inputs: &work.inputs,
+            most_items: step.most_items,
             device,
             threads: step.resources.cpu.div_ceil(n_devices),
             on_bad_item: step.on_bad_item,

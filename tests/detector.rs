@@ -83,6 +83,8 @@ fn a_training_that_is_killed_ends_with_the_same_bytes() {
     }
     let one_more = undisturbed.run(["run", "./small.yaml", "--set", "test.heads=box"]).success();
     assert_eq!(one_more.steps("done"), ["coco", "test"], "{}", one_more.stderr);
+    let dry = undisturbed.run(["run", "./small.yaml", "--dry-run", "3"]).success();
+    assert!(dry.steps("done").contains(&"detector".to_owned()), "{}", dry.stderr);
 }
 
 #[test]

@@ -340,6 +340,8 @@ pub struct Context<'a> {
     pub items: &'a [Digest],
     /// What the stage reads.
     pub inputs: &'a Inputs,
+    /// How many items of each stage a dry run makes: of the others there is nothing to read. A chain has one link then.
+    pub most_items: Option<usize>,
     /// Where networks run.
     pub device: tch::Device,
     /// How many threads the stage may keep busy besides the network's own.

@@ -424,6 +424,40 @@ impl RegionFeatures {
     }
 }
 
+impl RegionFeatures {
+    /// Makes regions accessible by image. Every batch is checked once; what is not asked for stays in the file.
+    pub(crate) fn by_image(&self) -> Result<RegionsByImage> {
+        let batches = batches(&self.shards).collect::<Result<Vec<_>>>()?;
+        let mut places = BTreeMap::new();
+        for (batch_idx, (path, batch)) in batches.iter().enumerate() {
+            let ids = u64_column(path, batch, "image_id")?.into_iter().enumerate();
+            places.extend(ids.map(|(row_idx, image)| (ImageId(image), (batch_idx, row_idx))));
+        }
+        Ok(RegionsByImage { batches, places })
+    }
+}
+
+/// Regions of images, read from the memory map when they are asked for.
+pub(crate) struct RegionsByImage {
+    batches: Vec<(PathBuf, RecordBatch)>,
+    /// Batch and row of each image.
+    places: BTreeMap<ImageId, (usize, usize)>,
+}
+
+impl RegionsByImage {
+    /// Whether there is an entry for an image, with or without regions.
+    pub(crate) fn has(&self, image: ImageId) -> bool {
+        self.places.contains_key(&image)
+    }
+
+    /// The regions of an image that has an entry.
+    pub(crate) fn get(&self, image: ImageId) -> Result<Regions> {
+        let (batch_idx, row_idx) = self.places[&image];
+        let (path, batch) = &self.batches[batch_idx];
+        Ok(region_rows(path, &batch.slice(row_idx, 1))?.remove(0))
+    }
+}
+
 fn region_rows(path: &Path, batch: &RecordBatch) -> Result<Vec<Regions>> {
     let ids = u64_column(path, batch, "image_id")?;
     let side = |name: &str| {

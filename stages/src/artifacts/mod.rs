@@ -38,7 +38,7 @@ use tch::Tensor;
 pub use features::{
     Crop, Crops, CropsWriter, ImageFeatures, ImageFeaturesWriter, NumberType, RegionFeatures, RegionFeaturesWriter, Regions,
 };
-pub(crate) use features::{Row, RowKind, RowWriter, Shelf};
+pub(crate) use features::{RegionsByImage, Row, RowKind, RowWriter, Shelf};
 pub use tables::{Detections, Proposals};
 
 use crate::{Error, Result, error::malformed};

@@ -35,7 +35,7 @@ use tch::{Device, Kind, Tensor, nn, no_grad};
 use super::{ANNOTATIONS, CARD_KEY, CLASSES, Card, DetectorFile, IMAGES, Named, PROMPTS, Pixels, class_embeddings};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft, Units,
-    artifacts::{CheckpointFile, Classes, Images, RegionFeatures, Regions, TrainingState},
+    artifacts::{CheckpointFile, Classes, Images, RegionFeatures, Regions, RegionsByImage, TrainingState},
     contract::write_error,
     detect::category_ids,
     feed::stream,
@@ -188,12 +188,14 @@ impl Stage for Train {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let Some(first) = units.first() else { return Ok(()) };
-        let course = Course::of(self, cx)?;
         let mut training = Training::begin(self, cx)?;
+        let course = Course::of(self, training.card.config.embed_dim as usize, cx)?;
         if first.index > 0 {
             training.restore(&cx.published(first.index - 1, DETECTOR)?, &cx.published(first.index - 1, STATE)?)?;
         }
-        let steps = first.index as u32 * self.steps_per_unit..self.steps;
+        let last = units[units.len() - 1].index as u32;
+        let steps = first.index as u32 * self.steps_per_unit..self.steps.min((last + 1) * self.steps_per_unit);
+        let end = steps.end;
         cx.total(steps.len() as u64);
         let (mut units, mut open): (VecDeque<&Unit>, Option<OpenUnit>) = (units.iter().collect(), None);
         let mut batches = course.batches(steps);
@@ -216,7 +218,7 @@ impl Stage for Train {
                 }
                 cx.flow(batch.images.len(), n_ready);
                 cx.tick(1);
-                if (batch.step + 1) % self.steps_per_unit == 0 || batch.step + 1 == self.steps {
+                if (batch.step + 1) % self.steps_per_unit == 0 || batch.step + 1 == end {
                     let OpenUnit { draft, sums, n_steps } = open.take().expect("BUG: a unit is open");
                     training.save(&draft)?;
                     let mut metrics: BTreeMap<String, serde_json::Value> =
@@ -272,8 +274,9 @@ struct Course {
     samples: Vec<Sample>,
     /// Places in `samples`, rare ones more than once.
     copies: Vec<usize>,
-    /// Of images with embeddings to learn.
-    features: Option<BTreeMap<ImageId, Regions>>,
+    /// Embeddings to learn.
+    features: Option<RegionsByImage>,
+    embed_dim: usize,
     batch: usize,
     sides: [[u32; 2]; 2],
     random: ChaCha8Rng,
@@ -315,8 +318,9 @@ struct Shown {
 }
 
 impl Course {
-    fn of(stage: &Train, cx: &Context<'_>) -> Result<Self> {
-        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+    fn of(stage: &Train, embed_dim: usize, cx: &Context<'_>) -> Result<Self> {
+        let mut annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let samples = training::samples(&annotations, &category_ids(&annotations, classes.base.iter())?);
         if samples.is_empty() {
@@ -332,7 +336,7 @@ impl Course {
         let features = cx.inputs.read_if_given(FEATURES)?.map(|features| features_of(&features, &samples)).transpose()?;
         let random = cx.rng(&cx.units[0]);
         let sides = [stage.longer_side, stage.shorter_side];
-        Ok(Self { images: cx.inputs.read(IMAGES)?, samples, copies, features, batch: stage.batch, sides, random })
+        Ok(Self { images: cx.inputs.read(IMAGES)?, samples, copies, features, embed_dim, batch: stage.batch, sides, random })
     }
 
     /// Random numbers for something: no two things share any.
@@ -376,32 +380,42 @@ impl Course {
         for (place, placement) in &plan.images {
             let Sample { info, objects } = &self.samples[*place];
             pictures.push(placement.pixels(&self.images.decode(&info.file_name, placement.from)?));
-            let regions = self.features.as_ref().map(|features| &features[&info.id]);
+            let (mut regions, mut embeddings) = (Vec::new(), Vec::new());
+            if let Some(features) = &self.features {
+                let found = features.get(info.id)?;
+                self.check_dim(&found)?;
+                regions = found.boxes.iter().map(|xyxy| placement.show(xyxy)).collect();
+                embeddings = found.embeddings;
+            }
             images.push(Shown {
                 id: info.id,
                 size: ImageSize { width: placement.to[0].into(), height: placement.to[1].into() },
                 objects: objects.iter().map(|object| placement.show(&object.xyxy)).collect(),
                 classes: objects.iter().map(|object| object.class as i64).collect(),
-                regions: regions.map(|regions| regions.boxes.iter().map(|xyxy| placement.show(xyxy)).collect()).unwrap_or_default(),
-                embeddings: regions.map(|regions| regions.embeddings.clone()).unwrap_or_default(),
+                regions,
+                embeddings,
             });
         }
         Ok(Batch { step: plan.step, pixels: Pixels::of(&pictures), images })
     }
+
+    /// Refuses embeddings of another space than the detector's.
+    fn check_dim(&self, Regions { image_id, boxes, embeddings, .. }: &Regions) -> Result<()> {
+        if embeddings.len() == boxes.len() * self.embed_dim {
+            return Ok(());
+        }
+        let (found, expected) = (embeddings.len() / boxes.len().max(1), self.embed_dim);
+        let problem = format!("image {image_id}: embeddings have {found} numbers, class embeddings {expected}");
+        Err(Error::Input { port: FEATURES.info().name, problem, hint: "make the prompts and the features with the same CLIP".into() })
+    }
 }
 
 /// The embeddings of every sample's regions. Images without an entry are named.
-fn features_of(features: &RegionFeatures, samples: &[Sample]) -> Result<BTreeMap<ImageId, Regions>> {
-    let mut wanted: std::collections::BTreeSet<ImageId> = samples.iter().map(|sample| sample.info.id).collect();
-    let mut found = BTreeMap::new();
-    for regions in features.rows() {
-        let regions = regions?;
-        if wanted.remove(&regions.image_id) {
-            found.insert(regions.image_id, regions);
-        }
-    }
-    let Some(first) = wanted.first() else { return Ok(found) };
-    let problem = format!("none for {} of {} images, image {first} among them", wanted.len(), samples.len());
+fn features_of(features: &RegionFeatures, samples: &[Sample]) -> Result<RegionsByImage> {
+    let found = features.by_image()?;
+    let missing: Vec<ImageId> = samples.iter().map(|sample| sample.info.id).filter(|image| !found.has(*image)).collect();
+    let Some(first) = missing.first() else { return Ok(found) };
+    let problem = format!("none for {} of {} images, image {first} among them", missing.len(), samples.len());
     let hint = "make them for these annotations: `clip/objects` with the same `annotations`".into();
     Err(Error::Input { port: FEATURES.info().name, problem, hint })
 }
