@@ -248,6 +248,28 @@ impl Train {
         self.learning_rate * warm * 0.1_f64.powi(n_falls)
     }
 
+    /// A step of SGD with momentum, as PyTorch's, down the parameters' gradients.
+    fn descend(&self, step: u32, parameters: &[(&String, &Tensor)], velocities: &mut Named) {
+        no_grad(|| {
+            let gradients =
+                || parameters.iter().map(|(name, tensor)| (name, tensor, tensor.grad())).filter(|(.., gradient)| gradient.defined());
+            let shortening = self.most_gradient.map_or(1.0, |most| {
+                let squares: Vec<Tensor> = gradients().map(|(.., gradient)| gradient.square().sum(Kind::Float)).collect();
+                let length = Tensor::stack(&squares, 0).sum(Kind::Double).sqrt().double_value(&[]);
+                (most / (length + 1e-6)).min(1.0)
+            });
+            for (name, tensor, gradient) in gradients() {
+                let factor = self.rate_factors.iter().filter(|(start, _)| name.starts_with(*start)).max_by_key(|(start, _)| start.len());
+                let rate = self.rate_at(step) * factor.map_or(1.0, |(_, factor)| *factor);
+                let velocity = velocities.get_mut(*name).expect("BUG: every trained parameter has a velocity");
+                *velocity *= self.momentum;
+                *velocity += gradient * shortening + *tensor * self.weight_decay;
+                let mut tensor = tensor.shallow_clone();
+                tensor -= &*velocity * rate;
+            }
+        });
+    }
+
     fn config(&self, embed_dim: i64, has_features: bool) -> Config {
         let config = match self.network {
             Network::R50 => Config::oadp(embed_dim),
@@ -473,7 +495,8 @@ impl Training {
             tensor.shallow_clone().zero_grad();
         }
         all.sum(Kind::Float).backward();
-        self.update(stage, batch.step);
+        let parameters: Vec<(&String, &Tensor)> = trained(&self.detector).collect();
+        stage.descend(batch.step, &parameters, &mut self.velocities);
         Ok(names.zip(values).collect())
     }
 
@@ -513,31 +536,6 @@ impl Training {
             losses.push(("objects", apart * stage.object_loss.at(batch.step + 1)));
         }
         Ok(losses)
-    }
-
-    /// SGD with momentum, as PyTorch's.
-    fn update(&mut self, stage: &Train, step: u32) {
-        let rate = stage.rate_at(step);
-        no_grad(|| {
-            let gradients = || trained(&self.detector).map(|(_, tensor)| tensor.grad()).filter(Tensor::defined);
-            let shortening = stage.most_gradient.map(|most| {
-                let squares: Vec<Tensor> = gradients().map(|gradient| gradient.square().sum(Kind::Float)).collect();
-                let length = Tensor::stack(&squares, 0).sum(Kind::Double).sqrt().double_value(&[]);
-                (most / (length + 1e-6)).min(1.0)
-            });
-            for (name, tensor) in trained(&self.detector) {
-                let gradient = tensor.grad();
-                if !gradient.defined() {
-                    continue;
-                }
-                let velocity = self.velocities.get_mut(name).expect("BUG: every trained parameter has a velocity");
-                let factor = stage.rate_factors.iter().filter(|(start, _)| name.starts_with(*start)).max_by_key(|(start, _)| start.len());
-                *velocity *= stage.momentum;
-                *velocity += gradient * shortening.unwrap_or(1.0) + tensor * stage.weight_decay;
-                let mut tensor = tensor.shallow_clone();
-                tensor -= &*velocity * (rate * factor.map_or(1.0, |(_, factor)| *factor));
-            }
-        });
     }
 
     fn save(&self, draft: &UnitDraft) -> Result<()> {
@@ -604,6 +602,41 @@ mod tests {
         }
         let at_once = LossWeight { gain: 3.0, warm_up_steps: 0 };
         assert!((at_once.at(1) - 3.0).abs() < 1e-12);
+    }
+
+    #[derive(Deserialize)]
+    struct Step {
+        rate: f64,
+        a: [f32; 3],
+        b: [f32; 3],
+    }
+
+    #[test]
+    fn a_step_descends_as_torch_s() {
+        let stage = Train {
+            learning_rate: 0.1,
+            warm_up_steps: 0,
+            decay_steps: vec![2],
+            weight_decay: 0.01,
+            most_gradient: Some(2.0),
+            ..Train::default()
+        };
+        let [a, b] = [[0.5_f32, -1.0, 2.0], [1.5, 0.25, -0.75]].map(|numbers| Tensor::from_slice(&numbers).set_requires_grad(true));
+        let names = ["a".to_owned(), "b".to_owned()];
+        let mut velocities: Named = names.iter().map(|name| (name.clone(), Tensor::zeros([3], (Kind::Float, Device::Cpu)))).collect();
+        let expected: Vec<Step> = serde_json::from_str(include_str!("../../../tests/golden/training/sgd.json")).unwrap();
+        for (step, expected) in expected.iter().enumerate() {
+            assert!((stage.rate_at(step as u32) - expected.rate).abs() < 1e-12);
+            for tensor in [&a, &b] {
+                tensor.shallow_clone().zero_grad();
+            }
+            ((&a * &a * &b).sum(Kind::Float) + (&b * &b).sum(Kind::Float)).backward();
+            stage.descend(step as u32, &[(&names[0], &a), (&names[1], &b)], &mut velocities);
+            for (found, expected) in [(&a, expected.a), (&b, expected.b)] {
+                let apart = (found - Tensor::from_slice(&expected)).abs().max().double_value(&[]);
+                assert!(apart < 1e-6, "step {step}: {apart}");
+            }
+        }
     }
 
     #[test]
