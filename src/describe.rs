@@ -73,7 +73,8 @@ fn page(entry: &StageEntry) -> String {
 
 fn push_properties(text: &mut String, properties: &Map<String, Value>, definitions: &Value, indent: &str) {
     for (name, schema) in properties {
-        let is_optional = schema.get("anyOf").and_then(Value::as_array).is_some_and(|cases| cases.contains(&json!({"type": "null"})));
+        let cases = schema.get("anyOf").and_then(Value::as_array).is_some_and(|cases| cases.contains(&json!({"type": "null"})));
+        let is_optional = cases || schema.get("type").and_then(Value::as_array).is_some_and(|kinds| kinds.contains(&json!("null")));
         let default = match schema.get("default") {
             // A parameter in single precision is not shown with the digits of double precision.
             Some(Value::Number(number)) if number.is_f64() => format!(" = {:?}", number.as_f64().unwrap_or(f64::NAN) as f32),
@@ -138,7 +139,7 @@ fn type_words(schema: &Value, definitions: &Value) -> String {
             format!("a list of {items}")
         }
         Some(Value::String(kind)) => kind.clone(),
-        Some(Value::Array(kinds)) => words_of(kinds),
+        Some(Value::Array(kinds)) => words_of(&kinds.iter().filter(|kind| *kind != "null").cloned().collect::<Vec<_>>()),
         _ => "anything".into(),
     }
 }

@@ -117,6 +117,11 @@ fn what_a_training_cannot_use_is_said_in_words() {
     assert_eq!((wordless.code, wordless.steps("failed")), (4, vec!["test".to_owned()]), "{}", wordless.stderr);
     assert!(wordless.stderr.contains("the detector was trained without class embeddings, and gets some"), "{}", wordless.stderr);
 
+    // Weights to begin with: what has no place is named, and a file without any is refused.
+    world.write("begun.yaml", SMALL.replace("features: regions.features}", "features: regions.features, pretrained: clip.checkpoint}"));
+    let begun = world.run(["run", "./begun.yaml", "--until", "detector"]);
+    assert!(begun.code == 4 && begun.stderr.contains("no detector that is known"), "{}", begun.stderr);
+
     // A checkpoint of CLIP is no detector.
     world.write("clip.yaml", SMALL.replace("detector: detector.detector", "detector: clip.checkpoint"));
     let refused = world.run(["plan", "./clip.yaml"]);

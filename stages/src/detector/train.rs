@@ -15,6 +15,7 @@ use ovenbird_data::{
     training::{self, Placement, Sample},
 };
 use ovenbird_models::{
+    Misfit,
     checkpoint::{Checkpoint, write_safetensors},
     detector::{
         Config, Detector, Phase, REGION_CODER,
@@ -462,12 +463,17 @@ impl Training {
         let detector = Detector::new(&weights.root(), &card.config, stage.seed)?;
         if let Some(file) = cx.inputs.read_if_given(PRETRAINED)? {
             let report = layout::load(Checkpoint::open(&file.path)?.tensors(), detector.parameters(), &file.path)?;
-            let [loaded, missing, unmatched, misshaped] =
-                [report.loaded.len(), report.missing.len(), report.unmatched.len(), report.misshaped.len()];
-            cx.note(format!(
-                "begins with {loaded} tensors of {}; {missing} of the network are not there, {unmatched} have no place, {misshaped} have another shape",
-                file.path.display()
-            ));
+            let names = |misfits: &[Misfit]| misfits.iter().map(|misfit| misfit.name.as_str()).collect::<Vec<_>>().join(", ");
+            cx.note(format!("begins with {} tensors of {}", report.loaded.len(), file.path.display()));
+            for (what, misfits) in [
+                ("begin without them, which are not in the file", &report.missing),
+                ("of the file have no place in the network", &report.unmatched),
+                ("have another shape in the file, and begin without it", &report.misshaped),
+            ] {
+                if !misfits.is_empty() {
+                    cx.note(format!("{} tensors {what}: {}", misfits.len(), names(misfits)));
+                }
+            }
         }
         let velocities = trained(&detector).map(|(name, tensor)| (name.clone(), tensor.detach().zeros_like())).collect();
         let (n_classes, n_base) = (classes.all().count() as i64, classes.base.len() as i64);
