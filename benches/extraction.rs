@@ -28,8 +28,9 @@ use ovenbird_data::{
     toy::{Set, World},
 };
 use ovenbird_models::{
+    Phase,
     checkpoint::write_safetensors,
-    clip::{Activation, Clip, Config, ImageConfig, Mode, TextConfig},
+    clip::{Activation, Clip, Config, ImageConfig, TextConfig},
 };
 use ovenbird_stages::{Context, Inputs, OnBadItem, artifacts::Proposals, clip::gain_of_bf16, find, run_together};
 use rand::{Rng, SeedableRng};
@@ -193,7 +194,7 @@ fn bare(clip: &Clip, shown: Shown, at_least: Duration) -> f64 {
         for _ in 0..n {
             n_views += match shown {
                 Shown::Images(shape) => {
-                    drop(no_grad(|| clip.encode_image(&Tensor::zeros(shape, (clip.kind(), Device::Cpu)), Mode::Eval)).unwrap());
+                    drop(no_grad(|| clip.encode_image(&Tensor::zeros(shape, (clip.kind(), Device::Cpu)), Phase::Test)).unwrap());
                     shape[0]
                 }
                 Shown::Objects(n_objects) => {

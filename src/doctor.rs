@@ -5,9 +5,10 @@ use std::{path::Path, thread};
 use indicatif::HumanBytes;
 use ovenbird_cache::inputs;
 use ovenbird_models::{
+    Phase,
     checkpoint::Checkpoint,
     clip::{
-        Clip, Config, ImageConfig, Mode,
+        Clip, Config, ImageConfig,
         layout::{self, Layout},
         tokenizer::{Overlong, Padding, Tokenizer},
     },
@@ -139,7 +140,7 @@ fn self_test(config: &Config, tensors: &std::collections::BTreeMap<String, Tenso
     no_grad(|| {
         let (single, half) = (load(Kind::Float)?, load(Kind::BFloat16)?);
         let embed = |clip: &Clip| -> Result<Tensor> {
-            Ok(clip.encode_image_features(&images, Mode::Eval).map_err(ovenbird_stages::Error::from)?.to_kind(Kind::Float))
+            Ok(clip.encode_image_features(&images, Phase::Test).map_err(ovenbird_stages::Error::from)?.to_kind(Kind::Float))
         };
         let (exact, rounded) = (embed(&single)?, embed(&half)?);
         let texts = single.encode_text_features(&tokens).map_err(ovenbird_stages::Error::from)?;

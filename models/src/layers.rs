@@ -1,5 +1,6 @@
 //! The layers that all networks have in common.
 
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::parameters::{Init, Parameters};
@@ -29,4 +30,134 @@ impl Linear {
         self.weight = self.weight.to_kind(kind);
         self.bias = self.bias.to_kind(kind);
     }
+}
+
+/// PyTorch's default for batch normalisation.
+const BATCH_NORM_MOMENTUM: f64 = 0.1;
+/// PyTorch's default for what batch normalisation adds to a variance.
+pub(crate) const BATCH_NORM_EPS: f64 = 1e-5;
+
+/// What a forward pass is for. It is always an argument: no part of a network remembers it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Learning: batch statistics; of a detector also training temperatures, and only the base classes.
+    Train,
+    /// Embedding, detecting: running statistics.
+    Test,
+}
+
+/// What batch normalisation normalises by while a network learns; otherwise always by the running statistics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Statistics {
+    /// The running statistics of pretraining, which never change.
+    Frozen,
+    /// Those of the batch, which the running ones follow.
+    Batch,
+}
+
+/// The shape of a convolution, whose output keeps the input's side (over the stride).
+#[derive(Clone, Copy)]
+pub(crate) struct ConvShape {
+    pub(crate) n_in: i64,
+    pub(crate) n_out: i64,
+    /// The kernel's side, odd.
+    pub(crate) side: i64,
+    pub(crate) stride: i64,
+}
+
+impl ConvShape {
+    pub(crate) fn new(n_in: i64, n_out: i64, side: i64) -> Self {
+        Self { n_in, n_out, side, stride: 1 }
+    }
+
+    /// PyTorch's default.
+    pub(crate) fn fan_in(&self) -> Init {
+        Init::fan_in(self.n_in * self.side * self.side)
+    }
+
+    pub(crate) fn kaiming(&self) -> Init {
+        Init::fan_out(self.n_out * self.side * self.side)
+    }
+
+    pub(crate) fn xavier(&self) -> Init {
+        Init::xavier(self.n_in * self.side * self.side, self.n_out * self.side * self.side)
+    }
+}
+
+/// A convolution.
+#[derive(Debug)]
+pub(crate) struct Conv {
+    /// `[out, in, side, side]`.
+    pub(crate) weight: Tensor,
+    /// `[out]`.
+    pub(crate) bias: Option<Tensor>,
+    stride: i64,
+    padding: i64,
+}
+
+impl Conv {
+    /// A convolution that a normalisation follows.
+    pub(crate) fn without_bias(at: &Parameters<'_>, shape: ConvShape, weight: Init) -> Self {
+        let ConvShape { n_in, n_out, side, stride } = shape;
+        Self { weight: at.trainable("weight", &[n_out, n_in, side, side], weight), bias: None, stride, padding: side / 2 }
+    }
+
+    /// A convolution whose bias begins at 0.
+    pub(crate) fn with_bias(at: &Parameters<'_>, shape: ConvShape, weight: Init) -> Self {
+        let bias = at.trainable("bias", &[shape.n_out], Init::Constant(0.0));
+        Self { bias: Some(bias), ..Self::without_bias(at, shape, weight) }
+    }
+
+    /// `x`: `[B, in, H, W]`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
+        x.conv2d(&self.weight, self.bias.as_ref(), self.stride, self.padding, 1, 1)
+    }
+
+    pub(crate) fn cast(&mut self, kind: Kind) {
+        self.weight = self.weight.to_kind(kind);
+        self.bias = self.bias.as_ref().map(|bias| bias.to_kind(kind));
+    }
+}
+
+/// Batch normalisation over `[B, C, H, W]`; all four tensors `[C]`, f32.
+#[derive(Debug)]
+pub(crate) struct BatchNorm {
+    pub(crate) weight: Tensor,
+    pub(crate) bias: Tensor,
+    pub(crate) running_mean: Tensor,
+    pub(crate) running_var: Tensor,
+    statistics: Statistics,
+    eps: f64,
+}
+
+impl BatchNorm {
+    pub(crate) fn declare(at: &Parameters<'_>, channels: i64, weight: Init, statistics: Statistics, eps: f64) -> Self {
+        Self {
+            weight: at.trainable("weight", &[channels], weight),
+            bias: at.trainable("bias", &[channels], Init::Constant(0.0)),
+            running_mean: at.running("running_mean", &[channels], 0.0),
+            running_var: at.running("running_var", &[channels], 1.0),
+            statistics,
+            eps,
+        }
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor, phase: Phase) -> Tensor {
+        x.batch_norm(
+            Some(&self.weight),
+            Some(&self.bias),
+            Some(&self.running_mean),
+            Some(&self.running_var),
+            phase == Phase::Train && self.statistics == Statistics::Batch,
+            BATCH_NORM_MOMENTUM,
+            self.eps,
+            CUDNN,
+        )
+    }
+}
+
+/// Scales each row of `[N, D]` to unit length; a row of zeros stays one.
+pub fn to_unit_length(rows: &Tensor) -> Tensor {
+    rows / rows.norm_scalaropt_dim(2.0, -1_i64, true).clamp_min(1e-12)
 }

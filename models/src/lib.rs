@@ -12,6 +12,7 @@ mod layers;
 mod parameters;
 
 pub use error::{Error, Misfit};
+pub use layers::{Phase, Statistics, to_unit_length};
 
 /// The version of libtorch that the program is built against.
 pub const LIBTORCH: &str = "2.11.0";

@@ -31,7 +31,7 @@ use self::{
     vision::Vit,
 };
 use crate::{
-    Error, Result,
+    Error, Phase, Result,
     parameters::{Fill, Init, Parameters},
 };
 
@@ -148,15 +148,6 @@ impl Activation {
             Self::Gelu => x.gelu("none"),
         }
     }
-}
-
-/// What a forward pass is for. Only batch normalisation makes a difference: CLIP has no dropout.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// Normalises by the batch, and updates the running statistics.
-    Train,
-    /// Normalises by the running statistics.
-    Eval,
 }
 
 /// The image tower.
@@ -276,7 +267,7 @@ impl Clip {
     /// `images`: `[B, 3, H, W]` of any floating kind, normalised by [`IMAGE_MEAN`] and [`IMAGE_STD`]; at least one patch (ResNet: 32 px) high
     /// and wide.
     /// Gradients flow to whatever is trainable; wrap in `tch::no_grad` where none are wanted.
-    pub fn encode_image(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
+    pub fn encode_image(&self, images: &Tensor, phase: Phase) -> Result<Tensor> {
         let least = match self.config.image {
             ImageConfig::Vit { patch, .. } => patch,
             ImageConfig::ResNet { .. } => REDUCTION,
@@ -294,7 +285,7 @@ impl Clip {
         let images = images.to_device(self.device).to_kind(self.kind);
         Ok(match &self.image {
             Image::Vit(vit) => vit.forward(&images),
-            Image::ResNet(resnet) => resnet.forward(&images, mode),
+            Image::ResNet(resnet) => resnet.forward(&images, phase),
         })
     }
 
@@ -329,8 +320,8 @@ impl Clip {
     }
 
     /// Embeds images as [`Self::encode_image`] does, then scales each row to unit length, in the compute kind.
-    pub fn encode_image_features(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
-        Ok(to_unit_length(&self.encode_image(images, mode)?))
+    pub fn encode_image_features(&self, images: &Tensor, phase: Phase) -> Result<Tensor> {
+        Ok(to_unit_length(&self.encode_image(images, phase)?))
     }
 
     /// Embeds texts: `[B, D]` in the compute kind, not normalised.
@@ -352,7 +343,7 @@ impl Clip {
     }
 }
 
-/// Scales each row of `[B, D]` to unit length.
+/// Scales each row of `[B, D]` to unit length, and a row of zeros to no numbers: whoever checks weights finds them.
 fn to_unit_length(rows: &Tensor) -> Tensor {
     rows / rows.norm_scalaropt_dim(2.0, -1_i64, true)
 }

@@ -6,12 +6,11 @@
 use tch::{Kind, Tensor};
 
 use super::{
-    Mode,
     transformer::{Attention, attend},
     vision::resize_positions,
 };
 use crate::{
-    layers::{CUDNN, Linear},
+    layers::{BATCH_NORM_EPS, BatchNorm, Conv, ConvShape, Linear, Phase, Statistics},
     parameters::{Init, Parameters},
 };
 
@@ -19,9 +18,6 @@ use crate::{
 const EXPANSION: i64 = 4;
 /// How many times smaller than the image the last feature map is.
 pub(super) const REDUCTION: i64 = 32;
-/// PyTorch's defaults for batch normalisation.
-const BATCH_NORM_EPS: f64 = 1e-5;
-const BATCH_NORM_MOMENTUM: f64 = 0.1;
 
 /// The modified ResNet.
 #[derive(Debug)]
@@ -36,8 +32,8 @@ impl ModifiedResNet {
     pub(super) fn declare(at: &Parameters<'_>, image_side: i64, layers: &[usize; 4], width: i64, heads: i64, embed_dim: i64) -> Self {
         let half = width / 2;
         let stem = [(1, 3, half, 2), (2, half, half, 1), (3, half, width, 1)].map(|(index, n_in, n_out, stride)| {
-            let conv = Conv::declare(&(at / format!("conv{index}").as_str()), n_in, n_out, Kernel::Three, stride);
-            (conv, BatchNorm::declare(&(at / format!("bn{index}").as_str()), n_out, Init::Constant(1.0)))
+            let conv = conv(&(at / format!("conv{index}").as_str()), [n_in, n_out], 3, stride);
+            (conv, norm(&(at / format!("bn{index}").as_str()), n_out, Init::Constant(1.0)))
         });
         let mut n_in = width;
         let layers = [0, 1, 2, 3].map(|level: usize| {
@@ -57,14 +53,14 @@ impl ModifiedResNet {
     }
 
     /// Returns `[B, D]`; `images`: `[B, 3, H, W]` in the compute kind.
-    pub(super) fn forward(&self, images: &Tensor, mode: Mode) -> Tensor {
-        self.attnpool.forward(&self.feature_map(images, mode))
+    pub(super) fn forward(&self, images: &Tensor, phase: Phase) -> Tensor {
+        self.attnpool.forward(&self.feature_map(images, phase))
     }
 
     /// Returns the last feature map, `[B, 32 width, H / 32, W / 32]`.
-    pub(crate) fn feature_map(&self, images: &Tensor, mode: Mode) -> Tensor {
-        let x = self.stem.iter().fold(images.shallow_clone(), |x, (conv, bn)| bn.forward(&conv.forward(&x), mode).relu());
-        self.layers.iter().flatten().fold(average_pool(&x, 2), |x, block| block.forward(&x, mode))
+    pub(crate) fn feature_map(&self, images: &Tensor, phase: Phase) -> Tensor {
+        let x = self.stem.iter().fold(images.shallow_clone(), |x, (conv, bn)| bn.forward(&conv.forward(&x), phase).relu());
+        self.layers.iter().flatten().fold(average_pool(&x, 2), |x, block| block.forward(&x, phase))
     }
 
     pub(super) fn cast(&mut self, kind: Kind) {
@@ -105,27 +101,27 @@ impl Bottleneck {
         let ones = Init::Constant(1.0);
         let downsample = (stride > 1 || n_in != n_out).then(|| {
             let at = &(at / "downsample");
-            (Conv::declare(&(at / 0), n_in, n_out, Kernel::One, 1), BatchNorm::declare(&(at / 1), n_out, ones))
+            (conv(&(at / 0), [n_in, n_out], 1, 1), norm(&(at / 1), n_out, ones))
         });
         Self {
-            conv1: Conv::declare(&(at / "conv1"), n_in, planes, Kernel::One, 1),
-            bn1: BatchNorm::declare(&(at / "bn1"), planes, ones),
-            conv2: Conv::declare(&(at / "conv2"), planes, planes, Kernel::Three, 1),
-            bn2: BatchNorm::declare(&(at / "bn2"), planes, ones),
-            conv3: Conv::declare(&(at / "conv3"), planes, n_out, Kernel::One, 1),
+            conv1: conv(&(at / "conv1"), [n_in, planes], 1, 1),
+            bn1: norm(&(at / "bn1"), planes, ones),
+            conv2: conv(&(at / "conv2"), [planes, planes], 3, 1),
+            bn2: norm(&(at / "bn2"), planes, ones),
+            conv3: conv(&(at / "conv3"), [planes, n_out], 1, 1),
             // Zero, so that at first every block passes its input through.
-            bn3: BatchNorm::declare(&(at / "bn3"), n_out, Init::Constant(0.0)),
+            bn3: norm(&(at / "bn3"), n_out, Init::Constant(0.0)),
             downsample,
             stride,
         }
     }
 
-    fn forward(&self, x: &Tensor, mode: Mode) -> Tensor {
-        let inner = self.bn1.forward(&self.conv1.forward(x), mode).relu();
-        let inner = self.bn2.forward(&self.conv2.forward(&inner), mode).relu();
-        let inner = self.bn3.forward(&self.conv3.forward(&average_pool(&inner, self.stride)), mode);
+    fn forward(&self, x: &Tensor, phase: Phase) -> Tensor {
+        let inner = self.bn1.forward(&self.conv1.forward(x), phase).relu();
+        let inner = self.bn2.forward(&self.conv2.forward(&inner), phase).relu();
+        let inner = self.bn3.forward(&self.conv3.forward(&average_pool(&inner, self.stride)), phase);
         match &self.downsample {
-            Some((conv, bn)) => (inner + bn.forward(&conv.forward(&average_pool(x, self.stride)), mode)).relu(),
+            Some((conv, bn)) => (inner + bn.forward(&conv.forward(&average_pool(x, self.stride)), phase)).relu(),
             None => (inner + x).relu(),
         }
     }
@@ -171,74 +167,16 @@ impl AttentionPool {
     }
 }
 
-/// The side of a convolution's kernel; the output keeps the input's side (times the stride).
-#[derive(Clone, Copy, Debug)]
-enum Kernel {
-    One,
-    Three,
+fn average_pool(x: &Tensor, stride: i64) -> Tensor {
+    if stride == 1 { x.shallow_clone() } else { x.avg_pool2d(stride, stride, 0, false, true, None) }
 }
 
 /// A convolution without bias.
-#[derive(Debug)]
-pub(crate) struct Conv {
-    /// `[out, in, side, side]`.
-    pub(crate) weight: Tensor,
-    stride: i64,
-    padding: i64,
+fn conv(at: &Parameters<'_>, [n_in, n_out]: [i64; 2], side: i64, stride: i64) -> Conv {
+    let shape = ConvShape { stride, ..ConvShape::new(n_in, n_out, side) };
+    Conv::without_bias(at, shape, shape.fan_in())
 }
 
-impl Conv {
-    fn declare(at: &Parameters<'_>, n_in: i64, n_out: i64, kernel: Kernel, stride: i64) -> Self {
-        let (side, padding) = match kernel {
-            Kernel::One => (1, 0),
-            Kernel::Three => (3, 1),
-        };
-        let weight = at.trainable("weight", &[n_out, n_in, side, side], Init::fan_in(n_in * side * side));
-        Self { weight, stride, padding }
-    }
-
-    fn forward(&self, x: &Tensor) -> Tensor {
-        x.conv2d(&self.weight, None::<&Tensor>, self.stride, self.padding, 1, 1)
-    }
-
-    fn cast(&mut self, kind: Kind) {
-        self.weight = self.weight.to_kind(kind);
-    }
-}
-
-/// Batch normalisation over `[B, C, H, W]`; all four tensors `[C]`, f32.
-#[derive(Debug)]
-pub(crate) struct BatchNorm {
-    pub(crate) weight: Tensor,
-    pub(crate) bias: Tensor,
-    pub(crate) running_mean: Tensor,
-    pub(crate) running_var: Tensor,
-}
-
-impl BatchNorm {
-    fn declare(at: &Parameters<'_>, channels: i64, weight: Init) -> Self {
-        Self {
-            weight: at.trainable("weight", &[channels], weight),
-            bias: at.trainable("bias", &[channels], Init::Constant(0.0)),
-            running_mean: at.running("running_mean", &[channels], 0.0),
-            running_var: at.running("running_var", &[channels], 1.0),
-        }
-    }
-
-    fn forward(&self, x: &Tensor, mode: Mode) -> Tensor {
-        x.batch_norm(
-            Some(&self.weight),
-            Some(&self.bias),
-            Some(&self.running_mean),
-            Some(&self.running_var),
-            mode == Mode::Train,
-            BATCH_NORM_MOMENTUM,
-            BATCH_NORM_EPS,
-            CUDNN,
-        )
-    }
-}
-
-fn average_pool(x: &Tensor, stride: i64) -> Tensor {
-    if stride == 1 { x.shallow_clone() } else { x.avg_pool2d(stride, stride, 0, false, true, None) }
+fn norm(at: &Parameters<'_>, channels: i64, weight: Init) -> BatchNorm {
+    BatchNorm::declare(at, channels, weight, Statistics::Batch, BATCH_NORM_EPS)
 }

@@ -5,9 +5,9 @@ use std::{collections::BTreeMap, fs, path::Path};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor, nn};
 
-use super::{Activation, Clip, Config, ImageConfig, Mode, TextConfig, layout};
+use super::{Activation, Clip, Config, ImageConfig, TextConfig, layout};
 use crate::{
-    Error, Misfit,
+    Error, Misfit, Phase,
     golden::{error, unit},
 };
 
@@ -110,7 +110,7 @@ fn load(tensors: &BTreeMap<String, Tensor>, activation: Activation) -> Clip {
 fn check_against_open_clip(name: &str, side: i64, activation: Activation) {
     let golden = Golden::read(name);
     let clip = load(&golden.tensors(), activation);
-    let image = clip.encode_image(&images(&format!("images.{name}"), &[2, 3, side, side]), Mode::Eval).unwrap();
+    let image = clip.encode_image(&images(&format!("images.{name}"), &[2, 3, side, side]), Phase::Test).unwrap();
     let text = clip.encode_text(&tokens()).unwrap();
 
     let errors = (error(&image, &golden.rows("image")), error(&text, &golden.rows("text")));
@@ -147,7 +147,7 @@ fn rn50x4_embeds_as_open_clip_does() {
 fn a_hugging_face_checkpoint_embeds_as_hugging_face_does() {
     let golden = Golden::read("hugging-face");
     let clip = Clip::load(&golden.tensors(), origin(), None, Device::Cpu, Kind::Float).unwrap();
-    let image = clip.encode_image(&images("images.hugging-face", &[2, 3, 224, 224]), Mode::Eval).unwrap();
+    let image = clip.encode_image(&images("images.hugging-face", &[2, 3, 224, 224]), Phase::Test).unwrap();
     let text = clip.encode_text(&tokens()).unwrap();
 
     let errors = (error(&image, &golden.rows("image")), error(&text, &golden.rows("text")));
@@ -161,7 +161,7 @@ fn a_grid_of_15_by_20_has_its_positions_resized_bilinearly_not_bicubically() {
     let clip = load(&golden.tensors(), Activation::QuickGelu);
     // 13 rows and 7 columns of pixels more than 15 x 20 patches hold: they are dropped.
     let wide = images("images.wide", &[2, 3, 480, 640]).constant_pad_nd([0, 7, 0, 13]);
-    let found = clip.encode_image(&wide, Mode::Eval).unwrap();
+    let found = clip.encode_image(&wide, Phase::Test).unwrap();
 
     let (bilinear, bicubic) = (error(&found, &golden.rows("image_15x20")), error(&found, &golden.rows("image_15x20_bicubic")));
     println!("15 x 20: bilinear {bilinear:.1e}, bicubic {bicubic:.1e}");
@@ -187,7 +187,7 @@ fn in_half_precision_the_towers_stay_close_to_themselves_in_f32() {
     let images = images("images.vit-l-14", &[2, 3, 224, 224]);
     let features = |kind| {
         let clip = Clip::load(&tensors, origin(), Some(Activation::QuickGelu), Device::Cpu, kind).unwrap();
-        let features = [clip.encode_image_features(&images, Mode::Eval), clip.encode_text_features(&tokens())].map(Result::unwrap);
+        let features = [clip.encode_image_features(&images, Phase::Test), clip.encode_text_features(&tokens())].map(Result::unwrap);
         assert!(features.iter().all(|features| features.kind() == kind));
         Tensor::cat(&features.map(|features| features.to_kind(Kind::Float)), 0)
     };
@@ -241,7 +241,7 @@ fn a_saved_network_loads_to_the_same_sizes_and_embeddings() {
         let again = load(&tensors, Activation::QuickGelu);
         assert_eq!(again.config(), &config);
         let images = images("round trip", &[2, 3, side, side]);
-        let embed = |clip: &Clip| tch::no_grad(|| clip.encode_image(&images, Mode::Eval).unwrap());
+        let embed = |clip: &Clip| tch::no_grad(|| clip.encode_image(&images, Phase::Test).unwrap());
         // Convolutions may sum in another order when the weights are frozen.
         assert!(error(&embed(&again), &embed(&clip)) < 1e-6);
     }
@@ -280,9 +280,9 @@ fn batch_statistics_move_in_training_only() {
     let images = images("train", &[2, 3, 64, 64]);
     let mean = || tensors["visual.bn1.running_mean"].copy();
     let before = mean();
-    drop(clip.encode_image(&images, Mode::Eval).unwrap());
+    drop(clip.encode_image(&images, Phase::Test).unwrap());
     assert_eq!(mean(), before);
-    drop(clip.encode_image(&images, Mode::Train).unwrap());
+    drop(clip.encode_image(&images, Phase::Train).unwrap());
     assert_ne!(mean(), before);
 }
 
@@ -294,7 +294,7 @@ fn every_parameter_of_a_new_network_receives_a_gradient() {
         for (_, weight) in tensors.iter().filter(|(name, _)| name.ends_with("bn3.weight")) {
             tch::no_grad(|| drop(weight.shallow_clone().fill_(0.5)));
         }
-        let image = clip.encode_image_features(&images("train", &[3, 3, side, side]), Mode::Train).unwrap();
+        let image = clip.encode_image_features(&images("train", &[3, 3, side, side]), Phase::Train).unwrap();
         let text = clip.encode_text_features(&Tensor::from_slice(&[1_i64, 49, 2, 49, 3, 49]).reshape([3, 2])).unwrap();
         let logits = image.matmul(&text.tr()) * clip.logit_scale();
         logits.cross_entropy_for_logits(&Tensor::from_slice(&[0_i64, 1, 2])).backward();
@@ -332,7 +332,7 @@ fn half_precision_weights_are_widened() {
     let (_store, _, tensors) = fresh(&tiny_vit(), 1);
     let halves = tensors.iter().map(|(name, t)| (name.clone(), t.to_kind(Kind::Half))).collect();
     let clip = load(&halves, Activation::QuickGelu);
-    assert_eq!(clip.encode_image(&images("half", &[1, 3, 16, 16]), Mode::Eval).unwrap().kind(), Kind::Float);
+    assert_eq!(clip.encode_image(&images("half", &[1, 3, 16, 16]), Phase::Test).unwrap().kind(), Kind::Float);
 }
 
 #[test]
@@ -381,7 +381,7 @@ fn heads_that_do_not_divide_the_width_are_refused() {
 #[test]
 fn images_and_tokens_that_do_not_fit_are_refused_in_words() {
     let (_store, clip, _) = fresh(&tiny_vit(), 1);
-    let image = |shape: &[i64], kind| clip.encode_image(&Tensor::zeros(shape, (kind, Device::Cpu)), Mode::Eval).unwrap_err().to_string();
+    let image = |shape: &[i64], kind| clip.encode_image(&Tensor::zeros(shape, (kind, Device::Cpu)), Phase::Test).unwrap_err().to_string();
     let text = |tokens: &Tensor| clip.encode_text(tokens).unwrap_err().to_string();
 
     assert_eq!(image(&[1, 3, 3, 9], Kind::Float), "images: expected floating [B, 3, H, W], H and W at least 4, found Float [1, 3, 3, 9]");

@@ -6,13 +6,10 @@
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::{
-    ensure,
-    layers::{Phase, to_unit_length},
-};
+use super::ensure;
 use crate::{
-    Error, Result,
-    layers::Linear,
+    Error, Phase, Result,
+    layers::{Linear, to_unit_length},
     parameters::{Init, Parameters},
 };
 

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::layers::{ConvModule, ConvShape, Phase};
-use crate::parameters::Parameters;
+use super::layers::ConvModule;
+use crate::{Phase, layers::ConvShape, parameters::Parameters};
 
 /// The stride of the finest level, px; each further level doubles it.
 pub const FINEST_STRIDE: i64 = 4;

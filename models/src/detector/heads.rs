@@ -12,13 +12,13 @@ use super::{
     boxes::{BoxCoder, Corners, ImageSize, Kept, Suppression, boxes_tensor, clip_to_image, corners, integers},
     classifier::{Background, EmbeddingClassifier},
     ensure,
-    layers::{Conv, ConvModule, ConvShape, Phase, sum_over},
+    layers::{ConvModule, sum_over},
     matching::{Assigner, Match, Sampler},
     roi_align::{Alignment, Level, RoiAlign, Sampling},
 };
 use crate::{
-    Error, Result,
-    layers::Linear,
+    Error, Phase, Result,
+    layers::{Conv, ConvShape, Linear},
     parameters::{Init, Parameters},
 };
 

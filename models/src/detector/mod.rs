@@ -30,7 +30,6 @@ use std::{cell::RefCell, collections::BTreeMap};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, nn};
 
-pub use self::layers::{Phase, Statistics};
 use self::{
     anchors::{Anchors, Grid},
     boxes::{BoxCoder, ImageSize, Kept, Suppression},
@@ -43,7 +42,8 @@ use self::{
     rpn::{ProposalRule, Rpn},
 };
 use crate::{
-    Error, Result,
+    Error, Phase, Result, Statistics,
+    layers::BATCH_NORM_EPS,
     parameters::{Fill, Parameters},
 };
 
@@ -128,7 +128,7 @@ impl RegionsConfig {
                 stride: StridePlace::First,
                 trainable_parts: 3,
                 statistics: Statistics::Frozen,
-                norm_eps: layers::BATCH_NORM_EPS,
+                norm_eps: BATCH_NORM_EPS,
             },
             neck: fpn::Config { channels: 256, norm: fpn::Norm::Batch },
             rpn: rpn::Config {

@@ -5,11 +5,12 @@
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::{
-    ensure,
-    layers::{BatchNorm, Conv, ConvShape, Phase, Statistics, channels_last},
+use super::{ensure, layers::channels_last};
+use crate::{
+    Phase, Result, Statistics,
+    layers::{BatchNorm, Conv, ConvShape},
+    parameters::{Init, Parameters},
 };
-use crate::{Result, parameters::Parameters};
 
 /// What a ResNet is made of.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -92,7 +93,7 @@ impl ResNet {
         let stem = &place(0);
         let shape = ConvShape { n_in: 3, n_out: config.width, side: 7, stride: 2 };
         let conv1 = Conv::without_bias(&(stem / "conv1"), shape, shape.kaiming());
-        let bn1 = BatchNorm::declare(&(stem / "bn1"), config.width, config.statistics, config.norm_eps);
+        let bn1 = BatchNorm::declare(&(stem / "bn1"), config.width, Init::Constant(1.0), config.statistics, config.norm_eps);
         let mut n_in = config.width;
         let stages = [0, 1, 2, 3].map(|stage: usize| {
             let at = &(&place(stage + 1) / format!("layer{}", stage + 1).as_str());
@@ -138,7 +139,7 @@ impl Block {
         let n_out = planes * config.depth.expansion();
         let normalised = |conv: &Parameters<'_>, bn: &Parameters<'_>, shape: ConvShape| {
             let conv = Conv::without_bias(conv, shape, shape.kaiming());
-            (conv, BatchNorm::declare(bn, shape.n_out, config.statistics, config.norm_eps))
+            (conv, BatchNorm::declare(bn, shape.n_out, Init::Constant(1.0), config.statistics, config.norm_eps))
         };
         let shapes: &[ConvShape] = match (config.depth, config.stride) {
             (Depth::R18, _) => &[ConvShape { n_in, n_out, side: 3, stride }, ConvShape::new(n_out, n_out, 3)],

@@ -12,11 +12,12 @@ use super::{
     boxes::{BoxCoder, Corners, ImageSize, Suppression, boxes_tensor, clip_to_image, corners, integers},
     check_count,
     fpn::{FINEST_STRIDE, N_LEVELS},
-    layers::{Conv, ConvShape, sum_over},
+    layers::sum_over,
     matching::{Assigner, Match, Sampler},
 };
 use crate::{
     Result,
+    layers::{Conv, ConvShape},
     parameters::{Init, Parameters},
 };
 

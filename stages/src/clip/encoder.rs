@@ -8,8 +8,10 @@ use std::{
 use ovenbird_cache::Status;
 use ovenbird_data::images::{Image, Preprocess};
 use ovenbird_models::{
+    Phase,
     checkpoint::Checkpoint,
-    clip::{self, Activation, ImageConfig, Mode},
+    clip::{self, Activation, ImageConfig},
+    to_unit_length,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -285,10 +287,10 @@ impl Encoder {
         no_grad(|| {
             let pixels = self.normalised(&batch.levels).to_kind(self.clip.kind());
             let embeddings = match &batch.backgrounds {
-                None => self.clip.encode_image(&pixels, Mode::Eval)?,
+                None => self.clip.encode_image(&pixels, Phase::Test)?,
                 Some(backgrounds) => self.clip.encode_objects(&pixels, backgrounds)?,
             };
-            Ok(Pending(unit_norm(&embeddings.to_kind(Kind::Float)).narrow(0, 0, batch.n_views as i64)))
+            Ok(Pending(to_unit_length(&embeddings.to_kind(Kind::Float)).narrow(0, 0, batch.n_views as i64)))
         })
     }
 
@@ -341,11 +343,6 @@ impl Encoder {
         cells.resize(self.batch() * grid * grid, 0);
         on_device::upload(&cells, self.clip.device()).view([self.batch() as i64, grid as i64, grid as i64])
     }
-}
-
-/// x / max(|x|, 1e-12) over the last axis.
-pub(crate) fn unit_norm(rows: &Tensor) -> Tensor {
-    rows / rows.norm_scalaropt_dim(2.0, [-1], true).clamp_min(1e-12)
 }
 
 #[cfg(test)]

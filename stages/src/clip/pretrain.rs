@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ovenbird_data::images::{Image, Preprocess};
 use ovenbird_models::{
+    Phase,
     checkpoint::{Checkpoint, write_safetensors},
     clip::{
-        self, Activation, Config, ImageConfig, Mode, TextConfig,
+        self, Activation, Config, ImageConfig, TextConfig,
         tokenizer::{Overlong, Padding, Tokenizer},
     },
+    to_unit_length,
 };
 use rand::{Rng as _, seq::SliceRandom as _};
 use rand_chacha::ChaCha8Rng;
@@ -16,7 +18,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn, no_grad};
 
-use super::{encoder::unit_norm, prompts::ensemble};
+use super::prompts::ensemble;
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft, Units,
     artifacts::{Captions, CheckpointFile, Images, TrainingState},
@@ -257,8 +259,8 @@ impl Training {
         let device = self.store.device();
         let images = Tensor::from_slice(pixels).view([texts.len() as i64, 3, side, side]).to_device(device);
         let tokens = self.tokenizer.batch(texts, Padding::Longest, Overlong::Truncate)?.to_device(device);
-        let images = unit_norm(&self.clip.encode_image(&images, Mode::Train)?);
-        let texts = unit_norm(&self.clip.encode_text(&tokens)?);
+        let images = to_unit_length(&self.clip.encode_image(&images, Phase::Train)?);
+        let texts = to_unit_length(&self.clip.encode_text(&tokens)?);
         // [B, B]: image i against text j.
         let logits = self.clip.logit_scale() * images.matmul(&texts.tr());
         let same = Tensor::arange(logits.size()[0], (Kind::Int64, device));
@@ -314,7 +316,7 @@ impl Training {
         names.sort();
         names.dedup();
         let row = |name: &&String| ensemble(&self.clip, &self.tokenizer, &[format!("a photo of a {name}"), format!("This is a {name}")]);
-        let classes = unit_norm(&Tensor::stack(&names.iter().map(row).collect::<Result<Vec<_>>>()?, 0));
+        let classes = to_unit_length(&Tensor::stack(&names.iter().map(row).collect::<Result<Vec<_>>>()?, 0));
         let mut n_right = 0;
         for pictures in held_out.chunks(128) {
             let mut pixels = vec![0.0; pictures.len() * preprocess.n_numbers()];
@@ -325,7 +327,7 @@ impl Training {
             let shape = [pictures.len() as i64, 3, side, side];
             let nearest = no_grad(|| -> Result<Tensor> {
                 let images = Tensor::from_slice(&pixels).view(shape).to_device(self.store.device());
-                Ok(self.clip.encode_image_features(&images, Mode::Eval)?.matmul(&classes.tr()).argmax(-1, false))
+                Ok(self.clip.encode_image_features(&images, Phase::Test)?.matmul(&classes.tr()).argmax(-1, false))
             })?;
             for (picture, place) in pictures.iter().zip(Vec::<i64>::try_from(&nearest).map_err(ovenbird_models::Error::from)?) {
                 n_right += usize::from(*names[place as usize] == picture.text);

@@ -8,15 +8,13 @@ use ovenbird_models::{
         self,
         tokenizer::{Overlong, Padding, Tokenizer},
     },
+    to_unit_length,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, no_grad};
 
-use super::{
-    Templates,
-    encoder::{Clip, unit_norm},
-};
+use super::{Templates, encoder::Clip};
 use crate::{
     Context, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{CheckpointFile, Classes, Prompts},
@@ -80,7 +78,7 @@ impl Stage for Ensemble {
         }
         let mut embeddings = Tensor::stack(&rows, 0);
         if self.renormalise {
-            embeddings = unit_norm(&embeddings);
+            embeddings = to_unit_length(&embeddings);
         }
         let norms = embeddings.norm_scalaropt_dim(2.0, [-1], false);
         let metrics =
@@ -101,5 +99,5 @@ impl Stage for Ensemble {
 /// The mean of the normalised embeddings of some texts, f32 `[D]`.
 pub(super) fn ensemble(clip: &clip::Clip, tokenizer: &Tokenizer, texts: &[String]) -> Result<Tensor> {
     let tokens = tokenizer.batch(texts, Padding::Longest, Overlong::Refuse)?;
-    no_grad(|| Ok(unit_norm(&clip.encode_text(&tokens)?.to_kind(Kind::Float)).mean_dim(0, false, Kind::Float)))
+    no_grad(|| Ok(to_unit_length(&clip.encode_text(&tokens)?.to_kind(Kind::Float)).mean_dim(0, false, Kind::Float)))
 }

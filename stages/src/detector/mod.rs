@@ -13,6 +13,7 @@ use ovenbird_data::{classes::ClassSplit, images::Image};
 use ovenbird_models::{
     checkpoint::Checkpoint,
     detector::{Config, classifier::LogitScale},
+    to_unit_length,
 };
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
@@ -93,8 +94,7 @@ fn class_embeddings(inputs: &Inputs, classes: &ClassSplit) -> Result<Tensor> {
         Tensor::from_slice(&numbers)
     };
     let rows = Tensor::stack(&classes.base.iter().map(direction).collect::<Vec<_>>(), 0);
-    let rows = &rows / rows.norm_scalaropt_dim(2.0, [-1].as_slice(), true);
-    Ok(rows.constant_pad_nd([0, 0, 0, classes.novel.len() as i64]))
+    Ok(to_unit_length(&rows).constant_pad_nd([0, 0, 0, classes.novel.len() as i64]))
 }
 
 impl Card {

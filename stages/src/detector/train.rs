@@ -15,10 +15,10 @@ use ovenbird_data::{
     training::{self, Placement, Sample},
 };
 use ovenbird_models::{
-    Misfit,
+    Misfit, Phase,
     checkpoint::{Checkpoint, write_safetensors},
     detector::{
-        Config, Detector, Phase, REGION_CODER,
+        Config, Detector, REGION_CODER,
         boxes::{ImageSize, Suppression},
         classifier::{LogitScale, Vocabulary},
         heads::{RegionRule, region_losses},

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor, nn};
 
 use super::{
     super::{
-        Config, Detections, Detector, MaskConfig, MaskRcnn, MaskRcnnConfig, POOL, Phase, Pyramid, REGION_CODER, TestRule, Vocabularies,
+        Config, Detections, Detector, MaskConfig, MaskRcnn, MaskRcnnConfig, POOL, Pyramid, REGION_CODER, TestRule, Vocabularies,
         boxes::{ImageSize, Suppression, boxes_tensor, floats, integers, iou_matrix},
         classifier::{Ensemble, LogitScale, Vocabulary},
         heads::{MaskHeadConfig, RegionRule, RegionSample, mask_loss, mask_targets, region_losses},
@@ -18,7 +18,7 @@ use super::{
     },
     Golden, boxes_of, field, images, values,
 };
-use crate::{Error, Misfit, golden::error};
+use crate::{Error, Misfit, Phase, golden::error};
 
 fn origin() -> &'static Path {
     Path::new("detector.pth")
