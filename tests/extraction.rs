@@ -4,10 +4,10 @@ use serde_json::json;
 
 use crate::support::{World, until};
 
-/// Every stage that reads images, on the toy world, with a small vision transformer.
-const ALL: &str = r#"version: 1
-name: all
-stages:
+/// A toy world, and a small vision transformer that has hardly learned anything.
+macro_rules! small_vit {
+    () => {
+        r#"stages:
   - id: world
     use: toy/world
     with: {seed: 7, train_images: 4, val_images: 9, web_images: 40, held_out_images: 60, side_px: 160}
@@ -15,7 +15,15 @@ stages:
     use: clip/pretrain
     in: {images: world.web_images, captions: world.captions}
     with: {seed: 7, steps: 2, steps_per_unit: 2, batch: 8, architecture: vit}
-  - id: proposals
+"#
+    };
+}
+
+/// Every stage that reads images, on the toy world, with a small vision transformer.
+const ALL: &str = concat!(
+    "version: 1\nname: all\n",
+    small_vit!(),
+    r#"  - id: proposals
     use: proposals/import
     in: {proposals: world.val_proposals, annotations: world.val}
   - id: globals
@@ -40,7 +48,8 @@ stages:
   - id: folder
     use: crops/folder
     in: {crops: crops.crops, annotations: world.val}
-"#;
+"#
+);
 
 #[test]
 fn stages_that_share_a_pass_publish_what_they_publish_alone() {
@@ -64,17 +73,10 @@ fn stages_that_share_a_pass_publish_what_they_publish_alone() {
 }
 
 /// Thousands of entries for one small picture: several units of each stage.
-const MANY: &str = r#"version: 1
-name: many
-stages:
-  - id: world
-    use: toy/world
-    with: {seed: 7, train_images: 4, val_images: 9, web_images: 40, held_out_images: 60, side_px: 160}
-  - id: clip
-    use: clip/pretrain
-    in: {images: world.web_images, captions: world.captions}
-    with: {seed: 7, steps: 2, steps_per_unit: 2, batch: 8, architecture: vit}
-  - id: globals
+const MANY: &str = concat!(
+    "version: 1\nname: many\n",
+    small_vit!(),
+    r#"  - id: globals
     use: clip/globals
     in: {images: ./images, annotations: ./labels.json, checkpoint: clip.checkpoint}
     with: {clip: {precision: f32}}
@@ -82,7 +84,8 @@ stages:
     use: clip/blocks
     in: {images: ./images, annotations: ./labels.json, checkpoint: clip.checkpoint}
     with: {clip: {precision: f32}}
-"#;
+"#
+);
 
 /// A world with [`MANY`]; some of its entries name a file that is no picture.
 fn many(n_images: usize, broken: &[usize]) -> World {
