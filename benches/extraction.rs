@@ -7,7 +7,7 @@
 //! Peers, where `make peers` has set them up: open_clip with a PyTorch DataLoader, clip-retrieval, and the way of the OADP reference,
 //! an image at a time with crops by Pillow.
 //!
-//! `make bench`; `OVENBIRD_BENCH_IMAGES` sets the number of pictures (1,024, with 10 proposals each).
+//! `make bench`; `OVENBIRD_BENCH_IMAGES` sets the number of pictures (1,024, with 10 proposals each; at least 100).
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods, reason = "a benchmark prints, and may end where it fails")]
 
 use std::{
@@ -53,7 +53,7 @@ fn config() -> Config {
 }
 
 fn main() {
-    let n_images: usize = std::env::var("OVENBIRD_BENCH_IMAGES").ok().and_then(|n| n.parse().ok()).unwrap_or(1024);
+    let n_images: usize = std::env::var("OVENBIRD_BENCH_IMAGES").ok().and_then(|n| n.parse().ok()).unwrap_or(1024).max(100);
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     write_world(folder, n_images);

@@ -73,8 +73,8 @@ fn page(entry: &StageEntry) -> String {
 
 fn push_properties(text: &mut String, properties: &Map<String, Value>, definitions: &Value, indent: &str) {
     for (name, schema) in properties {
-        let cases = schema.get("anyOf").and_then(Value::as_array).is_some_and(|cases| cases.contains(&json!({"type": "null"})));
-        let is_optional = cases || schema.get("type").and_then(Value::as_array).is_some_and(|kinds| kinds.contains(&json!("null")));
+        let lists = |key: &str, what: Value| schema.get(key).and_then(Value::as_array).is_some_and(|listed| listed.contains(&what));
+        let is_optional = lists("anyOf", json!({"type": "null"})) || lists("type", json!("null"));
         let default = match schema.get("default") {
             // A parameter in single precision is not shown with the digits of double precision.
             Some(Value::Number(number)) if number.is_f64() => format!(" = {:?}", number.as_f64().unwrap_or(f64::NAN) as f32),

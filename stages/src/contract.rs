@@ -23,11 +23,13 @@ use std::{
 use ovenbird_cache::{
     Claim, Digest, Donors, Draft, DraftFile, Fingerprint, Lease, Recipe, Status, Store, UnitKey, Watch, chunk, inputs::InputFile,
 };
+use ovenbird_models::checkpoint::write_safetensors;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
+use tch::Tensor;
 
 use crate::{Error, Result, Rider, artifacts::Artifact, pass::ride};
 
@@ -498,6 +500,20 @@ impl UnitDraft {
     /// As [`Self::create`], by the port's name.
     pub(crate) fn create_at(&self, port: &str, name: &str) -> Result<DraftFile> {
         Ok(self.draft.create(&format!("{port}/{name}"))?)
+    }
+
+    /// Writes tensors and text as safetensors at an output port.
+    pub(crate) fn write_tensors<T>(
+        &self,
+        port: Out<T>,
+        name: &str,
+        tensors: &BTreeMap<String, Tensor>,
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<()> {
+        let mut file = self.create(port, name)?;
+        let path = file.path().to_owned();
+        write_safetensors(tensors, metadata, &mut file).map_err(|source| write_error(&path, source))?;
+        Ok(file.finish()?)
     }
 
     /// Writes a whole file at an output port.

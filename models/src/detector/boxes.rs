@@ -27,13 +27,13 @@ pub struct ImageSize {
 }
 
 /// The boxes of a tensor `[N, 4]`, as plain data.
-pub(crate) fn corners(boxes: &Tensor, what: &'static str) -> Result<Vec<Corners>> {
+pub fn corners(boxes: &Tensor, what: &'static str) -> Result<Vec<Corners>> {
     ensure(matches!(boxes.size()[..], [_, 4]) && is_floating(boxes), what, "floating [N, 4]", boxes)?;
     Ok(floats(boxes).as_chunks().0.to_vec())
 }
 
 /// Boxes as a tensor, f32 `[N, 4]` on the CPU.
-pub(crate) fn boxes_tensor(boxes: &[Corners]) -> Tensor {
+pub fn boxes_tensor(boxes: &[Corners]) -> Tensor {
     Tensor::from_slice(boxes.as_flattened()).reshape([-1, 4])
 }
 

@@ -294,9 +294,18 @@ pub struct Detector {
 impl Detector {
     /// Declares a detector under `path`, in f32, with first values that depend on `seed` and the parameters' names alone.
     pub fn new(path: &nn::Path<'_>, config: &Config, seed: u64) -> Result<Self> {
+        Self::declare(path, config, Fill::Seed(seed))
+    }
+
+    /// Declares a detector of zeros, which a checkpoint is about to overwrite.
+    pub fn blank(path: &nn::Path<'_>, config: &Config) -> Result<Self> {
+        Self::declare(path, config, Fill::Blank)
+    }
+
+    fn declare(path: &nn::Path<'_>, config: &Config, fill: Fill) -> Result<Self> {
         config.check()?;
         let declared = RefCell::default();
-        let root = &Parameters::new(path, Fill::Seed(seed), &declared);
+        let root = &Parameters::new(path, fill, &declared);
         let channels = config.regions.neck.channels;
         let heads = &(root / "roi_head");
         let head = |name: &str, head: &OpenHeadConfig| {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ovenbird_data::images::{Image, Preprocess};
 use ovenbird_models::{
     Phase,
-    checkpoint::{Checkpoint, write_safetensors},
+    checkpoint::Checkpoint,
     clip::{
         self, Activation, Config, ImageConfig, TextConfig,
         tokenizer::{Overlong, Padding, Tokenizer},
@@ -22,7 +22,6 @@ use super::prompts::ensemble;
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft, Units,
     artifacts::{Captions, CheckpointFile, Images, TrainingState},
-    contract::write_error,
     feed::in_parallel,
 };
 
@@ -350,8 +349,8 @@ impl Training {
         weights.insert("input_resolution".into(), scalar(64));
         weights.insert("context_length".into(), scalar(77));
         weights.insert("vocab_size".into(), scalar(49_408));
-        write(draft, CHECKPOINT, "clip.safetensors", &weights)?;
-        write(draft, STATE, "state.safetensors", &state)
+        draft.write_tensors(CHECKPOINT, "clip.safetensors", &weights, &BTreeMap::new())?;
+        draft.write_tensors(STATE, "state.safetensors", &state, &BTreeMap::new())
     }
 
     fn restore(&mut self, weights: &CheckpointFile, state: &TrainingState) -> Result<()> {
@@ -369,13 +368,6 @@ impl Training {
         self.steps_done = state.tensor("steps_done")?.int64_value(&[]);
         Ok(())
     }
-}
-
-fn write<T>(draft: &UnitDraft, port: Out<T>, name: &str, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
-    let mut file = draft.create(port, name)?;
-    let path = file.path().to_owned();
-    write_safetensors(tensors, &BTreeMap::new(), &mut file).map_err(|source| write_error(&path, source))?;
-    Ok(file.finish()?)
 }
 
 /// Every tensor of a network, sorted by name.

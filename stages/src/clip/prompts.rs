@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use ovenbird_models::{
-    checkpoint::write_safetensors,
     clip::{
         self,
         tokenizer::{Overlong, Padding, Tokenizer},
@@ -18,7 +17,6 @@ use super::{Templates, encoder::Clip};
 use crate::{
     Context, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{CheckpointFile, Classes, Prompts},
-    contract::write_error,
 };
 
 /// Class embeddings from sentences.
@@ -86,12 +84,8 @@ impl Stage for Ensemble {
 
         let names = serde_json::to_string(&names).expect("BUG: names are plain JSON");
         let draft = cx.begin(unit)?;
-        let mut file = draft.create(PROMPTS, "prompts.safetensors")?;
-        let path = file.path().to_owned();
         let tensors = BTreeMap::from([("embeddings".to_owned(), embeddings)]);
-        write_safetensors(&tensors, &BTreeMap::from([("names".to_owned(), names)]), &mut file)
-            .map_err(|source| write_error(&path, source))?;
-        file.finish()?;
+        draft.write_tensors(PROMPTS, "prompts.safetensors", &tensors, &BTreeMap::from([("names".to_owned(), names)]))?;
         cx.commit(draft, metrics.into())
     }
 }

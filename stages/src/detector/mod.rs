@@ -32,7 +32,7 @@ const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVI
 const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
 const PROMPTS: In<Prompts> = In::optional(
     "prompts",
-    "Class embeddings. Without them every base class gets a direction of its own, and novel ones none: they are never found.",
+    "Class embeddings. Without them every base class gets a direction of its own, and novel ones none: they are found by chance alone.",
 );
 
 /// Red, green, blue of ImageNet: taken off, and divided by.

@@ -6,7 +6,7 @@ use ovenbird_models::{
     checkpoint::Checkpoint,
     detector::{
         Detector, TestRule, Vocabularies,
-        boxes::{ImageSize, Suppression},
+        boxes::{ImageSize, Suppression, corners},
         classifier::{Ensemble, Vocabulary},
         heads::DetectionRule,
         layout,
@@ -106,7 +106,7 @@ impl Stage for Test {
         let checkpoint = Checkpoint::open(&file.path)?;
         let card = file.card(&checkpoint)?;
         let weights = nn::VarStore::new(cx.device);
-        let detector = Detector::new(&weights.root(), &card.config, 0)?;
+        let detector = Detector::blank(&weights.root(), &card.config)?;
         layout::load(checkpoint.tensors(), detector.parameters(), &file.path)?.require_all(&file.path)?;
         let embeddings = class_embeddings(cx.inputs, &classes)?;
         card.check(cx.inputs, &embeddings)?;
@@ -132,10 +132,9 @@ impl Stage for Test {
                 let Some(pixels) = cx.kept(&draft, file_name, pixels)? else { return Ok(()) };
                 let size = ImageSize { width: placement.to[0].into(), height: placement.to[1].into() };
                 for found in detector.detect(&pixels.on(cx.device), &[size], &vocabularies, &rule)? {
-                    let boxes = Vec::<f32>::try_from(found.kept.boxes.contiguous().view(-1)).map_err(ovenbird_models::Error::from)?;
-                    let (boxes, _) = boxes.as_chunks::<4>();
-                    for ((corners, class), score) in boxes.iter().zip(found.kept.classes).zip(found.kept.scores) {
-                        let xyxy = placement.find(&Xyxy::from(*corners));
+                    let boxes = corners(&found.kept.boxes, "detections")?;
+                    for ((corners, class), score) in boxes.into_iter().zip(found.kept.classes).zip(found.kept.scores) {
+                        let xyxy = placement.find(&Xyxy::from(corners));
                         detections.push(Detection { image_id, category_id: ids[class as usize], xyxy, score });
                     }
                 }

@@ -4,10 +4,7 @@
 //! from the recipe and the step's number alone; with the weights and the optimizer's velocities of the link before, a training that was
 //! killed anywhere ends with the same bytes.
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    path::PathBuf,
-};
+use std::collections::{BTreeMap, VecDeque};
 
 use ovenbird_data::{
     annotations::ImageId,
@@ -16,10 +13,10 @@ use ovenbird_data::{
 };
 use ovenbird_models::{
     Misfit, Phase,
-    checkpoint::{Checkpoint, write_safetensors},
+    checkpoint::Checkpoint,
     detector::{
         Config, Detector, REGION_CODER,
-        boxes::{ImageSize, Suppression},
+        boxes::{ImageSize, Suppression, boxes_tensor},
         classifier::{LogitScale, Vocabulary},
         heads::{RegionRule, region_losses},
         layout,
@@ -37,7 +34,6 @@ use super::{ANNOTATIONS, CARD_KEY, CLASSES, Card, DetectorFile, IMAGES, Named, P
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft, Units,
     artifacts::{CheckpointFile, Classes, Images, RegionFeatures, Regions, RegionsByImage, TrainingState},
-    contract::write_error,
     detect::category_ids,
     feed::stream,
 };
@@ -547,13 +543,12 @@ impl Training {
     fn save(&self, draft: &UnitDraft) -> Result<()> {
         let card = serde_json::to_string(&self.card).expect("BUG: a card is plain JSON");
         let metadata = BTreeMap::from([(CARD_KEY.to_owned(), card)]);
-        write(draft, DETECTOR, "detector.safetensors", self.detector.parameters(), &metadata)?;
-        write(draft, STATE, "state.safetensors", &self.velocities, &BTreeMap::new())
+        draft.write_tensors(DETECTOR, "detector.safetensors", self.detector.parameters(), &metadata)?;
+        draft.write_tensors(STATE, "state.safetensors", &self.velocities, &BTreeMap::new())
     }
 
     fn restore(&mut self, file: &DetectorFile, state: &TrainingState) -> Result<()> {
-        let origin: &PathBuf = &file.path;
-        layout::load(Checkpoint::open(origin)?.tensors(), self.detector.parameters(), origin)?.require_all(origin)?;
+        layout::load(Checkpoint::open(&file.path)?.tensors(), self.detector.parameters(), &file.path)?.require_all(&file.path)?;
         let state = Checkpoint::open(&state.path)?;
         for (name, velocity) in &mut self.velocities {
             no_grad(|| -> Result<()> {
@@ -581,15 +576,7 @@ fn trained(detector: &Detector) -> impl Iterator<Item = (&String, &Tensor)> {
 
 /// `[N, 4]`.
 fn boxes(boxes: &[Xyxy]) -> Tensor {
-    let corners: Vec<f32> = boxes.iter().flat_map(|xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2]).collect();
-    Tensor::from_slice(&corners).view([-1, 4])
-}
-
-fn write<T>(draft: &UnitDraft, port: Out<T>, name: &str, tensors: &Named, metadata: &BTreeMap<String, String>) -> Result<()> {
-    let mut file = draft.create(port, name)?;
-    let path = file.path().to_owned();
-    write_safetensors(tensors, metadata, &mut file).map_err(|source| write_error(&path, source))?;
-    Ok(file.finish()?)
+    boxes_tensor(&boxes.iter().map(|xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2]).collect::<Vec<_>>())
 }
 
 #[cfg(test)]
