@@ -48,6 +48,8 @@ pub(crate) enum Event {
         #[serde(default)]
         ready: u64,
     },
+    /// What was measured at a step of a training, counted from 1: losses, learning rate.
+    Measured { step: String, at_step: u64, values: BTreeMap<String, f64> },
     /// A unit was published.
     UnitCommitted { step: String, unit: usize, bytes: u64 },
     /// An item has no result and was left out.

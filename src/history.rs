@@ -136,7 +136,7 @@ pub(crate) fn state(log: &[Stamped]) -> RunState {
             Event::StepNote { step, words } => state.notices.push(format!("{step}: {words}")),
             Event::RunEnded { outcome, wall_s } => (state.outcome, state.wall_s) = (Some(*outcome), *wall_s),
             Event::ItemFailed { step, .. } => with(step, &|step| step.failed += 1),
-            Event::UnitCommitted { .. } | Event::Interrupted => {}
+            Event::Measured { .. } | Event::UnitCommitted { .. } | Event::Interrupted => {}
         }
     }
     if state.outcome.is_some() {
@@ -238,6 +238,10 @@ fn words(event: &Event) -> String {
         Event::StepStarted { step } => format!("{step}: started"),
         Event::StepProgress { step, done, total, views: 0, .. } => format!("{step}: {done} of {total}"),
         Event::StepProgress { step, done, total, views, ready } => format!("{step}: {done} of {total}, {views} views, {ready} ready"),
+        Event::Measured { step, at_step, values } => {
+            let values: Vec<String> = values.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+            format!("{step}: step {at_step}: {}", values.join(", "))
+        }
         Event::UnitCommitted { step, unit, bytes } => format!("{step}: unit {unit} committed, {bytes} bytes"),
         Event::ItemFailed { step, item, reason, attempts } => {
             format!("{step}: left out {item} after {}: {reason}", count(*attempts as usize, "attempt"))

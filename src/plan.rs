@@ -60,7 +60,7 @@ pub(crate) struct Work {
     pub(crate) missing: Vec<usize>,
     /// How many items there are, or units of a training, or 1: more than the above in a dry run.
     pub(crate) n_whole: usize,
-    /// Whether each unit continues the one before: the last is the artifact.
+    /// Whether each unit continues the one before.
     pub(crate) is_chain: bool,
     /// Why, in words.
     pub(crate) reasons: Vec<String>,
@@ -117,7 +117,7 @@ pub(crate) fn check(step: &Step, is_demanded: bool, files: &FileInputs, made: &M
     let n_whole = match &divided {
         Units::One => 1,
         Units::Independent { items, .. } => items.len(),
-        Units::Chain { links } => *links as usize,
+        Units::Chain { links, .. } => *links as usize,
     };
     if let Some(most) = step.most_items {
         divided.truncate(most);
@@ -128,17 +128,21 @@ pub(crate) fn check(step: &Step, is_demanded: bool, files: &FileInputs, made: &M
     Ok(Checked::Run(Box::new(Work { recipe, inputs, units, items, missing, n_whole, is_chain, reasons, was })))
 }
 
-/// Places of the units that have to be made.
+/// Places of the units that have to be made. A link of a chain needs only the one before it, and what does not stay need not be there.
 pub(crate) fn missing(step: &Step, store: &Store, units: &[Unit], is_chain: bool) -> Result<Vec<usize>> {
     let mut missing = Vec::new();
+    // After the last sound link: where the work on the next missing one begins.
+    let mut begin = 0;
     for unit in units {
         let is_there = match store.unit(step.entry.kind, &unit.fingerprint)? {
             Status::Valid(record) => is_whole(step, &record),
             Status::Absent | Status::Damaged(_) => false,
         };
-        // A link of a chain is of no use without those before it.
-        if !is_there || (is_chain && !missing.is_empty()) {
-            missing.push(unit.index);
+        match (is_there, is_chain) {
+            (false, true) if unit.stays => return Ok((begin..units.len()).collect()),
+            (false, false) => missing.push(unit.index),
+            (true, _) => begin = unit.index + 1,
+            (false, true) => {}
         }
     }
     Ok(missing)

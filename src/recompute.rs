@@ -120,7 +120,7 @@ fn audit_step(
     let sample = |(index, item): (usize, &usize)| {
         let name = [recipe.fingerprint().as_bytes().as_slice(), &(*item as u64).to_le_bytes()].concat();
         let fingerprint = ovenbird_cache::Digest::of(&name).to_hex().parse().expect("BUG: both are 64 digits");
-        Unit { index, items: *item..*item + 1, fingerprint, family: None }
+        Unit { index, items: *item..*item + 1, fingerprint, family: None, stays: true }
     };
     let samples: Vec<Unit> = chosen.iter().enumerate().map(sample).collect();
     let scratch = tempfile::tempdir().map_err(|source| ovenbird_cache::Error::Write { path: std::env::temp_dir(), source })?;

@@ -14,7 +14,7 @@ use std::{
 use ovenbird_cache::{Artifact, Status, Store, publish};
 use ovenbird_data::evaluate::{Evaluation, Summary};
 use ovenbird_stages::{
-    artifacts::{Artifact as _, EvaluationFile},
+    artifacts::{Artifact as _, Curve, EvaluationFile},
     find,
 };
 
@@ -38,6 +38,7 @@ struct Gathered {
     flow: BTreeMap<String, Vec<(f64, u64, u64, u64)>>,
     artifacts: BTreeMap<String, Artifact>,
     evaluations: Vec<(String, Evaluation)>,
+    trainings: Vec<(String, Curve)>,
     pictures: Vec<Picture>,
 }
 
@@ -72,21 +73,26 @@ fn gather(store: &Store, log: &[Stamped]) -> Result<Gathered> {
         }
     }
     let mut artifacts = BTreeMap::new();
-    let mut evaluations = Vec::new();
+    let (mut evaluations, mut trainings) = (Vec::new(), Vec::new());
     for step in &run.steps {
         let Some(fingerprint) = &step.fingerprint else { continue };
         if let Status::Valid(artifact) = store.artifact(&step.kind, fingerprint)? {
-            let is_evaluation = |port: &&ovenbird_stages::PortInfo| port.kind == EvaluationFile::KIND;
-            for port in find(&step.kind).into_iter().flat_map(|entry| entry.outputs).filter(is_evaluation) {
-                if let Ok(EvaluationFile(evaluation)) = EvaluationFile::open(&artifact.port(port.name)) {
-                    evaluations.push((step.id.clone(), evaluation));
+            for port in find(&step.kind).into_iter().flat_map(|entry| entry.outputs) {
+                let files = artifact.port(port.name);
+                match port.kind {
+                    EvaluationFile::KIND => {
+                        let found = EvaluationFile::open(&files).ok();
+                        evaluations.extend(found.map(|EvaluationFile(evaluation)| (step.id.clone(), evaluation)));
+                    }
+                    Curve::KIND => trainings.extend(Curve::open(&files).ok().map(|curve| (step.id.clone(), curve))),
+                    _ => {}
                 }
             }
             artifacts.insert(step.id.clone(), artifact);
         }
     }
     let pictures = gallery::pictures(&run.steps, &artifacts);
-    Ok(Gathered { run, after, spans, bytes, flow, artifacts, evaluations, pictures })
+    Ok(Gathered { run, after, spans, bytes, flow, artifacts, evaluations, trainings, pictures })
 }
 
 /// Text that is safe inside HTML, also inside attributes.
@@ -127,6 +133,7 @@ fn render(gathered: &Gathered) -> String {
         }
         out.push_str("</div></section>");
     }
+    trainings(&mut out, gathered);
     graph(&mut out, gathered);
     timeline(&mut out, gathered);
     throughput(&mut out, gathered);
@@ -332,57 +339,69 @@ fn throughput(out: &mut String, gathered: &Gathered) {
 
 /// Views (where a step has any, else items) a second over time, and what was ready for the network.
 fn flow(out: &mut String, gathered: &Gathered) {
-    let (width, height, left, bottom) = (520.0, 150.0, 44.0, 30.0);
-    let long_enough = gathered.flow.iter().filter(|(_, points)| points.len() >= 4);
-    let mut is_first = true;
+    let long_enough: Vec<_> = gathered.flow.iter().filter(|(_, points)| points.len() >= 4).collect();
+    if long_enough.is_empty() {
+        return;
+    }
+    out.push_str("<section><h2>Flow</h2>");
     for (step, points) in long_enough {
         let counts_views = points.iter().any(|(_, _, views, _)| *views > 0);
         let amount = |(_, done, views, _): &(f64, u64, u64, u64)| if counts_views { *views } else { *done } as f64;
         let rate = |pair: &[(f64, u64, u64, u64)]| (pair[1].0, (amount(&pair[1]) - amount(&pair[0])) / (pair[1].0 - pair[0].0).max(1e-3));
-        let rates: Vec<(f64, f64)> = points.windows(2).map(rate).collect();
-        let (start, end) = (points[0].0, points[points.len() - 1].0);
-        let x = |at: f64| left + (at - start) / (end - start).max(1e-9) * (width - left - 12.0);
-        let line = |points: &mut dyn Iterator<Item = (f64, f64)>, most: f64| -> String {
-            let y = |value: f64| height - bottom - value / most.max(1e-9) * (height - bottom - 14.0);
-            points.map(|(at, value)| format!("{:.1},{:.1} ", x(at), y(value))).collect()
-        };
-        let most = rates.iter().map(|(_, rate)| *rate).fold(0.0, f64::max);
-        let most_ready = points.iter().map(|(.., ready)| *ready).max().unwrap_or(0);
-        if is_first {
-            out.push_str("<section><h2>Flow</h2>");
-            is_first = false;
-        }
-        put!(out, "<figure><svg class=\"plot\" viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"Rate over time\">");
-        put!(out, "<line class=\"grid\" x1=\"{left}\" x2=\"{}\" y1=\"{y}\" y2=\"{y}\"/>", width - 12.0, y = height - bottom);
-        put!(
-            out,
-            "<text x=\"{}\" y=\"18\" text-anchor=\"end\">{most:.0}</text><text x=\"{}\" y=\"{}\" text-anchor=\"end\">0</text>",
-            left - 6.0,
-            left - 6.0,
-            height - bottom + 4.0
-        );
-        put!(
-            out,
-            "<text x=\"{left}\" y=\"{}\">{start:.0} s</text><text x=\"{}\" y=\"{}\" text-anchor=\"end\">{end:.0} s</text>",
-            height - 8.0,
-            width - 12.0,
-            height - 8.0
-        );
-        put!(out, "<polyline class=\"curve base\" points=\"{}\"/>", line(&mut rates.iter().copied(), most));
-        let what = if counts_views { "views/s" } else { "items/s" };
-        let mut caption = format!("{}: {what} (dashed)", escape(step));
+        let mut lines = vec![("base", points.windows(2).map(rate).collect())];
+        let mut caption = format!("{}: {} (dashed)", escape(step), if counts_views { "views/s" } else { "items/s" });
         if counts_views {
-            let ready = line(&mut points.iter().map(|(at, .., ready)| (*at, *ready as f64)), most_ready as f64);
-            put!(out, "<polyline class=\"curve all\" points=\"{ready}\"/>");
+            lines.push(("all", points.iter().map(|(at, .., ready)| (*at, *ready as f64)).collect()));
+            let most_ready = points.iter().map(|(.., ready)| *ready).max().unwrap_or(0);
             caption.push_str(&format!(
                 "; pieces of work ready for the network (dotted, at most {most_ready}): at the bottom it waits for images"
             ));
         }
-        put!(out, "</svg><figcaption>{caption}</figcaption></figure>");
+        plot(out, &lines, "s", &caption);
     }
-    if !is_first {
-        out.push_str("</section>");
+    out.push_str("</section>");
+}
+
+/// What trainings measured over their steps.
+fn trainings(out: &mut String, gathered: &Gathered) {
+    for (step, curve) in &gathered.trainings {
+        put!(out, "<section><h2>{}: training</h2><div class=\"plots\">", escape(step));
+        for name in curve.names() {
+            let points: Vec<(f64, f64)> = curve.of(name).into_iter().map(|(step, value)| (step as f64, value)).collect();
+            let last = points.last().map_or(0.0, |(_, value)| *value);
+            plot(out, &[("novel", points)], "steps", &format!("{}, {} in the end", escape(name), digits(last)));
+        }
+        out.push_str("</div></section>");
     }
+}
+
+/// Three digits that count.
+fn digits(value: f64) -> String {
+    if value == 0.0 || (0.01..1e4).contains(&value.abs()) { format!("{value:.3}") } else { format!("{value:.2e}") }
+}
+
+/// Lines of points (x, y), each with the class of its style, from 0 to each one's own most; the axis is the first one's.
+fn plot(out: &mut String, lines: &[(&str, Vec<(f64, f64)>)], unit: &str, caption: &str) {
+    let (width, height, left, bottom) = (520.0, 150.0, 56.0, 30.0);
+    let all = || lines.iter().flat_map(|(_, points)| points);
+    let (start, end) = all().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), (x, _)| (low.min(*x), high.max(*x)));
+    let most_of = |points: &[(f64, f64)]| points.iter().map(|(_, y)| *y).fold(0.0, f64::max);
+    let most = lines.first().map_or(0.0, |(_, points)| most_of(points));
+    put!(out, "<figure><svg class=\"plot\" viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{caption}\">");
+    put!(out, "<line class=\"grid\" x1=\"{left}\" x2=\"{}\" y1=\"{y}\" y2=\"{y}\"/>", width - 12.0, y = height - bottom);
+    let (margin, top) = (left - 6.0, if most >= 100.0 { format!("{most:.0}") } else { digits(most) });
+    put!(out, "<text x=\"{margin}\" y=\"18\" text-anchor=\"end\">{top}</text>");
+    put!(out, "<text x=\"{margin}\" y=\"{}\" text-anchor=\"end\">0</text>", height - bottom + 4.0);
+    put!(out, "<text x=\"{left}\" y=\"{}\">{start:.0} {unit}</text>", height - 8.0);
+    put!(out, "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{end:.0} {unit}</text>", width - 12.0, height - 8.0);
+    for (class, points) in lines {
+        let most = most_of(points).max(1e-12);
+        let x = |x: f64| left + (x - start) / (end - start).max(1e-9) * (width - left - 12.0);
+        let y = |y: f64| height - bottom - y / most * (height - bottom - 14.0);
+        let points: String = points.iter().map(|(at, value)| format!("{:.1},{:.1} ", x(*at), y(*value))).collect();
+        put!(out, "<polyline class=\"curve {class}\" points=\"{points}\"/>");
+    }
+    put!(out, "</svg><figcaption>{caption}</figcaption></figure>");
 }
 
 fn manifests(out: &mut String, gathered: &Gathered) {
@@ -464,6 +483,7 @@ mod tests {
             flow: BTreeMap::new(),
             artifacts: BTreeMap::new(),
             evaluations: vec![("coco".into(), evaluation)],
+            trainings: vec![("<b>".into(), Curve { rows: vec![(10, BTreeMap::from([("loss.boxes".into(), 0.5)]))] })],
             pictures: vec![],
         }
     }

@@ -491,6 +491,7 @@ impl<'a> Coordinator<'a> {
                 self.emit(Event::UnitCommitted { step: step.clone(), unit, bytes })?;
                 return lacks.map_or(Ok(()), |words| self.emit(Event::StepNote { step, words }));
             }
+            Progress::Measured { step: at_step, values } => return self.emit(Event::Measured { step, at_step, values }),
             Progress::Failed(FailedItem { item, reason, attempts }) => {
                 gauge.failed += 1;
                 return self.emit(Event::ItemFailed { step, item, reason, attempts });

@@ -33,6 +33,8 @@ struct Shown {
     /// Units of this step that earlier runs left.
     resumed: Option<String>,
     last_line: Instant,
+    /// Of a training, all its losses together.
+    loss: Option<f64>,
 }
 
 impl Screen {
@@ -54,7 +56,7 @@ impl Screen {
             Event::StepStarted { step } => {
                 let (bar, now) = (self.bar(step), Instant::now());
                 let resumed = self.steps.remove(step).and_then(|shown| shown.resumed);
-                self.steps.insert(step.clone(), Shown { bar, started: now, resumed, last_line: now });
+                self.steps.insert(step.clone(), Shown { bar, started: now, resumed, last_line: now, loss: None });
             }
             Event::StepProgress { step, done, total, views, ready } => self.progress(step, [*done, *total], *views, *ready),
             Event::ItemFailed { step, item, reason, .. } => self.step_line(step, &format!("left out {item}: {reason}")),
@@ -76,6 +78,12 @@ impl Screen {
             Event::Interrupted => {
                 self.say("stopping at the next unit; press Ctrl-C again to stop at once (nothing committed is lost either way)");
             }
+            Event::Measured { step, values, .. } => {
+                let losses: Vec<f64> = values.iter().filter(|(name, _)| name.starts_with("loss.")).map(|(_, loss)| *loss).collect();
+                if let Some(shown) = self.steps.get_mut(step).filter(|_| !losses.is_empty()) {
+                    shown.loss = Some(losses.iter().sum());
+                }
+            }
             Event::UnitCommitted { .. } => {}
             Event::RunEnded { .. } => {
                 if let Some(bars) = &self.bars {
@@ -94,7 +102,7 @@ impl Screen {
                 let why = resumed.clone().into_iter().chain(reasons.iter().cloned()).collect::<Vec<_>>().join("; ");
                 self.step_line(step, &format!("will run: {why}"));
                 let now = Instant::now();
-                self.steps.insert(step.to_owned(), Shown { bar: None, started: now, resumed, last_line: now });
+                self.steps.insert(step.to_owned(), Shown { bar: None, started: now, resumed, last_line: now, loss: None });
             }
         }
     }
@@ -119,6 +127,7 @@ impl Screen {
             (views, 0) => format!(", {:.0} views/s, waits for images", views as f64 / elapsed_s.max(1e-9)),
             (views, _) => format!(", {:.0} views/s, {ready} ready", views as f64 / elapsed_s.max(1e-9)),
         };
+        let flow = shown.loss.map_or(flow.clone(), |loss| format!("{flow}, loss {loss:.3}"));
         let words = match total {
             0 => format!("{done} items, {rate:.1} items/s{flow}"),
             total => format!("{done}/{total} ({:.0} %), {rate:.1} items/s{flow}{ends}", 100.0 * done as f64 / total as f64),

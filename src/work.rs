@@ -290,8 +290,7 @@ impl<'a> Making<'a> {
                 Status::Damaged(_) | Status::Absent => panic!("BUG: `{kind}` ended well without unit {}", unit.index),
             }
         };
-        let whole = if work.is_chain { &units[units.len().saturating_sub(1)..] } else { &units[..] };
-        let records = whole.iter().map(record).collect::<Result<Vec<_>>>()?;
+        let records = units.iter().filter(|unit| unit.stays).map(record).collect::<Result<Vec<_>>>()?;
         let made = Provenance {
             program: format!("ovenbird {}", env!("CARGO_PKG_VERSION")),
             run: self.shop.run.to_owned(),

@@ -21,7 +21,7 @@ use std::{
 };
 
 use ovenbird_cache::{
-    Claim, Digest, Donors, Draft, DraftFile, Fingerprint, Lease, Recipe, Status, Store, UnitKey, Watch, chunk, inputs::InputFile,
+    Claim, Digest, Donors, Draft, DraftFile, Fingerprint, Lease, Recipe, Status, Store, UnitKey, Watch, chunk, inputs::InputFile, unit_name,
 };
 use ovenbird_models::checkpoint::write_safetensors;
 use rand::SeedableRng;
@@ -213,10 +213,12 @@ pub enum Units {
         /// The ports whose content the item digests stand for: a unit's identity holds its items in place of these.
         replaces: Vec<&'static str>,
     },
-    /// Steps of which each continues the one before (training).
+    /// Steps of which each continues the one before (training). The artifact holds the last one, and those that are to stay.
     Chain {
         /// How many.
         links: u32,
+        /// Places of those that stay besides the last.
+        stay: Vec<u32>,
     },
 }
 
@@ -231,6 +233,8 @@ pub struct Unit {
     pub fingerprint: Fingerprint,
     /// Of a unit that holds items: see [`UnitKey::family`].
     pub family: Option<Fingerprint>,
+    /// Whether the artifact holds it. Only of links of a chain does it not hold all.
+    pub stays: bool,
 }
 
 impl Units {
@@ -239,18 +243,21 @@ impl Units {
         match self {
             Self::One => {}
             Self::Independent { items, .. } => items.truncate(n_items),
-            Self::Chain { links } => *links = (*links).min(1),
+            Self::Chain { links, .. } => *links = (*links).min(1),
         }
     }
 
     /// Names every unit of a stage with this recipe; the second list holds the items they are ranges of.
     pub fn of(self, recipe: &Recipe) -> (Vec<Unit>, Vec<Digest>) {
-        let without_items = |index: usize, fingerprint| Unit { index, items: 0..0, fingerprint, family: None };
+        let without_items = |index: usize, fingerprint, stays| Unit { index, items: 0..0, fingerprint, family: None, stays };
         match self {
-            Self::One => (vec![without_items(0, recipe.fingerprint())], Vec::new()),
-            Self::Chain { links } => {
+            Self::One => (vec![without_items(0, recipe.fingerprint(), true)], Vec::new()),
+            Self::Chain { links, stay } => {
                 let chain = recipe.fingerprint();
-                let link = |link: u32| without_items(link as usize, chain.part("ovenbird link 1", &link.to_le_bytes()));
+                let link = |link: u32| {
+                    let stays = link + 1 == links || stay.contains(&link);
+                    without_items(link as usize, chain.part("ovenbird link 1", &link.to_le_bytes()), stays)
+                };
                 ((0..links).map(link).collect(), Vec::new())
             }
             Self::Independent { items, replaces } => {
@@ -260,7 +267,7 @@ impl Units {
                 let unit = |(index, range): (usize, Range<usize>)| {
                     let content = Digest::of_list("ovenbird items 1", items[range.clone()].iter().map(|item| ("", *item)));
                     let fingerprint = family.part("ovenbird unit 1", content.as_bytes());
-                    Unit { index, items: range, fingerprint, family: Some(family) }
+                    Unit { index, items: range, fingerprint, family: Some(family), stays: true }
                 };
                 (chunk::cut(&items).into_iter().enumerate().map(unit).collect(), items)
             }
@@ -285,6 +292,13 @@ pub enum Progress {
         views: u64,
         /// Pieces of work that were ready when it began: 0 means that the network waits for decoding and cutting.
         ready: u64,
+    },
+    /// What was measured at a step of a training.
+    Measured {
+        /// Counted from 1.
+        step: u64,
+        /// By name: losses, learning rate.
+        values: BTreeMap<String, f64>,
     },
     /// An item could not be read or understood, and is left out.
     Failed(FailedItem),
@@ -325,6 +339,8 @@ pub enum OnBadItem {
 /// The file of a unit that lists its failed items; there only if there are some.
 pub const FAILED_FILE: &str = "failed.json";
 
+/// How many links of a chain stay before the one that was made last: what there is to go on from when that one is damaged.
+const SPARE_LINKS: usize = 2;
 /// How often something is tried that may go well the next time.
 const ATTEMPTS: u32 = 4;
 /// How long to wait before the second time; four times as long before each further one.
@@ -379,6 +395,11 @@ impl Context<'_> {
     /// Says that the network has worked on some more views, and how many pieces of work were ready for it.
     pub(crate) fn flow(&self, n_views: usize, n_ready: usize) {
         (self.report)(Progress::Flow { views: n_views as u64, ready: n_ready as u64 });
+    }
+
+    /// Says what was measured at a step of a training, counted from 1.
+    pub(crate) fn measured(&self, step: u64, values: &BTreeMap<String, f64>) {
+        (self.report)(Progress::Measured { step, values: values.clone() });
     }
 
     /// Says something that the operator should read.
@@ -437,24 +458,35 @@ impl Context<'_> {
             Ok(prepared) => return Ok(Some(prepared)),
             Err(error) => error,
         };
-        let OnBadItem::Skip { max_failed_ratio } = self.on_bad_item else { return Err(error) };
-        let Error::Data(cause) = &error else { return Err(error) };
-        let failed = FailedItem { item: item.into(), reason: with_sources(cause), attempts: attempted.attempts };
         let n_failed = self.n_failed.fetch_add(1, Ordering::Relaxed) + 1;
-        if n_failed as f64 > max_failed_ratio * self.items.len() as f64 {
-            return Err(Error::TooManyFailed { n_failed, n_items: self.items.len(), max_failed_ratio, last: failed.reason });
-        }
-        (self.report)(Progress::Failed(failed.clone()));
-        draft.failed.lock().unwrap_or_else(PoisonError::into_inner).push(failed);
+        self.left_out(draft, item, error, attempted.attempts, [n_failed as usize, self.items.len()])?;
         self.tick(1);
         Ok(None)
+    }
+
+    /// Notes an item that failed with its unit, unless the stage's policy does not allow it; `counts`: how many have failed so far, and of how many.
+    pub(crate) fn left_out(&self, draft: &UnitDraft, item: &str, error: Error, attempts: u32, counts: [usize; 2]) -> Result<()> {
+        let OnBadItem::Skip { max_failed_ratio } = self.on_bad_item else { return Err(error) };
+        let Error::Data(cause) = &error else { return Err(error) };
+        let failed = FailedItem { item: item.into(), reason: with_sources(cause), attempts };
+        let [n_failed, n_items] = counts;
+        if n_failed as f64 > max_failed_ratio * n_items as f64 {
+            return Err(Error::TooManyFailed { n_failed: n_failed as u64, n_items, max_failed_ratio, last: failed.reason });
+        }
+        let mut of_unit = draft.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        // A training sees an item again and again.
+        if !of_unit.contains(&failed) {
+            (self.report)(Progress::Failed(failed.clone()));
+            of_unit.push(failed);
+        }
+        Ok(())
     }
 
     fn key(&self, unit: &Unit) -> UnitKey {
         UnitKey { kind: self.kind.into(), fingerprint: unit.fingerprint, family: unit.family }
     }
 
-    /// Publishes a unit.
+    /// Publishes a unit. Of the links of a chain that do not stay, the last few before it are kept.
     pub fn commit(&self, draft: UnitDraft, metrics: BTreeMap<String, Value>) -> Result<()> {
         let UnitDraft { draft, unit, failed, _lease } = draft;
         let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -463,6 +495,17 @@ impl Context<'_> {
         }
         let record = self.store.commit_unit(draft, self.key(&unit), &self.items[unit.items.clone()], metrics)?;
         (self.report)(Progress::Committed { unit: unit.index, bytes: record.bytes() });
+        if unit.family.is_some() { Ok(()) } else { self.prune(&self.units[..unit.index]) }
+    }
+
+    /// Removes the links of a chain that later ones have made superfluous.
+    fn prune(&self, links: &[Unit]) -> Result<()> {
+        for link in links.iter().rev().skip(SPARE_LINKS).filter(|link| !link.stays) {
+            let name = unit_name(self.kind, &link.fingerprint);
+            if self.store.unit_path(&name).exists() {
+                self.store.remove_unit(&name, "the training went on from later links")?;
+            }
+        }
         Ok(())
     }
 
@@ -525,7 +568,7 @@ impl UnitDraft {
 /// What came of preparing an item.
 pub(crate) struct Attempted<T> {
     pub(crate) result: Result<T>,
-    attempts: u32,
+    pub(crate) attempts: u32,
 }
 
 fn with_sources(error: &dyn std::error::Error) -> String {

@@ -12,6 +12,7 @@ pub mod detect;
 pub mod detector;
 mod error;
 mod feed;
+mod optimizer;
 mod pass;
 mod registry;
 pub mod toy;

@@ -14,6 +14,7 @@
 //! | `crops` | an Arrow shard of encoded images | [`Crops`] |
 //! | `evaluation` | json | [`EvaluationFile`] |
 
+mod curve;
 mod features;
 mod tables;
 
@@ -35,6 +36,7 @@ use ovenbird_models::checkpoint::Checkpoint;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tch::Tensor;
 
+pub use curve::Curve;
 pub use features::{
     Crop, Crops, CropsWriter, ImageFeatures, ImageFeaturesWriter, NumberType, RegionFeatures, RegionFeaturesWriter, Regions,
 };
@@ -64,6 +66,11 @@ pub(crate) fn only_file<'a>(kind: &'static str, files: &'a [InputFile]) -> Resul
             hint: "name a file, not a folder, in the pipeline".into(),
         }),
     }
+}
+
+/// The last of the files of a training's checkpoints, in the order of their steps.
+pub(crate) fn last_file<'a>(kind: &'static str, files: &'a [InputFile]) -> Result<&'a InputFile> {
+    only_file(kind, &files[files.len().saturating_sub(1)..])
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
@@ -259,7 +266,7 @@ impl Artifact for TrainingState {
     const EXTENSIONS: &'static [&'static str] = &["safetensors"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { path: only_file(Self::KIND, files)?.path.clone() })
+        Ok(Self { path: last_file(Self::KIND, files)?.path.clone() })
     }
 }
 

@@ -23,11 +23,11 @@ use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft, Units,
     artifacts::{Captions, CheckpointFile, Images, TrainingState},
     feed::in_parallel,
+    optimizer::AdamW,
 };
 
 /// Adam's constants (Kingma and Ba 2015), with CLIP's second moment.
-const BETAS: [f64; 2] = [0.9, 0.98];
-const EPSILON: f64 = 1e-6;
+const OPTIMIZER: AdamW = AdamW { betas: [0.9, 0.98], epsilon: 1e-6 };
 /// CLIP keeps the logit scale below 100.
 const MAX_LOG_SCALE: f64 = 4.605_170_185_988_092;
 /// Pictures are kept this much larger than the network's input, for random crops.
@@ -107,7 +107,7 @@ impl Stage for Pretrain {
     }
 
     fn units(&self, _inputs: &Inputs) -> Result<Units> {
-        Ok(Units::Chain { links: self.steps.div_ceil(self.steps_per_unit) })
+        Ok(Units::Chain { links: self.steps.div_ceil(self.steps_per_unit), stay: Vec::new() })
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
@@ -272,14 +272,13 @@ impl Training {
         Ok(loss.double_value(&[]))
     }
 
-    /// AdamW (Loshchilov and Hutter 2019). Gains, biases and the logit scale do not decay.
+    /// Gains, biases and the logit scale do not decay.
     fn update(&mut self, stage: &Pretrain) {
         let rate = stage.rate_at(self.steps_done);
         self.steps_done += 1;
-        let correction = BETAS.map(|beta| 1.0 - beta.powi(self.steps_done as i32));
         no_grad(|| {
             for (name, mut tensor) in named(&self.store) {
-                let Some([first, second]) = self.moments.get_mut(&name) else { continue };
+                let Some(moments) = self.moments.get_mut(&name) else { continue };
                 let gradient = tensor.grad();
                 if !gradient.defined() {
                     continue;
@@ -287,15 +286,8 @@ impl Training {
                 let is_embedding = name == TOKEN_EMBEDDING;
                 let rows = |whole: &Tensor| if is_embedding { whole.index_select(0, &self.used_tokens) } else { whole.shallow_clone() };
                 let (mut weights, gradient) = (rows(&tensor), rows(&gradient));
-                if weights.dim() > 1 {
-                    weights *= 1.0 - rate * stage.weight_decay;
-                }
-                *first *= BETAS[0];
-                *first += &gradient * (1.0 - BETAS[0]);
-                *second *= BETAS[1];
-                *second += &gradient * &gradient * (1.0 - BETAS[1]);
-                let denominator = (&*second / correction[1]).sqrt() + EPSILON;
-                weights -= &*first / denominator * (rate / correction[0]);
+                let decay = if weights.dim() > 1 { stage.weight_decay } else { 0.0 };
+                OPTIMIZER.step(self.steps_done as i32, rate, decay, &mut weights, &gradient, moments);
                 if is_embedding {
                     let _in_place = tensor.index_copy_(0, &self.used_tokens, &weights);
                 }

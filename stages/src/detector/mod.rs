@@ -5,8 +5,9 @@
 
 mod test;
 mod train;
+mod training;
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::path::{Path, PathBuf};
 
 use ovenbird_cache::inputs::InputFile;
 use ovenbird_data::{classes::ClassSplit, images::Image};
@@ -20,10 +21,11 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-pub use self::{test::Test, train::Train};
+use self::training::NetworkFile;
+pub use self::{test::Test, train::Train, training::Training};
 use crate::{
     Error, In, Inputs, Result,
-    artifacts::{AnnotationFile, Artifact, Classes, Images, Prompts, only_file},
+    artifacts::{AnnotationFile, Artifact, Classes, Images, Prompts, last_file},
     error::malformed,
 };
 
@@ -59,7 +61,7 @@ struct Card {
     scale: LogitScale,
 }
 
-/// A trained detector.
+/// A trained detector: of several checkpoints of a training, the last.
 pub struct DetectorFile {
     path: PathBuf,
 }
@@ -69,7 +71,13 @@ impl Artifact for DetectorFile {
     const EXTENSIONS: &'static [&'static str] = &["safetensors"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { path: only_file(Self::KIND, files)?.path.clone() })
+        Ok(Self { path: last_file(Self::KIND, files)?.path.clone() })
+    }
+}
+
+impl NetworkFile for DetectorFile {
+    fn path(&self) -> &Path {
+        &self.path
     }
 }
 
@@ -142,6 +150,3 @@ impl Pixels {
         Tensor::from_slice(&self.numbers).view(self.shape).to_device(device)
     }
 }
-
-/// The tensors of a training's files, each under a name.
-type Named = BTreeMap<String, Tensor>;

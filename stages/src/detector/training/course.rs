@@ -1,0 +1,216 @@
+//! What is seen at which step.
+
+use std::ops::Range;
+
+use ovenbird_data::{
+    annotations::ImageId,
+    boxes::Xyxy,
+    training::{self, Placement, Sample},
+};
+use ovenbird_models::detector::boxes::ImageSize;
+use rand::{Rng as _, seq::SliceRandom as _};
+use rand_chacha::ChaCha8Rng;
+
+use super::Training;
+use crate::{
+    Context, Error, Result,
+    artifacts::{Classes, Images, RegionFeatures, Regions, RegionsByImage},
+    detect::category_ids,
+    detector::{ANNOTATIONS, CLASSES, IMAGES, Pixels},
+};
+
+/// What is seen at which step.
+pub(in crate::detector) struct Course {
+    images: Images,
+    samples: Vec<Sample>,
+    /// Places in `samples`, rare ones more than once.
+    copies: Vec<usize>,
+    embeddings: Option<Embeddings>,
+    batch: usize,
+    accumulate: u32,
+    sides: [[u32; 2]; 2],
+    random: ChaCha8Rng,
+}
+
+/// Embeddings of regions, to learn.
+struct Embeddings {
+    regions: RegionsByImage,
+    /// How many numbers one has.
+    dim: usize,
+    /// The port that they came from.
+    port: &'static str,
+}
+
+/// What random numbers are for.
+#[derive(Clone, Copy)]
+pub(super) enum Random {
+    /// How the images of a batch are shown, by step and place in the step.
+    Placements(u32, u32),
+    /// Which anchors and regions of a batch are learned from.
+    Samples(u32, u32),
+    /// The order of an epoch.
+    Order(u64),
+}
+
+/// A batch to make: places in the samples, and how they are shown.
+pub(super) struct Lesson {
+    step: u32,
+    piece: u32,
+    images: Vec<(usize, Placement)>,
+}
+
+/// What a network sees at once.
+pub(in crate::detector) struct Batch {
+    pub(in crate::detector) step: u32,
+    /// Its place among the batches of the step.
+    pub(super) piece: u32,
+    pub(super) pixels: Pixels,
+    /// Those that can be read.
+    pub(in crate::detector) images: Vec<Shown>,
+    /// Names of the others, why, and how often they were tried.
+    pub(super) unreadable: Vec<(String, Error, u32)>,
+}
+
+/// An image of a batch, boxes in px of what the network sees.
+pub(in crate::detector) struct Shown {
+    pub(in crate::detector) id: ImageId,
+    pub(in crate::detector) size: ImageSize,
+    pub(in crate::detector) objects: Vec<Xyxy>,
+    pub(in crate::detector) classes: Vec<i64>,
+    /// Boxes of embeddings, and these, `[N, D]`.
+    pub(in crate::detector) regions: Vec<Xyxy>,
+    pub(in crate::detector) embeddings: Vec<f32>,
+}
+
+impl Course {
+    /// Over the images of the port `annotations` that show a base class.
+    pub(in crate::detector) fn of(training: &Training, cx: &Context<'_>) -> Result<Self> {
+        let mut annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
+        let Classes(classes) = cx.inputs.read(CLASSES)?;
+        let samples = training::samples(&annotations, &category_ids(&annotations, classes.base.iter())?);
+        if samples.is_empty() {
+            let problem = format!("none of {} images shows a base class and is at least 32 px wide and high", annotations.images.len());
+            let hint = "use the annotations and the classes of the same split".into();
+            return Err(Error::Input { port: ANNOTATIONS.info().name, problem, hint });
+        }
+        let repeats = match training.repeat_threshold {
+            0.0 => vec![1; samples.len()],
+            threshold => training::repeats(&samples, threshold),
+        };
+        Ok(Self {
+            images: cx.inputs.read(IMAGES)?,
+            copies: repeats.into_iter().enumerate().flat_map(|(place, n)| std::iter::repeat_n(place, n)).collect(),
+            samples,
+            embeddings: None,
+            batch: training.batch,
+            accumulate: training.accumulate,
+            sides: [training.longer_side, training.shorter_side],
+            random: cx.rng(&cx.units[0]),
+        })
+    }
+
+    /// The same, with embeddings of `dim` numbers of the images' regions. Images without an entry are named.
+    pub(in crate::detector) fn with_embeddings(self, features: &RegionFeatures, dim: i64, port: &'static str) -> Result<Self> {
+        let regions = features.by_image()?;
+        let missing: Vec<ImageId> = self.samples.iter().map(|sample| sample.info.id).filter(|image| !regions.has(*image)).collect();
+        if let Some(first) = missing.first() {
+            let problem = format!("none for {} of {} images, image {first} among them", missing.len(), self.samples.len());
+            let hint = "make them for these annotations: `clip/objects` with the same `annotations`".into();
+            return Err(Error::Input { port, problem, hint });
+        }
+        Ok(Self { embeddings: Some(Embeddings { regions, dim: dim as usize, port }), ..self })
+    }
+
+    pub(super) fn n_images(&self) -> usize {
+        self.samples.len()
+    }
+
+    /// Random numbers for something: no two things share any.
+    pub(super) fn random(&self, of: Random) -> ChaCha8Rng {
+        let mut random = self.random.clone();
+        let batch = |step: u32, piece: u32| u64::from(step) * u64::from(self.accumulate) + u64::from(piece);
+        random.set_stream(match of {
+            Random::Placements(step, piece) => 2 * batch(step, piece),
+            Random::Samples(step, piece) => 2 * batch(step, piece) + 1,
+            Random::Order(epoch) => u64::MAX - epoch,
+        });
+        random
+    }
+
+    /// Every image once, rare ones more often, wide and tall ones apart.
+    fn epoch(&self, epoch: u64) -> Vec<Vec<usize>> {
+        let mut order = self.copies.clone();
+        order.shuffle(&mut self.random(Random::Order(epoch)));
+        let is_tall = |place: usize| self.samples[place].info.height > self.samples[place].info.width;
+        training::batches(&order, is_tall, self.batch)
+    }
+
+    /// What the batches of some steps show, with the bytes that each will have.
+    pub(super) fn lessons(&self, steps: Range<u32>) -> impl Iterator<Item = (Lesson, usize)> + Send {
+        let all = (0..).flat_map(|epoch| self.epoch(epoch)).skip(steps.start as usize * self.accumulate as usize);
+        let pieces = steps.flat_map(|step| (0..self.accumulate).map(move |piece| (step, piece)));
+        pieces.zip(all).map(|((step, piece), places)| {
+            let mut random = self.random(Random::Placements(step, piece));
+            let images: Vec<(usize, Placement)> = places.into_iter().map(|place| (place, self.placement(place, &mut random))).collect();
+            let bytes = images.iter().map(|(_, placement)| 12 * placement.to[0] as usize * placement.to[1] as usize).sum();
+            (Lesson { step, piece, images }, bytes)
+        })
+    }
+
+    fn placement(&self, place: usize, random: &mut ChaCha8Rng) -> Placement {
+        let info = &self.samples[place].info;
+        let [longer, shorter] = self.sides.map(|[low, high]| random.random_range(low..=high));
+        let placement = Placement::fitting([info.width, info.height], longer, shorter);
+        if random.random_bool(0.5) { placement.mirrored() } else { placement }
+    }
+
+    /// Makes a batch. An image that cannot be read is left out of it, and listed.
+    pub(super) fn batch(&self, lesson: Lesson, cx: &Context<'_>) -> Result<Batch> {
+        let Lesson { step, piece, images: lesson } = lesson;
+        let (mut pictures, mut images, mut unreadable) = (Vec::new(), Vec::new(), Vec::new());
+        for (place, placement) in lesson {
+            let Sample { info, objects } = &self.samples[place];
+            let attempt = cx.attempt(|| Ok(placement.pixels(&self.images.decode(&info.file_name, placement.from)?)));
+            match attempt.result {
+                Ok(picture) => pictures.push(picture),
+                Err(error) => {
+                    unreadable.push((info.file_name.clone(), error, attempt.attempts));
+                    continue;
+                }
+            }
+            let (regions, embeddings) = match &self.embeddings {
+                Some(embeddings) => {
+                    let found = embeddings.of(info.id)?;
+                    (found.boxes.iter().map(|xyxy| placement.show(xyxy)).collect(), found.embeddings)
+                }
+                None => Default::default(),
+            };
+            images.push(Shown {
+                id: info.id,
+                size: ImageSize { width: placement.to[0].into(), height: placement.to[1].into() },
+                objects: objects.iter().map(|object| placement.show(&object.xyxy)).collect(),
+                classes: objects.iter().map(|object| object.class as i64).collect(),
+                regions,
+                embeddings,
+            });
+        }
+        Ok(Batch { step, piece, pixels: Pixels::of(&pictures), images, unreadable })
+    }
+}
+
+impl Embeddings {
+    /// Refuses embeddings of another space than the detector's.
+    fn of(&self, image: ImageId) -> Result<Regions> {
+        let found = self.regions.get(image)?;
+        if found.embeddings.len() == found.boxes.len() * self.dim {
+            return Ok(found);
+        }
+        let problem = format!(
+            "image {image}: embeddings have {} numbers, class embeddings {}",
+            found.embeddings.len() / found.boxes.len().max(1),
+            self.dim
+        );
+        Err(Error::Input { port: self.port, problem, hint: "make the prompts and the features with the same CLIP".into() })
+    }
+}

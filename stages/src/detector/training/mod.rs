@@ -1,0 +1,437 @@
+//! How networks that find objects are trained: the same loop, whatever they are.
+//!
+//! The work is a chain of units. What a step sees (which images, their sizes, which are mirrored, which boxes are learned from) follows
+//! from the recipe and the step's number alone; with the weights and the optimizer's state of the link before, a training that was
+//! killed anywhere ends with the same bytes.
+
+mod course;
+mod descent;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    path::Path,
+};
+
+use rand_chacha::ChaCha8Rng;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+pub(super) use self::course::{Batch, Course};
+use self::{
+    course::{Lesson, Random},
+    descent::Descent,
+};
+use crate::{
+    Context, Error, Out, Problem, Result, Unit, UnitDraft, Units,
+    artifacts::{Artifact, Curve, TrainingState},
+    feed::stream,
+};
+
+/// Bytes of batches that may be ahead of the network.
+const ROOM: usize = 128 << 20;
+/// Above this a loss has exploded.
+const MOST_LOSS: f64 = 1e4;
+/// Steps between two rows of the curve.
+const ROW_STEPS: u32 = 10;
+
+/// Which way weights go down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Optimizer {
+    /// Stochastic gradient descent with `momentum`.
+    #[default]
+    Sgd,
+    /// AdamW (Loshchilov and Hutter 2019) with `betas`.
+    Adamw,
+}
+
+/// How the learning rate falls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Decay {
+    /// To a tenth at each of `decay_steps`.
+    #[default]
+    Steps,
+    /// Along half a cosine, to 0 at the end.
+    Cosine,
+}
+
+/// In which numbers a network computes. Weights, gradients, losses and boxes are f32 always.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum TrainPrecision {
+    /// Single precision.
+    #[default]
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision; losses are scaled so that small gradients survive. The scale begins at 64, doubles after 2,000 fine steps, and
+    /// halves when a gradient overflows, whose step is left out.
+    F16,
+}
+
+impl TrainPrecision {
+    fn kind(self) -> Kind {
+        match self {
+            Self::F32 => Kind::Float,
+            Self::Bf16 => Kind::BFloat16,
+            Self::F16 => Kind::Half,
+        }
+    }
+}
+
+/// How some parameters differ from the others.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Group {
+    /// Factor of the learning rate.
+    pub rate: f64,
+    /// Factor of the weight decay.
+    pub decay: f64,
+}
+
+impl Default for Group {
+    fn default() -> Self {
+        Self { rate: 1.0, decay: 1.0 }
+    }
+}
+
+/// How a network is trained. The defaults are OADP's for COCO, 16 images a step (methods, sections 6.2 and 6.5).
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Training {
+    /// First values, order, sizes and samples follow from it.
+    pub seed: u64,
+    /// Steps of the optimizer.
+    pub steps: u32,
+    /// Steps between units: a training that is killed loses at most these.
+    pub steps_per_unit: u32,
+    /// How many units, evenly spaced, stay to choose from (`detector/select`); the last is one of them.
+    pub checkpoints: u32,
+    /// Images that a network sees at once.
+    pub batch: usize,
+    /// Batches whose gradients a step adds up (their mean is what it descends along).
+    pub accumulate: u32,
+    /// Images are fitted into a longer side drawn from here, from the first to the last, in px; detection takes the last.
+    pub longer_side: [u32; 2],
+    /// And into a shorter side drawn from here.
+    pub shorter_side: [u32; 2],
+    /// Images of classes in less than this part of the images are seen more often (LVIS: 0.001); 0 for none.
+    pub repeat_threshold: f64,
+    /// In which numbers the network computes.
+    pub precision: TrainPrecision,
+    /// Which way weights go down.
+    pub optimizer: Optimizer,
+    /// Of SGD: of the gradients' moving sum.
+    pub momentum: f64,
+    /// Of AdamW: of the moving averages of gradients and of their squares.
+    pub betas: [f64; 2],
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Steps over which the learning rate grows from a thousandth of the peak.
+    pub warm_up_steps: u32,
+    /// How the learning rate falls.
+    pub decay: Decay,
+    /// At these steps the learning rate falls to a tenth.
+    pub decay_steps: Vec<u32>,
+    /// Decay of every parameter.
+    pub weight_decay: f64,
+    /// Parameters whose names hold a key differ so from the others; the longest key counts.
+    pub groups: BTreeMap<String, Group>,
+    /// Gradients are shortened to this length all together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub most_gradient: Option<f64>,
+    /// The network in the end has weights averaged over the steps: after each, this part of the average stays. Running statistics are
+    /// those of the last step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub average: Option<f64>,
+}
+
+impl Default for Training {
+    fn default() -> Self {
+        Self {
+            seed: 3407,
+            steps: 40_000,
+            steps_per_unit: 1000,
+            checkpoints: 1,
+            batch: 16,
+            accumulate: 1,
+            longer_side: [1330, 1333],
+            shorter_side: [640, 800],
+            repeat_threshold: 0.0,
+            precision: TrainPrecision::F32,
+            optimizer: Optimizer::Sgd,
+            momentum: 0.9,
+            betas: [0.9, 0.999],
+            learning_rate: 0.02,
+            warm_up_steps: 500,
+            decay: Decay::Steps,
+            decay_steps: vec![30_000],
+            weight_decay: 2.5e-5,
+            groups: BTreeMap::new(),
+            most_gradient: None,
+            average: None,
+        }
+    }
+}
+
+impl Training {
+    /// What is wrong, by the names that an operator writes.
+    pub(super) fn check(&self) -> Vec<Problem> {
+        let is_range = |[low, high]: [u32; 2]| low <= high && low >= 32;
+        let is_part = |number: f64| (0.0..1.0).contains(&number);
+        let is_positive = |number: f64| number > 0.0 && number.is_finite();
+        let is_factor = |number: f64| number >= 0.0 && number.is_finite();
+        Problem::unless(&[
+            ("training.steps", self.steps > 0, "at least 1"),
+            ("training.steps_per_unit", self.steps_per_unit > 0, "at least 1"),
+            ("training.checkpoints", (1..=self.n_links()).contains(&self.checkpoints), "from 1 to the number of units"),
+            ("training.batch", self.batch > 0, "at least 1"),
+            ("training.accumulate", self.accumulate > 0, "at least 1"),
+            ("training.longer_side", is_range(self.longer_side), "two sides from 32 px on, the smaller first"),
+            ("training.shorter_side", is_range(self.shorter_side), "two sides from 32 px on, the smaller first"),
+            ("training.repeat_threshold", is_part(self.repeat_threshold), "a number from 0 to below 1"),
+            ("training.momentum", is_part(self.momentum), "a number from 0 to below 1"),
+            ("training.betas", self.betas.into_iter().all(is_part), "two numbers from 0 to below 1"),
+            ("training.learning_rate", is_positive(self.learning_rate), "a number above 0"),
+            ("training.weight_decay", is_part(self.weight_decay), "a number from 0 to below 1"),
+            ("training.groups", self.groups.values().all(|group| is_factor(group.rate) && is_factor(group.decay)), "factors from 0 on"),
+            ("training.most_gradient", self.most_gradient.is_none_or(is_positive), "a number above 0"),
+            ("training.average", self.average.is_none_or(is_part), "a number from 0 to below 1"),
+        ])
+    }
+
+    fn n_links(&self) -> u32 {
+        self.steps.div_ceil(self.steps_per_unit.max(1))
+    }
+
+    pub(super) fn units(&self) -> Units {
+        let links = self.n_links();
+        let stay = (1..self.checkpoints).map(|place| (links * place).div_ceil(self.checkpoints) - 1).collect();
+        Units::Chain { links, stay }
+    }
+
+    /// The longer and the shorter side that a trained network's images are fitted into, px.
+    pub(super) fn fits(&self) -> [u32; 2] {
+        [self.longer_side[1], self.shorter_side[1]]
+    }
+
+    /// The learning rate of a step, counted from 0. (mmdet; OADP, section 6.5; the cosine of Loshchilov and Hutter 2017, equation 5.)
+    fn rate_at(&self, step: u32) -> f64 {
+        let part = |of: u32, all: u32| f64::from(of) / f64::from(all);
+        if step < self.warm_up_steps {
+            return self.learning_rate * (0.001 + 0.999 * part(step, self.warm_up_steps));
+        }
+        self.learning_rate
+            * match self.decay {
+                Decay::Steps => 0.1_f64.powi(self.decay_steps.iter().filter(|at| step >= **at).count() as i32),
+                Decay::Cosine => {
+                    let done = part(step - self.warm_up_steps, self.steps.saturating_sub(self.warm_up_steps).max(1));
+                    0.5 * (1.0 + (std::f64::consts::PI * done).cos())
+                }
+            }
+    }
+}
+
+/// A network that is trained.
+pub(super) trait Learner {
+    /// Every tensor by name; those with gradients are trained.
+    fn parameters(&self) -> &BTreeMap<String, Tensor>;
+
+    /// What there is to learn from a batch at a step, counted from 0: f32 scalars, weighted. `images`: `[B, 3, H, W]`, normalised.
+    fn losses(&self, images: &Tensor, batch: &Batch, step: u32, random: &mut ChaCha8Rng) -> Result<Vec<(&'static str, Tensor)>>;
+}
+
+/// The file of a trained network.
+pub(super) trait NetworkFile: Artifact {
+    /// Where it lies.
+    fn path(&self) -> &Path;
+}
+
+/// Where a training writes.
+pub(super) struct Ports<W> {
+    /// The weights.
+    pub(super) weights: Out<W>,
+    /// What the next unit continues from besides the weights.
+    pub(super) state: Out<TrainingState>,
+    /// How it went.
+    pub(super) curve: Out<Curve>,
+}
+
+impl<W: Artifact> Ports<W> {
+    /// By the names that all trainings have; `weights` names the network.
+    pub(super) const fn new(weights: Out<W>) -> Self {
+        let state = Out::new("state", "What the next unit continues from besides the weights: the optimizer's.");
+        let curve = Out::new("curve", "Losses, gradient and learning rate, means over ten steps.");
+        Self { weights, state, curve }
+    }
+}
+
+/// Makes the links of a chain. `metadata` goes with the weights: how the network is built.
+pub(super) fn train<W: NetworkFile>(
+    training: &Training,
+    learner: &impl Learner,
+    course: &Course,
+    ports: &Ports<W>,
+    metadata: &BTreeMap<String, String>,
+    units: &[Unit],
+    cx: &Context<'_>,
+) -> Result<()> {
+    let Some(first) = units.first() else { return Ok(()) };
+    let mut descent = Descent::begin(training, learner.parameters());
+    let mut curve = Curve::default();
+    if let Some(before) = first.index.checked_sub(1) {
+        descent.restore(cx.published(before, ports.weights)?.path(), &cx.published(before, ports.state)?)?;
+        curve = cx.published(before, ports.curve)?;
+    }
+    let last = units[units.len() - 1].index as u32;
+    let steps = first.index as u32 * training.steps_per_unit..training.steps.min((last + 1) * training.steps_per_unit);
+    let end = steps.end;
+    cx.total(steps.len() as u64);
+    let (mut units, mut draft): (VecDeque<&Unit>, Option<UnitDraft>) = (units.iter().collect(), None);
+    let (mut of_unit, mut of_row) = (Means::default(), Means::default());
+    // Images that cannot be read, by name.
+    let mut unreadable = BTreeSet::new();
+    let mut lessons = course.lessons(steps);
+    stream(
+        cx.threads,
+        ROOM,
+        || Ok(lessons.next()),
+        |lesson: Lesson| course.batch(lesson, cx),
+        |batch, n_ready| {
+            if draft.is_none() {
+                draft = Some(cx.begin(units.pop_front().expect("BUG: as many units as their steps"))?);
+            }
+            let unit = draft.as_ref().expect("BUG: a unit is open");
+            let mut batch = batch?;
+            let step = batch.step;
+            for (name, error, attempts) in batch.unreadable.drain(..) {
+                unreadable.insert(name.clone());
+                cx.left_out(unit, &name, error, attempts, [unreadable.len(), course.n_images()])?;
+            }
+            let mut values = learn(training, learner, &mut descent, &batch, course)?;
+            cx.flow(batch.images.len(), n_ready);
+            if batch.piece + 1 < training.accumulate {
+                of_unit.add(&values);
+                of_row.add(&values);
+                return cx.proceed();
+            }
+            values.push(("gradient", descent.step(step)?));
+            of_unit.add(&values);
+            of_row.add(&values);
+            cx.tick(1);
+            let is_last = (step + 1) % training.steps_per_unit == 0 || step + 1 == end;
+            if (step + 1) % ROW_STEPS == 0 || is_last {
+                let mut row = std::mem::take(&mut of_row).taken();
+                row.insert("learning_rate".into(), training.rate_at(step));
+                cx.measured(u64::from(step) + 1, &row);
+                curve.rows.push((u64::from(step) + 1, row));
+            }
+            if is_last {
+                let draft = draft.take().expect("BUG: a unit is open");
+                descent.save(&draft, ports.weights, ports.state, metadata)?;
+                draft.write(ports.curve, "curve.csv", curve.to_csv().as_bytes())?;
+                let mut metrics = std::mem::take(&mut of_unit).taken();
+                metrics.insert("learning_rate".into(), training.rate_at(step));
+                cx.commit(draft, metrics.into_iter().map(|(name, value)| (name, value.into())).collect())?;
+            }
+            cx.proceed()
+        },
+    )
+}
+
+/// Adds up the gradients of a batch; returns each loss, weighted.
+fn learn(
+    training: &Training,
+    learner: &impl Learner,
+    descent: &mut Descent<'_>,
+    batch: &Batch,
+    course: &Course,
+) -> Result<Vec<(&'static str, f64)>> {
+    let fail = |problem: String| {
+        let images: Vec<String> = batch.images.iter().map(|image| image.id.to_string()).collect();
+        Err(Error::Input {
+            port: "learning_rate",
+            problem: format!("{problem} at step {}, on images {}", batch.step, images.join(", ")),
+            hint: "lower `learning_rate`, or look at these images; the last checkpoint is kept".into(),
+        })
+    };
+    if batch.images.is_empty() {
+        return fail("none of the images can be read".into());
+    }
+    let device = learner.parameters().values().next().map_or(Device::Cpu, Tensor::device);
+    let images = batch.pixels.on(device).to_kind(training.precision.kind());
+    let losses = learner.losses(&images, batch, batch.step, &mut course.random(Random::Samples(batch.step, batch.piece)))?;
+    let all = Tensor::stack(&losses.iter().map(|(_, loss)| loss.to_kind(Kind::Float)).collect::<Vec<_>>(), 0);
+    let values = all.detach().to_device(Device::Cpu).to_kind(Kind::Double);
+    let values = Vec::<f64>::try_from(values).map_err(ovenbird_models::Error::from)?;
+    let total: f64 = values.iter().sum();
+    if !total.is_finite() || total > MOST_LOSS {
+        return fail(format!("the loss is {total}"));
+    }
+    (all.sum(Kind::Float) * descent.factor()).backward();
+    Ok(losses.iter().map(|(name, _)| *name).zip(values).collect())
+}
+
+/// Means of named numbers.
+#[derive(Default)]
+struct Means(BTreeMap<&'static str, (f64, u32)>);
+
+impl Means {
+    fn add(&mut self, values: &[(&'static str, f64)]) {
+        for (name, value) in values {
+            let (sum, n) = self.0.entry(name).or_default();
+            (*sum, *n) = (*sum + value, *n + 1);
+        }
+    }
+
+    /// All means; losses are called so.
+    fn taken(self) -> BTreeMap<String, f64> {
+        let name = |name: &str| if name == "gradient" { name.to_owned() } else { format!("loss.{name}") };
+        self.0.into_iter().map(|(of, (sum, n))| (name(of), sum / f64::from(n))).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The schedules of OADP for COCO: parity check D7 of its specification.
+    #[test]
+    fn rates_are_those_of_the_specification() {
+        let training = Training::default();
+        for (step, rate) in [(0, 2e-5), (250, 0.010_01), (499, 0.019_960_04), (500, 0.02), (29_999, 0.02), (30_000, 0.002)] {
+            assert!((training.rate_at(step) - rate).abs() < 1e-12, "{step}: {}", training.rate_at(step));
+        }
+    }
+
+    #[test]
+    fn a_cosine_is_torch_s() {
+        let training = Training { steps: 9, warm_up_steps: 0, decay: Decay::Cosine, ..Training::default() };
+        let expected: Vec<f64> = serde_json::from_str(include_str!("../../../../tests/golden/training/cosine.json")).unwrap();
+        for (step, rate) in expected.into_iter().enumerate() {
+            assert!((training.rate_at(step as u32) - rate).abs() < 1e-12, "{step}");
+        }
+        assert!((Training { warm_up_steps: 5, ..training }.rate_at(5) - 0.02).abs() < 1e-12);
+    }
+
+    #[test]
+    fn checkpoints_that_stay_are_evenly_spaced() {
+        let stay = |steps, checkpoints| {
+            let Units::Chain { links, stay } = (Training { steps, checkpoints, ..Training::default() }).units() else { panic!() };
+            (links, stay)
+        };
+        assert_eq!(stay(40_000, 20), (40, (0..19).map(|place| 2 * place + 1).collect()));
+        assert_eq!(stay(10_000, 3), (10, vec![3, 6]));
+        assert_eq!(stay(10_000, 1), (10, vec![]));
+    }
+
+    #[test]
+    fn the_defaults_are_parameters_that_pass_their_own_check() {
+        assert!(Training::default().check().is_empty());
+        let wrong = Training { batch: 0, shorter_side: [800, 640], momentum: 1.0, checkpoints: 41, ..Training::default() };
+        let fields: Vec<String> = wrong.check().into_iter().map(|problem| problem.field).collect();
+        assert_eq!(fields, ["training.checkpoints", "training.batch", "training.shorter_side", "training.momentum"]);
+    }
+}
