@@ -172,7 +172,7 @@ impl GlobalHead {
     pub fn embed(&self, coarsest: &Tensor) -> Result<Tensor> {
         let fits = matches!(coarsest.size()[..], [_, c, h, w] if c == self.channels && h > 0 && w > 0);
         ensure(fits, "coarsest level", &format!("[B, {}, h, w]", self.channels), coarsest)?;
-        Ok(self.classifier.embed(&coarsest.mean_dim([2_i64, 3].as_slice(), false, None::<Kind>)))
+        Ok(self.classifier.embed(&coarsest.mean_dim([2_i64, 3].as_slice(), false, Kind::Float)))
     }
 }
 
@@ -242,7 +242,8 @@ impl MaskHead {
         }
         let maps = self.convs.iter().fold(pooled.shallow_clone(), |x, conv| conv.forward(&x, Phase::Test).relu());
         let Upsample { weight, bias } = &self.upsample;
-        let maps = maps.conv_transpose2d(weight, Some(bias), 2, 0, 0, 1, 1).relu();
+        let [weight, bias] = [weight, bias].map(|tensor| tensor.to_kind(maps.kind()));
+        let maps = maps.conv_transpose2d(&weight, Some(&bias), 2, 0, 0, 1, 1).relu();
         // [N, masks, 2 side, 2 side].
         let logits = self.conv_logits.forward(&maps).to_kind(Kind::Float);
         let (n, side) = (logits.size()[0], logits.size()[2]);

@@ -8,6 +8,9 @@
 //! logits made of them ([`classifier::Ensemble`]); losses of proposals are divided by what was sampled ([`rpn`]). Residual blocks begin with
 //! all weights of normalisation at 1, where mmdet begins the last of a block at 0, which only matters without pretraining.
 //!
+//! Parameters are f32. Images in bf16 or f16 make everything up to a head's last layer be computed in that kind; batch statistics, logits,
+//! deltas, embeddings, losses and box arithmetic are f32 in any case, and so are gradients of parameters.
+//!
 //! No part remembers whether it learns or detects: [`Phase`] is an argument. Random choices come from the generator that is passed in.
 
 pub mod anchors;
@@ -255,7 +258,7 @@ impl RegionNetwork {
         }
     }
 
-    /// Looks at images f32 `[B, 3, H, W]`, normalised, H and W at least 32.
+    /// Looks at images f32, bf16 or f16 `[B, 3, H, W]`, normalised, H and W at least 32.
     pub fn forward(&self, images: &Tensor, phase: Phase) -> Result<Pyramid> {
         let levels = self.neck.forward(&self.backbone.forward(images, phase)?, phase);
         let batch = [images.size()[2], images.size()[3]];
@@ -334,7 +337,7 @@ impl Detector {
         &self.parameters
     }
 
-    /// Detects objects in images f32 `[B, 3, H, W]`, normalised, H and W at least 32, without gradients; `sizes`: of each, without padding.
+    /// Detects objects in images f32, bf16 or f16 `[B, 3, H, W]`, normalised, H and W at least 32, without gradients; `sizes`: of each, without padding.
     ///
     /// Scores are those of the box head; where `vocabularies` has classes for the object head, they are joined with that head's.
     pub fn detect(
@@ -450,7 +453,7 @@ impl MaskRcnn {
         &self.parameters
     }
 
-    /// Detects objects in images f32 `[B, 3, H, W]`, normalised, H and W at least 32, without gradients; `sizes`: of each, without padding.
+    /// Detects objects in images f32, bf16 or f16 `[B, 3, H, W]`, normalised, H and W at least 32, without gradients; `sizes`: of each, without padding.
     pub fn detect(&self, images: &Tensor, sizes: &[ImageSize]) -> Result<Vec<Detections>> {
         tch::no_grad(|| {
             let pyramid = self.regions.forward(images, Phase::Test)?;

@@ -3,7 +3,7 @@
 //! Parameter names are torchvision's and mmdet's, which agree.
 
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::{ensure, layers::channels_last};
 use crate::{
@@ -112,10 +112,11 @@ impl ResNet {
 
     /// Returns C2 to C5, of strides 4, 8, 16, 32, channels-last in memory.
     ///
-    /// `images`: f32 `[B, 3, H, W]`, normalised as the weights want them; H and W at least 32.
+    /// `images`: f32, bf16 or f16 `[B, 3, H, W]`, normalised as the weights want them; H and W at least 32. The maps are of their kind.
     pub fn forward(&self, images: &Tensor, phase: Phase) -> Result<[Tensor; 4]> {
-        let fits = matches!(images.size()[..], [b, 3, h, w] if b > 0 && h >= 32 && w >= 32) && images.kind() == self.conv1.weight.kind();
-        ensure(fits, "images", "f32 [B, 3, H, W], B at least 1, H and W at least 32", images)?;
+        let fits = matches!(images.size()[..], [b, 3, h, w] if b > 0 && h >= 32 && w >= 32);
+        let fits = fits && matches!(images.kind(), Kind::Float | Kind::BFloat16 | Kind::Half);
+        ensure(fits, "images", "f32, bf16 or f16 [B, 3, H, W], B at least 1, H and W at least 32", images)?;
         let x = self.bn1.forward(&self.conv1.forward(&channels_last(images)), phase).relu();
         let mut x = x.max_pool2d(3, 2, 1, 1, false);
         Ok([0, 1, 2, 3].map(|stage: usize| {
