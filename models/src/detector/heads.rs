@@ -261,14 +261,31 @@ pub fn mask_loss(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     Ok(sum_over(&entropy, entropy.numel()))
 }
 
+/// Where an object is in its image.
+#[derive(Debug)]
+pub struct ObjectMask {
+    /// u8 `[h, w]`, not 0 where the object is: a part of the image that holds all of it and at least 2 px around it, except where the image
+    /// ends. RoIAlign goes on with the last px for one px beyond a border, and with 0 from there, so that such a part is as good as the whole.
+    pub pixels: Tensor,
+    /// The part's first column, px of the image.
+    pub left: i64,
+    /// The part's first row, px of the image.
+    pub top: i64,
+}
+
 /// What the masks of objects look like within boxes: f32 `[N, side, side]`, 0 or 1.
 ///
-/// `masks`: `[G, H, W]` of one image, any kind, 0 outside; `boxes`: `[N, 4]`, px of the masks; `objects`: for each box which mask it is.
-/// A cell is 1 where at least half of the mask is, by RoIAlign, as in mmdet.
-pub fn mask_targets(masks: &Tensor, boxes: &Tensor, objects: &[usize], side: i64) -> Result<Tensor> {
-    let n_masks = masks.size().first().copied().unwrap_or_default();
-    let fits = masks.dim() == 3 && objects.iter().all(|&object| (object as i64) < n_masks);
-    ensure(fits, "masks", "[G, H, W], with one for each object", masks)?;
+/// `masks`: of the objects of one image; `boxes`: `[N, 4]`, px of that image; `objects`: for each box which mask it is. A cell is 1 where at
+/// least half of the mask is, by RoIAlign, as in mmdet.
+pub fn mask_targets(masks: &[ObjectMask], boxes: &Tensor, objects: &[usize], side: i64) -> Result<Tensor> {
+    if let Some(object) = objects.iter().find(|&&object| object >= masks.len()) {
+        let expected = format!("indices of {} masks", masks.len());
+        return Err(Error::Input { what: "objects of masks", expected, found: object.to_string() });
+    }
+    for ObjectMask { pixels, .. } in masks {
+        let fits = pixels.kind() == Kind::Uint8 && matches!(pixels.size()[..], [h, w] if h > 0 && w > 0);
+        ensure(fits, "pixels of a mask", "u8 [h, w], both at least 1", pixels)?;
+    }
     let boxes = corners(boxes, "boxes of masks")?;
     if boxes.len() != objects.len() {
         let expected = format!("as many as objects, {}", objects.len());
@@ -284,11 +301,13 @@ pub fn mask_targets(masks: &Tensor, boxes: &Tensor, objects: &[usize], side: i64
     let rule = RoiAlign { side, sampling: Sampling::Adaptive, alignment: Alignment::Centre, finest_scale: 56.0 };
     let mut places = vec![0_i64; boxes.len()];
     let (mut shares, mut n_done) = (vec![], 0);
-    // One mask after the other: as floats, all of them may take a gigabyte.
     for (object, rows) in rows_of {
-        let mask = masks.narrow(0, object as i64, 1).to_device(Device::Cpu).to_kind(Kind::Float).unsqueeze(1);
-        let boxes = boxes_tensor(&rows.iter().map(|&row| boxes[row]).collect::<Vec<_>>());
-        shares.push(rule.forward(&[Level { features: &mask, stride: 1 }], &[boxes])?);
+        let ObjectMask { pixels, left, top } = &masks[object];
+        let shares_of = pixels.to_device(Device::Cpu).ne(0).to_kind(Kind::Float).view([1, 1, pixels.size()[0], pixels.size()[1]]);
+        let [left, top] = [left, top].map(|&first| first as f32);
+        let within = |[x1, y1, x2, y2]: Corners| [x1 - left, y1 - top, x2 - left, y2 - top];
+        let boxes = boxes_tensor(&rows.iter().map(|&row| within(boxes[row])).collect::<Vec<_>>());
+        shares.push(rule.forward(&[Level { features: &shares_of, stride: 1 }], &[boxes])?);
         for row in rows {
             places[row] = n_done;
             n_done += 1;

@@ -10,7 +10,7 @@ use super::{
         Config, Detections, Detector, MaskConfig, MaskRcnn, MaskRcnnConfig, POOL, Pyramid, REGION_CODER, TestRule, Vocabularies,
         boxes::{ImageSize, Suppression, boxes_tensor, floats, integers, iou_matrix},
         classifier::{Ensemble, LogitScale, Vocabulary},
-        heads::{MaskHeadConfig, RegionRule, RegionSample, mask_loss, mask_targets, region_losses},
+        heads::{MaskHeadConfig, ObjectMask, RegionRule, RegionSample, mask_loss, mask_targets, region_losses},
         layout,
         matching::{Assigner, Sampler},
         roi_align::RoiAlign,
@@ -288,6 +288,7 @@ fn a_mask_is_cut_out_of_the_box_of_its_object() {
     let masks = Tensor::zeros([2, 40, 60], (Kind::Uint8, Device::Cpu));
     // The second object: the left half of the box, below row 20.
     drop(masks.get(1).narrow(0, 20, 20).narrow(1, 10, 10).fill_(1));
+    let masks = [0, 1].map(|object| ObjectMask { pixels: masks.get(object), left: 0, top: 0 });
     let boxes = boxes_tensor(&[[10.0, 4.0, 30.0, 36.0], [10.0, 4.0, 30.0, 36.0], [0.0, 20.0, 20.0, 40.0]]);
     let targets = mask_targets(&masks, &boxes, &[1, 0, 1], 4).unwrap();
     let (left, right, off) = ([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0], [0.0; 4]);
@@ -298,7 +299,29 @@ fn a_mask_is_cut_out_of_the_box_of_its_object() {
     assert!((even - 2.0_f64.ln()).abs() < 1e-6, "{even}");
     assert_eq!(mask_targets(&masks, &boxes.narrow(0, 0, 0), &[], 4).unwrap().size(), [0, 4, 4]);
     let refusal = mask_targets(&masks, &boxes, &[1, 2, 0], 4).unwrap_err().to_string();
-    assert_eq!(refusal, "masks: expected [G, H, W], with one for each object, found Uint8 [2, 40, 60]");
+    assert_eq!(refusal, "objects of masks: expected indices of 2 masks, found 2");
+    let masks = [ObjectMask { pixels: field("mask", &[3, 4]), left: 0, top: 0 }];
+    let refusal = mask_targets(&masks, &boxes, &[0, 0, 0], 4).unwrap_err().to_string();
+    assert_eq!(refusal, "pixels of a mask: expected u8 [h, w], both at least 1, found Float [3, 4]");
+}
+
+#[test]
+fn a_small_part_of_the_image_gives_the_mask_that_the_whole_image_gives() {
+    let (width, height) = (60, 40);
+    // What is left and right, above and below of the object: in the middle, at the upper left, at the lower right; all of the image.
+    for [x1, y1, x2, y2] in [[20, 15, 41, 30], [0, 1, 17, 9], [45, 22, 60, 40], [0, 0, 60, 40]] {
+        let whole = Tensor::zeros([height, width], (Kind::Uint8, Device::Cpu));
+        let inside = field("speckles", &[y2 - y1, x2 - x1]).gt(-0.5).to_kind(Kind::Uint8);
+        whole.narrow(0, y1, y2 - y1).narrow(1, x1, x2 - x1).copy_(&inside);
+        let (left, top, right, bottom) = ((x1 - 2).max(0), (y1 - 2).max(0), (x2 + 2).min(width), (y2 + 2).min(height));
+        let part = ObjectMask { pixels: whole.narrow(0, top, bottom - top).narrow(1, left, right - left), left, top };
+        let whole = ObjectMask { pixels: whole, left: 0, top: 0 };
+        let boxes = boxes_of("mask.boxes", 200, 70.0, 2.0, 50.0).into_iter().map(|corners| corners.map(|corner| corner - 10.0));
+        let boxes = boxes_tensor(&boxes.collect::<Vec<_>>());
+        let [whole, part] = [whole, part].map(|mask| mask_targets(&[mask], &boxes, &[0; 200], 28).unwrap());
+        assert_eq!(part, whole);
+        assert!(whole.sum(Kind::Float).double_value(&[]) > 500.0, "boxes meet the object");
+    }
 }
 
 #[test]
@@ -380,7 +403,8 @@ fn losses(detector: &Detector, kind: Kind, rng: &mut ChaCha8Rng) -> Vec<Tensor> 
     let Step { pyramid, samples, pooled, losses } = step(detector, kind, rng);
     let mask = &detector.config().mask_head.unwrap();
     let on_objects: Vec<Tensor> = samples.iter().map(|sample| sample.boxes.narrow(0, 0, sample.objects.len() as i64)).collect();
-    let masks = field("toy.masks", &[2, 96, 128]).gt(0.0);
+    let masks = field("toy.masks", &[2, 96, 128]).gt(0.0).to_kind(Kind::Uint8);
+    let masks = [0, 1].map(|object| ObjectMask { pixels: masks.get(object), left: 0, top: 0 });
     let targets: Vec<Tensor> =
         samples.iter().zip(&on_objects).map(|(sample, boxes)| mask_targets(&masks, boxes, &sample.objects, 28).unwrap()).collect();
     let targets = Tensor::cat(&targets, 0);
