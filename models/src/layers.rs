@@ -53,8 +53,10 @@ pub enum Phase {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Statistics {
-    /// The running statistics of pretraining, which never change.
+    /// The running statistics of pretraining, which never change; scale and shift learn (mmdet's `norm_eval`).
     Frozen,
+    /// The same, and scale and shift do not learn either (torchvision's `FrozenBatchNorm2d`).
+    Fixed,
     /// Those of the batch, which the running ones follow.
     Batch,
 }
@@ -137,6 +139,7 @@ pub(crate) struct BatchNorm {
 
 impl BatchNorm {
     pub(crate) fn declare(at: &Parameters<'_>, channels: i64, weight: Init, statistics: Statistics, eps: f64) -> Self {
+        let at = &if statistics == Statistics::Fixed { at.frozen() } else { at.clone() };
         Self {
             weight: at.trainable("weight", &[channels], weight),
             bias: at.trainable("bias", &[channels], Init::Constant(0.0)),

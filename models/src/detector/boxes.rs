@@ -6,7 +6,7 @@
 use std::{cmp::Ordering, collections::BinaryHeap};
 
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, Reduction, Tensor};
 
 use super::ensure;
 use crate::Result;
@@ -116,6 +116,30 @@ impl BoxCoder {
 
     fn stds_like(&self, like: &Tensor) -> Tensor {
         Tensor::from_slice(&self.stds).to_kind(like.kind()).to_device(like.device())
+    }
+}
+
+/// How far deltas are off, number by number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BoxLoss {
+    /// The absolute difference (mmdet's Faster R-CNN).
+    #[default]
+    Absolute,
+    /// A parabola up to a difference of `beta`, and from there the absolute difference less half of `beta` (Fast R-CNN, equation 3).
+    Smooth {
+        /// Where the parabola ends; torchvision's is 1 / 9.
+        beta: f64,
+    },
+}
+
+impl BoxLoss {
+    /// Both f32, of one shape.
+    pub(crate) fn between(self, found: &Tensor, expected: &Tensor) -> Tensor {
+        match self {
+            Self::Absolute => (found - expected).abs(),
+            Self::Smooth { beta } => found.smooth_l1_loss(expected, Reduction::None, beta),
+        }
     }
 }
 

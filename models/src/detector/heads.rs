@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Reduction, Tensor};
 
 use super::{
-    boxes::{BoxCoder, Corners, ImageSize, Kept, Suppression, boxes_tensor, clip_to_image, corners, integers},
+    boxes::{BoxCoder, BoxLoss, Corners, ImageSize, Kept, Suppression, boxes_tensor, clip_to_image, corners, integers},
     classifier::{Background, EmbeddingClassifier},
     ensure,
     layers::{ConvModule, sum_over},
@@ -253,7 +253,7 @@ impl MaskHead {
     }
 }
 
-/// The cross entropy of mask logits `[N, side, side]` with `targets` of the same shape, 0 or 1: its mean, and 0 where there are none.
+/// The cross entropy of mask logits `[N, side, side]` with `targets` of the same shape, from 0 to 1: its mean, and 0 where there are none.
 pub fn mask_loss(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     ensure(targets.size() == logits.size(), "mask targets", &format!("{:?}", logits.size()), targets)?;
     let targets = targets.to_device(logits.device()).to_kind(Kind::Float);
@@ -273,48 +273,72 @@ pub struct ObjectMask {
     pub top: i64,
 }
 
-/// What the masks of objects look like within boxes: f32 `[N, side, side]`, 0 or 1.
-///
-/// `masks`: of the objects of one image; `boxes`: `[N, 4]`, px of that image; `objects`: for each box which mask it is. A cell is 1 where at
-/// least half of the mask is, by RoIAlign, as in mmdet.
-pub fn mask_targets(masks: &[ObjectMask], boxes: &Tensor, objects: &[usize], side: i64) -> Result<Tensor> {
-    if let Some(object) = objects.iter().find(|&&object| object >= masks.len()) {
-        let expected = format!("indices of {} masks", masks.len());
-        return Err(Error::Input { what: "objects of masks", expected, found: object.to_string() });
-    }
-    for ObjectMask { pixels, .. } in masks {
-        let fits = pixels.kind() == Kind::Uint8 && matches!(pixels.size()[..], [h, w] if h > 0 && w > 0);
-        ensure(fits, "pixels of a mask", "u8 [h, w], both at least 1", pixels)?;
-    }
-    let boxes = corners(boxes, "boxes of masks")?;
-    if boxes.len() != objects.len() {
-        let expected = format!("as many as objects, {}", objects.len());
-        return Err(Error::Input { what: "boxes of masks", expected, found: boxes.len().to_string() });
-    }
-    if boxes.is_empty() {
-        return Ok(Tensor::zeros([0, side, side], (Kind::Float, Device::Cpu)));
-    }
-    let mut rows_of = BTreeMap::<usize, Vec<usize>>::new();
-    for (row, &object) in objects.iter().enumerate() {
-        rows_of.entry(object).or_default().push(row);
-    }
-    let rule = RoiAlign { side, sampling: Sampling::Adaptive, alignment: Alignment::Centre, finest_scale: 56.0 };
-    let mut places = vec![0_i64; boxes.len()];
-    let (mut shares, mut n_done) = (vec![], 0);
-    for (object, rows) in rows_of {
-        let ObjectMask { pixels, left, top } = &masks[object];
-        let shares_of = pixels.to_device(Device::Cpu).ne(0).to_kind(Kind::Float).view([1, 1, pixels.size()[0], pixels.size()[1]]);
-        let [left, top] = [left, top].map(|&first| first as f32);
-        let within = |[x1, y1, x2, y2]: Corners| [x1 - left, y1 - top, x2 - left, y2 - top];
-        let boxes = boxes_tensor(&rows.iter().map(|&row| within(boxes[row])).collect::<Vec<_>>());
-        shares.push(rule.forward(&[Level { features: &shares_of, stride: 1 }], &[boxes])?);
-        for row in rows {
-            places[row] = n_done;
-            n_done += 1;
+/// What a mask head is to draw within a box.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MaskRule {
+    /// Where the px of a mask lie.
+    pub alignment: Alignment,
+    /// A cell is 1 where at least this much of it is the object's, else 0; without, it is how much of it is.
+    pub threshold: Option<f64>,
+}
+
+impl MaskRule {
+    /// mmdet's.
+    pub const MMDET: Self = Self { alignment: Alignment::Centre, threshold: Some(0.5) };
+    /// torchvision's.
+    pub const TORCHVISION: Self = Self { alignment: Alignment::Corner, threshold: None };
+
+    /// What the masks of objects look like within boxes, by RoIAlign: f32 `[N, side, side]`, from 0 to 1.
+    ///
+    /// `masks`: of the objects of one image; `boxes`: `[N, 4]`, px of that image; `objects`: for each box which mask it is.
+    pub fn targets(&self, masks: &[ObjectMask], boxes: &Tensor, objects: &[usize], side: i64) -> Result<Tensor> {
+        if let Some(object) = objects.iter().find(|&&object| object >= masks.len()) {
+            let expected = format!("indices of {} masks", masks.len());
+            return Err(Error::Input { what: "objects of masks", expected, found: object.to_string() });
         }
+        for ObjectMask { pixels, .. } in masks {
+            let fits = pixels.kind() == Kind::Uint8 && matches!(pixels.size()[..], [h, w] if h > 0 && w > 0);
+            ensure(fits, "pixels of a mask", "u8 [h, w], both at least 1", pixels)?;
+        }
+        let boxes = corners(boxes, "boxes of masks")?;
+        if boxes.len() != objects.len() {
+            let expected = format!("as many as objects, {}", objects.len());
+            return Err(Error::Input { what: "boxes of masks", expected, found: boxes.len().to_string() });
+        }
+        if boxes.is_empty() {
+            return Ok(Tensor::zeros([0, side, side], (Kind::Float, Device::Cpu)));
+        }
+        let mut rows_of = BTreeMap::<usize, Vec<usize>>::new();
+        for (row, &object) in objects.iter().enumerate() {
+            rows_of.entry(object).or_default().push(row);
+        }
+        let pool = RoiAlign { side, sampling: Sampling::Adaptive, alignment: self.alignment, finest_scale: 56.0 };
+        let mut places = vec![0_i64; boxes.len()];
+        let (mut shares, mut n_done) = (vec![], 0);
+        for (object, rows) in rows_of {
+            let ObjectMask { pixels, left, top } = &masks[object];
+            let shares_of = pixels.to_device(Device::Cpu).ne(0).to_kind(Kind::Float).view([1, 1, pixels.size()[0], pixels.size()[1]]);
+            let [left, top] = [left, top].map(|&first| first as f32);
+            let within = |[x1, y1, x2, y2]: Corners| [x1 - left, y1 - top, x2 - left, y2 - top];
+            let boxes = boxes_tensor(&rows.iter().map(|&row| within(boxes[row])).collect::<Vec<_>>());
+            shares.push(pool.forward(&[Level { features: &shares_of, stride: 1 }], &[boxes])?);
+            for row in rows {
+                places[row] = n_done;
+                n_done += 1;
+            }
+        }
+        let shares = Tensor::cat(&shares, 0).index_select(0, &Tensor::from_slice(&places)).squeeze_dim(1);
+        Ok(match self.threshold {
+            Some(threshold) => shares.ge(threshold).to_kind(Kind::Float),
+            None => shares,
+        })
     }
-    let shares = Tensor::cat(&shares, 0).index_select(0, &Tensor::from_slice(&places));
-    Ok(shares.squeeze_dim(1).ge(0.5).to_kind(Kind::Float))
+}
+
+/// What the masks of objects look like within boxes by [`MaskRule::MMDET`]: f32 `[N, side, side]`, 0 or 1.
+pub fn mask_targets(masks: &[ObjectMask], boxes: &Tensor, objects: &[usize], side: i64) -> Result<Tensor> {
+    MaskRule::MMDET.targets(masks, boxes, objects, side)
 }
 
 /// Which regions are learned from, and how boxes are corrected.
@@ -387,14 +411,19 @@ impl RegionRule {
 pub struct RegionLosses {
     /// Cross entropy over classes and background.
     pub classes: Tensor,
-    /// The absolute differences of deltas.
+    /// The differences of deltas.
     pub boxes: Tensor,
+}
+
+/// Compares what a head says with the regions of all images, by absolute differences of deltas; see [`region_losses_by`].
+pub fn region_losses(logits: &Tensor, deltas: &Tensor, samples: &[RegionSample]) -> Result<RegionLosses> {
+    region_losses_by(BoxLoss::Absolute, logits, deltas, samples)
 }
 
 /// Compares what a head says with the regions of all images, in their order; both losses are divided by the number of regions.
 ///
 /// `logits`: f32 `[N, K + 1]`; `deltas`: f32 `[N, 4]`, or `[N, 4 K]` where each class has its own.
-pub fn region_losses(logits: &Tensor, deltas: &Tensor, samples: &[RegionSample]) -> Result<RegionLosses> {
+pub fn region_losses_by(box_loss: BoxLoss, logits: &Tensor, deltas: &Tensor, samples: &[RegionSample]) -> Result<RegionLosses> {
     let n = samples.iter().map(|sample| sample.labels.size()[0]).sum::<i64>();
     ensure(matches!(logits.size()[..], [rows, _] if rows == n), "logits", &format!("[{n}, K + 1], a row for each region"), logits)?;
     let k = logits.size()[1] - 1;
@@ -419,7 +448,7 @@ pub fn region_losses(logits: &Tensor, deltas: &Tensor, samples: &[RegionSample])
     let entropy = logits.cross_entropy_loss(&on_device(Tensor::from_slice(&labels)), None::<&Tensor>, Reduction::None, -100, 0.0);
     let said = deltas.reshape([-1, 4]).index_select(0, &on_device(Tensor::from_slice(&places)));
     let targets = if targets.is_empty() { said.detach() } else { on_device(Tensor::cat(&targets, 0)) };
-    Ok(RegionLosses { classes: sum_over(&entropy, n as usize), boxes: sum_over(&(said - targets).abs(), n as usize) })
+    Ok(RegionLosses { classes: sum_over(&entropy, n as usize), boxes: sum_over(&box_loss.between(&said, &targets), n as usize) })
 }
 
 /// Which detections are made of an image.

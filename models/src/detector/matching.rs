@@ -30,9 +30,25 @@ pub struct Assigner {
     pub best_of_object_iou: Option<f32>,
 }
 
+/// What a box stands for that an object claims as one of its best.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Claim {
+    /// That object, the last one of several (mmdet).
+    #[default]
+    Claimant,
+    /// The object that the box overlaps most, whoever claims it (torchvision).
+    Nearest,
+}
+
 impl Assigner {
     /// Says what each of `boxes` stands for among `objects`. Where two objects claim a box as their best, the later one gets it.
     pub fn assign(&self, boxes: &[Corners], objects: &[Corners]) -> Vec<Match> {
+        self.assign_claims(boxes, objects, Claim::Claimant)
+    }
+
+    /// The same, with another rule for boxes that are claimed.
+    pub fn assign_claims(&self, boxes: &[Corners], objects: &[Corners], claim: Claim) -> Vec<Match> {
         let mut best_of_box = vec![(0.0_f32, 0_usize); boxes.len()];
         let mut best_of_object = vec![0.0_f32; objects.len()];
         for (place, &corners) in boxes.iter().enumerate() {
@@ -57,7 +73,10 @@ impl Assigner {
             for (place, &corners) in boxes.iter().enumerate() {
                 // The same operations on the same numbers: equality is exact.
                 if iou(corners, target).total_cmp(&best_of_object[object]).is_eq() {
-                    matches[place] = Match::Object(object);
+                    matches[place] = Match::Object(match claim {
+                        Claim::Claimant => object,
+                        Claim::Nearest => best_of_box[place].1,
+                    });
                 }
             }
         }

@@ -30,15 +30,19 @@ mod tests;
 
 use std::{cell::RefCell, collections::BTreeMap};
 
+use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, nn};
 
 use self::{
     anchors::{Anchors, Grid},
-    boxes::{BoxCoder, ImageSize, Kept, Suppression},
+    boxes::{BoxCoder, BoxLoss, ImageSize, Kept, Suppression, integers},
     classifier::{Background, Ensemble, Vocabulary},
     fpn::{FINEST_STRIDE, Fpn, N_LEVELS},
-    heads::{Boxes, ClosedHead, DetectionRule, GlobalHead, MaskHead, MaskHeadConfig, OpenHead, OpenHeadConfig, TrunkConfig},
+    heads::{
+        Boxes, ClosedHead, DetectionRule, GlobalHead, MaskHead, MaskHeadConfig, MaskRule, ObjectMask, OpenHead, OpenHeadConfig,
+        RegionLosses, RegionRule, TrunkConfig, mask_loss, region_losses_by,
+    },
     matching::{Assigner, Sampler},
     resnet::{Depth, ResNet, StridePlace},
     roi_align::{Alignment, Level, RoiAlign, Sampling},
@@ -108,12 +112,18 @@ pub struct MaskRcnnConfig {
     pub n_classes: i64,
     /// What lies before the classifier.
     pub trunk: TrunkConfig,
-    /// How boxes differ from regions.
-    pub coder: BoxCoder,
     /// Which detections are made.
     pub detections: DetectionRule,
     /// The mask head.
     pub mask: MaskConfig,
+    /// How many proposals are made in training.
+    pub training_proposals: ProposalRule,
+    /// Which regions are learned from; in detection too, how boxes differ from regions.
+    pub regions_rule: RegionRule,
+    /// How far deltas are off.
+    pub box_loss: BoxLoss,
+    /// What the mask head is to draw.
+    pub mask_rule: MaskRule,
 }
 
 /// The coder of all heads that look at regions (Faster R-CNN).
@@ -139,6 +149,7 @@ impl RegionsConfig {
                 coder: BoxCoder { stds: [1.0; 4] },
                 assigner: Assigner { object_iou: 0.7, background_iou: 0.3, best_of_object_iou: Some(0.3) },
                 sampler: Sampler { n: 256, object_fraction: 0.5 },
+                learning: rpn::Learning::default(),
             },
         }
     }
@@ -147,9 +158,15 @@ impl RegionsConfig {
     pub fn torchvision() -> Self {
         let oadp = Self::oadp();
         Self {
-            backbone: resnet::Config { stride: StridePlace::Middle, ..oadp.backbone },
+            backbone: resnet::Config { stride: StridePlace::Middle, statistics: Statistics::Fixed, ..oadp.backbone },
             neck: fpn::Config { norm: fpn::Norm::Bias, ..oadp.neck },
-            rpn: rpn::Config { anchors: Anchors { grid: Grid::Rounded, ..oadp.rpn.anchors }, ..oadp.rpn },
+            rpn: rpn::Config {
+                anchors: Anchors { grid: Grid::Rounded, ..oadp.rpn.anchors },
+                // An object claims the anchors that overlap it most, however little.
+                assigner: Assigner { best_of_object_iou: Some(0.0), ..oadp.rpn.assigner },
+                learning: rpn::Learning::TORCHVISION,
+                ..oadp.rpn
+            },
         }
     }
 
@@ -210,21 +227,29 @@ impl Config {
 }
 
 impl MaskRcnnConfig {
-    /// torchvision's `maskrcnn_resnet50_fpn`, in detection.
+    /// torchvision's `maskrcnn_resnet50_fpn`.
     pub fn torchvision(n_classes: i64) -> Self {
         let pool = RoiAlign { sampling: Sampling::Fixed(2), alignment: Alignment::Corner, ..POOL };
+        let proposals = |n| ProposalRule { per_level: n, suppression: Suppression { iou: 0.7, keep: n }, least_side: 1e-3 };
         Self {
             regions: RegionsConfig::torchvision(),
-            proposals: ProposalRule { per_level: 1000, suppression: Suppression { iou: 0.7, keep: 1000 }, least_side: 1e-3 },
+            proposals: proposals(1000),
             pool,
             n_classes,
             trunk: TrunkConfig { n_convs: 0, n_fcs: 2, width: 1024 },
-            coder: REGION_CODER,
             detections: DetectionRule { threshold: 0.05, suppression: Suppression { iou: 0.5, keep: 100 } },
             mask: MaskConfig {
                 pool: RoiAlign { side: 14, ..pool },
                 head: MaskHeadConfig { n_convs: 4, channels: 256, n_masks: n_classes },
             },
+            training_proposals: proposals(2000),
+            regions_rule: RegionRule {
+                assigner: Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None },
+                sampler: Sampler { n: 512, object_fraction: 0.25 },
+                coder: REGION_CODER,
+            },
+            box_loss: BoxLoss::Smooth { beta: 1.0 / 9.0 },
+            mask_rule: MaskRule::TORCHVISION,
         }
     }
 }
@@ -461,9 +486,70 @@ impl MaskRcnn {
             let boxes: Vec<Tensor> = proposals.into_iter().map(|proposals| proposals.boxes).collect();
             let (logits, deltas) = self.bbox_head.forward(&pyramid.pool(&self.config.pool, &boxes)?, Phase::Test)?;
             let scores = logits.softmax(-1, Kind::Float).narrow(1, 0, self.config.n_classes);
-            let kept = detect_regions(&self.config.detections, &self.config.coder, &boxes, &deltas, &scores, sizes)?;
+            let kept = detect_regions(&self.config.detections, &self.config.regions_rule.coder, &boxes, &deltas, &scores, sizes)?;
             with_masks(kept, &pyramid, Some((&self.mask_head, &self.config.mask.pool)))
         })
+    }
+
+    /// Compares what the network says of images with the objects on them; `rng` chooses the anchors and regions that are learned from.
+    ///
+    /// `images`: f32, bf16 or f16 `[B, 3, H, W]`, normalised, H and W at least 32; `sizes`: of each, without padding.
+    pub fn losses(&self, images: &Tensor, sizes: &[ImageSize], objects: &[Objects], rng: &mut ChaCha8Rng) -> Result<MaskRcnnLosses> {
+        for Objects { boxes, masks, .. } in objects {
+            ensure(boxes.size() == [masks.len() as i64, 4], "objects", &format!("[{}, 4], a box for each mask", masks.len()), boxes)?;
+        }
+        let pyramid = self.regions.forward(images, Phase::Train)?;
+        let boxes: Vec<Tensor> = objects.iter().map(|objects| objects.boxes.shallow_clone()).collect();
+        let proposal_losses = self.regions.rpn.losses(&pyramid.predictions, sizes, &boxes, rng)?;
+
+        let proposals = self.regions.rpn.proposals(&pyramid.predictions, sizes, &self.config.training_proposals)?;
+        let choose = |(found, objects): (&rpn::Proposals, &Objects)| {
+            self.config.regions_rule.choose(&found.boxes, &objects.boxes, &objects.labels, self.config.n_classes, rng)
+        };
+        let samples = proposals.iter().zip(objects).map(choose).collect::<Result<Vec<_>>>()?;
+        let regions: Vec<Tensor> = samples.iter().map(|sample| sample.boxes.shallow_clone()).collect();
+        let (logits, deltas) = self.bbox_head.forward(&pyramid.pool(&self.config.pool, &regions)?, Phase::Train)?;
+        let region_losses = region_losses_by(self.config.box_loss, &logits, &deltas, &samples)?;
+
+        let (mut on_objects, mut classes, mut targets) = (vec![], vec![], vec![]);
+        for (sample, objects) in samples.iter().zip(objects) {
+            let n = sample.objects.len() as i64;
+            let boxes = sample.boxes.narrow(0, 0, n);
+            classes.extend(integers(&sample.labels.narrow(0, 0, n)));
+            targets.push(self.config.mask_rule.targets(&objects.masks, &boxes, &sample.objects, 2 * self.config.mask.pool.side)?);
+            on_objects.push(boxes);
+        }
+        let drawn = self.mask_head.forward(&pyramid.pool(&self.config.mask.pool, &on_objects)?, &classes)?;
+        Ok(MaskRcnnLosses { proposals: proposal_losses, regions: region_losses, masks: mask_loss(&drawn, &Tensor::cat(&targets, 0))? })
+    }
+}
+
+/// The objects of an image, for a [`MaskRcnn`] to learn.
+#[derive(Debug)]
+pub struct Objects {
+    /// `[G, 4]`, px.
+    pub boxes: Tensor,
+    /// i64 `[G]`, from 0 to K - 1.
+    pub labels: Tensor,
+    /// The mask of each.
+    pub masks: Vec<ObjectMask>,
+}
+
+/// What a [`MaskRcnn`] learns from.
+#[derive(Debug)]
+pub struct MaskRcnnLosses {
+    /// Of the proposal network.
+    pub proposals: rpn::Losses,
+    /// Of the box head.
+    pub regions: RegionLosses,
+    /// Of the mask head, f32 scalar: cross entropy.
+    pub masks: Tensor,
+}
+
+impl MaskRcnnLosses {
+    /// Their sum.
+    pub fn total(&self) -> Tensor {
+        &self.proposals.objectness + &self.proposals.boxes + &self.regions.classes + &self.regions.boxes + &self.masks
     }
 }
 

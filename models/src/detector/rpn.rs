@@ -1,7 +1,6 @@
 //! The region proposal network (Faster R-CNN, section 3): at each anchor, whether an object is there and how its box differs.
 //!
-//! As in mmdet, anchors of cells that only padding lies under are not learned from: those farther out than the image padded to a multiple of
-//! 32 px. Unlike mmdet, which counts an image without objects as if it had one, losses are divided by the anchors that were sampled.
+//! Unlike mmdet, which counts an image without objects as if it had one, losses are divided by the anchors that were sampled.
 
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -9,11 +8,11 @@ use tch::{Device, Kind, Reduction, Tensor};
 
 use super::{
     anchors::{Anchors, Cells},
-    boxes::{BoxCoder, Corners, ImageSize, Suppression, boxes_tensor, clip_to_image, corners, integers},
+    boxes::{BoxCoder, BoxLoss, Corners, ImageSize, Suppression, boxes_tensor, clip_to_image, corners, integers},
     check_count,
     fpn::{FINEST_STRIDE, N_LEVELS},
     layers::sum_over,
-    matching::{Assigner, Match, Sampler},
+    matching::{Assigner, Claim, Match, Sampler},
 };
 use crate::{
     Result,
@@ -36,6 +35,41 @@ pub struct Config {
     pub assigner: Assigner,
     /// Which anchors are learned from.
     pub sampler: Sampler,
+    /// The rest of how it learns.
+    #[serde(default, skip_serializing_if = "Learning::is_mmdets")]
+    pub learning: Learning,
+}
+
+/// How a proposal network learns, as far as mmdet (the default) and torchvision differ.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Learning {
+    /// What an anchor stands for that an object claims as one of its best.
+    pub claim: Claim,
+    /// How far anchors are learned from.
+    pub reach: Reach,
+    /// How far deltas are off.
+    pub box_loss: BoxLoss,
+}
+
+impl Learning {
+    /// torchvision's.
+    pub const TORCHVISION: Self = Self { claim: Claim::Nearest, reach: Reach::Batch, box_loss: BoxLoss::Smooth { beta: 1.0 / 9.0 } };
+
+    fn is_mmdets(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// How far anchors are learned from, to the right and below.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reach {
+    /// Up to the cells that the image covers, padded to a multiple of 32 px (mmdet).
+    #[default]
+    Image,
+    /// All of them, though only padding may lie under them (torchvision).
+    Batch,
 }
 
 /// How many proposals are made of an image.
@@ -85,7 +119,7 @@ pub struct Proposals {
 pub struct Losses {
     /// Cross entropy of objectness.
     pub objectness: Tensor,
-    /// The absolute differences of deltas.
+    /// The differences of deltas.
     pub boxes: Tensor,
 }
 
@@ -163,9 +197,9 @@ impl Rpn {
         let (mut from, mut to) = (vec![], vec![]);
         for (image, (&size, objects)) in sizes.iter().zip(objects).enumerate() {
             let objects = corners(objects, "objects")?;
-            let places = predictions.learned_from(size);
+            let places = predictions.learned_from(size, self.config.learning.reach);
             let anchors: Vec<Corners> = places.iter().map(|&(_, anchor)| anchor).collect();
-            let matches = self.config.assigner.assign(&anchors, &objects);
+            let matches = self.config.assigner.assign_claims(&anchors, &objects, self.config.learning.claim);
             let sample = self.config.sampler.draw(&matches, rng);
             let row = |&place: &usize| (image * n_anchors + places[place].0) as i64;
             positive.extend(sample.objects.iter().map(row));
@@ -185,14 +219,18 @@ impl Rpn {
         let logits = objectness.index_select(0, &on_device(Tensor::from_slice(&all)));
         let labels_of = on_device(Tensor::from_slice(&labels));
         let entropy = logits.binary_cross_entropy_with_logits(&labels_of, None::<&Tensor>, None::<&Tensor>, Reduction::None);
-        let differences = (deltas.index_select(0, &on_device(Tensor::from_slice(&positive))) - targets).abs();
+        let deltas = deltas.index_select(0, &on_device(Tensor::from_slice(&positive)));
+        let differences = self.config.learning.box_loss.between(&deltas, &targets);
         Ok(Losses { objectness: sum_over(&entropy, all.len()), boxes: sum_over(&differences, all.len()) })
     }
 }
 
 impl Predictions {
-    /// The anchors of cells that the padded image covers, with their places among all anchors.
-    fn learned_from(&self, size: ImageSize) -> Vec<(usize, Corners)> {
+    /// The anchors that an image teaches, with their places among all anchors.
+    fn learned_from(&self, size: ImageSize, reach: Reach) -> Vec<(usize, Corners)> {
+        if reach == Reach::Batch {
+            return self.anchors.iter().flatten().copied().enumerate().collect();
+        }
         let mut covered = Vec::new();
         let mut first = 0;
         for (cells, anchors) in self.cells.iter().zip(&self.anchors) {

@@ -8,7 +8,7 @@ Tolerances, absolute where nothing else is said, with the largest error seen in 
 - RoIAlign and its gradient 1e-5 absolute on values up to 2 [5e-7]: sampling points are computed alike, sums are ordered differently;
 - overlaps 1e-6, deltas 1e-4 on values up to 30, decoded boxes 1e-3 px, anchors none; what is kept, matched and sampled must be equal;
 - feature maps 1e-4 of their spread [8e-6]: convolutions sum in another order where frozen weights are fused or memory lies otherwise;
-- losses of proposals 1e-5 relative, proposals 1e-3 px; logits 1e-4 on values up to 100, which are f64 here;
+- losses of proposals 1e-5 relative, those of training 1e-4 and lengths of gradients 1e-3 [3e-7, 7e-5], proposals 1e-3 px; logits 1e-4 on values up to 100, which are f64 here;
 - Mask R-CNN 1e-3 on px, scores and mask probabilities [3e-4 px, 2e-5, 1e-5]: what feature maps differ by goes through two heads. Scores of
   neighbours are at least 1e-5 apart, so that the order is settled.
 """
@@ -24,7 +24,9 @@ import torch.nn.functional as F
 import torchvision
 from torchvision.models.detection import _utils as det_utils
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "clip"))
@@ -188,7 +190,7 @@ def make_backbones():
     """C2 to C5 of torchvision's ResNets, as they are and with the stride in the first convolution; P2 to P6 of its pyramid."""
     content = {}
     x = images("images.backbone", 2, 96, 128)
-    for case, name in {"middle": "resnet50", "first": "resnet50", "18": "resnet18"}.items():
+    for case, name in {"middle": "resnet50", "first": "resnet50", "18": "resnet18", "101": "resnet101"}.items():
         network = torchvision.models.get_model(name).eval()
         fill(network)
         if case == "first":
@@ -325,6 +327,44 @@ def make_mask_rcnn():
     write("mask_rcnn", shapes=shapes, cls_score_bias=numbers(biases), detections=found)
 
 
+def make_training():
+    """Losses of torchvision's Mask R-CNN with frozen statistics on two images, and the lengths of gradients, by the names of parameters.
+
+    Samplers draw all that there is, so that nothing is left to chance."""
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3)
+    most = {f"rpn_{which}_nms_top_n_{phase}": n for which, n in (("pre", 300), ("post", 150)) for phase in ("train", "test")}
+    all_of_them = {"rpn_batch_size_per_image": 10**6, "box_batch_size_per_image": 10**6}
+    model = torchvision.models.detection.MaskRCNN(backbone, 91, **most, **all_of_them).train()
+    with torch.no_grad():
+        fill(model)
+    height, width = 160, 192
+    sizes = [(160, 192), (128, 150)]
+    batch = images("images.training", 2, height, width)
+    batch[1, :, 128:], batch[1, :, :, 150:] = 0, 0
+    batch = ImageList(batch, sizes)
+    features = model.backbone(batch.tensors)
+    with torch.no_grad():
+        found, _ = model.rpn.eval()(batch, features)
+    targets = []
+    for image, ranks in enumerate(([3, 20, 60], [5, 40])):
+        # Objects lie where there are proposals, 3 px off: so that more regions than the objects themselves stand for them.
+        boxes = (found[image][ranks] + torch.tensor([3.0, -3.0, 3.0, 3.0])).round().clamp(min=0)
+        masks = torch.zeros(len(ranks), height, width, dtype=torch.uint8)
+        for index, (x1, y1, x2, y2) in enumerate(boxes.int().tolist()):
+            masks[index, y1:y2, x1:x2] = field(f"training.masks.{image}.{index}", height, width)[y1:y2, x1:x2] > -0.5
+        targets.append({"boxes": boxes, "labels": torch.tensor([7, 1, 90][: len(ranks)]), "masks": masks})
+    print("training:", [target["boxes"].tolist() for target in targets])
+    proposals, losses = model.rpn.train()(batch, features, targets)
+    regions = model.roi_heads.select_training_samples(proposals, targets)
+    print("training:", [f"{int((labels > 0).sum())} of {len(labels)} regions are objects" for labels in regions[2]])
+    losses |= model.roi_heads(features, proposals, sizes, targets)[1]
+    sum(losses.values()).backward()
+    losses = {name: loss.item() for name, loss in losses.items()}
+    print("training:", losses)
+    lengths = {name: p.grad.double().norm().item() for name, p in model.named_parameters() if p.requires_grad}
+    write("training", objects=[numbers(target["boxes"]) for target in targets], losses=losses, gradients=lengths)
+
+
 make_roi_align()
 make_boxes()
 make_matching()
@@ -332,3 +372,4 @@ make_backbones()
 make_rpn()
 make_classifier()
 make_mask_rcnn()
+make_training()

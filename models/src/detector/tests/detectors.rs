@@ -7,7 +7,8 @@ use tch::{Device, Kind, Tensor, nn};
 
 use super::{
     super::{
-        Config, Detections, Detector, MaskConfig, MaskRcnn, MaskRcnnConfig, POOL, Pyramid, REGION_CODER, TestRule, Vocabularies,
+        Config, Detections, Detector, MaskConfig, MaskRcnn, MaskRcnnConfig, MaskRcnnLosses, Objects, POOL, Pyramid, REGION_CODER, TestRule,
+        Vocabularies,
         boxes::{ImageSize, Suppression, boxes_tensor, floats, integers, iou_matrix},
         classifier::{Ensemble, LogitScale, Vocabulary},
         heads::{MaskHeadConfig, ObjectMask, RegionRule, RegionSample, mask_loss, mask_targets, region_losses},
@@ -70,6 +71,69 @@ fn mask_rcnn_detects_what_torchvisions_detects() {
         let labels: Vec<i64> = found.kept.classes[..20].iter().map(|class| class + 1).collect();
         assert_eq!(labels, expected.integers("labels"));
     }
+}
+
+#[test]
+fn mask_rcnn_learns_as_torchvisions_learns() {
+    let golden = Golden::read("training");
+    let everything = Sampler { n: 1_000_000, object_fraction: 0.25 };
+    let mut config = torchvision();
+    config.training_proposals = config.proposals;
+    config.regions.rpn.sampler = everything;
+    config.regions_rule.sampler = everything;
+    let store = nn::VarStore::new(Device::Cpu);
+    let network = MaskRcnn::new(&store.root(), &config, 1).unwrap();
+    let detection = Golden::read("mask_rcnn");
+    let mut weights = mask_rcnn_weights(&detection);
+    weights.insert("roi_heads.box_predictor.cls_score.bias".into(), values("roi_heads.box_predictor.cls_score.bias", &[91]));
+    layout::load(&weights, network.parameters(), origin()).unwrap().require_all(origin()).unwrap();
+
+    let batch = images("images.training", [2, 3, 160, 192]);
+    drop(batch.get(1).narrow(1, 128, 32).fill_(0.0));
+    drop(batch.get(1).narrow(2, 150, 42).fill_(0.0));
+    let sizes = [ImageSize { width: 192, height: 160 }, ImageSize { width: 150, height: 128 }];
+    let objects = [0, 1].map(|image: usize| {
+        let boxes: Vec<f32> = golden.0["objects"][image].as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect();
+        let mask = |(index, corners): (usize, &[f32; 4])| {
+            let [x1, y1, x2, y2] = corners.map(|corner| corner as i64);
+            let pixels = Tensor::zeros([160, 192], (Kind::Uint8, Device::Cpu));
+            let within = |all: &Tensor| all.narrow(0, y1, y2 - y1).narrow(1, x1, x2 - x1);
+            within(&pixels).copy_(&within(&field(&format!("training.masks.{image}.{index}"), &[160, 192])).gt(-0.5));
+            ObjectMask { pixels, left: 0, top: 0 }
+        };
+        let boxes = boxes.as_chunks().0;
+        // torchvision counts background as 0.
+        let labels = Tensor::from_slice(&[6_i64, 0, 89][..boxes.len()]);
+        Objects { masks: boxes.iter().enumerate().map(mask).collect(), labels, boxes: boxes_tensor(boxes) }
+    });
+    let losses = network.losses(&batch, &sizes, &objects, &mut ChaCha8Rng::seed_from_u64(1)).unwrap();
+    losses.total().backward();
+    let MaskRcnnLosses { proposals, regions, masks } = losses;
+    let expected = golden.part("losses");
+    for (name, found) in [
+        ("loss_objectness", proposals.objectness),
+        ("loss_rpn_box_reg", proposals.boxes),
+        ("loss_classifier", regions.classes),
+        ("loss_box_reg", regions.boxes),
+        ("loss_mask", masks),
+    ] {
+        let error = found.double_value(&[]) / expected.0[name].as_f64().unwrap() - 1.0;
+        println!("{name}: {error:.1e}");
+        assert!(error.abs() < 1e-4, "{name}: {error}");
+    }
+    let gradients = golden.part("gradients").0;
+    assert_eq!(gradients.len(), store.trainable_variables().len());
+    let mut largest = 0.0_f64;
+    for (name, length) in &gradients {
+        // Only the name is translated.
+        let translated =
+            layout::from_torchvision(&BTreeMap::from([(name.clone(), Tensor::zeros([91 * 4, 1], (Kind::Float, Device::Cpu)))]), origin());
+        let parameter = &network.parameters()[translated.unwrap().keys().next().unwrap()];
+        let error = (parameter.grad().to_kind(Kind::Double).norm().double_value(&[]) / length.as_f64().unwrap() - 1.0).abs();
+        assert!(error < 1e-3, "{name}: {error}");
+        largest = largest.max(error);
+    }
+    println!("gradients: {largest:.1e}");
 }
 
 #[test]

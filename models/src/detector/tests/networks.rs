@@ -54,9 +54,12 @@ fn check_maps(found: &[Tensor], golden: &Golden, case: &str) {
 fn feature_maps_equal_torchvisions() {
     let golden = Golden::read("backbones");
     let config = RegionsConfig::oadp().backbone;
-    for (case, depth, stride) in
-        [("middle", Depth::R50, StridePlace::Middle), ("first", Depth::R50, StridePlace::First), ("18", Depth::R18, StridePlace::First)]
-    {
+    for (case, depth, stride) in [
+        ("middle", Depth::R50, StridePlace::Middle),
+        ("first", Depth::R50, StridePlace::First),
+        ("18", Depth::R18, StridePlace::First),
+        ("101", Depth::R101, StridePlace::Middle),
+    ] {
         let config = resnet::Config { depth, stride, ..config.clone() };
         let (_store, resnet, parameters) = declare("backbone", |at| ResNet::declare(at, &config));
         fill(&parameters, "backbone.");
