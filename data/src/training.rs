@@ -11,7 +11,7 @@ use crate::{
     annotations::{AnnotationId, Annotations, CategoryId, ImageInfo},
     boxes::Xyxy,
     images::Image,
-    masks::Segmentation,
+    masks::{Mask, Segmentation},
     resize::bilinear,
 };
 
@@ -145,6 +145,47 @@ impl Placement {
     }
 }
 
+/// A part of a mask, as it is shown: it holds all pixels of the object and some of none around them, except where the image ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShownMask {
+    /// The first column and row, px of what is shown.
+    pub from: [u32; 2],
+    /// `[width, height]` px.
+    pub size: [u32; 2],
+    /// `[H, W]`, 1 where the object is.
+    pub pixels: Vec<u8>,
+}
+
+/// How many px of none there are around the pixels of a [`ShownMask`].
+const MARGIN: u32 = 2;
+
+impl Placement {
+    /// What is shown of a mask: of each pixel the nearest one above and to the left, as OpenCV's INTER_NEAREST (mmdet resizes masks so).
+    pub fn show_mask(&self, mask: &Mask) -> ShownMask {
+        assert_eq!(mask.size(), self.from, "BUG: a mask of another image");
+        let all = mask.to_pixels();
+        let source = |axis: usize, place: u32| {
+            let place = if axis == 0 && self.is_mirrored { self.to[0] - 1 - place } else { place };
+            let step = f64::from(self.from[axis]) / f64::from(self.to[axis]);
+            ((f64::from(place) * step) as u32).min(self.from[axis] - 1)
+        };
+        let [x1, x2, y1, y2] = mask.bounds().map_or([0; 4], |Xyxy { x1, y1, x2, y2 }| [x1, x2, y1, y2].map(|side| side as u32));
+        let part = |axis: usize, low: u32, high: u32| {
+            let mut inside = (0..self.to[axis]).filter(|place| (low..high).contains(&source(axis, *place)));
+            let first = inside.next().unwrap_or(0);
+            let last = inside.next_back().unwrap_or(first);
+            [first.saturating_sub(MARGIN), (last + 1 + MARGIN).min(self.to[axis])]
+        };
+        let ([left, right], [top, bottom]) = (part(0, x1, x2), part(1, y1, y2));
+        let columns: Vec<usize> = (left..right).map(|x| source(0, x) as usize).collect();
+        let row = |y: u32| {
+            let row = &all[source(1, y) as usize * self.from[0] as usize..][..self.from[0] as usize];
+            columns.iter().map(|column| u8::from(row[*column]))
+        };
+        ShownMask { from: [left, top], size: [right - left, bottom - top], pixels: (top..bottom).flat_map(row).collect() }
+    }
+}
+
 fn clipped(xyxy: &Xyxy, [width, height]: [u32; 2]) -> Xyxy {
     let [width, height] = [width as f32, height as f32];
     Xyxy { x1: xyxy.x1.clamp(0.0, width), y1: xyxy.y1.clamp(0.0, height), x2: xyxy.x2.clamp(0.0, width), y2: xyxy.y2.clamp(0.0, height) }
@@ -205,6 +246,35 @@ mod tests {
         for (x, y) in [(0, 0), (1, 2), (3, 1)] {
             assert_eq!(pixel(&mirrored, 3 - x, y), pixel(&image, x, y));
         }
+    }
+
+    #[derive(Deserialize)]
+    struct MaskCase {
+        from: [u32; 2],
+        to: [u32; 2],
+        mirrored: bool,
+        mask: Vec<u8>,
+        pixels: Vec<[u32; 2]>,
+    }
+
+    #[test]
+    fn masks_are_shown_where_opencv_shows_them() {
+        let cases: Vec<MaskCase> = serde_json::from_str(include_str!("../../tests/golden/training/masks.json")).unwrap();
+        for MaskCase { from, to, mirrored, mask, pixels } in cases {
+            let mask = Mask::from_pixels(&mask.iter().map(|pixel| *pixel != 0).collect::<Vec<_>>(), from).unwrap();
+            let ShownMask { from: [left, top], size: [width, height], pixels: found } =
+                Placement { from, to, is_mirrored: mirrored }.show_mask(&mask);
+            assert_eq!(found.len(), (width * height) as usize);
+            let place = |place: usize| [left + place as u32 % width, top + place as u32 / width];
+            let found: Vec<[u32; 2]> = (0..found.len()).filter(|at| found[*at] != 0).map(place).collect();
+            assert_eq!(found, pixels, "{from:?} to {to:?}");
+            // Two pixels of none on every side that is not the image's.
+            let nearest = |axis: usize| pixels.iter().map(|pixel| pixel[axis]).min().unwrap();
+            assert_eq!([left, top], [nearest(0).saturating_sub(2), nearest(1).saturating_sub(2)]);
+            assert!(width < to[0] && height < to[1]);
+        }
+        let nothing = Mask::from_pixels(&[false; 12], [4, 3]).unwrap();
+        assert!(Placement { from: [4, 3], to: [8, 6], is_mirrored: true }.show_mask(&nothing).pixels.iter().all(|pixel| *pixel == 0));
     }
 
     #[test]

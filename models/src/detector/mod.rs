@@ -202,10 +202,10 @@ impl Config {
         }
     }
 
-    /// OADP for LVIS: as for COCO, with a class-agnostic mask head.
-    pub fn oadp_with_masks(embed_dim: i64) -> Self {
-        let head = MaskHeadConfig { n_convs: 4, channels: 256, n_masks: 1 };
-        Self { mask_head: Some(MaskConfig { pool: RoiAlign { side: 14, ..POOL }, head }), ..Self::oadp(embed_dim) }
+    /// The same with a class-agnostic mask head, as OADP's for LVIS: as many convolutions as the box head, of the pyramid's channels.
+    pub fn with_masks(self) -> Self {
+        let head = MaskHeadConfig { n_convs: self.bbox_head.trunk.n_convs, channels: self.regions.neck.channels, n_masks: 1 };
+        Self { mask_head: Some(MaskConfig { pool: RoiAlign { side: 14, ..self.pool }, head }), ..self }
     }
 
     /// OADP for a toy world, small enough to learn in minutes on two cores.

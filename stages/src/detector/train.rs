@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ovenbird_data::boxes::Xyxy;
+use ovenbird_data::{boxes::Xyxy, training::ShownMask};
 use ovenbird_models::{
     Misfit, Phase,
     checkpoint::Checkpoint,
@@ -10,7 +10,7 @@ use ovenbird_models::{
         Config, Detector, REGION_CODER,
         boxes::{ImageSize, Suppression, boxes_tensor},
         classifier::{LogitScale, Vocabulary},
-        heads::{RegionRule, region_losses},
+        heads::{ObjectMask, RegionRule, mask_loss, mask_targets, region_losses},
         layout,
         matching::{Assigner, Sampler},
         rpn::ProposalRule,
@@ -67,6 +67,8 @@ impl LossWeight {
 pub struct Train {
     /// How large the network is.
     pub network: Network,
+    /// Whether masks are learned and drawn too, one for all classes (OADP for LVIS).
+    pub masks: bool,
     /// Divides cosines in training.
     pub train_temperature: f64,
     /// Divides cosines in detection.
@@ -81,6 +83,7 @@ impl Default for Train {
     fn default() -> Self {
         Self {
             network: Network::R50,
+            masks: false,
             train_temperature: 0.01,
             test_temperature: 0.007,
             object_loss: LossWeight { gain: 256.0, warm_up_steps: 200 },
@@ -126,6 +129,9 @@ impl Stage for Train {
         if let Some(features) = cx.inputs.read_if_given(FEATURES)? {
             course = course.with_embeddings(&features, learner.card.config.embed_dim, FEATURES.info().name)?;
         }
+        if self.masks {
+            course = course.with_masks();
+        }
         let card = serde_json::to_string(&learner.card).expect("BUG: a card is plain JSON");
         train(&self.training, &learner, &course, &PORTS, &BTreeMap::from([(CARD_KEY.to_owned(), card)]), units, cx)
     }
@@ -138,7 +144,8 @@ impl Train {
             Network::Toy => Config::toy(embed_dim),
         };
         let object_head = config.object_head.filter(|_| has_features);
-        Config { object_head, block_head: None, has_global_head: false, ..config }
+        let config = Config { object_head, block_head: None, has_global_head: false, ..config };
+        if self.masks { config.with_masks() } else { config }
     }
 
     fn card(&self, embed_dim: i64, inputs: &Inputs) -> Card {
@@ -202,7 +209,7 @@ impl Learner for ViLd {
     }
 
     fn losses(&self, images: &Tensor, batch: &Batch, step: u32, random: &mut ChaCha8Rng) -> Result<Vec<(&'static str, Tensor)>> {
-        let Detector { regions: network, bbox_head, object_head, .. } = &self.detector;
+        let Detector { regions: network, bbox_head, object_head, mask_head, .. } = &self.detector;
         let pyramid = network.forward(images, Phase::Train)?;
         let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image.size).collect();
         let objects: Vec<Tensor> = batch.images.iter().map(|image| boxes(&image.objects)).collect();
@@ -226,6 +233,20 @@ impl Learner for ViLd {
             ("boxes", of_regions.boxes),
         ];
 
+        if let (Some(head), Some(config)) = (mask_head, &self.card.config.mask_head) {
+            let (mut on_objects, mut expected) = (Vec::new(), Vec::new());
+            for (sample, image) in samples.iter().zip(&batch.images) {
+                let boxes = sample.boxes.narrow(0, 0, sample.objects.len() as i64);
+                let masks: Vec<ObjectMask> = image.masks.iter().map(object_mask).collect();
+                expected.push(mask_targets(&masks, &boxes, &sample.objects, 2 * config.pool.side)?);
+                on_objects.push(boxes);
+            }
+            // One mask for all classes: which they are does not matter.
+            let classes = vec![0; samples.iter().map(|sample| sample.objects.len()).sum()];
+            let drawn = head.forward(&pyramid.pool(&config.pool, &on_objects)?, &classes)?;
+            losses.push(("masks", mask_loss(&drawn, &Tensor::cat(&expected, 0))?));
+        }
+
         if let Some(head) = object_head {
             let regions: Vec<Tensor> = batch.images.iter().map(|image| boxes(&image.regions)).collect();
             let said = head.forward(&pyramid.pool(&self.card.config.pool, &regions)?, Phase::Train)?;
@@ -248,6 +269,11 @@ const SAMPLES: RegionRule = RegionRule {
     sampler: Sampler { n: 512, object_fraction: 0.25 },
     coder: REGION_CODER,
 };
+
+fn object_mask(mask: &ShownMask) -> ObjectMask {
+    let [[left, top], [width, height]] = [mask.from, mask.size].map(|pair| pair.map(i64::from));
+    ObjectMask { pixels: Tensor::from_slice(&mask.pixels).view([height, width]), left, top }
+}
 
 /// `[N, 4]`.
 pub(super) fn boxes(boxes: &[Xyxy]) -> Tensor {

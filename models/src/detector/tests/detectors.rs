@@ -172,7 +172,7 @@ fn detector(config: &Config, seed: u64) -> (nn::VarStore, Detector) {
 /// The census of section 6.7 of OADP's specification.
 #[test]
 fn parameters_have_the_names_and_shapes_of_mmdet() {
-    let (store, detector) = detector(&Config::oadp_with_masks(512), 1);
+    let (store, detector) = detector(&Config::oadp(512).with_masks(), 1);
     let shape = |name: &str| detector.parameters().get(name).unwrap_or_else(|| panic!("no {name}")).size();
     for (name, expected) in [
         ("backbone.conv1.weight", vec![64, 3, 7, 7]),
@@ -390,7 +390,7 @@ fn a_small_part_of_the_image_gives_the_mask_that_the_whole_image_gives() {
 
 #[test]
 fn configurations_survive_serialisation_and_bad_ones_are_refused() {
-    for config in [Config::oadp_with_masks(512), toy()] {
+    for config in [Config::oadp(512).with_masks(), toy()] {
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<Config>(&text).unwrap(), config);
     }

@@ -5,7 +5,8 @@ use std::ops::Range;
 use ovenbird_data::{
     annotations::ImageId,
     boxes::Xyxy,
-    training::{self, Placement, Sample},
+    masks::Mask,
+    training::{self, Object, Placement, Sample, ShownMask},
 };
 use ovenbird_models::detector::boxes::ImageSize;
 use rand::{Rng as _, seq::SliceRandom as _};
@@ -26,6 +27,7 @@ pub(in crate::detector) struct Course {
     /// Places in `samples`, rare ones more than once.
     copies: Vec<usize>,
     embeddings: Option<Embeddings>,
+    has_masks: bool,
     batch: usize,
     accumulate: u32,
     sides: [[u32; 2]; 2],
@@ -77,6 +79,8 @@ pub(in crate::detector) struct Shown {
     pub(in crate::detector) size: ImageSize,
     pub(in crate::detector) objects: Vec<Xyxy>,
     pub(in crate::detector) classes: Vec<i64>,
+    /// Of each object, where they are asked for.
+    pub(in crate::detector) masks: Vec<ShownMask>,
     /// Boxes of embeddings, and these, `[N, D]`.
     pub(in crate::detector) regions: Vec<Xyxy>,
     pub(in crate::detector) embeddings: Vec<f32>,
@@ -103,6 +107,7 @@ impl Course {
             copies: repeats.into_iter().enumerate().flat_map(|(place, n)| std::iter::repeat_n(place, n)).collect(),
             samples,
             embeddings: None,
+            has_masks: false,
             batch: training.batch,
             accumulate: training.accumulate,
             sides: [training.longer_side, training.shorter_side],
@@ -120,6 +125,11 @@ impl Course {
             return Err(Error::Input { port, problem, hint });
         }
         Ok(Self { embeddings: Some(Embeddings { regions, dim: dim as usize, port }), ..self })
+    }
+
+    /// The same, with the masks of objects.
+    pub(in crate::detector) fn with_masks(self) -> Self {
+        Self { has_masks: true, ..self }
     }
 
     pub(super) fn n_images(&self) -> usize {
@@ -186,17 +196,33 @@ impl Course {
                 }
                 None => Default::default(),
             };
+            let masks = match self.has_masks {
+                true => objects.iter().map(|object| shown_mask(object, placement)).collect::<Result<_>>()?,
+                false => Vec::new(),
+            };
             images.push(Shown {
                 id: info.id,
                 size: ImageSize { width: placement.to[0].into(), height: placement.to[1].into() },
                 objects: objects.iter().map(|object| placement.show(&object.xyxy)).collect(),
                 classes: objects.iter().map(|object| object.class as i64).collect(),
+                masks,
                 regions,
                 embeddings,
             });
         }
         Ok(Batch { step, piece, pixels: Pixels::of(&pictures), images, unreadable })
     }
+}
+
+fn shown_mask(object: &Object, placement: Placement) -> Result<ShownMask> {
+    let segmentation = object.segmentation.as_ref().ok_or_else(|| "no segmentation".to_owned());
+    let mask = segmentation.and_then(|segmentation| Mask::from_segmentation(segmentation, placement.from));
+    let mask = mask.map_err(|problem| Error::Input {
+        port: ANNOTATIONS.info().name,
+        problem: format!("annotation {}: {problem}", object.id),
+        hint: "masks are learned from: give annotations with polygons or run lengths, or train without `masks`".into(),
+    })?;
+    Ok(placement.show_mask(&mask))
 }
 
 impl Embeddings {
