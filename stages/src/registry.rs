@@ -23,6 +23,8 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<clip::Objects>(),
     StageEntry::of::<clip::Proposals>(),
     StageEntry::of::<detect::ZeroShot>(),
+    StageEntry::of::<detector::OlnTrain>(),
+    StageEntry::of::<detector::OlnPropose>(),
     StageEntry::of::<detector::Train>(),
     StageEntry::of::<detector::Test>(),
     StageEntry::of::<detect::Coco>(),

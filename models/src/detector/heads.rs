@@ -36,7 +36,7 @@ pub struct TrunkConfig {
 
 /// Convolutions, then fully connected layers.
 #[derive(Debug)]
-struct Trunk {
+pub(super) struct Trunk {
     shared_convs: Vec<ConvModule>,
     shared_fcs: Vec<Linear>,
     /// C, side, side.
@@ -44,7 +44,7 @@ struct Trunk {
 }
 
 impl Trunk {
-    fn declare(at: &Parameters<'_>, config: &TrunkConfig, [channels, side, _]: [i64; 3]) -> Self {
+    pub(super) fn declare(at: &Parameters<'_>, config: &TrunkConfig, [channels, side, _]: [i64; 3]) -> Self {
         let shape = ConvShape::new(channels, channels, 3);
         let convs = &(at / "shared_convs");
         let shared_convs = (0..config.n_convs).map(|index| ConvModule::normalised(&(convs / index), shape, shape.kaiming())).collect();
@@ -57,7 +57,7 @@ impl Trunk {
     }
 
     /// Returns `[N, width]`; `pooled`: `[N, C, side, side]`, flattened channel by channel.
-    fn forward(&self, pooled: &Tensor, phase: Phase) -> Result<Tensor> {
+    pub(super) fn forward(&self, pooled: &Tensor, phase: Phase) -> Result<Tensor> {
         let [channels, side, _] = self.input;
         let fits = pooled.size().get(1..) == Some(&self.input[..]);
         ensure(fits, "pooled features", &format!("[N, {channels}, {side}, {side}]"), pooled)?;
@@ -127,7 +127,7 @@ impl OpenHead {
     }
 }
 
-fn box_regressor(at: &Parameters<'_>, width: i64, n_out: i64) -> Linear {
+pub(super) fn box_regressor(at: &Parameters<'_>, width: i64, n_out: i64) -> Linear {
     Linear::declare(&(at / "fc_reg"), width, n_out, Init::Normal(0.001), Init::Constant(0.0))
 }
 

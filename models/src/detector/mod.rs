@@ -21,6 +21,7 @@ pub mod heads;
 mod layers;
 pub mod layout;
 pub mod matching;
+pub mod oln;
 pub mod resnet;
 pub mod roi_align;
 pub mod rpn;
@@ -294,10 +295,14 @@ impl RegionNetwork {
 impl Pyramid {
     /// Pools boxes from P2 to P5: `[N, C, side, side]`, image after image; `boxes`: for each image `[N_b, 4]`, px.
     pub fn pool(&self, rule: &RoiAlign, boxes: &[Tensor]) -> Result<Tensor> {
-        let levels = self.levels[..N_LEVELS - 1].iter().enumerate();
-        let levels: Vec<Level<'_>> = levels.map(|(place, features)| Level { features, stride: FINEST_STRIDE << place }).collect();
-        rule.forward(&levels, boxes)
+        pool(&self.levels, rule, boxes)
     }
+}
+
+fn pool(levels: &[Tensor; N_LEVELS], rule: &RoiAlign, boxes: &[Tensor]) -> Result<Tensor> {
+    let levels = levels[..N_LEVELS - 1].iter().enumerate();
+    let levels: Vec<Level<'_>> = levels.map(|(place, features)| Level { features, stride: FINEST_STRIDE << place }).collect();
+    rule.forward(&levels, boxes)
 }
 
 /// An open-vocabulary detector.

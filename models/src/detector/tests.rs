@@ -2,6 +2,7 @@
 
 mod detectors;
 mod networks;
+mod oln;
 mod operators;
 
 use std::{collections::BTreeMap, fs, path::Path};

@@ -23,7 +23,7 @@ use parquet::{
     file::{metadata::KeyValue, properties::WriterProperties},
 };
 
-use super::{Artifact, only_file};
+use super::Artifact;
 use crate::{Result, contract::write_error, error::malformed};
 
 const FORMAT_KEY: &str = "ovenbird.table";
@@ -41,15 +41,16 @@ impl Artifact for Proposals {
     const EXTENSIONS: &'static [&'static str] = &["parquet"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        let path = &only_file(Self::KIND, files)?.path;
         let mut by_image: BTreeMap<ImageId, Vec<Proposal>> = BTreeMap::new();
-        for batch in read_table(path)? {
-            let (ids, boxes) = (ids(path, &batch, "image_id")?, boxes(path, &batch)?);
-            for (image, (xyxy, score)) in ids.into_iter().zip(boxes) {
-                let of_image = by_image.entry(ImageId(image)).or_default();
-                // An image without proposals is kept as one row without a box.
-                if let Some(xyxy) = xyxy {
-                    of_image.push(Proposal { xyxy, score });
+        for InputFile { path, .. } in files {
+            for batch in read_table(path)? {
+                let (ids, boxes) = (ids(path, &batch, "image_id")?, boxes(path, &batch)?);
+                for (image, (xyxy, score)) in ids.into_iter().zip(boxes) {
+                    let of_image = by_image.entry(ImageId(image)).or_default();
+                    // An image without proposals is kept as one row without a box.
+                    if let Some(xyxy) = xyxy {
+                        of_image.push(Proposal { xyxy, score });
+                    }
                 }
             }
         }

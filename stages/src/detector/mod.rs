@@ -3,30 +3,45 @@
 //!
 //! A trained detector's file says how it is built and asked ([`Card`]), so that nothing has to be repeated where it is used.
 
+mod oln;
 mod test;
 mod train;
 mod training;
 
-use std::path::{Path, PathBuf};
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 use ovenbird_cache::inputs::InputFile;
-use ovenbird_data::{classes::ClassSplit, images::Image};
+use ovenbird_data::{
+    annotations::{Annotations, ImageInfo},
+    classes::ClassSplit,
+    images::Image,
+    training::Placement,
+};
 use ovenbird_models::{
     checkpoint::Checkpoint,
-    detector::{Config, classifier::LogitScale},
+    detector::{Config, boxes::ImageSize, classifier::LogitScale},
     to_unit_length,
 };
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tch::{Device, Kind, Tensor};
 
 use self::training::NetworkFile;
-pub use self::{test::Test, train::Train, training::Training};
+pub use self::{
+    oln::{OlnFile, OlnPropose, OlnTrain},
+    test::Test,
+    train::Train,
+    training::Training,
+};
 use crate::{
-    Error, In, Inputs, Result,
+    Context, Error, In, Inputs, Result, UnitDraft,
     artifacts::{AnnotationFile, Artifact, Classes, Images, Prompts, last_file},
     error::malformed,
+    feed::stream,
 };
 
 const IMAGES: In<Images> = In::required("images", "The folder that the annotations' file names are relative to.");
@@ -83,10 +98,15 @@ impl NetworkFile for DetectorFile {
 
 impl DetectorFile {
     fn card(&self, checkpoint: &Checkpoint) -> Result<Card> {
-        let expected = "expected the network's configuration under `ovenbird.detector` in the metadata";
-        let text = checkpoint.metadata().get(CARD_KEY).ok_or_else(|| malformed(&self.path, format!("{expected}, found none")))?;
-        serde_json::from_str(text).map_err(|error| malformed(&self.path, format!("{expected}: {error}")))
+        card_of(checkpoint, CARD_KEY, &self.path)
     }
+}
+
+/// What a file says of how its network is built.
+fn card_of<T: DeserializeOwned>(checkpoint: &Checkpoint, key: &str, path: &Path) -> Result<T> {
+    let expected = format!("expected the network's configuration under `{key}` in the metadata");
+    let text = checkpoint.metadata().get(key).ok_or_else(|| malformed(path, format!("{expected}, found none")))?;
+    serde_json::from_str(text).map_err(|error| malformed(path, format!("{expected}: {error}")))
 }
 
 /// Class embeddings f32 `[K, D]` of base ++ novel.
@@ -120,6 +140,56 @@ impl Card {
         };
         let hint = "use the prompts (or none) that the detector was trained with, or others of the same CLIP".into();
         Err(Error::Input { port, problem, hint })
+    }
+}
+
+/// Images to be shown to a network that is trained.
+struct Viewing {
+    images: Images,
+    annotations: Annotations,
+    /// Longer and shorter side that they are fitted into, in px.
+    fits: [u32; 2],
+}
+
+/// An image shown alone.
+struct View<'a> {
+    info: &'a ImageInfo,
+    placement: Placement,
+    /// Of what is shown, without padding.
+    size: ImageSize,
+    /// `[1, 3, H, W]`, normalised.
+    pixels: Tensor,
+}
+
+/// Bytes of images that may be ahead of a network.
+const ROOM: usize = 256 << 20;
+
+impl Viewing {
+    /// Shows the images at some places, one by one, in order. One that cannot be read is left out by the stage's policy.
+    fn each(
+        &self,
+        mut places: Range<usize>,
+        draft: &UnitDraft,
+        cx: &Context<'_>,
+        mut see: impl FnMut(View<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let info = |place: usize| &self.annotations.images[place];
+        let bytes = |place: &usize| 3 * info(*place).width as usize * info(*place).height as usize;
+        let prepare = |place: usize| {
+            let info = info(place);
+            let placement = Placement::fitting([info.width, info.height], self.fits[0], self.fits[1]);
+            let decode = || Ok(Pixels::of(&[placement.pixels(&self.images.decode(&info.file_name, placement.from)?)]));
+            (info, placement, cx.attempt(decode))
+        };
+        let next = || Ok(places.next().map(|place| (place, bytes(&place))));
+        stream(cx.threads, ROOM, next, prepare, |(info, placement, pixels), n_ready| {
+            let Some(pixels) = cx.kept(draft, &info.file_name, pixels)? else { return Ok(()) };
+            let [width, height] = placement.to.map(i64::from);
+            see(View { info, placement, size: ImageSize { width, height }, pixels: pixels.on(cx.device) })?;
+            cx.flow(1, n_ready);
+            cx.tick(1);
+            cx.proceed()
+        })
     }
 }
 

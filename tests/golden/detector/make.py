@@ -11,6 +11,7 @@ Tolerances, absolute where nothing else is said, with the largest error seen in 
 - losses of proposals 1e-5 relative, those of training 1e-4 and lengths of gradients 1e-3 [3e-7, 7e-5], proposals 1e-3 px; logits 1e-4 on values up to 100, which are f64 here;
 - Mask R-CNN 1e-3 on px, scores and mask probabilities [3e-4 px, 2e-5, 1e-5]: what feature maps differ by goes through two heads. Scores of
   neighbours are at least 1e-5 apart, so that the order is settled.
+- the object localisation network: losses 1e-4 and lengths of gradients 1e-3 relative, boxes 1e-3 px, scores 1e-5.
 """
 
 import json
@@ -365,6 +366,118 @@ def make_training():
     write("training", objects=[numbers(target["boxes"]) for target in targets], losses=losses, gradients=lengths)
 
 
+def make_oln():
+    """An object localisation network on torchvision's backbone, written down after its paper and its authors' configuration: distances to
+    sides by torchvision's BoxLinearCoder, centerness by FCOS's formula, overlaps by torchvision's box_iou, regions by its roi_align.
+
+    The image is small enough that samples hold all anchors and all regions on objects, so that nothing is left to chance."""
+    height, width, side = 64, 96, 7
+    network = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3)
+    for name, tensor in network.state_dict().items():
+        ours = name.replace("body.", "backbone.").replace("fpn.inner_blocks.", "neck.lateral_convs.").replace("fpn.layer_blocks.", "neck.fpn_convs.")
+        ours = ours.replace(".0.weight", ".conv.weight").replace(".0.bias", ".conv.bias") if "neck" in ours else ours
+        tensor.copy_(values(ours, tensor.shape))
+    shapes = {
+        "rpn_head.rpn_conv": (256, 256, 3, 3),
+        "rpn_head.rpn_reg": (4, 256, 1, 1),
+        "rpn_head.rpn_obj": (1, 256, 1, 1),
+        "roi_head.bbox_head.shared_fcs.0": (1024, 256 * side * side),
+        "roi_head.bbox_head.shared_fcs.1": (1024, 1024),
+        "roi_head.bbox_head.fc_reg": (4, 1024),
+        "roi_head.bbox_head.fc_bbox_score": (1, 1024),
+    }
+    heads = {}
+    for name, shape in shapes.items():
+        heads[f"{name}.weight"] = values(f"{name}.weight", shape).requires_grad_()
+        heads[f"{name}.bias"] = values(f"{name}.bias", shape[:1])
+    # Boxes about as large as their anchors, though hidden features have unit length.
+    heads["rpn_head.rpn_reg.bias"] += 0.5
+
+    def layer(kind, name, x, **options):
+        return kind(x, heads[f"{name}.weight"], heads[f"{name}.bias"], **options)
+
+    objects = torch.tensor([[20.0, 10.0, 58.0, 44.0], [48.0, 16.0, 84.0, 50.0]])
+    levels = list(network(images("oln", 1, height, width)).values())
+    coder = det_utils.BoxLinearCoder(normalize_by_size=True)
+    anchors, centerness, boxes = [], [], []
+    for level, stride in zip(levels, (4, 8, 16, 32, 64)):
+        hidden = F.normalize(F.relu(layer(F.conv2d, "rpn_head.rpn_conv", level, padding=1)), p=2, dim=1)
+        rows, columns = torch.meshgrid(torch.arange(level.shape[2]), torch.arange(level.shape[3]), indexing="ij")
+        centres = torch.stack([columns, rows, columns, rows], -1).reshape(-1, 4) * stride
+        anchors.append(centres + torch.tensor([-4.0, -4.0, 4.0, 4.0]) * stride)
+        centerness.append(layer(F.conv2d, "rpn_head.rpn_obj", hidden).flatten())
+        up, down, left, right = layer(F.conv2d, "rpn_head.rpn_reg", hidden)[0].flatten(1)
+        boxes.append(coder.decode(torch.stack([left, up, right, down], 1), anchors[-1]))
+    anchors, centerness, boxes = (torch.cat(parts) for parts in (anchors, centerness, boxes))
+
+    limits = torch.tensor([width, height, width, height])
+    inside = ((anchors[:, :2] >= 0).all(1) & (anchors[:, 2:] < limits[2:]).all(1)).nonzero()[:, 0]
+    overlaps = torchvision.ops.box_iou(objects, anchors[inside])
+
+    def assigned(high, low):
+        matched = det_utils.Matcher(high, low, allow_low_quality_matches=False)(overlaps)
+        for row, overlap in enumerate(overlaps):
+            if overlap.max() >= 0.3:
+                matched[overlap == overlap.max()] = row
+        return matched
+
+    matched = assigned(0.7, 0.3)
+    positive = matched >= 0
+    n = max(int(positive.sum()), 1) + min(int((matched == -1).sum()), 256 - int(positive.sum()))
+    assert len(inside) < 256 and 0 < positive.sum() < 128
+    said = boxes[inside[positive]]
+    expected = objects[matched[positive]]
+    lacking = 1 - torch.diag(torchvision.ops.box_iou(said, expected)).clamp(min=1e-6)
+
+    near = assigned(0.3, 0.1)
+    learned = near != -2
+    left, up, right, down = coder.encode(anchors[inside], objects[near.clamp(min=0)]).T
+    targets = torch.sqrt((torch.minimum(left, right) / torch.maximum(left, right)) * (torch.minimum(up, down) / torch.maximum(up, down)))
+    is_centred = (near >= 0) & (torch.stack([left, up, right, down]).min(0).values > 0)
+    targets = torch.where(is_centred, targets, torch.zeros(()))
+    apart = (centerness[inside].sigmoid() - targets).abs()[learned]
+
+    def look_again(regions):
+        sizes = (regions[:, 2:] - regions[:, :2]).clamp(min=0)
+        level_of = (torch.log2(torch.sqrt(sizes.prod(1)) / 56 + 1e-6)).floor().clamp(0, 3).long()
+        pooled = torch.zeros(len(regions), 256, side, side)
+        for place, stride in enumerate((4, 8, 16, 32)):
+            rows = (level_of == place).nonzero()[:, 0]
+            rois = torch.cat([torch.zeros(len(rows), 1), regions[rows]], 1)
+            pooled = pooled.index_copy(0, rows, torchvision.ops.roi_align(levels[place], rois, side, 1 / stride, -1, True))
+        hidden = F.relu(layer(F.linear, "roi_head.bbox_head.shared_fcs.0", pooled.flatten(1)))
+        hidden = F.relu(layer(F.linear, "roi_head.bbox_head.shared_fcs.1", hidden))
+        return layer(F.linear, "roi_head.bbox_head.fc_reg", hidden), layer(F.linear, "roi_head.bbox_head.fc_bbox_score", hidden)[:, 0]
+
+    proposals = torchvision.ops.clip_boxes_to_image(boxes, (height, width)).detach()
+    candidates = torch.cat([objects, proposals])
+    region_overlaps, object_of = torchvision.ops.box_iou(objects, candidates).max(0)
+    regions, on = candidates[region_overlaps >= 0.5], objects[object_of[region_overlaps >= 0.5]]
+    assert 2 < len(regions) < 128 and len(candidates) > 512
+    deltas, quality = look_again(regions)
+    delta_coder = det_utils.BoxCoder((10.0, 10.0, 5.0, 5.0))
+    losses = {
+        "proposals": 10 * lacking.sum() / n,
+        "centerness": apart.sum() / n,
+        "boxes": (deltas - delta_coder.encode_single(on, regions)).abs().sum() / 512,
+        "overlaps": (quality.sigmoid() - region_overlaps[region_overlaps >= 0.5]).abs().sum() / 512,
+    }
+    sum(losses.values()).backward()
+    gradients = {name: float(tensor.grad.norm()) for name, tensor in heads.items() if tensor.grad is not None}
+    gradients["backbone.layer4.2.conv3.weight"] = float(network.body.layer4[2].conv3.weight.grad.norm())
+
+    with torch.no_grad():
+        deltas, quality = look_again(proposals)
+        found = torchvision.ops.clip_boxes_to_image(delta_coder.decode_single(deltas, proposals), (height, width))
+        scores = torch.sqrt(centerness.sigmoid() * quality.sigmoid())
+        kept = torchvision.ops.nms(found, scores, 0.7)[:30]
+    gap = (scores[kept][:-1] - scores[kept][1:]).min()
+    print("oln:", {name: f"{loss:.4f}" for name, loss in losses.items()}, f"{len(regions)} regions on objects, {n} anchors,")
+    print(f"oln: scores {scores.max():.3f} to {scores.min():.3f}, smallest gap {gap:.1e}")
+    losses = {name: loss.item() for name, loss in losses.items()}
+    write("oln", losses=losses, gradients=gradients, boxes=numbers(found[kept]), scores=numbers(scores[kept]))
+
+
 make_roi_align()
 make_boxes()
 make_matching()
@@ -373,3 +486,4 @@ make_rpn()
 make_classifier()
 make_mask_rcnn()
 make_training()
+make_oln()

@@ -1,0 +1,226 @@
+//! `oln/train` and `proposals/oln`: proposals from a network that has learned how well boxes lie on objects, and nothing of classes.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use ovenbird_cache::inputs::InputFile;
+use ovenbird_data::{boxes::Xyxy, proposals::Proposal};
+use ovenbird_models::{
+    checkpoint::Checkpoint,
+    detector::{
+        boxes::{ImageSize, Suppression, corners},
+        layout,
+        oln::{Config, Oln},
+    },
+};
+use rand_chacha::ChaCha8Rng;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::{Tensor, nn};
+
+use super::{
+    ANNOTATIONS, CLASSES, IMAGES, View, Viewing, card_of,
+    train::{Network, begin_with, boxes},
+    training::{Batch, Course, Learner, NetworkFile, Ports, Training, train},
+};
+use crate::{
+    Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
+    artifacts::{Artifact, CheckpointFile, Proposals, last_file},
+};
+
+/// Under which key of a file's metadata its [`Card`] is.
+const CARD_KEY: &str = "ovenbird.oln";
+
+/// How a trained network is built and asked.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Card {
+    config: Config,
+    /// Longer and shorter side that images are fitted into, in px.
+    fits: [u32; 2],
+}
+
+/// A trained object localisation network: of several checkpoints of a training, the last.
+pub struct OlnFile {
+    path: PathBuf,
+}
+
+impl Artifact for OlnFile {
+    const KIND: &'static str = "oln";
+    const EXTENSIONS: &'static [&'static str] = &["safetensors"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { path: last_file(Self::KIND, files)?.path.clone() })
+    }
+}
+
+impl NetworkFile for OlnFile {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Trains an object localisation network on base boxes, whatever their classes: centerness and sides at anchors, overlap of regions.
+///
+/// The defaults are the authors' for COCO (Kim et al. 2022): 8 epochs of 16 images, the learning rate falls after 6 and 7.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct OlnTrain {
+    /// How large the network is; `r50` is of torchvision's style here.
+    pub network: Network,
+    /// How it is trained.
+    pub training: Training,
+}
+
+impl Default for OlnTrain {
+    fn default() -> Self {
+        let training = Training {
+            steps: 58_640,
+            decay_steps: vec![43_980, 51_310],
+            longer_side: [1333, 1333],
+            shorter_side: [800, 800],
+            weight_decay: 1e-4,
+            ..Training::default()
+        };
+        Self { network: Network::R50, training }
+    }
+}
+
+const PRETRAINED: In<CheckpointFile> =
+    In::optional("pretrained", "Weights to begin with: of mmdet, torchvision, a ResNet, or SoCo. What does not fit is listed.");
+const PORTS: Ports<OlnFile> = Ports::new(Out::new(
+    "network",
+    "Weights under the authors' names, safetensors, f32, and how the network is built; of every unit that stays.",
+));
+
+impl Stage for OlnTrain {
+    const KIND: &'static str = "oln/train";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PRETRAINED.info()];
+    const OUTPUTS: &'static [PortInfo] = &[PORTS.weights.info(), PORTS.state.info(), PORTS.curve.info()];
+
+    fn check(&self) -> Vec<Problem> {
+        self.training.check()
+    }
+
+    fn units(&self, _inputs: &Inputs) -> Result<Units> {
+        Ok(self.training.units())
+    }
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let config = match self.network {
+            Network::R50 => Config::r50(),
+            Network::Toy => Config::toy(),
+        };
+        let store = nn::VarStore::new(cx.device);
+        let network = Oln::new(&store.root(), &config, self.training.seed)?;
+        if let Some(file) = cx.inputs.read_if_given(PRETRAINED)? {
+            begin_with(network.parameters(), &file, cx)?;
+        }
+        let card = serde_json::to_string(&Card { config, fits: self.training.fits() }).expect("BUG: a card is plain JSON");
+        let course = Course::of(&self.training, cx)?;
+        train(&self.training, &network, &course, &PORTS, &BTreeMap::from([(CARD_KEY.to_owned(), card)]), units, cx)
+    }
+}
+
+impl Learner for Oln {
+    fn parameters(&self) -> &BTreeMap<String, Tensor> {
+        self.parameters()
+    }
+
+    fn losses(&self, images: &Tensor, batch: &Batch, _step: u32, random: &mut ChaCha8Rng) -> Result<Vec<(&'static str, Tensor)>> {
+        let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image.size).collect();
+        let objects: Vec<Tensor> = batch.images.iter().map(|image| boxes(&image.objects)).collect();
+        let losses = self.losses(images, &sizes, &objects, random)?;
+        Ok(vec![
+            ("rpn_boxes", losses.proposals),
+            ("rpn_centerness", losses.centerness),
+            ("boxes", losses.boxes),
+            ("overlaps", losses.overlaps),
+        ])
+    }
+}
+
+/// Proposes boxes that may hold objects of any class, by a trained object localisation network.
+///
+/// A score is the geometric mean of centerness and of the overlap that the network expects. Images one by one, fitted into the sides that
+/// it was trained with; boxes are xyxy in px of the image. (Kim et al. 2022, section 3.)
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct OlnPropose {
+    /// A box falls when it overlaps a better one by more.
+    pub nms_iou: f32,
+    /// Proposals kept an image.
+    pub most_per_image: usize,
+}
+
+impl Default for OlnPropose {
+    fn default() -> Self {
+        Self { nms_iou: 0.7, most_per_image: 1500 }
+    }
+}
+
+const NETWORK: In<OlnFile> = In::required("network", "What `oln/train` made.");
+const PROPOSALS: Out<Proposals> = Out::new("proposals", "Boxes (xyxy, px) and scores by image id, best first.");
+
+impl Stage for OlnPropose {
+    const KIND: &'static str = "proposals/oln";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), NETWORK.info()];
+    const OUTPUTS: &'static [PortInfo] = &[PROPOSALS.info()];
+
+    fn check(&self) -> Vec<Problem> {
+        Problem::unless(&[
+            ("nms_iou", (0.0..=1.0).contains(&self.nms_iou), "a number from 0 to 1"),
+            ("most_per_image", self.most_per_image > 0, "at least 1"),
+        ])
+    }
+
+    fn units(&self, inputs: &Inputs) -> Result<Units> {
+        let items = inputs.read(IMAGES)?.items(&inputs.read(ANNOTATIONS)?.load()?)?;
+        Ok(Units::Independent { items, replaces: vec!["images", "annotations"] })
+    }
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let images = cx.inputs.read(IMAGES)?;
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let OlnFile { path } = cx.inputs.read(NETWORK)?;
+        let checkpoint = Checkpoint::open(&path)?;
+        let card: Card = card_of(&checkpoint, CARD_KEY, &path)?;
+        let store = nn::VarStore::new(cx.device);
+        let network = Oln::blank(&store.root(), &card.config)?;
+        layout::load(checkpoint.tensors(), network.parameters(), &path)?.require_all(&path)?;
+        let suppression = Suppression { iou: self.nms_iou, keep: self.most_per_image };
+        let viewing = Viewing { images, annotations, fits: card.fits };
+        for unit in units {
+            // One that another process or device makes is passed by.
+            let Some(draft) = cx.begin_claimed(unit)? else { continue };
+            let (mut by_image, mut n_proposals) = (BTreeMap::new(), 0);
+            viewing.each(unit.items.clone(), &draft, cx, |View { info, placement, size, pixels }| {
+                for found in network.propose(&pixels, &[size], &suppression)? {
+                    let scores = Vec::<f32>::try_from(&found.scores).map_err(ovenbird_models::Error::from)?;
+                    let proposal = |(corners, score)| Proposal { xyxy: placement.find(&Xyxy::from(corners)), score };
+                    let proposals: Vec<Proposal> = corners(&found.boxes, "proposals")?.into_iter().zip(scores).map(proposal).collect();
+                    n_proposals += proposals.len();
+                    by_image.insert(info.id, proposals);
+                }
+                Ok(())
+            })?;
+            Proposals { by_image }.write(draft.create(PROPOSALS, "proposals.parquet")?)?;
+            cx.commit(draft, [("proposals".into(), n_proposals.into())].into())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_parameters_that_pass_their_own_check() {
+        assert!(Stage::check(&OlnTrain::default()).is_empty() && Stage::check(&OlnPropose::default()).is_empty());
+    }
+}
