@@ -2,6 +2,12 @@
 //!
 //! COCO keeps them as polygons or as run lengths, plain or packed into text, column by column; outside this module pixels run
 //! row by row, and sizes are `[width, height]`. The run length arithmetic is `hotcoco`'s, which is pycocotools' own.
+//!
+//! What a detector draws within a box is pasted as mmdet does (`_do_paste_mask`, that is `grid_sample`, bilinear, without aligned
+//! corners, zeros outside). Where this differs: a box without area holds nothing, and pixels farther from the box are never looked
+//! at, which changes nothing at a threshold of 0.5.
+
+use std::{fmt, ops::Range, str::FromStr};
 
 use hotcoco::{Rle, mask};
 
@@ -9,10 +15,43 @@ pub use hotcoco::Segmentation;
 
 use crate::boxes::{Xyxy, xywh_to_xyxy};
 
+/// The least probability of a pixel that belongs to an object.
+const THRESHOLD: f32 = 0.5;
+
 /// The pixels of an object in an image of a known size.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Mask {
     rle: Rle,
+}
+
+/// A mask as tables hold it: `WIDTHxHEIGHT:` and COCO's run lengths, packed into text. That they are sound is known once they are
+/// unpacked ([`Mask::from_packed`]).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackedMask {
+    /// Size of the image, `[width, height]`.
+    pub size: [u32; 2],
+    /// The run lengths.
+    pub counts: Box<str>,
+}
+
+impl fmt::Display for PackedMask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [width, height] = self.size;
+        write!(f, "{width}x{height}:{}", self.counts)
+    }
+}
+
+impl FromStr for PackedMask {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parsed = || {
+            let (size, counts) = text.split_once(':')?;
+            let (width, height) = size.split_once('x')?;
+            Some(Self { size: [width.parse().ok()?, height.parse().ok()?], counts: counts.into() })
+        };
+        parsed().ok_or_else(|| format!("expected a mask `WIDTHxHEIGHT:RUNS`, found `{}`", text.chars().take(20).collect::<String>()))
+    }
 }
 
 impl Mask {
@@ -44,6 +83,57 @@ impl Mask {
         mask::encode(&columns, height, width).map(|rle| Self { rle }).map_err(|error| error.to_string())
     }
 
+    /// What a detector drew within a box, in the image: the pixels whose centres have a probability of at least 0.5 by bilinear
+    /// interpolation.
+    ///
+    /// `probabilities`: `[side, side]`, row by row, in [0, 1], of cells that divide the box evenly; beyond them it is 0. `xyxy`: px of the
+    /// image; what lies outside is cut off. Fails for other shapes and for images of 2³² pixels or more.
+    pub fn paste(probabilities: &[f32], side: usize, xyxy: &Xyxy, [width, height]: [u32; 2]) -> Result<Self, String> {
+        if side == 0 || side.checked_mul(side) != Some(probabilities.len()) {
+            return Err(format!("expected {side} x {side} probabilities, found {}", probabilities.len()));
+        }
+        if width.checked_mul(height).is_none() {
+            return Err(format!("expected an image of less than 2³² px, found {width} x {height}"));
+        }
+        let (columns, rows) = (Axis::new([xyxy.x1, xyxy.x2], side, width), Axis::new([xyxy.y1, xyxy.y2], side, height));
+        let spans = rows.spans();
+        let mut runs = Runs::default();
+        runs.push(columns.pixels.start as u64 * u64::from(height), false);
+        let mut cells = vec![0.0; side + 2];
+        for column in &columns.places {
+            // The column's value at the height of each cell; a zero above and one below.
+            for (row, cell) in probabilities.chunks_exact(side).zip(&mut cells[1..]) {
+                let at = |cell: usize| if (1..=side).contains(&cell) { row[cell - 1] } else { 0.0 };
+                *cell = column.between(at(column.cell), at(column.cell + 1));
+            }
+            runs.push(rows.pixels.start as u64, false);
+            for (cell, span) in &spans {
+                let (above, below) = (cells[*cell], cells[*cell + 1]);
+                match (above >= THRESHOLD, below >= THRESHOLD) {
+                    (true, true) => runs.push(span.len() as u64, true),
+                    (false, false) => runs.push(span.len() as u64, false),
+                    (true, false) | (false, true) => {
+                        rows.places[span.clone()].iter().for_each(|row| runs.push(1, row.between(above, below) >= THRESHOLD));
+                    }
+                }
+            }
+            runs.push((height as usize - rows.pixels.end) as u64, false);
+        }
+        runs.push((width as usize - columns.pixels.end) as u64 * u64::from(height), false);
+        Ok(Self { rle: Rle { h: height, w: width, counts: runs.counts } })
+    }
+
+    /// The mask that a table holds. Fails, in words, for run lengths that reach beyond their image and for text that is none.
+    pub fn from_packed(packed: &PackedMask) -> Result<Self, String> {
+        let [width, height] = packed.size;
+        mask::rle_from_string(&packed.counts, height, width).map(|rle| Self { rle }).map_err(|error| format!("mask: {error}"))
+    }
+
+    /// As tables hold it.
+    pub fn to_packed(&self) -> PackedMask {
+        PackedMask { size: self.size(), counts: mask::rle_to_string(&self.rle).into() }
+    }
+
     /// Every pixel of the image, `[H, W]`.
     pub fn to_pixels(&self) -> Vec<bool> {
         let (n_columns, n_rows) = (self.rle.w as usize, self.rle.h as usize);
@@ -69,6 +159,85 @@ impl Mask {
     /// The smallest box around the pixels; `None` where there are none.
     pub fn bounds(&self) -> Option<Xyxy> {
         (self.area() > 0).then(|| xywh_to_xyxy(mask::to_bbox(&self.rle)))
+    }
+}
+
+/// Pixels along one side of an image that a box reaches, and where they lie among the cells that divide it.
+struct Axis {
+    /// Which pixels.
+    pixels: Range<usize>,
+    /// One for each of them.
+    places: Vec<Place>,
+}
+
+/// A place among cells.
+struct Place {
+    /// The cell before it, counted from 1; 0 stands for what is before the first.
+    cell: usize,
+    /// How far it is from that cell to the next, in [0, 1].
+    way: f32,
+}
+
+impl Axis {
+    /// `ends`: of the box, px; `side`: how many cells; `length`: of the image, px.
+    fn new([start, end]: [f32; 2], side: usize, length: u32) -> Self {
+        // Without area, or not a number.
+        if (end - start).is_nan() || end <= start {
+            return Self { pixels: 0..0, places: Vec::new() };
+        }
+        let length = length as usize;
+        let first = (start.floor() as usize).min(length);
+        let pixels = first..(end.ceil() as usize).clamp(first, length);
+        let place = |pixel: usize| {
+            // In [-1, 1] between the ends, then in cells, as `grid_sample` computes it.
+            let at = (pixel as f32 + 0.5 - start) / (end - start) * 2.0 - 1.0;
+            let at = (at + 1.0) * (side as f32 / 2.0) - 0.5;
+            let before = at.floor().clamp(-1.0, side as f32 - 1.0);
+            Place { cell: (before + 1.0) as usize, way: (at - before).clamp(0.0, 1.0) }
+        };
+        Self { places: pixels.clone().map(place).collect(), pixels }
+    }
+
+    /// The pixels between each two neighbouring cells, as places, with the cell before them.
+    fn spans(&self) -> Vec<(usize, Range<usize>)> {
+        let mut spans: Vec<(usize, Range<usize>)> = Vec::new();
+        for (place, Place { cell, .. }) in self.places.iter().enumerate() {
+            match spans.last_mut() {
+                Some((last, span)) if last == cell => span.end = place + 1,
+                Some(_) | None => spans.push((*cell, place..place + 1)),
+            }
+        }
+        spans
+    }
+}
+
+impl Place {
+    fn between(&self, before: f32, after: f32) -> f32 {
+        before * (1.0 - self.way) + after * self.way
+    }
+}
+
+/// Run lengths in the making: of pixels that do not belong, then of those that do, and so on.
+#[derive(Default)]
+struct Runs {
+    counts: Vec<u32>,
+}
+
+impl Runs {
+    /// Adds pixels; no more than an image has.
+    fn push(&mut self, n_pixels: u64, belong: bool) {
+        let n_pixels = u32::try_from(n_pixels).expect("BUG: an image has less than 2³² pixels");
+        if n_pixels == 0 {
+            return;
+        }
+        // Odd places hold those that belong.
+        let is_open = self.counts.len() % 2 == usize::from(!belong);
+        match self.counts.last_mut() {
+            Some(last) if is_open => *last += n_pixels,
+            Some(_) => self.counts.push(n_pixels),
+            None if belong => self.counts.extend([0, n_pixels]),
+            None => self.counts.push(n_pixels),
+        }
     }
 }
 
@@ -134,6 +303,58 @@ mod tests {
         for (case, mask) in cases() {
             assert_eq!(Mask::from_segmentation(&mask.to_segmentation(), case.size).unwrap(), mask);
         }
+    }
+
+    #[derive(Deserialize)]
+    struct Pasted {
+        side: usize,
+        /// In 512ths.
+        probabilities: Vec<u16>,
+        xyxy: [f32; 4],
+        size: [u32; 2],
+        counts: String,
+    }
+
+    #[test]
+    fn masks_of_boxes_are_pasted_as_mmdet_does() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/masks/pasted.json");
+        let cases: Vec<Pasted> = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        for (place, Pasted { side, probabilities, xyxy, size, counts }) in cases.into_iter().enumerate() {
+            let probabilities: Vec<f32> = probabilities.into_iter().map(|number| f32::from(number) / 512.0).collect();
+            let mask = Mask::paste(&probabilities, side, &xyxy.into(), size).unwrap();
+            assert_eq!(mask.to_packed(), PackedMask { size, counts: counts.into() }, "case {place}: {side} cells in {xyxy:?}");
+        }
+    }
+
+    #[test]
+    fn boxes_without_area_and_beside_the_image_hold_nothing() {
+        for xyxy in [[3.0, 3.0, 3.0, 9.0], [9.0, 3.0, 4.0, 9.0], [f32::NAN, 3.0, 4.0, 9.0], [40.0, 3.0, 50.0, 9.0], [-9.0, -9.0, -4.0, -1.0]] {
+            let mask = Mask::paste(&[1.0; 4], 2, &xyxy.into(), [12, 10]).unwrap();
+            assert_eq!((mask.area(), mask.size()), (0, [12, 10]), "{xyxy:?}");
+        }
+        let whole = Mask::paste(&[1.0; 4], 2, &[f32::MIN, -3.0, f32::MAX, 1e9].into(), [12, 10]).unwrap();
+        assert!(whole.area() <= 120);
+    }
+
+    #[test]
+    fn what_is_no_mask_of_a_box_is_refused() {
+        let refused = |probabilities: &[f32], side, size| Mask::paste(probabilities, side, &[0.0, 0.0, 2.0, 2.0].into(), size).unwrap_err();
+        assert_eq!(refused(&[1.0; 5], 2, [4, 4]), "expected 2 x 2 probabilities, found 5");
+        assert_eq!(refused(&[], 0, [4, 4]), "expected 0 x 0 probabilities, found 0");
+        assert_eq!(refused(&[1.0], 1, [1 << 16, 1 << 16]), "expected an image of less than 2³² px, found 65536 x 65536");
+    }
+
+    #[test]
+    fn packed_masks_are_text_and_come_back() {
+        for (_, mask) in cases() {
+            let text = mask.to_packed().to_string();
+            assert_eq!(Mask::from_packed(&text.parse().unwrap()).unwrap(), mask, "{text}");
+        }
+        for wrong in ["", "4x3", "4:00", "ax3:00", "-4x3:00"] {
+            assert_eq!(wrong.parse::<PackedMask>().unwrap_err(), format!("expected a mask `WIDTHxHEIGHT:RUNS`, found `{wrong}`"));
+        }
+        let too_long = PackedMask { size: [2, 2], counts: Mask::from_pixels(&[true; 9], [3, 3]).unwrap().to_packed().counts };
+        assert!(Mask::from_packed(&too_long).unwrap_err().starts_with("mask: "));
     }
 
     #[test]
