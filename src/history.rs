@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, path::Path, thread, time::Duration};
 
 use jiff::Timestamp;
 use ovenbird_cache::{Ledger, Store};
+use ovenbird_data::evaluate::Shape;
 use ovenbird_stages::artifacts::{Artifact as _, EvaluationFile};
 use serde::Serialize;
 use serde_json::json;
@@ -267,7 +268,11 @@ pub(crate) fn tables(pipeline: &Pipeline, made: &Made) -> Result<String> {
         let step = &pipeline.steps[*place];
         for port in step.entry.outputs.iter().filter(|port| port.kind == EvaluationFile::KIND) {
             let EvaluationFile(evaluation) = EvaluationFile::open(&artifact.port(port.name))?;
-            text.push_str(&format!("\n{} ({})\n{}\n", step.id, step.entry.kind, evaluation.table()));
+            let of = match evaluation.of {
+                Shape::Boxes => "",
+                Shape::Masks => ", masks",
+            };
+            text.push_str(&format!("\n{} ({}{of})\n{}\n", step.id, step.entry.kind, evaluation.table()));
         }
     }
     Ok(text)

@@ -120,7 +120,7 @@ fn render(gathered: &Gathered) -> String {
     );
     header(&mut out, gathered);
     for (step, evaluation) in &gathered.evaluations {
-        put!(out, "<section><h2>{}</h2>", escape(step));
+        put!(out, "<section><h2>{}</h2><p class=\"quiet\">{}</p>", escape(step), evaluation.words());
         groups(&mut out, evaluation);
         curves(&mut out, evaluation);
         classes(&mut out, evaluation);
@@ -471,6 +471,7 @@ mod tests {
         let evaluation = Evaluation {
             format: 1,
             metric: ovenbird_data::evaluate::Metric::Coco,
+            of: ovenbird_data::evaluate::Shape::Masks,
             groups: BTreeMap::from([("novel".into(), Summary::default())]),
             classes: vec![class],
             curves: BTreeMap::from([("novel".into(), vec![1.0; 101])]),
@@ -492,7 +493,7 @@ mod tests {
     fn the_page_has_every_section_and_names_cannot_break_it() {
         let page = render(&gathered("done"));
         for words in [
-            "<h2>coco</h2>",
+            "<h2>coco</h2><p class=\"quiet\">COCO, masks</p>",
             "Every class",
             "<h2>Steps</h2>",
             "<h2>Timeline</h2>",

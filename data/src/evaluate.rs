@@ -1,5 +1,7 @@
-//! COCO and LVIS evaluation of boxes. The matching and the AP arithmetic are `hotcoco`'s; this module chooses what is
+//! COCO and LVIS evaluation of boxes or masks. The matching and the AP arithmetic are `hotcoco`'s; this module chooses what is
 //! asked of it, slices classes into groups, and says `None` where there is no data.
+//!
+//! Detections come some images at a time ([`Evaluator::judge`]): once an image is matched, some 20 bytes of each are left.
 //!
 //! The metrics follow the OADP reference: all classes compete; base and novel are slices of the class axis of *one*
 //! accumulation. COCO: AP over at most 100 detections an image; AP50, AP75 and the sizes over at most 1,000 (maxDets 100,
@@ -7,12 +9,21 @@
 //!
 //! Crowds: as pycocotools, COCO neither wants them found nor minds when they are; lvis-api does not know `iscrowd`, so in
 //! LVIS a crowd is an object like others.
+//!
+//! LVIS: what has no area, such as an empty mask, is not seen (lvis-api's `get_ann_ids`), though it takes its place among the 300 of
+//! its image. COCO counts it.
+//!
+//! Masks: a detection is as large as its mask (mmdet and detectron2 take the boxes out of the results for that; pycocotools and
+//! lvis-api would else go by the box).
 
-use std::{collections::BTreeMap, fmt::Write as _};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+};
 
 use hotcoco::{
-    Annotation as CocoAnnotation, AreaRange, COCO, Category as CocoCategory, Dataset, Image as CocoImage, IouType,
-    detection::{AccumulatedEval, COCOeval},
+    AccumulatedEval, Annotation as CocoAnnotation, AreaRange, Category as CocoCategory, EvalMode, Image as CocoImage, IouType,
+    StreamingEval,
 };
 use serde::{Deserialize, Serialize};
 
@@ -20,10 +31,11 @@ use crate::{
     annotations::{Annotation, Annotations, Category, CategoryId, Frequency, ImageId, ImageInfo},
     boxes::{Xyxy, xyxy_to_xywh},
     classes::ClassSplit,
+    masks::{Mask, PackedMask, Segmentation},
 };
 
-/// A scored box with its class.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// A scored box with its class, and the mask within it where a detector draws some.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Detection {
     /// The image.
     pub image_id: ImageId,
@@ -33,6 +45,8 @@ pub struct Detection {
     pub xyxy: Xyxy,
     /// Higher is surer.
     pub score: f32,
+    /// Its pixels. Boxed: there are millions of detections, mostly without.
+    pub mask: Option<Box<PackedMask>>,
 }
 
 /// Which protocol.
@@ -43,6 +57,17 @@ pub enum Metric {
     Coco,
     /// lvis-api's `LVISEval`.
     Lvis,
+}
+
+/// What of an object has to lie in the right place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Shape {
+    /// Its box.
+    #[default]
+    Boxes,
+    /// Its pixels.
+    Masks,
 }
 
 /// The numbers of a group of classes, each in [0, 1]; `None` where the group has no ground truth for it.
@@ -99,6 +124,9 @@ pub struct Evaluation {
     pub format: u32,
     /// Which protocol.
     pub metric: Metric,
+    /// Of boxes or of masks; files that do not say are of boxes.
+    #[serde(default)]
+    pub of: Shape,
     /// `all`, `base`, `novel`; LVIS: also `rare`, `common`, `frequent`.
     pub groups: BTreeMap<String, Summary>,
     /// Every class, base ++ novel.
@@ -110,148 +138,227 @@ pub struct Evaluation {
 
 /// Detections of a class in an image that count, in COCO: AP itself is stated for the first limit, all else for the last.
 const COCO_LIMITS: [usize; 3] = [100, 300, 1000];
+/// Detections of an image that count, in LVIS.
+const LVIS_LIMIT: usize = 300;
 /// The version of [`Evaluation`].
 const FORMAT: u32 = 1;
 
-/// Evaluates by the COCO protocol. Classes are found by name; `annotations` must have every class of the split.
-pub fn evaluate_coco(annotations: &Annotations, detections: &[Detection], classes: &ClassSplit) -> Result<Evaluation, String> {
-    evaluate(Metric::Coco, annotations, detections, classes)
+/// An evaluation that detections are still coming to.
+pub struct Evaluator<'a> {
+    metric: Metric,
+    of: Shape,
+    annotations: &'a Annotations,
+    classes: &'a ClassSplit,
+    /// Of the classes, base ++ novel.
+    ids: Vec<CategoryId>,
+    objects: BTreeMap<ImageId, Vec<&'a Annotation>>,
+    judged: BTreeSet<ImageId>,
+    matches: StreamingEval,
 }
 
-/// Evaluates by the LVIS protocol.
-pub fn evaluate_lvis(annotations: &Annotations, detections: &[Detection], classes: &ClassSplit) -> Result<Evaluation, String> {
-    evaluate(Metric::Lvis, annotations, detections, classes)
-}
+impl<'a> Evaluator<'a> {
+    /// Begins. Classes are found by name; `annotations` must have every class of the split and, for masks, a segmentation of every object.
+    pub fn new(metric: Metric, of: Shape, annotations: &'a Annotations, classes: &'a ClassSplit) -> Result<Self, String> {
+        let by_name: BTreeMap<&str, CategoryId> =
+            annotations.categories.iter().map(|category| (category.name.as_str(), category.id)).collect();
+        let id = |name: &String| by_name.get(name.as_str()).copied().ok_or_else(|| format!("the annotations have no class `{name}`"));
+        let ids = classes.all().map(id).collect::<Result<Vec<CategoryId>, String>>()?;
+        if of == Shape::Masks {
+            annotations.annotations.iter().try_for_each(|annotation| check_outline(annotations, annotation))?;
+        }
+        let mode = match metric {
+            Metric::Coco => EvalMode::Coco,
+            Metric::Lvis => EvalMode::Lvis,
+        };
+        let mut params = mode.default_params(match of {
+            Shape::Boxes => IouType::Bbox,
+            Shape::Masks => IouType::Segm,
+        });
+        if metric == Metric::Coco {
+            params.max_dets = COCO_LIMITS.to_vec();
+        }
+        params.cat_ids = ids.iter().map(|id| id.0).collect();
+        let categories = annotations.categories.iter().map(coco_category).collect();
+        let matches = StreamingEval::new(params, mode, categories).map_err(|error| error.to_string())?;
+        let mut objects = annotations.by_image();
+        objects.values_mut().for_each(|of_image| of_image.retain(|object| is_known(metric, object)));
+        Ok(Self { metric, of, annotations, classes, ids, objects, judged: BTreeSet::new(), matches })
+    }
 
-fn evaluate(metric: Metric, annotations: &Annotations, detections: &[Detection], classes: &ClassSplit) -> Result<Evaluation, String> {
-    let by_name: BTreeMap<&str, CategoryId> = annotations.categories.iter().map(|category| (category.name.as_str(), category.id)).collect();
-    let id = |name: &String| by_name.get(name.as_str()).copied().ok_or_else(|| format!("the annotations have no class `{name}`"));
-    let ids = classes.all().map(id).collect::<Result<Vec<CategoryId>, String>>()?;
-    check(annotations, detections)?;
-    let truth = COCO::from_dataset(ground_truth(metric, annotations));
-    let found = detections.iter().map(|detection| CocoAnnotation {
-        image_id: detection.image_id.0,
-        category_id: detection.category_id.0,
-        bbox: Some(xyxy_to_xywh(&detection.xyxy)),
-        score: Some(f64::from(detection.score)),
-        ..CocoAnnotation::default()
-    });
-    let found = truth.load_res_anns(found.collect()).map_err(|error| error.to_string())?;
-    let mut eval = match metric {
-        Metric::Coco => COCOeval::new(truth, found, IouType::Bbox),
-        Metric::Lvis => COCOeval::new_lvis(truth, found, IouType::Bbox),
-    };
-    if metric == Metric::Coco {
-        eval.params.max_dets = COCO_LIMITS.to_vec();
-    }
-    let limits = eval.params.max_dets.clone();
-    eval.params.cat_ids = ids.iter().map(|id| id.0).collect();
-    eval.evaluate().map_err(|error| error.to_string())?;
-    eval.accumulate();
-    let areas = eval.params.area_ranges.clone();
-    let accumulated = eval.accumulated().ok_or("the evaluation came to nothing")?;
-    let place = |id: &CategoryId| accumulated.cat_ids.iter().position(|known| *known == id.0);
-    let places: Vec<usize> = ids.iter().filter_map(place).collect();
-    if places.len() != ids.len() {
-        return Err("the evaluation lost a class".into());
-    }
-    let slices = Slices { accumulated, areas: &areas, limits: &limits };
-    let n_base = classes.base.len();
-    let mut members: BTreeMap<String, Vec<usize>> = BTreeMap::from([
-        ("all".into(), places.clone()),
-        ("base".into(), places[..n_base].to_vec()),
-        ("novel".into(), places[n_base..].to_vec()),
-    ]);
-    if metric == Metric::Lvis {
-        for (name, frequency) in [("rare", Frequency::Rare), ("common", Frequency::Common), ("frequent", Frequency::Frequent)] {
-            let is_member = |id: &CategoryId| annotations.category(*id).is_some_and(|category| category.frequency == Some(frequency));
-            let of_frequency = ids.iter().zip(&places).filter(|(id, _)| is_member(id)).map(|(_, place)| *place);
-            members.insert(name.into(), of_frequency.collect());
+    /// Matches all detections of some images with their objects.
+    ///
+    /// Fails for an image that has been judged before, for images and categories that the annotations do not have, for numbers that
+    /// are not finite, and, where masks are evaluated, for a detection without a sound one.
+    pub fn judge(&mut self, detections: &[Detection]) -> Result<(), String> {
+        let mut by_image: BTreeMap<ImageId, Vec<(&Detection, f64)>> = BTreeMap::new();
+        for detection in detections {
+            let area = self.check(detection)?;
+            by_image.entry(detection.image_id).or_default().push((detection, area));
         }
-    }
-    let mut n_ground_truth: BTreeMap<CategoryId, usize> = BTreeMap::new();
-    for annotation in annotations.annotations.iter().filter(|annotation| !is_ignored(metric, annotation)) {
-        *n_ground_truth.entry(annotation.category_id).or_default() += 1;
-    }
-    let class = |(row, (name, id)): (usize, (&String, &CategoryId))| {
-        let of_class = [places[row]];
-        ClassResult {
-            name: name.clone(),
-            is_novel: row >= n_base,
-            n_ground_truth: n_ground_truth.get(id).copied().unwrap_or(0),
-            ap: slices.precision(&of_class, None, "all", Slices::first_limit()),
-            ap50: slices.precision(&of_class, Some(0), "all", slices.last_limit()),
+        if let Some(image) = by_image.keys().find(|image| self.judged.contains(*image)) {
+            return Err(format!("image {image}: expected its detections one after the other, found some in two places"));
         }
-    };
-    Ok(Evaluation {
-        format: FORMAT,
-        metric,
-        groups: members.iter().map(|(name, of_group)| (name.clone(), slices.summary(of_group))).collect(),
-        classes: classes.all().zip(&ids).enumerate().map(class).collect(),
-        curves: members.iter().filter_map(|(name, of_group)| Some((name.clone(), slices.curve(of_group)?))).collect(),
-    })
-}
+        if self.metric == Metric::Lvis {
+            for of_image in by_image.values_mut() {
+                // The sort is stable, as lvis-api's.
+                of_image.sort_by(|(a, _), (b, _)| b.score.total_cmp(&a.score));
+                of_image.truncate(LVIS_LIMIT);
+                of_image.retain(|(_, area)| *area > 0.0);
+            }
+        }
+        let images = by_image.keys().copied().collect();
+        let found = by_image.into_values().flatten().map(|(detection, _)| {
+            let mut found = CocoAnnotation {
+                image_id: detection.image_id.0,
+                category_id: detection.category_id.0,
+                score: Some(f64::from(detection.score)),
+                ..CocoAnnotation::default()
+            };
+            match self.of {
+                Shape::Boxes => found.bbox = Some(xyxy_to_xywh(&detection.xyxy)),
+                // Given a box, too, hotcoco would take that for its area.
+                Shape::Masks => found.segmentation = detection.mask.as_ref().map(|mask| mask.to_segmentation()),
+            }
+            found
+        });
+        let found = found.collect();
+        self.judge_images(&images, found)?;
+        self.judged.extend(images);
+        Ok(())
+    }
 
-/// What the evaluator would only warn about, or count silently as wrong.
-fn check(annotations: &Annotations, detections: &[Detection]) -> Result<(), String> {
-    for Detection { image_id, category_id, xyxy, score } in detections {
-        if annotations.image(*image_id).is_none() {
-            return Err(format!("a detection in image {image_id}, which the annotations do not have"));
-        }
-        if annotations.category(*category_id).is_none() {
+    fn judge_images(&mut self, images: &BTreeSet<ImageId>, found: Vec<CocoAnnotation>) -> Result<(), String> {
+        let known = images.iter().filter_map(|image| self.annotations.image(*image));
+        let objects = images.iter().filter_map(|image| self.objects.get(image)).flatten();
+        let objects = objects.map(|object| coco_annotation(self.metric, self.of, object));
+        self.matches.update(known.map(coco_image).collect(), objects.collect(), found).map_err(|error| error.to_string())
+    }
+
+    /// Finds what hotcoco would only warn about, or count silently as wrong; otherwise, returns the area of what is compared, in px².
+    fn check(&self, detection: &Detection) -> Result<f64, String> {
+        let Detection { image_id, category_id, xyxy, score, mask } = detection;
+        let image = self
+            .annotations
+            .image(*image_id)
+            .ok_or_else(|| format!("a detection in image {image_id}, which the annotations do not have"))?;
+        if self.annotations.category(*category_id).is_none() {
             return Err(format!("image {image_id}: a detection of category {category_id}, which the annotations do not have"));
         }
         let Xyxy { x1, y1, x2, y2 } = *xyxy;
         if ![x1, y1, x2, y2, *score].iter().all(|number| number.is_finite()) {
             return Err(format!("image {image_id}: expected finite numbers, found a detection [{x1}, {y1}, {x2}, {y2}], score {score}"));
         }
+        match (self.of, mask) {
+            (Shape::Boxes, _) => Ok(f64::from(x2 - x1) * f64::from(y2 - y1)),
+            (Shape::Masks, Some(mask)) => {
+                let area = mask.area_in([image.width, image.height]);
+                area.map(|area| area as f64).map_err(|problem| format!("image {image_id}: {problem}"))
+            }
+            (Shape::Masks, None) => Err(format!("image {image_id}: a detection without a mask")),
+        }
     }
-    Ok(())
+
+    /// The numbers, once every detection is judged: images that had none count, too.
+    pub fn finish(mut self) -> Result<Evaluation, String> {
+        let left = self.annotations.images.iter().map(|image| image.id).filter(|image| !self.judged.contains(image)).collect();
+        self.judge_images(&left, Vec::new())?;
+        let Self { metric, of, annotations, classes, ids, objects: _, judged: _, matches } = self;
+        let mut eval = matches.finalize();
+        eval.accumulate();
+        let accumulated = eval.accumulated().ok_or("the evaluation came to nothing")?;
+        let place = |id: &CategoryId| accumulated.cat_ids.iter().position(|known| *known == id.0);
+        let places: Vec<usize> = ids.iter().filter_map(place).collect();
+        if places.len() != ids.len() {
+            return Err("the evaluation lost a class".into());
+        }
+        let slices = Slices { accumulated, areas: &eval.params.area_ranges, limits: &eval.params.max_dets };
+        let n_base = classes.base.len();
+        let mut members: BTreeMap<String, Vec<usize>> = BTreeMap::from([
+            ("all".into(), places.clone()),
+            ("base".into(), places[..n_base].to_vec()),
+            ("novel".into(), places[n_base..].to_vec()),
+        ]);
+        if metric == Metric::Lvis {
+            for (name, frequency) in [("rare", Frequency::Rare), ("common", Frequency::Common), ("frequent", Frequency::Frequent)] {
+                let is_member = |id: &CategoryId| annotations.category(*id).is_some_and(|category| category.frequency == Some(frequency));
+                let of_frequency = ids.iter().zip(&places).filter(|(id, _)| is_member(id)).map(|(_, place)| *place);
+                members.insert(name.into(), of_frequency.collect());
+            }
+        }
+        let mut n_ground_truth: BTreeMap<CategoryId, usize> = BTreeMap::new();
+        for annotation in
+            annotations.annotations.iter().filter(|annotation| is_known(metric, annotation) && !is_ignored(metric, annotation))
+        {
+            *n_ground_truth.entry(annotation.category_id).or_default() += 1;
+        }
+        let class = |(row, (name, id)): (usize, (&String, &CategoryId))| {
+            let of_class = [places[row]];
+            ClassResult {
+                name: name.clone(),
+                is_novel: row >= n_base,
+                n_ground_truth: n_ground_truth.get(id).copied().unwrap_or(0),
+                ap: slices.precision(&of_class, None, "all", Slices::first_limit()),
+                ap50: slices.precision(&of_class, Some(0), "all", slices.last_limit()),
+            }
+        };
+        Ok(Evaluation {
+            format: FORMAT,
+            metric,
+            of,
+            groups: members.iter().map(|(name, of_group)| (name.clone(), slices.summary(of_group))).collect(),
+            classes: classes.all().zip(&ids).enumerate().map(class).collect(),
+            curves: members.iter().filter_map(|(name, of_group)| Some((name.clone(), slices.curve(of_group)?))).collect(),
+        })
+    }
+}
+
+/// That an object has pixels to be compared with. A polygon always has; drawing all of them only to know would take seconds.
+fn check_outline(annotations: &Annotations, annotation: &Annotation) -> Result<(), String> {
+    let outline = annotation.segmentation.as_ref().ok_or_else(|| format!("annotation {} has no `segmentation`", annotation.id))?;
+    match (outline, annotations.image(annotation.image_id)) {
+        (Segmentation::CompressedRle { .. } | Segmentation::UncompressedRle { .. }, Some(image)) => {
+            let drawn = Mask::from_segmentation(outline, [image.width, image.height]);
+            drawn.map(drop).map_err(|problem| format!("annotation {}: {problem}", annotation.id))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// lvis-api does not see what has no area.
+fn is_known(metric: Metric, annotation: &Annotation) -> bool {
+    annotation.area > 0.0 || metric == Metric::Coco
 }
 
 fn is_ignored(metric: Metric, annotation: &Annotation) -> bool {
     annotation.is_crowd && metric == Metric::Coco
 }
 
-fn ground_truth(metric: Metric, annotations: &Annotations) -> Dataset {
+fn coco_image(image: &ImageInfo) -> CocoImage {
     let ids = |ids: &[CategoryId]| ids.iter().map(|id| id.0).collect();
-    let image = |image: &ImageInfo| CocoImage {
+    CocoImage {
         id: image.id.0,
-        file_name: image.file_name.clone(),
         height: image.height,
         width: image.width,
         neg_category_ids: ids(&image.neg_category_ids),
         not_exhaustive_category_ids: ids(&image.not_exhaustive_category_ids),
         ..CocoImage::default()
-    };
-    let category = |category: &Category| CocoCategory {
-        id: category.id.0,
-        name: category.name.clone(),
-        supercategory: None,
-        skeleton: None,
-        keypoints: None,
-        frequency: category.frequency.map(|frequency| match frequency {
-            Frequency::Rare => "r".into(),
-            Frequency::Common => "c".into(),
-            Frequency::Frequent => "f".into(),
-        }),
-        isthing: None,
-        extra: hotcoco::Extra::default(),
-    };
-    let annotation = |annotation: &Annotation| CocoAnnotation {
+    }
+}
+
+fn coco_category(category: &Category) -> CocoCategory {
+    CocoCategory { id: category.id.0, name: category.name.clone(), ..CocoCategory::default() }
+}
+
+fn coco_annotation(metric: Metric, of: Shape, annotation: &Annotation) -> CocoAnnotation {
+    CocoAnnotation {
         id: annotation.id.0,
         image_id: annotation.image_id.0,
         category_id: annotation.category_id.0,
         bbox: Some(annotation.bbox),
         area: Some(annotation.area),
+        segmentation: annotation.segmentation.as_ref().filter(|_| of == Shape::Masks).cloned(),
         iscrowd: is_ignored(metric, annotation),
         ..CocoAnnotation::default()
-    };
-    Dataset {
-        images: annotations.images.iter().map(image).collect(),
-        categories: annotations.categories.iter().map(category).collect(),
-        annotations: annotations.annotations.iter().map(annotation).collect(),
-        ..Dataset::default()
     }
 }
 
@@ -326,6 +433,16 @@ fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
 }
 
 impl Evaluation {
+    /// What it is of: `LVIS, boxes`.
+    pub fn words(&self) -> &'static str {
+        match (self.metric, self.of) {
+            (Metric::Coco, Shape::Boxes) => "COCO, boxes",
+            (Metric::Coco, Shape::Masks) => "COCO, masks",
+            (Metric::Lvis, Shape::Boxes) => "LVIS, boxes",
+            (Metric::Lvis, Shape::Masks) => "LVIS, masks",
+        }
+    }
+
     /// The groups as a plain text table, numbers x 100, novel first.
     pub fn table(&self) -> String {
         let mut text = String::from("           AP  AP50  AP75   APs   APm   APl    AR\n");
@@ -343,6 +460,20 @@ impl Evaluation {
         }
         text
     }
+}
+
+/// Judges everything at once.
+#[cfg(test)]
+pub(crate) fn evaluate(
+    metric: Metric,
+    of: Shape,
+    annotations: &Annotations,
+    detections: &[Detection],
+    classes: &ClassSplit,
+) -> Result<Evaluation, String> {
+    let mut evaluator = Evaluator::new(metric, of, annotations, classes)?;
+    evaluator.judge(detections)?;
+    evaluator.finish()
 }
 
 #[cfg(test)]
@@ -375,7 +506,15 @@ mod tests {
         ClassSplit { base: names(0..6), novel: names(6..9) }
     }
 
+    /// `coco`, `lvis`, or these with masks: `coco.masks`, `lvis.masks`.
     fn detections(name: &str) -> Vec<Detection> {
+        if let Some(of_boxes) = name.strip_suffix(".masks") {
+            let packed: Vec<String> = serde_json::from_slice(&fs::read(folder().join(format!("{name}.json"))).unwrap()).unwrap();
+            let mask = |counts: String| Some(Box::new(PackedMask { size: [400, 300], counts: counts.into() }));
+            let boxes = detections(of_boxes);
+            assert_eq!(boxes.len(), packed.len());
+            return boxes.into_iter().zip(packed).map(|(detection, counts)| Detection { mask: mask(counts), ..detection }).collect();
+        }
         let rows: Vec<(u64, u64, [f64; 4], f32)> =
             serde_json::from_slice(&fs::read(folder().join(format!("{name}.detections.json"))).unwrap()).unwrap();
         let detection = |(image, category, [x, y, width, height], score): (u64, u64, [f64; 4], f32)| Detection {
@@ -383,14 +522,23 @@ mod tests {
             category_id: CategoryId(category),
             xyxy: crate::boxes::xywh_to_xyxy([x, y, width, height]),
             score,
+            mask: None,
         };
         rows.into_iter().map(detection).collect()
     }
 
+    fn evaluate_coco(annotations: &Annotations, detections: &[Detection], classes: &ClassSplit) -> Result<Evaluation, String> {
+        evaluate(Metric::Coco, Shape::Boxes, annotations, detections, classes)
+    }
+
+    fn load(name: &str) -> Annotations {
+        Annotations::load(&folder().join(format!("{name}.json"))).unwrap()
+    }
+
     fn result(name: &str) -> Evaluation {
-        let annotations = Annotations::load(&folder().join(format!("{name}.json"))).unwrap();
-        let evaluate = if name == "coco" { evaluate_coco } else { evaluate_lvis };
-        evaluate(&annotations, &detections(name), &classes()).unwrap()
+        let (file, of) = name.strip_suffix(".masks").map_or((name, Shape::Boxes), |file| (file, Shape::Masks));
+        let metric = if file == "coco" { Metric::Coco } else { Metric::Lvis };
+        evaluate(metric, of, &load(file), &detections(name), &classes()).unwrap()
     }
 
     fn none_is_minus_one(value: Option<f64>) -> f64 {
@@ -430,23 +578,23 @@ mod tests {
     #[test]
     fn coco_numbers_equal_pycocotools_in_every_group() {
         check_groups("coco");
+        check_groups("coco.masks");
     }
 
     #[test]
     fn lvis_numbers_equal_lvis_api_in_every_group() {
         check_groups("lvis");
+        check_groups("lvis.masks");
     }
 
     #[test]
     fn every_class_has_the_numbers_that_python_gives() {
-        check_classes("coco");
-        check_classes("lvis");
+        ["coco", "coco.masks", "lvis", "lvis.masks"].into_iter().for_each(check_classes);
     }
 
     #[test]
     fn precision_over_recall_equals_python() {
-        check_curves("coco");
-        check_curves("lvis");
+        ["coco", "coco.masks", "lvis", "lvis.masks"].into_iter().for_each(check_curves);
     }
 
     #[test]
@@ -459,7 +607,7 @@ mod tests {
 
     #[test]
     fn a_group_without_ground_truth_has_no_number() {
-        let mut annotations = Annotations::load(&folder().join("coco.json")).unwrap();
+        let mut annotations = load("coco");
         annotations.annotations.retain(|annotation| annotation.category_id.0 < 60);
         let evaluation = evaluate_coco(&annotations, &detections("coco"), &classes()).unwrap();
         assert_eq!((evaluation.groups["novel"], evaluation.curves.get("novel")), (Summary::default(), None));
@@ -469,15 +617,15 @@ mod tests {
 
     #[test]
     fn a_class_or_an_image_that_is_not_there_is_named() {
-        let annotations = Annotations::load(&folder().join("coco.json")).unwrap();
+        let annotations = load("coco");
         let split = ClassSplit { novel: vec!["heron".into()], ..classes() };
         assert_eq!(evaluate_coco(&annotations, &[], &split).unwrap_err(), "the annotations have no class `heron`");
-        let stray = Detection { image_id: ImageId(999_999), ..detections("coco")[0] };
+        let stray = Detection { image_id: ImageId(999_999), ..detections("coco").remove(0) };
         assert_eq!(
             evaluate_coco(&annotations, &[stray], &classes()).unwrap_err(),
             "a detection in image 999999, which the annotations do not have"
         );
-        let stray = Detection { category_id: CategoryId(5), image_id: ImageId(1), ..detections("coco")[0] };
+        let stray = Detection { category_id: CategoryId(5), image_id: ImageId(1), ..detections("coco").remove(0) };
         assert_eq!(
             evaluate_coco(&annotations, &[stray], &classes()).unwrap_err(),
             "image 1: a detection of category 5, which the annotations do not have"
@@ -485,10 +633,63 @@ mod tests {
     }
 
     #[test]
+    fn images_may_come_in_any_pieces_and_order_but_only_once() {
+        for name in ["coco", "lvis.masks"] {
+            let (file, of) = if name == "coco" { ("coco", Shape::Boxes) } else { ("lvis", Shape::Masks) };
+            let (annotations, classes, whole) = (load(file), classes(), result(name));
+            let mut by_image: BTreeMap<ImageId, Vec<Detection>> = BTreeMap::new();
+            for detection in detections(name) {
+                by_image.entry(detection.image_id).or_default().push(detection);
+            }
+            let mut evaluator = Evaluator::new(whole.metric, of, &annotations, &classes).unwrap();
+            let images: Vec<Vec<Detection>> = by_image.into_values().rev().collect();
+            images.chunks(7).for_each(|piece| evaluator.judge(&piece.concat()).unwrap());
+            let image = images[3][0].image_id;
+            assert_eq!(
+                evaluator.judge(&images[3]).unwrap_err(),
+                format!("image {image}: expected its detections one after the other, found some in two places")
+            );
+            assert_eq!(evaluator.finish().unwrap(), whole);
+        }
+    }
+
+    #[test]
+    fn masks_that_are_missing_or_do_not_fit_are_named() {
+        let (annotations, classes) = (load("coco"), classes());
+        let evaluate = |annotations: &Annotations, detections: &[Detection]| {
+            evaluate(Metric::Coco, Shape::Masks, annotations, detections, &classes).unwrap_err()
+        };
+        let found = detections("coco.masks").remove(0);
+        let with = |mask: Option<PackedMask>| [Detection { mask: mask.map(Box::new), ..found.clone() }];
+        let image = found.image_id;
+        assert_eq!(evaluate(&annotations, &with(None)), format!("image {image}: a detection without a mask"));
+        let other = PackedMask { size: [300, 400], counts: "".into() };
+        let expected = format!("image {image}: expected a mask of 400 x 300 px, found 300 x 400");
+        assert_eq!(evaluate(&annotations, &with(Some(other))), expected);
+        let counts = Mask::from_pixels(&[true; 400 * 301], [400, 301]).unwrap().to_packed().counts;
+        let runs = PackedMask { size: [400, 300], counts };
+        assert!(evaluate(&annotations, &with(Some(runs))).starts_with(&format!("image {image}: mask: ")));
+
+        let mut without = annotations.clone();
+        without.annotations[3].segmentation = None;
+        assert_eq!(evaluate(&without, &[]), format!("annotation {} has no `segmentation`", without.annotations[3].id));
+        without.annotations[3].segmentation = Some(Segmentation::UncompressedRle { size: [3, 4], counts: vec![12] });
+        let expected = format!("annotation {}: segmentation: expected run lengths of 400 x 300 px, found 4 x 3", without.annotations[3].id);
+        assert_eq!(evaluate(&without, &[]), expected);
+    }
+
+    #[test]
+    fn files_that_do_not_say_are_of_boxes() {
+        let mut json = serde_json::to_value(result("coco")).unwrap();
+        assert_eq!(json.as_object_mut().unwrap().remove("of"), Some("boxes".into()));
+        assert_eq!(serde_json::from_value::<Evaluation>(json).unwrap(), result("coco"));
+    }
+
+    #[test]
     fn a_score_that_is_no_number_is_named() {
-        let annotations = Annotations::load(&folder().join("coco.json")).unwrap();
+        let annotations = load("coco");
         let xyxy = Xyxy { x1: 0.0, y1: 0.0, x2: 1.0, y2: 2.0 };
-        let detection = Detection { image_id: ImageId(1), category_id: CategoryId(0), xyxy, score: f32::NAN };
+        let detection = Detection { image_id: ImageId(1), category_id: CategoryId(0), xyxy, score: f32::NAN, mask: None };
         assert_eq!(
             evaluate_coco(&annotations, &[detection], &classes()).unwrap_err(),
             "image 1: expected finite numbers, found a detection [0, 0, 1, 2], score NaN"
@@ -497,7 +698,7 @@ mod tests {
 
     #[test]
     fn no_detections_are_an_ap_of_zero() {
-        let annotations = Annotations::load(&folder().join("coco.json")).unwrap();
+        let annotations = load("coco");
         assert_eq!(evaluate_coco(&annotations, &[], &classes()).unwrap().groups["all"].ap, Some(0.0));
     }
 }

@@ -34,6 +34,24 @@ pub struct PackedMask {
     pub counts: Box<str>,
 }
 
+impl PackedMask {
+    /// How many pixels there are in an image of `[width, height]` px. Fails, in words, for a mask of another size and for runs that are
+    /// not sound.
+    pub fn area_in(&self, size: [u32; 2]) -> Result<u64, String> {
+        let ([width, height], [expected_width, expected_height]) = (self.size, size);
+        if self.size != size {
+            return Err(format!("expected a mask of {expected_width} x {expected_height} px, found {width} x {height}"));
+        }
+        mask::area_from_string(&self.counts, height, width).map_err(|error| format!("mask: {error}"))
+    }
+
+    /// As COCO json holds it.
+    pub fn to_segmentation(&self) -> Segmentation {
+        let [width, height] = self.size;
+        Segmentation::CompressedRle { size: [height, width], counts: self.counts.to_string() }
+    }
+}
+
 impl fmt::Display for PackedMask {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [width, height] = self.size;
@@ -98,29 +116,35 @@ impl Mask {
         let (columns, rows) = (Axis::new([xyxy.x1, xyxy.x2], side, width), Axis::new([xyxy.y1, xyxy.y2], side, height));
         let spans = rows.spans();
         let mut runs = Runs::default();
-        runs.push(columns.pixels.start as u64 * u64::from(height), false);
-        let mut cells = vec![0.0; side + 2];
+        runs.push(columns.pixels.start as u32 * height, false);
+        // Column by column, with a border of zeros.
+        let stride = side + 2;
+        let mut grid = vec![0.0; stride * stride];
+        for (row, of_row) in probabilities.chunks_exact(side).enumerate() {
+            of_row.iter().enumerate().for_each(|(column, probability)| grid[(column + 1) * stride + row + 1] = *probability);
+        }
+        let mut cells = vec![0.0; stride];
         for column in &columns.places {
-            // The column's value at the height of each cell; a zero above and one below.
-            for (row, cell) in probabilities.chunks_exact(side).zip(&mut cells[1..]) {
-                let at = |cell: usize| if (1..=side).contains(&cell) { row[cell - 1] } else { 0.0 };
-                *cell = column.between(at(column.cell), at(column.cell + 1));
+            let (left, right) = grid[column.cell * stride..][..2 * stride].split_at(stride);
+            for (cell, (left, right)) in cells.iter_mut().zip(left.iter().zip(right)) {
+                *cell = column.between(*left, *right);
             }
-            runs.push(rows.pixels.start as u64, false);
+            runs.push(rows.pixels.start as u32, false);
             for (cell, span) in &spans {
+                // Between two cells of which both belong, or neither does, there is nothing to find out.
                 let (above, below) = (cells[*cell], cells[*cell + 1]);
                 match (above >= THRESHOLD, below >= THRESHOLD) {
-                    (true, true) => runs.push(span.len() as u64, true),
-                    (false, false) => runs.push(span.len() as u64, false),
+                    (true, true) => runs.push(span.len() as u32, true),
+                    (false, false) => runs.push(span.len() as u32, false),
                     (true, false) | (false, true) => {
                         rows.places[span.clone()].iter().for_each(|row| runs.push(1, row.between(above, below) >= THRESHOLD));
                     }
                 }
             }
-            runs.push((height as usize - rows.pixels.end) as u64, false);
+            runs.push(height - rows.pixels.end as u32, false);
         }
-        runs.push((width as usize - columns.pixels.end) as u64 * u64::from(height), false);
-        Ok(Self { rle: Rle { h: height, w: width, counts: runs.counts } })
+        runs.push((width - columns.pixels.end as u32) * height, false);
+        Ok(Self { rle: Rle { h: height, w: width, counts: runs.finish() } })
     }
 
     /// The mask that a table holds. Fails, in words, for run lengths that reach beyond their image and for text that is none.
@@ -143,7 +167,7 @@ impl Mask {
 
     /// As COCO json holds it: run lengths packed into text.
     pub fn to_segmentation(&self) -> Segmentation {
-        Segmentation::CompressedRle { size: [self.rle.h, self.rle.w], counts: mask::rle_to_string(&self.rle) }
+        self.to_packed().to_segmentation()
     }
 
     /// Size of the image, `[width, height]`.
@@ -221,23 +245,26 @@ impl Place {
 #[derive(Default)]
 struct Runs {
     counts: Vec<u32>,
+    /// Of the run that is still going on.
+    n_pixels: u32,
+    /// Whether its pixels belong.
+    belong: bool,
 }
 
 impl Runs {
-    /// Adds pixels; no more than an image has.
-    fn push(&mut self, n_pixels: u64, belong: bool) {
-        let n_pixels = u32::try_from(n_pixels).expect("BUG: an image has less than 2³² pixels");
-        if n_pixels == 0 {
-            return;
+    /// Adds pixels, in all no more than the image has.
+    fn push(&mut self, n_pixels: u32, belong: bool) {
+        if belong == self.belong || n_pixels == 0 {
+            self.n_pixels += n_pixels;
+        } else {
+            self.counts.push(self.n_pixels);
+            (self.n_pixels, self.belong) = (n_pixels, belong);
         }
-        // Odd places hold those that belong.
-        let is_open = self.counts.len() % 2 == usize::from(!belong);
-        match self.counts.last_mut() {
-            Some(last) if is_open => *last += n_pixels,
-            Some(_) => self.counts.push(n_pixels),
-            None if belong => self.counts.extend([0, n_pixels]),
-            None => self.counts.push(n_pixels),
-        }
+    }
+
+    fn finish(mut self) -> Vec<u32> {
+        self.counts.push(self.n_pixels);
+        self.counts
     }
 }
 
@@ -328,7 +355,9 @@ mod tests {
 
     #[test]
     fn boxes_without_area_and_beside_the_image_hold_nothing() {
-        for xyxy in [[3.0, 3.0, 3.0, 9.0], [9.0, 3.0, 4.0, 9.0], [f32::NAN, 3.0, 4.0, 9.0], [40.0, 3.0, 50.0, 9.0], [-9.0, -9.0, -4.0, -1.0]] {
+        for xyxy in
+            [[3.0, 3.0, 3.0, 9.0], [9.0, 3.0, 4.0, 9.0], [f32::NAN, 3.0, 4.0, 9.0], [40.0, 3.0, 50.0, 9.0], [-9.0, -9.0, -4.0, -1.0]]
+        {
             let mask = Mask::paste(&[1.0; 4], 2, &xyxy.into(), [12, 10]).unwrap();
             assert_eq!((mask.area(), mask.size()), (0, [12, 10]), "{xyxy:?}");
         }

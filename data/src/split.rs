@@ -250,7 +250,7 @@ mod tests {
     use super::*;
     use crate::{
         annotations::{Annotation, Annotations},
-        evaluate::{Detection, evaluate_lvis},
+        evaluate::{Detection, Metric, Shape, evaluate},
     };
 
     fn golden(name: &str) -> PathBuf {
@@ -337,18 +337,19 @@ mod tests {
     /// make.py asserts the same of lvis-api on the same files.
     #[test]
     fn renumbering_does_not_change_what_lvis_evaluation_says() {
-        let evaluate = |input: &Path| {
+        let groups = |input: &Path| {
             let annotations = Annotations::load(input).unwrap();
             let detection = |annotation: &Annotation| Detection {
                 image_id: annotation.image_id,
                 category_id: annotation.category_id,
                 xyxy: annotation.xyxy,
                 score: 0.5,
+                mask: None,
             };
             let detections: Vec<Detection> = annotations.annotations.iter().map(detection).collect();
-            evaluate_lvis(&annotations, &detections, &classes()).unwrap().groups
+            evaluate(Metric::Lvis, Shape::Boxes, &annotations, &detections, &classes()).unwrap().groups
         };
-        let (original, renumbered) = (evaluate(&golden("lvis.json")), evaluate(&golden("lvis.all.json")));
+        let (original, renumbered) = (groups(&golden("lvis.json")), groups(&golden("lvis.all.json")));
         assert_eq!(original, renumbered);
         let ap = |group: &str| renumbered[group].ap.map(|ap| (1e9 * ap).round() / 1e9);
         assert_eq!((ap("all"), ap("rare"), ap("common"), ap("frequent")), (Some(1.0), Some(1.0), Some(1.0), Some(1.0)));

@@ -58,7 +58,7 @@ pub(super) fn pictures(steps: &[StepState], artifacts: &BTreeMap<String, Artifac
 
 fn of_evaluation(steps: &[StepState], artifacts: &BTreeMap<String, Artifact>, evaluation: &Artifact) -> Option<Vec<Picture>> {
     let annotations = AnnotationFile::open(&input(artifacts, evaluation, "annotations")?).ok()?.load().ok()?;
-    let Detections(detections) = Detections::open(&input(artifacts, evaluation, "detections")?).ok()?;
+    let detections = Detections::open(&input(artifacts, evaluation, "detections")?).ok()?;
     let Classes(classes) = Classes::open(&input(artifacts, evaluation, "classes")?).ok()?;
     let first = &annotations.images.first()?.file_name;
     let ports = steps.iter().filter_map(|step| Some((artifacts.get(&step.id)?, find(&step.kind)?)));
@@ -75,8 +75,15 @@ fn of_evaluation(steps: &[StepState], artifacts: &BTreeMap<String, Artifact>, ev
         let n_novel = by_image.get(&image.id).map_or(0, |objects| objects.iter().filter(|object| novel(object.category_id)).count());
         std::cmp::Reverse(n_novel.min(2))
     });
-    let picture = |image: &ImageInfo| picture(image, &images, &annotations, &detections, &classes);
-    Some(order.into_iter().take(MOST).filter_map(picture).collect())
+    order.truncate(MOST);
+    // Of millions, only those that are shown are kept.
+    let is_shown = |detection: &Detection| order.iter().any(|image| image.id == detection.image_id);
+    let mut found = Vec::new();
+    for piece in detections.pieces() {
+        found.extend(piece.ok()?.into_iter().filter(is_shown));
+    }
+    let picture = |image: &ImageInfo| picture(image, &images, &annotations, &found, &classes);
+    Some(order.into_iter().filter_map(picture).collect())
 }
 
 fn picture(

@@ -3,8 +3,7 @@
 use ovenbird_data::{
     annotations::{Annotations, CategoryId},
     boxes::nms_by_class,
-    classes::ClassSplit,
-    evaluate::{Detection, Evaluation, evaluate_coco, evaluate_lvis},
+    evaluate::{Detection, Evaluator, Metric, Shape},
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -92,7 +91,7 @@ impl Stage for ZeroShot {
         }
         let n_detections = detections.len();
         let draft = cx.begin(unit)?;
-        Detections(detections).write(draft.create(DETECTIONS, "detections.parquet")?)?;
+        Detections::write(&detections, draft.create(DETECTIONS, "detections.parquet")?)?;
         cx.commit(draft, [("detections".into(), n_detections.into())].into())
     }
 }
@@ -134,6 +133,7 @@ impl ZeroShot {
             category_id: ids[classes[kept] as usize],
             xyxy: boxes[kept],
             score: scores[kept],
+            mask: None,
         };
         Ok(kept.into_iter().take(self.most_per_image).map(detection).collect())
     }
@@ -141,21 +141,50 @@ impl ZeroShot {
 
 const FOUND: In<Detections> = In::required("detections", "Detections in the same images.");
 
-/// COCO evaluation of boxes: all, base and novel classes by slices of one accumulation.
+/// What of an object has to lie in the right place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Of {
+    /// Its box.
+    #[default]
+    Boxes,
+    /// Its pixels: detections need masks, and annotations a `segmentation`. Sizes are those of masks.
+    Masks,
+}
+
+impl Of {
+    fn is_boxes(&self) -> bool {
+        *self == Self::Boxes
+    }
+}
+
+/// COCO evaluation of boxes or masks: all, base and novel classes by slices of one accumulation.
 ///
 /// AP over at most 100 detections an image; AP50, AP75, sizes and AR over at most 1,000. All classes compete. (pycocotools;
 /// OADP, section 6.6.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Coco {}
+pub struct Coco {
+    /// What of an object has to lie in the right place.
+    // A default that is not written has to be spelled out for the schema.
+    #[serde(default, skip_serializing_if = "Of::is_boxes")]
+    #[schemars(extend("default" = "boxes"))]
+    pub of: Of,
+}
 
-/// LVIS evaluation of boxes: federated, 300 detections an image; APr, APc, APf and novel / base.
+/// LVIS evaluation of boxes or masks: federated, 300 detections an image; APr, APc, APf and novel / base.
 ///
 /// Images say which classes are absent for certain and which are not labelled exhaustively; everything else is not judged.
 /// (lvis-api 0.5.3.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Lvis {}
+pub struct Lvis {
+    /// What of an object has to lie in the right place.
+    // A default that is not written has to be spelled out for the schema.
+    #[serde(default, skip_serializing_if = "Of::is_boxes")]
+    #[schemars(extend("default" = "boxes"))]
+    pub of: Of,
+}
 
 const EVAL_INPUTS: &[PortInfo] = &[ANNOTATIONS.info(), FOUND.info(), CLASSES.info()];
 
@@ -166,7 +195,7 @@ impl Stage for Coco {
     const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        evaluate(units, cx, evaluate_coco)
+        evaluate(units, cx, Metric::Coco, self.of)
     }
 }
 
@@ -177,35 +206,53 @@ impl Stage for Lvis {
     const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        evaluate(units, cx, evaluate_lvis)
+        evaluate(units, cx, Metric::Lvis, self.of)
     }
 }
 
-fn evaluate(
-    units: &[Unit],
-    cx: &Context<'_>,
-    protocol: fn(&Annotations, &[Detection], &ClassSplit) -> Result<Evaluation, String>,
-) -> Result<()> {
+fn evaluate(units: &[Unit], cx: &Context<'_>, metric: Metric, of: Of) -> Result<()> {
     let [unit] = units else { return Ok(()) };
     let Classes(classes) = cx.inputs.read(CLASSES)?;
     let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
-    let Detections(detections) = cx.inputs.read(FOUND)?;
-    let (judged, stray): (Vec<_>, Vec<_>) = detections.into_iter().partition(|detection| annotations.image(detection.image_id).is_some());
-    if judged.is_empty() && !stray.is_empty() {
+    let shape = match of {
+        Of::Boxes => Shape::Boxes,
+        Of::Masks => Shape::Masks,
+    };
+    let port = |port: &'static str, hint: &'static str| move |problem: String| Error::Input { port, problem, hint: hint.into() };
+    let hint = match of {
+        Of::Boxes => "use the classes and the annotations of the same split",
+        Of::Masks => "masks need annotations with the outlines of all objects; otherwise evaluate `of: boxes`",
+    };
+    let mut evaluator = Evaluator::new(metric, shape, &annotations, &classes).map_err(port("annotations", hint))?;
+    let hint = match of {
+        Of::Boxes => "evaluate detections against the annotations they were made for",
+        Of::Masks => {
+            "evaluate detections of a `detector/test` whose detector has a mask head, against the annotations they were made for; \
+             otherwise evaluate `of: boxes`"
+        }
+    };
+    cx.total(annotations.images.len() as u64);
+    let (mut n_judged, mut n_stray) = (0, 0);
+    for detections in cx.inputs.read(FOUND)?.pieces() {
+        let mut detections = detections?;
+        let n_found = detections.len();
+        detections.retain(|detection| annotations.image(detection.image_id).is_some());
+        n_stray += n_found - detections.len();
+        n_judged += detections.len();
+        evaluator.judge(&detections).map_err(port("detections", hint))?;
+        cx.proceed()?;
+    }
+    if n_judged == 0 && n_stray > 0 {
         return Err(Error::Input {
             port: "detections",
-            problem: format!("none of {} is in an image of the annotations", stray.len()),
+            problem: format!("none of {n_stray} is in an image of the annotations"),
             hint: "evaluate detections against annotations of the same images".into(),
         });
     }
-    if !stray.is_empty() {
-        cx.note(format!("{} detections in images that the annotations leave out are not judged", stray.len()));
+    if n_stray > 0 {
+        cx.note(format!("{n_stray} detections in images that the annotations leave out are not judged"));
     }
-    let evaluation = protocol(&annotations, &judged, &classes).map_err(|problem| Error::Input {
-        port: "detections",
-        problem,
-        hint: "evaluate detections against the annotations they were made for".into(),
-    })?;
+    let evaluation = evaluator.finish().map_err(port("detections", hint))?;
     let metrics = evaluation.groups.iter().map(|(group, summary)| (format!("{group}.ap50"), summary.ap50.into()));
     let metrics = metrics.collect();
     let draft = cx.begin(unit)?;

@@ -1,12 +1,20 @@
 //! Parquet tables with zstd: proposals and detections.
 //!
 //! Both hold one row a box, grouped by image in ascending id: `image_id` u64, [`category_id` u64,] `x1 y1 x2 y2` f32 in px
-//! of the original image, `score` f32. The version is in the file's key-value metadata.
+//! of the original image, `score` f32[, `mask` utf8, null or `WIDTHxHEIGHT:` and COCO's packed run lengths]. The version is in the
+//! file's key-value metadata.
 
-use std::{collections::BTreeMap, fs::File, path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    mem,
+    path::{Path, PathBuf},
+    slice,
+    sync::Arc,
+};
 
 use arrow::{
-    array::{Array, ArrayRef, AsArray, Float32Array, RecordBatch, UInt64Array},
+    array::{Array, ArrayRef, AsArray, Float32Array, RecordBatch, StringArray, UInt64Array},
     datatypes::{Float32Type, UInt64Type},
 };
 use ovenbird_cache::{DraftFile, inputs::InputFile};
@@ -17,7 +25,10 @@ use ovenbird_data::{
     proposals::Proposal,
 };
 use parquet::{
-    arrow::{ArrowWriter, arrow_reader::ParquetRecordBatchReaderBuilder},
+    arrow::{
+        ArrowWriter,
+        arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder},
+    },
     basic::{Compression, ZstdLevel},
     errors::ParquetError,
     file::{metadata::KeyValue, properties::WriterProperties},
@@ -28,6 +39,8 @@ use crate::{Result, contract::write_error, error::malformed};
 
 const FORMAT_KEY: &str = "ovenbird.table";
 const FORMAT: &str = "1";
+/// Rows that are read at once.
+const BATCH_ROWS: usize = 1 << 16;
 
 /// Class-agnostic boxes of every image, best first.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,7 +56,8 @@ impl Artifact for Proposals {
     fn open(files: &[InputFile]) -> Result<Self> {
         let mut by_image: BTreeMap<ImageId, Vec<Proposal>> = BTreeMap::new();
         for InputFile { path, .. } in files {
-            for batch in read_table(path)? {
+            for batch in Table::open(path)? {
+                let batch = batch?;
                 let (ids, boxes) = (ids(path, &batch, "image_id")?, boxes(path, &batch)?);
                 for (image, (xyxy, score)) in ids.into_iter().zip(boxes) {
                     let of_image = by_image.entry(ImageId(image)).or_default();
@@ -72,56 +86,114 @@ impl Proposals {
                 boxes.push(Some((proposal.xyxy, proposal.score)));
             }
         }
-        write_table(file, vec![("image_id", images)], &boxes)
+        let mut columns: Vec<(&str, ArrayRef)> = vec![("image_id", Arc::new(UInt64Array::from(images)))];
+        columns.extend(box_columns(&boxes));
+        write_table(file, columns)
     }
 }
 
-/// Scored boxes with their classes.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Detections(pub Vec<Detection>);
+/// Scored boxes with their classes, and masks where a detector draws some; not yet read.
+#[derive(Debug, Clone)]
+pub struct Detections {
+    paths: Vec<PathBuf>,
+}
 
 impl Artifact for Detections {
     const KIND: &'static str = "detections";
     const EXTENSIONS: &'static [&'static str] = &["parquet"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        let mut detections = Vec::new();
-        for InputFile { path, .. } in files {
-            for batch in read_table(path)? {
-                let (images, categories) = (ids(path, &batch, "image_id")?, ids(path, &batch, "category_id")?);
-                for ((image, category), (xyxy, score)) in images.into_iter().zip(categories).zip(boxes(path, &batch)?) {
-                    let xyxy = xyxy.ok_or_else(|| malformed(path, "a detection without a box"))?;
-                    detections.push(Detection { image_id: ImageId(image), category_id: CategoryId(category), xyxy, score });
-                }
-            }
-        }
-        Ok(Self(detections))
+        Ok(Self { paths: files.iter().map(|file| file.path.clone()).collect() })
     }
 }
 
 impl Detections {
-    /// Writes the table and finishes the file.
-    pub fn write(&self, file: DraftFile) -> Result<()> {
-        let images = self.0.iter().map(|detection| detection.image_id.0).collect();
-        let categories = self.0.iter().map(|detection| detection.category_id.0).collect();
-        let boxes: Vec<_> = self.0.iter().map(|detection| Some((detection.xyxy, detection.score))).collect();
-        write_table(file, vec![("image_id", images), ("category_id", categories)], &boxes)
+    /// Reads them piece by piece, in the files' order. An image whose rows lie together is in one piece.
+    pub fn pieces(&self) -> impl Iterator<Item = Result<Vec<Detection>>> {
+        Pieces { paths: self.paths.iter(), table: None, begun: Vec::new() }
+    }
+
+    /// Writes a table and finishes the file. Masks have a column of their own only if there are some.
+    pub fn write(detections: &[Detection], file: DraftFile) -> Result<()> {
+        let ids = |id: fn(&Detection) -> u64| -> ArrayRef { Arc::new(detections.iter().map(id).collect::<UInt64Array>()) };
+        let mut columns =
+            vec![("image_id", ids(|detection| detection.image_id.0)), ("category_id", ids(|detection| detection.category_id.0))];
+        let boxes: Vec<_> = detections.iter().map(|detection| Some((detection.xyxy, detection.score))).collect();
+        columns.extend(box_columns(&boxes));
+        if detections.iter().any(|detection| detection.mask.is_some()) {
+            let text = |detection: &Detection| detection.mask.as_ref().map(ToString::to_string);
+            columns.push(("mask", Arc::new(detections.iter().map(text).collect::<StringArray>())));
+        }
+        write_table(file, columns)
     }
 }
 
-fn write_table(mut file: DraftFile, ids: Vec<(&str, Vec<u64>)>, boxes: &[Option<(Xyxy, f32)>]) -> Result<()> {
+struct Pieces<'a> {
+    paths: slice::Iter<'a, PathBuf>,
+    table: Option<Table>,
+    /// Rows that are read, of which those of the last image may go on.
+    begun: Vec<Detection>,
+}
+
+impl Iterator for Pieces<'_> {
+    type Item = Result<Vec<Detection>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            let Some(table) = &mut self.table else {
+                match self.paths.next().map(|path| Table::open(path)) {
+                    Some(Ok(table)) => self.table = Some(table),
+                    Some(Err(error)) => return Some(Err(error)),
+                    None if self.begun.is_empty() => return None,
+                    None => return Some(Ok(mem::take(&mut self.begun))),
+                }
+                continue;
+            };
+            match table.next().map(|batch| detections(&table.path, &batch?)) {
+                Some(Ok(rows)) => self.begun.extend(rows),
+                Some(Err(error)) => return Some(Err(error)),
+                None => self.table = None,
+            }
+            let last = self.begun.last().map(|detection| detection.image_id);
+            let n_whole = self.begun.iter().rposition(|detection| Some(detection.image_id) != last).map_or(0, |place| place + 1);
+            if n_whole > 0 {
+                let begun = self.begun.split_off(n_whole);
+                return Some(Ok(mem::replace(&mut self.begun, begun)));
+            }
+        }
+    }
+}
+
+fn detections(path: &Path, batch: &RecordBatch) -> Result<Vec<Detection>> {
+    let (images, categories) = (ids(path, batch, "image_id")?, ids(path, batch, "category_id")?);
+    let masks = match batch.column_by_name("mask") {
+        Some(column) => Some(column.as_string_opt::<i32>().ok_or_else(|| malformed(path, "expected a utf8 column `mask`"))?),
+        None => None,
+    };
+    let rows = images.into_iter().zip(categories).zip(boxes(path, batch)?).enumerate();
+    let detection = |(row, ((image, category), (xyxy, score)))| {
+        let xyxy = Option::ok_or_else(xyxy, || malformed(path, "a detection without a box"))?;
+        let mask = masks.filter(|masks| masks.is_valid(row)).map(|masks| masks.value(row).parse().map(Box::new));
+        let mask = mask.transpose().map_err(|problem: String| malformed(path, format!("image {image}: {problem}")))?;
+        Ok(Detection { image_id: ImageId(image), category_id: CategoryId(category), xyxy, score, mask })
+    };
+    rows.map(detection).collect()
+}
+
+fn box_columns(boxes: &[Option<(Xyxy, f32)>]) -> [(&'static str, ArrayRef); 5] {
     let column = |value: fn(&(Xyxy, f32)) -> f32| -> ArrayRef {
         Arc::new(boxes.iter().map(|row| row.as_ref().map(value)).collect::<Float32Array>())
     };
-    let mut columns: Vec<(&str, ArrayRef)> = Vec::new();
-    for (name, values) in ids {
-        columns.push((name, Arc::new(UInt64Array::from(values))));
-    }
-    columns.push(("x1", column(|row| row.0.x1)));
-    columns.push(("y1", column(|row| row.0.y1)));
-    columns.push(("x2", column(|row| row.0.x2)));
-    columns.push(("y2", column(|row| row.0.y2)));
-    columns.push(("score", column(|row| row.1)));
+    [
+        ("x1", column(|row| row.0.x1)),
+        ("y1", column(|row| row.0.y1)),
+        ("x2", column(|row| row.0.x2)),
+        ("y2", column(|row| row.0.y2)),
+        ("score", column(|row| row.1)),
+    ]
+}
+
+fn write_table(mut file: DraftFile, columns: Vec<(&str, ArrayRef)>) -> Result<()> {
     let nullable = columns.into_iter().map(|(name, array)| (name, array, true));
     let batch = RecordBatch::try_from_iter_with_nullable(nullable).expect("BUG: all columns have one value a row");
 
@@ -140,18 +212,35 @@ fn write_table(mut file: DraftFile, ids: Vec<(&str, Vec<u64>)>, boxes: &[Option<
     Ok(file.finish()?)
 }
 
-fn read_table(path: &Path) -> Result<Vec<RecordBatch>> {
-    let file = File::open(path).map_err(|source| ovenbird_data::Error::Read { path: path.to_owned(), source })?;
-    let damaged = |error: &dyn std::fmt::Display| malformed(path, error.to_string());
-    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| damaged(&error))?;
-    let entries = builder.metadata().file_metadata().key_value_metadata();
-    let format = entries.and_then(|entries| entries.iter().find(|entry| entry.key == FORMAT_KEY)).and_then(|entry| entry.value.clone());
-    if format.as_deref() != Some(FORMAT) {
-        let found = format.unwrap_or_else(|| "none".into());
-        return Err(malformed(path, format!("expected a table of format {FORMAT}, found {found}")));
+/// A table that is being read.
+struct Table {
+    path: PathBuf,
+    batches: ParquetRecordBatchReader,
+}
+
+impl Table {
+    fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|source| ovenbird_data::Error::Read { path: path.to_owned(), source })?;
+        let damaged = |error: ParquetError| malformed(path, error.to_string());
+        let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(damaged)?;
+        let entries = builder.metadata().file_metadata().key_value_metadata();
+        let format = entries.and_then(|entries| entries.iter().find(|entry| entry.key == FORMAT_KEY)).and_then(|entry| entry.value.clone());
+        if format.as_deref() != Some(FORMAT) {
+            let found = format.unwrap_or_else(|| "none".into());
+            return Err(malformed(path, format!("expected a table of format {FORMAT}, found {found}")));
+        }
+        let batches = builder.with_batch_size(BATCH_ROWS).build().map_err(damaged)?;
+        Ok(Self { path: path.to_owned(), batches })
     }
-    let reader = builder.build().map_err(|error| damaged(&error))?;
-    reader.map(|batch| batch.map_err(|error| damaged(&error))).collect()
+}
+
+impl Iterator for Table {
+    type Item = Result<RecordBatch>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let batch = self.batches.next()?;
+        Some(batch.map_err(|error| malformed(&self.path, error.to_string())))
+    }
 }
 
 fn ids(path: &Path, batch: &RecordBatch, name: &str) -> Result<Vec<u64>> {

@@ -1,7 +1,13 @@
 //! `detector/test`: what a trained detector sees.
 
 use ovenbird_cache::Digest;
-use ovenbird_data::{annotations::ImageInfo, boxes::Xyxy, evaluate::Detection, training::Placement};
+use ovenbird_data::{
+    annotations::ImageInfo,
+    boxes::Xyxy,
+    evaluate::Detection,
+    masks::{Mask, PackedMask},
+    training::Placement,
+};
 use ovenbird_models::{
     checkpoint::Checkpoint,
     detector::{
@@ -15,14 +21,14 @@ use ovenbird_models::{
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::nn;
+use tch::{Device, Kind, Tensor, nn};
 
 use super::{ANNOTATIONS, CLASSES, DetectorFile, IMAGES, PROMPTS, Pixels, class_embeddings};
 use crate::{
-    Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
+    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Classes, Detections},
     detect::category_ids,
-    feed::stream,
+    feed::{in_parallel, stream},
 };
 
 /// Bytes of images that may be ahead of the network.
@@ -42,7 +48,8 @@ pub enum Heads {
 
 /// Detects objects of base and novel classes with a trained detector.
 ///
-/// Images one by one, fitted into the sides that the detector was trained with. Class-aware NMS; boxes are xyxy in px of the image.
+/// Images one by one, fitted into the sides that the detector was trained with. Class-aware NMS; boxes are xyxy in px of the image. A mask
+/// head draws 28 x 28 probabilities in each box, which become pixels of the image from 0.5 on.
 /// (OADP, section 6.6.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -68,7 +75,8 @@ impl Default for Test {
 }
 
 const DETECTOR: In<DetectorFile> = In::required("detector", "What `detector/train` made.");
-const DETECTIONS: Out<Detections> = Out::new("detections", "Boxes (xyxy, px), categories and scores by image, best first.");
+const DETECTIONS: Out<Detections> =
+    Out::new("detections", "Boxes (xyxy, px), categories and scores by image, best first; masks, if the detector has a mask head.");
 
 impl Stage for Test {
     const KIND: &'static str = "detector/test";
@@ -133,21 +141,44 @@ impl Stage for Test {
                 let size = ImageSize { width: placement.to[0].into(), height: placement.to[1].into() };
                 for found in detector.detect(&pixels.on(cx.device), &[size], &vocabularies, &rule)? {
                     let boxes = corners(&found.kept.boxes, "detections")?;
-                    for ((corners, class), score) in boxes.into_iter().zip(found.kept.classes).zip(found.kept.scores) {
-                        let xyxy = placement.find(&Xyxy::from(corners));
-                        detections.push(Detection { image_id, category_id: ids[class as usize], xyxy, score });
-                    }
+                    let boxes: Vec<Xyxy> = boxes.into_iter().map(|corners| placement.find(&Xyxy::from(corners))).collect();
+                    let masks = match &found.masks {
+                        Some(logits) => masks(logits, &boxes, placement.from, cx.threads)?,
+                        None => vec![None; boxes.len()],
+                    };
+                    let named = found.kept.classes.into_iter().zip(found.kept.scores);
+                    detections.extend(boxes.into_iter().zip(masks).zip(named).map(|((xyxy, mask), (class, score))| Detection {
+                        image_id,
+                        category_id: ids[class as usize],
+                        xyxy,
+                        score,
+                        mask,
+                    }));
                 }
                 cx.flow(1, n_ready);
                 cx.tick(1);
                 cx.proceed()
             })?;
             let n_detections = detections.len();
-            Detections(detections).write(draft.create(DETECTIONS, "detections.parquet")?)?;
+            Detections::write(&detections, draft.create(DETECTIONS, "detections.parquet")?)?;
             cx.commit(draft, [("detections".into(), n_detections.into())].into())?;
         }
         Ok(())
     }
+}
+
+/// Masks of the boxes of an image of `size` px, from logits `[M, side, side]`.
+fn masks(logits: &Tensor, boxes: &[Xyxy], size: [u32; 2], n_threads: usize) -> Result<Vec<Option<Box<PackedMask>>>> {
+    let side = logits.size()[2] as usize;
+    let probabilities = logits.sigmoid().to_kind(Kind::Float).to_device(Device::Cpu).contiguous();
+    let mut flat = vec![0.0_f32; probabilities.numel()];
+    probabilities.copy_data(&mut flat, probabilities.numel());
+    // 300 masks take one core some 10 ms, in which the network waits.
+    in_parallel(boxes.len(), n_threads, |place| {
+        let pasted = Mask::paste(&flat[place * side * side..][..side * side], side, &boxes[place], size);
+        let mask = pasted.map_err(|problem| Error::Input { port: "images", problem, hint: "use smaller images".into() })?;
+        Ok(Some(Box::new(mask.to_packed())))
+    })
 }
 
 impl Test {

@@ -7,16 +7,23 @@ objects of every size, classes without objects, negative and not-exhaustive list
 every limit cuts: COCO 100, 300 and 1000 of a class in an image, LVIS 300 of all classes in an image. Crowds are also in the
 LVIS file: lvis-api knows no crowds and takes them for objects. Boxes are whole or half pixels, so that f32 holds them
 exactly. Nine classes with ids 0, 10, ..., 80: six base, three novel.
+
+The same again of masks: those of objects are triangles, those of detections triangles, rectangles, nothing at all, and noise, drawn
+into the image as run lengths. Boxes are taken out of the results, as mmdet and detectron2 do, so that sizes are those of masks.
 """
 
+import copy
 import json
 import pathlib
 
 import numpy as np
 from lvis import LVIS, LVISEval, LVISResults
+from pycocotools import mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+# lvis-api is older than numpy 1.20, which gave this name up.
+np.float = float
 HERE = pathlib.Path(__file__).parent
 N_CLASSES, N_BASE = 9, 6
 # Image: how many more detections it has, and which of them are right.
@@ -79,6 +86,24 @@ def build(name, n_images, seed):
     return [{"image_id": i, "category_id": c, "bbox": b, "score": s} for i, c, b, s in detections]
 
 
+def masks(name, results, seed):
+    """Gives every result a mask of its image, 400 x 300 px, and takes its box away."""
+    rng, packed, of_masks = np.random.default_rng(seed), [], []
+    for result in results:
+        x, y, w, h = result["bbox"]
+        triangle, rectangle = [x, y, x + w, y, x + w, y + h], [x, y, x + w, y, x + w, y + h, x, y + h]
+        rle = mask.frPyObjects([triangle if rng.random() < 0.8 else rectangle], 300, 400)[0]
+        kind = rng.random()
+        if kind < 0.1:
+            pixels = mask.decode(rle) * (rng.random((300, 400)) < (0 if kind < 0.02 else 0.9)) if w * h < 400 or kind < 0.02 else mask.decode(rle)
+            rle = mask.encode(np.asfortranarray(pixels, dtype=np.uint8))
+        rle = {"size": rle["size"], "counts": rle["counts"].decode()}
+        packed.append(rle["counts"])
+        of_masks.append({"image_id": result["image_id"], "category_id": result["category_id"], "segmentation": rle, "score": result["score"]})
+    HERE.joinpath(f"{name}.masks.json").write_text(json.dumps(packed, separators=(",", ":")) + "\n")
+    return of_masks
+
+
 def mean(values):
     values = values[values > -1]
     return float(values.mean()) if values.size else -1.0
@@ -104,34 +129,37 @@ def save(name, golden, precision, last):
 
 
 LIMITS = [100, 300, 1000]
-results = build("coco", 200, 1)
+boxes = build("coco", 200, 1)
 gt = COCO(str(HERE / "coco.json"))
-e = COCOeval(gt, gt.loadRes(results), "bbox")
-e.params.maxDets = LIMITS
-e.evaluate()
-e.accumulate()
-p, r = e.eval["precision"], e.eval["recall"]
-golden = {"groups": {g: summary(p[:, :, s], r[:, s], LIMITS) for g, s in GROUPS.items()}}
-# The official summary reads AP at maxDets 100 and the rest at the last limit: the slices above are the same reading.
-official = golden["groups"]["all"]
-e.summarize()
-assert np.allclose(e.stats[:6], [official[key] for key in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")], atol=1e-12, rtol=0)
-assert np.allclose(e.stats[6:9], [official["ar_100"], official["ar_300"], official["ar"]], atol=1e-12, rtol=0)
-assert official["ar_100"] + 0.003 < official["ar_300"] and official["ar_300"] + 0.003 < official["ar"]
-save("coco", golden, p, 2)
+for name, results, kind in (("coco", boxes, "bbox"), ("coco.masks", masks("coco", boxes, 5), "segm")):
+    e = COCOeval(gt, gt.loadRes(results), kind)
+    e.params.maxDets = LIMITS
+    e.evaluate()
+    e.accumulate()
+    p, r = e.eval["precision"], e.eval["recall"]
+    golden = {"groups": {g: summary(p[:, :, s], r[:, s], LIMITS) for g, s in GROUPS.items()}}
+    # The official summary reads AP at maxDets 100 and the rest at the last limit: the slices above are the same reading.
+    official = golden["groups"]["all"]
+    e.summarize()
+    assert np.allclose(e.stats[:6], [official[key] for key in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")], atol=1e-12, rtol=0)
+    assert np.allclose(e.stats[6:9], [official["ar_100"], official["ar_300"], official["ar"]], atol=1e-12, rtol=0)
+    assert official["ar_100"] + 0.003 < official["ar_300"] and official["ar_300"] + 0.003 < official["ar"]
+    save(name, golden, p, 2)
 
-results = build("lvis", 160, 2)
+boxes = build("lvis", 160, 2)
 gt = LVIS(str(HERE / "lvis.json"))
-e = LVISEval(gt, LVISResults(gt, results), "bbox")
-e.run()
-p, r = e.eval["precision"][..., None], e.eval["recall"][..., None]
-golden = {"groups": {g: summary(p[:, :, s], r[:, s], [300]) for g, s in GROUPS.items()}}
-official = e.get_results()
-for group, key in (("rare", "APr"), ("common", "APc"), ("frequent", "APf")):
-    golden["groups"][group] = {"ap": official[key]}
-assert abs(golden["groups"]["all"]["ap"] - official["AP"]) < 1e-12 and abs(golden["groups"]["all"]["ar"] - official["AR@300"]) < 1e-12
-# The limit of 300 an image cuts: without it the numbers are others.
-free = LVISEval(gt, LVISResults(gt, results, max_dets=-1), "bbox")
-free.run()
-assert abs(free.get_results()["AP"] - official["AP"]) > 1e-4
-save("lvis", golden, p, 0)
+for name, results, kind in (("lvis", boxes, "bbox"), ("lvis.masks", masks("lvis", boxes, 6), "segm")):
+    # lvis-api writes into what it is given.
+    free = LVISEval(gt, LVISResults(gt, copy.deepcopy(results), max_dets=-1), kind)
+    e = LVISEval(gt, LVISResults(gt, results), kind)
+    e.run()
+    p, r = e.eval["precision"][..., None], e.eval["recall"][..., None]
+    golden = {"groups": {g: summary(p[:, :, s], r[:, s], [300]) for g, s in GROUPS.items()}}
+    official = e.get_results()
+    for group, key in (("rare", "APr"), ("common", "APc"), ("frequent", "APf")):
+        golden["groups"][group] = {"ap": official[key]}
+    assert abs(golden["groups"]["all"]["ap"] - official["AP"]) < 1e-12 and abs(golden["groups"]["all"]["ar"] - official["AR@300"]) < 1e-12
+    # The limit of 300 an image cuts: without it the numbers are others.
+    free.run()
+    assert abs(free.get_results()["AP"] - official["AP"]) > 1e-4
+    save(name, golden, p, 0)
