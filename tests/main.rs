@@ -5,6 +5,7 @@ mod support;
 
 mod detector;
 mod errors;
+mod evaluation;
 mod extraction;
 mod faults;
 mod quickstart;

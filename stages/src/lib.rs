@@ -11,6 +11,7 @@ pub mod crops;
 pub mod detect;
 pub mod detector;
 mod error;
+pub mod export;
 mod feed;
 mod optimizer;
 mod pass;

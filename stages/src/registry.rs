@@ -6,7 +6,7 @@ use serde_json::Value;
 use crate::{
     annotations, clip,
     contract::{AnyStage, PortInfo, Problem, Stage},
-    crops, detect, detector, toy,
+    crops, detect, detector, export, toy,
 };
 
 /// Every stage, in the order `ovenbird stages` lists them.
@@ -29,6 +29,7 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<detector::Test>(),
     StageEntry::of::<detect::Coco>(),
     StageEntry::of::<detect::Lvis>(),
+    StageEntry::of::<export::Export>(),
 ];
 
 /// What the program knows of a stage without running it.

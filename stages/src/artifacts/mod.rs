@@ -13,6 +13,7 @@
 //! | `image-features`, `region-features` | Arrow shards | [`ImageFeatures`], [`RegionFeatures`] |
 //! | `crops` | an Arrow shard of encoded images | [`Crops`] |
 //! | `evaluation` | json | [`EvaluationFile`] |
+//! | `results` | detections as COCO and LVIS have them, json | [`ResultsFile`] |
 
 mod curve;
 mod features;
@@ -321,5 +322,21 @@ impl Artifact for EvaluationFile {
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self(read_json(&only_file(Self::KIND, files)?.path)?))
+    }
+}
+
+/// A results file of COCO and LVIS, for the programs of others; no stage reads it.
+#[derive(Debug, Clone)]
+pub struct ResultsFile {
+    /// Where it lies.
+    pub path: PathBuf,
+}
+
+impl Artifact for ResultsFile {
+    const KIND: &'static str = "results";
+    const EXTENSIONS: &'static [&'static str] = &["json"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { path: only_file(Self::KIND, files)?.path.clone() })
     }
 }
