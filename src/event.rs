@@ -102,7 +102,7 @@ pub(crate) enum Verdict {
         units_done: usize,
         units_total: usize,
         reasons: Vec<String>,
-        /// In a dry run: how many items, or units of a training, are made, and how many there are in earnest.
+        /// In a dry run: how many items, or steps of a training, are made, and how many there are in earnest.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         sample: Option<(u64, u64)>,
     },

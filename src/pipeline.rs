@@ -38,6 +38,8 @@ pub(crate) const MAX_SILENCE: Duration = Duration::from_secs(1800);
 pub(crate) const NAMED: &[(&str, &str)] = &[
     ("quickstart", include_str!("../pipelines/quickstart.yaml")),
     ("supervised-toy", include_str!("../pipelines/supervised-toy.yaml")),
+    ("vild-ov-coco", include_str!("../pipelines/vild-ov-coco.yaml")),
+    ("vild-ov-lvis", include_str!("../pipelines/vild-ov-lvis.yaml")),
     ("vild-toy", include_str!("../pipelines/vild-toy.yaml")),
 ];
 
@@ -71,7 +73,7 @@ pub(crate) struct Step {
     pub(crate) on_bad_item: OnBadItem,
     /// After how long without a sign of life the stage counts as hanging.
     pub(crate) max_silence: Duration,
-    /// In a dry run: how many of its items are made, and of a training one unit.
+    /// In a dry run: how many of its items are made, or steps of a training.
     pub(crate) most_items: Option<usize>,
 }
 

@@ -58,7 +58,9 @@ pub(crate) struct Work {
     pub(crate) items: Vec<Digest>,
     /// Places of the units that have to be made.
     pub(crate) missing: Vec<usize>,
-    /// How many items there are, or units of a training, or 1: more than the above in a dry run.
+    /// How many items there are, or steps of a training, or 1.
+    pub(crate) n_made: usize,
+    /// And how many outside of dry runs.
     pub(crate) n_whole: usize,
     /// Whether each unit continues the one before.
     pub(crate) is_chain: bool,
@@ -114,18 +116,15 @@ pub(crate) fn check(step: &Step, is_demanded: bool, files: &FileInputs, made: &M
     }
     let mut divided = step.stage.units(&inputs)?;
     let is_chain = matches!(divided, Units::Chain { .. });
-    let n_whole = match &divided {
-        Units::One => 1,
-        Units::Independent { items, .. } => items.len(),
-        Units::Chain { links, .. } => *links as usize,
-    };
+    let n_whole = divided.count();
     if let Some(most) = step.most_items {
         divided.truncate(most);
     }
+    let n_made = divided.count();
     let (units, items) = divided.of(&recipe);
     let missing = missing(step, store, &units, is_chain)?;
     reasons.extend(taken_from(step, store, &units, &items, &missing)?);
-    Ok(Checked::Run(Box::new(Work { recipe, inputs, units, items, missing, n_whole, is_chain, reasons, was })))
+    Ok(Checked::Run(Box::new(Work { recipe, inputs, units, items, missing, n_made, n_whole, is_chain, reasons, was })))
 }
 
 /// Places of the units that have to be made. A link of a chain needs only the one before it, and what does not stay need not be there.

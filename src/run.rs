@@ -436,8 +436,7 @@ impl<'a> Coordinator<'a> {
             }
             Message::Checked(place, Ok(Checked::Run(work))) => {
                 let (units_total, units_done) = (work.units.len(), work.units.len() - work.missing.len());
-                let n_made = if work.items.is_empty() { work.units.len() } else { work.items.len() };
-                let sample = self.pipeline.steps[place].most_items.map(|_| (n_made as u64, work.n_whole as u64));
+                let sample = self.pipeline.steps[place].most_items.map(|_| (work.n_made as u64, work.n_whole as u64));
                 let verdict = Verdict::Run { units_done, units_total, reasons: work.reasons.clone(), sample };
                 let fingerprint = work.recipe.fingerprint();
                 self.states.insert(place, State::Queued(work));

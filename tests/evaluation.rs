@@ -88,7 +88,7 @@ fn world_with(masks: Masks) -> World {
     world
 }
 
-#[derive(PartialEq)]
+#[derive(PartialEq, Clone, Copy)]
 enum Masks {
     Drawn,
     None,

@@ -217,6 +217,8 @@ pub enum Units {
     Chain {
         /// How many.
         links: u32,
+        /// How many steps they have all together.
+        steps: u32,
         /// Places of those that stay besides the last.
         stay: Vec<u32>,
     },
@@ -238,12 +240,24 @@ pub struct Unit {
 }
 
 impl Units {
-    /// Leaves the first items, or the first link of a chain.
+    /// How many items there are, or steps of a chain, or 1.
+    pub fn count(&self) -> usize {
+        match self {
+            Self::One => 1,
+            Self::Independent { items, .. } => items.len(),
+            Self::Chain { steps, .. } => *steps as usize,
+        }
+    }
+
+    /// Leaves the first items, or of a chain the first steps of the first link.
     pub fn truncate(&mut self, n_items: usize) {
         match self {
             Self::One => {}
             Self::Independent { items, .. } => items.truncate(n_items),
-            Self::Chain { links, .. } => *links = (*links).min(1),
+            Self::Chain { links, steps, .. } => {
+                *steps = steps.div_ceil((*links).max(1)).min(u32::try_from(n_items).unwrap_or(u32::MAX));
+                *links = (*links).min(1);
+            }
         }
     }
 
@@ -252,7 +266,7 @@ impl Units {
         let without_items = |index: usize, fingerprint, stays| Unit { index, items: 0..0, fingerprint, family: None, stays };
         match self {
             Self::One => (vec![without_items(0, recipe.fingerprint(), true)], Vec::new()),
-            Self::Chain { links, stay } => {
+            Self::Chain { links, stay, .. } => {
                 let chain = recipe.fingerprint();
                 let link = |link: u32| {
                     let stays = link + 1 == links || stay.contains(&link);
@@ -358,7 +372,7 @@ pub struct Context<'a> {
     pub items: &'a [Digest],
     /// What the stage reads.
     pub inputs: &'a Inputs,
-    /// How many items of each stage a dry run makes: of the others there is nothing to read. A chain has one link then.
+    /// How many items of each stage a dry run makes: of the others there is nothing to read. A chain has one link then, of as many steps.
     pub most_items: Option<usize>,
     /// Where networks run.
     pub device: tch::Device,
@@ -452,14 +466,15 @@ impl Context<'_> {
         unreachable!("the last attempt returns")
     }
 
-    /// A prepared item of a unit, or `None` for one that failed and is left out by the stage's policy.
-    pub(crate) fn kept<T>(&self, draft: &UnitDraft, item: &str, attempted: Attempted<T>) -> Result<Option<T>> {
+    /// A prepared item of a unit, or `None` for one that failed and is left out by the stage's policy; `n_items`: how many the stage prepares
+    /// in all.
+    pub(crate) fn kept<T>(&self, draft: &UnitDraft, item: &str, attempted: Attempted<T>, n_items: usize) -> Result<Option<T>> {
         let error = match attempted.result {
             Ok(prepared) => return Ok(Some(prepared)),
             Err(error) => error,
         };
         let n_failed = self.n_failed.fetch_add(1, Ordering::Relaxed) + 1;
-        self.left_out(draft, item, error, attempted.attempts, [n_failed as usize, self.items.len()])?;
+        self.left_out(draft, item, error, attempted.attempts, [n_failed as usize, n_items])?;
         self.tick(1);
         Ok(None)
     }

@@ -350,7 +350,7 @@ impl<'a> Desk<'a> {
         if unit.failed == Some(place) {
             return Ok(());
         }
-        match cx.kept(&unit.draft, name, cut)? {
+        match cx.kept(&unit.draft, name, cut, cx.items.len())? {
             None => unit.failed = Some(place),
             Some(Cut::Whole(row)) => self.waiting.push_back(Waiting::Whole(row)),
             Some(Cut::Views(views)) => {

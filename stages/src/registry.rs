@@ -27,6 +27,7 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<detector::OlnPropose>(),
     StageEntry::of::<detector::Train>(),
     StageEntry::of::<detector::Test>(),
+    StageEntry::of::<detector::Select>(),
     StageEntry::of::<detect::Coco>(),
     StageEntry::of::<detect::Lvis>(),
     StageEntry::of::<export::Export>(),

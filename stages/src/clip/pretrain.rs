@@ -107,7 +107,7 @@ impl Stage for Pretrain {
     }
 
     fn units(&self, _inputs: &Inputs) -> Result<Units> {
-        Ok(Units::Chain { links: self.steps.div_ceil(self.steps_per_unit), stay: Vec::new() })
+        Ok(Units::Chain { links: self.steps.div_ceil(self.steps_per_unit), steps: self.steps, stay: Vec::new() })
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
@@ -129,14 +129,15 @@ impl Stage for Pretrain {
             let before = first.index - 1;
             training.restore(&cx.published(before, CHECKPOINT)?, &cx.published(before, STATE)?)?;
         }
-        cx.total(units.iter().map(|unit| u64::from(self.steps_of(unit))).sum());
+        let steps_of = |unit: &Unit| self.steps_of(unit).min(cx.most_items.map_or(u32::MAX, |most| most as u32));
+        cx.total(units.iter().map(|unit| u64::from(steps_of(unit))).sum());
         for unit in units {
             let mut random = cx.rng(unit);
             let draft = cx.begin(unit)?;
             let mut loss_sum = 0.0;
             // Every picture is seen once before any is seen twice, within a unit.
             let mut order: Vec<usize> = Vec::new();
-            for _ in 0..self.steps_of(unit) {
+            for _ in 0..steps_of(unit) {
                 if order.len() < self.batch {
                     order = (0..pictures.len()).collect();
                     order.shuffle(&mut random);
@@ -157,7 +158,7 @@ impl Stage for Pretrain {
                 cx.tick(1);
                 cx.proceed()?;
             }
-            let mut metrics = BTreeMap::from([("loss".to_owned(), (loss_sum / f64::from(self.steps_of(unit))).into())]);
+            let mut metrics = BTreeMap::from([("loss".to_owned(), (loss_sum / f64::from(steps_of(unit))).into())]);
             if unit.index + 1 == cx.units.len()
                 && let Some(accuracy) = training.zero_shot(cx, &preprocess)?
             {

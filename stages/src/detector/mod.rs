@@ -4,6 +4,7 @@
 //! A trained detector's file says how it is built and asked ([`Card`]), so that nothing has to be repeated where it is used.
 
 mod oln;
+mod select;
 mod test;
 mod train;
 mod training;
@@ -33,6 +34,7 @@ use tch::{Device, Kind, Tensor};
 use self::training::NetworkFile;
 pub use self::{
     oln::{OlnFile, OlnPropose, OlnTrain},
+    select::{Checkpoints, Select},
     test::Test,
     train::Train,
     training::Training,
@@ -62,6 +64,8 @@ const DIM_WITHOUT_PROMPTS: i64 = 128;
 
 /// Under which key of a file's metadata its [`Card`] is.
 const CARD_KEY: &str = "ovenbird.detector";
+/// Under which key it is after how many steps of training a file was written.
+const STEP_KEY: &str = "ovenbird.step";
 
 /// How a trained detector is built and asked.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -182,8 +186,10 @@ impl Viewing {
             (info, placement, cx.attempt(decode))
         };
         let next = || Ok(places.next().map(|place| (place, bytes(&place))));
+        // Links of a chain have no items of their own: each sees all images.
+        let n_items = cx.items.len().max(self.annotations.images.len() * cx.units.len());
         stream(cx.threads, ROOM, next, prepare, |(info, placement, pixels), n_ready| {
-            let Some(pixels) = cx.kept(draft, &info.file_name, pixels)? else { return Ok(()) };
+            let Some(pixels) = cx.kept(draft, &info.file_name, pixels, n_items)? else { return Ok(()) };
             let [width, height] = placement.to.map(i64::from);
             see(View { info, placement, size: ImageSize { width, height }, pixels: pixels.on(cx.device) })?;
             cx.flow(1, n_ready);

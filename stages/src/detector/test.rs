@@ -2,17 +2,16 @@
 
 use ovenbird_cache::Digest;
 use ovenbird_data::{
-    annotations::ImageInfo,
+    annotations::{Annotations, CategoryId},
     boxes::Xyxy,
     evaluate::Detection,
     masks::{Mask, PackedMask},
-    training::Placement,
 };
 use ovenbird_models::{
     checkpoint::Checkpoint,
     detector::{
         Detector, TestRule, Vocabularies,
-        boxes::{ImageSize, Suppression, corners},
+        boxes::{Suppression, corners},
         classifier::{Ensemble, Vocabulary},
         heads::DetectionRule,
         layout,
@@ -23,16 +22,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn};
 
-use super::{ANNOTATIONS, CLASSES, DetectorFile, IMAGES, PROMPTS, Pixels, class_embeddings};
+use super::{ANNOTATIONS, CLASSES, DetectorFile, IMAGES, PROMPTS, View, Viewing, class_embeddings};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Classes, Detections},
     detect::category_ids,
-    feed::{in_parallel, stream},
+    feed::in_parallel,
 };
-
-/// Bytes of images that may be ahead of the network.
-const ROOM: usize = 256 << 20;
 
 /// Which heads say what a region is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -51,7 +47,7 @@ pub enum Heads {
 /// Images one by one, fitted into the sides that the detector was trained with. Class-aware NMS; boxes are xyxy in px of the image. A mask
 /// head draws 28 x 28 probabilities in each box, which become pixels of the image from 0.5 on.
 /// (OADP, section 6.6.)
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Test {
     /// Which heads say what a region is.
@@ -105,65 +101,81 @@ impl Stage for Test {
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        let images = cx.inputs.read(IMAGES)?;
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
-        let Classes(classes) = cx.inputs.read(CLASSES)?;
-        let ids = category_ids(&annotations, classes.all())?;
-
-        let file = cx.inputs.read(DETECTOR)?;
-        let checkpoint = Checkpoint::open(&file.path)?;
-        let card = file.card(&checkpoint)?;
-        let weights = nn::VarStore::new(cx.device);
-        let detector = Detector::blank(&weights.root(), &card.config)?;
-        layout::load(checkpoint.tensors(), detector.parameters(), &file.path)?.require_all(&file.path)?;
-        let embeddings = class_embeddings(cx.inputs, &classes)?;
-        card.check(cx.inputs, &embeddings)?;
-        let vocabulary = Vocabulary::new(embeddings, classes.base.len() as i64, card.scale)?;
-        let object = (self.heads == Heads::Both && detector.object_head.is_some()).then_some(&vocabulary);
-        let vocabularies = Vocabularies { bbox: &vocabulary, object };
-        let rule = self.rule();
-
+        let observer = Observer::of(self, &cx.inputs.read(DETECTOR)?, &annotations, cx)?;
+        let viewing = Viewing { images: cx.inputs.read(IMAGES)?, annotations, fits: observer.fits };
         for unit in units {
             // One that another process or device makes is passed by.
             let Some(draft) = cx.begin_claimed(unit)? else { continue };
-            let (mut places, mut detections) = (unit.items.clone(), Vec::new());
-            let bytes = |place: &usize| 3 * (annotations.images[*place].width * annotations.images[*place].height) as usize;
-            let prepare = |place: usize| {
-                let info = &annotations.images[place];
-                let placement = Placement::fitting([info.width, info.height], card.fits[0], card.fits[1]);
-                let pixels = cx.attempt(|| Ok(Pixels::of(&[placement.pixels(&images.decode(&info.file_name, placement.from)?)])));
-                (place, placement, pixels)
-            };
-            let next = || Ok(places.next().map(|place| (place, bytes(&place))));
-            stream(cx.threads, ROOM, next, prepare, |(place, placement, pixels), n_ready| {
-                let ImageInfo { id: image_id, ref file_name, .. } = annotations.images[place];
-                let Some(pixels) = cx.kept(&draft, file_name, pixels)? else { return Ok(()) };
-                let size = ImageSize { width: placement.to[0].into(), height: placement.to[1].into() };
-                for found in detector.detect(&pixels.on(cx.device), &[size], &vocabularies, &rule)? {
-                    let boxes = corners(&found.kept.boxes, "detections")?;
-                    let boxes: Vec<Xyxy> = boxes.into_iter().map(|corners| placement.find(&Xyxy::from(corners))).collect();
-                    let masks = match &found.masks {
-                        Some(logits) => masks(logits, &boxes, placement.from, cx.threads)?,
-                        None => vec![None; boxes.len()],
-                    };
-                    let named = found.kept.classes.into_iter().zip(found.kept.scores);
-                    detections.extend(boxes.into_iter().zip(masks).zip(named).map(|((xyxy, mask), (class, score))| Detection {
-                        image_id,
-                        category_id: ids[class as usize],
-                        xyxy,
-                        score,
-                        mask,
-                    }));
-                }
-                cx.flow(1, n_ready);
-                cx.tick(1);
-                cx.proceed()
+            let mut detections = Vec::new();
+            viewing.each(unit.items.clone(), &draft, cx, |view| {
+                detections.extend(observer.see(&view, cx.threads)?);
+                Ok(())
             })?;
-            let n_detections = detections.len();
             Detections::write(&detections, draft.create(DETECTIONS, "detections.parquet")?)?;
-            cx.commit(draft, [("detections".into(), n_detections.into())].into())?;
+            cx.commit(draft, [("detections".into(), detections.len().into())].into())?;
         }
         Ok(())
+    }
+}
+
+/// A trained detector that is asked what it sees.
+pub(super) struct Observer {
+    detector: Detector,
+    vocabulary: Vocabulary,
+    asks_object_head: bool,
+    rule: TestRule,
+    /// The category of each class.
+    ids: Vec<CategoryId>,
+    /// Longer and shorter side that images are fitted into, in px.
+    pub(super) fits: [u32; 2],
+    /// Owns the weights.
+    _store: nn::VarStore,
+}
+
+impl Observer {
+    /// Loads a detector, for the classes at the port `classes`.
+    pub(super) fn of(test: &Test, file: &DetectorFile, annotations: &Annotations, cx: &Context<'_>) -> Result<Self> {
+        let Classes(classes) = cx.inputs.read(CLASSES)?;
+        let checkpoint = Checkpoint::open(&file.path)?;
+        let card = file.card(&checkpoint)?;
+        let store = nn::VarStore::new(cx.device);
+        let detector = Detector::blank(&store.root(), &card.config)?;
+        layout::load(checkpoint.tensors(), detector.parameters(), &file.path)?.require_all(&file.path)?;
+        let embeddings = class_embeddings(cx.inputs, &classes)?;
+        card.check(cx.inputs, &embeddings)?;
+        Ok(Self {
+            vocabulary: Vocabulary::new(embeddings, classes.base.len() as i64, card.scale)?,
+            asks_object_head: test.heads == Heads::Both && detector.object_head.is_some(),
+            detector,
+            rule: test.rule(),
+            ids: category_ids(annotations, classes.all())?,
+            fits: card.fits,
+            _store: store,
+        })
+    }
+
+    /// What it sees in an image; masks are pasted on `n_threads`.
+    pub(super) fn see(&self, View { info, placement, size, pixels }: &View<'_>, n_threads: usize) -> Result<Vec<Detection>> {
+        let vocabularies = Vocabularies { bbox: &self.vocabulary, object: self.asks_object_head.then_some(&self.vocabulary) };
+        let mut detections = Vec::new();
+        for found in self.detector.detect(pixels, &[*size], &vocabularies, &self.rule)? {
+            let boxes = corners(&found.kept.boxes, "detections")?;
+            let boxes: Vec<Xyxy> = boxes.into_iter().map(|corners| placement.find(&Xyxy::from(corners))).collect();
+            let masks = match &found.masks {
+                Some(logits) => masks(logits, &boxes, placement.from, n_threads)?,
+                None => vec![None; boxes.len()],
+            };
+            let named = found.kept.classes.into_iter().zip(found.kept.scores);
+            detections.extend(boxes.into_iter().zip(masks).zip(named).map(|((xyxy, mask), (class, score))| Detection {
+                image_id: info.id,
+                category_id: self.ids[class as usize],
+                xyxy,
+                score,
+                mask,
+            }));
+        }
+        Ok(detections)
     }
 }
 

@@ -136,6 +136,11 @@ impl Course {
         self.samples.len()
     }
 
+    /// How many batches an epoch has.
+    pub(super) fn n_batches(&self) -> usize {
+        self.copies.len().div_ceil(self.batch)
+    }
+
     /// Random numbers for something: no two things share any.
     pub(super) fn random(&self, of: Random) -> ChaCha8Rng {
         let mut random = self.random.clone();

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use ovenbird_models::{checkpoint::Checkpoint, detector::layout};
 use tch::{Kind, Tensor, no_grad};
 
-use super::{Group, Optimizer, TrainPrecision, Training};
+use super::{super::STEP_KEY, Group, Optimizer, TrainPrecision, Training};
 use crate::{
     Error, Out, Result, UnitDraft,
     artifacts::TrainingState,
@@ -73,6 +73,9 @@ impl<'a> Descent<'a> {
                 .map(|(name, tensor)| (name, tensor, tensor.grad()))
                 .filter(|(.., gradient)| gradient.defined())
                 .collect();
+            if gradients.is_empty() {
+                return Ok(0.0);
+            }
             let lengths: Vec<Tensor> = gradients.iter().map(|(.., gradient)| gradient.norm()).collect();
             let length = Tensor::stack(&lengths, 0).to_kind(Kind::Double).norm().double_value(&[]) / self.progress.scale;
             if length.is_finite() {
@@ -124,17 +127,20 @@ impl<'a> Descent<'a> {
         }
     }
 
-    /// Writes the network, of averaged weights where these are wanted, and what the next link continues from.
+    /// Writes the network after `step` steps, of averaged weights where these are wanted, and what the next link continues from.
     pub(super) fn save<W>(
         &self,
         draft: &UnitDraft,
         weights: Out<W>,
         state: Out<TrainingState>,
+        step: u32,
         metadata: &BTreeMap<String, String>,
     ) -> Result<()> {
+        let mut metadata = metadata.clone();
+        metadata.insert(STEP_KEY.into(), step.to_string());
         let mut network: BTreeMap<String, Tensor> = shallow(self.parameters);
         network.append(&mut shallow(&self.averages));
-        draft.write_tensors(weights, "network.safetensors", &network, metadata)?;
+        draft.write_tensors(weights, "network.safetensors", &network, &metadata)?;
         let moment = |(name, moments): (&String, &Vec<Tensor>)| -> Vec<(String, Tensor)> {
             moments.iter().enumerate().map(|(place, tensor)| (format!("moment{place}.{name}"), tensor.shallow_clone())).collect()
         };

@@ -209,7 +209,7 @@ impl Training {
     pub(super) fn units(&self) -> Units {
         let links = self.n_links();
         let stay = (1..self.checkpoints).map(|place| (links * place).div_ceil(self.checkpoints) - 1).collect();
-        Units::Chain { links, stay }
+        Units::Chain { links, steps: self.steps, stay }
     }
 
     /// The longer and the shorter side that a trained network's images are fitted into, px.
@@ -287,8 +287,10 @@ pub(super) fn train<W: NetworkFile>(
     }
     let last = units[units.len() - 1].index as u32;
     let steps = first.index as u32 * training.steps_per_unit..training.steps.min((last + 1) * training.steps_per_unit);
-    let end = steps.end;
+    let end = cx.most_items.map_or(steps.end, |most| steps.end.min(steps.start + most as u32));
+    let steps = steps.start..end;
     cx.total(steps.len() as u64);
+    cx.note(format!("an epoch is {} batches of {} images", course.n_batches(), course.n_images()));
     let (mut units, mut draft): (VecDeque<&Unit>, Option<UnitDraft>) = (units.iter().collect(), None);
     let (mut of_unit, mut of_row) = (Means::default(), Means::default());
     // Images that cannot be read, by name.
@@ -330,7 +332,7 @@ pub(super) fn train<W: NetworkFile>(
             }
             if is_last {
                 let draft = draft.take().expect("BUG: a unit is open");
-                descent.save(&draft, ports.weights, ports.state, metadata)?;
+                descent.save(&draft, ports.weights, ports.state, step + 1, metadata)?;
                 draft.write(ports.curve, "curve.csv", curve.to_csv().as_bytes())?;
                 let mut metrics = std::mem::take(&mut of_unit).taken();
                 metrics.insert("learning_rate".into(), training.rate_at(step));
@@ -341,7 +343,7 @@ pub(super) fn train<W: NetworkFile>(
     )
 }
 
-/// Adds up the gradients of a batch; returns each loss, weighted.
+/// Adds up the gradients of a batch; returns each loss, weighted: none where no image can be read.
 fn learn(
     training: &Training,
     learner: &impl Learner,
@@ -349,16 +351,8 @@ fn learn(
     batch: &Batch,
     course: &Course,
 ) -> Result<Vec<(&'static str, f64)>> {
-    let fail = |problem: String| {
-        let images: Vec<String> = batch.images.iter().map(|image| image.id.to_string()).collect();
-        Err(Error::Input {
-            port: "learning_rate",
-            problem: format!("{problem} at step {}, on images {}", batch.step, images.join(", ")),
-            hint: "lower `learning_rate`, or look at these images; the last checkpoint is kept".into(),
-        })
-    };
     if batch.images.is_empty() {
-        return fail("none of the images can be read".into());
+        return Ok(Vec::new());
     }
     let device = learner.parameters().values().next().map_or(Device::Cpu, Tensor::device);
     let images = batch.pixels.on(device).to_kind(training.precision.kind());
@@ -368,7 +362,12 @@ fn learn(
     let values = Vec::<f64>::try_from(values).map_err(ovenbird_models::Error::from)?;
     let total: f64 = values.iter().sum();
     if !total.is_finite() || total > MOST_LOSS {
-        return fail(format!("the loss is {total}"));
+        let images: Vec<String> = batch.images.iter().map(|image| image.id.to_string()).collect();
+        return Err(Error::Input {
+            port: "learning_rate",
+            problem: format!("the loss is {total} at step {}, on images {}", batch.step, images.join(", ")),
+            hint: "lower `learning_rate`, or look at these images; the last checkpoint is kept".into(),
+        });
     }
     (all.sum(Kind::Float) * descent.factor()).backward();
     Ok(losses.iter().map(|(name, _)| *name).zip(values).collect())
@@ -419,7 +418,7 @@ mod tests {
     #[test]
     fn checkpoints_that_stay_are_evenly_spaced() {
         let stay = |steps, checkpoints| {
-            let Units::Chain { links, stay } = (Training { steps, checkpoints, ..Training::default() }).units() else { panic!() };
+            let Units::Chain { links, stay, .. } = (Training { steps, checkpoints, ..Training::default() }).units() else { panic!() };
             (links, stay)
         };
         assert_eq!(stay(40_000, 20), (40, (0..19).map(|place| 2 * place + 1).collect()));

@@ -1,0 +1,205 @@
+//! `detector/select`: which checkpoint of a training sees most.
+
+use std::{collections::BTreeMap, fs};
+
+use ovenbird_cache::inputs::InputFile;
+use ovenbird_data::evaluate::{Evaluation, Evaluator, Metric, Shape};
+use ovenbird_models::checkpoint::Checkpoint;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    ANNOTATIONS, CLASSES, DetectorFile, IMAGES, PROMPTS, STEP_KEY, Viewing,
+    test::{Observer, Test},
+};
+use crate::{
+    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
+    artifacts::{Artifact, Classes, Curve, EvaluationFile},
+    error::malformed,
+};
+
+/// By whose rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// As `eval/coco`, of boxes.
+    #[default]
+    Coco,
+    /// As `eval/lvis`, of boxes.
+    Lvis,
+}
+
+/// Of which classes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ClassGroup {
+    /// All of them.
+    All,
+    /// Those with labels in training.
+    Base,
+    /// Those without.
+    #[default]
+    Novel,
+}
+
+/// Which number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Number {
+    /// Mean over IoU 0.50 to 0.95.
+    Ap,
+    /// At IoU 0.50.
+    #[default]
+    Ap50,
+}
+
+/// Tests every checkpoint that a training left (`training.checkpoints`), and reports the last and the best.
+///
+/// The best is chosen by a number on these very annotations, so it flatters; the last one's does not. The work is a chain: one checkpoint
+/// a unit. (OADP, section 6.7: its published 31.3 is the best of 20.)
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Select {
+    /// By whose rules.
+    pub protocol: Protocol,
+    /// Of which classes.
+    pub group: ClassGroup,
+    /// Which number is to be greatest; of equals the later checkpoint wins.
+    pub number: Number,
+    /// How a checkpoint detects.
+    pub test: Test,
+}
+
+/// Every checkpoint of a training, in the order of their steps.
+pub struct Checkpoints(Vec<DetectorFile>);
+
+impl Artifact for Checkpoints {
+    const KIND: &'static str = DetectorFile::KIND;
+    const EXTENSIONS: &'static [&'static str] = DetectorFile::EXTENSIONS;
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        files.chunks(1).map(DetectorFile::open).collect::<Result<_>>().map(Self)
+    }
+}
+
+const CHECKPOINTS: In<Checkpoints> = In::required("checkpoints", "What `detector/train` left.");
+const BEST: Out<DetectorFile> = Out::new("detector", "The best checkpoint.");
+const BEST_EVALUATION: Out<EvaluationFile> = Out::new("best", "What it came to.");
+const LAST_EVALUATION: Out<EvaluationFile> = Out::new("last", "What the last checkpoint came to.");
+const CURVE: Out<Curve> = Out::new("curve", "AP and AP50 of base and novel classes, by step.");
+
+impl Stage for Select {
+    const KIND: &'static str = "detector/select";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), CHECKPOINTS.info()];
+    const OUTPUTS: &'static [PortInfo] = &[BEST.info(), BEST_EVALUATION.info(), LAST_EVALUATION.info(), CURVE.info()];
+
+    fn check(&self) -> Vec<Problem> {
+        let inner = |problem: Problem| Problem { field: format!("test.{}", problem.field), ..problem };
+        Stage::check(&self.test).into_iter().map(inner).collect()
+    }
+
+    fn units(&self, inputs: &Inputs) -> Result<Units> {
+        let links = inputs.read(CHECKPOINTS)?.0.len() as u32;
+        let n_images = inputs.read(ANNOTATIONS)?.load()?.images.len() as u32;
+        Ok(Units::Chain { links, steps: links * n_images, stay: Vec::new() })
+    }
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let mut annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
+        let Classes(classes) = cx.inputs.read(CLASSES)?;
+        let Checkpoints(files) = cx.inputs.read(CHECKPOINTS)?;
+        let mut viewing = Viewing { images: cx.inputs.read(IMAGES)?, annotations, fits: [0; 2] };
+        let n_images = viewing.annotations.images.len();
+        cx.total((units.len() * n_images) as u64);
+        for unit in units {
+            let draft = cx.begin(unit)?;
+            let file = &files[unit.index];
+            let step = step_of(file)?;
+            let observer = Observer::of(&self.test, file, &viewing.annotations, cx)?;
+            viewing.fits = observer.fits;
+            let mut detections = Vec::new();
+            viewing.each(0..n_images, &draft, cx, |view| {
+                detections.extend(observer.see(&view, cx.threads)?);
+                Ok(())
+            })?;
+            let metric = match self.protocol {
+                Protocol::Coco => Metric::Coco,
+                Protocol::Lvis => Metric::Lvis,
+            };
+            let refused = |problem: String| Error::Input {
+                port: ANNOTATIONS.info().name,
+                problem,
+                hint: "use the classes and the annotations of the same split".into(),
+            };
+            let mut evaluator = Evaluator::new(metric, Shape::Boxes, &viewing.annotations, &classes).map_err(refused)?;
+            evaluator.judge(&detections).map_err(refused)?;
+            let evaluation = evaluator.finish().map_err(refused)?;
+
+            let before = unit.index.checked_sub(1);
+            let mut curve = before.map_or_else(|| Ok(Curve::default()), |before| cx.published(before, CURVE))?;
+            curve.rows.push((step, numbers(&evaluation)));
+            let (mut best, mut best_file) = (evaluation.clone(), file.path.clone());
+            if let Some(before) = before {
+                let EvaluationFile(earlier) = cx.published(before, BEST_EVALUATION)?;
+                if self.number_of(&earlier) > self.number_of(&evaluation) {
+                    (best, best_file) = (earlier, cx.published(before, BEST)?.path);
+                }
+            }
+            let weights = fs::read(&best_file).map_err(|source| ovenbird_data::Error::Read { path: best_file.clone(), source })?;
+            draft.write(BEST, "network.safetensors", &weights)?;
+            for (port, evaluation) in [(BEST_EVALUATION, &best), (LAST_EVALUATION, &evaluation)] {
+                draft.write(port, "evaluation.json", &serde_json::to_vec(evaluation).expect("BUG: numbers are plain JSON"))?;
+            }
+            draft.write(CURVE, "curve.csv", curve.to_csv().as_bytes())?;
+            let (best_step, [best, last]) =
+                (step_of(&DetectorFile { path: best_file })?, [&best, &evaluation].map(|all| self.number_of(all)));
+            if unit.index + 1 == files.len() {
+                let words = self.words();
+                let percent = |number: Option<f64>| number.map_or_else(|| "none".into(), |number| format!("{:.1}", 100.0 * number));
+                cx.note(format!("{words}: best at step {best_step}, {}; last, at step {step}, {}", percent(best), percent(last)));
+            }
+            let metrics = [("best_step", best_step.into()), ("best", best.into()), ("last", last.into())];
+            cx.commit(draft, metrics.map(|(name, value)| (name.to_owned(), value)).into())?;
+        }
+        Ok(())
+    }
+}
+
+impl Select {
+    fn number_of(&self, evaluation: &Evaluation) -> Option<f64> {
+        let group = match self.group {
+            ClassGroup::All => "all",
+            ClassGroup::Base => "base",
+            ClassGroup::Novel => "novel",
+        };
+        let summary = evaluation.groups.get(group)?;
+        match self.number {
+            Number::Ap => summary.ap,
+            Number::Ap50 => summary.ap50,
+        }
+    }
+
+    fn words(&self) -> String {
+        let group = format!("{:?}", self.group).to_lowercase();
+        match self.number {
+            Number::Ap => format!("{group} AP"),
+            Number::Ap50 => format!("{group} AP50"),
+        }
+    }
+}
+
+/// After how many steps a checkpoint was written.
+fn step_of(file: &DetectorFile) -> Result<u64> {
+    let checkpoint = Checkpoint::open(&file.path)?;
+    let step = checkpoint.metadata().get(STEP_KEY).and_then(|step| step.parse().ok());
+    step.ok_or_else(|| malformed(&file.path, format!("expected a number of steps under `{STEP_KEY}` in the metadata")))
+}
+
+fn numbers(evaluation: &Evaluation) -> BTreeMap<String, f64> {
+    let of_group = |(group, summary): (&String, &ovenbird_data::evaluate::Summary)| {
+        [("ap", summary.ap), ("ap50", summary.ap50)].map(|(name, value)| Some((format!("{group}.{name}"), value?)))
+    };
+    evaluation.groups.iter().flat_map(of_group).flatten().collect()
+}
