@@ -201,7 +201,7 @@ impl Stage for Coco {
 
 impl Stage for Lvis {
     const KIND: &'static str = "eval/lvis";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = EVAL_INPUTS;
     const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
 
