@@ -1,6 +1,6 @@
 //! Evaluation and export at the size of data sets, from result files to the table of AP, beside Python packages on the same detections.
 //!
-//! COCO: 5,000 images, 80 classes, 500,000 detections, as boxes and as masks. LVIS: 20,000 images, 1,203 classes, 6,000,000 detections, of
+//! COCO: 5,000 images, 80 classes, 500,000 boxes, and a fifth of that as masks. LVIS: 20,000 images, 1,203 classes, 6,000,000 boxes, of
 //! which a tenth is made unless `OVENBIRD_BENCH_LVIS` names another part (1: all; lvis-api then wants some 22 GB, faster-coco-eval 30).
 //! Boxes lie on half pixels, so that every program reads the same numbers. Ours is the whole program with a fresh home,
 //! its start and the digests of its inputs included; theirs is measured from the first file they open.
