@@ -448,12 +448,15 @@ impl Reader {
         };
         for Setting { key, value } in settings {
             let Some((_, param)) = key.split_once('.').filter(|(stage, _)| *stage == id) else { continue };
-            if known.contains(&param) {
-                if let Some(value) = self.setting(key, value) {
-                    params.insert(param.to_owned(), value);
+            let (name, below) = param.split_once('.').map_or((param, None), |(name, below)| (name, Some(below)));
+            if !known.contains(&name) {
+                self.push(format!("--set {key}"), format!("no parameter `{name}`{}", suggestion(name, known.iter().copied())));
+            } else if let Some(value) = self.setting(key, value) {
+                let old = params.remove(name).unwrap_or(Yaml::Null);
+                match with_below(old, below, value) {
+                    Some(new) => drop(params.insert(name.to_owned(), new)),
+                    None => self.push(format!("--set {key}"), format!("`{name}` is no mapping down to there")),
                 }
-            } else {
-                self.push(format!("--set {key}"), format!("no parameter `{param}`{}", suggestion(param, known.iter().copied())));
             }
         }
         let params = match serde_json::to_value(&params) {
@@ -625,6 +628,20 @@ fn join(path: &str, key: &str) -> String {
         (path, "") => path.to_owned(),
         (path, key) => format!("{path}.{key}"),
     }
+}
+
+/// A value in which what lies at a dotted path is another; `None` where the path leads through what is no mapping.
+fn with_below(old: Yaml, path: Option<&str>, new: Yaml) -> Option<Yaml> {
+    let Some(path) = path else { return Some(new) };
+    let (name, below) = path.split_once('.').map_or((path, None), |(name, below)| (name, Some(below)));
+    let mut mapping = match old {
+        Yaml::Mapping(mapping) => mapping,
+        Yaml::Null => serde_yaml::Mapping::new(),
+        Yaml::Bool(_) | Yaml::Number(_) | Yaml::String(_) | Yaml::Sequence(_) | Yaml::Tagged(_) => return None,
+    };
+    let old = mapping.remove(name).unwrap_or(Yaml::Null);
+    mapping.insert(name.into(), with_below(old, below, new)?);
+    Some(Yaml::Mapping(mapping))
 }
 
 fn shown(yaml: &Yaml) -> String {
