@@ -120,6 +120,18 @@ impl Conv {
         x.conv2d(&self.weight.to_kind(x.kind()), bias, self.stride, self.padding, 1, 1)
     }
 
+    /// The convolution, then the normalisation.
+    ///
+    /// Where that is a scale and a shift of each channel, it is part of the convolution: of its weights and its bias.
+    pub(crate) fn normalised(&self, bn: &BatchNorm, x: &Tensor, phase: Phase) -> Tensor {
+        if bn.learns_statistics(phase) || self.bias.is_some() {
+            return bn.forward(&self.forward(x), phase);
+        }
+        let (scale, shift) = bn.scale_and_shift();
+        let weight = (&self.weight * scale.view([-1, 1, 1, 1])).to_kind(x.kind());
+        x.conv2d(&weight, Some(shift.to_kind(x.kind())), self.stride, self.padding, 1, 1)
+    }
+
     pub(crate) fn cast(&mut self, kind: Kind) {
         self.weight = self.weight.to_kind(kind);
         self.bias = self.bias.as_ref().map(|bias| bias.to_kind(kind));
@@ -150,13 +162,24 @@ impl BatchNorm {
         }
     }
 
+    fn learns_statistics(&self, phase: Phase) -> bool {
+        phase == Phase::Train && self.statistics == Statistics::Batch
+    }
+
+    /// What it multiplies each channel by and then adds, `[C]` each, where it normalises by the running statistics.
+    fn scale_and_shift(&self) -> (Tensor, Tensor) {
+        let scale = &self.weight * (&self.running_var + self.eps).rsqrt();
+        let shift = &self.bias - &self.running_mean * &scale;
+        (scale, shift)
+    }
+
     pub(crate) fn forward(&self, x: &Tensor, phase: Phase) -> Tensor {
         x.batch_norm(
             Some(&self.weight),
             Some(&self.bias),
             Some(&self.running_mean),
             Some(&self.running_var),
-            phase == Phase::Train && self.statistics == Statistics::Batch,
+            self.learns_statistics(phase),
             BATCH_NORM_MOMENTUM,
             self.eps,
             CUDNN,

@@ -27,11 +27,10 @@ impl ConvModule {
     }
 
     pub(crate) fn forward(&self, x: &Tensor, phase: Phase) -> Tensor {
-        let x = self.conv.forward(x);
         match &self.bn {
             // Batch statistics of nothing are none: without a row there is nothing to normalise.
-            Some(bn) if x.numel() > 0 => bn.forward(&x, phase),
-            _ => x,
+            Some(bn) if x.numel() > 0 => self.conv.normalised(bn, x, phase),
+            _ => self.conv.forward(x),
         }
     }
 }

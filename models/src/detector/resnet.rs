@@ -117,7 +117,7 @@ impl ResNet {
         let fits = matches!(images.size()[..], [b, 3, h, w] if b > 0 && h >= 32 && w >= 32);
         let fits = fits && matches!(images.kind(), Kind::Float | Kind::BFloat16 | Kind::Half);
         ensure(fits, "images", "f32, bf16 or f16 [B, 3, H, W], B at least 1, H and W at least 32", images)?;
-        let x = self.bn1.forward(&self.conv1.forward(&channels_last(images)), phase).relu();
+        let x = self.conv1.normalised(&self.bn1, &channels_last(images), phase).relu_();
         let mut x = x.max_pool2d(3, 2, 1, 1, false);
         Ok([0, 1, 2, 3].map(|stage: usize| {
             for block in &self.stages[stage] {
@@ -167,14 +167,14 @@ impl Block {
         let last = self.inner.len() - 1;
         let mut inner = x.shallow_clone();
         for (place, (conv, bn)) in self.inner.iter().enumerate() {
-            inner = bn.forward(&conv.forward(&inner), phase);
+            inner = conv.normalised(bn, &inner, phase);
             if place < last {
-                inner = inner.relu();
+                inner = inner.relu_();
             }
         }
         match &self.downsample {
-            Some((conv, bn)) => (inner + bn.forward(&conv.forward(x), phase)).relu(),
-            None => (inner + x).relu(),
+            Some((conv, bn)) => inner.g_add_(&conv.normalised(bn, x, phase)).relu_(),
+            None => inner.g_add_(x).relu_(),
         }
     }
 }
