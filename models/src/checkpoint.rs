@@ -1,4 +1,4 @@
-//! Readers of published weights, recognised by content and not by name, without Python.
+//! Readers of published weights, recognised by content and not by name, without Python; and writers of two formats that all others read.
 //!
 //! - safetensors;
 //! - `torch.save` archives (zip), and the files it wrote before PyTorch 1.6: the weights are the dict under `state_dict` or
@@ -17,14 +17,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
 mod safetensors;
 mod torch;
 
-pub use self::safetensors::write_safetensors;
+pub use self::{
+    safetensors::write_safetensors,
+    torch::{Saved, write_torch},
+};
 
 /// What to do about a file that is not what it was when it was written.
 const AGAIN: &str = "the file is cut short or damaged: download or make it again";
@@ -186,6 +189,18 @@ impl Source<'_> {
         }
         Ok(bytes)
     }
+}
+
+/// The numbers of a tensor of any strides and device, in C order, little-endian.
+fn numbers(tensor: &Tensor) -> io::Result<Vec<u8>> {
+    let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+    let mut bytes = vec![0; n_bytes(&tensor)];
+    tensor.f_copy_data_u8(&mut bytes, tensor.numel()).map_err(io::Error::other)?;
+    Ok(bytes)
+}
+
+fn n_bytes(tensor: &Tensor) -> usize {
+    tensor.numel() * tensor.kind().elt_size_in_bytes()
 }
 
 #[cfg(test)]

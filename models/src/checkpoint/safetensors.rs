@@ -11,9 +11,9 @@ use serde::{
     Deserialize, Deserializer,
     de::{Error as _, MapAccess, Visitor},
 };
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use super::Source;
+use super::{Source, n_bytes, numbers};
 use crate::Result;
 
 /// As the reference implementation, against headers that fill the memory.
@@ -144,14 +144,7 @@ pub fn write_safetensors(tensors: &BTreeMap<String, Tensor>, metadata: &BTreeMap
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(header.as_bytes())?;
     for (_, _, tensor) in ordered {
-        let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
-        let mut bytes = vec![0; n_bytes(&tensor)];
-        tensor.f_copy_data_u8(&mut bytes, tensor.numel()).map_err(io::Error::other)?;
-        out.write_all(&bytes)?;
+        out.write_all(&numbers(tensor)?)?;
     }
     Ok(())
-}
-
-fn n_bytes(tensor: &Tensor) -> usize {
-    tensor.numel() * tensor.kind().elt_size_in_bytes()
 }

@@ -376,3 +376,75 @@ fn types_that_safetensors_has_no_name_for_are_refused() {
     let error = write_safetensors(&tensors, &BTreeMap::new(), &mut Vec::new()).unwrap_err();
     assert_eq!(error.to_string(), "a: safetensors has no type for ComplexFloat");
 }
+
+/// A dict as training scripts write it, of all samples.
+fn written(tensors: &BTreeMap<String, Tensor>) -> Vec<u8> {
+    let weights = tensors.iter().map(|(name, tensor)| (name.clone(), Saved::Tensor(tensor))).collect();
+    let meta = serde_json::json!({
+        "note": "says \"ä\"\n", "steps": 40_000, "seed": -(1_i64 << 40), "rate": 0.02, "more": {}, "classes": ["a", null, true, false, []],
+    });
+    let mut bytes = Vec::new();
+    let all = BTreeMap::from([("state_dict".to_owned(), Saved::Dict(weights)), ("meta".to_owned(), Saved::from(&meta))]);
+    write_torch(&Saved::Dict(all), &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn a_written_archive_is_read_back() {
+    let bytes = written(&samples());
+    assert_eq!(bytes, written(&samples()));
+    let read = open(&bytes).unwrap();
+    assert_eq!(read.format(), Format::Torch);
+    assert_eq!(read.names().collect::<Vec<_>>(), samples().keys().collect::<Vec<_>>());
+    for (name, tensor) in samples() {
+        assert_eq!(read.dtype(&name).unwrap(), tensor.kind(), "{name}");
+        assert!(read.tensor(&name).unwrap().equal(&tensor), "{name}");
+    }
+    let complex = Tensor::zeros([1], (Kind::ComplexFloat, Device::Cpu));
+    let value = Saved::Dict(BTreeMap::from([("a".to_owned(), Saved::Dict(BTreeMap::from([("b".to_owned(), Saved::Tensor(&complex))])))]));
+    let error = write_torch(&value, &mut Vec::new()).unwrap_err();
+    assert_eq!(error.to_string(), "a.b: PyTorch has no storage for ComplexFloat");
+}
+
+#[test]
+fn torch_loads_a_written_archive() {
+    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/peers/bin/python");
+    if !python.exists() {
+        println!("skipped: PyTorch is not set up (`make peers`)");
+        return;
+    }
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(&written(&samples())).unwrap();
+    // `mmap` needs entries that are aligned.
+    let script = "
+import sys, torch
+for mmap in (False, True):
+    loaded = torch.load(sys.argv[1], weights_only=True, mmap=mmap)
+print(loaded['meta'])
+for name, tensor in loaded['state_dict'].items():
+    print(name, tensor.dtype, list(tensor.shape), tensor.double().flatten().tolist())
+";
+    let output = std::process::Command::new(python).args(["-c", script]).arg(file.path()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said = String::from_utf8(output.stdout).unwrap();
+    let mut lines = said.lines();
+    let meta = "{'classes': ['a', None, True, False, []], 'more': {}, 'note': 'says \"ä\"\\n', 'rate': 0.02, 'seed': -1099511627776, 'steps': 40000}";
+    assert_eq!(lines.next(), Some(meta));
+    for (name, tensor) in samples() {
+        let dtype = match tensor.kind() {
+            Kind::Float => "float32",
+            Kind::Half => "float16",
+            Kind::BFloat16 => "bfloat16",
+            Kind::Double => "float64",
+            Kind::Int64 => "int64",
+            Kind::Int => "int32",
+            Kind::Int16 => "int16",
+            Kind::Int8 => "int8",
+            Kind::Uint8 => "uint8",
+            Kind::Bool => "bool",
+            other => panic!("no such sample: {other:?}"),
+        };
+        let numbers = Vec::<f64>::try_from(tensor.to_kind(Kind::Double).contiguous().view(-1)).unwrap();
+        assert_eq!(lines.next(), Some(format!("{name} torch.{dtype} {:?} {numbers:?}", tensor.size()).as_str()));
+    }
+}

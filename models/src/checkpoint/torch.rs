@@ -7,14 +7,14 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{BufReader, Read, Seek, SeekFrom},
+    io::{self, BufReader, Read, Seek, SeekFrom, Write},
 };
 
 use ovenbird_pickle::Value;
 use tch::{Kind, Tensor};
-use zip::CompressionMethod;
+use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
-use super::{AGAIN, Format, Origin, Source};
+use super::{AGAIN, Format, Origin, Source, numbers};
 use crate::{Error, Result};
 
 /// 0x1950a86a20f9469cfc6c, as Python pickles it.
@@ -22,6 +22,20 @@ const LEGACY_MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 
 /// How much of an old file is first read for its pickles.
 const PICKLES_BYTES: u64 = 4 << 20;
 const SAVE_AGAIN: &str = "load it with PyTorch and save `model.state_dict()` with torch.save or safetensors";
+
+/// What PyTorch calls storages of numbers.
+const STORAGES: [(&str, Kind); 10] = [
+    ("FloatStorage", Kind::Float),
+    ("HalfStorage", Kind::Half),
+    ("BFloat16Storage", Kind::BFloat16),
+    ("DoubleStorage", Kind::Double),
+    ("LongStorage", Kind::Int64),
+    ("IntStorage", Kind::Int),
+    ("ShortStorage", Kind::Int16),
+    ("CharStorage", Kind::Int8),
+    ("ByteStorage", Kind::Uint8),
+    ("BoolStorage", Kind::Bool),
+];
 
 /// A tensor as a pickle describes it.
 #[derive(Debug)]
@@ -195,7 +209,7 @@ impl<'a> Archive<'a> {
 
 /// How many entries a zip says it has; the reader keeps one of each name. None where there are too many for the field, or a
 /// comment follows it.
-fn n_entries(file: &mut BufReader<File>) -> std::io::Result<Option<usize>> {
+fn n_entries(file: &mut BufReader<File>) -> io::Result<Option<usize>> {
     let mut end = Vec::new();
     if file.seek(SeekFrom::End(0))? >= 22 {
         file.seek(SeekFrom::End(-22))?;
@@ -310,20 +324,10 @@ fn storage(value: &Value) -> Option<Result<Storage, String>> {
     if !matches!(part_of, [] | [Value::None]) {
         return Some(Err("a storage that is a part of another one is not supported".into()));
     }
-    let kind = match &**type_name {
-        "FloatStorage" => Kind::Float,
-        "HalfStorage" => Kind::Half,
-        "BFloat16Storage" => Kind::BFloat16,
-        "DoubleStorage" => Kind::Double,
-        "LongStorage" => Kind::Int64,
-        "IntStorage" => Kind::Int,
-        "ShortStorage" => Kind::Int16,
-        "CharStorage" => Kind::Int8,
-        "ByteStorage" => Kind::Uint8,
-        "BoolStorage" => Kind::Bool,
-        other => return Some(Err(format!("numbers of type {other} are not supported"))),
-    };
-    Some(Ok(Storage { key: key.to_owned(), kind, n_numbers }))
+    Some(match STORAGES.into_iter().find(|(known, _)| **known == **type_name) {
+        Some((_, kind)) => Ok(Storage { key: key.to_owned(), kind, n_numbers }),
+        None => Err(format!("numbers of type {type_name} are not supported")),
+    })
 }
 
 /// Checks that a tensor lies within its storage.
@@ -418,5 +422,159 @@ fn visit(value: &Value, look: &mut impl FnMut(&Value)) {
         Value::Persistent(id) => visit(id, look),
         Value::None | Value::Bool(_) | Value::Int(_) | Value::BigInt(_) | Value::Float(_) | Value::Str(_) | Value::Bytes(_) => {}
         Value::Global { .. } | Value::Circle => {}
+    }
+}
+
+/// What [`write_torch`] writes.
+#[derive(Debug)]
+pub enum Saved<'a> {
+    /// Numbers.
+    Tensor(&'a Tensor),
+    /// Values by name.
+    Dict(BTreeMap<String, Self>),
+    /// Values in order.
+    List(Vec<Self>),
+    /// Text.
+    Text(String),
+    /// A whole number.
+    Integer(i64),
+    /// A real number.
+    Real(f64),
+    /// `True` or `False`.
+    Bool(bool),
+    /// `None`.
+    Nothing,
+}
+
+impl From<&serde_json::Value> for Saved<'_> {
+    fn from(value: &serde_json::Value) -> Self {
+        match value {
+            serde_json::Value::Null => Self::Nothing,
+            serde_json::Value::Bool(is) => Self::Bool(*is),
+            serde_json::Value::Number(number) => match (number.as_i64(), number.as_f64()) {
+                (Some(number), _) => Self::Integer(number),
+                (None, number) => Self::Real(number.unwrap_or(f64::NAN)),
+            },
+            serde_json::Value::String(text) => Self::Text(text.clone()),
+            serde_json::Value::Array(values) => Self::List(values.iter().map(Self::from).collect()),
+            serde_json::Value::Object(entries) => Self::Dict(entries.iter().map(|(key, value)| (key.clone(), value.into())).collect()),
+        }
+    }
+}
+
+/// Writes what `torch.load(weights_only=True)` and [`super::Checkpoint`] read; equal contents give equal bytes.
+///
+/// Tensors may be on any device and of any strides; each gets a storage of its own, on the CPU. Fails for types that PyTorch has no storage
+/// for, and where `out` does.
+pub fn write_torch(value: &Saved<'_>, out: impl Write) -> io::Result<()> {
+    let mut pickler = Pickler { bytes: vec![0x80, 2], storages: Vec::new() };
+    pickler.add("", value)?;
+    pickler.bytes.push(b'.');
+    let Pickler { bytes: pickle, storages } = pickler;
+
+    let mut zip = ZipWriter::new_stream(out);
+    let mut entry = |name: &str, bytes: &[u8]| {
+        // As PyTorch aligns them, so that they can be mapped into memory.
+        let options = SimpleFileOptions::default().compression_method(CompressionMethod::Stored).with_alignment(64);
+        zip.start_file(format!("archive/{name}"), options.large_file(u32::try_from(bytes.len()).is_err()))?;
+        zip.write_all(bytes)
+    };
+    entry("data.pkl", &pickle)?;
+    entry("byteorder", b"little")?;
+    for (key, tensor) in storages.into_iter().enumerate() {
+        entry(&format!("data/{key}"), &numbers(tensor)?)?;
+    }
+    entry("version", b"3\n")?;
+    zip.finish()?;
+    Ok(())
+}
+
+/// Writes a pickle of protocol 2, and gathers the tensors that it refers to.
+struct Pickler<'a> {
+    bytes: Vec<u8>,
+    storages: Vec<&'a Tensor>,
+}
+
+impl<'a> Pickler<'a> {
+    /// `name`: where the value is, for messages.
+    fn add(&mut self, name: &str, value: &Saved<'a>) -> io::Result<()> {
+        match value {
+            Saved::Tensor(tensor) => return self.tensor(name, tensor),
+            Saved::Dict(entries) => {
+                self.bytes.extend(b"}(");
+                for (key, value) in entries {
+                    self.text(key)?;
+                    self.add(&if name.is_empty() { key.clone() } else { format!("{name}.{key}") }, value)?;
+                }
+                self.bytes.push(b'u');
+            }
+            Saved::List(values) => {
+                self.bytes.extend(b"](");
+                for (place, value) in values.iter().enumerate() {
+                    self.add(&format!("{name}[{place}]"), value)?;
+                }
+                self.bytes.push(b'e');
+            }
+            Saved::Bool(is) => self.bytes.push(if *is { 0x88 } else { 0x89 }),
+            Saved::Nothing => self.bytes.push(b'N'),
+            Saved::Text(text) => self.text(text)?,
+            Saved::Integer(number) => self.integer(*number),
+            Saved::Real(number) => {
+                self.bytes.push(b'G');
+                self.bytes.extend(number.to_be_bytes());
+            }
+        }
+        Ok(())
+    }
+
+    /// `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`.
+    fn tensor(&mut self, name: &str, tensor: &'a Tensor) -> io::Result<()> {
+        let Some((storage, _)) = STORAGES.into_iter().find(|(_, kind)| *kind == tensor.kind()) else {
+            let problem = format!("{name}: PyTorch has no storage for {:?}", tensor.kind());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
+        };
+        let (size, key) = (tensor.size(), self.storages.len());
+        self.storages.push(tensor);
+        self.bytes.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((");
+        self.text("storage")?;
+        self.bytes.extend(format!("ctorch\n{storage}\n").bytes());
+        self.text(&key.to_string())?;
+        self.text("cpu")?;
+        self.integer(tensor.numel() as i64);
+        // The end of the storage's description, which is no value but a reference.
+        self.bytes.extend(b"tQ");
+        self.integer(0);
+        let mut strides: Vec<i64> =
+            size.iter().rev().scan(1, |step, length| Some(std::mem::replace(step, *step * (*length).max(1)))).collect();
+        strides.reverse();
+        for numbers in [size, strides] {
+            self.bytes.push(b'(');
+            numbers.into_iter().for_each(|number| self.integer(number));
+            self.bytes.push(b't');
+        }
+        self.bytes.extend(b"\x89ccollections\nOrderedDict\n)RtR");
+        Ok(())
+    }
+
+    fn text(&mut self, text: &str) -> io::Result<()> {
+        let length = u32::try_from(text.len()).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        self.bytes.push(b'X');
+        self.bytes.extend(length.to_le_bytes());
+        self.bytes.extend(text.bytes());
+        Ok(())
+    }
+
+    fn integer(&mut self, number: i64) {
+        match i32::try_from(number) {
+            Ok(number) => {
+                self.bytes.push(b'J');
+                self.bytes.extend(number.to_le_bytes());
+            }
+            // A long of eight bytes.
+            Err(_) => {
+                self.bytes.extend([0x8a, 8]);
+                self.bytes.extend(number.to_le_bytes());
+            }
+        }
     }
 }
