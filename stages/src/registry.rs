@@ -28,6 +28,7 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<detector::Train>(),
     StageEntry::of::<detector::Test>(),
     StageEntry::of::<detector::Select>(),
+    StageEntry::of::<detector::Export>(),
     StageEntry::of::<detect::Coco>(),
     StageEntry::of::<detect::Lvis>(),
     StageEntry::of::<export::Export>(),

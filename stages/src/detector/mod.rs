@@ -1,8 +1,9 @@
-//! Two-stage detectors as stages: trained ([`Train`]), and asked what they see ([`Test`]). Written after ViLD (Gu et al. 2022) and OADP
-//! (methods, section 6).
+//! Two-stage detectors as stages: trained ([`Train`]), asked what they see ([`Test`]), written for other programs ([`Export`]). Written after
+//! ViLD (Gu et al. 2022) and OADP (methods, section 6).
 //!
 //! A trained detector's file says how it is built and asked ([`Card`]), so that nothing has to be repeated where it is used.
 
+mod export;
 mod oln;
 mod select;
 mod test;
@@ -33,6 +34,7 @@ use tch::{Device, Kind, Tensor};
 
 use self::training::NetworkFile;
 pub use self::{
+    export::Export,
     oln::{OlnFile, OlnPropose, OlnTrain},
     select::{Checkpoints, Select},
     test::Test,
