@@ -8,7 +8,7 @@
 //! | `captions` | images with alt text, json lines | [`Captions`] |
 //! | `mmdet-proposals` | a Python pickle, list over images of `N x 5` | [`MmdetProposals`] |
 //! | `proposals`, `detections` | Parquet | [`Proposals`], [`Detections`] |
-//! | `checkpoint` | CLIP weights in any published layout | [`CheckpointFile`] |
+//! | `checkpoint` | weights of a CLIP or a detector in any published layout | [`CheckpointFile`] |
 //! | `prompts` | class embeddings, safetensors | [`Prompts`] |
 //! | `image-features`, `region-features` | Arrow shards | [`ImageFeatures`], [`RegionFeatures`] |
 //! | `crops` | an Arrow shard of encoded images | [`Crops`] |
@@ -232,7 +232,7 @@ impl MmdetProposals {
     }
 }
 
-/// A CLIP checkpoint, not yet read.
+/// A checkpoint of a CLIP or a detector, not yet read.
 #[derive(Debug, Clone)]
 pub struct CheckpointFile {
     /// Where it lies.
