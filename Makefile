@@ -21,7 +21,7 @@ check: libtorch
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check bans licenses sources; else echo "skipped: cargo-deny is not installed"; fi
 
 bench: libtorch
-	$(CARGO) bench --bench evaluation --bench extraction --bench detector --bench store
+	$(CARGO) bench --bench evaluation --bench extraction --bench detector --bench training --bench store
 
 # The programs that `make bench` compares with; it says so where they are absent.
 peers:

@@ -76,7 +76,7 @@ const DETECTIONS: Out<Detections> =
 
 impl Stage for Test {
     const KIND: &'static str = "detector/test";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), DETECTOR.info()];
     const OUTPUTS: &'static [PortInfo] = &[DETECTIONS.info()];
 
