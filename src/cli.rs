@@ -20,7 +20,7 @@ use crate::{
     estimate, event, explain, history,
     keep::{self, Collection},
     machine,
-    pipeline::{self, NAMED, Pipeline, Setting},
+    pipeline::{self, NAMED, Pipeline, Setting, Title},
     plan::{self, Outlook},
     report,
     run::{self, Options},
@@ -541,16 +541,16 @@ fn pipelines(name: Option<&str>, json: bool) -> Result<()> {
         let (_, text) = found.ok_or_else(|| Error::UnknownPipeline { name: name.into(), nearest: nearest() })?;
         return print(text);
     }
-    let loaded = NAMED.iter().map(|(name, _)| pipeline::load(name, &[])).collect::<Result<Vec<_>>>()?;
+    let titles: Vec<Title> = NAMED.iter().map(|(_, text)| Title::of(text)).collect();
     if json {
-        let list: Vec<_> = loaded
+        let list: Vec<_> = titles
             .iter()
-            .map(|pipeline| json!({"name": pipeline.name, "description": pipeline.description, "stages": pipeline.steps.len()}))
+            .map(|title| json!({"name": title.name, "description": title.description, "stages": title.stages.len()}))
             .collect();
         return print(&to_json("pipelines", &list));
     }
-    let width = loaded.iter().map(|pipeline| pipeline.name.len()).max().unwrap_or(0);
-    let lines = loaded.iter().map(|pipeline| format!("{:width$}  {}\n", pipeline.name, pipeline.description.trim()));
+    let width = titles.iter().map(|title| title.name.len()).max().unwrap_or(0);
+    let lines = titles.iter().map(|title| format!("{:width$}  {}\n", title.name, title.description.trim()));
     print(&lines.collect::<String>())
 }
 

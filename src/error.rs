@@ -4,7 +4,7 @@
 
 use std::{error::Error as _, fmt::Write as _, time::Duration};
 
-use crate::pipeline::{Problem, with_line};
+use crate::pipeline::{NO_FILE, Problem, with_line};
 
 /// Why a command did not succeed.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +102,11 @@ impl Error {
     /// What the operator can type next.
     pub(crate) fn hint(&self) -> Option<String> {
         match self {
+            Self::Pipeline { problems, .. } if problems.iter().all(|problem| problem.problem.starts_with(NO_FILE)) => Some(
+                "put the files there, or say where they are: a variable of the pipeline is set by `--set NAME=VALUE`, and \
+                 `ovenbird pipelines NAME` prints a named one"
+                    .into(),
+            ),
             Self::Pipeline { .. } => Some("correct the file; `ovenbird stages KIND` documents every parameter".into()),
             Self::UnknownPipeline { nearest, .. } => Some(match nearest {
                 Some(nearest) => {

@@ -34,6 +34,9 @@ pub(crate) const MAX_FAILED_RATIO: f64 = 0.001;
 /// After how long without a sign of life a stage is given up, where the pipeline says nothing else.
 pub(crate) const MAX_SILENCE: Duration = Duration::from_secs(1800);
 
+/// How a problem begins that is no mistake in a pipeline.
+pub(crate) const NO_FILE: &str = "no file or folder";
+
 /// The named pipelines that come with the program.
 pub(crate) const NAMED: &[(&str, &str)] = &[
     ("quickstart", include_str!("../pipelines/quickstart.yaml")),
@@ -42,6 +45,21 @@ pub(crate) const NAMED: &[(&str, &str)] = &[
     ("vild-ov-lvis", include_str!("../pipelines/vild-ov-lvis.yaml")),
     ("vild-toy", include_str!("../pipelines/vild-toy.yaml")),
 ];
+
+/// What a pipeline is called, whether its files are there or not.
+#[derive(Deserialize)]
+pub(crate) struct Title {
+    pub(crate) name: String,
+    pub(crate) description: String,
+    pub(crate) stages: Vec<Yaml>,
+}
+
+impl Title {
+    /// Of one of [`NAMED`].
+    pub(crate) fn of(text: &str) -> Self {
+        serde_yaml::from_str(text).expect("BUG: the named pipelines have names, descriptions and stages")
+    }
+}
 
 /// A pipeline that can be planned.
 pub(crate) struct Pipeline {
@@ -598,7 +616,7 @@ fn source(value: &str, wanted: &PortInfo, drafts: &[Draft], broken: &BTreeSet<St
         }
         return match path.exists() {
             true => Ok(Source::File(path)),
-            false => Err(format!("no file or folder `{value}`")),
+            false => Err(format!("{NO_FILE} `{value}`")),
         };
     }
     let Some((id, output)) = value.split_once('.') else {

@@ -198,6 +198,12 @@ fn published_pipelines_run_on_the_published_layout() {
         let proposals = world.find(&["toy-world", &format!("{part}_proposals")]);
         std::fs::copy(proposals, world.path(&format!("coco/proposals/oln_r50_fpn_coco_{part}.pkl"))).unwrap();
     }
+    // Nothing is wrong with either but that files are not there.
+    for name in ["vild-ov-coco", "vild-ov-lvis"] {
+        let refused = world.run(["plan", name]);
+        assert!(refused.code == 3 && refused.stderr.contains("hint: put the files there"), "{}", refused.stderr);
+    }
+
     let header = r#"{"backbone.conv1.weight":{"dtype":"F32","shape":[64,3,7,7],"data_offsets":[0,37632]}}"#;
     let weights = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0; 37_632]].concat();
     world.write("soco.safetensors", weights);

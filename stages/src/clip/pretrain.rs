@@ -30,6 +30,8 @@ use crate::{
 const OPTIMIZER: AdamW = AdamW { betas: [0.9, 0.98], epsilon: 1e-6 };
 /// CLIP keeps the logit scale below 100.
 const MAX_LOG_SCALE: f64 = 4.605_170_185_988_092;
+/// Steps between two measurements in the log.
+const ROW_STEPS: usize = 10;
 /// Pictures are kept this much larger than the network's input, for random crops.
 const MARGIN: f32 = 1.18;
 
@@ -134,7 +136,7 @@ impl Stage for Pretrain {
         for unit in units {
             let mut random = cx.rng(unit);
             let draft = cx.begin(unit)?;
-            let mut loss_sum = 0.0;
+            let (mut loss_sum, mut of_row) = (0.0, Vec::new());
             // Every picture is seen once before any is seen twice, within a unit.
             let mut order: Vec<usize> = Vec::new();
             for _ in 0..steps_of(unit) {
@@ -155,6 +157,12 @@ impl Stage for Pretrain {
                     });
                 }
                 loss_sum += loss;
+                of_row.push(loss);
+                if of_row.len() == ROW_STEPS {
+                    let mean = of_row.drain(..).sum::<f64>() / ROW_STEPS as f64;
+                    let rate = self.rate_at(training.steps_done - 1);
+                    cx.measured(training.steps_done as u64, &[("loss.contrastive".into(), mean), ("learning_rate".into(), rate)].into());
+                }
                 cx.tick(1);
                 cx.proceed()?;
             }
