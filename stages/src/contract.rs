@@ -488,12 +488,8 @@ impl Context<'_> {
         if n_failed as f64 > max_failed_ratio * n_items as f64 {
             return Err(Error::TooManyFailed { n_failed: n_failed as u64, n_items, max_failed_ratio, last: failed.reason });
         }
-        let mut of_unit = draft.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        // A training sees an item again and again.
-        if !of_unit.contains(&failed) {
-            (self.report)(Progress::Failed(failed.clone()));
-            of_unit.push(failed);
-        }
+        (self.report)(Progress::Failed(failed.clone()));
+        draft.failed.lock().unwrap_or_else(PoisonError::into_inner).push(failed);
         Ok(())
     }
 

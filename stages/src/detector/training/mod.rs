@@ -293,8 +293,8 @@ pub(super) fn train<W: NetworkFile>(
     cx.note(format!("an epoch is {} batches of {} images", course.n_batches(), course.n_images()));
     let (mut units, mut draft): (VecDeque<&Unit>, Option<UnitDraft>) = (units.iter().collect(), None);
     let (mut of_unit, mut of_row) = (Means::default(), Means::default());
-    // Images that cannot be read, by name.
-    let mut unreadable = BTreeSet::new();
+    // Images that cannot be read, by name: so far, and in this unit. A training sees them again and again.
+    let (mut unreadable, mut of_unit_unreadable) = (BTreeSet::new(), BTreeSet::new());
     let mut lessons = course.lessons(steps);
     stream(
         cx.threads,
@@ -310,6 +310,9 @@ pub(super) fn train<W: NetworkFile>(
             let step = batch.step;
             for (name, error, attempts) in batch.unreadable.drain(..) {
                 unreadable.insert(name.clone());
+                if !of_unit_unreadable.insert(name.clone()) {
+                    continue;
+                }
                 cx.left_out(unit, &name, error, attempts, [unreadable.len(), course.n_images()])?;
             }
             let mut values = learn(training, learner, &mut descent, &batch, course)?;
@@ -332,6 +335,7 @@ pub(super) fn train<W: NetworkFile>(
             }
             if is_last {
                 let draft = draft.take().expect("BUG: a unit is open");
+                of_unit_unreadable.clear();
                 descent.save(&draft, ports.weights, ports.state, step + 1, metadata)?;
                 draft.write(ports.curve, "curve.csv", curve.to_csv().as_bytes())?;
                 let mut metrics = std::mem::take(&mut of_unit).taken();
