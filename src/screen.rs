@@ -127,7 +127,7 @@ impl Screen {
             (views, 0) => format!(", {:.0} views/s, waits for images", views as f64 / elapsed_s.max(1e-9)),
             (views, _) => format!(", {:.0} views/s, {ready} ready", views as f64 / elapsed_s.max(1e-9)),
         };
-        let flow = shown.loss.map_or(flow.clone(), |loss| format!("{flow}, loss {loss:.3}"));
+        let flow = flow + &shown.loss.map_or_else(String::new, |loss| format!(", loss {loss:.3}"));
         let words = match total {
             0 => format!("{done} items, {rate:.1} items/s{flow}"),
             total => format!("{done}/{total} ({:.0} %), {rate:.1} items/s{flow}{ends}", 100.0 * done as f64 / total as f64),

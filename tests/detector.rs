@@ -100,6 +100,16 @@ fn a_training_that_is_killed_ends_with_the_same_bytes() {
     assert!(killed.units() == undisturbed.units());
     killed.run(["verify", "--deep"]).success();
 
+    // The last link, damaged, is made again from the one before it.
+    let units = killed.units();
+    let curves = units.iter().filter(|(name, _)| name.contains("detector-train") && name.ends_with("curve.csv"));
+    let (last, _) = curves.max_by_key(|(_, curve)| curve.len()).unwrap();
+    let weights = killed.path(".ovenbird").join(last.replace("curve/curve.csv", "detector/network.safetensors"));
+    std::fs::write(weights, "cut short").unwrap();
+    let mended = killed.run(["run", "./small.yaml"]).success();
+    assert_eq!(mended.steps("done"), ["detector"], "{}", mended.stderr);
+    assert!(killed.units() == undisturbed.units());
+
     // Weights and losses moved, and detections lie in their images.
     let record = std::fs::read_to_string(undisturbed.find(&["detector-train", "unit.json"])).unwrap();
     for loss in ["rpn_objectness", "rpn_boxes", "classes", "boxes", "masks", "objects"] {

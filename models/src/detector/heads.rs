@@ -336,11 +336,6 @@ impl MaskRule {
     }
 }
 
-/// What the masks of objects look like within boxes by [`MaskRule::MMDET`]: f32 `[N, side, side]`, 0 or 1.
-pub fn mask_targets(masks: &[ObjectMask], boxes: &Tensor, objects: &[usize], side: i64) -> Result<Tensor> {
-    MaskRule::MMDET.targets(masks, boxes, objects, side)
-}
-
 /// Which regions are learned from, and how boxes are corrected.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -415,15 +410,10 @@ pub struct RegionLosses {
     pub boxes: Tensor,
 }
 
-/// Compares what a head says with the regions of all images, by absolute differences of deltas; see [`region_losses_by`].
-pub fn region_losses(logits: &Tensor, deltas: &Tensor, samples: &[RegionSample]) -> Result<RegionLosses> {
-    region_losses_by(BoxLoss::Absolute, logits, deltas, samples)
-}
-
 /// Compares what a head says with the regions of all images, in their order; both losses are divided by the number of regions.
 ///
 /// `logits`: f32 `[N, K + 1]`; `deltas`: f32 `[N, 4]`, or `[N, 4 K]` where each class has its own.
-pub fn region_losses_by(box_loss: BoxLoss, logits: &Tensor, deltas: &Tensor, samples: &[RegionSample]) -> Result<RegionLosses> {
+pub fn region_losses(box_loss: BoxLoss, logits: &Tensor, deltas: &Tensor, samples: &[RegionSample]) -> Result<RegionLosses> {
     let n = samples.iter().map(|sample| sample.labels.size()[0]).sum::<i64>();
     ensure(matches!(logits.size()[..], [rows, _] if rows == n), "logits", &format!("[{n}, K + 1], a row for each region"), logits)?;
     let k = logits.size()[1] - 1;

@@ -42,7 +42,7 @@ use self::{
     fpn::{FINEST_STRIDE, Fpn, N_LEVELS},
     heads::{
         Boxes, ClosedHead, DetectionRule, GlobalHead, MaskHead, MaskHeadConfig, MaskRule, ObjectMask, OpenHead, OpenHeadConfig,
-        RegionLosses, RegionRule, TrunkConfig, mask_loss, region_losses_by,
+        RegionLosses, RegionRule, TrunkConfig, mask_loss, region_losses,
     },
     matching::{Assigner, Sampler},
     resnet::{Depth, ResNet, StridePlace},
@@ -514,7 +514,7 @@ impl MaskRcnn {
         let samples = proposals.iter().zip(objects).map(choose).collect::<Result<Vec<_>>>()?;
         let regions: Vec<Tensor> = samples.iter().map(|sample| sample.boxes.shallow_clone()).collect();
         let (logits, deltas) = self.bbox_head.forward(&pyramid.pool(&self.config.pool, &regions)?, Phase::Train)?;
-        let region_losses = region_losses_by(self.config.box_loss, &logits, &deltas, &samples)?;
+        let region_losses = region_losses(self.config.box_loss, &logits, &deltas, &samples)?;
 
         let (mut on_objects, mut classes, mut targets) = (vec![], vec![], vec![]);
         for (sample, objects) in samples.iter().zip(objects) {

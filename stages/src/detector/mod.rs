@@ -43,13 +43,15 @@ pub use self::{
 };
 use crate::{
     Context, Error, In, Inputs, Result, UnitDraft,
-    artifacts::{AnnotationFile, Artifact, Classes, Images, Prompts, last_file},
+    artifacts::{AnnotationFile, Artifact, CheckpointFile, Classes, Images, Prompts, last_file},
     error::malformed,
     feed::stream,
 };
 
 const IMAGES: In<Images> = In::required("images", "The folder that the annotations' file names are relative to.");
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json: which images; of training, its objects.");
+const PRETRAINED: In<CheckpointFile> =
+    In::optional("pretrained", "Weights to begin with: of mmdet, torchvision, a ResNet, or SoCo. What does not fit is listed.");
 const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
 const PROMPTS: In<Prompts> = In::optional(
     "prompts",
@@ -153,8 +155,6 @@ impl Card {
 struct Viewing {
     images: Images,
     annotations: Annotations,
-    /// Longer and shorter side that they are fitted into, in px.
-    fits: [u32; 2],
 }
 
 /// An image shown alone.
@@ -171,10 +171,12 @@ struct View<'a> {
 const ROOM: usize = 256 << 20;
 
 impl Viewing {
-    /// Shows the images at some places, one by one, in order. One that cannot be read is left out by the stage's policy.
+    /// Shows the images at some places, one by one, in order, each fitted into a longer and a shorter side (px). One that cannot be read is
+    /// left out by the stage's policy.
     fn each(
         &self,
         mut places: Range<usize>,
+        fits: [u32; 2],
         draft: &UnitDraft,
         cx: &Context<'_>,
         mut see: impl FnMut(View<'_>) -> Result<()>,
@@ -183,13 +185,13 @@ impl Viewing {
         let bytes = |place: &usize| 3 * info(*place).width as usize * info(*place).height as usize;
         let prepare = |place: usize| {
             let info = info(place);
-            let placement = Placement::fitting([info.width, info.height], self.fits[0], self.fits[1]);
+            let placement = Placement::fitting([info.width, info.height], fits[0], fits[1]);
             let decode = || Ok(Pixels::of(&[placement.pixels(&self.images.decode(&info.file_name, placement.from)?)]));
             (info, placement, cx.attempt(decode))
         };
         let next = || Ok(places.next().map(|place| (place, bytes(&place))));
         // Links of a chain have no items of their own: each sees all images.
-        let n_items = cx.items.len().max(self.annotations.images.len() * cx.units.len());
+        let n_items = if cx.items.is_empty() { self.annotations.images.len() * cx.units.len() } else { cx.items.len() };
         stream(cx.threads, ROOM, next, prepare, |(info, placement, pixels), n_ready| {
             let Some(pixels) = cx.kept(draft, &info.file_name, pixels, n_items)? else { return Ok(()) };
             let [width, height] = placement.to.map(i64::from);

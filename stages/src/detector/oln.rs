@@ -21,13 +21,13 @@ use serde::{Deserialize, Serialize};
 use tch::{Tensor, nn};
 
 use super::{
-    ANNOTATIONS, CLASSES, IMAGES, View, Viewing, card_of,
-    train::{Network, begin_with, boxes},
+    ANNOTATIONS, CLASSES, IMAGES, PRETRAINED, View, Viewing, card_of,
+    train::{Network, begin_with_pretrained, boxes},
     training::{Batch, Course, Learner, NetworkFile, Ports, Training, train},
 };
 use crate::{
     Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{Artifact, CheckpointFile, Proposals, last_file},
+    artifacts::{Artifact, Proposals, last_file},
 };
 
 /// Under which key of a file's metadata its [`Card`] is.
@@ -88,8 +88,6 @@ impl Default for OlnTrain {
     }
 }
 
-const PRETRAINED: In<CheckpointFile> =
-    In::optional("pretrained", "Weights to begin with: of mmdet, torchvision, a ResNet, or SoCo. What does not fit is listed.");
 const PORTS: Ports<OlnFile> = Ports::new(Out::new(
     "network",
     "Weights under the authors' names, safetensors, f32, and how the network is built; of every unit that stays.",
@@ -116,9 +114,7 @@ impl Stage for OlnTrain {
         };
         let store = nn::VarStore::new(cx.device);
         let network = Oln::new(&store.root(), &config, self.training.seed)?;
-        if let Some(file) = cx.inputs.read_if_given(PRETRAINED)? {
-            begin_with(network.parameters(), &file, cx)?;
-        }
+        begin_with_pretrained(network.parameters(), units, cx)?;
         let card = serde_json::to_string(&Card { config, fits: self.training.fits() }).expect("BUG: a card is plain JSON");
         let course = Course::of(&self.training, cx)?;
         train(&self.training, &network, &course, &PORTS, &BTreeMap::from([(CARD_KEY.to_owned(), card)]), units, cx)
@@ -193,12 +189,12 @@ impl Stage for OlnPropose {
         let network = Oln::blank(&store.root(), &card.config)?;
         layout::load(checkpoint.tensors(), network.parameters(), &path)?.require_all(&path)?;
         let suppression = Suppression { iou: self.nms_iou, keep: self.most_per_image };
-        let viewing = Viewing { images, annotations, fits: card.fits };
+        let viewing = Viewing { images, annotations };
         for unit in units {
             // One that another process or device makes is passed by.
             let Some(draft) = cx.begin_claimed(unit)? else { continue };
             let (mut by_image, mut n_proposals) = (BTreeMap::new(), 0);
-            viewing.each(unit.items.clone(), &draft, cx, |View { info, placement, size, pixels }| {
+            viewing.each(unit.items.clone(), card.fits, &draft, cx, |View { info, placement, size, pixels }| {
                 for found in network.propose(&pixels, &[size], &suppression)? {
                     let scores = Vec::<f32>::try_from(&found.scores).map_err(ovenbird_models::Error::from)?;
                     let proposal = |(corners, score)| Proposal { xyxy: placement.find(&Xyxy::from(corners)), score };

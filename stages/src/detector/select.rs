@@ -110,7 +110,7 @@ impl Stage for Select {
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let Checkpoints(files) = cx.inputs.read(CHECKPOINTS)?;
-        let mut viewing = Viewing { images: cx.inputs.read(IMAGES)?, annotations, fits: [0; 2] };
+        let viewing = Viewing { images: cx.inputs.read(IMAGES)?, annotations };
         let n_images = viewing.annotations.images.len();
         cx.total((units.len() * n_images) as u64);
         for unit in units {
@@ -118,9 +118,8 @@ impl Stage for Select {
             let file = &files[unit.index];
             let step = step_of(file)?;
             let observer = Observer::of(&self.test, file, &viewing.annotations, cx)?;
-            viewing.fits = observer.fits;
             let mut detections = Vec::new();
-            viewing.each(0..n_images, &draft, cx, |view| {
+            viewing.each(0..n_images, observer.fits, &draft, cx, |view| {
                 detections.extend(observer.see(&view, cx.threads)?);
                 Ok(())
             })?;

@@ -103,12 +103,12 @@ impl Stage for Test {
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
         let observer = Observer::of(self, &cx.inputs.read(DETECTOR)?, &annotations, cx)?;
-        let viewing = Viewing { images: cx.inputs.read(IMAGES)?, annotations, fits: observer.fits };
+        let viewing = Viewing { images: cx.inputs.read(IMAGES)?, annotations };
         for unit in units {
             // One that another process or device makes is passed by.
             let Some(draft) = cx.begin_claimed(unit)? else { continue };
             let mut detections = Vec::new();
-            viewing.each(unit.items.clone(), &draft, cx, |view| {
+            viewing.each(unit.items.clone(), observer.fits, &draft, cx, |view| {
                 detections.extend(observer.see(&view, cx.threads)?);
                 Ok(())
             })?;

@@ -8,9 +8,9 @@ use ovenbird_models::{
     checkpoint::Checkpoint,
     detector::{
         Config, Detector, REGION_CODER,
-        boxes::{ImageSize, Suppression, boxes_tensor},
+        boxes::{BoxLoss, ImageSize, Suppression, boxes_tensor},
         classifier::{LogitScale, Vocabulary},
-        heads::{ObjectMask, RegionRule, mask_loss, mask_targets, region_losses},
+        heads::{MaskRule, ObjectMask, RegionRule, mask_loss, region_losses},
         layout,
         matching::{Assigner, Sampler},
         rpn::ProposalRule,
@@ -22,12 +22,12 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, nn};
 
 use super::{
-    ANNOTATIONS, CARD_KEY, CLASSES, Card, DetectorFile, IMAGES, PROMPTS, class_embeddings,
+    ANNOTATIONS, CARD_KEY, CLASSES, Card, DetectorFile, IMAGES, PRETRAINED, PROMPTS, class_embeddings,
     training::{Batch, Course, Learner, Ports, Training, train},
 };
 use crate::{
     Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{CheckpointFile, Classes, RegionFeatures},
+    artifacts::{Classes, RegionFeatures},
 };
 
 /// How large the network is.
@@ -94,8 +94,6 @@ impl Default for Train {
 
 const FEATURES: In<RegionFeatures> =
     In::optional("features", "CLIP embeddings of regions of the same images (`clip/objects`), for the object head to learn.");
-const PRETRAINED: In<CheckpointFile> =
-    In::optional("pretrained", "Weights to begin with: of mmdet, torchvision, a ResNet, or SoCo. What does not fit is listed.");
 const PORTS: Ports<DetectorFile> = Ports::new(Out::new(
     "detector",
     "Weights under mmdet's names, safetensors, f32, and how the network is built; of every unit that stays.",
@@ -124,7 +122,7 @@ impl Stage for Train {
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        let learner = ViLd::begin(self, cx)?;
+        let learner = ViLd::begin(self, units, cx)?;
         let mut course = Course::of(&self.training, cx)?;
         if let Some(features) = cx.inputs.read_if_given(FEATURES)? {
             course = course.with_embeddings(&features, learner.card.config.embed_dim, FEATURES.info().name)?;
@@ -171,23 +169,26 @@ struct ViLd {
 }
 
 impl ViLd {
-    fn begin(stage: &Train, cx: &Context<'_>) -> Result<Self> {
+    fn begin(stage: &Train, units: &[Unit], cx: &Context<'_>) -> Result<Self> {
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let embeddings = class_embeddings(cx.inputs, &classes)?;
         let card = stage.card(embeddings.size()[1], cx.inputs);
         let store = nn::VarStore::new(cx.device);
         let detector = Detector::new(&store.root(), &card.config, stage.training.seed)?;
-        if let Some(file) = cx.inputs.read_if_given(PRETRAINED)? {
-            begin_with(detector.parameters(), &file, cx)?;
-        }
+        begin_with_pretrained(detector.parameters(), units, cx)?;
         let (n_classes, n_base) = (classes.all().count() as i64, classes.base.len() as i64);
         let vocabulary = Vocabulary::new(embeddings.to_device(cx.device), n_base, card.scale)?;
         Ok(Self { detector, card, vocabulary, n_classes, object_loss: stage.object_loss, _store: store })
     }
 }
 
-/// Lays a checkpoint over a network that is about to be trained, and says what did not fit.
-pub(super) fn begin_with(parameters: &BTreeMap<String, Tensor>, file: &CheckpointFile, cx: &Context<'_>) -> Result<()> {
+/// Lays the checkpoint at the port `pretrained`, if there is one, over a network whose training is about to begin, and says what did not fit.
+/// A training that goes on has weights of its own.
+pub(super) fn begin_with_pretrained(parameters: &BTreeMap<String, Tensor>, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+    if units.first().is_none_or(|unit| unit.index > 0) {
+        return Ok(());
+    }
+    let Some(file) = cx.inputs.read_if_given(PRETRAINED)? else { return Ok(()) };
     let report = layout::load(Checkpoint::open(&file.path)?.tensors(), parameters, &file.path)?;
     let names = |misfits: &[Misfit]| misfits.iter().map(|misfit| misfit.name.as_str()).collect::<Vec<_>>().join(", ");
     cx.note(format!("begins with {} tensors of {}", report.loaded.len(), file.path.display()));
@@ -225,7 +226,7 @@ impl Learner for ViLd {
         let said = bbox_head.forward(&pyramid.pool(&self.card.config.pool, &chosen)?, Phase::Train)?;
         let logits = bbox_head.classifier.logits(&said.embeddings, &self.vocabulary, Phase::Train)?;
         let deltas = said.deltas.expect("BUG: the box head has boxes");
-        let of_regions = region_losses(&logits, &deltas, &samples)?;
+        let of_regions = region_losses(BoxLoss::Absolute, &logits, &deltas, &samples)?;
         let mut losses = vec![
             ("rpn_objectness", rpn.objectness),
             ("rpn_boxes", rpn.boxes),
@@ -238,7 +239,7 @@ impl Learner for ViLd {
             for (sample, image) in samples.iter().zip(&batch.images) {
                 let boxes = sample.boxes.narrow(0, 0, sample.objects.len() as i64);
                 let masks: Vec<ObjectMask> = image.masks.iter().map(object_mask).collect();
-                expected.push(mask_targets(&masks, &boxes, &sample.objects, 2 * config.pool.side)?);
+                expected.push(MaskRule::MMDET.targets(&masks, &boxes, &sample.objects, 2 * config.pool.side)?);
                 on_objects.push(boxes);
             }
             // One mask for all classes: which they are does not matter.

@@ -9,9 +9,9 @@ use super::{
     super::{
         Config, Detections, Detector, MaskConfig, MaskRcnn, MaskRcnnConfig, MaskRcnnLosses, Objects, POOL, Pyramid, REGION_CODER, TestRule,
         Vocabularies,
-        boxes::{ImageSize, Suppression, boxes_tensor, floats, integers, iou_matrix},
+        boxes::{BoxLoss, ImageSize, Suppression, boxes_tensor, floats, integers, iou_matrix},
         classifier::{Ensemble, LogitScale, Vocabulary},
-        heads::{MaskHeadConfig, ObjectMask, RegionRule, RegionSample, mask_loss, mask_targets, region_losses},
+        heads::{MaskHeadConfig, MaskRule, ObjectMask, RegionRule, RegionSample, mask_loss, region_losses},
         layout,
         matching::{Assigner, Sampler},
         roi_align::RoiAlign,
@@ -328,7 +328,7 @@ fn losses_of_regions_are_divided_by_their_number() {
     let logits = Tensor::zeros([3, 3], (Kind::Float, Device::Cpu));
     let zeros = |columns: i64| Tensor::zeros([3, columns], (Kind::Float, Device::Cpu));
     let check = |deltas: &Tensor, expected: f64| {
-        let losses = region_losses(&logits, deltas, &samples).unwrap();
+        let losses = region_losses(BoxLoss::Absolute, &logits, deltas, &samples).unwrap();
         let found = [losses.classes, losses.boxes].map(|loss| loss.double_value(&[]));
         assert!((found[0] - 3.0_f64.ln()).abs() < 1e-6 && (found[1] - expected / 3.0).abs() < 1e-6, "{found:?}");
     };
@@ -339,11 +339,11 @@ fn losses_of_regions_are_divided_by_their_number() {
     drop(own.get(1).fill_(9.0));
     drop(own.get(2).narrow(0, 0, 4).fill_(-0.5));
     check(&own, 3.0 + 1.5);
-    let refusal = region_losses(&logits, &zeros(12), &samples).unwrap_err().to_string();
+    let refusal = region_losses(BoxLoss::Absolute, &logits, &zeros(12), &samples).unwrap_err().to_string();
     assert_eq!(refusal, "box deltas: expected [3, 4] or [3, 8], found Float [3, 12]");
-    let refusal = region_losses(&logits.narrow(1, 0, 2), &zeros(4), &samples).unwrap_err().to_string();
+    let refusal = region_losses(BoxLoss::Absolute, &logits.narrow(1, 0, 2), &zeros(4), &samples).unwrap_err().to_string();
     assert_eq!(refusal, "labels: expected 0 to 1, which is background, found 2");
-    let nothing = region_losses(&logits.narrow(0, 0, 0), &zeros(4).narrow(0, 0, 0), &[]).unwrap();
+    let nothing = region_losses(BoxLoss::Absolute, &logits.narrow(0, 0, 0), &zeros(4).narrow(0, 0, 0), &[]).unwrap();
     assert_eq!(floats(&Tensor::stack(&[nothing.classes, nothing.boxes], 0)), [0.0, 0.0]);
 }
 
@@ -354,18 +354,18 @@ fn a_mask_is_cut_out_of_the_box_of_its_object() {
     drop(masks.get(1).narrow(0, 20, 20).narrow(1, 10, 10).fill_(1));
     let masks = [0, 1].map(|object| ObjectMask { pixels: masks.get(object), left: 0, top: 0 });
     let boxes = boxes_tensor(&[[10.0, 4.0, 30.0, 36.0], [10.0, 4.0, 30.0, 36.0], [0.0, 20.0, 20.0, 40.0]]);
-    let targets = mask_targets(&masks, &boxes, &[1, 0, 1], 4).unwrap();
+    let targets = MaskRule::MMDET.targets(&masks, &boxes, &[1, 0, 1], 4).unwrap();
     let (left, right, off) = ([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0], [0.0; 4]);
     assert_eq!(floats(&targets.get(0)), [off, off, left, left].concat());
     assert_eq!(floats(&targets.get(1)), [0.0; 16]);
     assert_eq!(floats(&targets.get(2)), [right; 4].concat());
     let even = mask_loss(&targets.zeros_like(), &targets).unwrap().double_value(&[]);
     assert!((even - 2.0_f64.ln()).abs() < 1e-6, "{even}");
-    assert_eq!(mask_targets(&masks, &boxes.narrow(0, 0, 0), &[], 4).unwrap().size(), [0, 4, 4]);
-    let refusal = mask_targets(&masks, &boxes, &[1, 2, 0], 4).unwrap_err().to_string();
+    assert_eq!(MaskRule::MMDET.targets(&masks, &boxes.narrow(0, 0, 0), &[], 4).unwrap().size(), [0, 4, 4]);
+    let refusal = MaskRule::MMDET.targets(&masks, &boxes, &[1, 2, 0], 4).unwrap_err().to_string();
     assert_eq!(refusal, "objects of masks: expected indices of 2 masks, found 2");
     let masks = [ObjectMask { pixels: field("mask", &[3, 4]), left: 0, top: 0 }];
-    let refusal = mask_targets(&masks, &boxes, &[0, 0, 0], 4).unwrap_err().to_string();
+    let refusal = MaskRule::MMDET.targets(&masks, &boxes, &[0, 0, 0], 4).unwrap_err().to_string();
     assert_eq!(refusal, "pixels of a mask: expected u8 [h, w], both at least 1, found Float [3, 4]");
 }
 
@@ -382,7 +382,7 @@ fn a_small_part_of_the_image_gives_the_mask_that_the_whole_image_gives() {
         let whole = ObjectMask { pixels: whole, left: 0, top: 0 };
         let boxes = boxes_of("mask.boxes", 200, 70.0, 2.0, 50.0).into_iter().map(|corners| corners.map(|corner| corner - 10.0));
         let boxes = boxes_tensor(&boxes.collect::<Vec<_>>());
-        let [whole, part] = [whole, part].map(|mask| mask_targets(&[mask], &boxes, &[0; 200], 28).unwrap());
+        let [whole, part] = [whole, part].map(|mask| MaskRule::MMDET.targets(&[mask], &boxes, &[0; 200], 28).unwrap());
         assert_eq!(part, whole);
         assert!(whole.sum(Kind::Float).double_value(&[]) > 500.0, "boxes meet the object");
     }
@@ -456,7 +456,7 @@ fn step(detector: &Detector, kind: Kind, rng: &mut ChaCha8Rng) -> Step {
     let pooled = pyramid.pool(&detector.config().pool, &boxes).unwrap();
     let regions = detector.bbox_head.forward(&pooled, Phase::Train).unwrap();
     let logits = detector.bbox_head.classifier.logits(&regions.embeddings, &toy_classes(), Phase::Train).unwrap();
-    let region_losses = region_losses(&logits, &regions.deltas.unwrap(), &samples).unwrap();
+    let region_losses = region_losses(BoxLoss::Absolute, &logits, &regions.deltas.unwrap(), &samples).unwrap();
 
     let losses = [rpn_losses.objectness, rpn_losses.boxes, region_losses.classes, region_losses.boxes];
     Step { pyramid, samples, pooled, losses }
@@ -469,8 +469,11 @@ fn losses(detector: &Detector, kind: Kind, rng: &mut ChaCha8Rng) -> Vec<Tensor> 
     let on_objects: Vec<Tensor> = samples.iter().map(|sample| sample.boxes.narrow(0, 0, sample.objects.len() as i64)).collect();
     let masks = field("toy.masks", &[2, 96, 128]).gt(0.0).to_kind(Kind::Uint8);
     let masks = [0, 1].map(|object| ObjectMask { pixels: masks.get(object), left: 0, top: 0 });
-    let targets: Vec<Tensor> =
-        samples.iter().zip(&on_objects).map(|(sample, boxes)| mask_targets(&masks, boxes, &sample.objects, 28).unwrap()).collect();
+    let targets: Vec<Tensor> = samples
+        .iter()
+        .zip(&on_objects)
+        .map(|(sample, boxes)| MaskRule::MMDET.targets(&masks, boxes, &sample.objects, 28).unwrap())
+        .collect();
     let targets = Tensor::cat(&targets, 0);
     let pooled_for_masks = pyramid.pool(&mask.pool, &on_objects).unwrap();
     let drawn = detector.mask_head.as_ref().unwrap().forward(&pooled_for_masks, &vec![0; targets.size()[0] as usize]).unwrap();

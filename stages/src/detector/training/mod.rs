@@ -315,16 +315,17 @@ pub(super) fn train<W: NetworkFile>(
                 }
                 cx.left_out(unit, &name, error, attempts, [unreadable.len(), course.n_images()])?;
             }
-            let mut values = learn(training, learner, &mut descent, &batch, course)?;
+            let mut values = learn(training, learner, descent.factor(), &batch, course, cx.device)?;
             cx.flow(batch.images.len(), n_ready);
-            if batch.piece + 1 < training.accumulate {
-                of_unit.add(&values);
-                of_row.add(&values);
-                return cx.proceed();
+            let is_whole = batch.piece + 1 == training.accumulate;
+            if is_whole {
+                values.push(("gradient", descent.step(step)?));
             }
-            values.push(("gradient", descent.step(step)?));
             of_unit.add(&values);
             of_row.add(&values);
+            if !is_whole {
+                return cx.proceed();
+            }
             cx.tick(1);
             let is_last = (step + 1) % training.steps_per_unit == 0 || step + 1 == end;
             if (step + 1) % ROW_STEPS == 0 || is_last {
@@ -347,18 +348,18 @@ pub(super) fn train<W: NetworkFile>(
     )
 }
 
-/// Adds up the gradients of a batch; returns each loss, weighted: none where no image can be read.
+/// Adds up the gradients of a batch, whose loss is multiplied by `factor`; returns each loss, weighted: none where no image can be read.
 fn learn(
     training: &Training,
     learner: &impl Learner,
-    descent: &mut Descent<'_>,
+    factor: f64,
     batch: &Batch,
     course: &Course,
+    device: Device,
 ) -> Result<Vec<(&'static str, f64)>> {
     if batch.images.is_empty() {
         return Ok(Vec::new());
     }
-    let device = learner.parameters().values().next().map_or(Device::Cpu, Tensor::device);
     let images = batch.pixels.on(device).to_kind(training.precision.kind());
     let losses = learner.losses(&images, batch, batch.step, &mut course.random(Random::Samples(batch.step, batch.piece)))?;
     let all = Tensor::stack(&losses.iter().map(|(_, loss)| loss.to_kind(Kind::Float)).collect::<Vec<_>>(), 0);
@@ -373,7 +374,7 @@ fn learn(
             hint: "lower `learning_rate`, or look at these images; the last checkpoint is kept".into(),
         });
     }
-    (all.sum(Kind::Float) * descent.factor()).backward();
+    (all.sum(Kind::Float) * factor).backward();
     Ok(losses.iter().map(|(name, _)| *name).zip(values).collect())
 }
 
