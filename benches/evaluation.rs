@@ -10,14 +10,14 @@
 //! `make bench`.
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods, reason = "a benchmark prints, and may end where it fails")]
 
+mod support;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     io::BufWriter,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
-    thread,
-    time::{Duration, Instant},
+    process::Command,
 };
 
 use ovenbird_cache::{Recipe, Store, UnitKey};
@@ -31,6 +31,7 @@ use ovenbird_stages::artifacts::Detections;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
+use support::watched;
 
 /// Width, height, in px.
 const SIZE: [u32; 2] = [640, 480];
@@ -196,23 +197,8 @@ fn write_detections(set: &Set, folder: &Path) {
 
 /// Makes a step with the whole program: s, and the greatest resident memory in MiB.
 fn run(folder: &Path, step: &str) -> (f64, f64) {
-    let clock = Instant::now();
-    let mut running = Command::new(env!("CARGO_BIN_EXE_ovenbird"))
-        .args(["run", "./bench.yaml", "--home", "home", "--until", step])
-        .current_dir(folder)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let mut peak: f64 = 0.0;
-    while running.try_wait().unwrap().is_none() {
-        let status = fs::read_to_string(format!("/proc/{}/status", running.id())).unwrap_or_default();
-        let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
-        peak = peak.max(kib.unwrap_or(0.0) / 1024.0);
-        thread::sleep(Duration::from_millis(2));
-    }
-    assert!(running.wait().unwrap().success(), "{step}");
-    (clock.elapsed().as_secs_f64(), peak)
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ovenbird"));
+    watched(command.args(["run", "./bench.yaml", "--home", "home", "--until", step]).current_dir(folder))
 }
 
 /// The published file of a name.

@@ -8,6 +8,8 @@
 //! `make bench`; `OVENBIRD_BENCH_ITEMS` sets the number of items (1,000,000: 1 GB of features and as many small files).
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods, reason = "a benchmark prints, and may end where it fails")]
 
+mod support;
+
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
@@ -28,6 +30,7 @@ use ovenbird_stages::{
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
+use support::watched;
 
 const DIM: usize = 512;
 const ROWS: usize = 1024;
@@ -158,25 +161,10 @@ fn files(store: &Store, unit: &UnitRecord) -> Vec<PathBuf> {
 fn best_of(n: usize, folder: &Path, args: &[&str]) -> (f64, f64) {
     let mut best = (f64::MAX, 0.0);
     for _ in 0..n {
-        let clock = Instant::now();
-        let mut running = Command::new(env!("CARGO_BIN_EXE_ovenbird"))
-            .args(args)
-            .args(["--home", "home"])
-            .current_dir(folder)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut peak: f64 = 0.0;
-        while running.try_wait().unwrap().is_none() {
-            let status = fs::read_to_string(format!("/proc/{}/status", running.id())).unwrap_or_default();
-            let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
-            peak = peak.max(kib.unwrap_or(0.0) / 1024.0);
-            thread::sleep(Duration::from_millis(2));
-        }
-        assert!(running.wait().unwrap().success(), "{args:?}");
-        if clock.elapsed().as_secs_f64() < best.0 {
-            best = (clock.elapsed().as_secs_f64(), peak);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ovenbird"));
+        let taken = watched(command.args(args).args(["--home", "home"]).current_dir(folder));
+        if taken.0 < best.0 {
+            best = taken;
         }
     }
     best
