@@ -27,9 +27,16 @@ stages:
   - id: regions
     use: clip/proposals
     in: {images: world.images, annotations: world.train, proposals: proposals.proposals, checkpoint: clip.checkpoint}
+  - id: blocks
+    use: clip/blocks
+    in: {images: world.images, annotations: train.annotations, checkpoint: clip.checkpoint}
+  - id: globals
+    use: clip/globals
+    in: {images: world.images, annotations: train.annotations, checkpoint: clip.checkpoint}
+    with: {view: square}
   - id: detector
     use: detector/train
-    in: {images: world.images, annotations: train.annotations, classes: train.classes, prompts: prompts.prompts, features: regions.features}
+    in: {images: world.images, annotations: train.annotations, classes: train.classes, prompts: prompts.prompts, features: regions.features, blocks: blocks.features, globals: globals.features}
     with:
       network: toy
       masks: true
@@ -112,8 +119,22 @@ fn a_training_that_is_killed_ends_with_the_same_bytes() {
 
     // Weights and losses moved, and detections lie in their images.
     let record = std::fs::read_to_string(undisturbed.find(&["detector-train", "unit.json"])).unwrap();
-    for loss in ["rpn_objectness", "rpn_boxes", "classes", "boxes", "masks", "objects"] {
-        assert!(record.contains(&format!("\"loss.{loss}\"")), "{record}");
+    for number in [
+        "loss.rpn_objectness",
+        "loss.rpn_boxes",
+        "loss.classes",
+        "loss.boxes",
+        "loss.masks",
+        "loss.objects",
+        "loss.blocks",
+        "loss.relations",
+        "loss.block_labels",
+        "loss.globals",
+        "loss.global_labels",
+        "recall.blocks",
+        "recall.globals",
+    ] {
+        assert!(record.contains(&format!("\"{number}\"")), "{record}");
     }
     // Both checkpoints were tested; the last one's numbers are those of `detector/test` with the same rule.
     assert!(run.stderr.contains("all AP50: best at step ") && run.stderr.contains("; last, at step 6, "), "{}", run.stderr);
@@ -256,7 +277,7 @@ fn what_a_training_cannot_use_is_said_in_words() {
     assert!(missing.stderr.contains("`clip/objects` with the same `annotations`"), "{}", missing.stderr);
 
     // A detector that was trained without class embeddings cannot be asked with some.
-    let without = "prompts: prompts.prompts, features: regions.features}";
+    let without = "prompts: prompts.prompts, features: regions.features, blocks: blocks.features, globals: globals.features}";
     world.write("wordless.yaml", SMALL.replace(&format!(", {without}"), "}"));
     let wordless = world.run(["run", "./wordless.yaml", "--until", "test"]);
     assert_eq!((wordless.code, wordless.steps("failed")), (4, vec!["test".to_owned()]), "{}", wordless.stderr);

@@ -5,7 +5,7 @@
 //!
 //! Where this differs: nothing is drawn at random here. Who trains draws a [`Placement`] with random numbers of its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     annotations::{AnnotationId, Annotations, CategoryId, ImageInfo},
@@ -67,12 +67,19 @@ pub fn samples(annotations: &Annotations, classes: &[CategoryId]) -> Vec<Sample>
 /// images that show c (LVIS, Gupta et al. 2019, appendix B; rounded up).
 pub fn repeats(samples: &[Sample], threshold: f64) -> Vec<usize> {
     let mut n_images: BTreeMap<usize, usize> = BTreeMap::new();
-    let classes_of = |sample: &Sample| sample.objects.iter().map(|object| object.class).collect::<std::collections::BTreeSet<_>>();
+    let classes_of = |sample: &Sample| sample.objects.iter().map(|object| object.class).collect::<BTreeSet<_>>();
     for class in samples.iter().flat_map(classes_of) {
         *n_images.entry(class).or_default() += 1;
     }
     let of_class = |class: usize| (threshold / (n_images[&class] as f64 / samples.len() as f64)).sqrt().max(1.0);
     samples.iter().map(|sample| classes_of(sample).into_iter().map(of_class).fold(1.0, f64::max).ceil() as usize).collect()
+}
+
+/// Which classes a part of an image shows, ascending: those of objects that it overlaps at all, px of the image. (OADP, section 6.2.)
+pub fn shown_classes(part: &Xyxy, objects: &[Object]) -> Vec<usize> {
+    let overlaps = |xyxy: &Xyxy| part.x1.max(xyxy.x1) < part.x2.min(xyxy.x2) && part.y1.max(xyxy.y1) < part.y2.min(xyxy.y2);
+    let classes: BTreeSet<usize> = objects.iter().filter(|object| overlaps(&object.xyxy)).map(|object| object.class).collect();
+    classes.into_iter().collect()
 }
 
 /// Batches of `size` images in an order, none of which mixes wide and tall ones: each shape waits until it fills a batch. What is left

@@ -9,6 +9,7 @@ mod error;
 #[cfg(test)]
 mod golden;
 mod layers;
+pub mod multilabel;
 mod parameters;
 
 pub use error::{Error, Misfit};

@@ -57,12 +57,18 @@ impl LogitScale {
     }
 }
 
-/// The classes that a classifier tells apart.
+/// The classes that a classifier tells apart. Clones share the embeddings.
 #[derive(Debug)]
 pub struct Vocabulary {
     embeddings: Tensor,
     n_base: i64,
     scale: LogitScale,
+}
+
+impl Clone for Vocabulary {
+    fn clone(&self) -> Self {
+        Self { embeddings: self.embeddings.shallow_clone(), n_base: self.n_base, scale: self.scale }
+    }
 }
 
 impl Vocabulary {
@@ -78,6 +84,16 @@ impl Vocabulary {
             return Err(Error::Input { what: "logit scale", expected: "positive numbers".into(), found: format!("{scale:?}") });
         }
         Ok(Self { embeddings, n_base, scale })
+    }
+
+    /// Class embeddings f32 `[K, D]`.
+    pub fn embeddings(&self) -> &Tensor {
+        &self.embeddings
+    }
+
+    /// How cosines to them become logits.
+    pub fn scale(&self) -> LogitScale {
+        self.scale
     }
 
     /// The number K of classes.
@@ -152,36 +168,94 @@ impl EmbeddingClassifier {
     }
 }
 
+/// How a head's logits of some classes become its part of a joined score.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Share {
+    /// Multiplies the logits, before the softmax over all classes.
+    pub scale: f64,
+    /// Of the probability.
+    pub exponent: f64,
+}
+
+/// The shares of a head.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shares {
+    /// In scores of base classes.
+    pub base: Share,
+    /// In scores of novel classes.
+    pub novel: Share,
+}
+
+impl Shares {
+    /// Exponents for base and for novel classes, and logits as they are.
+    pub const fn of(base: f64, novel: f64) -> Self {
+        Self { base: Share { scale: 1.0, exponent: base }, novel: Share { scale: 1.0, exponent: novel } }
+    }
+
+    /// Returns `[N, K]`; `logits`: `[N, K + 1]`.
+    fn apply(&self, logits: &Tensor, n_base: i64) -> Tensor {
+        let k = logits.size()[1] - 1;
+        let groups = [(self.base, 0, n_base), (self.novel, n_base, k - n_base)];
+        let mut scaled: Vec<Tensor> = groups.iter().map(|&(share, first, n)| logits.narrow(1, first, n) * share.scale).collect();
+        scaled.push(logits.narrow(1, k, 1));
+        let probabilities = Tensor::cat(&scaled, 1).softmax(-1, Kind::Float);
+        let powers = groups.map(|(share, first, n)| probabilities.narrow(1, first, n).pow_tensor_scalar(share.exponent));
+        Tensor::cat(&powers, 1)
+    }
+}
+
+/// What becomes of a region whose joined scores sum to more than 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Overfull {
+    /// It stays.
+    Kept,
+    /// All its scores are 0. (The reference makes a logit of a score, and a background of what is missing to 1: of such a region nothing is a
+    /// number, and nothing is detected.)
+    Dropped,
+}
+
 /// How the scores of the two heads become one (ViLD, equation 5; OADP, section 6.6).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ensemble {
-    /// The exponent of the box head's score for base classes; the object head's is the rest to 1.
-    pub base: f64,
-    /// The same for novel classes.
-    pub novel: f64,
+    /// Of the box head.
+    pub bbox: Shares,
+    /// Of the object head.
+    pub object: Shares,
+    /// The exponent of a proposal's objectness; 0 leaves it out.
+    pub objectness: f64,
+    /// What becomes of a region whose joined scores sum to more than 1.
+    pub overfull: Overfull,
 }
 
 impl Default for Ensemble {
+    /// Geometric means, in which the box head weighs two thirds for base classes and a third for novel ones.
     fn default() -> Self {
-        Self { base: 2.0 / 3.0, novel: 1.0 / 3.0 }
+        let (most, least) = (2.0 / 3.0, 1.0 / 3.0);
+        Self { bbox: Shares::of(most, least), object: Shares::of(least, most), objectness: 0.0, overfull: Overfull::Kept }
     }
 }
 
 impl Ensemble {
-    /// Returns scores `[N, K]`: geometric means of the softmaxes of both logits `[N, K + 1]`, whose last column is background.
-    ///
-    /// The product is the score. The reference makes a logit of it and a background of what is missing to 1, which is not a number where the
-    /// scores of a region sum to more than 1.
-    pub fn scores(&self, box_logits: &Tensor, object_logits: &Tensor, n_base: i64) -> Result<Tensor> {
+    /// Returns scores `[N, K]`: products of powers of the softmaxes of both logits `[N, K + 1]`, whose last column is background, and of
+    /// `objectness` `[N]`.
+    pub fn scores(&self, box_logits: &Tensor, object_logits: &Tensor, objectness: &Tensor, n_base: i64) -> Result<Tensor> {
         let fits = matches!(box_logits.size()[..], [_, columns] if (0..columns).contains(&n_base));
         ensure(fits, "logits of the box head", &format!("[N, K + 1], K at least {n_base}"), box_logits)?;
         ensure(object_logits.size() == box_logits.size(), "logits of the object head", "the shape of the box head's", object_logits)?;
-        let k = box_logits.size()[1] - 1;
-        let [text, image] = [box_logits, object_logits].map(|logits| logits.softmax(-1, Kind::Float).narrow(1, 0, k));
-        let mean = |first: i64, n: i64, exponent: f64| {
-            text.narrow(1, first, n).pow_tensor_scalar(exponent) * image.narrow(1, first, n).pow_tensor_scalar(1.0 - exponent)
+        let n = box_logits.size()[0];
+        ensure(objectness.size() == [n], "objectness", &format!("[{n}], one for each region"), objectness)?;
+        let scores = self.bbox.apply(box_logits, n_base) * self.object.apply(object_logits, n_base);
+        let scores = match self.overfull {
+            Overfull::Kept => scores,
+            Overfull::Dropped => {
+                let is_fine = scores.sum_dim_intlist([1_i64].as_slice(), true, Kind::Float).le(1.0);
+                scores * is_fine
+            }
         };
-        Ok(Tensor::cat(&[mean(0, n_base, self.base), mean(n_base, k - n_base, self.novel)], 1))
+        Ok(scores * objectness.to_device(box_logits.device()).pow_tensor_scalar(self.objectness).unsqueeze(1))
     }
 }

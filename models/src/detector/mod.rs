@@ -5,7 +5,7 @@
 //! px of the image as the network sees it. How an image becomes a tensor, and in which order losses are taken, is not known here.
 //!
 //! What differs from mmdet and OADP: batch normalisation sees one device (the reference synchronises several); joined scores are products, not
-//! logits made of them ([`classifier::Ensemble`]); losses of proposals are divided by what was sampled ([`rpn`]). Residual blocks begin with
+//! logits made of them ([`classifier::Overfull`]); losses of proposals are divided by what was sampled ([`rpn`]). Residual blocks begin with
 //! all weights of normalisation at 1, where mmdet begins the last of a block at 0, which only matters without pretraining.
 //!
 //! Parameters are f32. Images in bf16 or f16 make everything up to a head's last layer be computed in that kind; batch statistics, logits,
@@ -16,6 +16,7 @@
 pub mod anchors;
 pub mod boxes;
 pub mod classifier;
+pub mod distillation;
 pub mod fpn;
 pub mod heads;
 mod layers;
@@ -380,6 +381,7 @@ impl Detector {
         tch::no_grad(|| {
             let pyramid = self.regions.forward(images, Phase::Test)?;
             let proposals = self.regions.rpn.proposals(&pyramid.predictions, sizes, &rule.proposals)?;
+            let objectness = Tensor::cat(&proposals.iter().map(|proposals| &proposals.scores).collect::<Vec<_>>(), 0);
             let boxes: Vec<Tensor> = proposals.into_iter().map(|proposals| proposals.boxes).collect();
             let pooled = pyramid.pool(&self.config.pool, &boxes)?;
             let regions = self.bbox_head.forward(&pooled, Phase::Test)?;
@@ -390,7 +392,7 @@ impl Detector {
                 (Some(vocabulary), Some(head)) => {
                     let embeddings = head.forward(&pooled, Phase::Test)?.embeddings;
                     let object_logits = head.classifier.logits(&embeddings, vocabulary, Phase::Test)?;
-                    rule.ensemble.scores(&logits, &object_logits, vocabularies.bbox.n_base())?
+                    rule.ensemble.scores(&logits, &object_logits, &objectness, vocabularies.bbox.n_base())?
                 }
                 (Some(_), None) => {
                     let expected = "none: the detector has no object head".into();

@@ -1,6 +1,7 @@
 //! The detector against torchvision, by weights and inputs that both sides make from one formula (`tests/golden/detector/make.py`).
 
 mod detectors;
+mod distillation;
 mod networks;
 mod oln;
 mod operators;

@@ -425,36 +425,49 @@ impl RegionFeatures {
 }
 
 impl RegionFeatures {
-    /// Makes regions accessible by image. Every batch is checked once; what is not asked for stays in the file.
-    pub(crate) fn by_image(&self) -> Result<RegionsByImage> {
-        let batches = batches(&self.shards).collect::<Result<Vec<_>>>()?;
+    /// Makes regions accessible by image.
+    pub(crate) fn by_image(&self) -> Result<ByImage<Regions>> {
+        ByImage::of(&self.shards, region_rows)
+    }
+}
+
+impl ImageFeatures {
+    /// Makes embeddings accessible by image.
+    pub(crate) fn by_image(&self) -> Result<ByImage<(ImageId, Vec<f32>)>> {
+        ByImage::of(&self.shards, image_rows)
+    }
+}
+
+/// Rows of images, read from the memory map when they are asked for.
+pub(crate) struct ByImage<R> {
+    batches: Vec<(PathBuf, RecordBatch)>,
+    /// Batch and row of each image.
+    places: BTreeMap<ImageId, (usize, usize)>,
+    read: fn(&Path, &RecordBatch) -> Result<Vec<R>>,
+}
+
+impl<R> ByImage<R> {
+    /// Every batch is checked once; what is not asked for stays in the file.
+    fn of(shards: &[InputFile], read: fn(&Path, &RecordBatch) -> Result<Vec<R>>) -> Result<Self> {
+        let batches = batches(shards).collect::<Result<Vec<_>>>()?;
         let mut places = BTreeMap::new();
         for (batch_idx, (path, batch)) in batches.iter().enumerate() {
             let ids = u64_column(path, batch, "image_id")?.into_iter().enumerate();
             places.extend(ids.map(|(row_idx, image)| (ImageId(image), (batch_idx, row_idx))));
         }
-        Ok(RegionsByImage { batches, places })
+        Ok(Self { batches, places, read })
     }
-}
 
-/// Regions of images, read from the memory map when they are asked for.
-pub(crate) struct RegionsByImage {
-    batches: Vec<(PathBuf, RecordBatch)>,
-    /// Batch and row of each image.
-    places: BTreeMap<ImageId, (usize, usize)>,
-}
-
-impl RegionsByImage {
-    /// Whether there is an entry for an image, with or without regions.
+    /// Whether there is a row for an image, with or without regions.
     pub(crate) fn has(&self, image: ImageId) -> bool {
         self.places.contains_key(&image)
     }
 
-    /// The regions of an image that has an entry.
-    pub(crate) fn get(&self, image: ImageId) -> Result<Regions> {
+    /// The row of an image that has one.
+    pub(crate) fn get(&self, image: ImageId) -> Result<R> {
         let (batch_idx, row_idx) = self.places[&image];
         let (path, batch) = &self.batches[batch_idx];
-        Ok(region_rows(path, &batch.slice(row_idx, 1))?.remove(0))
+        Ok((self.read)(path, &batch.slice(row_idx, 1))?.remove(0))
     }
 }
 

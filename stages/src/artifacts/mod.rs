@@ -33,15 +33,15 @@ use ovenbird_data::{
     images::Image,
     proposals::{self, Proposal},
 };
-use ovenbird_models::checkpoint::Checkpoint;
+use ovenbird_models::{checkpoint::Checkpoint, detector::classifier::LogitScale};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tch::Tensor;
 
 pub use curve::Curve;
+pub(crate) use features::{ByImage, Row, RowKind, RowWriter, Shelf};
 pub use features::{
     Crop, Crops, CropsWriter, ImageFeatures, ImageFeaturesWriter, NumberType, RegionFeatures, RegionFeaturesWriter, Regions,
 };
-pub(crate) use features::{RegionsByImage, Row, RowKind, RowWriter, Shelf};
 pub use tables::{Detections, Proposals};
 
 use crate::{Error, Result, error::malformed};
@@ -278,6 +278,8 @@ pub struct Prompts {
     pub names: Vec<String>,
     /// f32 `[K, D]`; whether rows have unit norm is the recipe's affair.
     pub embeddings: Tensor,
+    /// How cosines to them become logits, where that was learned with them.
+    pub scale: Option<LogitScale>,
 }
 
 impl Artifact for Prompts {
@@ -290,8 +292,18 @@ impl Artifact for Prompts {
         let names = checkpoint.metadata().get("names").and_then(|names| serde_json::from_str::<Vec<String>>(names).ok());
         let names = names.ok_or_else(|| malformed(path, "expected a list of class names under `names` in the metadata"))?;
         let embeddings = checkpoint.tensor("embeddings")?;
+        let number = |name: &str| match checkpoint.tensors().get(name) {
+            Some(tensor) if tensor.numel() == 1 => Ok(Some(tensor.double_value(&[]))),
+            Some(tensor) => Err(malformed(path, format!("expected one number as `{name}`, found {:?}", tensor.size()))),
+            None => Ok(None),
+        };
+        let scale = match (number("scaler")?, number("bias")?) {
+            (Some(scaler), Some(bias)) => Some(LogitScale::Affine { scaler, bias }),
+            (None, None) => None,
+            (Some(_), None) | (None, Some(_)) => return Err(malformed(path, "expected `scaler` and `bias` together, found one of them")),
+        };
         match embeddings.size().as_slice() {
-            [n_classes, _] if *n_classes == names.len() as i64 => Ok(Self { names, embeddings }),
+            [n_classes, _] if *n_classes == names.len() as i64 => Ok(Self { names, embeddings, scale }),
             shape => Err(malformed(path, format!("expected embeddings [{}, D], found {shape:?}", names.len()))),
         }
     }

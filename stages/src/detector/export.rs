@@ -63,6 +63,7 @@ mod tests {
             config: Config::toy(16),
             fits: [256, 192],
             has_prompts: true,
+            has_multilabel_prompts: false,
             scale: LogitScale::Temperature { train: 0.007, test: 0.01 },
         };
         let build = |seed| {

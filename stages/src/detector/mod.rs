@@ -4,6 +4,7 @@
 //! A trained detector's file says how it is built and asked ([`Card`]), so that nothing has to be repeated where it is used.
 
 mod export;
+mod learner;
 mod oln;
 mod select;
 mod test;
@@ -24,7 +25,11 @@ use ovenbird_data::{
 };
 use ovenbird_models::{
     checkpoint::Checkpoint,
-    detector::{Config, boxes::ImageSize, classifier::LogitScale},
+    detector::{
+        Config,
+        boxes::ImageSize,
+        classifier::{LogitScale, Vocabulary},
+    },
     to_unit_length,
 };
 use rand::{Rng as _, SeedableRng as _};
@@ -58,6 +63,11 @@ const PROMPTS: In<Prompts> = In::optional(
     "Class embeddings. Without them every base class gets a direction of its own, and novel ones none: they are found by chance alone.",
 );
 
+const MULTILABEL_PROMPTS: In<Prompts> = In::optional(
+    "multilabel_prompts",
+    "Class embeddings with a learned scale (`prompts/multilabel`), for the heads that learn CLIP's embeddings; without, they use `prompts`.",
+);
+
 /// Red, green, blue of ImageNet: taken off, and divided by.
 const MEAN: [f32; 3] = [123.675, 116.28, 103.53];
 const STD: [f32; 3] = [58.395, 57.12, 57.375];
@@ -80,8 +90,18 @@ struct Card {
     fits: [u32; 2],
     /// Whether classes have embeddings of their names.
     has_prompts: bool,
-    /// How cosines become logits, in all heads that look at regions.
+    /// Whether the heads that learned CLIP's embeddings have others than the box head.
+    has_multilabel_prompts: bool,
+    /// How cosines become logits, where class embeddings bring no scale.
     scale: LogitScale,
+}
+
+/// The classes that a detector tells apart, base ++ novel.
+struct ClassTables {
+    /// As the box head compares with them.
+    text: Vocabulary,
+    /// As the heads do that learned CLIP's embeddings of images.
+    image: Vocabulary,
 }
 
 /// A trained detector: of several checkpoints of a training, the last.
@@ -134,22 +154,42 @@ fn class_embeddings(inputs: &Inputs, classes: &ClassSplit) -> Result<Tensor> {
 }
 
 impl Card {
-    /// Refuses class embeddings of another space than the detector's.
-    fn check(&self, inputs: &Inputs, embeddings: &Tensor) -> Result<()> {
-        let port = PROMPTS.info().name;
-        let (dim, expected) = (embeddings.size()[1], self.config.embed_dim);
-        let problem = match (self.has_prompts, inputs.ports.contains_key(port)) {
-            (true, false) => "the detector was trained with class embeddings, and gets none".into(),
-            (false, true) => "the detector was trained without class embeddings, and gets some".into(),
-            (true, true) | (false, false) if dim != expected => {
-                format!("class embeddings have {dim} numbers, the detector's space has {expected}")
+    /// The classes at the ports. Refuses class embeddings of another space than the detector's.
+    fn tables(&self, inputs: &Inputs, classes: &ClassSplit, device: Device) -> Result<ClassTables> {
+        self.check_port(PROMPTS, self.has_prompts, inputs)?;
+        self.check_port(MULTILABEL_PROMPTS, self.has_multilabel_prompts, inputs)?;
+        let vocabulary = |port: In<Prompts>, embeddings: Tensor, scale: LogitScale| {
+            let (dim, expected) = (embeddings.size()[1], self.config.embed_dim);
+            if dim != expected {
+                let problem = format!("class embeddings have {dim} numbers, the detector's space has {expected}");
+                return Err(Error::Input { port: port.info().name, problem, hint: PROMPTS_HINT.into() });
             }
+            Ok(Vocabulary::new(embeddings.to_device(device), classes.base.len() as i64, scale)?)
+        };
+        let text = vocabulary(PROMPTS, class_embeddings(inputs, classes)?, self.scale)?;
+        let image = match inputs.read_if_given(MULTILABEL_PROMPTS)? {
+            Some(prompts) => {
+                let names: Vec<String> = classes.all().cloned().collect();
+                let embeddings = prompts.select(&names)?.to_kind(Kind::Float);
+                vocabulary(MULTILABEL_PROMPTS, embeddings, prompts.scale.unwrap_or(self.scale))?
+            }
+            None => text.clone(),
+        };
+        Ok(ClassTables { text, image })
+    }
+
+    fn check_port(&self, port: In<Prompts>, was_given: bool, inputs: &Inputs) -> Result<()> {
+        let port = port.info().name;
+        let problem = match (was_given, inputs.ports.contains_key(port)) {
+            (true, false) => format!("the detector was trained with `{port}`, and gets none"),
+            (false, true) => format!("the detector was trained without `{port}`, and gets some"),
             (true, true) | (false, false) => return Ok(()),
         };
-        let hint = "use the prompts (or none) that the detector was trained with, or others of the same CLIP".into();
-        Err(Error::Input { port, problem, hint })
+        Err(Error::Input { port, problem, hint: PROMPTS_HINT.into() })
     }
 }
+
+const PROMPTS_HINT: &str = "use the prompts (or none) that the detector was trained with, or others of the same CLIP";
 
 /// Images to be shown to a network that is trained.
 struct Viewing {

@@ -22,8 +22,9 @@ use tch::{Tensor, nn};
 
 use super::{
     ANNOTATIONS, CLASSES, IMAGES, PRETRAINED, View, Viewing, card_of,
-    train::{Network, begin_with_pretrained, boxes},
-    training::{Batch, Course, Learner, NetworkFile, Ports, Training, train},
+    learner::{begin_with_pretrained, boxes},
+    train::Network,
+    training::{Assessment, Batch, Course, Learner, NetworkFile, Ports, Training, train},
 };
 use crate::{
     Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
@@ -126,16 +127,17 @@ impl Learner for Oln {
         self.parameters()
     }
 
-    fn losses(&self, images: &Tensor, batch: &Batch, _step: u32, random: &mut ChaCha8Rng) -> Result<Vec<(&'static str, Tensor)>> {
+    fn assess(&self, images: &Tensor, batch: &Batch, random: &mut ChaCha8Rng) -> Result<Assessment> {
         let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image.size).collect();
         let objects: Vec<Tensor> = batch.images.iter().map(|image| boxes(&image.objects)).collect();
         let losses = self.losses(images, &sizes, &objects, random)?;
-        Ok(vec![
+        let losses = vec![
             ("rpn_boxes", losses.proposals),
             ("rpn_centerness", losses.centerness),
             ("boxes", losses.boxes),
             ("overlaps", losses.overlaps),
-        ])
+        ];
+        Ok(Assessment { losses, measures: Vec::new() })
     }
 }
 

@@ -9,7 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ANNOTATIONS, CLASSES, DetectorFile, IMAGES, PROMPTS, STEP_KEY, Viewing,
+    ANNOTATIONS, CLASSES, DetectorFile, IMAGES, MULTILABEL_PROMPTS, PROMPTS, STEP_KEY, Viewing,
     test::{Observer, Test},
 };
 use crate::{
@@ -91,7 +91,8 @@ const CURVE: Out<Curve> = Out::new("curve", "AP and AP50 of base and novel class
 impl Stage for Select {
     const KIND: &'static str = "detector/select";
     const VERSION: u32 = 1;
-    const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), CHECKPOINTS.info()];
+    const INPUTS: &'static [PortInfo] =
+        &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), MULTILABEL_PROMPTS.info(), CHECKPOINTS.info()];
     const OUTPUTS: &'static [PortInfo] = &[BEST.info(), BEST_EVALUATION.info(), LAST_EVALUATION.info(), CURVE.info()];
 
     fn check(&self) -> Vec<Problem> {

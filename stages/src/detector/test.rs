@@ -12,7 +12,7 @@ use ovenbird_models::{
     detector::{
         Detector, TestRule, Vocabularies,
         boxes::{Suppression, corners},
-        classifier::{Ensemble, Vocabulary},
+        classifier::{self, Ensemble, Shares},
         heads::DetectionRule,
         layout,
         rpn::ProposalRule,
@@ -22,7 +22,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn};
 
-use super::{ANNOTATIONS, CLASSES, DetectorFile, IMAGES, PROMPTS, View, Viewing, class_embeddings};
+use super::{ANNOTATIONS, CLASSES, ClassTables, DetectorFile, IMAGES, MULTILABEL_PROMPTS, PROMPTS, View, Viewing};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Classes, Detections},
@@ -34,12 +34,74 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Heads {
-    /// The box head and, where the detector has one, the object head: a geometric mean, in which the box head weighs two thirds for base
-    /// classes and a third for novel ones. (ViLD, equation 5; OADP, section 6.6.)
+    /// The box head and, where the detector has one, the object head, joined as `joined` says.
     #[default]
     Both,
     /// The box head alone.
     Box,
+}
+
+/// What a head's logits of some classes contribute to a joined score.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Share {
+    /// Multiplies the logits before the softmax.
+    pub scale: f64,
+    /// Of the probability.
+    pub exponent: f64,
+}
+
+/// What becomes of a region whose joined scores sum to more than 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Overfull {
+    /// It is detected by its scores. (The reference's defect 3, mended.)
+    #[default]
+    Fixed,
+    /// It is not detected.
+    Reference,
+}
+
+/// How the scores of both heads become one: a product of powers. By default a geometric mean, in which the box head weighs two thirds for
+/// base classes and a third for novel ones. (ViLD, equation 5; OADP, section 6.6, whose tuned scores are other numbers here.)
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Joined {
+    /// Of the box head, for base classes.
+    pub box_base: Share,
+    /// Of the box head, for novel classes.
+    pub box_novel: Share,
+    /// Of the object head, for base classes.
+    pub object_base: Share,
+    /// Of the object head, for novel classes.
+    pub object_novel: Share,
+    /// The exponent of the proposal's objectness; 0 leaves it out.
+    pub objectness: f64,
+    /// What becomes of a region whose joined scores sum to more than 1.
+    pub overfull: Overfull,
+}
+
+impl Default for Joined {
+    fn default() -> Self {
+        let share = |exponent| Share { scale: 1.0, exponent };
+        let (most, least) = (share(2.0 / 3.0), share(1.0 / 3.0));
+        Self { box_base: most, box_novel: least, object_base: least, object_novel: most, objectness: 0.0, overfull: Overfull::default() }
+    }
+}
+
+impl Joined {
+    fn ensemble(&self) -> Ensemble {
+        let share = |Share { scale, exponent }| classifier::Share { scale, exponent };
+        Ensemble {
+            bbox: Shares { base: share(self.box_base), novel: share(self.box_novel) },
+            object: Shares { base: share(self.object_base), novel: share(self.object_novel) },
+            objectness: self.objectness,
+            overfull: match self.overfull {
+                Overfull::Fixed => classifier::Overfull::Kept,
+                Overfull::Reference => classifier::Overfull::Dropped,
+            },
+        }
+    }
 }
 
 /// Detects objects of base and novel classes with a trained detector.
@@ -52,6 +114,8 @@ pub enum Heads {
 pub struct Test {
     /// Which heads say what a region is.
     pub heads: Heads,
+    /// How the scores of both heads become one.
+    pub joined: Joined,
     /// Proposals of each pyramid level before NMS, and of an image after it.
     pub proposals: usize,
     /// A proposal falls when it overlaps a better one of its level by more.
@@ -66,7 +130,15 @@ pub struct Test {
 
 impl Default for Test {
     fn default() -> Self {
-        Self { heads: Heads::Both, proposals: 1000, proposal_iou: 0.7, score_threshold: 0.0, nms_iou: 0.5, most_per_image: 300 }
+        Self {
+            heads: Heads::Both,
+            joined: Joined::default(),
+            proposals: 1000,
+            proposal_iou: 0.7,
+            score_threshold: 0.0,
+            nms_iou: 0.5,
+            most_per_image: 300,
+        }
     }
 }
 
@@ -76,12 +148,19 @@ const DETECTIONS: Out<Detections> =
 
 impl Stage for Test {
     const KIND: &'static str = "detector/test";
-    const VERSION: u32 = 2;
-    const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), DETECTOR.info()];
+    const VERSION: u32 = 3;
+    const INPUTS: &'static [PortInfo] =
+        &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), MULTILABEL_PROMPTS.info(), DETECTOR.info()];
     const OUTPUTS: &'static [PortInfo] = &[DETECTIONS.info()];
 
     fn check(&self) -> Vec<Problem> {
+        let Joined { box_base, box_novel, object_base, object_novel, objectness, overfull: _ } = self.joined;
+        let is_positive = |number: f64| number >= 0.0 && number.is_finite();
+        let are_shares = [box_base, box_novel, object_base, object_novel]
+            .iter()
+            .all(|share| share.scale > 0.0 && share.scale.is_finite() && is_positive(share.exponent));
         Problem::unless(&[
+            ("joined", are_shares && is_positive(objectness), "scales above 0, exponents from 0 on"),
             ("proposals", self.proposals > 0, "at least 1"),
             ("proposal_iou", (0.0..=1.0).contains(&self.proposal_iou), "a number from 0 to 1"),
             ("score_threshold", (0.0..1.0).contains(&self.score_threshold), "a number from 0 to below 1"),
@@ -122,7 +201,7 @@ impl Stage for Test {
 /// A trained detector that is asked what it sees.
 pub(super) struct Observer {
     detector: Detector,
-    vocabulary: Vocabulary,
+    tables: ClassTables,
     asks_object_head: bool,
     rule: TestRule,
     /// The category of each class.
@@ -142,10 +221,8 @@ impl Observer {
         let store = nn::VarStore::new(cx.device);
         let detector = Detector::blank(&store.root(), &card.config)?;
         layout::load(checkpoint.tensors(), detector.parameters(), &file.path)?.require_all(&file.path)?;
-        let embeddings = class_embeddings(cx.inputs, &classes)?;
-        card.check(cx.inputs, &embeddings)?;
         Ok(Self {
-            vocabulary: Vocabulary::new(embeddings, classes.base.len() as i64, card.scale)?,
+            tables: card.tables(cx.inputs, &classes, cx.device)?,
             asks_object_head: test.heads == Heads::Both && detector.object_head.is_some(),
             detector,
             rule: test.rule(),
@@ -157,7 +234,7 @@ impl Observer {
 
     /// What it sees in an image; masks are pasted on `n_threads`.
     pub(super) fn see(&self, View { info, placement, size, pixels }: &View<'_>, n_threads: usize) -> Result<Vec<Detection>> {
-        let vocabularies = Vocabularies { bbox: &self.vocabulary, object: self.asks_object_head.then_some(&self.vocabulary) };
+        let vocabularies = Vocabularies { bbox: &self.tables.text, object: self.asks_object_head.then_some(&self.tables.image) };
         let mut detections = Vec::new();
         for found in self.detector.detect(pixels, &[*size], &vocabularies, &self.rule)? {
             let boxes = corners(&found.kept.boxes, "detections")?;
@@ -199,7 +276,7 @@ impl Test {
         let detections = Suppression { iou: self.nms_iou, keep: self.most_per_image };
         TestRule {
             proposals: ProposalRule { per_level: self.proposals, suppression: proposals, least_side: 0.0 },
-            ensemble: Ensemble::default(),
+            ensemble: self.joined.ensemble(),
             detections: DetectionRule { threshold: self.score_threshold, suppression: detections },
         }
     }

@@ -2,32 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use ovenbird_data::{boxes::Xyxy, training::ShownMask};
-use ovenbird_models::{
-    Misfit, Phase,
-    checkpoint::Checkpoint,
-    detector::{
-        Config, Detector, REGION_CODER,
-        boxes::{BoxLoss, ImageSize, Suppression, boxes_tensor},
-        classifier::{LogitScale, Vocabulary},
-        heads::{MaskRule, ObjectMask, RegionRule, mask_loss, region_losses},
-        layout,
-        matching::{Assigner, Sampler},
-        rpn::ProposalRule,
-    },
-};
-use rand_chacha::ChaCha8Rng;
+use ovenbird_models::detector::{Config, classifier::LogitScale};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor, nn};
 
 use super::{
-    ANNOTATIONS, CARD_KEY, CLASSES, Card, DetectorFile, IMAGES, PRETRAINED, PROMPTS, class_embeddings,
-    training::{Batch, Course, Learner, Ports, Training, train},
+    ANNOTATIONS, CARD_KEY, CLASSES, Card, DetectorFile, IMAGES, MULTILABEL_PROMPTS, PRETRAINED, PROMPTS,
+    learner::OpenLearner,
+    training::{Course, Ports, Training, train},
 };
 use crate::{
     Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{Classes, RegionFeatures},
+    artifacts::{ImageFeatures, RegionFeatures},
 };
 
 /// How large the network is.
@@ -53,15 +39,96 @@ pub struct LossWeight {
 
 impl LossWeight {
     /// At a step, counted from 1. (OADP, section 6.4.)
-    fn at(self, step: u32) -> f64 {
+    pub(super) fn at(self, step: u32) -> f64 {
         self.gain * (f64::from(step) / f64::from(self.warm_up_steps.max(1))).min(1.0)
     }
 }
 
-/// Trains an open-vocabulary two-stage detector on base classes: ViLD's text branch, and with `features` its image branch.
+/// How the weights of label losses warm up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum LabelWarmUp {
+    /// As written down: they grow with the steps. (The reference's defect 1, mended.)
+    #[default]
+    Fixed,
+    /// They stay at the first step's, a thousandth or less of the gain: published OADP was trained so.
+    Reference,
+}
+
+/// What is learned from CLIP's embeddings of proposals, blocks and whole images, and of which classes blocks and images show. The defaults are
+/// OADP's. (Section 6.4.)
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Distillation {
+    /// Weighs the mean absolute difference between the object head's embeddings of proposals and CLIP's.
+    pub objects: LossWeight,
+    /// The same of the block head's of blocks.
+    pub blocks: LossWeight,
+    /// Weighs the mean squared difference between the cosines of blocks among each other, as the head has them and as CLIP does.
+    pub relations: LossWeight,
+    /// Weighs the asymmetric loss of the base classes that blocks show.
+    pub block_labels: LossWeight,
+    /// Weighs the summed squared difference between the global head's embeddings of images and CLIP's.
+    pub globals: LossWeight,
+    /// Weighs the asymmetric loss of the base classes that images show.
+    pub global_labels: LossWeight,
+    /// How the weights of both label losses warm up.
+    pub label_warm_up: LabelWarmUp,
+    /// Divides cosines of whole images in training, where there are no `multilabel_prompts`.
+    pub global_temperature: f64,
+    /// Images that are taken together: all their blocks are related, and what is summed is summed over them; the groups of a batch are
+    /// averaged. The reference trains with two images on each of eight devices.
+    pub images_per_group: usize,
+}
+
+impl Default for Distillation {
+    fn default() -> Self {
+        let weight = |gain, warm_up_steps| LossWeight { gain, warm_up_steps };
+        Self {
+            objects: weight(256.0, 200),
+            blocks: weight(128.0, 200),
+            relations: weight(8.0, 200),
+            block_labels: weight(16.0, 1000),
+            globals: weight(0.5, 200),
+            global_labels: weight(4.0, 2000),
+            label_warm_up: LabelWarmUp::default(),
+            global_temperature: 0.007,
+            images_per_group: 2,
+        }
+    }
+}
+
+impl Distillation {
+    fn check(&self) -> Vec<Problem> {
+        let is_weight = |weight: LossWeight| weight.gain >= 0.0 && weight.gain.is_finite();
+        let is_temperature = self.global_temperature > 0.0 && self.global_temperature.is_finite();
+        Problem::unless(&[
+            ("distillation.objects", is_weight(self.objects), "a gain from 0 on"),
+            ("distillation.blocks", is_weight(self.blocks), "a gain from 0 on"),
+            ("distillation.relations", is_weight(self.relations), "a gain from 0 on"),
+            ("distillation.block_labels", is_weight(self.block_labels), "a gain from 0 on"),
+            ("distillation.globals", is_weight(self.globals), "a gain from 0 on"),
+            ("distillation.global_labels", is_weight(self.global_labels), "a gain from 0 on"),
+            ("distillation.global_temperature", is_temperature, "a number above 0"),
+            ("distillation.images_per_group", self.images_per_group > 0, "at least 1"),
+        ])
+    }
+
+    /// The weight of a label loss at a step, counted from 1.
+    pub(super) fn of_labels(&self, loss: LossWeight, step: u32) -> f64 {
+        match self.label_warm_up {
+            LabelWarmUp::Fixed => loss.at(step),
+            LabelWarmUp::Reference => loss.at(1),
+        }
+    }
+}
+
+/// Trains an open-vocabulary two-stage detector on base classes: ViLD, and with `blocks` and `globals` OADP's distillation pyramid.
 ///
-/// The box head tells base classes apart by their embeddings and corrects boxes; the object head learns to give regions the embeddings that
-/// CLIP gave them. The defaults are ViLD's for COCO. (Gu et al. 2022; OADP, sections 6.1 to 6.5.)
+/// The box head tells base classes apart by their embeddings and corrects boxes. For each of `features`, `blocks` and `globals` that is
+/// given there is one head more, which learns to give the same embeddings as CLIP; those of blocks and images learn which base classes these
+/// show, too. Only the object head's scores count in detection. The defaults are ViLD's for COCO and, where OADP has more, OADP's.
+/// (Gu et al. 2022; Wang et al. 2023; OADP, sections 6.1 to 6.5.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Train {
@@ -73,8 +140,8 @@ pub struct Train {
     pub train_temperature: f64,
     /// Divides cosines in detection.
     pub test_temperature: f64,
-    /// Of the mean absolute difference between the object head's embeddings and CLIP's.
-    pub object_loss: LossWeight,
+    /// What is learned from CLIP's embeddings, where there are any.
+    pub distillation: Distillation,
     /// How it is trained.
     pub training: Training,
 }
@@ -86,14 +153,18 @@ impl Default for Train {
             masks: false,
             train_temperature: 0.01,
             test_temperature: 0.007,
-            object_loss: LossWeight { gain: 256.0, warm_up_steps: 200 },
+            distillation: Distillation::default(),
             training: Training::default(),
         }
     }
 }
 
 const FEATURES: In<RegionFeatures> =
-    In::optional("features", "CLIP embeddings of regions of the same images (`clip/objects`), for the object head to learn.");
+    In::optional("features", "CLIP embeddings of proposals on the same images (`clip/objects`), for the object head to learn.");
+const BLOCKS: In<RegionFeatures> =
+    In::optional("blocks", "CLIP embeddings of blocks of the same images (`clip/blocks`), for the block head to learn.");
+const GLOBALS: In<ImageFeatures> =
+    In::optional("globals", "CLIP embeddings of the same images (`clip/globals`), for the global head to learn.");
 const PORTS: Ports<DetectorFile> = Ports::new(Out::new(
     "detector",
     "Weights under mmdet's names, safetensors, f32, and how the network is built; of every unit that stays.",
@@ -101,9 +172,18 @@ const PORTS: Ports<DetectorFile> = Ports::new(Out::new(
 
 impl Stage for Train {
     const KIND: &'static str = "detector/train";
-    const VERSION: u32 = 1;
-    const INPUTS: &'static [PortInfo] =
-        &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), FEATURES.info(), PRETRAINED.info()];
+    const VERSION: u32 = 2;
+    const INPUTS: &'static [PortInfo] = &[
+        IMAGES.info(),
+        ANNOTATIONS.info(),
+        CLASSES.info(),
+        PROMPTS.info(),
+        MULTILABEL_PROMPTS.info(),
+        FEATURES.info(),
+        BLOCKS.info(),
+        GLOBALS.info(),
+        PRETRAINED.info(),
+    ];
     const OUTPUTS: &'static [PortInfo] = &[PORTS.weights.info(), PORTS.state.info(), PORTS.curve.info()];
 
     fn check(&self) -> Vec<Problem> {
@@ -111,8 +191,8 @@ impl Stage for Train {
         let mut problems = Problem::unless(&[
             ("train_temperature", is_positive(self.train_temperature), "a number above 0"),
             ("test_temperature", is_positive(self.test_temperature), "a number above 0"),
-            ("object_loss", self.object_loss.gain >= 0.0 && self.object_loss.gain.is_finite(), "a gain from 0 on"),
         ]);
+        problems.extend(self.distillation.check());
         problems.extend(self.training.check());
         problems
     }
@@ -122,10 +202,17 @@ impl Stage for Train {
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        let learner = ViLd::begin(self, units, cx)?;
+        let learner = OpenLearner::begin(self, units, cx)?;
         let mut course = Course::of(&self.training, cx)?;
+        let dim = learner.card.config.embed_dim;
         if let Some(features) = cx.inputs.read_if_given(FEATURES)? {
-            course = course.with_embeddings(&features, learner.card.config.embed_dim, FEATURES.info().name)?;
+            course = course.with_proposals(&features, dim, FEATURES.info().name)?;
+        }
+        if let Some(blocks) = cx.inputs.read_if_given(BLOCKS)? {
+            course = course.with_blocks(&blocks, dim, BLOCKS.info().name)?;
+        }
+        if let Some(globals) = cx.inputs.read_if_given(GLOBALS)? {
+            course = course.with_globals(&globals, dim, GLOBALS.info().name)?;
         }
         if self.masks {
             course = course.with_masks();
@@ -136,149 +223,27 @@ impl Stage for Train {
 }
 
 impl Train {
-    fn config(&self, embed_dim: i64, has_features: bool) -> Config {
-        let config = match self.network {
+    /// How a detector for class embeddings of `embed_dim` numbers is built and asked.
+    pub(super) fn card(&self, embed_dim: i64, inputs: &Inputs) -> Card {
+        let is_given = |port: PortInfo| inputs.ports.contains_key(port.name);
+        let all = match self.network {
             Network::R50 => Config::oadp(embed_dim),
             Network::Toy => Config::toy(embed_dim),
         };
-        let object_head = config.object_head.filter(|_| has_features);
-        let config = Config { object_head, block_head: None, has_global_head: false, ..config };
-        if self.masks { config.with_masks() } else { config }
-    }
-
-    fn card(&self, embed_dim: i64, inputs: &Inputs) -> Card {
-        let is_given = |port: PortInfo| inputs.ports.contains_key(port.name);
+        let config = Config {
+            object_head: all.object_head.filter(|_| is_given(FEATURES.info())),
+            block_head: all.block_head.filter(|_| is_given(BLOCKS.info())),
+            has_global_head: is_given(GLOBALS.info()),
+            ..all
+        };
         Card {
-            config: self.config(embed_dim, is_given(FEATURES.info())),
+            config: if self.masks { config.with_masks() } else { config },
             has_prompts: is_given(PROMPTS.info()),
+            has_multilabel_prompts: is_given(MULTILABEL_PROMPTS.info()),
             fits: self.training.fits(),
             scale: LogitScale::Temperature { train: self.train_temperature, test: self.test_temperature },
         }
     }
-}
-
-/// A detector that learns.
-struct ViLd {
-    detector: Detector,
-    card: Card,
-    vocabulary: Vocabulary,
-    n_classes: i64,
-    object_loss: LossWeight,
-    /// Owns the weights.
-    _store: nn::VarStore,
-}
-
-impl ViLd {
-    fn begin(stage: &Train, units: &[Unit], cx: &Context<'_>) -> Result<Self> {
-        let Classes(classes) = cx.inputs.read(CLASSES)?;
-        let embeddings = class_embeddings(cx.inputs, &classes)?;
-        let card = stage.card(embeddings.size()[1], cx.inputs);
-        let store = nn::VarStore::new(cx.device);
-        let detector = Detector::new(&store.root(), &card.config, stage.training.seed)?;
-        begin_with_pretrained(detector.parameters(), units, cx)?;
-        let (n_classes, n_base) = (classes.all().count() as i64, classes.base.len() as i64);
-        let vocabulary = Vocabulary::new(embeddings.to_device(cx.device), n_base, card.scale)?;
-        Ok(Self { detector, card, vocabulary, n_classes, object_loss: stage.object_loss, _store: store })
-    }
-}
-
-/// Lays the checkpoint at the port `pretrained`, if there is one, over a network whose training is about to begin, and says what did not fit.
-/// A training that goes on has weights of its own.
-pub(super) fn begin_with_pretrained(parameters: &BTreeMap<String, Tensor>, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-    if units.first().is_none_or(|unit| unit.index > 0) {
-        return Ok(());
-    }
-    let Some(file) = cx.inputs.read_if_given(PRETRAINED)? else { return Ok(()) };
-    let report = layout::load(Checkpoint::open(&file.path)?.tensors(), parameters, &file.path)?;
-    let names = |misfits: &[Misfit]| misfits.iter().map(|misfit| misfit.name.as_str()).collect::<Vec<_>>().join(", ");
-    cx.note(format!("begins with {} tensors of {}", report.loaded.len(), file.path.display()));
-    for (what, misfits) in [
-        ("begin without them, which are not in the file", &report.missing),
-        ("of the file have no place in the network", &report.unmatched),
-        ("have another shape in the file, and begin without it", &report.misshaped),
-    ] {
-        if !misfits.is_empty() {
-            cx.note(format!("{} tensors {what}: {}", misfits.len(), names(misfits)));
-        }
-    }
-    Ok(())
-}
-
-impl Learner for ViLd {
-    fn parameters(&self) -> &BTreeMap<String, Tensor> {
-        self.detector.parameters()
-    }
-
-    fn losses(&self, images: &Tensor, batch: &Batch, step: u32, random: &mut ChaCha8Rng) -> Result<Vec<(&'static str, Tensor)>> {
-        let Detector { regions: network, bbox_head, object_head, mask_head, .. } = &self.detector;
-        let pyramid = network.forward(images, Phase::Train)?;
-        let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image.size).collect();
-        let objects: Vec<Tensor> = batch.images.iter().map(|image| boxes(&image.objects)).collect();
-        let rpn = network.rpn.losses(&pyramid.predictions, &sizes, &objects, random)?;
-
-        let proposals = network.rpn.proposals(&pyramid.predictions, &sizes, &PROPOSALS)?;
-        let mut samples = Vec::new();
-        for ((found, objects), image) in proposals.iter().zip(&objects).zip(&batch.images) {
-            let classes = Tensor::from_slice(&image.classes);
-            samples.push(SAMPLES.choose(&found.boxes, objects, &classes, self.n_classes, random)?);
-        }
-        let chosen: Vec<Tensor> = samples.iter().map(|sample| sample.boxes.shallow_clone()).collect();
-        let said = bbox_head.forward(&pyramid.pool(&self.card.config.pool, &chosen)?, Phase::Train)?;
-        let logits = bbox_head.classifier.logits(&said.embeddings, &self.vocabulary, Phase::Train)?;
-        let deltas = said.deltas.expect("BUG: the box head has boxes");
-        let of_regions = region_losses(BoxLoss::Absolute, &logits, &deltas, &samples)?;
-        let mut losses = vec![
-            ("rpn_objectness", rpn.objectness),
-            ("rpn_boxes", rpn.boxes),
-            ("classes", of_regions.classes),
-            ("boxes", of_regions.boxes),
-        ];
-
-        if let (Some(head), Some(config)) = (mask_head, &self.card.config.mask_head) {
-            let (mut on_objects, mut expected) = (Vec::new(), Vec::new());
-            for (sample, image) in samples.iter().zip(&batch.images) {
-                let boxes = sample.boxes.narrow(0, 0, sample.objects.len() as i64);
-                let masks: Vec<ObjectMask> = image.masks.iter().map(object_mask).collect();
-                expected.push(MaskRule::MMDET.targets(&masks, &boxes, &sample.objects, 2 * config.pool.side)?);
-                on_objects.push(boxes);
-            }
-            // One mask for all classes: which they are does not matter.
-            let classes = vec![0; samples.iter().map(|sample| sample.objects.len()).sum()];
-            let drawn = head.forward(&pyramid.pool(&config.pool, &on_objects)?, &classes)?;
-            losses.push(("masks", mask_loss(&drawn, &Tensor::cat(&expected, 0))?));
-        }
-
-        if let Some(head) = object_head {
-            let regions: Vec<Tensor> = batch.images.iter().map(|image| boxes(&image.regions)).collect();
-            let said = head.forward(&pyramid.pool(&self.card.config.pool, &regions)?, Phase::Train)?;
-            let embeddings: Vec<f32> = batch.images.iter().flat_map(|image| &image.embeddings).copied().collect();
-            let expected = Tensor::from_slice(&embeddings).view([-1, self.card.config.embed_dim]).to_device(images.device());
-            // The mean of nothing is not a number.
-            let n_numbers = expected.numel().max(1) as f64;
-            let apart = (said.embeddings - expected).abs().sum(Kind::Float) / n_numbers;
-            losses.push(("objects", apart * self.object_loss.at(step + 1)));
-        }
-        Ok(losses)
-    }
-}
-
-/// Which proposals are made in training.
-const PROPOSALS: ProposalRule = ProposalRule { per_level: 2000, suppression: Suppression { iou: 0.7, keep: 1000 }, least_side: 0.0 };
-/// Which regions are learned from.
-const SAMPLES: RegionRule = RegionRule {
-    assigner: Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None },
-    sampler: Sampler { n: 512, object_fraction: 0.25 },
-    coder: REGION_CODER,
-};
-
-fn object_mask(mask: &ShownMask) -> ObjectMask {
-    let [[left, top], [width, height]] = [mask.from, mask.size].map(|pair| pair.map(i64::from));
-    ObjectMask { pixels: Tensor::from_slice(&mask.pixels).view([height, width]), left, top }
-}
-
-/// `[N, 4]`.
-pub(super) fn boxes(boxes: &[Xyxy]) -> Tensor {
-    boxes_tensor(&boxes.iter().map(|xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2]).collect::<Vec<_>>())
 }
 
 #[cfg(test)]
@@ -288,8 +253,15 @@ mod tests {
     /// Parity check D7 of OADP's specification.
     #[test]
     fn weights_of_losses_are_those_of_the_specification() {
+        let fixed = Distillation::default();
         for (step, weight) in [(1, 1.28), (100, 128.0), (200, 256.0), (300, 256.0)] {
-            assert!((Train::default().object_loss.at(step) - weight).abs() < 1e-9, "{step}");
+            assert!((fixed.objects.at(step) - weight).abs() < 1e-9, "{step}");
+        }
+        // Published OADP's label losses never left their first step (defect 1).
+        let reference = Distillation { label_warm_up: LabelWarmUp::Reference, ..Distillation::default() };
+        for (loss, stuck, in_the_end) in [(fixed.block_labels, 0.016, 16.0), (fixed.global_labels, 0.002, 4.0)] {
+            assert!((fixed.of_labels(loss, 5000) - in_the_end).abs() < 1e-12);
+            assert!((reference.of_labels(loss, 5000) - stuck).abs() < 1e-12);
         }
         let at_once = LossWeight { gain: 3.0, warm_up_steps: 0 };
         assert!((at_once.at(1) - 3.0).abs() < 1e-12);

@@ -1,6 +1,6 @@
 """Makes the golden numbers of the detector: run it in this folder, it writes one JSON file per subject.
 
-Made with torch 2.11.0 (CPU, f32), torchvision 0.26.0.
+Made with torch 2.11.0 (CPU, f32), torchvision 0.26.0, scikit-learn 1.7.2 (recall).
 
 No weights and few inputs are kept. Both sides fill every tensor by one formula of its name and flat index (`unit`), as in `../clip/make.py`.
 
@@ -11,6 +11,7 @@ Tolerances, absolute where nothing else is said, with the largest error seen in 
 - losses of proposals 1e-5 relative, those of training 1e-4 and lengths of gradients 1e-3 [3e-7, 7e-5], proposals 1e-3 px; logits 1e-4 on values up to 100, which are f64 here;
 - Mask R-CNN 1e-3 on px, scores and mask probabilities [3e-4 px, 2e-5, 1e-5]: what feature maps differ by goes through two heads. Scores of
   neighbours are at least 1e-5 apart, so that the order is settled.
+- losses of distillation 1e-6 relative, which are f64 here, and their gradients 1e-6; recall 1e-6;
 - the object localisation network: losses 1e-4 and lengths of gradients 1e-3 relative, boxes 1e-3 px, scores 1e-5.
 """
 
@@ -291,6 +292,43 @@ def make_classifier():
     write("classifier", embeddings=numbers(e), train=numbers(cosines / 0.007), test=numbers(cosines / 0.01), affine=numbers(cosines * 20 - 4))
 
 
+def make_distillation():
+    """Losses and gradients of embeddings of unit length, and recall, by torch's functions and scikit-learn."""
+    from sklearn.metrics import recall_score
+
+    said = F.normalize(field("distillation.said", 9, 6).double()).requires_grad_()
+    expected = F.normalize(field("distillation.expected", 9, 6).double())
+    losses = {
+        "embeddings": lambda s, e: F.l1_loss(s, e),
+        "relations": lambda s, e: F.mse_loss(s @ s.T, e @ e.T),
+        "images": lambda s, e: F.mse_loss(s, e, reduction="sum"),
+    }
+    content = {}
+    for name, loss in losses.items():
+        # All rows at once, and as two images of four and five rows on a device each.
+        for case, parts in {"": [slice(0, 9)], "_groups": [slice(0, 4), slice(4, 9)]}.items():
+            value = torch.stack([loss(said[part], expected[part]) for part in parts]).mean()
+            (gradient,) = torch.autograd.grad(value, said)
+            content[name + case] = {"loss": numbers(value), "gradient": numbers(gradient)}
+    logits, labels = field("distillation.logits", 9, 7), field("distillation.labels", 9, 7) > 0.6
+    labels[:, [3, 6]] = False
+    best = torch.zeros_like(labels).scatter_(1, logits.topk(2).indices, True)
+    present = labels.any(0).nonzero().flatten().tolist()
+    recall = recall_score(labels.numpy(), best.numpy(), labels=present, average="macro", zero_division=0)
+
+    # The asymmetric loss, in f64; the last class is novel.
+    logits = (logits * 5).double()
+    logits[:, 6] = -math.inf
+    logits.requires_grad_()
+    p = logits.sigmoid()
+    q = torch.minimum(1 - p + 0.05, torch.ones_like(p))
+    cost = torch.where(labels, -p.clamp(min=1e-8).log(), -((1 - q) ** 4).detach() * q.clamp(min=1e-8).log())
+    cost[:, 6] = 0
+    cost.mean().backward()
+    asymmetric = {"loss": numbers(cost.mean()), "gradient": numbers(logits.grad)}
+    write("distillation", **content, asymmetric=asymmetric, labels=labels.int().flatten().tolist(), recall=[recall])
+
+
 @torch.no_grad()
 def make_mask_rcnn():
     """torchvision's Mask R-CNN on five images of different sizes in one batch, without its resizing; the best 20 detections of each.
@@ -484,6 +522,7 @@ make_matching()
 make_backbones()
 make_rpn()
 make_classifier()
+make_distillation()
 make_mask_rcnn()
 make_training()
 make_oln()

@@ -10,7 +10,7 @@ use super::{
         Config, Detections, Detector, MaskConfig, MaskRcnn, MaskRcnnConfig, MaskRcnnLosses, Objects, POOL, Pyramid, REGION_CODER, TestRule,
         Vocabularies,
         boxes::{BoxLoss, ImageSize, Suppression, boxes_tensor, floats, integers, iou_matrix},
-        classifier::{Ensemble, LogitScale, Vocabulary},
+        classifier::{Ensemble, LogitScale, Shares, Vocabulary},
         heads::{MaskHeadConfig, MaskRule, ObjectMask, RegionRule, RegionSample, mask_loss, region_losses},
         layout,
         matching::{Assigner, Sampler},
@@ -576,7 +576,8 @@ fn scores_are_joined_with_those_of_the_object_head() {
     let same = detect(&alone, None).unwrap();
     assert_eq!((&same[0].kept.scores, same[0].masks.is_none()), (&plain[0].kept.scores, true));
     // Where all exponents are the box head's, the other one has no say, but for the background it does not know.
-    let rule = TestRule { ensemble: Ensemble { base: 1.0, novel: 1.0 }, ..TestRule::default() };
+    let of_the_box_head = Ensemble { bbox: Shares::of(1.0, 1.0), object: Shares::of(0.0, 0.0), ..Ensemble::default() };
+    let rule = TestRule { ensemble: of_the_box_head, ..TestRule::default() };
     let vocabularies = Vocabularies { bbox: &classes, object: Some(&classes) };
     let unmoved = with_both.detect(&images, &SIZES, &vocabularies, &rule).unwrap();
     assert_eq!(unmoved[1].kept.scores, plain[1].kept.scores);

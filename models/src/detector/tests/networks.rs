@@ -9,7 +9,7 @@ use super::{
     super::{
         Phase, RegionsConfig,
         boxes::{ImageSize, Suppression, boxes_tensor, floats},
-        classifier::{Background, EmbeddingClassifier, Ensemble, LogitScale, Vocabulary},
+        classifier::{Background, EmbeddingClassifier, Ensemble, LogitScale, Overfull, Shares, Vocabulary},
         fpn::{self, Fpn},
         matching::Sampler,
         resnet::{self, Depth, ResNet, StridePlace},
@@ -243,9 +243,21 @@ fn scores_of_two_heads_are_geometric_means() {
     let logits = |probabilities: &[f64]| Tensor::from_slice(probabilities).log().to_kind(Kind::Float).reshape([1, -1]);
     let quarter = logits(&[0.25; 4]);
     let third = logits(&[1.0 / 3.0, 1.0 / 3.0, 1.0 / 3.0, 0.0]);
-    let uniform = floats(&Ensemble::default().scores(&quarter, &third, 1).unwrap());
-    assert!(uniform.iter().zip([0.27516, 0.30285, 0.30285]).all(|(found, expected)| (found - expected).abs() < 1e-5), "{uniform:?}");
+    let objectness = Tensor::from_slice(&[0.25_f32]);
+    let check = |ensemble: Ensemble, [text, image]: [&Tensor; 2], expected: &[f32]| {
+        let found = floats(&ensemble.scores(text, image, &objectness, 1).unwrap());
+        assert!(found.len() == expected.len() && found.iter().zip(expected).all(|(found, e)| (found - e).abs() < 1e-5), "{found:?}");
+    };
+    let ensemble = Ensemble::default();
+    check(ensemble, [&quarter, &third], &[0.27516, 0.30285, 0.30285]);
     // The scores of this region sum to more than 1, which the reference turns into no number.
-    let sure = floats(&Ensemble::default().scores(&logits(&[0.99, 0.01, 0.0]), &logits(&[0.92, 0.08, 0.0]), 1).unwrap());
-    assert!(sure.iter().zip([0.96609, 0.04]).all(|(found, expected)| (found - expected).abs() < 1e-5), "{sure:?}");
+    let sure = [&logits(&[0.99, 0.01, 0.0]), &logits(&[0.92, 0.08, 0.0])];
+    check(ensemble, sure, &[0.96609, 0.04]);
+    check(Ensemble { overfull: Overfull::Dropped, ..ensemble }, sure, &[0.0, 0.0]);
+    check(Ensemble { overfull: Overfull::Dropped, ..ensemble }, [&quarter, &third], &[0.27516, 0.30285, 0.30285]);
+    // Objectness 0.25, of which the root is taken; and the novel class of the text head, whose logit is doubled: 0.01^2 / (0.99 + 0.01^2).
+    check(Ensemble { objectness: 0.5, ..ensemble }, sure, &[0.48304, 0.02]);
+    let mut doubled = Ensemble { bbox: Shares::of(1.0, 1.0), object: Shares::of(0.0, 0.0), ..ensemble };
+    doubled.bbox.novel.scale = 2.0;
+    check(doubled, sure, &[0.999_899, 0.000_101]);
 }

@@ -15,7 +15,7 @@ use rand_chacha::ChaCha8Rng;
 use super::Training;
 use crate::{
     Context, Error, Result,
-    artifacts::{Classes, Images, RegionFeatures, Regions, RegionsByImage},
+    artifacts::{ByImage, Classes, ImageFeatures, Images, RegionFeatures, Regions},
     detect::category_ids,
     detector::{ANNOTATIONS, CLASSES, IMAGES, Pixels},
 };
@@ -26,7 +26,9 @@ pub(in crate::detector) struct Course {
     samples: Vec<Sample>,
     /// Places in `samples`, rare ones more than once.
     copies: Vec<usize>,
-    embeddings: Option<Embeddings>,
+    proposals: Option<Source<Regions>>,
+    blocks: Option<Source<Regions>>,
+    globals: Option<Source<(ImageId, Vec<f32>)>>,
     has_masks: bool,
     batch: usize,
     accumulate: u32,
@@ -34,9 +36,9 @@ pub(in crate::detector) struct Course {
     random: ChaCha8Rng,
 }
 
-/// Embeddings of regions, to learn.
-struct Embeddings {
-    regions: RegionsByImage,
+/// Embeddings to learn.
+struct Source<R> {
+    by_image: ByImage<R>,
     /// How many numbers one has.
     dim: usize,
     /// The port that they came from.
@@ -81,8 +83,21 @@ pub(in crate::detector) struct Shown {
     pub(in crate::detector) classes: Vec<i64>,
     /// Of each object, where they are asked for.
     pub(in crate::detector) masks: Vec<ShownMask>,
-    /// Boxes of embeddings, and these, `[N, D]`.
-    pub(in crate::detector) regions: Vec<Xyxy>,
+    /// What CLIP says of proposals.
+    pub(in crate::detector) proposals: ShownRegions,
+    /// What CLIP says of blocks.
+    pub(in crate::detector) blocks: ShownRegions,
+    /// Of each block, the classes that it shows, ascending.
+    pub(in crate::detector) block_classes: Vec<Vec<i64>>,
+    /// What CLIP says of the whole image, `[D]`.
+    pub(in crate::detector) embedding: Vec<f32>,
+}
+
+/// Regions of an image with embeddings to learn; none where nothing is asked for.
+#[derive(Default)]
+pub(in crate::detector) struct ShownRegions {
+    pub(in crate::detector) boxes: Vec<Xyxy>,
+    /// `[N, D]`.
     pub(in crate::detector) embeddings: Vec<f32>,
 }
 
@@ -106,7 +121,9 @@ impl Course {
             images: cx.inputs.read(IMAGES)?,
             copies: repeats.into_iter().enumerate().flat_map(|(place, n)| std::iter::repeat_n(place, n)).collect(),
             samples,
-            embeddings: None,
+            proposals: None,
+            blocks: None,
+            globals: None,
             has_masks: false,
             batch: training.batch,
             accumulate: training.accumulate,
@@ -115,16 +132,32 @@ impl Course {
         })
     }
 
-    /// The same, with embeddings of `dim` numbers of the images' regions. Images without an entry are named.
-    pub(in crate::detector) fn with_embeddings(self, features: &RegionFeatures, dim: i64, port: &'static str) -> Result<Self> {
-        let regions = features.by_image()?;
-        let missing: Vec<ImageId> = self.samples.iter().map(|sample| sample.info.id).filter(|image| !regions.has(*image)).collect();
+    /// The same, with embeddings of `dim` numbers of proposals. Images without an entry are named, as for the next two.
+    pub(in crate::detector) fn with_proposals(self, features: &RegionFeatures, dim: i64, port: &'static str) -> Result<Self> {
+        let source = self.source(features.by_image()?, dim, port, "clip/objects")?;
+        Ok(Self { proposals: Some(source), ..self })
+    }
+
+    /// The same, with embeddings of blocks.
+    pub(in crate::detector) fn with_blocks(self, features: &RegionFeatures, dim: i64, port: &'static str) -> Result<Self> {
+        let source = self.source(features.by_image()?, dim, port, "clip/blocks")?;
+        Ok(Self { blocks: Some(source), ..self })
+    }
+
+    /// The same, with embeddings of whole images.
+    pub(in crate::detector) fn with_globals(self, features: &ImageFeatures, dim: i64, port: &'static str) -> Result<Self> {
+        let source = self.source(features.by_image()?, dim, port, "clip/globals")?;
+        Ok(Self { globals: Some(source), ..self })
+    }
+
+    fn source<R>(&self, by_image: ByImage<R>, dim: i64, port: &'static str, maker: &str) -> Result<Source<R>> {
+        let missing: Vec<ImageId> = self.samples.iter().map(|sample| sample.info.id).filter(|image| !by_image.has(*image)).collect();
         if let Some(first) = missing.first() {
             let problem = format!("none for {} of {} images, image {first} among them", missing.len(), self.samples.len());
-            let hint = "make them for these annotations: `clip/objects` with the same `annotations`".into();
+            let hint = format!("make them for these annotations: `{maker}` with the same `annotations`");
             return Err(Error::Input { port, problem, hint });
         }
-        Ok(Self { embeddings: Some(Embeddings { regions, dim: dim as usize, port }), ..self })
+        Ok(Source { by_image, dim: dim as usize, port })
     }
 
     /// The same, with the masks of objects.
@@ -194,12 +227,14 @@ impl Course {
                     continue;
                 }
             }
-            let (regions, embeddings) = match &self.embeddings {
-                Some(embeddings) => {
-                    let found = embeddings.of(info.id)?;
-                    (found.boxes.iter().map(|xyxy| placement.show(xyxy)).collect(), found.embeddings)
-                }
-                None => Default::default(),
+            let shown = |source: &Option<Source<Regions>>| match source {
+                Some(source) => source.regions(info.id),
+                None => Ok(Default::default()),
+            };
+            let (proposals, blocks) = (shown(&self.proposals)?, shown(&self.blocks)?);
+            let embedding = match &self.globals {
+                Some(source) => source.embedding(info.id)?,
+                None => Vec::new(),
             };
             let masks = match self.has_masks {
                 true => objects.iter().map(|object| shown_mask(object, placement)).collect::<Result<_>>()?,
@@ -211,12 +246,18 @@ impl Course {
                 objects: objects.iter().map(|object| placement.show(&object.xyxy)).collect(),
                 classes: objects.iter().map(|object| object.class as i64).collect(),
                 masks,
-                regions,
-                embeddings,
+                block_classes: blocks.boxes.iter().map(|block| shown_classes(block, objects)).collect(),
+                proposals: proposals.shown(placement),
+                blocks: blocks.shown(placement),
+                embedding,
             });
         }
         Ok(Batch { step, piece, pixels: Pixels::of(&pictures), images, unreadable })
     }
+}
+
+fn shown_classes(block: &Xyxy, objects: &[Object]) -> Vec<i64> {
+    training::shown_classes(block, objects).into_iter().map(|class| class as i64).collect()
 }
 
 fn shown_mask(object: &Object, placement: Placement) -> Result<ShownMask> {
@@ -230,18 +271,39 @@ fn shown_mask(object: &Object, placement: Placement) -> Result<ShownMask> {
     Ok(placement.show_mask(&mask))
 }
 
-impl Embeddings {
-    /// Refuses embeddings of another space than the detector's.
-    fn of(&self, image: ImageId) -> Result<Regions> {
-        let found = self.regions.get(image)?;
-        if found.embeddings.len() == found.boxes.len() * self.dim {
-            return Ok(found);
+impl ShownRegions {
+    fn shown(mut self, placement: Placement) -> Self {
+        for xyxy in &mut self.boxes {
+            *xyxy = placement.show(xyxy);
         }
-        let problem = format!(
-            "image {image}: embeddings have {} numbers, class embeddings {}",
-            found.embeddings.len() / found.boxes.len().max(1),
-            self.dim
-        );
+        self
+    }
+}
+
+impl Source<Regions> {
+    /// In px of the image.
+    fn regions(&self, image: ImageId) -> Result<ShownRegions> {
+        let Regions { boxes, embeddings, .. } = self.by_image.get(image)?;
+        self.check(image, boxes.len(), &embeddings)?;
+        Ok(ShownRegions { boxes, embeddings })
+    }
+}
+
+impl Source<(ImageId, Vec<f32>)> {
+    fn embedding(&self, image: ImageId) -> Result<Vec<f32>> {
+        let (_, embedding) = self.by_image.get(image)?;
+        self.check(image, 1, &embedding)?;
+        Ok(embedding)
+    }
+}
+
+impl<R> Source<R> {
+    /// Refuses embeddings of another space than the detector's.
+    fn check(&self, image: ImageId, n: usize, embeddings: &[f32]) -> Result<()> {
+        if embeddings.len() == n * self.dim {
+            return Ok(());
+        }
+        let problem = format!("image {image}: embeddings have {} numbers, class embeddings {}", embeddings.len() / n.max(1), self.dim);
         Err(Error::Input { port: self.port, problem, hint: "make the prompts and the features with the same CLIP".into() })
     }
 }

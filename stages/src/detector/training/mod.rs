@@ -17,7 +17,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-pub(super) use self::course::{Batch, Course};
+pub(super) use self::course::{Batch, Course, Shown, ShownRegions};
 use self::{
     course::{Lesson, Random},
     descent::Descent,
@@ -239,8 +239,17 @@ pub(super) trait Learner {
     /// Every tensor by name; those with gradients are trained.
     fn parameters(&self) -> &BTreeMap<String, Tensor>;
 
-    /// What there is to learn from a batch at a step, counted from 0: f32 scalars, weighted. `images`: `[B, 3, H, W]`, normalised.
-    fn losses(&self, images: &Tensor, batch: &Batch, step: u32, random: &mut ChaCha8Rng) -> Result<Vec<(&'static str, Tensor)>>;
+    /// What there is to learn from a batch. `images`: its pictures, `[B, 3, H, W]`, normalised.
+    fn assess(&self, images: &Tensor, batch: &Batch, random: &mut ChaCha8Rng) -> Result<Assessment>;
+}
+
+/// What there is to learn from a batch: f32 scalars by name.
+#[derive(Default)]
+pub(super) struct Assessment {
+    /// Weighted losses, whose sum is descended along.
+    pub(super) losses: Vec<(&'static str, Tensor)>,
+    /// What is only looked at; `recall.blocks`.
+    pub(super) measures: Vec<(&'static str, Tensor)>,
 }
 
 /// The file of a trained network.
@@ -348,7 +357,8 @@ pub(super) fn train<W: NetworkFile>(
     )
 }
 
-/// Adds up the gradients of a batch, whose loss is multiplied by `factor`; returns each loss, weighted: none where no image can be read.
+/// Adds up the gradients of a batch, whose loss is multiplied by `factor`; returns each loss, weighted, and each measure: none where no image
+/// can be read.
 fn learn(
     training: &Training,
     learner: &impl Learner,
@@ -361,11 +371,12 @@ fn learn(
         return Ok(Vec::new());
     }
     let images = batch.pixels.on(device).to_kind(training.precision.kind());
-    let losses = learner.losses(&images, batch, batch.step, &mut course.random(Random::Samples(batch.step, batch.piece)))?;
-    let all = Tensor::stack(&losses.iter().map(|(_, loss)| loss.to_kind(Kind::Float)).collect::<Vec<_>>(), 0);
+    let Assessment { losses, measures } = learner.assess(&images, batch, &mut course.random(Random::Samples(batch.step, batch.piece)))?;
+    let scalars = losses.iter().chain(&measures).map(|(_, scalar)| scalar.to_kind(Kind::Float)).collect::<Vec<_>>();
+    let all = Tensor::stack(&scalars, 0);
     let values = all.detach().to_device(Device::Cpu).to_kind(Kind::Double);
     let values = Vec::<f64>::try_from(values).map_err(ovenbird_models::Error::from)?;
-    let total: f64 = values.iter().sum();
+    let total: f64 = values[..losses.len()].iter().sum();
     if !total.is_finite() || total > MOST_LOSS {
         let images: Vec<String> = batch.images.iter().map(|image| image.id.to_string()).collect();
         return Err(Error::Input {
@@ -374,8 +385,8 @@ fn learn(
             hint: "lower `learning_rate`, or look at these images; the last checkpoint is kept".into(),
         });
     }
-    (all.sum(Kind::Float) * factor).backward();
-    Ok(losses.iter().map(|(name, _)| *name).zip(values).collect())
+    (all.narrow(0, 0, losses.len() as i64).sum(Kind::Float) * factor).backward();
+    Ok(losses.iter().chain(&measures).map(|(name, _)| *name).zip(values).collect())
 }
 
 /// Means of named numbers.
@@ -392,7 +403,7 @@ impl Means {
 
     /// All means; losses are called so.
     fn taken(self) -> BTreeMap<String, f64> {
-        let name = |name: &str| if name == "gradient" { name.to_owned() } else { format!("loss.{name}") };
+        let name = |name: &str| if name == "gradient" || name.contains('.') { name.to_owned() } else { format!("loss.{name}") };
         self.0.into_iter().map(|(of, (sum, n))| (name(of), sum / f64::from(n))).collect()
     }
 }
