@@ -17,7 +17,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use ovenbird_cache::{Artifact, Ledger, Recovered, Session, Store};
+use ovenbird_cache::{Artifact, Fingerprint, Ledger, Recovered, Session, Store};
 use ovenbird_stages::{FailedItem, Progress};
 use tokio::{
     runtime,
@@ -142,6 +142,8 @@ enum State {
     /// For resources.
     Queued(Box<Work>),
     Running(Gauge),
+    /// For a step that is making the same: two that read different things may come to one recipe.
+    Alike(usize),
     Done,
     Failed,
     Skipped,
@@ -150,6 +152,7 @@ enum State {
 /// How far a running step is.
 struct Gauge {
     started: Instant,
+    fingerprint: Fingerprint,
     /// The steps that share its pass, itself included: a sign of one is a sign of all.
     company: Arc<[usize]>,
     last_sign: Instant,
@@ -168,17 +171,18 @@ struct Gauge {
 }
 
 impl Gauge {
-    fn new(units_left: usize, company: Arc<[usize]>) -> Self {
+    fn new(work: &Work, company: Arc<[usize]>) -> Self {
         let now = Instant::now();
         Self {
             started: now,
+            fingerprint: work.recipe.fingerprint(),
             company,
             last_sign: now,
             is_silent: false,
             failed: 0,
             done: 0,
             total: 0,
-            units_left,
+            units_left: work.missing.len(),
             bytes: 0,
             views: 0,
             ready: 0,
@@ -330,7 +334,7 @@ impl<'a> Coordinator<'a> {
                     }
                     for &place in company.iter() {
                         let Some(State::Queued(work)) = self.states.remove(&place) else { continue };
-                        self.states.insert(place, State::Running(Gauge::new(work.missing.len(), Arc::clone(&company))));
+                        self.states.insert(place, State::Running(Gauge::new(&work, Arc::clone(&company))));
                         self.emit(Event::StepStarted { step: self.id(place) })?;
                         tasks.push((place, work));
                     }
@@ -339,7 +343,13 @@ impl<'a> Coordinator<'a> {
                     }
                     self.start_worker(tasks);
                 }
-                State::Queued(_) | State::Checking | State::Running(_) | State::Done | State::Failed | State::Skipped => {}
+                State::Queued(_)
+                | State::Checking
+                | State::Running(_)
+                | State::Alike(_)
+                | State::Done
+                | State::Failed
+                | State::Skipped => {}
             }
         }
         Ok(())
@@ -439,6 +449,11 @@ impl<'a> Coordinator<'a> {
                 let sample = self.pipeline.steps[place].most_items.map(|_| (work.n_made as u64, work.n_whole as u64));
                 let verdict = Verdict::Run { units_done, units_total, reasons: work.reasons.clone(), sample };
                 let fingerprint = work.recipe.fingerprint();
+                if let Some(alike) = self.maker_of(&fingerprint) {
+                    self.states.insert(place, State::Alike(alike));
+                    let words = format!("comes to the same as {}, and waits for it", self.id(alike));
+                    return self.emit(Event::StepNote { step: self.id(place), words });
+                }
                 self.states.insert(place, State::Queued(work));
                 self.emit(Event::StepChecked { step: self.id(place), fingerprint, verdict })
             }
@@ -461,7 +476,27 @@ impl<'a> Coordinator<'a> {
         self.last.remember(self.store.home(), &self.pipeline.name, &self.pipeline.steps[place].id, artifact.manifest.fingerprint)?;
         self.states.insert(place, State::Done);
         self.made.insert(place, artifact);
+        self.release(place);
         Ok(())
+    }
+
+    /// The step of this run that makes or is about to make an artifact.
+    fn maker_of(&self, fingerprint: &Fingerprint) -> Option<usize> {
+        let makes = |state: &State| match state {
+            State::Queued(work) => work.recipe.fingerprint() == *fingerprint,
+            State::Running(gauge) => gauge.fingerprint == *fingerprint,
+            State::Waiting | State::Checking | State::Alike(_) | State::Done | State::Failed | State::Skipped => false,
+        };
+        self.states.iter().find(|(_, state)| makes(state)).map(|(place, _)| *place)
+    }
+
+    /// Has the steps looked up again that waited for one that was making the same.
+    fn release(&mut self, ended: usize) {
+        for state in self.states.values_mut() {
+            if matches!(state, State::Alike(place) if *place == ended) {
+                *state = State::Waiting;
+            }
+        }
     }
 
     fn note(&mut self, place: usize, said: Progress) -> Result<()> {
@@ -526,6 +561,7 @@ impl<'a> Coordinator<'a> {
     fn fail(&mut self, place: usize, failure: &Failure) -> Result<()> {
         let step = self.id(place);
         self.states.insert(place, State::Failed);
+        self.release(place);
         let (error, hint, code) = match failure {
             // The run as a whole says so.
             Failure::Known(Error::Stage(ovenbird_stages::Error::Stopped)) => return Ok(()),
@@ -570,7 +606,10 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::pipeline::{Request, Resources, Source};
+    use crate::{
+        history::{self, StepState},
+        pipeline::{Request, Resources, Source},
+    };
 
     const LEFT: In<AnnotationFile> = In::optional("left", "a number");
     const RIGHT: In<AnnotationFile> = In::optional("right", "a number");
@@ -620,6 +659,10 @@ mod tests {
         }
     }
 
+    fn states(store: &Store, run: &str) -> Vec<StepState> {
+        history::state(&event::read_log(store.home(), run).unwrap()).steps
+    }
+
     #[test]
     fn a_stage_that_hangs_is_given_up_and_the_others_are_not() {
         let home = tempfile::tempdir().unwrap();
@@ -632,6 +675,26 @@ mod tests {
         let Some(Error::StagesFailed { failed, skipped, worst: ExitCode::Stage }) = ended.error else { panic!("{:?}", ended.error) };
         assert_eq!((failed, skipped), (vec!["s0".to_owned()], vec!["s2".to_owned()]));
         assert_eq!(ended.made.into_keys().collect::<Vec<_>>(), [1]);
+    }
+
+    #[test]
+    fn of_steps_that_come_to_the_same_one_works_and_the_others_have_it() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(home.path()).unwrap();
+        let options = Options { cpu: 4, memory: 1 << 30, devices: vec![tch::Device::Cpu], rehash: false, is_measuring: false };
+        // The sums of 1 and 5 are one number, modulo 4, and what reads them comes to one recipe.
+        let pipeline = pipeline(&[(1, None, None), (5, None, None), (2, Some(0), None), (2, Some(1), None), (3, Some(3), None)]);
+        let mut started = Vec::new();
+        let mut note = |stamped: &Stamped| {
+            if let Event::StepStarted { step } = &stamped.event {
+                started.push(step.clone());
+            }
+        };
+        let ended = run(&Arc::new(pipeline), &[0, 1, 2, 3, 4], &store, &options, &mut note).unwrap();
+        assert!(ended.error.is_none());
+        started.sort();
+        assert!(started.len() == 4 && started[..2] == ["s0", "s1"] && started[3] == "s4", "{started:?}");
+        assert!(states(&store, &ended.run).iter().all(|step| ["done", "reused"].contains(&step.state)));
     }
 
     #[test]
