@@ -20,7 +20,10 @@ use crate::{
     estimate, event, explain, history,
     keep::{self, Collection},
     machine,
-    pipeline::{self, NAMED, Pipeline, Setting, Title},
+    pipeline::{
+        self, NAMED, Pipeline, Setting, Step, Title,
+        matrix::{labels, plain_id},
+    },
     plan::{self, Outlook},
     report,
     run::{self, Options},
@@ -157,6 +160,9 @@ enum Command {
         /// Where to write it [default: beside the run's log]
         #[arg(long, short, value_name = "FILE")]
         output: Option<PathBuf>,
+        /// Print JSON instead: the numbers of every evaluation, and variants side by side
+        #[arg(long, conflicts_with = "output")]
+        json: bool,
     },
     /// List the stages, or document one: inputs, outputs, parameters, defaults
     Stages {
@@ -243,9 +249,13 @@ enum CacheCommand {
 struct Chosen {
     /// A named pipeline, or a file (written with a slash or ending in .yaml)
     pipeline: String,
-    /// Change a variable, or a parameter of a stage: `--set seed=8`, `--set detect.score_threshold=0.1`
+    /// Change a variable, a parameter or an input of a stage: `--set seed=8`, `--set detect.score_threshold=0.1`, `--set
+    /// detector.in.features=objects.features`
     #[arg(long = "set", value_name = "KEY=VALUE")]
     settings: Vec<Setting>,
+    /// Only this variant of the pipeline, or, given several times, these
+    #[arg(long = "variant", value_name = "NAME")]
+    variants: Vec<String>,
     /// Stop after this stage
     #[arg(long, value_name = "STAGE")]
     until: Option<String>,
@@ -338,8 +348,11 @@ pub(crate) fn main() -> Result<()> {
             CacheCommand::Pin { run } => keep::pin(&home, &run, true),
             CacheCommand::Unpin { run } => keep::pin(&home, &run, false),
         },
-        Command::Report { run, output } => {
+        Command::Report { run, output, json } => {
             let run = history::chosen(&home, run.as_deref())?;
+            if json {
+                return report::numbers(&Store::open(&home)?, &run);
+            }
             let path = report::write(&Store::open(&home)?, &run, output.as_deref())?;
             print(&format!("{}\n", path.display()))
         }
@@ -374,26 +387,38 @@ pub(crate) fn to_json(key: &str, value: &impl serde::Serialize) -> String {
 }
 
 impl Chosen {
-    fn load(&self) -> Result<(Pipeline, Vec<usize>)> {
-        self.load_until(self.until.as_deref())
+    fn pipeline(&self) -> Result<Pipeline> {
+        pipeline::load(&self.pipeline, &self.settings, &self.variants)
     }
 
-    fn load_until(&self, until: Option<&str>) -> Result<(Pipeline, Vec<usize>)> {
-        let pipeline = pipeline::load(&self.pipeline, &self.settings)?;
-        let place = |id: &str| {
-            let ids = || pipeline.steps.iter().map(|step| step.id.as_str());
-            ids().position(|known| known == id).ok_or_else(|| Error::Usage {
-                problem: format!("{id}: the pipeline has no such stage"),
-                hint: match pipeline::nearest(id, ids()) {
-                    Some(nearest) => format!("did you mean `{nearest}`?"),
-                    None => format!("its stages are {}", ids().collect::<Vec<_>>().join(", ")),
-                },
-            })
+    /// The pipeline, and the steps that are wanted of it.
+    fn load(&self) -> Result<(Pipeline, Vec<usize>)> {
+        let pipeline = self.pipeline()?;
+        let wanted = match &self.until {
+            Some(until) => plan::needed(&pipeline, &places(&pipeline, until)?),
+            None => (0..pipeline.steps.len()).collect(),
         };
-        let until = until.map(place).transpose()?;
-        let wanted = plan::needed(&pipeline, until);
         Ok((pipeline, wanted))
     }
+}
+
+/// The steps that a name stands for: one by its id, or all copies of a stage by the id that it has in the file.
+fn places(pipeline: &Pipeline, name: &str) -> Result<Vec<usize>> {
+    let is_named = |step: &Step| step.id == name || step.plain_id == name;
+    let places: Vec<usize> = (0..pipeline.steps.len()).filter(|place| is_named(&pipeline.steps[*place])).collect();
+    if !places.is_empty() {
+        return Ok(places);
+    }
+    let mut stages: Vec<&str> = Vec::new();
+    for Step { plain_id, .. } in &pipeline.steps {
+        stages.extend((!stages.contains(&plain_id.as_str())).then_some(plain_id.as_str()));
+    }
+    let copies = pipeline.steps.iter().map(|step| step.id.as_str()).filter(|_| name.contains('@'));
+    let hint = match pipeline::nearest(name, stages.iter().copied().chain(copies)) {
+        Some(nearest) => format!("did you mean `{nearest}`?"),
+        None => format!("its stages are {}", stages.join(", ")),
+    };
+    Err(Error::Usage { problem: format!("{name}: the pipeline has no such stage"), hint })
 }
 
 fn run(home: &Path, chosen: &Chosen, options: &Options, most_items: Option<usize>) -> Result<()> {
@@ -404,7 +429,7 @@ fn run(home: &Path, chosen: &Chosen, options: &Options, most_items: Option<usize
     let mut screen = Screen::new();
     let ended = run::run(&pipeline, &wanted, &store, options, &mut |event| screen.show(event))?;
     let report = report::write(&store, &ended.run, None)?;
-    let mut text = history::tables(&pipeline, &ended.made)?;
+    let mut text = history::tables(&store, &ended.run)?;
     if let Some(error) = ended.error {
         print(&text)?;
         return Err(error);
@@ -466,7 +491,7 @@ fn rate(text: &str) -> Result<u64, String> {
 /// Three commands worth typing after a run.
 fn next_commands(name: &str, pipeline: &Pipeline) -> String {
     let tunable = pipeline.steps.iter().rev().find(|step| step.entry.kind.starts_with("detect/"));
-    let change = tunable.map_or_else(String::new, |step| format!(" --set {}.nms_iou=0.4", step.id));
+    let change = tunable.map_or_else(String::new, |step| format!(" --set {}.nms_iou=0.4", step.plain_id));
     format!(
         "next:\n  ovenbird plan {name}{change}    what a changed parameter would run again\n  ovenbird stages    every stage with its parameters\n  ovenbird log    past runs and what they did\n"
     )
@@ -485,26 +510,53 @@ fn show_plan(home: &Path, chosen: &Chosen, json: bool) -> Result<()> {
             .collect();
         return print(&to_json("plan", &steps));
     }
-    let width = outlooks.iter().map(|(step, _)| pipeline.steps[*step].id.len()).max().unwrap_or(0);
-    let mut text = String::new();
-    for (step, outlook) in &outlooks {
-        let words = match outlook {
-            Outlook::Reused => "reused".to_owned(),
-            Outlook::Dropped => "dropped  earlier; nothing that would run needs it".to_owned(),
-            Outlook::Run { units_done: 0, reasons, .. } => format!("run      {}", reasons.join("; ")),
-            Outlook::Run { units_done, units_total, reasons } => {
-                format!("resume   {units_done} of {units_total} units are there; {}", reasons.join("; "))
-            }
-            Outlook::DependsOn { steps, reasons } if reasons.is_empty() => format!("depends  on what {} comes to", steps.join(", ")),
-            Outlook::DependsOn { steps, reasons } => format!("run      after {}; {}", steps.join(", "), reasons.join("; ")),
-        };
-        text.push_str(&format!("{:width$}  {words}\n", pipeline.steps[*step].id));
-    }
+    let mut text = plan_lines(&pipeline, &outlooks);
     let n_of = |wanted: fn(&Outlook) -> bool| outlooks.iter().filter(|(_, outlook)| wanted(outlook)).count();
     let (reused, run) =
         (n_of(|outlook| matches!(outlook, Outlook::Reused | Outlook::Dropped)), n_of(|outlook| matches!(outlook, Outlook::Run { .. })));
     text.push_str(&format!("{reused} reused, {run} to run, {} depending on these\n", outlooks.len() - reused - run));
     print(&text)
+}
+
+/// A line a step; copies of a stage of which the same is to be said have one together.
+fn plan_lines(pipeline: &Pipeline, outlooks: &[(usize, Outlook)]) -> String {
+    let mut lines: Vec<(&str, String, Vec<&str>)> = Vec::new();
+    for (place, outlook) in outlooks {
+        let Step { id, plain_id, .. } = &pipeline.steps[*place];
+        let words = outlook_words(pipeline, outlook);
+        match lines.iter_mut().find(|(stage, known, _)| stage == plain_id && *known == words) {
+            Some((_, _, ids)) => ids.push(id),
+            None => lines.push((plain_id, words, vec![id])),
+        }
+    }
+    let n_copies = |stage: &str| outlooks.iter().filter(|(place, _)| pipeline.steps[*place].plain_id == stage).count();
+    let labelled = |(stage, words, ids): (&str, String, Vec<&str>)| {
+        let are_all = ids.len() > 1 && ids.len() == n_copies(stage);
+        let labels = if are_all { vec![format!("{stage} ({})", ids.len())] } else { labels(&ids) };
+        labels.into_iter().map(move |label| (label, words.clone()))
+    };
+    let lines: Vec<(String, String)> = lines.into_iter().flat_map(labelled).collect();
+    let width = lines.iter().map(|(label, _)| label.len()).max().unwrap_or(0);
+    lines.iter().map(|(label, words)| format!("{label:width$}  {words}\n")).collect()
+}
+
+fn outlook_words(pipeline: &Pipeline, outlook: &Outlook) -> String {
+    // Which copies is clear: those that the step reads from.
+    let stages = |steps: &[String]| {
+        let mut stages: Vec<&str> = steps.iter().map(|step| plain_id(step)).collect();
+        stages.sort_by_key(|stage| pipeline.steps.iter().position(|step| step.plain_id == *stage));
+        stages.join(", ")
+    };
+    match outlook {
+        Outlook::Reused => "reused".to_owned(),
+        Outlook::Dropped => "dropped  earlier; nothing that would run needs it".to_owned(),
+        Outlook::Run { units_done: 0, reasons, .. } => format!("run      {}", reasons.join("; ")),
+        Outlook::Run { units_done, units_total, reasons } => {
+            format!("resume   {units_done} of {units_total} units are there; {}", reasons.join("; "))
+        }
+        Outlook::DependsOn { steps, reasons } if reasons.is_empty() => format!("depends  on what {} comes to", stages(steps)),
+        Outlook::DependsOn { steps, reasons } => format!("run      after {}; {}", stages(steps), reasons.join("; ")),
+    }
 }
 
 fn explain(home: &Path, chosen: &Chosen, what: &str, json: bool) -> Result<()> {
@@ -518,9 +570,9 @@ fn explain(home: &Path, chosen: &Chosen, what: &str, json: bool) -> Result<()> {
         }
         None => (what, None),
     };
-    let (pipeline, wanted) = chosen.load_until(Some(stage))?;
-    let place = pipeline.steps.iter().position(|step| step.id == stage).expect("BUG: its name was looked up");
-    explain::explain(&pipeline, &wanted, place, unit, &Store::open(home)?, json)
+    let pipeline = chosen.pipeline()?;
+    let places = places(&pipeline, stage)?;
+    explain::explain(&pipeline, &places, unit, &Store::open(home)?, json)
 }
 
 /// Sets the units with failed items aside and runs; the items that did not fail are taken from there.

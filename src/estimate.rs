@@ -14,9 +14,12 @@ use crate::{
 /// (weights, tables) is counted with them, so that small samples predict too much rather than too little.
 pub(crate) fn table(home: &Path, run: &str) -> Result<String> {
     let mut samples: BTreeMap<String, (u64, u64)> = BTreeMap::new();
-    let mut text = format!("\n{:12} {:>9} {:>10} {:>12} {:>12} {:>12}\n", "stage", "sample", "whole", "time", "written", "memory");
+    let log = event::read_log(home, run)?;
+    let ids = log.iter().filter_map(|stamped| if let Event::StepDone { step, .. } = &stamped.event { Some(step.len()) } else { None });
+    let width = ids.max().unwrap_or(0).max(12);
+    let mut text = format!("\n{:width$} {:>9} {:>10} {:>12} {:>12} {:>12}\n", "stage", "sample", "whole", "time", "written", "memory");
     let (mut all_s, mut all_bytes, mut most) = (0.0, 0, 0);
-    for stamped in event::read_log(home, run)? {
+    for stamped in log {
         match stamped.event {
             Event::StepChecked { step, verdict: Verdict::Run { sample: Some(sample), .. }, .. } => drop(samples.insert(step, sample)),
             Event::StepDone { step, bytes, wall_s, peak_bytes, .. } => {
@@ -25,13 +28,13 @@ pub(crate) fn table(home: &Path, run: &str) -> Result<String> {
                 let (seconds, bytes) = (wall_s * scale, (bytes as f64 * scale) as u64);
                 (all_s, all_bytes, most) = (all_s + seconds, all_bytes + bytes, most.max(peak_bytes));
                 let (written, memory) = (HumanBytes(bytes).to_string(), HumanBytes(peak_bytes).to_string());
-                text.push_str(&format!("{step:12} {sample:>9} {whole:>10} {:>12} {written:>12} {memory:>12}\n", duration(seconds)));
+                text.push_str(&format!("{step:width$} {sample:>9} {whole:>10} {:>12} {written:>12} {memory:>12}\n", duration(seconds)));
             }
             _ => {}
         }
     }
     let (written, memory) = (HumanBytes(all_bytes).to_string(), HumanBytes(most).to_string());
-    text.push_str(&format!("{:12} {:>9} {:>10} {:>12} {written:>12} {memory:>12}\n", "all", "", "", duration(all_s)));
+    text.push_str(&format!("{:width$} {:>9} {:>10} {:>12} {written:>12} {memory:>12}\n", "all", "", "", duration(all_s)));
     text.push_str("one stage after the other; stages without items are taken as measured. A stage that is reused has no line\n");
     Ok(text)
 }

@@ -13,6 +13,8 @@ use jiff::Timestamp;
 use ovenbird_cache::{Digest, Fingerprint, Store, publish::Journal};
 use serde::{Deserialize, Serialize};
 
+use crate::pipeline::matrix::Matrix;
+
 /// The version of the event log.
 pub(crate) const VERSION: u32 = 1;
 
@@ -30,7 +32,17 @@ pub(crate) struct Stamped {
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Event {
     /// The first line of every log.
-    RunStarted { version: u32, run: String, pipeline: String, description: String, command: String, steps: Vec<StepInfo> },
+    RunStarted {
+        version: u32,
+        run: String,
+        pipeline: String,
+        description: String,
+        command: String,
+        steps: Vec<StepInfo>,
+        /// Of a pipeline with variants or seeds.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        matrix: Option<Matrix>,
+    },
     /// Something about the run as a whole that the operator should read.
     Notice { words: String },
     /// A step was looked up: all its inputs are there.

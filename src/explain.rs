@@ -12,15 +12,16 @@ use crate::{
     plan::{self, Seen, upstream},
 };
 
-/// Explains the last of the wanted steps, and those of the others that are its causes.
-pub(crate) fn explain(pipeline: &Pipeline, wanted: &[usize], place: usize, unit: Option<usize>, store: &Store, json: bool) -> Result<()> {
+/// Explains a step, or the copies of one, and those of the steps before them that are causes.
+pub(crate) fn explain(pipeline: &Pipeline, places: &[usize], unit: Option<usize>, store: &Store, json: bool) -> Result<()> {
     let ledger = store.home().exists().then(|| Ledger::of(store));
-    let seen = plan::look(pipeline, wanted, store, ledger.as_ref())?;
+    let seen = plan::look(pipeline, &plan::needed(pipeline, places), store, ledger.as_ref())?;
     if let Some(unit) = unit {
-        return explain_unit(&pipeline.steps[place], &seen[&place], unit, store, ledger.as_ref());
+        let of_step = |place: &usize| explain_unit(&pipeline.steps[*place], &seen[place], unit, store, ledger.as_ref());
+        return places.iter().try_for_each(of_step);
     }
     let mut causes = Vec::new();
-    chain(pipeline, &seen, place, 0, &mut causes);
+    places.iter().for_each(|place| chain(pipeline, &seen, *place, 0, &mut causes));
     if json {
         let list: Vec<_> = causes.iter().map(|(depth, step, words)| json!({"depth": depth, "step": step, "words": words})).collect();
         return print(&to_json("explain", &list));
@@ -92,9 +93,10 @@ fn explain_unit(step: &Step, seen: &Seen, unit: usize, store: &Store, ledger: Op
         hint: "units are counted from 0".into(),
     })?;
     let name = unit_name(kind, &fingerprint);
+    let of = if step.id == step.plain_id { String::new() } else { format!("{}: ", step.id) };
     let text = match store.unit(kind, &fingerprint)? {
-        Status::Absent => format!("{name}: has to be made\n"),
-        Status::Damaged(findings) => format!("{name}: is damaged and is made again\n  {}\n", findings.join("\n  ")),
+        Status::Absent => format!("{of}{name}: has to be made\n"),
+        Status::Damaged(findings) => format!("{of}{name}: is damaged and is made again\n  {}\n", findings.join("\n  ")),
         Status::Valid(record) => {
             let n_items = store.items_of(&record)?.len();
             let files: String =
@@ -103,7 +105,7 @@ fn explain_unit(step: &Step, seen: &Seen, unit: usize, store: &Store, ledger: Op
             let verified = verified.and_then(|was| Some((was.depth, jiff::Timestamp::from_second(was.at).ok()?)));
             let verified =
                 verified.map_or_else(|| "never verified".into(), |(depth, at)| format!("last verified {at} ({depth:?})").to_lowercase());
-            format!("{name}: is there, {n_items} items, {verified}\n{files}")
+            format!("{of}{name}: is there, {n_items} items, {verified}\n{files}")
         }
     };
     print(&text)

@@ -3,18 +3,21 @@
 use std::{collections::BTreeMap, path::Path, thread, time::Duration};
 
 use jiff::Timestamp;
-use ovenbird_cache::{Ledger, Store};
-use ovenbird_data::evaluate::Shape;
-use ovenbird_stages::artifacts::{Artifact as _, EvaluationFile};
+use ovenbird_cache::{Ledger, Status, Store};
+use ovenbird_data::evaluate::{Evaluation, Shape};
+use ovenbird_stages::{
+    artifacts::{Artifact as _, EvaluationFile},
+    find,
+};
 use serde::Serialize;
 use serde_json::json;
 
 use crate::{
     cli::{known_runs, print, to_json},
+    comparison::{Comparison, compare},
     error::{Error, Result, count},
     event::{self, Event, Outcome, Stamped, Verdict, runs},
-    pipeline::Pipeline,
-    plan::Made,
+    pipeline::matrix::Matrix,
     screen::duration,
 };
 
@@ -54,6 +57,23 @@ pub(crate) struct StepState {
     pub(crate) fingerprint: Option<ovenbird_cache::Fingerprint>,
 }
 
+impl StepState {
+    /// One of which nothing is known so far.
+    pub(crate) fn waiting(id: &str, kind: &str) -> Self {
+        Self {
+            id: id.into(),
+            kind: kind.into(),
+            state: "waiting",
+            done: 0,
+            total: 0,
+            failed: 0,
+            wall_s: None,
+            words: String::new(),
+            fingerprint: None,
+        }
+    }
+}
+
 /// How a run stands.
 #[derive(Debug, Serialize)]
 pub(crate) struct RunState {
@@ -67,6 +87,9 @@ pub(crate) struct RunState {
     pub(crate) wall_s: f64,
     pub(crate) steps: Vec<StepState>,
     pub(crate) notices: Vec<String>,
+    /// Of a pipeline with variants or seeds.
+    #[serde(skip)]
+    pub(crate) matrix: Option<Matrix>,
 }
 
 /// Folds a log.
@@ -81,6 +104,7 @@ pub(crate) fn state(log: &[Stamped]) -> RunState {
         wall_s: 0.0,
         steps: Vec::new(),
         notices: Vec::new(),
+        matrix: None,
     };
     if let (Some(first), Some(last)) = (log.first(), log.last()) {
         state.wall_s = (last.at.as_millisecond() - first.at.as_millisecond()) as f64 / 1e3;
@@ -93,22 +117,13 @@ pub(crate) fn state(log: &[Stamped]) -> RunState {
             }
         };
         match event {
-            Event::RunStarted { run, pipeline, description, command, steps, .. } => {
+            Event::RunStarted { run, pipeline, description, command, steps, matrix, .. } => {
+                state.matrix.clone_from(matrix);
                 (state.run, state.pipeline) = (run.clone(), pipeline.clone());
                 (state.description, state.command) = (description.clone(), command.clone());
                 for step in steps {
                     places.insert(step.id.clone(), state.steps.len());
-                    state.steps.push(StepState {
-                        id: step.id.clone(),
-                        kind: step.kind.clone(),
-                        state: "waiting",
-                        done: 0,
-                        total: 0,
-                        failed: 0,
-                        wall_s: None,
-                        words: String::new(),
-                        fingerprint: None,
-                    });
+                    state.steps.push(StepState::waiting(&step.id, &step.kind));
                 }
             }
             Event::StepChecked { step, fingerprint, verdict } => with(step, &|step| {
@@ -261,19 +276,47 @@ pub(crate) fn n_made(home: &Path, run: &str) -> Result<usize> {
     Ok(state(&event::read_log(home, run)?).steps.iter().filter(|step| step.state == "done").count())
 }
 
-/// The tables of every evaluation among the artifacts of a run.
-pub(crate) fn tables(pipeline: &Pipeline, made: &Made) -> Result<String> {
-    let mut text = String::new();
-    for (place, artifact) in made {
-        let step = &pipeline.steps[*place];
-        for port in step.entry.outputs.iter().filter(|port| port.kind == EvaluationFile::KIND) {
-            let EvaluationFile(evaluation) = EvaluationFile::open(&artifact.port(port.name))?;
-            let of = match evaluation.of {
-                Shape::Boxes => "",
-                Shape::Masks => ", masks",
-            };
-            text.push_str(&format!("\n{} ({}{of})\n{}\n", step.id, step.entry.kind, evaluation.table()));
-        }
+/// An evaluation that a run made or found.
+pub(crate) struct Evaluated {
+    pub(crate) step: String,
+    pub(crate) kind: String,
+    /// The step's output that it is.
+    pub(crate) port: &'static str,
+    pub(crate) evaluation: Evaluation,
+}
+
+/// The evaluations among what a step of a run came to.
+pub(crate) fn evaluations(store: &Store, step: &StepState) -> Result<Vec<Evaluated>> {
+    let outputs = find(&step.kind).into_iter().flat_map(|entry| entry.outputs);
+    let ports: Vec<&'static str> = outputs.filter(|port| port.kind == EvaluationFile::KIND).map(|port| port.name).collect();
+    let Some(fingerprint) = step.fingerprint.filter(|_| !ports.is_empty()) else { return Ok(Vec::new()) };
+    let Status::Valid(artifact) = store.artifact(&step.kind, &fingerprint)? else { return Ok(Vec::new()) };
+    if artifact.is_dropped {
+        return Ok(Vec::new());
     }
-    Ok(text)
+    let open = |port: &'static str| {
+        let EvaluationFile(evaluation) = EvaluationFile::open(&artifact.port(port))?;
+        Ok(Evaluated { step: step.id.clone(), kind: step.kind.clone(), port, evaluation })
+    };
+    ports.into_iter().map(open).collect()
+}
+
+/// What a run's evaluations came to: a table for each, or, with variants or seeds, one for all of their copies.
+pub(crate) fn tables(store: &Store, run: &str) -> Result<String> {
+    let RunState { steps, matrix, .. } = state(&event::read_log(store.home(), run)?);
+    let mut evaluated = Vec::new();
+    for step in &steps {
+        evaluated.extend(evaluations(store, step)?);
+    }
+    if let Some(matrix) = matrix {
+        return Ok(compare(&matrix, &steps, &evaluated).iter().map(Comparison::text).collect());
+    }
+    let table = |Evaluated { step, kind, evaluation, .. }: &Evaluated| {
+        let of = match evaluation.of {
+            Shape::Boxes => "",
+            Shape::Masks => ", masks",
+        };
+        format!("\n{step} ({kind}{of})\n{}\n", evaluation.table())
+    };
+    Ok(evaluated.iter().map(table).collect())
 }

@@ -1,6 +1,7 @@
 //! The operator's side of Ovenbird: command line, pipeline file -> plan -> run, live progress, report.
 
 mod cli;
+mod comparison;
 mod describe;
 mod doctor;
 mod error;

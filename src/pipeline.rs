@@ -2,9 +2,11 @@
 //!
 //! Everything that can be found without reading an input is found here, all of it at once: unknown keys (with the nearest
 //! valid spelling), wrong values, unknown stages, missing inputs, edges between different kinds, cycles. Each problem has
-//! its path (`stages.objects.with.expand`) and its line.
+//! its path (`stages.objects.with.expand`) and its line. A pipeline with variants and seeds is read once for each cell; what
+//! [`matrix`] makes of that is a graph like any other.
 
 mod lines;
+pub(crate) mod matrix;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,11 +22,12 @@ use serde_yaml::Value as Yaml;
 
 use crate::error::{Error, Result};
 use lines::Lines;
+use matrix::{Matrix, Resolved};
 
 /// The version of pipeline files that this program reads.
 pub(crate) const VERSION: u64 = 1;
 
-const FILE_KEYS: &[&str] = &["version", "name", "description", "variables", "stages"];
+const FILE_KEYS: &[&str] = &["version", "name", "description", "variables", "seeds", "variants", "stages"];
 const STAGE_KEYS: &[&str] = &["id", "use", "in", "with", "resources", "on_bad_item", "max_failed_ratio", "max_silence_s"];
 const RESOURCE_KEYS: &[&str] = &["cpu", "memory", "gpu"];
 
@@ -67,6 +70,8 @@ pub(crate) struct Pipeline {
     pub(crate) description: String,
     /// In an order in which every stage comes after those it reads from.
     pub(crate) steps: Vec<Step>,
+    /// Which of them are those of which variant and seed, where it has any.
+    pub(crate) matrix: Option<Matrix>,
     /// What it was read from.
     pub(crate) request: Request,
 }
@@ -79,11 +84,17 @@ pub(crate) struct Request {
     /// The pipeline file's text.
     pub(crate) text: String,
     pub(crate) settings: Vec<Setting>,
+    /// The names of the variants that were chosen; none: all.
+    #[serde(default)]
+    pub(crate) variants: Vec<String>,
 }
 
 /// A stage of a pipeline.
 pub(crate) struct Step {
+    /// Its id in the file, and which copy of it this is where variants or seeds make several: `detector@crops,8`.
     pub(crate) id: String,
+    /// Its id in the file.
+    pub(crate) plain_id: String,
     pub(crate) entry: &'static StageEntry,
     pub(crate) stage: Box<dyn AnyStage>,
     pub(crate) inputs: BTreeMap<String, Source>,
@@ -141,23 +152,25 @@ pub(crate) fn with_line(problem: &Problem) -> String {
 /// Changes from the command line: `--set key=value`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Setting {
-    /// A variable, or `stage.parameter`.
+    /// A variable, `stage.parameter`, or `stage.in.input`.
     pub(crate) key: String,
     /// YAML.
     pub(crate) value: String,
 }
 
 /// Reads and checks a pipeline: a named one, or a file (written with a slash).
-pub(crate) fn load(name: &str, settings: &[Setting]) -> Result<Pipeline> {
+///
+/// `variants` are the names of those that are chosen; none: all.
+pub(crate) fn load(name: &str, settings: &[Setting], variants: &[String]) -> Result<Pipeline> {
     let (origin, text) = find(name)?;
     let folder = std::env::current_dir().unwrap_or_default();
-    read(origin, Request { folder, text, settings: settings.to_vec() })
+    read(origin, Request { folder, text, settings: settings.to_vec(), variants: variants.to_vec() })
 }
 
 /// Reads and checks a pipeline again. Relative paths in it are those of the current folder.
 pub(crate) fn read(origin: String, request: Request) -> Result<Pipeline> {
     let mut reader = Reader { lines: Lines::of(&request.text), problems: Vec::new(), broken: BTreeSet::new() };
-    let pipeline = reader.pipeline(&request.text, &request.settings);
+    let pipeline = reader.pipeline(&request);
     match pipeline {
         Some(pipeline) if reader.problems.is_empty() => Ok(Pipeline { request, ..pipeline }),
         _ => {
@@ -212,10 +225,64 @@ struct Draft {
     id: String,
     entry: &'static StageEntry,
     stage: Option<Box<dyn AnyStage>>,
-    inputs: BTreeMap<String, String>,
+    inputs: BTreeMap<String, Given>,
     resources: Resources,
     on_bad_item: OnBadItem,
     max_silence: Duration,
+}
+
+/// What an input is to be.
+struct Given {
+    value: String,
+    /// Where that is said.
+    path: String,
+}
+
+/// A change of what the file says, by a variant or from the command line.
+#[derive(Clone)]
+struct Change {
+    /// Where it is said: `variants.crops.detector.in.features`, `--set seed`.
+    path: String,
+    key: Key,
+    value: Yaml,
+}
+
+/// What a change is of.
+#[derive(Clone, PartialEq)]
+enum Key {
+    Variable(String),
+    /// A parameter, or one within it.
+    Parameter {
+        stage: String,
+        path: String,
+    },
+    Input {
+        stage: String,
+        port: String,
+    },
+}
+
+impl Key {
+    fn of(text: &str) -> Self {
+        let Some((stage, rest)) = text.split_once('.') else { return Self::Variable(text.into()) };
+        match rest.strip_prefix("in.") {
+            Some(port) => Self::Input { stage: stage.into(), port: port.into() },
+            None => Self::Parameter { stage: stage.into(), path: rest.into() },
+        }
+    }
+
+    fn stage(&self) -> Option<&str> {
+        match self {
+            Self::Variable(_) => None,
+            Self::Parameter { stage, .. } | Self::Input { stage, .. } => Some(stage),
+        }
+    }
+
+    /// Whether it is of a field of a stage's parameters, such as `training.longer_side[0]`, or of what holds that field.
+    fn holds(&self, id: &str, field: &str) -> bool {
+        let Self::Parameter { stage, path } = self else { return false };
+        stage == id && field.strip_prefix(path).is_some_and(|below| below.is_empty() || below.starts_with(['.', '[']))
+    }
 }
 
 impl Reader {
@@ -225,8 +292,8 @@ impl Reader {
         self.problems.push(Problem { path, line, problem: problem.into() });
     }
 
-    fn pipeline(&mut self, text: &str, settings: &[Setting]) -> Option<Pipeline> {
-        let yaml: Yaml = match serde_yaml::from_str(text) {
+    fn pipeline(&mut self, request: &Request) -> Option<Pipeline> {
+        let yaml: Yaml = match serde_yaml::from_str(&request.text) {
             Ok(yaml) => yaml,
             Err(error) => {
                 let line = error.location().map(|location| location.line());
@@ -249,26 +316,56 @@ impl Reader {
         }
         let name = self.text("name", file.get("name"));
         let description = file.get("description").map_or(Some(String::new()), |_| self.text("description", file.get("description")));
-        let variables = self.variables(file.get("variables"), settings);
+        let variables = self.variables(file.get("variables"));
+        let mut changes = self.changes(&request.settings);
+        let axes = self.axes(&file, &mut changes, &request.variants);
         let Some(Yaml::Sequence(stages)) = file.get("stages") else {
             self.push("stages", "expected a list of stages");
             return None;
         };
+        let n_before = self.problems.len();
+        let (mut cells, mut found) = (Vec::new(), Vec::new());
+        for at in axes.cells() {
+            let steps = self.steps(stages, &variables, &axes.changes(at, &changes));
+            found.push((at, self.problems.split_off(n_before)));
+            cells.extend(steps.map(|steps| Resolved { at, steps }));
+        }
+        self.problems.extend(axes.told_once(found));
+        if !self.problems.is_empty() {
+            return None;
+        }
+        let (steps, matrix) = axes.merged(cells);
+        Some(Pipeline { name: name?, description: description?, steps, matrix, request: Request::default() })
+    }
+
+    /// The steps of a pipeline with some changes, each after those it reads from.
+    fn steps(&mut self, stages: &[Yaml], variables: &BTreeMap<String, Yaml>, changes: &[Change]) -> Option<Vec<Step>> {
+        let mut variables = variables.clone();
+        for Change { path, key, value } in changes {
+            let Key::Variable(name) = key else { continue };
+            match variables.get_mut(name) {
+                Some(variable) => *variable = value.clone(),
+                None => self.push(path, format!("no variable `{name}`{}", suggestion(name, variables.keys().map(String::as_str)))),
+            }
+        }
+        let mut changes = changes.to_vec();
+        for Change { path, value, .. } in changes.iter_mut().filter(|change| change.key.stage().is_some()) {
+            self.substitute(path, value, &variables);
+        }
         let mut ids = BTreeSet::new();
         let mut drafts = Vec::new();
         for (stage_idx, yaml) in stages.iter().enumerate() {
-            if let Some(draft) = self.stage(stage_idx, yaml, &variables, settings) {
+            if let Some(draft) = self.stage(stage_idx, yaml, &variables, &changes) {
                 if !ids.insert(draft.id.clone()) {
                     self.push(format!("stages.{}.id", draft.id), "two stages have this id");
                 }
                 drafts.push(draft);
             }
         }
-        for setting in settings {
-            if let Some((id, _)) = setting.key.split_once('.')
-                && !ids.contains(id)
-            {
-                self.push(format!("--set {}", setting.key), format!("no stage `{id}`{}", suggestion(id, ids.iter().map(String::as_str))));
+        ids.extend(self.broken.iter().cloned());
+        for Change { path, key, .. } in &changes {
+            if let Some(id) = key.stage().filter(|id| !ids.contains(*id)) {
+                self.push(path, format!("no stage `{id}`{}", suggestion(id, ids.iter().map(String::as_str))));
             }
         }
         let edges = self.edges(&drafts);
@@ -284,7 +381,8 @@ impl Reader {
                 }
             }
             steps.push(Step {
-                id: draft.id,
+                id: draft.id.clone(),
+                plain_id: draft.id,
                 entry: draft.entry,
                 stage: draft.stage?,
                 inputs,
@@ -294,7 +392,20 @@ impl Reader {
                 most_items: None,
             });
         }
-        Some(Pipeline { name: name?, description: description?, steps, request: Request::default() })
+        Some(steps)
+    }
+
+    /// What the command line changes.
+    fn changes(&mut self, settings: &[Setting]) -> Vec<Change> {
+        let mut changes = Vec::new();
+        for Setting { key, value } in settings {
+            let path = format!("--set {key}");
+            match serde_yaml::from_str(value) {
+                Ok(value) => changes.push(Change { path, key: Key::of(key), value }),
+                Err(error) => self.push(path, format!("`{value}` is not YAML: {error}")),
+            }
+        }
+        changes
     }
 
     /// The entries of a mapping; unknown keys are problems and left out. `None`: not a mapping.
@@ -340,38 +451,15 @@ impl Reader {
         }
     }
 
-    fn variables(&mut self, yaml: Option<&Yaml>, settings: &[Setting]) -> BTreeMap<String, Yaml> {
-        let mut variables = match yaml.map(|yaml| self.entries("variables", yaml)) {
-            Some(Some(variables)) => variables,
-            Some(None) => {
-                self.push("variables", "expected a mapping from names to default values");
-                BTreeMap::new()
-            }
-            None => BTreeMap::new(),
-        };
-        for Setting { key, value } in settings.iter().filter(|setting| !setting.key.contains('.')) {
-            if !variables.contains_key(key) {
-                self.push(format!("--set {key}"), format!("no variable `{key}`{}", suggestion(key, variables.keys().map(String::as_str))));
-                continue;
-            }
-            if let Some(value) = self.setting(key, value) {
-                variables.insert(key.clone(), value);
-            }
-        }
-        variables
+    fn variables(&mut self, yaml: Option<&Yaml>) -> BTreeMap<String, Yaml> {
+        let Some(yaml) = yaml else { return BTreeMap::new() };
+        self.entries("variables", yaml).unwrap_or_else(|| {
+            self.push("variables", "expected a mapping from names to default values");
+            BTreeMap::new()
+        })
     }
 
-    fn setting(&mut self, key: &str, value: &str) -> Option<Yaml> {
-        match serde_yaml::from_str(value) {
-            Ok(value) => Some(value),
-            Err(error) => {
-                self.push(format!("--set {key}"), format!("`{value}` is not YAML: {error}"));
-                None
-            }
-        }
-    }
-
-    fn stage(&mut self, stage_idx: usize, yaml: &Yaml, variables: &BTreeMap<String, Yaml>, settings: &[Setting]) -> Option<Draft> {
+    fn stage(&mut self, stage_idx: usize, yaml: &Yaml, variables: &BTreeMap<String, Yaml>, changes: &[Change]) -> Option<Draft> {
         let place = format!("stages.{stage_idx}");
         let id = yaml.get("id").and_then(Yaml::as_str).map(str::to_owned);
         let path = id.as_ref().map_or_else(|| place.clone(), |id| format!("stages.{id}"));
@@ -381,7 +469,7 @@ impl Reader {
         };
         let id = self.text(&format!("{path}.id"), keys.get("id"));
         if let Some(id) = &id
-            && !id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+            && !is_id(id)
         {
             self.push(format!("{path}.id"), format!("`{id}`: an id has letters, digits, `-` and `_` only"));
         }
@@ -398,8 +486,8 @@ impl Reader {
             return None;
         };
         let with = keys.get("with").cloned().unwrap_or(Yaml::Null);
-        let stage = self.parameters(&path, &id, entry, &with, settings);
-        let inputs = self.inputs(&path, entry, keys.get("in"));
+        let stage = self.parameters(&path, &id, entry, &with, changes);
+        let inputs = self.inputs(&path, &id, entry, keys.get("in"), changes);
         let resources = self.resources(&path, keys.get("resources"));
         let on_bad_item = self.on_bad_item(&path, keys.get("on_bad_item"), keys.get("max_failed_ratio"));
         let max_silence = match keys.get("max_silence_s").map(|given| (given.as_u64(), given)) {
@@ -455,7 +543,7 @@ impl Reader {
         }
     }
 
-    fn parameters(&mut self, path: &str, id: &str, entry: &StageEntry, with: &Yaml, settings: &[Setting]) -> Option<Box<dyn AnyStage>> {
+    fn parameters(&mut self, path: &str, id: &str, entry: &StageEntry, with: &Yaml, changes: &[Change]) -> Option<Box<dyn AnyStage>> {
         let path = format!("{path}.with");
         let schema = (entry.schema)();
         let known: Vec<&str> =
@@ -464,17 +552,20 @@ impl Reader {
             self.push(path, format!("expected a mapping of parameters, found {}", shown(with)));
             return None;
         };
-        for Setting { key, value } in settings {
-            let Some((_, param)) = key.split_once('.').filter(|(stage, _)| *stage == id) else { continue };
-            let (name, below) = param.split_once('.').map_or((param, None), |(name, below)| (name, Some(below)));
+        for Change { path, key, value } in changes {
+            let Key::Parameter { path: param, .. } = key else { continue };
+            if key.stage() != Some(id) {
+                continue;
+            }
+            let (name, below) = param.split_once('.').map_or((param.as_str(), None), |(name, below)| (name, Some(below)));
             if !known.contains(&name) {
-                self.push(format!("--set {key}"), format!("no parameter `{name}`{}", suggestion(name, known.iter().copied())));
-            } else if let Some(value) = self.setting(key, value) {
-                let old = params.remove(name).unwrap_or(Yaml::Null);
-                match with_below(old, below, value) {
-                    Some(new) => drop(params.insert(name.to_owned(), new)),
-                    None => self.push(format!("--set {key}"), format!("`{name}` is no mapping down to there")),
-                }
+                self.push(path, format!("no parameter `{name}`{}", suggestion(name, known.iter().copied())));
+                continue;
+            }
+            let old = params.remove(name).unwrap_or(Yaml::Null);
+            match with_below(old, below, value.clone()) {
+                Some(new) => drop(params.insert(name.to_owned(), new)),
+                None => self.push(path, format!("`{name}` is no mapping down to there")),
             }
         }
         let params = match serde_json::to_value(&params) {
@@ -484,33 +575,57 @@ impl Reader {
                 return None;
             }
         };
+        // A value that a change brought is wrong there, not in the stage.
+        let place = |field: &str| {
+            let change = changes.iter().rev().find(|change| change.key.holds(id, field));
+            change.map_or_else(|| join(&path, field), |change| change.path.clone())
+        };
         match (entry.parse)(&params) {
             Ok(stage) => {
                 for problem in stage.check() {
-                    self.push(join(&path, &problem.field), problem.problem);
+                    self.push(place(&problem.field), problem.problem);
                 }
                 Some(stage)
             }
             Err(problem) => {
-                self.push(join(&path, &problem.field), problem.problem);
+                self.push(place(&problem.field), problem.problem);
                 None
             }
         }
     }
 
-    fn inputs(&mut self, path: &str, entry: &StageEntry, yaml: Option<&Yaml>) -> BTreeMap<String, String> {
+    fn inputs(&mut self, path: &str, id: &str, entry: &StageEntry, yaml: Option<&Yaml>, changes: &[Change]) -> BTreeMap<String, Given> {
         let path = format!("{path}.in");
         let ports: Vec<&str> = entry.inputs.iter().map(|port| port.name).collect();
-        let Some(given) = self.keys(&path, yaml.unwrap_or(&Yaml::Null), &ports) else {
+        let Some(written) = self.keys(&path, yaml.unwrap_or(&Yaml::Null), &ports) else {
             self.push(path, "expected a mapping from inputs to files or `stage.output`");
             return BTreeMap::new();
         };
-        for port in entry.inputs.iter().filter(|port| port.presence == Presence::Required) {
-            if !given.contains_key(port.name) {
-                self.push(join(&path, port.name), format!("missing: `{}` needs {} here ({})", entry.kind, port.kind, port.doc));
+        let mut given: BTreeMap<String, (Yaml, String)> = BTreeMap::new();
+        given.extend(written.into_iter().map(|(port, value)| (port.clone(), (value, join(&path, &port)))));
+        let mut taken_away = BTreeMap::new();
+        for Change { path, key, value } in changes {
+            let Key::Input { stage, port } = key else { continue };
+            if stage != id {
+                continue;
+            }
+            if !ports.contains(&port.as_str()) {
+                self.push(path, format!("no input `{port}`{}", suggestion(port, ports.iter().copied())));
+            } else if value.is_null() {
+                given.remove(port);
+                taken_away.insert(port.clone(), path.clone());
+            } else {
+                given.insert(port.clone(), (value.clone(), path.clone()));
             }
         }
-        let text = |(port, value): (String, Yaml)| self.text(&join(&path, &port), Some(&value)).map(|value| (port, value));
+        for port in entry.inputs.iter().filter(|port| port.presence == Presence::Required && !given.contains_key(port.name)) {
+            let path = taken_away.remove(port.name).unwrap_or_else(|| join(&path, port.name));
+            self.push(path, format!("missing: `{}` needs {} here ({})", entry.kind, port.kind, port.doc));
+        }
+        let text = |(port, (value, path)): (String, (Yaml, String))| {
+            let value = self.text(&path, Some(&value))?;
+            Some((port, Given { value, path }))
+        };
         given.into_iter().filter_map(text).collect()
     }
 
@@ -561,11 +676,10 @@ impl Reader {
         let mut all = Vec::new();
         for draft in drafts {
             let mut edges = BTreeMap::new();
-            for (port, value) in &draft.inputs {
+            for (port, Given { value, path }) in &draft.inputs {
                 if value.split_once('.').is_some_and(|(id, _)| self.broken.contains(id)) {
                     continue;
                 }
-                let path = format!("stages.{}.in.{port}", draft.id);
                 let wanted = draft.entry.inputs.iter().find(|known| known.name == port).expect("BUG: unknown ports were left out");
                 match source(value, wanted, drafts, &self.broken) {
                     Ok(source) => drop(edges.insert(port.clone(), source)),
@@ -638,6 +752,11 @@ fn source(value: &str, wanted: &PortInfo, drafts: &[Draft], broken: &BTreeSet<St
         return Err(format!("expected {}, but `{value}` is {}", wanted.kind, found.kind));
     }
     Ok(Source::Step { step, port: output.to_owned() })
+}
+
+/// Whether a text may be an id, or a part of one.
+fn is_id(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
 }
 
 fn join(path: &str, key: &str) -> String {

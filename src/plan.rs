@@ -341,10 +341,9 @@ pub(crate) fn upstream(step: &Step) -> Vec<usize> {
     steps
 }
 
-/// The places of the steps that are needed to make one step, itself included; of all steps without one.
-pub(crate) fn needed(pipeline: &Pipeline, until: Option<usize>) -> Vec<usize> {
-    let Some(until) = until else { return (0..pipeline.steps.len()).collect() };
-    let mut needed = vec![until];
+/// The places of the steps that are needed to make some steps, these included.
+pub(crate) fn needed(pipeline: &Pipeline, until: &[usize]) -> Vec<usize> {
+    let mut needed = until.to_vec();
     let mut next = 0;
     while let Some(&step) = needed.get(next) {
         for source in upstream(&pipeline.steps[step]) {

@@ -93,7 +93,7 @@ fn audit_step(
     audit: &mut Audit,
 ) -> Result<()> {
     // Everything upstream, as it lies in the store.
-    let needed = plan::needed(pipeline, Some(place));
+    let needed = plan::needed(pipeline, &[place]);
     let steps: Vec<_> = needed.iter().map(|step| &pipeline.steps[*step]).collect();
     let files = plan::digest_files(&steps, Some(&ovenbird_cache::Ledger::of(store)))?;
     let last = plan::Last::default();

@@ -14,14 +14,17 @@ use std::{
 use ovenbird_cache::{Artifact, Status, Store, publish};
 use ovenbird_data::evaluate::{Evaluation, Summary};
 use ovenbird_stages::{
-    artifacts::{Artifact as _, Curve, EvaluationFile},
+    artifacts::{Artifact as _, Curve},
     find,
 };
+use serde_json::json;
 
 use crate::{
+    cli::{print, to_json},
+    comparison::{self, Comparison, GROUPS, compare, metrics},
     error::{Result, count},
     event::{self, Event, Stamped},
-    history::{self, RunState, StepState},
+    history::{self, Evaluated, RunState, StepState},
     screen::duration,
 };
 use gallery::Picture;
@@ -37,7 +40,7 @@ struct Gathered {
     /// By step: seconds since the run's start, items done, views seen, pieces of work ready.
     flow: BTreeMap<String, Vec<(f64, u64, u64, u64)>>,
     artifacts: BTreeMap<String, Artifact>,
-    evaluations: Vec<(String, Evaluation)>,
+    evaluations: Vec<Evaluated>,
     trainings: Vec<(String, Curve)>,
     pictures: Vec<Picture>,
 }
@@ -48,6 +51,20 @@ pub(crate) fn write(store: &Store, run: &str, output: Option<&Path>) -> Result<P
     let path = output.map_or_else(|| event::run_folder(store.home(), run).join("report.html"), Path::to_owned);
     publish::replace(&path, render(&gathered).as_bytes())?;
     Ok(path)
+}
+
+/// `ovenbird report --json`: the numbers of a run.
+pub(crate) fn numbers(store: &Store, run: &str) -> Result<()> {
+    let state = history::state(&event::read_log(store.home(), run)?);
+    let mut evaluated = Vec::new();
+    for step in &state.steps {
+        evaluated.extend(history::evaluations(store, step)?);
+    }
+    let comparisons = state.matrix.as_ref().map_or_else(Vec::new, |matrix| compare(matrix, &state.steps, &evaluated));
+    let as_json = |Evaluated { step, kind, port, evaluation }: &Evaluated| json!({"step": step, "use": kind, "output": port, "of": evaluation.words(), "groups": evaluation.groups});
+    let evaluations: Vec<_> = evaluated.iter().map(as_json).collect();
+    let report = json!({"run": state.run, "pipeline": state.pipeline, "evaluations": evaluations, "comparisons": comparisons});
+    print(&to_json("report", &report))
 }
 
 fn gather(store: &Store, log: &[Stamped]) -> Result<Gathered> {
@@ -78,16 +95,11 @@ fn gather(store: &Store, log: &[Stamped]) -> Result<Gathered> {
         let Some(fingerprint) = &step.fingerprint else { continue };
         if let Status::Valid(artifact) = store.artifact(&step.kind, fingerprint)? {
             for port in find(&step.kind).into_iter().flat_map(|entry| entry.outputs) {
-                let files = artifact.port(port.name);
-                match port.kind {
-                    EvaluationFile::KIND => {
-                        let found = EvaluationFile::open(&files).ok();
-                        evaluations.extend(found.map(|EvaluationFile(evaluation)| (step.id.clone(), evaluation)));
-                    }
-                    Curve::KIND => trainings.extend(Curve::open(&files).ok().map(|curve| (step.id.clone(), curve))),
-                    _ => {}
+                if port.kind == Curve::KIND {
+                    trainings.extend(Curve::open(&artifact.port(port.name)).ok().map(|curve| (step.id.clone(), curve)));
                 }
             }
+            evaluations.extend(history::evaluations(store, step).unwrap_or_default());
             artifacts.insert(step.id.clone(), artifact);
         }
     }
@@ -119,7 +131,10 @@ fn render(gathered: &Gathered) -> String {
         include_str!("report/style.css"),
     );
     header(&mut out, gathered);
-    for (step, evaluation) in &gathered.evaluations {
+    if let Some(matrix) = &run.matrix {
+        compare(matrix, &run.steps, &gathered.evaluations).iter().for_each(|comparison| side_by_side(&mut out, comparison));
+    }
+    for Evaluated { step, evaluation, .. } in &gathered.evaluations {
         put!(out, "<section><h2>{}</h2><p class=\"quiet\">{}</p>", escape(step), evaluation.words());
         groups(&mut out, evaluation);
         curves(&mut out, evaluation);
@@ -182,16 +197,53 @@ fn percent(value: Option<f64>) -> String {
     value.map_or_else(|| "–".into(), |value| format!("{:.1}", 100.0 * value))
 }
 
-fn groups(out: &mut String, evaluation: &Evaluation) {
-    let columns = ["AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AR"];
-    let cells = |group: &Summary| [group.ap, group.ap50, group.ap75, group.ap_small, group.ap_medium, group.ap_large, group.ar];
-    out.push_str("<div class=\"wide\"><table><tr><th>classes</th>");
-    columns.iter().for_each(|name| put!(out, "<th class=\"number\">{name}</th>"));
+/// Variants over seeds, and every seed beneath.
+fn side_by_side(out: &mut String, comparison: &Comparison) {
+    let Comparison { evaluation, of, rows, missing, .. } = comparison;
+    let groups = comparison.groups();
+    let name = |row: &comparison::Row| escape(row.variant.as_deref().unwrap_or("all"));
+    put!(out, "<section><h2>{}: side by side</h2><p class=\"quiet\">{of}: {}</p>", escape(evaluation), escape(&comparison.legend()));
+    out.push_str("<div class=\"wide\"><table><tr><th>variant</th>");
+    groups.iter().for_each(|group| put!(out, "<th class=\"number\">{group}</th><th></th>"));
     out.push_str("</tr>");
-    for name in ["novel", "base", "all", "rare", "common", "frequent"] {
+    for row in rows {
+        put!(out, "<tr><th>{}</th>", name(row));
+        for group in &groups {
+            let value = comparison.headline_of(row, group);
+            let words = value.map_or_else(|| "–".into(), |value| value.over_seeds.words());
+            let difference = value.and_then(|value| value.difference.as_ref()).map(comparison::Spread::signed_words);
+            put!(out, "<td class=\"number\">{words}</td><td class=\"number\">{}</td>", difference.unwrap_or_default());
+        }
+        out.push_str("</tr>");
+    }
+    out.push_str("</table></div>");
+    missing.iter().for_each(|words| put!(out, "<p class=\"quiet\">Missing: {}</p>", escape(words)));
+    if !comparison.seeds.is_empty() {
+        out.push_str("<details><summary>Every seed</summary><div class=\"wide\"><table><tr><th>variant</th><th class=\"number\">seed</th>");
+        groups.iter().for_each(|group| put!(out, "<th class=\"number\">{group}</th>"));
+        out.push_str("</tr>");
+        for (row, seed) in rows.iter().flat_map(|row| comparison.seeds.iter().map(move |seed| (row, *seed))) {
+            put!(out, "<tr><td>{}</td><td class=\"number\">{seed}</td>", name(row));
+            for group in &groups {
+                let values = comparison.headline_of(row, group).into_iter().flat_map(|value| &value.by_seed);
+                let value = values.into_iter().find(|value| value.seed == Some(seed)).map(|value| value.value);
+                put!(out, "<td class=\"number\">{}</td>", percent(value));
+            }
+            out.push_str("</tr>");
+        }
+        out.push_str("</table></div></details>");
+    }
+    out.push_str("</section>");
+}
+
+fn groups(out: &mut String, evaluation: &Evaluation) {
+    out.push_str("<div class=\"wide\"><table><tr><th>classes</th>");
+    metrics(&Summary::default()).iter().for_each(|(name, _)| put!(out, "<th class=\"number\">{name}</th>"));
+    out.push_str("</tr>");
+    for name in GROUPS {
         let Some(group) = evaluation.groups.get(name) else { continue };
         put!(out, "<tr class=\"{name}\"><th>{name}</th>");
-        cells(group).into_iter().for_each(|value| put!(out, "<td class=\"number\">{}</td>", percent(value)));
+        metrics(group).into_iter().for_each(|(_, value)| put!(out, "<td class=\"number\">{}</td>", percent(value)));
         out.push_str("</tr>");
     }
     out.push_str("</table></div>");
@@ -445,17 +497,8 @@ mod tests {
     use super::*;
 
     fn gathered(state: &'static str) -> Gathered {
-        let step = StepState {
-            id: "<script>".into(),
-            kind: "eval/coco".into(),
-            state,
-            done: 3,
-            total: 3,
-            failed: 0,
-            wall_s: Some(2.0),
-            words: "a & b".into(),
-            fingerprint: None,
-        };
+        let waiting = StepState::waiting("<script>", "eval/coco");
+        let step = StepState { state, done: 3, total: 3, wall_s: Some(2.0), words: "a & b".into(), ..waiting };
         let run = RunState {
             run: "r".into(),
             pipeline: "p".into(),
@@ -466,6 +509,7 @@ mod tests {
             wall_s: 2.0,
             steps: vec![step],
             notices: vec!["n".into()],
+            matrix: None,
         };
         let class = ovenbird_data::evaluate::ClassResult { name: "owl".into(), is_novel: true, n_ground_truth: 2, ap: None, ap50: None };
         let evaluation = Evaluation {
@@ -483,7 +527,7 @@ mod tests {
             bytes: BTreeMap::new(),
             flow: BTreeMap::new(),
             artifacts: BTreeMap::new(),
-            evaluations: vec![("coco".into(), evaluation)],
+            evaluations: vec![Evaluated { step: "coco".into(), kind: "eval/coco".into(), port: "evaluation", evaluation }],
             trainings: vec![("<b>".into(), Curve { rows: vec![(10, BTreeMap::from([("loss.boxes".into(), 0.5)]))] })],
             pictures: vec![],
         }

@@ -62,7 +62,6 @@ pub(crate) struct Options {
 /// A run that has ended.
 pub(crate) struct Ended {
     pub(crate) run: String,
-    pub(crate) made: Made,
     /// Why it is not whole, if it is not.
     pub(crate) error: Option<Error>,
 }
@@ -90,6 +89,7 @@ pub(crate) fn run(
         description: pipeline.description.clone(),
         command: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
         steps: wanted.iter().map(|step| info(pipeline, &pipeline.steps[*step])).collect(),
+        matrix: pipeline.matrix.clone(),
     })?;
     if let Some(words) = recovery_words(recovered) {
         coordinator.emit(Event::Notice { words })?;
@@ -107,7 +107,7 @@ pub(crate) fn run(
         Some(_) => Outcome::Failed,
     };
     coordinator.emit(Event::RunEnded { outcome, wall_s: clock.elapsed().as_secs_f64() })?;
-    Ok(Ended { run: coordinator.run, made: coordinator.made, error })
+    Ok(Ended { run: coordinator.run, error })
 }
 
 /// What was put in order at the start, in one line.
@@ -343,13 +343,8 @@ impl<'a> Coordinator<'a> {
                     }
                     self.start_worker(tasks);
                 }
-                State::Queued(_)
-                | State::Checking
-                | State::Running(_)
-                | State::Alike(_)
-                | State::Done
-                | State::Failed
-                | State::Skipped => {}
+                State::Queued(_) | State::Checking | State::Running(_) | State::Alike(_) | State::Done | State::Failed | State::Skipped => {
+                }
             }
         }
         Ok(())
@@ -600,7 +595,7 @@ fn listen(kind: SignalKind) -> Signal {
 mod tests {
     use std::fs;
 
-    use ovenbird_cache::inputs::InputFile;
+    use ovenbird_cache::{Status, inputs::InputFile};
     use ovenbird_stages::{AnyStage, Context, In, Inputs, OnBadItem, Out, PortInfo, StageEntry, Unit, Units, artifacts::AnnotationFile};
     use proptest::prelude::*;
     use serde_json::{Value, json};
@@ -674,7 +669,8 @@ mod tests {
         let ended = run(&Arc::new(pipeline), &[0, 1, 2], &store, &options, &mut |_| {}).unwrap();
         let Some(Error::StagesFailed { failed, skipped, worst: ExitCode::Stage }) = ended.error else { panic!("{:?}", ended.error) };
         assert_eq!((failed, skipped), (vec!["s0".to_owned()], vec!["s2".to_owned()]));
-        assert_eq!(ended.made.into_keys().collect::<Vec<_>>(), [1]);
+        let done = states(&store, &ended.run).into_iter().filter(|step| step.state == "done").map(|step| step.id);
+        assert_eq!(done.collect::<Vec<_>>(), ["s1"]);
     }
 
     #[test]
@@ -737,6 +733,7 @@ mod tests {
             let source = |port: &str, step: &Option<usize>| Some((port.to_owned(), Source::Step { step: (*step)?, port: "sum".into() }));
             Step {
                 id: format!("s{place}"),
+                plain_id: format!("s{place}"),
                 entry: ENTRY,
                 stage: Box::new(Sum { number: *number }),
                 inputs: source("left", left).into_iter().chain(source("right", right)).collect(),
@@ -747,7 +744,7 @@ mod tests {
             }
         };
         let steps = nodes.iter().enumerate().map(step).collect();
-        Pipeline { name: "sums".into(), description: String::new(), steps, request: Request::default() }
+        Pipeline { name: "sums".into(), description: String::new(), steps, matrix: None, request: Request::default() }
     }
 
     /// What every step comes to, and what it is made from.
@@ -810,8 +807,9 @@ mod tests {
                 let ended = run(&Arc::new(pipeline(&nodes)), &wanted, &store, &options, &mut count_made).unwrap();
                 prop_assert!(ended.error.is_none());
                 prop_assert_eq!(n_made, new.len(), "{:?}", nodes);
-                for (place, (sum, _)) in sums.iter().enumerate() {
-                    prop_assert_eq!(read(&ended.made[&place].port("sum")), *sum);
+                for (step, (sum, _)) in states(&store, &ended.run).into_iter().zip(&sums) {
+                    let Status::Valid(artifact) = store.artifact(&step.kind, &step.fingerprint.unwrap()).unwrap() else { panic!("{}", step.id) };
+                    prop_assert_eq!(read(&artifact.port("sum")), *sum);
                 }
                 known.extend(new);
             }

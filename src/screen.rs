@@ -47,9 +47,10 @@ impl Screen {
     /// Shows one event.
     pub(crate) fn show(&mut self, stamped: &Stamped) {
         match &stamped.event {
-            Event::RunStarted { run, pipeline, steps, .. } => {
+            Event::RunStarted { run, pipeline, steps, matrix, .. } => {
                 self.width = steps.iter().map(|step| step.id.len()).max().unwrap_or(0);
-                self.say(&format!("run {run} of `{pipeline}`"));
+                let cells = matrix.as_ref().map_or_else(String::new, |matrix| format!(": {}, {} steps", matrix.words(), steps.len()));
+                self.say(&format!("run {run} of `{pipeline}`{cells}"));
             }
             Event::Notice { words } => self.say(&format!("note: {words}")),
             Event::StepChecked { step, verdict, .. } => self.checked(step, verdict),

@@ -306,9 +306,7 @@ fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
     for (run, steps) in runs_of(store, &wanted, &mut report.lost) {
         let made = read_request(store, &run).and_then(|pipeline| {
             let places: Vec<usize> = (0..pipeline.steps.len()).filter(|place| steps.contains(&pipeline.steps[*place].id)).collect();
-            let mut needed: Vec<usize> = places.iter().flat_map(|place| plan::needed(&pipeline, Some(*place))).collect();
-            needed.sort_unstable();
-            needed.dedup();
+            let needed = plan::needed(&pipeline, &places);
             let mut screen = Screen::new();
             run::run(&Arc::new(pipeline), &needed, store, &wish.options, &mut |event| screen.show(event))
         });

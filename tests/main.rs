@@ -8,6 +8,7 @@ mod errors;
 mod evaluation;
 mod extraction;
 mod faults;
+mod matrix;
 mod quickstart;
 mod surface;
 mod tidy;

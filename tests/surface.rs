@@ -119,7 +119,7 @@ fn a_log_is_followed_while_its_run_goes_on() {
 }
 
 /// Where values are in a JSON document, with their types: `plan[].outlook.run.reasons[]: string`.
-fn paths(value: &Value, path: &str, found: &mut BTreeSet<String>) {
+pub(crate) fn paths(value: &Value, path: &str, found: &mut BTreeSet<String>) {
     let kind = match value {
         Value::Object(fields) => {
             if path.ends_with(".parameters") {
@@ -128,7 +128,7 @@ fn paths(value: &Value, path: &str, found: &mut BTreeSet<String>) {
             }
             for (name, value) in fields {
                 // Names that data choose.
-                let is_chosen = path.ends_with(".kinds") || path.ends_with(".ports");
+                let is_chosen = [".kinds", ".ports", ".groups", ".steps"].iter().any(|of| path.ends_with(of));
                 let name = if is_chosen { "NAME" } else { name };
                 paths(value, &format!("{path}.{name}"), found);
             }
@@ -155,12 +155,13 @@ fn json_forms_are_as_documented() {
     world.run(["run", "./tiny.yaml", "--until", "coco"]).success();
     let run = json(&world, &["status", "--json"])["run"]["run"].as_str().unwrap().to_owned();
     let record = world.find(&["coco-split", "unit.json"]);
-    let forms: [(&str, &[&str]); 11] = [
+    let forms: [(&str, &[&str]); 12] = [
         ("plan PIPELINE", &["plan", "./tiny.yaml", "--until", "lvis", "--set", "detect.nms_iou=0.3", "--json"]),
         ("explain PIPELINE STAGE", &["explain", "./tiny.yaml", "coco", "--set", "detect.nms_iou=0.3", "--json"]),
         ("status", &["status", "--json"]),
         ("log", &["log", "--json"]),
         ("log RUN", &["log", &run, "--json"]),
+        ("report", &["report", "--json"]),
         ("cache du", &["cache", "du", "--json"]),
         ("cache gc", &["cache", "gc", "--grace", "0s", "--json"]),
         ("stages", &["stages", "--json"]),

@@ -1,0 +1,361 @@
+//! Variants side by side: what each evaluation of a run came to in every cell, over seeds, and beside the first variant.
+//!
+//! A fold over the run's log and the evaluations among its artifacts. What is not there is said to be missing.
+
+use std::collections::BTreeSet;
+
+use ovenbird_data::evaluate::{Evaluation, Metric, Summary};
+use ovenbird_stages::{
+    artifacts::{Artifact as _, EvaluationFile},
+    find,
+};
+use serde::Serialize;
+
+use crate::{
+    history::{Evaluated, StepState},
+    pipeline::matrix::{Cell, Matrix, plain_id},
+};
+
+/// Groups of classes in the order in which tables show them.
+pub(crate) const GROUPS: [&str; 6] = ["novel", "base", "all", "rare", "common", "frequent"];
+
+/// What tables show of a group.
+pub(crate) fn metrics(group: &Summary) -> [(&'static str, Option<f64>); 7] {
+    [
+        ("AP", group.ap),
+        ("AP50", group.ap50),
+        ("AP75", group.ap75),
+        ("AP small", group.ap_small),
+        ("AP medium", group.ap_medium),
+        ("AP large", group.ap_large),
+        ("AR", group.ar),
+    ]
+}
+
+/// One evaluation in all cells of a run. Numbers are in [0, 1].
+#[derive(Debug, Serialize)]
+pub(crate) struct Comparison {
+    /// The stage's id in the file, with the output where it has several: `coco`, `select.best`.
+    pub(crate) evaluation: String,
+    #[serde(rename = "use")]
+    pub(crate) kind: String,
+    /// `COCO, boxes`.
+    pub(crate) of: &'static str,
+    /// The one that papers compare: AP50 for COCO, AP for LVIS.
+    pub(crate) headline: &'static str,
+    /// What the differences are to; `None` where there is one row for all variants, or no variant.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) first: Option<String>,
+    pub(crate) seeds: Vec<u64>,
+    /// In the file's order.
+    pub(crate) rows: Vec<Row>,
+    /// What the rows lack, in words.
+    pub(crate) missing: Vec<String>,
+}
+
+/// A variant, over seeds.
+#[derive(Debug, Serialize)]
+pub(crate) struct Row {
+    /// `None`: whatever the variant is.
+    pub(crate) variant: Option<String>,
+    pub(crate) values: Vec<Value>,
+}
+
+/// A metric of a group of classes.
+#[derive(Debug, Serialize)]
+pub(crate) struct Value {
+    pub(crate) group: &'static str,
+    pub(crate) metric: &'static str,
+    pub(crate) over_seeds: Spread,
+    /// To the first variant, seed by seed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) difference: Option<Spread>,
+    pub(crate) by_seed: Vec<BySeed>,
+}
+
+/// A metric with one seed.
+#[derive(Debug, Serialize)]
+pub(crate) struct BySeed {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) seed: Option<u64>,
+    pub(crate) value: f64,
+}
+
+/// Some numbers.
+#[derive(Debug, PartialEq, Serialize)]
+pub(crate) struct Spread {
+    pub(crate) mean: f64,
+    /// Of the sample (n - 1); `None` for one number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) sd: Option<f64>,
+}
+
+impl Spread {
+    fn of(numbers: &[f64]) -> Option<Self> {
+        let n = numbers.len() as f64;
+        let mean = numbers.iter().sum::<f64>() / n;
+        let squares: f64 = numbers.iter().map(|number| (number - mean).powi(2)).sum();
+        (!numbers.is_empty()).then(|| Self { mean, sd: (numbers.len() > 1).then(|| (squares / (n - 1.0)).sqrt()) })
+    }
+
+    /// Times 100: `50.8 ± 1.2`.
+    pub(crate) fn words(&self) -> String {
+        format!("{:.1}{}", 100.0 * self.mean, self.sd_words())
+    }
+
+    /// Times 100 and with its sign: `+2.3 ± 0.4`.
+    pub(crate) fn signed_words(&self) -> String {
+        // No number is shown as less than nothing by nothing.
+        let mean = if (100.0 * self.mean).abs() < 0.05 { 0.0 } else { 100.0 * self.mean };
+        format!("{mean:+.1}{}", self.sd_words())
+    }
+
+    fn sd_words(&self) -> String {
+        self.sd.map_or_else(String::new, |sd| format!(" ± {:.1}", 100.0 * sd))
+    }
+}
+
+/// Every evaluation that a run with these steps was to make, in their order.
+pub(crate) fn compare(matrix: &Matrix, steps: &[StepState], evaluated: &[Evaluated]) -> Vec<Comparison> {
+    let mut comparisons: Vec<Comparison> = Vec::new();
+    for step in steps {
+        let outputs = find(&step.kind).into_iter().flat_map(|entry| entry.outputs);
+        let ports: Vec<&str> = outputs.filter(|port| port.kind == EvaluationFile::KIND).map(|port| port.name).collect();
+        for port in &ports {
+            let stage = plain_id(&step.id);
+            let evaluation = if ports.len() > 1 { format!("{stage}.{port}") } else { stage.to_owned() };
+            if comparisons.iter().all(|known| known.evaluation != evaluation) {
+                let of_port = |id: &str| evaluated.iter().find(|found| found.step == id && found.port == *port);
+                let of_cell = |cell: &Cell| of_port(cell.steps.get(stage)?).map(|found| &found.evaluation);
+                comparisons.push(one(matrix, stage, evaluation, &step.kind, of_cell));
+            }
+        }
+    }
+    comparisons
+}
+
+fn one<'a>(matrix: &Matrix, stage: &str, evaluation: String, kind: &str, of_cell: impl Fn(&Cell) -> Option<&'a Evaluation>) -> Comparison {
+    let chosen: Vec<&String> = matrix.variants.iter().filter(|name| cells_of(matrix, Some(name)).next().is_some()).collect();
+    // Where the variants do not differ in it, one row says all.
+    let of_seed = |seed: Option<u64>| matrix.cells.iter().filter(move |cell| cell.seed == seed).map(|cell| cell.steps.get(stage));
+    let is_common = chosen.len() > 1 && matrix.cells.iter().all(|cell| of_seed(cell.seed).all(|step| step == cell.steps.get(stage)));
+    let variants: Vec<Option<&String>> =
+        if is_common || chosen.is_empty() { vec![None] } else { chosen.iter().copied().map(Some).collect() };
+    let first = matrix.variants.first().filter(|_| !is_common);
+    let found = |variant: Option<&String>| -> Vec<(Option<u64>, &Evaluation)> {
+        let variant = variant.or_else(|| chosen.first().copied());
+        cells_of(matrix, variant).filter_map(|cell| Some((cell.seed, of_cell(cell)?))).collect()
+    };
+    let beside = first.map_or_else(Vec::new, |first| found(Some(first)));
+    let row = |variant: &Option<&String>| {
+        let is_first = variant.is_none() || *variant == first;
+        let values = values(&found(*variant), if is_first { &[] } else { &beside });
+        Row { variant: variant.cloned(), values }
+    };
+    let any = variants.iter().flat_map(|variant| found(*variant)).next().map(|(_, evaluation)| evaluation);
+    Comparison {
+        evaluation,
+        kind: kind.into(),
+        of: any.map_or("", Evaluation::words),
+        headline: match any.map_or(Metric::Coco, |evaluation| evaluation.metric) {
+            Metric::Coco => "AP50",
+            Metric::Lvis => "AP",
+        },
+        first: first.cloned(),
+        seeds: matrix.seeds.iter().copied().filter(|seed| matrix.cells.iter().any(|cell| cell.seed == Some(*seed))).collect(),
+        rows: variants.iter().map(row).collect(),
+        missing: missing(matrix, &variants, |cell| of_cell(cell).is_some()),
+    }
+}
+
+fn cells_of<'a>(matrix: &'a Matrix, variant: Option<&String>) -> impl Iterator<Item = &'a Cell> {
+    matrix.cells.iter().filter(move |cell| cell.variant.as_ref() == variant)
+}
+
+/// Every metric of every group that is there for some seed, and its differences to what it is beside.
+fn values(found: &[(Option<u64>, &Evaluation)], beside: &[(Option<u64>, &Evaluation)]) -> Vec<Value> {
+    let number = |evaluation: &Evaluation, group: &str, metric_idx: usize| metrics(evaluation.groups.get(group)?)[metric_idx].1;
+    let mut values = Vec::new();
+    for group in GROUPS {
+        for (metric_idx, (metric, _)) in metrics(&Summary::default()).into_iter().enumerate() {
+            let of = |(seed, evaluation): &(Option<u64>, &Evaluation)| {
+                Some(BySeed { seed: *seed, value: number(evaluation, group, metric_idx)? })
+            };
+            let by_seed: Vec<BySeed> = found.iter().filter_map(of).collect();
+            let others: Vec<BySeed> = beside.iter().filter_map(of).collect();
+            let other = |seed: Option<u64>| others.iter().find(|other| other.seed == seed).map(|other| other.value);
+            let differences: Vec<f64> = by_seed.iter().filter_map(|mine| Some(mine.value - other(mine.seed)?)).collect();
+            let numbers: Vec<f64> = by_seed.iter().map(|mine| mine.value).collect();
+            if let Some(over_seeds) = Spread::of(&numbers) {
+                values.push(Value { group, metric, over_seeds, difference: Spread::of(&differences), by_seed });
+            }
+        }
+    }
+    values
+}
+
+fn missing(matrix: &Matrix, rows: &[Option<&String>], is_there: impl Fn(&Cell) -> bool) -> Vec<String> {
+    let list = |names: &[String]| names.join(", ");
+    let variants: Vec<String> = matrix
+        .variants
+        .iter()
+        .filter(|variant| cells_of(matrix, Some(variant)).next().is_none())
+        .map(|variant| format!("`{variant}`"))
+        .collect();
+    let chosen: BTreeSet<u64> = matrix.cells.iter().filter_map(|cell| cell.seed).collect();
+    let seeds: Vec<String> = matrix.seeds.iter().filter(|seed| !chosen.contains(seed)).map(u64::to_string).collect();
+    let mut missing = Vec::new();
+    missing.extend((!variants.is_empty()).then(|| format!("{} not chosen", list(&variants))));
+    missing.extend((!seeds.is_empty()).then(|| format!("seed {} not chosen", list(&seeds))));
+    for variant in rows {
+        let cells = matrix.cells.iter().filter(|cell| variant.is_none() || cell.variant.as_ref() == *variant);
+        let lacking: Vec<&Cell> = cells.filter(|cell| !is_there(cell)).collect();
+        let seeds: BTreeSet<u64> = lacking.iter().filter_map(|cell| cell.seed).collect();
+        let seeds: Vec<String> = seeds.iter().map(u64::to_string).collect();
+        let who = variant.map_or_else(|| "there is".into(), |variant| format!("`{variant}` has"));
+        let with = if seeds.is_empty() { String::new() } else { format!(" with seed {}", list(&seeds)) };
+        missing.extend((!lacking.is_empty()).then(|| format!("{who} no result{with}")));
+    }
+    missing
+}
+
+impl Comparison {
+    /// The groups that have a column, in order.
+    pub(crate) fn groups(&self) -> Vec<&'static str> {
+        GROUPS.into_iter().filter(|group| self.rows.iter().any(|row| self.headline_of(row, group).is_some())).collect()
+    }
+
+    /// The headline of a group in a row.
+    pub(crate) fn headline_of<'a>(&self, row: &'a Row, group: &str) -> Option<&'a Value> {
+        row.values.iter().find(|value| value.group == group && value.metric == self.headline)
+    }
+
+    /// What the columns are.
+    pub(crate) fn legend(&self) -> String {
+        let seeds: Vec<String> = self.seeds.iter().map(u64::to_string).collect();
+        let over = match seeds.as_slice() {
+            [] => String::new(),
+            [seed] => format!(", seed {seed}"),
+            seeds => format!(", mean ± standard deviation over the seeds {}", seeds.join(", ")),
+        };
+        let beside = match &self.first {
+            Some(first) if self.rows.len() > 1 => format!("; with a sign, the difference to {first}"),
+            _ => String::new(),
+        };
+        format!("{}{over}{beside}", self.headline)
+    }
+
+    /// A table of the headlines, numbers x 100.
+    pub(crate) fn text(&self) -> String {
+        let mut columns = vec![vec!["variant".to_owned()]];
+        columns[0].extend(self.rows.iter().map(|row| row.variant.clone().unwrap_or_else(|| "all".into())));
+        for group in self.groups() {
+            let of = |row: &Row| self.headline_of(row, group).map_or_else(|| "–".into(), |value| value.over_seeds.words());
+            columns.push(std::iter::once(group.to_owned()).chain(self.rows.iter().map(of)).collect());
+            let difference = |row: &Row| self.headline_of(row, group)?.difference.as_ref().map(Spread::signed_words);
+            let differences: Vec<String> = self.rows.iter().map(|row| difference(row).unwrap_or_default()).collect();
+            if differences.iter().any(|words| !words.is_empty()) {
+                columns.push(std::iter::once(String::new()).chain(differences).collect());
+            }
+        }
+        let width = |column: &[String]| column.iter().map(|cell| cell.chars().count()).max().unwrap_or(0);
+        let of = if self.of.ends_with("masks") { ", masks" } else { "" };
+        let mut text = format!("\n{} ({}{of}): {}\n", self.evaluation, self.kind, self.legend());
+        for line in 0..=self.rows.len() {
+            let (first, others) = columns.split_first().expect("BUG: the variants have a column");
+            let cells: String = others.iter().map(|column| format!("  {:>width$}", column[line], width = width(column))).collect();
+            text.push_str(format!("{:width$}{cells}", first[line], width = width(first)).trim_end());
+            text.push('\n');
+        }
+        text.extend(self.missing.iter().map(|words| format!("missing: {words}\n")));
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use ovenbird_data::evaluate::Shape;
+
+    use super::*;
+
+    fn matrix(variants: &[&str], seeds: &[u64]) -> Matrix {
+        let cell = |variant: Option<&str>, seed: Option<u64>| {
+            let id = variant.map(str::to_owned).into_iter().chain(seed.map(|seed| seed.to_string())).collect::<Vec<_>>().join(",");
+            Cell { variant: variant.map(str::to_owned), seed, steps: BTreeMap::from([("coco".into(), format!("coco@{id}"))]) }
+        };
+        let variant_or_none: Vec<Option<&str>> =
+            if variants.is_empty() { vec![None] } else { variants.iter().copied().map(Some).collect() };
+        let seed_or_none: Vec<Option<u64>> = if seeds.is_empty() { vec![None] } else { seeds.iter().copied().map(Some).collect() };
+        let cells = seed_or_none.iter().flat_map(|seed| variant_or_none.iter().map(|variant| cell(*variant, *seed)));
+        Matrix { variants: variants.iter().map(|name| (*name).to_owned()).collect(), seeds: seeds.to_vec(), cells: cells.collect() }
+    }
+
+    /// The table of a run whose evaluations have these AP50s, of novel classes and of all.
+    fn table(matrix: &Matrix, found: &[(&str, f64, f64)]) -> String {
+        let state = |id: &String| StepState { kind: "eval/coco".into(), id: id.clone(), ..StepState::waiting("", "") };
+        let steps: Vec<StepState> = matrix.cells.iter().flat_map(|cell| cell.steps.values()).map(state).collect();
+        let evaluated = |(id, novel, all): &(&str, f64, f64)| {
+            let group = |ap50: f64| Summary { ap50: Some(ap50), ..Summary::default() };
+            let groups = BTreeMap::from([("novel".to_owned(), group(*novel)), ("all".to_owned(), group(*all))]);
+            let (classes, curves) = (Vec::new(), BTreeMap::new());
+            let evaluation = Evaluation { format: 1, metric: Metric::Coco, of: Shape::Boxes, groups, classes, curves };
+            Evaluated { step: format!("coco{id}"), kind: "eval/coco".into(), port: "evaluation", evaluation }
+        };
+        let found: Vec<Evaluated> = found.iter().map(evaluated).collect();
+        compare(matrix, &steps, &found).iter().map(Comparison::text).collect()
+    }
+
+    #[test]
+    fn variants_are_compared_seed_by_seed() {
+        let found = [("@a,1", 0.1, 0.5), ("@b,1", 0.3, 0.5), ("@a,2", 0.2, 0.7), ("@b,2", 0.5, 0.6)];
+        insta::assert_snapshot!(table(&matrix(&["a", "b"], &[1, 2]), &found), @r"
+        coco (eval/coco): AP50, mean ± standard deviation over the seeds 1, 2; with a sign, the difference to a
+        variant        novel                       all
+        a         15.0 ± 7.1               60.0 ± 14.1
+        b        40.0 ± 14.1  +25.0 ± 7.1   55.0 ± 7.1  -5.0 ± 7.1
+        ");
+    }
+
+    #[test]
+    fn what_is_missing_is_said_and_differences_are_of_seeds_that_both_have() {
+        let mut matrix = matrix(&["a", "b", "c"], &[1, 2, 3]);
+        matrix.cells.retain(|cell| cell.variant.as_deref() != Some("c") && cell.seed != Some(3));
+        insta::assert_snapshot!(table(&matrix, &[("@a,1", 0.1, 0.5), ("@b,1", 0.3, 0.5), ("@b,2", 0.5, 0.6)]), @r"
+        coco (eval/coco): AP50, mean ± standard deviation over the seeds 1, 2; with a sign, the difference to a
+        variant        novel                all
+        a               10.0               50.0
+        b        40.0 ± 14.1  +20.0  55.0 ± 7.1  +0.0
+        missing: `c` not chosen
+        missing: seed 3 not chosen
+        missing: `a` has no result with seed 2
+        ");
+    }
+
+    #[test]
+    fn without_seeds_there_is_no_spread_and_without_variants_no_difference() {
+        insta::assert_snapshot!(table(&matrix(&["a", "b"], &[]), &[("@a", 0.1, 0.5), ("@b", 0.3, 0.4996)]), @r"
+        coco (eval/coco): AP50; with a sign, the difference to a
+        variant  novel          all
+        a         10.0         50.0
+        b         30.0  +20.0  50.0  +0.0
+        ");
+        insta::assert_snapshot!(table(&matrix(&[], &[1, 2]), &[("@1", 0.1, 0.5), ("@2", 0.3, 0.7)]), @r"
+        coco (eval/coco): AP50, mean ± standard deviation over the seeds 1, 2
+        variant        novel          all
+        all      20.0 ± 14.1  60.0 ± 14.1
+        ");
+    }
+
+    #[test]
+    fn an_evaluation_that_no_variant_changes_has_one_row() {
+        let mut matrix = matrix(&["a", "b"], &[1]);
+        matrix.cells.iter_mut().for_each(|cell| cell.steps = BTreeMap::from([("coco".into(), "coco".into())]));
+        insta::assert_snapshot!(table(&matrix, &[("", 0.1, 0.5)]), @r"
+        coco (eval/coco): AP50, seed 1
+        variant  novel   all
+        all       10.0  50.0
+        ");
+    }
+}

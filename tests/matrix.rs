@@ -1,0 +1,233 @@
+//! Variants and seeds: one graph, common stages once, and all of it side by side.
+
+use std::{collections::BTreeSet, process::Stdio};
+
+use serde_json::Value;
+
+use crate::{
+    support::{World, until},
+    surface::paths,
+};
+
+const MATRIX: &str = "seeds: [7, 8]
+variants:
+  cool: {}
+  warm: {temperature: 0.5}
+  strict: {detect.nms_iou: 0.1, detect.score_threshold: 0.02}
+";
+const SMALL: &str = r#"version: 1
+name: small
+variables: {seed: 7, temperature: 0.02}
+stages:
+  - id: world
+    use: toy/world
+    with: {seed: 7, train_images: 6, val_images: 6, web_images: 40, held_out_images: 60, side_px: 160}
+  - id: clip
+    use: clip/pretrain
+    in: {images: world.web_images, captions: world.captions}
+    with: {seed: "${seed}", steps: 2, steps_per_unit: 1, batch: 8}
+  - id: val
+    use: coco/split
+    in: {annotations: world.val, classes: world.classes}
+    with: {keep: all-min}
+  - id: prompts
+    use: prompts/ensemble
+    in: {checkpoint: clip.checkpoint, classes: val.classes}
+  - id: proposals
+    use: proposals/import
+    in: {proposals: world.val_proposals, annotations: val.annotations}
+    with: {most_per_image: 5}
+  - id: regions
+    use: clip/proposals
+    in: {images: world.images, annotations: val.annotations, proposals: proposals.proposals, checkpoint: clip.checkpoint}
+    with: {clip: {precision: f32}}
+  - id: detect
+    use: detect/zero-shot
+    in: {features: regions.features, prompts: prompts.prompts, classes: val.classes, annotations: val.annotations}
+    with: {temperature: "${temperature}"}
+  - id: coco
+    use: eval/coco
+    in: {annotations: val.annotations, detections: detect.detections, classes: val.classes}
+"#;
+/// By stage: one for each seed, one for each variant and seed.
+const STEPS: [&str; 21] = [
+    "clip@7",
+    "clip@8",
+    "coco@cool,7",
+    "coco@cool,8",
+    "coco@strict,7",
+    "coco@strict,8",
+    "coco@warm,7",
+    "coco@warm,8",
+    "detect@cool,7",
+    "detect@cool,8",
+    "detect@strict,7",
+    "detect@strict,8",
+    "detect@warm,7",
+    "detect@warm,8",
+    "prompts@7",
+    "prompts@8",
+    "proposals",
+    "regions@7",
+    "regions@8",
+    "val",
+    "world",
+];
+
+fn small() -> World {
+    let world = World::new();
+    world.write("matrix.yaml", SMALL.replace("stages:\n", &format!("{MATRIX}stages:\n")));
+    world.write("plain.yaml", SMALL);
+    world
+}
+
+/// The comparison that a run ends with; numbers are `#`, and columns one space apart.
+fn table(stdout: &str) -> String {
+    let (table, _) = stdout.split_once("report: ").unwrap();
+    let mut text = String::new();
+    for line in table.lines().filter(|line| !line.is_empty()) {
+        let is_number = |word: &&str| word.parse::<f64>().is_ok_and(|_| word.contains('.'));
+        let words: Vec<&str> = line.split_whitespace().map(|word| if is_number(&word) { "#" } else { word }).collect();
+        text.push_str(&format!("{}\n", words.join(" ")));
+    }
+    text
+}
+
+#[test]
+fn common_stages_run_once_and_all_variants_end_in_one_table() {
+    let world = small();
+    insta::assert_snapshot!(world.run(["plan", "./matrix.yaml"]).success().stdout, @r"
+    world        run      first run
+    clip (2)     depends  on what world comes to
+    val          depends  on what world comes to
+    prompts (2)  depends  on what clip, val comes to
+    proposals    depends  on what world, val comes to
+    regions (2)  depends  on what world, clip, val, proposals comes to
+    detect (6)   depends  on what val, prompts, regions comes to
+    coco (6)     depends  on what val, detect comes to
+    0 reused, 1 to run, 20 depending on these
+    ");
+    let first = world.run(["run", "./matrix.yaml"]).success();
+    assert_eq!(first.steps("will run"), STEPS);
+    assert!(first.stderr.contains("of `small`: 3 variants x 2 seeds, 21 steps"), "{}", first.stderr);
+    insta::assert_snapshot!(table(&first.stdout), @r"
+    coco (eval/coco): AP50, mean ± standard deviation over the seeds 7, 8; with a sign, the difference to cool
+    variant novel base all
+    cool # ± # # ± # # ± #
+    warm # ± # # ± # # ± # # ± # # ± # # ± #
+    strict # ± # # ± # # ± # # ± # # ± # # ± #
+    ");
+
+    // Nothing is done twice, nor by the same pipeline without variants: recipes do not know of them.
+    let again = world.run(["run", "./matrix.yaml"]).success();
+    assert_eq!(again.steps("reused"), STEPS);
+    assert!(again.stdout.contains("nothing to do"), "{}", again.stdout);
+    let plain = world.run(["run", "./plain.yaml"]).success();
+    assert!(plain.stdout.contains("nothing to do") && plain.stdout.contains("novel"), "{}", plain.stdout);
+
+    // The numbers of the page and of its JSON form are those of the evaluations.
+    let page = world.run(["report"]).success();
+    assert!(page.stdout.contains("report.html"));
+    let run = world.run(["run", "./matrix.yaml"]).success();
+    let page = run.stdout.lines().find_map(|line| line.strip_prefix("report: ")).unwrap();
+    let page = std::fs::read_to_string(world.path(page)).unwrap();
+    let place = |words: &str| page.find(words).unwrap_or_else(|| panic!("{words}"));
+    assert!(place("<h2>coco: side by side</h2>") < place("Every seed") && place("Every seed") < place("<h2>coco@cool,7</h2>"));
+    let report: Value = serde_json::from_str(&world.run(["report", "--json"]).success().stdout).unwrap();
+    let ap50 = |step: &str| {
+        let found = report["report"]["evaluations"].as_array().unwrap().iter().find(|found| found["step"] == step).unwrap();
+        found["groups"]["novel"]["ap50"].as_f64().unwrap()
+    };
+    let warm = &report["report"]["comparisons"][0]["rows"][1];
+    assert_eq!(warm["variant"], "warm");
+    let value = warm["values"].as_array().unwrap().iter().find(|value| value["group"] == "novel" && value["metric"] == "AP50").unwrap();
+    let differences = [ap50("coco@warm,7") - ap50("coco@cool,7"), ap50("coco@warm,8") - ap50("coco@cool,8")];
+    let sd = (differences[0] - differences[1]).abs() / 2_f64.sqrt();
+    let is_close = |found: &Value, expected: f64| assert!((found.as_f64().unwrap() - expected).abs() < 1e-12, "{found} {expected}");
+    is_close(&value["over_seeds"]["mean"], f64::midpoint(ap50("coco@warm,7"), ap50("coco@warm,8")));
+    is_close(&value["difference"]["mean"], f64::midpoint(differences[0], differences[1]));
+    is_close(&value["difference"]["sd"], sd);
+}
+
+#[test]
+fn a_changed_variant_runs_what_it_touches_and_what_is_not_chosen_is_said() {
+    let world = small();
+    let some = world.run(["run", "./matrix.yaml", "--set", "seed=8", "--variant", "warm", "--until", "detect@warm,8"]).success();
+    assert_eq!(some.steps("will run"), ["clip@8", "detect@warm,8", "prompts@8", "proposals", "regions@8", "val", "world"]);
+    let some = world.run(["run", "./matrix.yaml", "--set", "seed=8", "--variant", "warm", "--variant", "cool"]).success();
+    assert_eq!(some.steps("will run"), ["coco@cool,8", "coco@warm,8", "detect@cool,8"]);
+    insta::assert_snapshot!(table(&some.stdout), @r"
+    coco (eval/coco): AP50, seed 8; with a sign, the difference to cool
+    variant novel base all
+    cool # # #
+    warm # # # # # #
+    missing: `strict` not chosen
+    missing: seed 7 not chosen
+    ");
+
+    let text = std::fs::read_to_string(world.path("matrix.yaml")).unwrap();
+    world.write("matrix.yaml", text.replace("warm: {temperature: 0.5}", "warm: {temperature: 0.4}"));
+    insta::assert_snapshot!(world.run(["plan", "./matrix.yaml", "--set", "seed=8"]).success().stdout, @r"
+    world                 reused
+    val                   reused
+    proposals             reused
+    clip@8                reused
+    prompts@8             reused
+    regions@8             reused
+    detect@cool,8         reused
+    coco@cool,8           reused
+    detect@warm,8         run      with.temperature: 0.5 -> 0.4
+    coco@{warm,strict},8  depends  on what detect comes to
+    detect@strict,8       run      first run
+    8 reused, 2 to run, 2 depending on these
+    ");
+    // A name of the file stands for all copies.
+    let explained = world.run(["explain", "./matrix.yaml", "detect", "--set", "seed=8"]).success().stdout;
+    for words in ["detect@cool,8: is there", "detect@warm,8: would run", "with.temperature: 0.5 -> 0.4", "detect@strict,8: would run"] {
+        assert!(explained.contains(words), "{explained}");
+    }
+    let touched = world.run(["run", "./matrix.yaml", "--set", "seed=8", "--variant", "warm", "--variant", "cool"]).success();
+    assert_eq!(touched.steps("will run"), ["coco@warm,8", "detect@warm,8"]);
+
+    let unknown = world.run(["plan", "./matrix.yaml", "--variant", "wram"]);
+    assert!(unknown.code == 3 && unknown.stderr.contains("no variant `wram`, did you mean `warm`?"), "{}", unknown.stderr);
+    let unknown = world.run(["plan", "./matrix.yaml", "--until", "detect@warm,9"]);
+    assert!(unknown.code == 2 && unknown.stderr.contains("did you mean `detect@warm,8`?"), "{}", unknown.stderr);
+}
+
+#[test]
+fn a_matrix_that_is_killed_continues_and_is_repaired_by_what_it_was_asked() {
+    let (undisturbed, killed) = (small(), small());
+    undisturbed.run(["run", "./matrix.yaml"]).success();
+    let mut running = killed.command(["run", "./matrix.yaml"]).stdout(Stdio::null()).spawn().unwrap();
+    until(|| killed.n_units_of("clip/pretrain") >= 2);
+    running.kill().unwrap();
+    running.wait().unwrap();
+    killed.run(["run", "./matrix.yaml", "--variant", "strict"]).success();
+    killed.run(["run", "./matrix.yaml"]).success();
+    assert!(killed.units() == undisturbed.units());
+
+    let evaluation = killed.find(&["eval-coco", "evaluation.json"]);
+    std::fs::write(evaluation, "{}").unwrap();
+    let fixed = killed.run(["verify", "--full", "--fix"]).success();
+    assert!(fixed.stdout.contains("made again, with the same digests"), "{}", fixed.stdout);
+    assert!(killed.units() == undisturbed.units());
+}
+
+/// `docs/operating.md` lists what a matrix adds to the forms; this is what keeps it true.
+#[test]
+fn json_forms_of_a_matrix_are_as_documented() {
+    let world = small();
+    world.run(["run", "./matrix.yaml"]).success();
+    let report = world.run(["report", "--json"]).success().stdout;
+    let report: Value = serde_json::from_str(&report).unwrap();
+    let run = report["report"]["run"].as_str().unwrap();
+    let log = world.run(["log", run, "--json"]).success().stdout;
+    let mut found = BTreeSet::new();
+    paths(&serde_json::from_str(log.lines().next().unwrap()).unwrap(), "", &mut found);
+    paths(&report, "", &mut found);
+    found.retain(|path| path.starts_with(".event.run_started.matrix.") || path.starts_with(".report.comparisons[]."));
+    let lines: String = found.iter().map(|path| format!("    {}\n", path.trim_start_matches('.'))).collect();
+    let document = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/operating.md")).unwrap();
+    assert!(document.contains(&lines), "docs/operating.md should have\n{lines}");
+}
