@@ -532,7 +532,7 @@ fn plan_lines(pipeline: &Pipeline, outlooks: &[(usize, Outlook)]) -> String {
     let n_copies = |stage: &str| outlooks.iter().filter(|(place, _)| pipeline.steps[*place].plain_id == stage).count();
     let labelled = |(stage, words, ids): (&str, String, Vec<&str>)| {
         let are_all = ids.len() > 1 && ids.len() == n_copies(stage);
-        let labels = if are_all { vec![format!("{stage} ({})", ids.len())] } else { labels(&ids) };
+        let labels = if are_all { vec![format!("{stage} ({})", ids.len())] } else { labels(ids) };
         labels.into_iter().map(move |label| (label, words.clone()))
     };
     let lines: Vec<(String, String)> = lines.into_iter().flat_map(labelled).collect();

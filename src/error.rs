@@ -4,7 +4,7 @@
 
 use std::{error::Error as _, fmt::Write as _, time::Duration};
 
-use crate::pipeline::{NO_FILE, Problem, with_line};
+use crate::pipeline::{NO_FILE, Problem, matrix::labels, with_line};
 
 /// Why a command did not succeed.
 #[derive(Debug, thiserror::Error)]
@@ -19,7 +19,7 @@ pub(crate) enum Error {
     #[error("{problem}")]
     Usage { problem: String, hint: String },
     /// Some stages failed; each was reported when it did.
-    #[error("{} failed: {}", count(failed.len(), "stage"), failed.join(", "))]
+    #[error("{} failed: {}", count(failed.len(), "stage"), listed(failed))]
     StagesFailed { failed: Vec<String>, skipped: Vec<String>, worst: ExitCode },
     /// What lies in the home is not what was published.
     #[error("{} {}", count(*n_left, "thing"), if *is_fixed { "could not be put right" } else { "found that should not be" })]
@@ -116,7 +116,7 @@ impl Error {
             }),
             Self::Usage { hint, .. } => Some(hint.clone()),
             Self::StagesFailed { skipped, .. } => {
-                let skipped = if skipped.is_empty() { String::new() } else { format!("; not run because of it: {}", skipped.join(", ")) };
+                let skipped = if skipped.is_empty() { String::new() } else { format!("; not run because of it: {}", listed(skipped)) };
                 Some(format!("mend the cause above and type the same command again: it continues where it was{skipped}"))
             }
             Self::Damage { is_fixed: false, .. } => Some("`ovenbird verify --fix` sets it aside and makes it again".into()),
@@ -159,6 +159,11 @@ fn stage_exit_code(error: &ovenbird_stages::Error) -> ExitCode {
         Stage::Models(_) => ExitCode::Input,
         Stage::Stopped => ExitCode::Interrupted,
     }
+}
+
+/// Steps by their ids, copies of a stage together.
+fn listed(ids: &[String]) -> String {
+    labels(ids.iter().map(String::as_str)).join(", ")
 }
 
 /// `1 problem`, `2 problems`.

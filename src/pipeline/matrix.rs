@@ -58,30 +58,30 @@ pub(crate) fn plain_id(id: &str) -> &str {
     id.split_once('@').map_or(id, |(plain, _)| plain)
 }
 
-/// Short names for some copies of one stage, as a shell expands them: `detector@{vild,crops},{7,8}`.
-pub(crate) fn labels(ids: &[&str]) -> Vec<String> {
+/// Short names for some steps, as a shell expands them: `detector@{vild,crops},{7,8}`.
+pub(crate) fn labels<'a>(ids: impl IntoIterator<Item = &'a str>) -> Vec<String> {
     let braced = |names: &[&str]| if let [one] = names { (*one).to_owned() } else { format!("{{{}}}", names.join(",")) };
-    // Copies by what comes before the comma, then those of the same seeds together.
+    // By what comes before the comma: its seeds.
     let mut by_variant: Vec<(&str, Vec<&str>)> = Vec::new();
     for id in ids {
-        let (before, seed) = id.split_once(',').map_or((*id, None), |(before, seed)| (before, Some(seed)));
+        let (before, seed) = id.split_once(',').map_or((id, None), |(before, seed)| (before, Some(seed)));
         match by_variant.iter_mut().find(|(known, _)| *known == before) {
             Some((_, seeds)) => seeds.extend(seed),
             None => by_variant.push((before, seed.into_iter().collect())),
         }
     }
-    let mut by_seeds: Vec<(Vec<&str>, Vec<&str>)> = Vec::new();
+    // By stage and seeds: its variants, or seeds where a copy has nothing else in its name.
+    let mut by_seeds: Vec<(&str, Vec<&str>, Vec<&str>)> = Vec::new();
     for (before, seeds) in by_variant {
-        match by_seeds.iter_mut().find(|(known, _)| *known == seeds) {
-            Some((_, variants)) => variants.push(before),
-            None => by_seeds.push((seeds, vec![before])),
+        let (stage, variant) = before.split_once('@').map_or((before, None), |(stage, variant)| (stage, Some(variant)));
+        match by_seeds.iter_mut().find(|(known, known_seeds, _)| *known == stage && *known_seeds == seeds) {
+            Some((_, _, variants)) => variants.extend(variant),
+            None => by_seeds.push((stage, seeds, variant.into_iter().collect())),
         }
     }
-    let label = |(seeds, variants): (Vec<&str>, Vec<&str>)| {
-        let (plain, is_copy) = (plain_id(variants[0]), variants[0].contains('@'));
-        let variants: Vec<&str> = variants.iter().filter_map(|id| Some(id.split_once('@')?.1)).collect();
-        let seeds = if seeds.is_empty() { String::new() } else { format!(",{}", braced(&seeds)) };
-        if is_copy { format!("{plain}@{}{seeds}", braced(&variants)) } else { plain.to_owned() }
+    let label = |(stage, seeds, variants): (&str, Vec<&str>, Vec<&str>)| {
+        let parts: Vec<String> = [variants, seeds].iter().filter(|names| !names.is_empty()).map(|names| braced(names)).collect();
+        if parts.is_empty() { stage.to_owned() } else { format!("{stage}@{}", parts.join(",")) }
     };
     by_seeds.into_iter().map(label).collect()
 }
@@ -141,7 +141,10 @@ impl Reader {
             match variants.iter().position(|variant| variant.name == *name) {
                 Some(place) => drop(chosen_variants.insert(place)),
                 None => {
-                    let known = suggestion(name, variants.iter().map(|variant| variant.name.as_str()));
+                    let known = match variants.as_slice() {
+                        [] => ": the pipeline has none".into(),
+                        variants => suggestion(name, variants.iter().map(|variant| variant.name.as_str())),
+                    };
                     self.push(format!("--variant {name}"), format!("no variant `{name}`{known}"));
                 }
             }
@@ -211,7 +214,8 @@ impl Axes {
         self.seeds.len().max(1)
     }
 
-    /// Every cell of the file, chosen or not: seed by seed, so that a run that is cut off has compared all variants by some.
+    /// Every cell of the file, chosen or not: seed by seed, for of steps that could start the first does, and all variants with one seed
+    /// say more than one variant with all seeds.
     pub(super) fn cells(&self) -> Vec<At> {
         let seeds = 0..self.n_seeds();
         seeds.flat_map(|seed| (0..self.n_variants()).map(move |variant| At { seed, variant })).collect()
@@ -616,8 +620,9 @@ variants:
 
     #[test]
     fn labels_are_what_a_shell_would_make_the_ids_of() {
-        let check = |ids: &[&str], expected: &[&str]| assert_eq!(labels(ids), expected, "{ids:?}");
+        let check = |ids: &[&str], expected: &[&str]| assert_eq!(labels(ids.iter().copied()), expected, "{ids:?}");
         check(&["clip"], &["clip"]);
+        check(&["clip@7", "val", "clip@8", "d@7"], &["clip@{7,8}", "val", "d@7"]);
         check(&["clip@7", "clip@8"], &["clip@{7,8}"]);
         check(&["d@a,7", "d@b,7", "d@a,8", "d@b,8"], &["d@{a,b},{7,8}"]);
         check(&["d@a,7", "d@b,7", "d@a,8", "d@c,7"], &["d@a,{7,8}", "d@{b,c},7"]);
