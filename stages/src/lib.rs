@@ -15,6 +15,7 @@ pub mod export;
 mod feed;
 mod optimizer;
 mod pass;
+pub mod prompts;
 mod registry;
 pub mod toy;
 

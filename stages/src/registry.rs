@@ -6,7 +6,7 @@ use serde_json::Value;
 use crate::{
     annotations, clip,
     contract::{AnyStage, PortInfo, Problem, Stage},
-    crops, detect, detector, export, toy,
+    crops, detect, detector, export, prompts, toy,
 };
 
 /// Every stage, in the order `ovenbird stages` lists them.
@@ -17,7 +17,7 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<crops::Objects>(),
     StageEntry::of::<crops::Folder>(),
     StageEntry::of::<clip::Pretrain>(),
-    StageEntry::of::<clip::Ensemble>(),
+    StageEntry::of::<prompts::Ensemble>(),
     StageEntry::of::<clip::Globals>(),
     StageEntry::of::<clip::Blocks>(),
     StageEntry::of::<clip::Objects>(),

@@ -1,14 +1,10 @@
-//! Stages that run CLIP: training a small one, class embeddings, features of images and regions.
+//! Stages that run CLIP: training a small one, features of images and regions.
 
 pub(crate) mod encoder;
 mod features;
 mod on_device;
 mod pretrain;
-mod prompts;
-mod templates;
 
 pub use encoder::{Clip, Precision, gain_of_bf16};
 pub use features::{Blocks, Globals, Objects, Proposals, View};
 pub use pretrain::{Architecture, Pretrain};
-pub use prompts::Ensemble;
-pub use templates::Templates;

@@ -18,12 +18,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn, no_grad};
 
-use super::prompts::ensemble;
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft, Units,
     artifacts::{Captions, CheckpointFile, Images, TrainingState},
     feed::in_parallel,
     optimizer::AdamW,
+    prompts::ensemble,
 };
 
 /// Adam's constants (Kingma and Ba 2015), with CLIP's second moment.

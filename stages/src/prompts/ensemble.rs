@@ -13,10 +13,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, no_grad};
 
-use super::{Templates, encoder::Clip};
+use super::Templates;
 use crate::{
     Context, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{CheckpointFile, Classes, Prompts},
+    clip::Clip,
 };
 
 /// Class embeddings from sentences.
@@ -91,7 +92,7 @@ impl Stage for Ensemble {
 }
 
 /// The mean of the normalised embeddings of some texts, f32 `[D]`.
-pub(super) fn ensemble(clip: &clip::Clip, tokenizer: &Tokenizer, texts: &[String]) -> Result<Tensor> {
+pub(crate) fn ensemble(clip: &clip::Clip, tokenizer: &Tokenizer, texts: &[String]) -> Result<Tensor> {
     let tokens = tokenizer.batch(texts, Padding::Longest, Overlong::Refuse)?;
     no_grad(|| Ok(to_unit_length(&clip.encode_text(&tokens)?.to_kind(Kind::Float)).mean_dim(0, false, Kind::Float)))
 }
