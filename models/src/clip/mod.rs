@@ -11,6 +11,7 @@
 
 mod cleaning;
 pub mod layout;
+pub mod prompted;
 pub mod resnet;
 pub mod text;
 pub mod tokenizer;

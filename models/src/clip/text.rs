@@ -24,7 +24,7 @@ pub struct Text {
     pub(crate) ln_final: LayerNorm,
     /// `[C, D]`.
     pub(crate) projection: Tensor,
-    config: TextConfig,
+    pub(super) config: TextConfig,
 }
 
 impl Text {
@@ -62,11 +62,29 @@ impl Text {
         let tokens = &tokens.to_device(self.projection.device());
         let embedded = Tensor::embedding(&self.token_embedding, tokens, -1, false, false) + self.positional_embedding.i(..l);
         let x = self.transformer.forward(embedded.to_kind(self.projection.kind()), Attention::Causal);
-        // LayerNorm works row by row, so it is enough to normalise the rows that are read.
         let rows = Tensor::arange(b, (Kind::Int64, tokens.device()));
         let ends = tokens.argmax(-1, false);
-        let x = x.index(&[Some(rows), Some(ends)]);
-        Ok(self.ln_final.forward(&x).matmul(&self.projection))
+        Ok(self.features(&x.index(&[Some(rows), Some(ends)])))
+    }
+
+    /// The features `[B, D]`, not normalised, of the tokens that end texts, `[B, C]` as they leave the transformer.
+    pub(super) fn features(&self, ends: &Tensor) -> Tensor {
+        // LayerNorm works row by row, so it is enough to normalise the rows that are read.
+        self.ln_final.forward(ends).matmul(&self.projection)
+    }
+
+    /// The embeddings of tokens, f32 `[L, C]`, without positions.
+    pub(super) fn embedded(&self, tokens: &[u32]) -> Result<Tensor> {
+        let vocabulary = self.config.vocabulary;
+        if let Some(token) = tokens.iter().find(|token| i64::from(**token) >= vocabulary) {
+            return Err(Error::Input {
+                what: "tokens",
+                expected: format!("each from 0 to {}", vocabulary - 1),
+                found: format!("a token {token}"),
+            });
+        }
+        let tokens = Tensor::from_slice(&tokens.iter().map(|token| i64::from(*token)).collect::<Vec<_>>());
+        Ok(self.token_embedding.index_select(0, &tokens.to_device(self.token_embedding.device())))
     }
 
     pub(super) fn cast(&mut self, kind: Kind) {

@@ -35,12 +35,14 @@ impl LayerNorm {
 }
 
 /// Which tokens a token may look at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Attention {
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Attention<'a> {
     /// All of them.
     Full,
     /// Itself and those before it.
     Causal,
+    /// Those with 0 in its row of `[L, L]`, and none with minus infinity.
+    Masked(&'a Tensor),
 }
 
 /// Multi-head self-attention with one matrix for queries, keys and values, laid out as PyTorch's `nn.MultiheadAttention`.
@@ -64,7 +66,7 @@ impl SelfAttention {
     }
 
     /// `x`: `[B, L, C]`.
-    fn forward(&self, x: &Tensor, attention: Attention) -> Tensor {
+    fn forward(&self, x: &Tensor, attention: Attention<'_>) -> Tensor {
         let (b, l, c) = x.size3().expect("BUG: tokens are [B, L, C]");
         let qkv = self.projected(x, 0, 3);
         let mixed = attend(&qkv.get(0), &qkv.get(1), &qkv.get(2), attention);
@@ -102,8 +104,13 @@ impl SelfAttention {
 }
 
 /// Scaled dot-product attention, no dropout; `q`, `k`, `v`: `[B, heads, L, C / heads]`.
-pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, attention: Attention) -> Tensor {
-    Tensor::scaled_dot_product_attention(q, k, v, None::<&Tensor>, 0.0, attention == Attention::Causal, None, false)
+pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, attention: Attention<'_>) -> Tensor {
+    let (mask, is_causal) = match attention {
+        Attention::Full => (None, false),
+        Attention::Causal => (None, true),
+        Attention::Masked(mask) => (Some(mask), false),
+    };
+    Tensor::scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, None, false)
 }
 
 /// One residual block: attention, then a two-layer perceptron, each on a normalised copy of the stream.
@@ -134,7 +141,7 @@ impl Block {
     }
 
     /// `x`: `[B, L, C]`.
-    pub(crate) fn forward(&self, x: &Tensor, attention: Attention) -> Tensor {
+    pub(crate) fn forward(&self, x: &Tensor, attention: Attention<'_>) -> Tensor {
         let x = x + self.attn.forward(&self.ln_1.forward(x), attention);
         let perceived = self.mlp(&self.ln_2.forward(&x));
         x + perceived
@@ -242,7 +249,7 @@ impl Transformer {
     }
 
     /// `x`: `[B, L, C]`.
-    pub(crate) fn forward(&self, x: Tensor, attention: Attention) -> Tensor {
+    pub(crate) fn forward(&self, x: Tensor, attention: Attention<'_>) -> Tensor {
         self.blocks.iter().fold(x, |x, block| block.forward(&x, attention))
     }
 
