@@ -2,13 +2,14 @@
 //!
 //! - safetensors;
 //! - `torch.save` archives (zip), and the files it wrote before PyTorch 1.6: the weights are the dict under `state_dict` or
-//!   `model`, or else the top level; dicts inside give dotted names;
+//!   `model`, or else the top level; dicts inside give dotted names; a tensor that was saved alone is [`BARE_TENSOR`];
 //! - TorchScript archives as OpenAI publishes CLIP: parameters and buffers by dotted name, read from the module tree in
 //!   `data.pkl`; no code is run.
 //!
 //! A file is read once, one storage after the other, so that memory is about the size of the weights and the largest storage.
 //! Everything that can be checked is checked when a file is opened: checksums, sizes, bounds, names. What does not hold
-//! weights (optimizers, messages) is not read, nor is anything that a model holds in lists.
+//! weights (optimizers, messages) is not read, nor is anything that a model holds in lists; but texts, numbers and lists of texts at the
+//! top level of a dict are.
 
 use std::{
     collections::BTreeMap,
@@ -28,6 +29,9 @@ pub use self::{
     safetensors::write_safetensors,
     torch::{Saved, write_torch},
 };
+
+/// The name of a tensor that is all that a file of `torch.save` holds.
+pub const BARE_TENSOR: &str = "(bare tensor)";
 
 /// What to do about a file that is not what it was when it was written.
 const AGAIN: &str = "the file is cut short or damaged: download or make it again";
@@ -80,15 +84,18 @@ impl Checkpoint {
         let source = Source { origin: Origin { path, n_bytes }, file };
         let (format, metadata, tensors) = match head.as_slice() {
             [b'P', b'K', 3, 4, ..] => {
-                let (format, tensors) = torch::from_zip(source)?;
-                (format, BTreeMap::new(), tensors)
+                let (format, torch::Contents { metadata, tensors }) = torch::from_zip(source)?;
+                (format, metadata, tensors)
             }
             // The length of a header is far below 2^32, and a header is JSON.
             [_, _, _, _, 0, 0, 0, 0, b'{', ..] => {
                 let (metadata, tensors) = safetensors::read(source)?;
                 (Format::Safetensors, metadata, tensors)
             }
-            [0x80, ..] => (Format::TorchLegacy, BTreeMap::new(), torch::from_pickles(source)?),
+            [0x80, ..] => {
+                let torch::Contents { metadata, tensors } = torch::from_pickles(source)?;
+                (Format::TorchLegacy, metadata, tensors)
+            }
             head => return Err(source.origin.unrecognised(head)),
         };
         Ok(Self { path: path.to_owned(), format, metadata, tensors })
@@ -104,7 +111,8 @@ impl Checkpoint {
         self.format
     }
 
-    /// Text that the writer put beside the weights (safetensors).
+    /// What the writer put beside the weights: text (safetensors); text, numbers, and as JSON lists of text, by their keys in the top dict
+    /// (`torch.save`).
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }

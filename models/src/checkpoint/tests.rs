@@ -276,6 +276,35 @@ fn a_pickle_without_tensors_says_what_is_in_it() {
 }
 
 #[test]
+fn a_tensor_alone_and_what_stands_beside_tensors_are_read() {
+    let rows = Tensor::arange(6, (Kind::Half, Device::Cpu)).view([2, 3]);
+    let write = |value: &Saved<'_>| {
+        let mut bytes = Vec::new();
+        write_torch(value, &mut bytes).unwrap();
+        open(&bytes).unwrap()
+    };
+    let alone = write(&Saved::Tensor(&rows));
+    assert_eq!((alone.names().collect::<Vec<_>>(), alone.metadata().len()), (vec![BARE_TENSOR], 0));
+    assert!(alone.tensor(BARE_TENSOR).unwrap().equal(&rows));
+
+    let texts = |texts: &[&str]| Saved::List(texts.iter().map(|text| Saved::Text((*text).into())).collect());
+    let entries = [
+        ("rows", Saved::Tensor(&rows)),
+        ("names", texts(&["a \"b\"", "ä"])),
+        ("note", Saved::Text("by hand".into())),
+        ("epoch", Saved::Integer(-3)),
+        ("rate", Saved::Real(0.1)),
+        ("mixed", Saved::List(vec![Saved::Text("a".into()), Saved::Integer(1)])),
+        ("inner", Saved::Dict([("note".to_owned(), Saved::Text("deeper".into()))].into())),
+        ("nothing", Saved::Nothing),
+    ];
+    let dict = write(&Saved::Dict(entries.map(|(name, value)| (name.to_owned(), value)).into()));
+    let expected = [("epoch", "-3"), ("names", r#"["a \"b\"","ä"]"#), ("note", "by hand"), ("rate", "0.1")];
+    assert_eq!(dict.metadata().iter().map(|(name, text)| (name.as_str(), text.as_str())).collect::<Vec<_>>(), expected);
+    assert_eq!(dict.names().collect::<Vec<_>>(), ["rows"]);
+}
+
+#[test]
 fn safetensors_that_contradict_themselves_are_refused_with_the_tensor() {
     let entry = |name: &str, dtype: &str, shape: &str, begin: u32, end: u32| {
         format!("\"{name}\":{{\"dtype\":\"{dtype}\",\"shape\":{shape},\"data_offsets\":[{begin},{end}]}}")

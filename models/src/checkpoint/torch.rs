@@ -14,7 +14,7 @@ use ovenbird_pickle::Value;
 use tch::{Kind, Tensor};
 use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
-use super::{AGAIN, Format, Origin, Source, numbers};
+use super::{AGAIN, BARE_TENSOR, Format, Origin, Source, numbers};
 use crate::{Error, Result};
 
 /// 0x1950a86a20f9469cfc6c, as Python pickles it.
@@ -53,8 +53,14 @@ struct Storage {
     n_numbers: i64,
 }
 
-/// The tensors of a zip archive.
-pub(super) fn from_zip(source: Source<'_>) -> Result<(Format, BTreeMap<String, Tensor>)> {
+/// What a file holds.
+pub(super) struct Contents {
+    pub(super) metadata: BTreeMap<String, String>,
+    pub(super) tensors: BTreeMap<String, Tensor>,
+}
+
+/// The contents of a zip archive.
+pub(super) fn from_zip(source: Source<'_>) -> Result<(Format, Contents)> {
     let mut archive = Archive::open(source)?;
     if archive.has("byteorder") && archive.entry("byteorder")? == b"big" {
         return Err(archive.origin.malformed("expected little-endian numbers, found big-endian".into(), SAVE_AGAIN));
@@ -76,11 +82,11 @@ pub(super) fn from_zip(source: Source<'_>) -> Result<(Format, BTreeMap<String, T
         let flat = flat(archive.origin, first, storage, &bytes)?;
         cut(archive.origin, &flat, group, &mut tensors)?;
     }
-    Ok((format, tensors))
+    Ok((format, Contents { metadata: plain(&value), tensors }))
 }
 
-/// The tensors of a file from before PyTorch 1.6.
-pub(super) fn from_pickles(mut source: Source<'_>) -> Result<BTreeMap<String, Tensor>> {
+/// The contents of a file from before PyTorch 1.6.
+pub(super) fn from_pickles(mut source: Source<'_>) -> Result<Contents> {
     let (value, keys, end) = pickles(&mut source)?;
     let found = Found::in_dict(&value).described(source.origin)?;
     // Storages without a tensor among the weights lie between the others.
@@ -112,8 +118,23 @@ pub(super) fn from_pickles(mut source: Source<'_>) -> Result<BTreeMap<String, Te
     }
     match groups.into_iter().next() {
         Some((key, group)) => Err(source.origin.damaged(format!("{}: expected a storage {key}, found none", group[0].0))),
-        None => Ok(tensors),
+        None => Ok(Contents { metadata: plain(&value), tensors }),
     }
+}
+
+/// Texts, numbers, and as JSON lists of texts, at the top of a dict.
+fn plain(value: &Value) -> BTreeMap<String, String> {
+    let text = |value: &Value| match value {
+        Value::Str(text) => Some(text.to_string()),
+        Value::Int(number) => Some(number.to_string()),
+        Value::Float(number) => Some(number.to_string()),
+        list => {
+            let texts = list.as_items()?.iter().map(Value::as_str).collect::<Option<Vec<&str>>>()?;
+            Some(serde_json::to_string(&texts).expect("BUG: texts are plain JSON"))
+        }
+    };
+    let entries = value.as_entries().into_iter().flatten();
+    entries.filter_map(|(key, value)| Some((key.as_str()?.to_owned(), text(value)?))).collect()
 }
 
 /// The value of an old file, the keys of its storages in their order, and where they begin.
@@ -230,14 +251,17 @@ struct Found {
 }
 
 impl Found {
-    /// In the dict of weights of `torch.save`.
+    /// In the dict of weights of `torch.save`, or the one tensor that takes its place.
     fn in_dict(value: &Value) -> Self {
         let dict_at = |key: &&str| value.get(key).filter(|inner| inner.as_entries().is_some());
         let weights = ["state_dict", "model"].iter().find_map(dict_at).unwrap_or(value);
         let keys: Vec<&str> = weights.as_entries().into_iter().flatten().filter_map(|(key, _)| key.as_str()).take(8).collect();
         let none = format!("expected a dict of tensors, found {} with the keys {keys:?}", weights.kind());
         let mut tensors = Vec::new();
-        collect(weights, "", Value::as_entries, &mut tensors);
+        match describe(value) {
+            Some(description) => tensors.push((BARE_TENSOR.to_owned(), description)),
+            None => collect(weights, "", Value::as_entries, &mut tensors),
+        }
         Self { tensors, none }
     }
 
