@@ -10,6 +10,7 @@
 //! | `proposals`, `detections` | Parquet | [`Proposals`], [`Detections`] |
 //! | `checkpoint` | weights of a CLIP or a detector in any published layout | [`CheckpointFile`] |
 //! | `prompts` | class embeddings, safetensors | [`Prompts`] |
+//! | `published-prompts` | class embeddings as others publish them, `.pth` | [`PublishedPrompts`] |
 //! | `image-features`, `region-features` | Arrow shards | [`ImageFeatures`], [`RegionFeatures`] |
 //! | `crops` | an Arrow shard of encoded images | [`Crops`] |
 //! | `evaluation` | json | [`EvaluationFile`] |
@@ -35,7 +36,7 @@ use ovenbird_data::{
 };
 use ovenbird_models::{checkpoint::Checkpoint, detector::classifier::LogitScale};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 pub use curve::Curve;
 pub(crate) use features::{ByImage, Row, RowKind, RowWriter, Shelf};
@@ -44,7 +45,7 @@ pub use features::{
 };
 pub use tables::{Detections, Proposals};
 
-use crate::{Error, Result, error::malformed};
+use crate::{Error, Out, Result, UnitDraft, error::malformed};
 
 /// What a stage reads at a port.
 pub trait Artifact: Sized {
@@ -288,28 +289,91 @@ impl Artifact for Prompts {
 
     fn open(files: &[InputFile]) -> Result<Self> {
         let path = &only_file(Self::KIND, files)?.path;
-        let checkpoint = Checkpoint::open(path)?;
-        let names = checkpoint.metadata().get("names").and_then(|names| serde_json::from_str::<Vec<String>>(names).ok());
-        let names = names.ok_or_else(|| malformed(path, "expected a list of class names under `names` in the metadata"))?;
-        let embeddings = checkpoint.tensor("embeddings")?;
-        let number = |name: &str| match checkpoint.tensors().get(name) {
-            Some(tensor) if tensor.numel() == 1 => Ok(Some(tensor.double_value(&[]))),
-            Some(tensor) => Err(malformed(path, format!("expected one number as `{name}`, found {:?}", tensor.size()))),
-            None => Ok(None),
-        };
-        let scale = match (number("scaler")?, number("bias")?) {
-            (Some(scaler), Some(bias)) => Some(LogitScale::Affine { scaler, bias }),
-            (None, None) => None,
-            (Some(_), None) | (None, Some(_)) => return Err(malformed(path, "expected `scaler` and `bias` together, found one of them")),
-        };
-        match embeddings.size().as_slice() {
-            [n_classes, _] if *n_classes == names.len() as i64 => Ok(Self { names, embeddings, scale }),
-            shape => Err(malformed(path, format!("expected embeddings [{}, D], found {shape:?}", names.len()))),
-        }
+        Self::of(&Checkpoint::open(path)?).map_err(|problem| malformed(path, problem))
+    }
+}
+
+/// A `.pth` file of class embeddings as OADP and DetPro publish them, not yet read.
+///
+/// A dict: `embeddings` `[K, D]`, `names` (a list of K texts), and where they were learned `scaler` and `bias`, one number each; or
+/// `[K, D]` alone, whose rows are named elsewhere.
+#[derive(Debug, Clone)]
+pub struct PublishedPrompts {
+    /// Where it lies.
+    pub path: PathBuf,
+}
+
+impl Artifact for PublishedPrompts {
+    const KIND: &'static str = "published-prompts";
+    const EXTENSIONS: &'static [&'static str] = &["pth", "pt"];
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { path: only_file(Self::KIND, files)?.path.clone() })
     }
 }
 
 impl Prompts {
+    /// Embeddings of any floating kind, one row a name. Fails where they do not fit the names, are no numbers, or a name occurs twice.
+    pub(crate) fn new(names: Vec<String>, embeddings: &Tensor, scale: Option<LogitScale>) -> Result<Self, String> {
+        let (kind, size) = (embeddings.kind(), embeddings.size());
+        let is_floating = matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double);
+        if !(is_floating && matches!(size[..], [n_classes, dim] if n_classes == names.len() as i64 && n_classes > 0 && dim > 0)) {
+            return Err(format!("expected floating embeddings [{}, D], one row a class name, found {kind:?} {size:?}", names.len()));
+        }
+        if let Some(twice) = names.iter().enumerate().find(|(place, name)| names[..*place].contains(name)) {
+            return Err(format!("expected each class name once, found `{}` again at place {}", twice.1, twice.0));
+        }
+        let embeddings = embeddings.to_kind(Kind::Float);
+        let are_sound = Vec::<bool>::try_from(embeddings.isfinite().all_dim(1, false)).map_err(|error| error.to_string())?;
+        if let Some((name, _)) = names.iter().zip(are_sound).find(|(_, is_sound)| !is_sound) {
+            return Err(format!("expected numbers in `embeddings`, found infinities or NaN in the row of `{name}`"));
+        }
+        Ok(Self { names, embeddings, scale })
+    }
+
+    /// What a file holds: `embeddings`, and where they were learned `scaler` and `bias`; `names` in the metadata, a JSON list.
+    pub(crate) fn of(checkpoint: &Checkpoint) -> Result<Self, String> {
+        let text = |name: &str| checkpoint.metadata().get(name);
+        let names = text("names").and_then(|names| serde_json::from_str::<Vec<String>>(names).ok());
+        let names = names.ok_or("expected a list of class names under `names`, found none")?;
+        let embeddings = checkpoint.tensors().get("embeddings").ok_or("expected a tensor `embeddings`, found none")?;
+        let number = |name: &str| {
+            let (number, found) = match (checkpoint.tensors().get(name), text(name)) {
+                (Some(tensor), _) => {
+                    ((tensor.numel() == 1).then(|| tensor.double_value(&[])), format!("{:?} {:?}", tensor.kind(), tensor.size()))
+                }
+                (None, Some(text)) => (text.parse().ok(), format!("`{text}`")),
+                (None, None) => return Ok(None),
+            };
+            let number = number.filter(|number: &f64| number.is_finite());
+            number.map(Some).ok_or_else(|| format!("expected one number as `{name}`, found {found}"))
+        };
+        let scale = match (number("scaler")?, number("bias")?) {
+            (Some(scaler), Some(bias)) => Some(LogitScale::Affine { scaler, bias }),
+            (None, None) => None,
+            (Some(_), None) | (None, Some(_)) => return Err("expected `scaler` and `bias` together, found one of them".into()),
+        };
+        Self::new(names, embeddings, scale)
+    }
+
+    /// Every tensor by the name that files have for it.
+    pub(crate) fn tensors(&self) -> BTreeMap<String, Tensor> {
+        let mut tensors = BTreeMap::from([("embeddings".to_owned(), self.embeddings.shallow_clone())]);
+        match self.scale {
+            Some(LogitScale::Affine { scaler, bias }) => {
+                tensors.extend([("scaler", scaler), ("bias", bias)].map(|(name, number)| (name.to_owned(), Tensor::from(number as f32))));
+            }
+            Some(LogitScale::Temperature { .. }) => panic!("BUG: temperatures are not learned with prompts"),
+            None => {}
+        }
+        tensors
+    }
+
+    pub(crate) fn write(&self, draft: &UnitDraft, port: Out<Self>) -> Result<()> {
+        let names = serde_json::to_string(&self.names).expect("BUG: names are plain JSON");
+        draft.write_tensors(port, "prompts.safetensors", &self.tensors(), &BTreeMap::from([("names".to_owned(), names)]))
+    }
+
     /// The rows of some classes, f32 `[K, D]`, in the order asked for. A missing name is an error.
     pub fn select(&self, names: &[String]) -> Result<Tensor> {
         let row = |name: &String| {

@@ -126,9 +126,9 @@ pub(crate) struct Encoder {
 }
 
 impl Clip {
-    /// Loads both towers in f32 on the CPU, for text.
-    pub(crate) fn load_text(self, file: &CheckpointFile) -> Result<clip::Clip> {
-        self.load_as(file, Device::Cpu, Kind::Float)
+    /// Loads both towers in f32, for text.
+    pub(crate) fn load_text(self, file: &CheckpointFile, device: Device) -> Result<clip::Clip> {
+        self.load_as(file, device, Kind::Float)
     }
 
     /// Loads the image tower for a stage.

@@ -1,7 +1,8 @@
 //! `prompts/ensemble`: class names into sentences, sentences into embeddings, embeddings averaged.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
+use ovenbird_data::classes::ClassSplit;
 use ovenbird_models::{
     clip::{
         self,
@@ -11,9 +12,9 @@ use ovenbird_models::{
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
-use super::Templates;
+use super::{Templates, norms};
 use crate::{
     Context, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{CheckpointFile, Classes, Prompts},
@@ -23,7 +24,8 @@ use crate::{
 /// Class embeddings from sentences.
 ///
 /// Per sentence: encode, normalise. Then the mean over the sentences, base classes first, then novel ones. ViLD's prompts
-/// are the mean as it is, with a norm below 1 (`renormalise: false`); CLIP normalises the mean again. (OADP, section 5.1.)
+/// are the mean as it is, with a norm below 1 (`renormalise: false`); CLIP normalises the mean again. OADP's `vild.pth`, which COCO and
+/// LVIS share, is that of both their class lists. (OADP, section 5.1.)
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Ensemble {
@@ -39,12 +41,16 @@ pub struct Ensemble {
 
 const CHECKPOINT: In<CheckpointFile> = In::required("checkpoint", "CLIP weights: OpenAI, open_clip or Hugging Face.");
 const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
-const PROMPTS: Out<Prompts> = Out::new("prompts", "safetensors: `embeddings` f32 [K, D]; metadata `names`, base ++ novel.");
+const MORE_CLASSES: In<Classes> = In::optional("more_classes", "Names of another data set that is to share the embeddings.");
+const PROMPTS: Out<Prompts> = Out::new(
+    "prompts",
+    "safetensors: `embeddings` f32 [K, D]; metadata `names`, base ++ novel, or of two class lists every name once, by code points.",
+);
 
 impl Stage for Ensemble {
     const KIND: &'static str = "prompts/ensemble";
     const VERSION: u32 = 1;
-    const INPUTS: &'static [PortInfo] = &[CHECKPOINT.info(), CLASSES.info()];
+    const INPUTS: &'static [PortInfo] = &[CHECKPOINT.info(), CLASSES.info(), MORE_CLASSES.info()];
     const OUTPUTS: &'static [PortInfo] = &[PROMPTS.info()];
 
     fn check(&self) -> Vec<Problem> {
@@ -63,8 +69,8 @@ impl Stage for Ensemble {
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
         let Classes(classes) = cx.inputs.read(CLASSES)?;
-        let clip = self.clip.load_text(&cx.inputs.read(CHECKPOINT)?)?;
-        let names: Vec<String> = classes.all().cloned().collect();
+        let clip = self.clip.load_text(&cx.inputs.read(CHECKPOINT)?, Device::Cpu)?;
+        let names = names(&classes, cx.inputs.read_if_given(MORE_CLASSES)?.map(|Classes(more)| more).as_ref());
         let (sentences, tokenizer) = (self.templates.sentences(), Tokenizer::new());
         cx.total(names.len() as u64);
         let mut rows = Vec::new();
@@ -79,15 +85,18 @@ impl Stage for Ensemble {
         if self.renormalise {
             embeddings = to_unit_length(&embeddings);
         }
-        let norms = embeddings.norm_scalaropt_dim(2.0, [-1], false);
-        let metrics =
-            [("min_norm".into(), norms.min().double_value(&[]).into()), ("max_norm".into(), norms.max().double_value(&[]).into())];
-
-        let names = serde_json::to_string(&names).expect("BUG: names are plain JSON");
         let draft = cx.begin(unit)?;
-        let tensors = BTreeMap::from([("embeddings".to_owned(), embeddings)]);
-        draft.write_tensors(PROMPTS, "prompts.safetensors", &tensors, &BTreeMap::from([("names".to_owned(), names)]))?;
-        cx.commit(draft, metrics.into())
+        let prompts = Prompts { names, embeddings, scale: None };
+        prompts.write(&draft, PROMPTS)?;
+        cx.commit(draft, norms(&prompts.embeddings))
+    }
+}
+
+/// Whose embeddings there are, in the order of the rows.
+fn names(classes: &ClassSplit, more: Option<&ClassSplit>) -> Vec<String> {
+    match more {
+        None => classes.all().cloned().collect(),
+        Some(more) => classes.all().chain(more.all()).cloned().collect::<BTreeSet<String>>().into_iter().collect(),
     }
 }
 
@@ -95,4 +104,54 @@ impl Stage for Ensemble {
 pub(crate) fn ensemble(clip: &clip::Clip, tokenizer: &Tokenizer, texts: &[String]) -> Result<Tensor> {
     let tokens = tokenizer.batch(texts, Padding::Longest, Overlong::Refuse)?;
     no_grad(|| Ok(to_unit_length(&clip.encode_text(&tokens)?.to_kind(Kind::Float)).mean_dim(0, false, Kind::Float)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use ovenbird_models::clip::{Activation, Config, ImageConfig, TextConfig};
+
+    use super::*;
+    use crate::prompts::golden;
+
+    /// Parity checks R2 and R3 of OADP's specification.
+    #[test]
+    fn rows_of_vild_are_those_of_a_hugging_face_text_tower() {
+        let expected = golden::read("vild.json");
+        let config = Config {
+            embed_dim: 48,
+            image: ImageConfig::Vit { image_side: 224, patch: 32, width: 64, depth: 1, heads: 1, mlp_width: 256 },
+            text: TextConfig { context: 77, vocabulary: 49_408, width: 64, heads: 2, depth: 2 },
+            activation: Activation::QuickGelu,
+        };
+        let weights = golden::weights(&expected);
+        let clip = clip::Clip::load_as(&config, &weights, Path::new("clip.safetensors"), Device::Cpu, Kind::Float).unwrap();
+        let (tokenizer, mut norms) = (Tokenizer::new(), Vec::new());
+        for (name, row) in golden::names(&expected["names"]).iter().zip(expected["rows"].as_array().unwrap()) {
+            let texts: Vec<String> = Templates::Vild74.sentences().iter().map(|sentence| sentence.replace("{}", name)).collect();
+            let (found, expected) = (ensemble(&clip, &tokenizer, &texts).unwrap(), golden::tensor(row, &[48]));
+            let (apart, normalised) = (golden::error(&found, &expected), to_unit_length(&found.unsqueeze(0)).squeeze());
+            println!("{name}: {apart:.1e}");
+            assert!(apart < 1e-5, "{name}: {apart}");
+            norms.push(found.norm().double_value(&[]));
+            assert!(golden::error(&normalised, &expected) > 1e-2, "{name}: rows of unit norm would pass for the published ones");
+        }
+        assert!(norms.iter().all(|norm| *norm < 1.0) && norms.len() == 5, "{norms:?}");
+    }
+
+    /// The rule of methods/oadp, section 5.1; of COCO's 65 classes and the 1,203 of LVIS it makes the 1,217 whose digest section 2 has.
+    #[test]
+    fn two_class_lists_share_rows_in_the_order_of_code_points() {
+        let split = |base: &[&str], novel: &[&str]| {
+            let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+            ClassSplit { base: owned(base), novel: owned(novel) }
+        };
+        let coco = split(&["tv", "baseball bat", "person"], &["bus"]);
+        let lvis = split(&["person", "bus_(vehicle)", "baseball_bat", "Bible"], &["wolf"]);
+        assert_eq!(names(&coco, None), ["tv", "baseball bat", "person", "bus"]);
+        let union = ["Bible", "baseball bat", "baseball_bat", "bus", "bus_(vehicle)", "person", "tv", "wolf"];
+        assert_eq!(names(&coco, Some(&lvis)), union);
+        assert_eq!(names(&lvis, Some(&coco)), union);
+    }
 }
