@@ -18,6 +18,8 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<crops::Folder>(),
     StageEntry::of::<clip::Pretrain>(),
     StageEntry::of::<prompts::Ensemble>(),
+    StageEntry::of::<prompts::Import>(),
+    StageEntry::of::<prompts::Export>(),
     StageEntry::of::<clip::Globals>(),
     StageEntry::of::<clip::Blocks>(),
     StageEntry::of::<clip::Objects>(),

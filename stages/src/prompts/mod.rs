@@ -1,6 +1,7 @@
 //! Stages that make class embeddings, and carry them in and out.
 
 mod ensemble;
+mod exchange;
 #[cfg(test)]
 mod golden;
 mod templates;
@@ -12,6 +13,7 @@ use tch::{Kind, Tensor};
 
 pub use ensemble::Ensemble;
 pub(crate) use ensemble::ensemble;
+pub use exchange::{Export, Import};
 pub use templates::Templates;
 
 /// The lengths of rows `[K, D]`, as metrics.

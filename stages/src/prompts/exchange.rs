@@ -1,0 +1,297 @@
+//! `prompts/import` and `prompts/export`: class embeddings from and for other programs.
+
+use std::{io, path::Path};
+
+use ovenbird_data::annotations::Annotations;
+use ovenbird_models::checkpoint::{BARE_TENSOR, Checkpoint, Saved, write_torch};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::norms;
+use crate::{
+    Context, Error, In, Out, PortInfo, Result, Stage, Unit,
+    artifacts::{AnnotationFile, Prompts, PublishedPrompts},
+    contract::write_error,
+};
+
+/// Class embeddings that another program made, checked.
+///
+/// OADP's `.pth` dicts name their rows. DetPro publishes the rows alone, in the order of LVIS's ids: their names are those of the original
+/// `annotations`, in ascending id, spelled as there. Rows are taken as they are: nothing is normalised; their lengths are reported.
+/// (OADP, sections 5.2 and 5.3.)
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Import {}
+
+const FILE: In<PublishedPrompts> = In::required("file", "A dict of `embeddings`, `names` and maybe `scaler` and `bias`, or rows alone.");
+const ANNOTATIONS: In<AnnotationFile> =
+    In::optional("annotations", "The data set's own json, not split: names the rows of a file that does not, in ascending category id.");
+const IMPORTED: Out<Prompts> = Out::new(
+    "prompts",
+    "safetensors: `embeddings` f32 [K, D], `scaler` and `bias` where the file has them; metadata `names`, in its order.",
+);
+
+impl Stage for Import {
+    const KIND: &'static str = "prompts/import";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = &[FILE.info(), ANNOTATIONS.info()];
+    const OUTPUTS: &'static [PortInfo] = &[IMPORTED.info()];
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let [unit] = units else { return Ok(()) };
+        let PublishedPrompts { path } = cx.inputs.read(FILE)?;
+        let annotations = cx.inputs.read_if_given(ANNOTATIONS)?.map(|file| file.load()).transpose()?;
+        let prompts = read(&path, annotations.as_ref())?;
+        cx.tick(1);
+        let draft = cx.begin(unit)?;
+        prompts.write(&draft, IMPORTED)?;
+        cx.commit(draft, norms(&prompts.embeddings))
+    }
+}
+
+fn read(path: &Path, annotations: Option<&Annotations>) -> Result<Prompts> {
+    let checkpoint = Checkpoint::open(path)?;
+    let refused = |problem: String, hint: &str| Error::Input { port: ANNOTATIONS.info().name, problem, hint: hint.into() };
+    let read = match (checkpoint.tensors().get(BARE_TENSOR), annotations) {
+        (None, None) => Prompts::of(&checkpoint),
+        (Some(rows), Some(annotations)) => {
+            // A split counts from 0, base classes first: rows would get each other's names.
+            if let Some(category) = annotations.categories.first().filter(|category| category.id.0 == 0) {
+                let problem = format!("expected ids from 1 on, as data sets have them, found 0: `{}`", category.name);
+                return Err(refused(problem, "give the data set's own annotations, not what `coco/split` made of them"));
+            }
+            Prompts::new(annotations.categories.iter().map(|category| category.name.clone()).collect(), rows, None)
+        }
+        (Some(rows), None) => {
+            let problem = format!("missing, but {} holds rows {:?} without names", path.display(), rows.size());
+            return Err(refused(problem, "give `in: {annotations: ...}` whose categories name the rows: for DetPro, those of LVIS v1"));
+        }
+        (None, Some(_)) => {
+            let problem = format!("given, but {} is no tensor alone: it names its rows itself", path.display());
+            return Err(refused(problem, "leave `annotations` out"));
+        }
+    };
+    read.map_err(|problem| {
+        let hint = Some("check that the file is the one that was meant; `ovenbird stages prompts/import` says what it holds".into());
+        Error::Models(ovenbird_models::Error::Malformed { path: path.to_owned(), problem, hint })
+    })
+}
+
+/// Class embeddings for other programs: the `.pth` dict that OADP reads, and `prompts/import`.
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Export {}
+
+const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings.");
+const EXPORTED: Out<PublishedPrompts> = Out::new(
+    "file",
+    "`prompts.pth`: a dict of `embeddings` f32 [K, D], `names` (a list), and where they were learned `scaler` and `bias`, f32 [].",
+);
+
+impl Stage for Export {
+    const KIND: &'static str = "prompts/export";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = &[PROMPTS.info()];
+    const OUTPUTS: &'static [PortInfo] = &[EXPORTED.info()];
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let [unit] = units else { return Ok(()) };
+        let prompts = cx.inputs.read(PROMPTS)?;
+        let draft = cx.begin(unit)?;
+        let mut file = draft.create(EXPORTED, "prompts.pth")?;
+        let path = file.path().to_owned();
+        write(&prompts, &mut file).map_err(|source| write_error(&path, source))?;
+        file.finish()?;
+        cx.tick(1);
+        cx.commit(draft, [("classes".into(), prompts.names.len().into())].into())
+    }
+}
+
+fn write(prompts: &Prompts, out: impl io::Write) -> io::Result<()> {
+    let tensors = prompts.tensors();
+    let names = Saved::List(prompts.names.iter().cloned().map(Saved::Text).collect());
+    let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), Saved::Tensor(tensor)));
+    write_torch(&Saved::Dict(tensors.chain([("names".to_owned(), names)]).collect()), out)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write as _, process::Command};
+
+    use ovenbird_models::detector::classifier::LogitScale;
+    use tch::{Device, Kind, Tensor};
+
+    use super::*;
+    use crate::prompts::golden;
+
+    const NAMES: [&str; 4] = ["person", "hair drier", "speaker_(stero_equipment)", "café"];
+
+    /// `make.py`'s: eighths from 0 on.
+    fn rows() -> Tensor {
+        Tensor::arange(12, (Kind::Float, Device::Cpu)).view([4, 3]) / 8.0
+    }
+
+    fn annotations(ids: [u64; 4]) -> Annotations {
+        // In another order than that of the ids.
+        let category = |(id, name): (&u64, &&str)| format!(r#"{{"id": {id}, "name": "{name}"}}"#);
+        let categories = ids.iter().zip(&NAMES).rev().map(category).collect::<Vec<_>>().join(",");
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        write!(file, r#"{{"images": [], "annotations": [], "categories": [{categories}]}}"#).unwrap();
+        Annotations::load(file.path()).unwrap()
+    }
+
+    /// What `torch.save` would make of a value, read back.
+    fn saved(value: &Saved<'_>) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        write_torch(value, &mut file).unwrap();
+        file
+    }
+
+    fn dict<'a>(embeddings: &'a Tensor, names: &[&str], more: impl IntoIterator<Item = (&'static str, Saved<'a>)>) -> Saved<'a> {
+        let names = Saved::List(names.iter().map(|name| Saved::Text((*name).into())).collect());
+        let entries = [("embeddings", Saved::Tensor(embeddings)), ("names", names)].into_iter().chain(more);
+        Saved::Dict(entries.map(|(name, value)| (name.to_owned(), value)).collect())
+    }
+
+    #[test]
+    fn published_files_are_read_as_they_are() {
+        let prompts = read(&golden::path("published.pth"), None).unwrap();
+        assert_eq!(
+            (prompts.names.as_slice(), prompts.scale),
+            (&NAMES.map(String::from)[..], Some(LogitScale::Affine { scaler: 20.5, bias: 4.25 }))
+        );
+        assert!(prompts.embeddings.equal(&rows()));
+        // A factor that is a number and no tensor.
+        let rows = rows();
+        let file = saved(&dict(&rows, &NAMES, [("scaler", Saved::Real(12.5)), ("bias", Saved::Integer(3))]));
+        assert_eq!(read(file.path(), None).unwrap().scale, Some(LogitScale::Affine { scaler: 12.5, bias: 3.0 }));
+        assert_eq!(read(saved(&dict(&rows, &NAMES, [])).path(), None).unwrap().scale, None);
+    }
+
+    /// Parity check R4 of OADP's specification: `names[i]` has the id i + 1.
+    #[test]
+    fn rows_alone_are_named_in_the_order_of_ids() {
+        for (file, kind) in [("bare.pth", Kind::Float), ("legacy.pth", Kind::Half)] {
+            assert_eq!(Checkpoint::open(&golden::path(file)).unwrap().dtype(BARE_TENSOR).unwrap(), kind);
+            let prompts = read(&golden::path(file), Some(&annotations([1, 2, 3, 4]))).unwrap();
+            assert_eq!((prompts.names.as_slice(), prompts.scale), (&NAMES.map(String::from)[..], None), "{file}");
+            assert!(prompts.embeddings.equal(&rows()), "{file}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        for scale in [None, Some(LogitScale::Affine { scaler: f64::from(19.87_f32), bias: f64::from(-3.1_f32) })] {
+            let prompts = Prompts { names: NAMES.map(String::from).to_vec(), embeddings: rows(), scale };
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            write(&prompts, &mut file).unwrap();
+            let found = read(file.path(), None).unwrap();
+            assert_eq!((&found.names, found.scale), (&prompts.names, scale));
+            assert!(found.embeddings.equal(&prompts.embeddings));
+        }
+    }
+
+    #[test]
+    fn torch_loads_what_is_exported() {
+        let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/peers/bin/python");
+        if !python.exists() {
+            println!("skipped: PyTorch is not set up (`make peers`)");
+            return;
+        }
+        let scale = Some(LogitScale::Affine { scaler: 19.75, bias: 3.5 });
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        write(&Prompts { names: NAMES.map(String::from).to_vec(), embeddings: rows(), scale }, &mut file).unwrap();
+        let script = "
+import sys, torch
+all = torch.load(sys.argv[1], weights_only=True)
+print(sorted(all), all['names'])
+for name in ('embeddings', 'scaler', 'bias'):
+    print(all[name].dtype, list(all[name].shape), all[name].flatten().tolist()[-1])
+print(torch.equal(all['embeddings'], torch.arange(12.0).reshape(4, 3) / 8))
+";
+        let output = Command::new(python).args(["-c", script]).arg(file.path()).env("PYTHONIOENCODING", "utf-8").output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let expected = "['bias', 'embeddings', 'names', 'scaler'] ['person', 'hair drier', 'speaker_(stero_equipment)', 'café']
+torch.float32 [4, 3] 1.375
+torch.float32 [] 19.75
+torch.float32 [] 3.5
+True
+";
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), expected);
+    }
+
+    #[track_caller]
+    fn check(file: &Path, annotations: Option<&Annotations>, expected: &str) {
+        let error = read(file, annotations).unwrap_err();
+        let said = error.to_string().replace(&file.display().to_string(), "FILE");
+        assert!(said.starts_with(expected), "{said}");
+        assert!(error.hint().is_some());
+    }
+
+    #[test]
+    fn what_does_not_name_its_rows_once_and_for_all_is_refused_in_words() {
+        check(&golden::path("bare.pth"), None, "annotations: missing, but FILE holds rows [4, 3] without names");
+        check(
+            &golden::path("published.pth"),
+            Some(&annotations([1, 2, 3, 4])),
+            "annotations: given, but FILE is no tensor alone: it names its rows itself",
+        );
+        check(
+            &golden::path("bare.pth"),
+            Some(&annotations([0, 1, 2, 3])),
+            "annotations: expected ids from 1 on, as data sets have them, found 0: `person`",
+        );
+        let three = Tensor::zeros([3, 3], (Kind::Float, Device::Cpu));
+        check(
+            saved(&Saved::Tensor(&three)).path(),
+            Some(&annotations([1, 2, 3, 4])),
+            "FILE: expected floating embeddings [4, D], one row a class name, found Float [3, 3]",
+        );
+
+        let rows = rows();
+        check(
+            saved(&dict(&three, &NAMES, [])).path(),
+            None,
+            "FILE: expected floating embeddings [4, D], one row a class name, found Float [3, 3]",
+        );
+        check(
+            saved(&dict(&rows.to_kind(Kind::Int64), &NAMES, [])).path(),
+            None,
+            "FILE: expected floating embeddings [4, D], one row a class name, found Int64 [4, 3]",
+        );
+        check(
+            saved(&dict(&rows, &["a", "b", "c", "b"], [])).path(),
+            None,
+            "FILE: expected each class name once, found `b` again at place 3",
+        );
+        check(
+            saved(&Saved::Dict([("names".to_owned(), Saved::Tensor(&rows))].into())).path(),
+            None,
+            "FILE: expected a list of class names under `names`, found none",
+        );
+        let numbered = Saved::List(vec![Saved::Integer(1)]);
+        let unnamed = Saved::Dict([("embeddings".to_owned(), Saved::Tensor(&rows)), ("names".to_owned(), numbered)].into());
+        check(saved(&unnamed).path(), None, "FILE: expected a list of class names under `names`, found none");
+        let elsewhere = Saved::Dict([("vectors".to_owned(), Saved::Tensor(&rows)), ("names".to_owned(), Saved::List(Vec::new()))].into());
+        check(saved(&elsewhere).path(), None, "FILE: expected a tensor `embeddings`, found none");
+        let endless = &rows / Tensor::from_slice(&[1.0_f32, 1.0, 0.0, 1.0]).view([4, 1]);
+        check(
+            saved(&dict(&endless, &NAMES, [])).path(),
+            None,
+            "FILE: expected numbers in `embeddings`, found infinities or NaN in the row of `speaker_(stero_equipment)`",
+        );
+        check(
+            saved(&dict(&rows, &NAMES, [("scaler", Saved::Real(20.0))])).path(),
+            None,
+            "FILE: expected `scaler` and `bias` together, found one of them",
+        );
+        let two = [("scaler", Saved::Tensor(&rows)), ("bias", Saved::Real(4.0))];
+        check(saved(&dict(&rows, &NAMES, two)).path(), None, "FILE: expected one number as `scaler`, found Float [4, 3]");
+        let words = [("scaler", Saved::Text("large".into())), ("bias", Saved::Real(4.0))];
+        check(saved(&dict(&rows, &NAMES, words)).path(), None, "FILE: expected one number as `scaler`, found `large`");
+
+        let mut page = tempfile::NamedTempFile::new().unwrap();
+        page.write_all(b"<!doctype html>").unwrap();
+        check(page.path(), None, "FILE: expected safetensors, a torch.save archive or a TorchScript archive, found a web page");
+    }
+}
