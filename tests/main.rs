@@ -9,6 +9,7 @@ mod evaluation;
 mod extraction;
 mod faults;
 mod matrix;
+mod prompts;
 mod quickstart;
 mod surface;
 mod tidy;

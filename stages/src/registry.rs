@@ -18,6 +18,7 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<crops::Folder>(),
     StageEntry::of::<clip::Pretrain>(),
     StageEntry::of::<prompts::Ensemble>(),
+    StageEntry::of::<prompts::Multilabel>(),
     StageEntry::of::<prompts::Import>(),
     StageEntry::of::<prompts::Export>(),
     StageEntry::of::<clip::Globals>(),

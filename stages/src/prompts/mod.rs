@@ -4,6 +4,7 @@ mod ensemble;
 mod exchange;
 #[cfg(test)]
 mod golden;
+mod multilabel;
 mod templates;
 
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ use tch::{Kind, Tensor};
 pub use ensemble::Ensemble;
 pub(crate) use ensemble::ensemble;
 pub use exchange::{Export, Import};
+pub use multilabel::Multilabel;
 pub use templates::Templates;
 
 /// The lengths of rows `[K, D]`, as metrics.

@@ -1,0 +1,550 @@
+//! `prompts/multilabel`: words before the class names, learned from what images show.
+//!
+//! What is not settled by OADP's description (section 5.2), and chosen here: every image of the annotations is shown, also one without any
+//! base class; crowds count as shown; the last batch of an epoch is a smaller one; the decay is of all that is learned, as with a single
+//! parameter group of `torch.optim.Adam`. The reference trained for 4 epochs at a constant rate and took what it had after the third:
+//! the fourth cannot change that, so here 3 are the whole training.
+
+use std::collections::BTreeMap;
+
+use ovenbird_data::{
+    annotations::{Annotations, CategoryId, ImageId},
+    boxes::Xyxy,
+    classes::ClassSplit,
+    views,
+};
+use ovenbird_models::{
+    checkpoint::Checkpoint,
+    clip::{self, prompted::Prompted, tokenizer::Tokenizer},
+    detector::classifier::LogitScale,
+    multilabel::asymmetric_loss,
+    to_unit_length,
+};
+use rand::seq::SliceRandom as _;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor, no_grad};
+
+use crate::{
+    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft, Units,
+    artifacts::{AnnotationFile, CheckpointFile, Classes, Prompts, RegionFeatures, Regions, TrainingState},
+    clip::Clip,
+    detect::category_ids,
+    optimizer::AdamW,
+};
+
+/// PyTorch's defaults for Adam (Kingma and Ba 2015).
+const OPTIMIZER: AdamW = AdamW { betas: [0.9, 0.999], epsilon: 1e-8 };
+/// What the context begins as.
+const WORDS: &str = "a photo of a";
+/// What cosines are multiplied by, and what is taken off, in the beginning.
+const FIRST_SCALER: f32 = 20.0;
+const FIRST_BIAS: f32 = 4.0;
+/// Steps between two measurements in the log.
+const ROW_STEPS: u32 = 10;
+
+/// Class embeddings behind learned words: OADP's multi-label prompts.
+///
+/// Instead of `a photo of a`, four vectors that all classes share stand before `NAME.`; they, a factor and a bias are learned, CLIP is not.
+/// An image's embedding (the centre square of `clip/blocks`) is to have a high logit, cosine * scaler - bias, with the base classes that the
+/// image shows: an asymmetric loss, Adam. The embeddings of all classes, of unit norm, are what comes out, with scaler and bias. The work is
+/// a chain of units: a killed training continues at the last published one and ends with the same bytes.
+///
+/// Every step embeds all base classes, forwards and backwards, with CLIP's text tower: for ViT-B/32 and the 48 of COCO 25 GFLOP, half a
+/// second on one core; for the 866 of LVIS 500. One epoch of COCO's 118,287 images has 7,393 steps. Images cost nothing. LVIS does not say
+/// of every class whether an image shows it: what is not annotated counts as not there. (OADP, section 5.2.)
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Multilabel {
+    /// How CLIP is run.
+    pub clip: Clip,
+    /// How often every image is seen. The reference's embeddings are those after three epochs of four, at a constant learning rate.
+    pub epochs: u32,
+    /// Images of a step.
+    pub batch: usize,
+    /// Learning rate of Adam.
+    pub learning_rate: f64,
+    /// Added to gradients, times what is learned (L2, as `torch.optim.Adam`; not AdamW's).
+    pub weight_decay: f64,
+    /// Factor of the loss.
+    pub loss_weight: f64,
+    /// Steps between units: a training that is killed loses at most these.
+    pub steps_per_unit: u32,
+}
+
+impl Default for Multilabel {
+    fn default() -> Self {
+        Self {
+            clip: Clip::default(),
+            epochs: 3,
+            batch: 16,
+            learning_rate: 5e-2,
+            weight_decay: 1e-3,
+            loss_weight: 640.0,
+            steps_per_unit: 1000,
+        }
+    }
+}
+
+const CHECKPOINT: In<CheckpointFile> = In::required("checkpoint", "CLIP weights: OpenAI, open_clip or Hugging Face.");
+const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
+const FEATURES: In<RegionFeatures> = In::required("features", "What `clip/blocks` made of the images; the first row of each is read.");
+const ANNOTATIONS: In<AnnotationFile> =
+    In::required("annotations", "Which base classes images show; labels of novel classes are not read.");
+const VAL_FEATURES: In<RegionFeatures> = In::optional("val_features", "The same of other images, to measure mean average precision.");
+const VAL_ANNOTATIONS: In<AnnotationFile> = In::optional("val_annotations", "Which base and novel classes these show.");
+const PROMPTS: Out<Prompts> =
+    Out::new("prompts", "safetensors: `embeddings` f32 [K, D], unit norm, `scaler` and `bias`; metadata `names`, base ++ novel.");
+const STATE: Out<TrainingState> = Out::new("state", "What the next unit continues from: context, scaler, bias, their moments, steps done.");
+
+impl Stage for Multilabel {
+    const KIND: &'static str = "prompts/multilabel";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] =
+        &[CHECKPOINT.info(), CLASSES.info(), FEATURES.info(), ANNOTATIONS.info(), VAL_FEATURES.info(), VAL_ANNOTATIONS.info()];
+    const OUTPUTS: &'static [PortInfo] = &[PROMPTS.info(), STATE.info()];
+
+    fn check(&self) -> Vec<Problem> {
+        let is_positive = |number: f64| number > 0.0 && number.is_finite();
+        Problem::unless(&[
+            ("epochs", (1..=1000).contains(&self.epochs), "from 1 to 1000"),
+            ("batch", self.batch > 0, "at least 1"),
+            ("learning_rate", is_positive(self.learning_rate), "a number above 0"),
+            ("weight_decay", (0.0..1.0).contains(&self.weight_decay), "a number from 0 to below 1"),
+            ("loss_weight", is_positive(self.loss_weight), "a number above 0"),
+            ("steps_per_unit", self.steps_per_unit > 0, "at least 1"),
+        ])
+    }
+
+    fn units(&self, inputs: &Inputs) -> Result<Units> {
+        let steps = self.n_steps(inputs.read(ANNOTATIONS)?.load()?.images.len());
+        if steps == 0 {
+            let (problem, hint) = ("expected images, found none".into(), "give the annotations of the images to learn from".into());
+            return Err(Error::Input { port: ANNOTATIONS.info().name, problem, hint });
+        }
+        Ok(Units::Chain { links: steps.div_ceil(self.steps_per_unit), steps, stay: Vec::new() })
+    }
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let Some(first) = units.first() else { return Ok(()) };
+        let Classes(classes) = cx.inputs.read(CLASSES)?;
+        let clip = self.clip.load_text(&cx.inputs.read(CHECKPOINT)?, cx.device)?;
+        let shown = Shown::of((FEATURES, ANNOTATIONS), &classes.base, &clip, cx)?;
+        let validation =
+            match (cx.inputs.ports.contains_key(VAL_FEATURES.info().name), cx.inputs.ports.contains_key(VAL_ANNOTATIONS.info().name)) {
+                (true, true) => Some(Shown::of((VAL_FEATURES, VAL_ANNOTATIONS), &classes.all().cloned().collect::<Vec<_>>(), &clip, cx)?),
+                (false, false) => None,
+                (is_given, _) => {
+                    let [given, missing] = if is_given {
+                        [VAL_FEATURES.info(), VAL_ANNOTATIONS.info()]
+                    } else {
+                        [VAL_ANNOTATIONS.info(), VAL_FEATURES.info()]
+                    };
+                    let problem = format!("missing, but `{}` is given", given.name);
+                    return Err(Error::Input { port: missing.name, problem, hint: "give both, or none".into() });
+                }
+            };
+        let mut learning = Learning::begin(&clip, &classes)?;
+        if let Some(before) = first.index.checked_sub(1) {
+            learning.restore(&cx.published(before, STATE)?)?;
+        }
+        let steps_of = |unit: &Unit| {
+            let begin = unit.index as u32 * self.steps_per_unit;
+            let steps = begin..self.n_steps(shown.n_images()).min(begin + self.steps_per_unit);
+            steps.start..steps.end.min(cx.most_items.map_or(u32::MAX, |most| begin + most as u32))
+        };
+        cx.total(units.iter().map(|unit| steps_of(unit).len() as u64).sum());
+        let mut order = Vec::new();
+        for unit in units {
+            let (draft, steps) = (cx.begin(unit)?, steps_of(unit));
+            let (mut of_unit, mut of_row) = (Vec::new(), Vec::new());
+            for step in steps.clone() {
+                let (epoch, place) = self.place(step, shown.n_images());
+                if place == 0 || step == steps.start {
+                    order = order_of(epoch, shown.n_images(), cx);
+                }
+                let chosen = &order[place * self.batch..order.len().min((place + 1) * self.batch)];
+                let loss = learning.step(self, &shown, chosen)?;
+                if !loss.is_finite() {
+                    let problem = format!("the loss is {loss} at step {step}");
+                    return Err(Error::Input {
+                        port: "learning_rate",
+                        problem,
+                        hint: "lower `learning_rate`; the last unit is kept".into(),
+                    });
+                }
+                of_unit.push(loss);
+                of_row.push(loss);
+                if (step + 1) % ROW_STEPS == 0 {
+                    let [scaler, bias] = learning.scale();
+                    let row = [("loss.multilabel", mean(&std::mem::take(&mut of_row))), ("scaler", scaler), ("bias", bias)];
+                    cx.measured(u64::from(step) + 1, &row.map(|(name, number)| (name.to_owned(), number)).into());
+                }
+                cx.tick(1);
+                cx.proceed()?;
+            }
+            let prompts = learning.prompts(&classes)?;
+            let [scaler, bias] = learning.scale();
+            let mut metrics = BTreeMap::from([("loss".to_owned(), mean(&of_unit)), ("scaler".into(), scaler), ("bias".into(), bias)]);
+            if let Some(validation) = &validation {
+                let precision = validation.mean_average_precision(&prompts, [scaler, bias], classes.base.len())?;
+                cx.measured(u64::from(steps.end), &precision);
+                if unit.index + 1 == cx.units.len() {
+                    let percent =
+                        |(name, precision): (&String, &f64)| format!("{} {:.1} %", name.trim_end_matches("_map"), 100.0 * precision);
+                    cx.note(format!("mAP on validation images: {}", precision.iter().map(percent).collect::<Vec<_>>().join(", ")));
+                }
+                metrics.extend(precision);
+            }
+            prompts.write(&draft, PROMPTS)?;
+            learning.save(&draft)?;
+            cx.commit(draft, metrics.into_iter().map(|(name, number)| (name, number.into())).collect())?;
+        }
+        Ok(())
+    }
+}
+
+impl Multilabel {
+    fn n_steps(&self, n_images: usize) -> u32 {
+        self.epochs.saturating_mul(u32::try_from(n_images.div_ceil(self.batch)).unwrap_or(u32::MAX))
+    }
+
+    /// The epoch of a step, and its place among the epoch's batches.
+    fn place(&self, step: u32, n_images: usize) -> (u64, usize) {
+        let n_batches = n_images.div_ceil(self.batch);
+        ((step as usize / n_batches) as u64, step as usize % n_batches)
+    }
+}
+
+/// The order in which an epoch shows the images.
+fn order_of(epoch: u64, n_images: usize, cx: &Context<'_>) -> Vec<i64> {
+    let mut random = cx.rng(&cx.units[0]);
+    random.set_stream(epoch);
+    let mut order: Vec<i64> = (0..n_images as i64).collect();
+    order.shuffle(&mut random);
+    order
+}
+
+fn mean(numbers: &[f64]) -> f64 {
+    numbers.iter().sum::<f64>() / numbers.len().max(1) as f64
+}
+
+/// Images, and which classes each shows.
+struct Shown {
+    /// f32 `[N, D]`, on the device: as stored, of unit norm but for their rounding.
+    embeddings: Tensor,
+    /// u8 `[N, K]`, on the device: 1 where the image shows the class.
+    labels: Tensor,
+}
+
+impl Shown {
+    /// The images of some annotations; of a dry run the first ones.
+    fn of(
+        (features, annotations): (In<RegionFeatures>, In<AnnotationFile>),
+        classes: &[String],
+        clip: &clip::Clip,
+        cx: &Context<'_>,
+    ) -> Result<Self> {
+        let port = features.info().name;
+        let mut annotations = cx.inputs.read(annotations)?.load()?;
+        annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
+        let labels = labels(&annotations, &category_ids(&annotations, classes.iter())?);
+        let places: BTreeMap<ImageId, usize> = annotations.images.iter().enumerate().map(|(place, image)| (image.id, place)).collect();
+        let (dim, n_images) = (clip.config().embed_dim as usize, places.len());
+        let mut rows: Vec<Option<Vec<f32>>> = vec![None; n_images];
+        for regions in cx.inputs.read(features)?.rows() {
+            cx.proceed()?;
+            let regions = regions?;
+            if let Some(place) = places.get(&regions.image_id) {
+                rows[*place] = Some(whole_image(regions, dim, port)?);
+            }
+        }
+        let missing: Vec<ImageId> = places.iter().filter(|(_, place)| rows[**place].is_none()).map(|(image, _)| *image).collect();
+        if let Some(image) = missing.first() {
+            let problem = format!("none for {} of {n_images} images, image {image} among them", missing.len());
+            return Err(Error::Input {
+                port,
+                problem,
+                hint: "make them for these annotations: `clip/blocks` with the same `annotations`".into(),
+            });
+        }
+        let flat = rows.into_iter().flatten().flatten().collect::<Vec<f32>>();
+        let [n_images, dim, n_classes] = [n_images, dim, classes.len()].map(|n| n as i64);
+        Ok(Self {
+            embeddings: Tensor::from_slice(&flat).view([n_images, dim]).to_device(clip.device()),
+            labels: Tensor::from_slice(&labels).view([n_images, n_classes]).to_device(clip.device()),
+        })
+    }
+
+    fn n_images(&self) -> usize {
+        self.embeddings.size()[0] as usize
+    }
+
+    /// Mean average precision of base and of novel classes, each over those that an image shows; none where there are none.
+    fn mean_average_precision(&self, prompts: &Prompts, [scaler, bias]: [f64; 2], n_base: usize) -> Result<BTreeMap<String, f64>> {
+        let classes = prompts.embeddings.to_device(self.embeddings.device());
+        let logits = no_grad(|| self.embeddings.matmul(&classes.tr()) * scaler - bias);
+        let mut of_group = [Vec::new(), Vec::new()];
+        for class in 0..prompts.names.len() {
+            let column = |of: &Tensor, kind: Kind| of.select(1, class as i64).to_kind(kind).to_device(Device::Cpu).contiguous();
+            let scores = Vec::<f32>::try_from(column(&logits, Kind::Float)).map_err(ovenbird_models::Error::from)?;
+            let labels = Vec::<bool>::try_from(column(&self.labels, Kind::Bool)).map_err(ovenbird_models::Error::from)?;
+            of_group[usize::from(class >= n_base)].extend(average_precision(&scores, &labels));
+        }
+        let groups = ["base_map", "novel_map"].into_iter().zip(&of_group).filter(|(_, precisions)| !precisions.is_empty());
+        Ok(groups.map(|(name, precisions)| (name.to_owned(), mean(precisions))).collect())
+    }
+}
+
+/// Which of the classes each image shows, `[N, K]` row by row.
+fn labels(annotations: &Annotations, classes: &[CategoryId]) -> Vec<u8> {
+    let rows: BTreeMap<ImageId, usize> = annotations.images.iter().enumerate().map(|(row, image)| (image.id, row)).collect();
+    let columns: BTreeMap<CategoryId, usize> = classes.iter().enumerate().map(|(column, class)| (*class, column)).collect();
+    let mut labels = vec![0; rows.len() * columns.len()];
+    for object in &annotations.annotations {
+        if let (Some(row), Some(column)) = (rows.get(&object.image_id), columns.get(&object.category_id)) {
+            labels[row * columns.len() + column] = 1;
+        }
+    }
+    labels
+}
+
+/// The embedding of the centre square, which `clip/blocks` puts first.
+fn whole_image(regions: Regions, dim: usize, port: &'static str) -> Result<Vec<f32>> {
+    let Regions { image_id, size_px, boxes, mut embeddings, .. } = regions;
+    let refused = |problem: String, hint: &str| Error::Input { port, problem: format!("image {image_id}: {problem}"), hint: hint.into() };
+    let is_near = |one: &Xyxy, other: &Xyxy| {
+        let corners = [(one.x1, other.x1), (one.y1, other.y1), (one.x2, other.x2), (one.y2, other.y2)];
+        corners.into_iter().all(|(a, b)| (a - b).abs() <= 1.0)
+    };
+    let whole = views::whole_box(size_px);
+    let is_first = |first: &Xyxy| is_near(first, &whole) || is_near(first, &views::reference_whole_box(size_px));
+    if !boxes.first().is_some_and(is_first) {
+        let problem = format!("expected the centre square {whole:?} as the first region, found {:?}", boxes.first());
+        return Err(refused(problem, "use what `clip/blocks` made"));
+    }
+    let found = embeddings.len() / boxes.len();
+    if found != dim {
+        let problem = format!("embeddings of {found} numbers, but those of the checkpoint's classes have {dim}");
+        return Err(refused(problem, "use the checkpoint that `features` were made with"));
+    }
+    embeddings.truncate(dim);
+    Ok(embeddings)
+}
+
+/// Precision where each further positive is found, times how much recall that adds; `None` without positives.
+///
+/// Equal scores are found together. (`sklearn.metrics.average_precision_score`.)
+fn average_precision(scores: &[f32], labels: &[bool]) -> Option<f64> {
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
+    let (mut n_seen, mut n_found, mut sum) = (0, 0, 0.0);
+    for equal in order.chunk_by(|a, b| scores[*a].total_cmp(&scores[*b]).is_eq()) {
+        let n_new = equal.iter().filter(|place| labels[**place]).count();
+        n_seen += equal.len();
+        n_found += n_new;
+        sum += n_new as f64 * (n_found as f64 / n_seen as f64);
+    }
+    (n_found > 0).then(|| sum / n_found as f64)
+}
+
+/// What is learned, under which names it is kept.
+const LEARNED: [&str; 3] = ["context", "scaler", "bias"];
+
+/// A context being learned.
+struct Learning<'a> {
+    base: Prompted<'a>,
+    all: Prompted<'a>,
+    /// Context f32 `[M, C]`, scaler and bias f32 `[]`.
+    learned: [Tensor; 3],
+    /// First and second moment of each.
+    moments: [[Tensor; 2]; 3],
+    steps_done: i32,
+}
+
+impl<'a> Learning<'a> {
+    fn begin(clip: &'a clip::Clip, classes: &ClassSplit) -> Result<Self> {
+        let tokenizer = Tokenizer::new();
+        let context = clip.text.words(&tokenizer, WORDS)?.copy();
+        let n_context = context.size()[0] as usize;
+        let texts: Vec<String> = classes.all().map(|name| format!("{}.", name.replace('_', " "))).collect();
+        let number = |number: f32| Tensor::from(number).to_device(clip.device());
+        let learned = [context, number(FIRST_SCALER), number(FIRST_BIAS)].map(|tensor| tensor.set_requires_grad(true));
+        Ok(Self {
+            base: Prompted::new(&clip.text, &tokenizer, &texts[..classes.base.len()], n_context)?,
+            all: Prompted::new(&clip.text, &tokenizer, &texts, n_context)?,
+            moments: [0, 1, 2].map(|which: usize| [(); 2].map(|()| learned[which].zeros_like().detach())),
+            learned,
+            steps_done: 0,
+        })
+    }
+
+    /// Learns from some images; returns the weighted loss before.
+    fn step(&mut self, stage: &Multilabel, shown: &Shown, chosen: &[i64]) -> Result<f64> {
+        let chosen = Tensor::from_slice(chosen).to_device(shown.embeddings.device());
+        let [images, labels] = [&shown.embeddings, &shown.labels].map(|rows| rows.index_select(0, &chosen));
+        let [context, scaler, bias] = &self.learned;
+        let classes = to_unit_length(&self.base.encode(context)?);
+        // [B, K]
+        let logits = images.matmul(&classes.tr()) * scaler - bias;
+        let loss = asymmetric_loss(&logits, &labels)? * stage.loss_weight;
+        self.learned.iter_mut().for_each(Tensor::zero_grad);
+        loss.backward();
+        self.steps_done += 1;
+        no_grad(|| {
+            for (tensor, moments) in self.learned.iter_mut().zip(&mut self.moments) {
+                // Adam is AdamW whose decay is part of the gradient.
+                let gradient = tensor.grad() + &*tensor * stage.weight_decay;
+                OPTIMIZER.step(self.steps_done, stage.learning_rate, 0.0, tensor, &gradient, moments);
+            }
+        });
+        Ok(loss.double_value(&[]))
+    }
+
+    /// Scaler and bias.
+    fn scale(&self) -> [f64; 2] {
+        [1, 2].map(|which: usize| self.learned[which].double_value(&[]))
+    }
+
+    fn prompts(&self, classes: &ClassSplit) -> Result<Prompts> {
+        let embeddings = no_grad(|| Ok::<_, Error>(to_unit_length(&self.all.encode(&self.learned[0])?).to_device(Device::Cpu)))?;
+        let [scaler, bias] = self.scale();
+        Ok(Prompts { names: classes.all().cloned().collect(), embeddings, scale: Some(LogitScale::Affine { scaler, bias }) })
+    }
+
+    fn save(&self, draft: &UnitDraft) -> Result<()> {
+        let mut state = BTreeMap::from([("steps_done".to_owned(), Tensor::from(i64::from(self.steps_done)))]);
+        for ((name, tensor), [first, second]) in LEARNED.iter().zip(&self.learned).zip(&self.moments) {
+            let tensors = [((*name).to_owned(), tensor), (format!("first.{name}"), first), (format!("second.{name}"), second)];
+            state.extend(tensors.map(|(name, tensor)| (name, tensor.shallow_clone())));
+        }
+        draft.write_tensors(STATE, "state.safetensors", &state, &BTreeMap::new())
+    }
+
+    fn restore(&mut self, state: &TrainingState) -> Result<()> {
+        let state = Checkpoint::open(&state.path)?;
+        no_grad(|| -> Result<()> {
+            for ((name, tensor), [first, second]) in LEARNED.iter().zip(&mut self.learned).zip(&mut self.moments) {
+                tensor.copy_(&state.tensor(name)?);
+                first.copy_(&state.tensor(&format!("first.{name}"))?);
+                second.copy_(&state.tensor(&format!("second.{name}"))?);
+            }
+            Ok(())
+        })?;
+        self.steps_done = state.tensor("steps_done")?.int64_value(&[]) as i32;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use ovenbird_models::clip::{
+        Activation, Config, ImageConfig, TextConfig,
+        tokenizer::{Overlong, Padding},
+    };
+    use serde_json::Value;
+
+    use super::*;
+    use crate::prompts::golden;
+
+    fn clip(golden: &Value) -> clip::Clip {
+        let config = Config {
+            embed_dim: 32,
+            image: ImageConfig::Vit { image_side: 32, patch: 16, width: 32, depth: 1, heads: 1, mlp_width: 128 },
+            text: TextConfig { context: 77, vocabulary: 49_408, width: 32, heads: 2, depth: 2 },
+            activation: Activation::QuickGelu,
+        };
+        clip::Clip::load_as(&config, &golden::weights(golden), Path::new("clip.pt"), Device::Cpu, Kind::Float).unwrap()
+    }
+
+    #[test]
+    fn steps_are_those_of_torch_and_open_clip() {
+        let golden = golden::read("multilabel.json");
+        let clip = clip(&golden);
+        let classes = ClassSplit { base: golden::names(&golden["base"]), novel: golden::names(&golden["novel"]) };
+        let (n_images, n_base, n_classes) = (golden["n_images"].as_i64().unwrap(), classes.base.len() as i64, classes.all().count() as i64);
+        let flat = |name: &str, n: i64| golden::unit(name, n as usize).collect::<Vec<f32>>();
+        let shown = Shown {
+            embeddings: to_unit_length(&Tensor::from_slice(&flat("images", n_images * 32)).view([n_images, 32])),
+            labels: Tensor::from_slice(&flat("labels", n_images * n_base).iter().map(|u| u8::from(*u > 0.2)).collect::<Vec<_>>())
+                .view([n_images, n_base]),
+        };
+        let mut learning = Learning::begin(&clip, &classes).unwrap();
+        let rows = |key: &str| golden::tensor(&golden[key], &[n_classes, 32]);
+        let before = golden::error(&learning.prompts(&classes).unwrap().embeddings, &rows("before"));
+        assert!(before < 1e-5, "{before}");
+
+        let stage = Multilabel::default();
+        let relative = |found: f64, expected: &Value| (found / expected.as_f64().unwrap() - 1.0).abs();
+        // Of losses, scaler and bias; of gradients; of contexts.
+        let mut worst = [0.0_f64; 3];
+        for (batch, expected) in golden["batches"].as_array().unwrap().iter().zip(golden["steps"].as_array().unwrap()) {
+            let loss = learning.step(&stage, &shown, &serde_json::from_value::<Vec<i64>>(batch.clone()).unwrap()).unwrap();
+            let [scaler, bias] = learning.scale();
+            let numbers = [(loss, &expected["loss"]), (scaler, &expected["learned"][1][0]), (bias, &expected["learned"][2][0])];
+            for (found, expected) in numbers {
+                worst[0] = worst[0].max(relative(found, expected));
+            }
+            for (which, tensor) in learning.learned.iter().enumerate() {
+                let expected = golden::tensor(&expected["gradients"][which], &tensor.size());
+                worst[1] = worst[1].max(golden::error(&tensor.grad(), &expected) / expected.abs().max().double_value(&[]));
+            }
+            worst[2] = worst[2].max(golden::error(&learning.learned[0].detach(), &golden::tensor(&expected["learned"][0], &[4, 32])));
+        }
+        let after = golden::error(&learning.prompts(&classes).unwrap().embeddings, &rows("after"));
+        let [of_numbers, of_gradients, of_contexts] = worst;
+        println!(
+            "before {before:.1e}, numbers {of_numbers:.1e}, gradients {of_gradients:.1e}, contexts {of_contexts:.1e}, after {after:.1e}"
+        );
+        assert!(worst[0] < 1e-5 && worst[1] < 1e-5 && worst[2] < 1e-4 && after < 1e-4, "{worst:?}, {after}");
+        assert!(golden::error(&rows("before"), &rows("after")) > 0.1, "the golden training learns nothing");
+    }
+
+    /// Parity check R5 of OADP's specification.
+    #[test]
+    fn without_a_step_embeddings_are_those_of_a_photo_of_a_name() {
+        let clip = clip(&golden::read("multilabel.json"));
+        let classes = ClassSplit { base: vec!["traffic_light".into(), "dog".into()], novel: vec!["speaker_(stero_equipment)".into()] };
+        let found = Learning::begin(&clip, &classes).unwrap().prompts(&classes).unwrap();
+        let sentences = ["a photo of a traffic light.", "a photo of a dog.", "a photo of a speaker (stero equipment)."];
+        let tokens = Tokenizer::new().batch(&sentences, Padding::Context77, Overlong::Refuse).unwrap();
+        let apart = golden::error(&found.embeddings, &clip.encode_text_features(&tokens).unwrap());
+        assert!(apart < 1e-5, "{apart}");
+        assert_eq!((found.names, found.scale), (classes.all().cloned().collect(), Some(LogitScale::Affine { scaler: 20.0, bias: 4.0 })));
+    }
+
+    #[test]
+    fn average_precision_is_that_of_scikit_learn() {
+        let golden = golden::read("average_precision.json");
+        for case in golden["cases"].as_array().unwrap() {
+            let scores: Vec<f32> = serde_json::from_value(case["scores"].clone()).unwrap();
+            let labels: Vec<bool> = serde_json::from_value(case["labels"].clone()).unwrap();
+            let apart = average_precision(&scores, &labels).unwrap() - case["precision"].as_f64().unwrap();
+            assert!(apart.abs() < 1e-12, "{} scores: {apart}", scores.len());
+        }
+        assert_eq!(average_precision(&[0.5, 0.25], &[false, false]), None);
+    }
+
+    #[test]
+    fn the_first_region_has_to_be_the_centre_square_in_the_space_of_the_checkpoint() {
+        let regions = |first: Xyxy, dim: usize| Regions {
+            image_id: ImageId(9),
+            size_px: [64, 48],
+            boxes: vec![first, Xyxy { x1: 0.0, y1: 0.0, x2: 32.0, y2: 32.0 }],
+            objectness: vec![1.0; 2],
+            embeddings: (0..2 * dim).map(|number| number as f32).collect(),
+        };
+        let words = |regions: Regions| whole_image(regions, 3, "features").unwrap_err().to_string();
+        for whole in [views::whole_box([64, 48]), views::reference_whole_box([64, 48])] {
+            assert_eq!(whole_image(regions(whole, 3), 3, "features").unwrap(), [0.0, 1.0, 2.0]);
+        }
+        let whole = views::whole_box([64, 48]);
+        assert_eq!(words(regions(whole, 2)), "features: image 9: embeddings of 2 numbers, but those of the checkpoint's classes have 3");
+        let object = Xyxy { x1: 8.0, y1: 0.0, x2: 50.0, y2: 48.0 };
+        assert!(words(regions(object, 3)).starts_with("features: image 9: expected the centre square Xyxy { x1: 8.0, y1: 0.0, x2: 56.0"));
+        let none = Regions { boxes: Vec::new(), objectness: Vec::new(), embeddings: Vec::new(), ..regions(whole, 3) };
+        assert!(words(none).ends_with("as the first region, found None"));
+    }
+}
