@@ -63,6 +63,20 @@ stages:
   - id: coco
     use: eval/coco
     in: {annotations: world.val, detections: test.detections, classes: train.classes}
+  - id: exported
+    use: detector/export
+    in: {detector: detector.detector}
+  - id: imported
+    use: detector/import
+    in: {checkpoint: exported.checkpoint}
+    with: {network: toy, test_temperature: 0.007, multilabel_prompts: false, fits: [128, 128]}
+  - id: test-again
+    use: detector/test
+    in: {images: world.images, annotations: world.val, classes: train.classes, prompts: prompts.prompts, detector: imported.detector}
+    with: {most_per_image: 20}
+  - id: coco-again
+    use: eval/coco
+    in: {annotations: world.val, detections: test-again.detections, classes: train.classes}
   - id: masks
     use: eval/coco
     in: {annotations: world.val, detections: test.detections, classes: train.classes}
@@ -146,6 +160,9 @@ fn a_training_that_is_killed_ends_with_the_same_bytes() {
     assert_eq!(selection.lines().map(|line| line.split(',').next().unwrap()).collect::<Vec<_>>(), ["step", "3", "6"], "{selection}");
     let tested = of(&["eval-coco", "evaluation.json"]).into_iter().find(|evaluation| evaluation.contains("\"of\":\"boxes\"")).unwrap();
     assert!(of(&["detector-select", "last", "evaluation.json"]).contains(&tested));
+
+    // A detector that went out and came back finds the same: its evaluation is the one that is there.
+    assert_eq!(undisturbed.n_units_of("eval/coco"), 2);
 
     let one_more = undisturbed.run(["run", "./small.yaml", "--set", "test.heads=box"]).success();
     assert_eq!(one_more.steps("done"), ["coco", "masks", "test"], "{}", one_more.stderr);
@@ -281,10 +298,10 @@ fn what_a_training_cannot_use_is_said_in_words() {
     world.write("wordless.yaml", SMALL.replace(&format!(", {without}"), "}"));
     let wordless = world.run(["run", "./wordless.yaml", "--until", "test"]);
     assert_eq!((wordless.code, wordless.steps("failed")), (4, vec!["test".to_owned()]), "{}", wordless.stderr);
-    assert!(wordless.stderr.contains("the detector was trained without class embeddings, and gets some"), "{}", wordless.stderr);
+    assert!(wordless.stderr.contains("the detector was trained without `prompts`, and gets some"), "{}", wordless.stderr);
 
     // Weights to begin with: what has no place is named, and a file without any is refused.
-    world.write("begun.yaml", SMALL.replace("features: regions.features}", "features: regions.features, pretrained: clip.checkpoint}"));
+    world.write("begun.yaml", SMALL.replace("globals: globals.features}", "globals: globals.features, pretrained: clip.checkpoint}"));
     let begun = world.run(["run", "./begun.yaml", "--until", "detector"]);
     assert!(begun.code == 4 && begun.stderr.contains("no detector that is known"), "{}", begun.stderr);
 

@@ -32,6 +32,7 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<detector::Test>(),
     StageEntry::of::<detector::Select>(),
     StageEntry::of::<detector::Export>(),
+    StageEntry::of::<detector::Import>(),
     StageEntry::of::<detect::Coco>(),
     StageEntry::of::<detect::Lvis>(),
     StageEntry::of::<export::Export>(),

@@ -4,6 +4,7 @@
 //! A trained detector's file says how it is built and asked ([`Card`]), so that nothing has to be repeated where it is used.
 
 mod export;
+mod import;
 mod learner;
 mod oln;
 mod select;
@@ -40,6 +41,7 @@ use tch::{Device, Kind, Tensor};
 use self::training::NetworkFile;
 pub use self::{
     export::Export,
+    import::Import,
     oln::{OlnFile, OlnPropose, OlnTrain},
     select::{Checkpoints, Select},
     test::Test,

@@ -1,0 +1,106 @@
+//! `detector/import`: a detector that another program trained.
+
+use std::collections::BTreeMap;
+
+use ovenbird_models::{
+    checkpoint::Checkpoint,
+    detector::{Config, Detector, classifier::LogitScale, layout},
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::nn;
+
+use super::{CARD_KEY, Card, DetectorFile, train::Network};
+use crate::{Context, In, Out, PortInfo, Problem, Result, Stage, Unit, artifacts::CheckpointFile, error::malformed};
+
+/// A detector that another program trained: OADP's checkpoints, and what `detector/export` wrote.
+///
+/// Its heads are those that the checkpoint has tensors of; every one of them has to fit. How it is asked is not in such a file: that is what
+/// the parameters say, and their defaults are those of OADP for COCO. (OADP, sections 6.1 and 6.7.)
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Import {
+    /// How large the network is.
+    pub network: Network,
+    /// Divides cosines in detection.
+    pub test_temperature: f64,
+    /// Whether the heads that learned CLIP's embeddings are asked with `multilabel_prompts`.
+    pub multilabel_prompts: bool,
+    /// Longer and shorter side that images are fitted into, in px.
+    pub fits: [u32; 2],
+}
+
+impl Default for Import {
+    fn default() -> Self {
+        Self { network: Network::R50, test_temperature: 0.01, multilabel_prompts: true, fits: [1333, 800] }
+    }
+}
+
+const CHECKPOINT: In<CheckpointFile> = In::required("checkpoint", "Weights under mmdet's and OADP's names: `.pth` or safetensors.");
+const DETECTOR: Out<DetectorFile> = Out::new("detector", "Weights under mmdet's names, safetensors, f32, and how the network is built.");
+/// A tensor whose rows are as many as embeddings have numbers.
+const PROJECTION: &str = "roi_head.bbox_head.fc_cls._linear.weight";
+/// What ends the names of OADP's counters of warm-up steps of label losses.
+const LABEL_COUNTER: &str = "_loss._weight._steps";
+
+impl Stage for Import {
+    const KIND: &'static str = "detector/import";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = &[CHECKPOINT.info()];
+    const OUTPUTS: &'static [PortInfo] = &[DETECTOR.info()];
+
+    fn check(&self) -> Vec<Problem> {
+        let is_temperature = self.test_temperature > 0.0 && self.test_temperature.is_finite();
+        Problem::unless(&[
+            ("test_temperature", is_temperature, "a number above 0"),
+            ("fits", self.fits[0] >= self.fits[1] && self.fits[1] >= 32, "the longer side, then the shorter one, from 32 px on"),
+        ])
+    }
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let [unit] = units else { return Ok(()) };
+        let file = cx.inputs.read(CHECKPOINT)?;
+        let checkpoint = Checkpoint::open(&file.path)?;
+        let card = self.card(&checkpoint)?;
+        let store = nn::VarStore::new(cx.device);
+        let detector = Detector::blank(&store.root(), &card.config)?;
+        let report = layout::load(checkpoint.tensors(), detector.parameters(), &file.path)?.require_all(&file.path)?;
+        if let Some((name, steps)) = report.counters.iter().find(|(name, _)| name.ends_with(LABEL_COUNTER)) {
+            let behaviour = if *steps <= 1 { "reference" } else { "fixed" };
+            cx.note(format!("it was trained as with `label_warm_up: {behaviour}`: {name} is {steps}"));
+        }
+        let draft = cx.begin(unit)?;
+        let card = serde_json::to_string(&card).expect("BUG: a card is plain JSON");
+        let metadata = BTreeMap::from([(CARD_KEY.to_owned(), card)]);
+        draft.write_tensors(DETECTOR, "network.safetensors", detector.parameters(), &metadata)?;
+        cx.commit(draft, [("tensors".into(), report.loaded.len().into())].into())
+    }
+}
+
+impl Import {
+    fn card(&self, checkpoint: &Checkpoint) -> Result<Card> {
+        let projection = checkpoint.tensors().iter().find(|(name, _)| name.ends_with(PROJECTION));
+        let Some([embed_dim, _]) = projection.map(|(_, tensor)| tensor.size()).and_then(|size| <[i64; 2]>::try_from(size).ok()) else {
+            return Err(malformed(checkpoint.path(), format!("expected a detector of OADP, with a matrix `{PROJECTION}`")));
+        };
+        let all = match self.network {
+            Network::R50 => Config::oadp(embed_dim),
+            Network::Toy => Config::toy(embed_dim),
+        };
+        let has = |part: &str| checkpoint.names().any(|name| name.contains(part));
+        let config = Config {
+            object_head: all.object_head.filter(|_| has("roi_head._object_head.")),
+            block_head: all.block_head.filter(|_| has("roi_head._block_head.")),
+            has_global_head: has("_global_head."),
+            ..all
+        };
+        Ok(Card {
+            config: if has("roi_head.mask_head.") { config.with_masks() } else { config },
+            has_prompts: true,
+            has_multilabel_prompts: self.multilabel_prompts,
+            fits: self.fits,
+            // Nothing is trained by it any more.
+            scale: LogitScale::Temperature { train: self.test_temperature, test: self.test_temperature },
+        })
+    }
+}
