@@ -58,8 +58,8 @@ fn of_image(value: &Value) -> Result<Vec<Proposal>, String> {
 /// Writes the same, float32.
 pub fn write_mmdet(images: &[Vec<Proposal>], out: &mut impl Write) -> io::Result<()> {
     let row = |proposal: &Proposal| [proposal.xyxy.x1, proposal.xyxy.y1, proposal.xyxy.x2, proposal.xyxy.y2, proposal.score];
-    let arrays: Vec<Vec<f32>> = images.iter().map(|proposals| proposals.iter().flat_map(row).collect()).collect();
-    ovenbird_pickle::write_f32_arrays(images.iter().zip(&arrays).map(|(proposals, numbers)| (proposals.len(), 5, numbers.as_slice())), out)
+    let array = |proposals: &Vec<Proposal>| (proposals.len(), 5, proposals.iter().flat_map(row).collect::<Vec<f32>>());
+    ovenbird_pickle::write_f32_arrays(images.iter().map(array), out)
 }
 
 /// Checks proposals against the images they are for, in ascending id; `path` is for the message.

@@ -58,6 +58,17 @@ pub struct Checkpoint {
     tensors: BTreeMap<String, Tensor>,
 }
 
+/// Numbers without libtorch, whose threads get in each other's way where many small files are read or written at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Array {
+    /// What the numbers are.
+    pub kind: Kind,
+    /// The length of each axis.
+    pub shape: Vec<i64>,
+    /// The numbers in C order, little-endian, as many as the shape says.
+    pub bytes: Vec<u8>,
+}
+
 /// Where weights come from, for messages and bounds.
 #[derive(Clone, Copy)]
 struct Origin<'a> {
@@ -74,14 +85,7 @@ struct Source<'a> {
 impl Checkpoint {
     /// Reads a checkpoint. Tensors keep their type, are contiguous and on the CPU, and share no memory.
     pub fn open(path: &Path) -> Result<Self> {
-        let read = |source| Error::Read { path: path.to_owned(), source };
-        let file = File::open(path).map_err(read)?;
-        let n_bytes = file.metadata().map_err(read)?.len();
-        let mut file = BufReader::new(file);
-        let mut head = Vec::new();
-        file.by_ref().take(64).read_to_end(&mut head).map_err(read)?;
-        file.rewind().map_err(read)?;
-        let source = Source { origin: Origin { path, n_bytes }, file };
+        let (source, head) = Source::open(path)?;
         let (format, metadata, tensors) = match head.as_slice() {
             [b'P', b'K', 3, 4, ..] => {
                 let (format, torch::Contents { metadata, tensors }) = torch::from_zip(source)?;
@@ -184,7 +188,19 @@ impl Origin<'_> {
     }
 }
 
-impl Source<'_> {
+impl<'a> Source<'a> {
+    /// Opens a file; also returns how it begins.
+    fn open(path: &'a Path) -> Result<(Self, Vec<u8>)> {
+        let read = |source| Error::Read { path: path.to_owned(), source };
+        let file = File::open(path).map_err(read)?;
+        let n_bytes = file.metadata().map_err(read)?.len();
+        let mut file = BufReader::new(file);
+        let mut head = Vec::new();
+        file.by_ref().take(64).read_to_end(&mut head).map_err(read)?;
+        file.rewind().map_err(read)?;
+        Ok((Self { origin: Origin { path, n_bytes }, file }, head))
+    }
+
     /// The next bytes of the file; the length comes out of the file and may be a lie.
     fn take(&mut self, n_bytes: u64, what: &str) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
@@ -197,6 +213,19 @@ impl Source<'_> {
         }
         Ok(bytes)
     }
+}
+
+/// Reads the tensors of a file as [`Checkpoint::open`] does, as plain numbers.
+pub fn read_arrays(path: &Path) -> Result<BTreeMap<String, Array>> {
+    let (source, head) = Source::open(path)?;
+    if head.starts_with(b"PK\x03\x04") {
+        return torch::arrays_from_zip(source);
+    }
+    let array = |(name, tensor): (&String, &Tensor)| {
+        let bytes = numbers(tensor).map_err(|error| Error::Read { path: path.to_owned(), source: error })?;
+        Ok((name.clone(), Array { kind: tensor.kind(), shape: tensor.size(), bytes }))
+    };
+    Checkpoint::open(path)?.tensors().iter().map(array).collect()
 }
 
 /// The numbers of a tensor of any strides and device, in C order, little-endian.

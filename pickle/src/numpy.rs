@@ -199,10 +199,11 @@ impl NumpyArray {
 
 /// Writes a list of float32 arrays `[rows, columns]`, each row by row, as Python's `pickle.load` reads it with numpy 1 and 2
 /// (protocol 3). Fails where an array has over 2^31 rows or 4 GiB; panics where a shape does not fit its numbers.
-pub fn write_f32_arrays<'a>(arrays: impl IntoIterator<Item = (usize, usize, &'a [f32])>, out: &mut impl Write) -> io::Result<()> {
+pub fn write_f32_arrays<A: AsRef<[f32]>>(arrays: impl IntoIterator<Item = (usize, usize, A)>, out: &mut impl Write) -> io::Result<()> {
     // Protocol 3, an empty list, and a mark for its items.
     out.write_all(b"\x80\x03](")?;
     for (rows, columns, numbers) in arrays {
+        let numbers = numbers.as_ref();
         assert_eq!(rows * columns, numbers.len(), "BUG: an array of another shape");
         out.write_all(b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R")?;
         out.write_all(b"(K\x01")?;

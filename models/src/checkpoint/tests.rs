@@ -477,3 +477,33 @@ for name, tensor in loaded['state_dict'].items():
         assert_eq!(lines.next(), Some(format!("{name} torch.{dtype} {:?} {numbers:?}", tensor.size()).as_str()));
     }
 }
+
+#[test]
+fn plain_numbers_are_those_of_tensors_in_every_layout() {
+    for (name, _) in FILES {
+        let path = folder().join(name);
+        let (tensors, arrays) = (Checkpoint::open(&path).unwrap(), read_arrays(&path).unwrap());
+        assert!(arrays.keys().eq(tensors.tensors().keys()), "{name}");
+        for (key, Array { kind, shape, bytes }) in arrays {
+            let tensor = &tensors.tensors()[&key];
+            assert_eq!((kind, shape, bytes), (tensor.kind(), tensor.size(), numbers(tensor).unwrap()), "{name} {key}");
+        }
+    }
+}
+
+#[test]
+fn a_tensor_that_was_saved_alone_has_a_name_and_plain_numbers_are_written_as_tensors_are() {
+    let tensor = Tensor::from_slice(&[1.0_f32, 2.0, 3.0, 4.0, 5.0, 6.0]).view([2, 3]).to_kind(Kind::Half);
+    let array = Array { kind: Kind::Half, shape: vec![2, 3], bytes: numbers(&tensor).unwrap() };
+    let written = [Saved::Tensor(&tensor), Saved::Array(&array)].map(|value| {
+        let mut bytes = Vec::new();
+        write_torch(&value, &mut bytes).unwrap();
+        bytes
+    });
+    assert_eq!(written[0], written[1]);
+    let read = open(&written[0]).unwrap();
+    assert!(read.names().eq([BARE_TENSOR]) && read.tensor(BARE_TENSOR).unwrap().equal(&tensor));
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(&written[0]).unwrap();
+    assert_eq!(read_arrays(file.path()).unwrap(), BTreeMap::from([(BARE_TENSOR.to_owned(), array)]));
+}

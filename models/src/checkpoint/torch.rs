@@ -5,6 +5,7 @@
 //! and then, for each key, the number of numbers (i64) and the numbers. Everything is little-endian.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     fs::File,
     io::{self, BufReader, Read, Seek, SeekFrom, Write},
@@ -14,7 +15,7 @@ use ovenbird_pickle::Value;
 use tch::{Kind, Tensor};
 use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
-use super::{AGAIN, BARE_TENSOR, Format, Origin, Source, numbers};
+use super::{AGAIN, Array, BARE_TENSOR, Format, Origin, Source, numbers};
 use crate::{Error, Result};
 
 /// 0x1950a86a20f9469cfc6c, as Python pickles it.
@@ -59,30 +60,65 @@ pub(super) struct Contents {
     pub(super) tensors: BTreeMap<String, Tensor>,
 }
 
+/// What the pickle of a zip archive says of its contents.
+struct Described {
+    format: Format,
+    metadata: BTreeMap<String, String>,
+    tensors: BTreeMap<String, Description>,
+}
+
 /// The contents of a zip archive.
 pub(super) fn from_zip(source: Source<'_>) -> Result<(Format, Contents)> {
     let mut archive = Archive::open(source)?;
-    if archive.has("byteorder") && archive.entry("byteorder")? == b"big" {
-        return Err(archive.origin.malformed("expected little-endian numbers, found big-endian".into(), SAVE_AGAIN));
-    }
-    let pickle = archive.entry("data.pkl")?;
-    let value = ovenbird_pickle::read(&pickle).map_err(|error| archive.origin.damaged(format!("data.pkl: {error}")))?;
-    let format = if archive.is_script() { Format::TorchScript } else { Format::Torch };
-    let found = match format {
-        Format::TorchScript => Found::in_module(&value),
-        _ => Found::in_dict(&value),
-    };
+    let Described { format, metadata, tensors: described } = archive.described()?;
     let mut tensors = BTreeMap::new();
-    for (key, group) in by_storage(found.described(archive.origin)?) {
+    for (key, group) in by_storage(described) {
         let (first, Description { storage, .. }) = &group[0];
-        let bytes = archive.entry(&format!("data/{key}")).map_err(|error| match error {
-            Error::Malformed { path, problem, hint } => Error::Malformed { path, problem: format!("{first}: {problem}"), hint },
-            other => other,
-        })?;
+        let bytes = archive.storage(&key, first)?;
         let flat = flat(archive.origin, first, storage, &bytes)?;
         cut(archive.origin, &flat, group, &mut tensors)?;
     }
-    Ok((format, Contents { metadata: plain(&value), tensors }))
+    Ok((format, Contents { metadata, tensors }))
+}
+
+/// The same as plain numbers.
+pub(super) fn arrays_from_zip(source: Source<'_>) -> Result<BTreeMap<String, Array>> {
+    let mut archive = Archive::open(source)?;
+    let described = archive.described()?.tensors;
+    let array = |(name, description): (String, Description)| {
+        let bytes = archive.storage(&description.storage.key, &name)?;
+        check_length(archive.origin, &name, &description.storage, bytes.len())?;
+        let array = gathered(description, bytes);
+        Ok((name, array))
+    };
+    described.into_iter().map(array).collect()
+}
+
+/// A tensor's numbers out of its storage, which [`check`] found to hold them.
+fn gathered(Description { storage, offset, size, stride }: Description, bytes: Vec<u8>) -> Array {
+    let item = storage.kind.elt_size_in_bytes();
+    let n_numbers = size.iter().product::<i64>() as usize;
+    let in_order = c_strides(&size).iter().zip(&stride).zip(&size).all(|((expected, step), length)| expected == step || *length == 1);
+    let numbers = if n_numbers == 0 {
+        Vec::new()
+    } else if in_order {
+        let start = offset as usize * item;
+        if start == 0 && bytes.len() == n_numbers * item { bytes } else { bytes[start..start + n_numbers * item].to_vec() }
+    } else {
+        let place = |flat: i64| {
+            let step = |(rest, at), (length, step): (&i64, &i64)| (rest / length, at + rest % length * step);
+            size.iter().zip(&stride).rev().fold((flat, offset), step).1 as usize
+        };
+        (0..n_numbers as i64).flat_map(|flat| &bytes[place(flat) * item..][..item]).copied().collect()
+    };
+    Array { kind: storage.kind, shape: size, bytes: numbers }
+}
+
+/// How far apart neighbours on each axis are when the last axis runs fastest.
+fn c_strides(size: &[i64]) -> Vec<i64> {
+    let mut strides: Vec<i64> = size.iter().rev().scan(1, |step, length| Some(std::mem::replace(step, *step * (*length).max(1)))).collect();
+    strides.reverse();
+    strides
 }
 
 /// The contents of a file from before PyTorch 1.6.
@@ -200,6 +236,29 @@ impl<'a> Archive<'a> {
 
     fn has(&self, name: &str) -> bool {
         self.zip.index_for_name(&format!("{}{name}", self.prefix)).is_some()
+    }
+
+    /// What the pickle describes.
+    fn described(&mut self) -> Result<Described> {
+        if self.has("byteorder") && self.entry("byteorder")? == b"big" {
+            return Err(self.origin.malformed("expected little-endian numbers, found big-endian".into(), SAVE_AGAIN));
+        }
+        let pickle = self.entry("data.pkl")?;
+        let value = ovenbird_pickle::read(&pickle).map_err(|error| self.origin.damaged(format!("data.pkl: {error}")))?;
+        let format = if self.is_script() { Format::TorchScript } else { Format::Torch };
+        let found = match format {
+            Format::TorchScript => Found::in_module(&value),
+            _ => Found::in_dict(&value),
+        };
+        Ok(Described { format, metadata: plain(&value), tensors: found.described(self.origin)? })
+    }
+
+    /// The bytes of a storage; `name`: of a tensor in it, for messages.
+    fn storage(&mut self, key: &str, name: &str) -> Result<Vec<u8>> {
+        self.entry(&format!("data/{key}")).map_err(|error| match error {
+            Error::Malformed { path, problem, hint } => Error::Malformed { path, problem: format!("{name}: {problem}"), hint },
+            other => other,
+        })
     }
 
     fn is_script(&self) -> bool {
@@ -391,14 +450,16 @@ fn by_storage(described: BTreeMap<String, Description>) -> BTreeMap<String, Vec<
 
 /// A storage as a tensor of one axis.
 fn flat(origin: Origin<'_>, name: &str, storage: &Storage, bytes: &[u8]) -> Result<Tensor> {
-    let expected =
-        u64::try_from(storage.n_numbers).ok().and_then(|n_numbers| n_numbers.checked_mul(storage.kind.elt_size_in_bytes() as u64));
+    check_length(origin, name, storage, bytes.len())?;
+    Ok(Tensor::f_from_data_size(bytes, &[storage.n_numbers], storage.kind)?)
+}
+
+/// Checks that a storage has as many bytes as its numbers take.
+fn check_length(origin: Origin<'_>, name: &str, Storage { key, kind, n_numbers }: &Storage, n_bytes: usize) -> Result<()> {
+    let expected = u64::try_from(*n_numbers).ok().and_then(|n_numbers| n_numbers.checked_mul(kind.elt_size_in_bytes() as u64));
     match expected {
-        Some(expected) if expected == bytes.len() as u64 => Ok(Tensor::f_from_data_size(bytes, &[storage.n_numbers], storage.kind)?),
-        _ => {
-            let (Storage { key, kind, n_numbers }, n_bytes) = (storage, bytes.len());
-            Err(origin.damaged(format!("{name}: storage {key}: expected {n_numbers} numbers of {kind:?}, found {n_bytes} bytes")))
-        }
+        Some(expected) if expected == n_bytes as u64 => Ok(()),
+        _ => Err(origin.damaged(format!("{name}: storage {key}: expected {n_numbers} numbers of {kind:?}, found {n_bytes} bytes"))),
     }
 }
 
@@ -454,6 +515,8 @@ fn visit(value: &Value, look: &mut impl FnMut(&Value)) {
 pub enum Saved<'a> {
     /// Numbers.
     Tensor(&'a Tensor),
+    /// Numbers that libtorch does not hold.
+    Array(&'a Array),
     /// Values by name.
     Dict(BTreeMap<String, Self>),
     /// Values in order.
@@ -505,8 +568,12 @@ pub fn write_torch(value: &Saved<'_>, out: impl Write) -> io::Result<()> {
     };
     entry("data.pkl", &pickle)?;
     entry("byteorder", b"little")?;
-    for (key, tensor) in storages.into_iter().enumerate() {
-        entry(&format!("data/{key}"), &numbers(tensor)?)?;
+    for (key, stored) in storages.into_iter().enumerate() {
+        let bytes = match stored {
+            Stored::Tensor(tensor) => Cow::Owned(numbers(tensor)?),
+            Stored::Array(array) => Cow::Borrowed(array.bytes.as_slice()),
+        };
+        entry(&format!("data/{key}"), &bytes)?;
     }
     entry("version", b"3\n")?;
     zip.finish()?;
@@ -516,14 +583,20 @@ pub fn write_torch(value: &Saved<'_>, out: impl Write) -> io::Result<()> {
 /// Writes a pickle of protocol 2, and gathers the tensors that it refers to.
 struct Pickler<'a> {
     bytes: Vec<u8>,
-    storages: Vec<&'a Tensor>,
+    storages: Vec<Stored<'a>>,
+}
+
+enum Stored<'a> {
+    Tensor(&'a Tensor),
+    Array(&'a Array),
 }
 
 impl<'a> Pickler<'a> {
     /// `name`: where the value is, for messages.
     fn add(&mut self, name: &str, value: &Saved<'a>) -> io::Result<()> {
         match value {
-            Saved::Tensor(tensor) => return self.tensor(name, tensor),
+            Saved::Tensor(tensor) => return self.tensor(name, tensor.kind(), tensor.size(), Stored::Tensor(tensor)),
+            Saved::Array(array) => return self.tensor(name, array.kind, array.shape.clone(), Stored::Array(array)),
             Saved::Dict(entries) => {
                 self.bytes.extend(b"}(");
                 for (key, value) in entries {
@@ -552,25 +625,23 @@ impl<'a> Pickler<'a> {
     }
 
     /// `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`.
-    fn tensor(&mut self, name: &str, tensor: &'a Tensor) -> io::Result<()> {
-        let Some((storage, _)) = STORAGES.into_iter().find(|(_, kind)| *kind == tensor.kind()) else {
-            let problem = format!("{name}: PyTorch has no storage for {:?}", tensor.kind());
+    fn tensor(&mut self, name: &str, kind: Kind, size: Vec<i64>, stored: Stored<'a>) -> io::Result<()> {
+        let Some((storage, _)) = STORAGES.into_iter().find(|(_, known)| *known == kind) else {
+            let problem = format!("{name}: PyTorch has no storage for {kind:?}");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
         };
-        let (size, key) = (tensor.size(), self.storages.len());
-        self.storages.push(tensor);
+        let key = self.storages.len();
+        self.storages.push(stored);
         self.bytes.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((");
         self.text("storage")?;
         self.bytes.extend(format!("ctorch\n{storage}\n").bytes());
         self.text(&key.to_string())?;
         self.text("cpu")?;
-        self.integer(tensor.numel() as i64);
+        self.integer(size.iter().product());
         // The end of the storage's description, which is no value but a reference.
         self.bytes.extend(b"tQ");
         self.integer(0);
-        let mut strides: Vec<i64> =
-            size.iter().rev().scan(1, |step, length| Some(std::mem::replace(step, *step * (*length).max(1)))).collect();
-        strides.reverse();
+        let strides = c_strides(&size);
         for numbers in [size, strides] {
             self.bytes.push(b'(');
             numbers.into_iter().for_each(|number| self.integer(number));
