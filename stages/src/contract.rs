@@ -482,8 +482,9 @@ impl Context<'_> {
     /// Notes an item that failed with its unit, unless the stage's policy does not allow it; `counts`: how many have failed so far, and of how many.
     pub(crate) fn left_out(&self, draft: &UnitDraft, item: &str, error: Error, attempts: u32, counts: [usize; 2]) -> Result<()> {
         let OnBadItem::Skip { max_failed_ratio } = self.on_bad_item else { return Err(error) };
-        let Error::Data(cause) = &error else { return Err(error) };
-        let failed = FailedItem { item: item.into(), reason: with_sources(cause), attempts };
+        use ovenbird_models::Error::{Malformed, Read};
+        let (Error::Data(_) | Error::Models(Read { .. } | Malformed { .. })) = &error else { return Err(error) };
+        let failed = FailedItem { item: item.into(), reason: with_sources(&error), attempts };
         let [n_failed, n_items] = counts;
         if n_failed as f64 > max_failed_ratio * n_items as f64 {
             return Err(Error::TooManyFailed { n_failed: n_failed as u64, n_items, max_failed_ratio, last: failed.reason });

@@ -66,7 +66,10 @@ impl Error {
 
     /// Whether the same thing may go well the next time.
     pub(crate) fn is_transient(&self) -> bool {
-        let (Self::Data(ovenbird_data::Error::Read { source, .. }) | Self::Cache(ovenbird_cache::Error::Read { source, .. })) = self else {
+        let (Self::Data(ovenbird_data::Error::Read { source, .. })
+        | Self::Cache(ovenbird_cache::Error::Read { source, .. })
+        | Self::Models(ovenbird_models::Error::Read { source, .. })) = self
+        else {
             return false;
         };
         use std::io::ErrorKind as Kind;

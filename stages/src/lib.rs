@@ -13,6 +13,7 @@ pub mod detector;
 mod error;
 pub mod export;
 mod feed;
+pub mod interchange;
 mod optimizer;
 mod pass;
 pub mod prompts;

@@ -6,7 +6,7 @@ use serde_json::Value;
 use crate::{
     annotations, clip,
     contract::{AnyStage, PortInfo, Problem, Stage},
-    crops, detect, detector, export, prompts, toy,
+    crops, detect, detector, export, interchange, prompts, toy,
 };
 
 /// Every stage, in the order `ovenbird stages` lists them.
@@ -25,6 +25,12 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<clip::Blocks>(),
     StageEntry::of::<clip::Objects>(),
     StageEntry::of::<clip::Proposals>(),
+    StageEntry::of::<interchange::GlobalsImport>(),
+    StageEntry::of::<interchange::BlocksImport>(),
+    StageEntry::of::<interchange::ObjectsImport>(),
+    StageEntry::of::<interchange::GlobalsExport>(),
+    StageEntry::of::<interchange::BlocksExport>(),
+    StageEntry::of::<interchange::ObjectsExport>(),
     StageEntry::of::<detect::ZeroShot>(),
     StageEntry::of::<detector::OlnTrain>(),
     StageEntry::of::<detector::OlnPropose>(),

@@ -10,6 +10,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -22,7 +23,7 @@ use arrow::{
     buffer::OffsetBuffer,
     datatypes::{DataType, Field, FieldRef, Float16Type, Float32Type, Schema, UInt16Type, UInt32Type, UInt64Type},
 };
-use half::{bf16, f16};
+use half::{bf16, f16, slice::HalfFloatSliceExt as _};
 use ovenbird_cache::{
     Digest, Donors, DraftFile, Fingerprint,
     inputs::InputFile,
@@ -66,7 +67,11 @@ impl NumberType {
 
     fn array(self, values: &[f32]) -> ArrayRef {
         match self {
-            Self::F16 => Arc::new(Float16Array::from_iter_values(values.iter().copied().map(f16::from_f32))),
+            Self::F16 => {
+                let mut halves = vec![f16::ZERO; values.len()];
+                halves.convert_from_f32_slice(values);
+                Arc::new(Float16Array::from_iter_values(halves))
+            }
             Self::F32 => Arc::new(Float32Array::from_iter_values(values.iter().copied())),
             Self::Bf16 => Arc::new(UInt16Array::from_iter_values(values.iter().map(|value| bf16::from_f32(*value).to_bits()))),
         }
@@ -76,7 +81,9 @@ impl NumberType {
 /// Widens stored numbers; `None` for a type that is no [`NumberType`].
 fn widened(array: &dyn Array) -> Option<Vec<f32>> {
     if let Some(halves) = array.as_primitive_opt::<Float16Type>() {
-        return Some(halves.values().iter().map(|value| value.to_f32()).collect());
+        let mut numbers = vec![0.0; halves.len()];
+        halves.values().convert_to_f32_slice(&mut numbers);
+        return Some(numbers);
     }
     if let Some(singles) = array.as_primitive_opt::<Float32Type>() {
         return Some(singles.values().to_vec());
@@ -156,6 +163,84 @@ impl ImageFeatures {
     /// Every image with its embedding `[D]`, in order; each batch is checked as it is reached.
     pub fn rows(&self) -> impl Iterator<Item = Result<(ImageId, Vec<f32>)>> {
         rows_of(&self.shards, image_rows)
+    }
+
+    /// The rows by their places.
+    pub(crate) fn places(&self) -> Result<Places<'_>> {
+        Places::of(&self.shards)
+    }
+}
+
+impl Places<'_> {
+    /// The images of a piece with their embeddings.
+    pub(crate) fn images(&self, piece: &Piece) -> Result<Vec<(ImageId, Vec<f32>)>> {
+        let (path, batch) = self.batch(piece)?;
+        image_rows(path, &batch)
+    }
+
+    /// The regions of the images of a piece, one image after the other, and how many numbers an embedding has.
+    pub(crate) fn regions(&self, piece: &Piece) -> Result<(impl Iterator<Item = Result<Regions>>, usize)> {
+        let (path, batch) = self.batch(piece)?;
+        let DataType::FixedSizeList(_, dim) = list_column(path, &batch, "embedding")?.value_type() else {
+            return Err(malformed(path, "expected vectors in `embedding`"));
+        };
+        Ok(((0..batch.num_rows()).map(move |row| Ok(region_rows(path, &batch.slice(row, 1))?.remove(0))), dim as usize))
+    }
+}
+
+/// The rows of some shards by their places in all of them together.
+pub(crate) struct Places<'a> {
+    shards: Vec<(&'a InputFile, ShardReader)>,
+}
+
+/// Some rows of a record batch.
+pub(crate) struct Piece {
+    shard: usize,
+    batch: usize,
+    rows: Range<usize>,
+}
+
+impl<'a> Places<'a> {
+    fn of(files: &'a [InputFile]) -> Result<Self> {
+        let open = |file: &'a InputFile| Ok((file, ShardReader::open(&file.path, file.unit.as_ref())?));
+        Ok(Self { shards: files.iter().map(open).collect::<Result<_>>()? })
+    }
+
+    /// One digest a row, of its shard's content and its place in it; no row is read.
+    pub(crate) fn items(&self) -> Vec<Digest> {
+        let of_shard = |(file, shard): &(&InputFile, ShardReader)| {
+            let digest = file.digest;
+            (0..shard.stats().rows).map(move |row| Digest::of_list("ovenbird row 1", [(row.to_string().as_str(), digest)]))
+        };
+        self.shards.iter().flat_map(of_shard).collect()
+    }
+
+    /// Some rows, cut where record batches end.
+    pub(crate) fn pieces(&self, rows: &Range<usize>) -> Vec<Piece> {
+        let (mut pieces, mut before) = (Vec::new(), 0);
+        for (shard_idx, (_, shard)) in self.shards.iter().enumerate() {
+            let n_rows = shard.stats().rows as usize;
+            let [mut row, end] = [rows.start, rows.end].map(|row| row.clamp(before, before + n_rows) - before);
+            while row < end {
+                let batch = row / ROWS_PER_BATCH;
+                let first = batch * ROWS_PER_BATCH;
+                let last = end.min(first + ROWS_PER_BATCH);
+                pieces.push(Piece { shard: shard_idx, batch, rows: row - first..last - first });
+                row = last;
+            }
+            before += n_rows;
+        }
+        pieces
+    }
+
+    fn batch(&self, Piece { shard, batch, rows }: &Piece) -> Result<(&'a Path, RecordBatch)> {
+        let (file, shard) = &self.shards[*shard];
+        let n_expected = (shard.stats().rows as usize - batch * ROWS_PER_BATCH).min(ROWS_PER_BATCH);
+        let read = if *batch < shard.n_batches() { Some(shard.batch(*batch)?) } else { None };
+        match read.filter(|read| read.num_rows() == n_expected) {
+            Some(read) => Ok((&file.path, read.slice(rows.start, rows.len()))),
+            None => Err(malformed(&file.path, format!("batch {batch}: expected {n_expected} rows, found another number"))),
+        }
     }
 }
 
@@ -361,8 +446,8 @@ impl RegionFeaturesWriter {
         let rows = std::mem::take(&mut self.rows);
         let offsets = OffsetBuffer::<i32>::from_lengths(rows.iter().map(|row| row.boxes.len()));
         let list = |item: FieldRef, values: ArrayRef| -> ArrayRef { Arc::new(ListArray::new(item, offsets.clone(), values, None)) };
-        let flat = |values: fn(&Regions) -> Vec<f32>| -> Vec<f32> { rows.iter().flat_map(values).collect() };
-        let embeddings = self.stored.array(&flat(|row| row.embeddings.clone()));
+        let flat = |values: fn(&Regions) -> &[f32]| rows.iter().map(values).collect::<Vec<_>>().concat();
+        let embeddings = self.stored.array(&flat(|row| &row.embeddings));
         let embeddings = vector_array(self.stored.field("item"), self.dim, embeddings);
         let corners = |xyxy: &Xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2];
         let corners: Vec<f32> = rows.iter().flat_map(|row| row.boxes.iter().flat_map(corners)).collect();
@@ -374,7 +459,7 @@ impl RegionFeaturesWriter {
             ("height_px", side(1)),
             ("embedding", list(embedding_field(self.stored, self.dim), Arc::new(embeddings))),
             ("xyxy", list(box_field(), Arc::new(boxes))),
-            ("objectness", list(score_field(), NumberType::F32.array(&flat(|row| row.objectness.clone())))),
+            ("objectness", list(score_field(), NumberType::F32.array(&flat(|row| &row.objectness)))),
         ];
         Ok(self.shard.write(&RecordBatch::try_from_iter(columns).expect("BUG: columns of equal length"))?)
     }
@@ -421,6 +506,11 @@ impl RegionFeatures {
     /// Every image with its regions, in order; each batch is checked as it is reached.
     pub fn rows(&self) -> impl Iterator<Item = Result<Regions>> {
         rows_of(&self.shards, region_rows)
+    }
+
+    /// The rows by their places.
+    pub(crate) fn places(&self) -> Result<Places<'_>> {
+        Places::of(&self.shards)
     }
 }
 

@@ -12,11 +12,13 @@
 //! | `prompts` | class embeddings, safetensors | [`Prompts`] |
 //! | `published-prompts` | class embeddings as others publish them, `.pth` | [`PublishedPrompts`] |
 //! | `image-features`, `region-features` | Arrow shards | [`ImageFeatures`], [`RegionFeatures`] |
+//! | `feature-files` | the same as OADP keeps them: a folder of `{id:012}.pth` | [`FeatureFiles`] |
 //! | `crops` | an Arrow shard of encoded images | [`Crops`] |
 //! | `evaluation` | json | [`EvaluationFile`] |
 //! | `results` | detections as COCO and LVIS have them, json | [`ResultsFile`] |
 
 mod curve;
+pub(crate) mod feature_files;
 mod features;
 mod tables;
 
@@ -39,7 +41,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tch::{Kind, Tensor};
 
 pub use curve::Curve;
-pub(crate) use features::{ByImage, Row, RowKind, RowWriter, Shelf};
+pub use feature_files::FeatureFiles;
+pub(crate) use features::{ByImage, Piece, Places, Row, RowKind, RowWriter, Shelf};
 pub use features::{
     Crop, Crops, CropsWriter, ImageFeatures, ImageFeaturesWriter, NumberType, RegionFeatures, RegionFeaturesWriter, Regions,
 };

@@ -6,5 +6,5 @@ mod on_device;
 mod pretrain;
 
 pub use encoder::{Clip, Precision, gain_of_bf16};
-pub use features::{Blocks, Globals, Objects, Proposals, View};
+pub use features::{Blocks, Globals, Objects, Proposals, View, WholeBox};
 pub use pretrain::{Architecture, Pretrain};
