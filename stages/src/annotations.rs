@@ -1,4 +1,5 @@
-//! `coco/split` and `proposals/import`: what others made, checked and in the form that every later stage reads.
+//! `coco/split` and `proposals/import`: what others made, checked and in the form that every later stage reads; `proposals/export`: the
+//! way back.
 
 use ovenbird_data::{
     Error as DataError,
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Context, Error, In, Out, PortInfo, Result, Stage, Unit,
     artifacts::{AnnotationFile, Classes, MmdetProposals, Proposals},
+    contract::write_error,
 };
 
 /// Which classes are base and which are novel.
@@ -144,5 +146,43 @@ impl Stage for Import {
         Proposals { by_image }.write(draft.create(IMPORTED, "proposals.parquet")?)?;
         cx.tick(n_images as u64);
         cx.commit(draft, [("images".into(), n_images.into()), ("proposals".into(), n_boxes.into())].into())
+    }
+}
+
+/// Proposals as the pickle that mmdet reads, without Python.
+///
+/// A list over the images of the annotations in ascending id of float32 arrays `N x 5`: x1, y1, x2, y2 in px, score; in the order of the
+/// proposals. Readers match entries with images by their places alone, so give the annotations that they will be read with.
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Export {}
+
+const PROPOSALS: In<Proposals> = In::required("proposals", "Boxes (xyxy, px) and scores by image id.");
+const EXPORTED: Out<MmdetProposals> = Out::new("proposals", "mmdet's pickle.");
+
+impl Stage for Export {
+    const KIND: &'static str = "proposals/export";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = &[PROPOSALS.info(), ANNOTATIONS.info()];
+    const OUTPUTS: &'static [PortInfo] = &[EXPORTED.info()];
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let [unit] = units else { return Ok(()) };
+        let mut annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
+        let proposals = cx.inputs.read(PROPOSALS)?;
+        let n_entries = proposals.by_image.len();
+        let boxes = proposals.of_images(&annotations)?;
+        if n_entries > boxes.len() {
+            cx.note(format!("proposals of {} images that the annotations do not have are left out", n_entries - boxes.len()));
+        }
+        let draft = cx.begin(unit)?;
+        let mut pickle = draft.create(EXPORTED, "proposals.pkl")?;
+        let path = pickle.path().to_owned();
+        proposals::write_mmdet(&boxes, &mut pickle).map_err(|source| write_error(&path, source))?;
+        pickle.finish()?;
+        cx.tick(boxes.len() as u64);
+        let n_boxes: usize = boxes.iter().map(Vec::len).sum();
+        cx.commit(draft, [("images".into(), boxes.len().into()), ("proposals".into(), n_boxes.into())].into())
     }
 }

@@ -14,6 +14,7 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<toy::World>(),
     StageEntry::of::<annotations::Split>(),
     StageEntry::of::<annotations::Import>(),
+    StageEntry::of::<annotations::Export>(),
     StageEntry::of::<crops::Objects>(),
     StageEntry::of::<crops::Folder>(),
     StageEntry::of::<clip::Pretrain>(),

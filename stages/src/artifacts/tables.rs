@@ -19,7 +19,7 @@ use arrow::{
 };
 use ovenbird_cache::{DraftFile, inputs::InputFile};
 use ovenbird_data::{
-    annotations::{CategoryId, ImageId},
+    annotations::{Annotations, CategoryId, ImageId, ImageInfo},
     boxes::Xyxy,
     evaluate::Detection,
     proposals::Proposal,
@@ -35,7 +35,7 @@ use parquet::{
 };
 
 use super::Artifact;
-use crate::{Result, contract::write_error, error::malformed};
+use crate::{Error, Result, contract::write_error, error::malformed};
 
 const FORMAT_KEY: &str = "ovenbird.table";
 const FORMAT: &str = "1";
@@ -73,6 +73,18 @@ impl Artifact for Proposals {
 }
 
 impl Proposals {
+    /// The proposals of every image of some annotations, in ascending image id. Fails where an image has no entry.
+    pub(crate) fn of_images(mut self, annotations: &Annotations) -> Result<Vec<Vec<Proposal>>> {
+        let of_image = |image: &ImageInfo| {
+            self.by_image.remove(&image.id).ok_or_else(|| Error::Input {
+                port: "proposals",
+                problem: format!("none for image {}, which the annotations have", image.id),
+                hint: "use the proposals that `proposals/import` made for these annotations".into(),
+            })
+        };
+        annotations.images.iter().map(of_image).collect()
+    }
+
     /// Writes the table and finishes the file.
     pub fn write(&self, file: DraftFile) -> Result<()> {
         let (mut images, mut boxes) = (Vec::new(), Vec::new());

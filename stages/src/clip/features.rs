@@ -4,7 +4,7 @@
 //! What differs from the OADP reference is a parameter each, and its default is said there; in every case boxes are stored in f32
 //! (there: f16), an image without proposals has an empty row (there: a crash), and proposals are matched to images by id.
 
-use std::{collections::BTreeMap, ops::Range, sync::Arc};
+use std::{ops::Range, sync::Arc};
 
 use ovenbird_cache::Digest;
 use ovenbird_data::{
@@ -45,7 +45,7 @@ fn image_units(inputs: &Inputs) -> Result<Units> {
 /// Units of stages whose items are images with their proposals.
 fn region_units(inputs: &Inputs) -> Result<Units> {
     let annotations = inputs.read(ANNOTATIONS)?.load()?;
-    let proposals = of_images(&annotations, inputs.read(PROPOSALS)?)?;
+    let proposals = inputs.read(PROPOSALS)?.of_images(&annotations)?;
     let images = inputs.read(IMAGES)?.items(&annotations)?;
     let item = |(image, proposals): (Digest, &Vec<Proposal>)| {
         let numbers = proposals.iter().flat_map(|Proposal { xyxy, score }| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2, *score]);
@@ -56,23 +56,10 @@ fn region_units(inputs: &Inputs) -> Result<Units> {
     Ok(Units::Independent { items, replaces: vec!["images", "annotations", "proposals"] })
 }
 
-/// The proposals of every image of the annotations, in ascending image id. Images without an entry are named.
-fn of_images(annotations: &Annotations, proposals: ProposalTable) -> Result<Vec<Vec<Proposal>>> {
-    let mut by_image: BTreeMap<_, _> = proposals.by_image;
-    let of_image = |image: &ImageInfo| {
-        by_image.remove(&image.id).ok_or_else(|| Error::Input {
-            port: "proposals",
-            problem: format!("none for image {}, which the annotations have", image.id),
-            hint: "use the proposals that `proposals/import` made for these annotations".into(),
-        })
-    };
-    annotations.images.iter().map(of_image).collect()
-}
-
 /// The proposals of every image that are large enough on both sides.
 fn kept(inputs: &Inputs, min_side: f32) -> Result<(Annotations, Vec<Vec<Proposal>>)> {
     let annotations = inputs.read(ANNOTATIONS)?.load()?;
-    let mut proposals = of_images(&annotations, inputs.read(PROPOSALS)?)?;
+    let mut proposals = inputs.read(PROPOSALS)?.of_images(&annotations)?;
     for of_image in &mut proposals {
         of_image.retain(|proposal| proposal.xyxy.width() >= min_side && proposal.xyxy.height() >= min_side);
     }
