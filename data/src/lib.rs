@@ -3,6 +3,7 @@
 //!
 //! This crate knows files and their meaning. It knows nothing of networks, stages or the store.
 
+pub mod additions;
 pub mod annotations;
 pub mod boxes;
 pub mod classes;

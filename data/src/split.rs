@@ -4,7 +4,9 @@
 //! it; image ids, annotation ids, boxes, masks, areas and everything this program does not know keep their tokens exactly;
 //! arrays keep the file's order; the top-level keys are `categories`, `annotations`, `images`; no spaces.
 //!
-//! Different from the reference: nothing in the output.
+//! Different from the reference: nothing in what is said. Python writes numbers and text anew, and this keeps their tokens, so bytes differ
+//! where a file has them in another spelling than Python's: `1.50`, `1e-5` for its `1e-05`, `é` for its `\u00e9`; in names of fields this
+//! writes `é` for either. Files that Python or the COCO tools wrote with ASCII names and shortest numbers come out byte for byte the same.
 
 use std::{
     borrow::Cow,

@@ -17,6 +17,7 @@ pub mod interchange;
 mod optimizer;
 mod pass;
 pub mod prompts;
+pub mod pseudo_labels;
 mod registry;
 pub mod toy;
 

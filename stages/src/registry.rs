@@ -6,7 +6,7 @@ use serde_json::Value;
 use crate::{
     annotations, clip,
     contract::{AnyStage, PortInfo, Problem, Stage},
-    crops, detect, detector, export, interchange, prompts, toy,
+    crops, detect, detector, export, interchange, prompts, pseudo_labels, toy,
 };
 
 /// Every stage, in the order `ovenbird stages` lists them.
@@ -32,6 +32,7 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<interchange::GlobalsExport>(),
     StageEntry::of::<interchange::BlocksExport>(),
     StageEntry::of::<interchange::ObjectsExport>(),
+    StageEntry::of::<pseudo_labels::PseudoLabels>(),
     StageEntry::of::<detect::ZeroShot>(),
     StageEntry::of::<detector::OlnTrain>(),
     StageEntry::of::<detector::OlnPropose>(),
