@@ -8,6 +8,7 @@ mod errors;
 mod evaluation;
 mod extraction;
 mod faults;
+mod interchange;
 mod matrix;
 mod prompts;
 mod quickstart;
