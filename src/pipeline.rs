@@ -42,6 +42,9 @@ pub(crate) const NO_FILE: &str = "no file or folder";
 
 /// The named pipelines that come with the program.
 pub(crate) const NAMED: &[(&str, &str)] = &[
+    ("oadp-ov-coco", include_str!("../pipelines/oadp-ov-coco.yaml")),
+    ("oadp-ov-lvis", include_str!("../pipelines/oadp-ov-lvis.yaml")),
+    ("oadp-toy", include_str!("../pipelines/oadp-toy.yaml")),
     ("quickstart", include_str!("../pipelines/quickstart.yaml")),
     ("supervised-toy", include_str!("../pipelines/supervised-toy.yaml")),
     ("vild-ov-coco", include_str!("../pipelines/vild-ov-coco.yaml")),
