@@ -2,7 +2,7 @@
 //! the same pictures as they are shown, 426 x 320 px. The same network, boxes and order; from the first image read to the last step done.
 //!
 //! Limit: on two cores what is done for an image (about 6 ms of one core, 1 ms for those that are small already) is time that the network's
-//! threads do not get; a step on two images of this size takes them about a second.
+//! threads do not get; a step on two images of this size takes them seven seconds.
 //!
 //! `make bench`; `OVENBIRD_BENCH_ROUNDS` sets how often each side trains (3).
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods, reason = "a benchmark prints, and may end where it fails")]

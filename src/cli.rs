@@ -17,7 +17,7 @@ use serde_json::json;
 use crate::{
     describe, doctor,
     error::{Error, ExitCode, Result, count},
-    estimate, event, explain, history,
+    estimate, event, explain, export, history,
     keep::{self, Collection},
     machine,
     pipeline::{
@@ -101,6 +101,16 @@ enum Command {
         /// The items that failed
         #[arg(long, required = true)]
         failed: bool,
+    },
+    /// Copy what a stage made into a folder, for other programs
+    Export {
+        #[command(flatten)]
+        chosen: Chosen,
+        /// A stage's id, and where it has several outputs which: `detections`, `coco.evaluation`
+        #[arg(value_name = "STAGE[.OUTPUT]")]
+        what: String,
+        /// Where to; what is not there is made, what has the same name is replaced
+        folder: PathBuf,
     },
     /// Say how the latest run, or another, stands
     Status {
@@ -326,6 +336,7 @@ pub(crate) fn main() -> Result<()> {
         Command::Plan { chosen, json } => show_plan(&home, &chosen, json),
         Command::Explain { chosen, what, json } => explain(&home, &chosen, &what, json),
         Command::Retry { chosen, failed: _ } => retry(&home, &chosen),
+        Command::Export { chosen, what, folder } => export(&home, &chosen, &what, &folder),
         Command::Status { run, json } => history::status(&home, run.as_deref(), json),
         Command::Log { run, json, follow } => history::log(&home, run.as_deref(), json, follow),
         Command::Verify { full, deep, recompute, fix, subset, max_duration, rate, json } => {
@@ -573,6 +584,19 @@ fn explain(home: &Path, chosen: &Chosen, what: &str, json: bool) -> Result<()> {
     let pipeline = chosen.pipeline()?;
     let places = places(&pipeline, stage)?;
     explain::explain(&pipeline, &places, unit, &Store::open(home)?, json)
+}
+
+fn export(home: &Path, chosen: &Chosen, what: &str, folder: &Path) -> Result<()> {
+    let (stage, port) = what.split_once('.').map_or((what, None), |(stage, port)| (stage, Some(port)));
+    let pipeline = chosen.pipeline()?;
+    match places(&pipeline, stage)?.as_slice() {
+        [place] => export::export(&pipeline, *place, port, &Store::open(home)?, folder),
+        copies => {
+            let ids: Vec<&str> = copies.iter().map(|place| pipeline.steps[*place].id.as_str()).collect();
+            let (problem, hint) = (format!("`{stage}` has {} copies", ids.len()), format!("name one of {}", ids.join(", ")));
+            Err(Error::Usage { problem, hint })
+        }
+    }
 }
 
 /// Sets the units with failed items aside and runs; the items that did not fail are taken from there.

@@ -8,6 +8,7 @@ mod error;
 mod estimate;
 mod event;
 mod explain;
+mod export;
 mod history;
 mod keep;
 mod machine;

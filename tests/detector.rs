@@ -1,5 +1,10 @@
 //! Detectors: trained, killed and continued, and asked what they see.
 
+use std::path::Path;
+
+use ovenbird_models::checkpoint::{Checkpoint, Saved, write_torch};
+use tch::{Device, Kind, Tensor};
+
 use crate::support::{World, until};
 
 /// A detector of almost nothing, in seconds.
@@ -247,7 +252,7 @@ fn published_pipelines_run_on_the_published_layout() {
         std::fs::copy(proposals, world.path(&format!("coco/proposals/oln_r50_fpn_coco_{part}.pkl"))).unwrap();
     }
     // Nothing is wrong with either but that files are not there.
-    for name in ["vild-ov-coco", "vild-ov-lvis"] {
+    for name in ["vild-ov-coco", "vild-ov-lvis", "oadp-ov-coco", "oadp-ov-lvis"] {
         let refused = world.run(["plan", name]);
         assert!(refused.code == 3 && refused.stderr.contains("hint: put the files there"), "{}", refused.stderr);
     }
@@ -264,10 +269,40 @@ fn published_pipelines_run_on_the_published_layout() {
         "detector.training.shorter_side=[96, 96]",
         "detector.training.precision=f32",
     ];
-    let args = sets.iter().flat_map(|set| ["--set", set]);
-    let run = world.run(["run", "vild-ov-coco", "--dry-run", "2"].into_iter().chain(args)).success();
+    let dry_run = |name: &'static str, sets: &[&str]| {
+        let args = sets.iter().flat_map(|set| ["--set", set]);
+        world.run(["run", name, "--dry-run", "2"].into_iter().chain(args)).success()
+    };
+    let run = dry_run("vild-ov-coco", &sets);
     assert_eq!(run.steps("done").len(), 9, "{}", run.stderr);
     assert!(run.stderr.contains("begins with 1 tensors of ") && run.stderr.contains("novel AP50: best at step 2, "), "{}", run.stderr);
+
+    // What both have in common is there.
+    let run = dry_run("oadp-ov-coco", &sets);
+    let made = ["blocks", "detector", "globals", "multilabel", "select", "test", "val-blocks"];
+    assert!(made.iter().all(|step| run.steps("done").contains(&(*step).to_owned())), "{}", run.stderr);
+    assert!(run.stderr.contains("novel AP50: best at step 2, "), "{}", run.stderr);
+
+    // LVIS is on the same pictures, whose embeddings were made for COCO.
+    for part in ["train", "val"] {
+        crate::support::copy(
+            world.find(&["toy-world", &format!("images/{part}")]).parent().unwrap(),
+            &world.path(&format!("pictures/{part}")),
+        );
+        let json = std::fs::read(world.find(&["toy-world", &format!("lvis_{part}"), ".json"])).unwrap();
+        std::fs::create_dir_all(world.path("lvis/annotations")).unwrap();
+        std::fs::write(world.path(&format!("lvis/annotations/lvis_v1_{part}.json")), json).unwrap();
+    }
+    std::fs::create_dir_all(world.path("lvis/proposals")).unwrap();
+    let proposals = world.path("coco/proposals/oln_r50_fpn_coco_train.pkl");
+    std::fs::copy(proposals, world.path("lvis/proposals/oln_r50_fpn_lvis_train.pkl")).unwrap();
+    let embed_dim = Checkpoint::open(Path::new(&clip)).unwrap().shape("text_projection").unwrap()[1];
+    let mut detpro = std::fs::File::create(world.path("detpro.pth")).unwrap();
+    write_torch(&Saved::Tensor(&Tensor::ones([60, embed_dim], (Kind::Float, Device::Cpu))), &mut detpro).unwrap();
+    let run = dry_run("oadp-ov-lvis", &[&["coco=./pictures", "lvis=./lvis", "detpro=./detpro.pth"], &sets[1..]].concat());
+    let done = run.steps("done");
+    assert!(["detector", "lvis", "lvis-masks", "prompts", "test"].iter().all(|step| done.contains(&(*step).to_owned())), "{}", run.stderr);
+    assert_eq!(run.stderr.matches("will run: 1 of 1 units are there").count(), 3, "{}", run.stderr);
 }
 
 #[test]

@@ -343,8 +343,34 @@ fn a_folder_of_another_kind_is_refused() {
     let world = many(3);
     world.write("many.yaml", MANY.split_once("  - id: files").unwrap().0.replace("globals/import", "objects/import"));
     let refused = world.run(["run", "./many.yaml"]);
-    let words = "expected a dict of `bboxes`, `embeddings` and `objectness`, found [\"tensor\"]";
+    let words = "expected a dict of `bboxes`, `embeddings` and `objectness`, found [\"(bare tensor)\"]";
     assert!(refused.code == 4 && refused.stderr.contains(words) && refused.stderr.contains("`globals/import`"), "{}", refused.stderr);
+}
+
+#[test]
+fn what_a_stage_made_is_copied_where_it_is_asked_for() {
+    let world = World::new();
+    world.write("both.yaml", BOTH_WAYS);
+    let early = world.run(["export", "./both.yaml", "global-files", "out"]);
+    assert!(early.code == 2 && early.stderr.contains("`ovenbird run both-ways --until global-files`"), "{}", early.stderr);
+    world.run(["run", "./both.yaml", "--until", "global-files"]).success();
+    let exported = world.run(["export", "./both.yaml", "global-files", "out"]).success();
+    assert!(exported.stdout.starts_with("6 files of `global-files.files`, "), "{}", exported.stdout);
+    let names: Vec<String> =
+        fs::read_dir(world.path("out")).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
+    assert!(names.len() == 6 && names.iter().all(|name| name.len() == 16 && name.ends_with(".pth")), "{names:?}");
+    // Again is nothing to do; a file that was cut short there is written again, and one that was damaged here is named.
+    let one = world.path("out").join(&names[0]);
+    let whole = fs::read(&one).unwrap();
+    fs::write(&one, &whole[..10]).unwrap();
+    world.run(["export", "./both.yaml", "global-files", "out"]).success();
+    assert!(fs::read(&one).unwrap() == whole);
+    let source = world.find(&["globals-export", &names[0]]);
+    fs::write(&source, vec![0; whole.len()]).unwrap();
+    let damaged = world.run(["export", "./both.yaml", "global-files", "out"]);
+    assert!(damaged.code != 0 && damaged.stderr.contains(&names[0]), "{}", damaged.stderr);
+    let several = world.run(["export", "./both.yaml", "world", "out"]);
+    assert!(several.code == 2 && several.stderr.contains("world.train_proposals"), "{}", several.stderr);
 }
 
 /// A detector that learns from pseudo labels.
@@ -361,7 +387,7 @@ const PSEUDO: &str = r#"  - id: prompts
     with: {temperature: 0.01, score_threshold: 0.05}
   - id: detector
     use: detector/train
-    in: {images: world.images, annotations: pseudo.annotations, classes: world.classes}
+    in: {images: world.images, annotations: pseudo.annotations, classes: pseudo.classes}
     with:
       network: toy
       training: {steps: 1, steps_per_unit: 1, batch: 2, longer_side: [96, 96], shorter_side: [96, 96]}

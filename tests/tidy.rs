@@ -70,3 +70,17 @@ fn every_pipeline_file_is_built_in() {
         assert!(listed.lines().any(|line| line.starts_with(&name)), "{name} is not in the table of named pipelines");
     }
 }
+
+#[test]
+fn every_test_that_a_recipe_names_exists() {
+    let sources = Command::new("git").args(["ls-files", "*.rs"]).current_dir(root()).output().unwrap();
+    let sources = String::from_utf8(sources.stdout).unwrap();
+    let code: String = sources.lines().map(|path| fs::read_to_string(root().join(path)).unwrap()).collect();
+    let recipe = fs::read_to_string(root().join("docs/recipes/oadp.md")).unwrap();
+    let (_, table) = recipe.split_once("## Where parity is checked").unwrap();
+    let rows: Vec<&str> = table.lines().filter(|line| line.starts_with("| ") && line.contains('`')).collect();
+    assert!(rows.len() > 15, "{rows:?}");
+    for name in rows.iter().flat_map(|row| row.split('`').skip(1).step_by(2)) {
+        assert!(code.contains(&format!("fn {name}(")), "{name}");
+    }
+}

@@ -309,6 +309,23 @@ mod tests {
     }
 
     #[test]
+    fn a_part_shows_the_classes_that_it_overlaps_at_all() {
+        let object = |id: u64, corners: [f32; 4], class| Object { id: AnnotationId(id), xyxy: corners.into(), class, segmentation: None };
+        let objects = [
+            object(1, [10.0, 10.0, 20.0, 20.0], 5),
+            object(2, [19.9, 0.0, 90.0, 9.0], 2),
+            object(3, [20.0, 10.0, 30.0, 20.0], 7),
+            object(4, [0.0, 0.0, 100.0, 100.0], 5),
+            object(5, [15.0, 15.0, 15.0, 18.0], 1),
+        ];
+        let shown = |corners: [f32; 4]| shown_classes(&corners.into(), &objects);
+        assert_eq!(shown([0.0, 0.0, 20.0, 20.0]), [2, 5]);
+        assert_eq!(shown([20.0, 9.0, 40.0, 40.0]), [5, 7]);
+        // A box that is inside out, as the reference stores some, shows nothing.
+        assert!(shown([40.0, 0.0, 20.0, 50.0]).is_empty());
+    }
+
+    #[test]
     fn rare_classes_are_seen_more_often() {
         let sample = |classes: &[usize]| Sample {
             info: ImageInfo {

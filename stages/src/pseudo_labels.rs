@@ -6,6 +6,7 @@ use ovenbird_data::{
     additions::{Added, write_with},
     annotations::CategoryId,
     boxes::{Xyxy, nms_by_class},
+    classes::ClassSplit,
 };
 use ovenbird_models::{detector::classifier::LogitScale, to_unit_length};
 use schemars::JsonSchema;
@@ -56,12 +57,14 @@ const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings of the sa
 const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json with the categories of all classes.");
 const MORE: Out<AnnotationFile> = Out::new("annotations", "The same json, its tokens kept, with more `annotations`.");
+const ALL: Out<Classes> =
+    Out::new("classes", "The class names, all of them base: a training takes these, so that novel classes are learned.");
 
 impl Stage for PseudoLabels {
     const KIND: &'static str = "annotations/pseudo-labels";
     const VERSION: u32 = 1;
     const INPUTS: &'static [PortInfo] = &[FEATURES.info(), PROMPTS.info(), CLASSES.info(), ANNOTATIONS.info()];
-    const OUTPUTS: &'static [PortInfo] = &[MORE.info()];
+    const OUTPUTS: &'static [PortInfo] = &[MORE.info(), ALL.info()];
 
     fn check(&self) -> Vec<Problem> {
         let is_power = |power: f64| (0.0..=1.0).contains(&power);
@@ -107,6 +110,8 @@ impl Stage for PseudoLabels {
         let mut json = draft.create(MORE, "annotations.json")?;
         write_with(&file.path, &added, &mut json)?;
         json.finish()?;
+        let all = ClassSplit { base: classes.all().cloned().collect(), novel: Vec::new() };
+        draft.write(ALL, "classes.json", &serde_json::to_vec(&all).expect("BUG: names are plain JSON"))?;
         cx.commit(draft, [("base".into(), n_base.into()), ("novel".into(), (added.len() - n_base).into())].into())
     }
 }
