@@ -134,6 +134,7 @@ fn features_that_went_to_the_reference_and_came_back_are_the_same() {
 }
 
 /// A Python with PyTorch, or none, aloud.
+#[expect(clippy::print_stdout, reason = "a test that is skipped says so")]
 fn python(packages: &str) -> Option<PathBuf> {
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/peers/bin/python");
     let imports = format!("import {packages}");

@@ -166,7 +166,7 @@ impl OpenLearner {
     fn proposals(&self, pyramid: &Pyramid, batch: &Batch, assessment: &mut Assessment) -> Result<()> {
         let Some(head) = &self.detector.object_head else { return Ok(()) };
         let Compared { said, expected, n_rows } = self.compare(head, pyramid, batch, |image| &image.proposals)?;
-        let apart = self.over_groups(&n_rows, |rows| Ok(embedding_loss(&part(&said, &rows), &part(&expected, &rows))?))?;
+        let apart = self.over_groups(embedding_loss, [&said, &expected], &n_rows)?;
         assessment.losses.push(("objects", apart * self.distillation.objects.at(batch.step + 1)));
         Ok(())
     }
@@ -179,8 +179,8 @@ impl OpenLearner {
         let logits = head.classifier.logits(&said, &self.of_images, Phase::Train)?;
         let labels = labels(batch.images.iter().map(|image| image.classes.as_slice()), logits.size()[1], logits.device());
         let n_rows = vec![1; batch.images.len()];
-        let apart = self.over_groups(&n_rows, |rows| Ok(image_embedding_loss(&part(&said, &rows), &part(&expected, &rows))?))?;
-        let wrong = self.over_groups(&n_rows, |rows| Ok(asymmetric_loss(&part(&logits, &rows), &part(&labels, &rows))?))?;
+        let apart = self.over_groups(image_embedding_loss, [&said, &expected], &n_rows)?;
+        let wrong = self.over_groups(asymmetric_loss, [&logits, &labels], &n_rows)?;
         let weights = &self.distillation;
         assessment.losses.push(("globals", apart * weights.globals.at(batch.step + 1)));
         assessment.losses.push(("global_labels", wrong * weights.of_labels(weights.global_labels, batch.step + 1)));
@@ -195,9 +195,9 @@ impl OpenLearner {
         let logits = head.classifier.logits(&said, &self.tables.image, Phase::Train)?;
         let classes = batch.images.iter().flat_map(|image| image.block_classes.iter().map(Vec::as_slice));
         let labels = labels(classes, logits.size()[1], logits.device());
-        let apart = self.over_groups(&n_rows, |rows| Ok(embedding_loss(&part(&said, &rows), &part(&expected, &rows))?))?;
-        let askew = self.over_groups(&n_rows, |rows| Ok(relation_loss(&part(&said, &rows), &part(&expected, &rows))?))?;
-        let wrong = self.over_groups(&n_rows, |rows| Ok(asymmetric_loss(&part(&logits, &rows), &part(&labels, &rows))?))?;
+        let apart = self.over_groups(embedding_loss, [&said, &expected], &n_rows)?;
+        let askew = self.over_groups(relation_loss, [&said, &expected], &n_rows)?;
+        let wrong = self.over_groups(asymmetric_loss, [&logits, &labels], &n_rows)?;
         let weights = &self.distillation;
         assessment.losses.push(("blocks", apart * weights.blocks.at(batch.step + 1)));
         assessment.losses.push(("relations", askew * weights.relations.at(batch.step + 1)));
@@ -215,10 +215,17 @@ impl OpenLearner {
         Ok(Compared { said, expected, n_rows: shown.iter().map(|shown| shown.boxes.len() as i64).collect() })
     }
 
-    fn over_groups(&self, n_rows: &[i64], loss: impl Fn(Range<i64>) -> ovenbird_models::Result<Tensor>) -> Result<Tensor> {
-        Ok(mean_over_groups(n_rows, self.distillation.images_per_group, loss)?)
+    /// A loss of what is said and what is expected, both row by row of the images in their order.
+    fn over_groups(&self, loss: Loss, [said, expected]: [&Tensor; 2], n_rows: &[i64]) -> Result<Tensor> {
+        let of_rows = |Range { start, end }: Range<i64>| {
+            let part = |of: &Tensor| of.narrow(0, start, end - start);
+            loss(&part(said), &part(expected))
+        };
+        Ok(mean_over_groups(n_rows, self.distillation.images_per_group, of_rows)?)
     }
 }
+
+type Loss = fn(&Tensor, &Tensor) -> ovenbird_models::Result<Tensor>;
 
 /// Embeddings of the same regions, image after image.
 struct Compared {
@@ -228,10 +235,6 @@ struct Compared {
     expected: Tensor,
     /// How many are of each image.
     n_rows: Vec<i64>,
-}
-
-fn part(of: &Tensor, rows: &Range<i64>) -> Tensor {
-    of.narrow(0, rows.start, rows.end - rows.start)
 }
 
 /// `[N, D]`.

@@ -158,8 +158,8 @@ fn class_embeddings(inputs: &Inputs, classes: &ClassSplit) -> Result<Tensor> {
 impl Card {
     /// The classes at the ports. Refuses class embeddings of another space than the detector's.
     fn tables(&self, inputs: &Inputs, classes: &ClassSplit, device: Device) -> Result<ClassTables> {
-        self.check_port(PROMPTS, self.has_prompts, inputs)?;
-        self.check_port(MULTILABEL_PROMPTS, self.has_multilabel_prompts, inputs)?;
+        check_given(PROMPTS, self.has_prompts, inputs)?;
+        check_given(MULTILABEL_PROMPTS, self.has_multilabel_prompts, inputs)?;
         let vocabulary = |port: In<Prompts>, embeddings: Tensor, scale: LogitScale| {
             let (dim, expected) = (embeddings.size()[1], self.config.embed_dim);
             if dim != expected {
@@ -179,16 +179,17 @@ impl Card {
         };
         Ok(ClassTables { text, image })
     }
+}
 
-    fn check_port(&self, port: In<Prompts>, was_given: bool, inputs: &Inputs) -> Result<()> {
-        let port = port.info().name;
-        let problem = match (was_given, inputs.ports.contains_key(port)) {
-            (true, false) => format!("the detector was trained with `{port}`, and gets none"),
-            (false, true) => format!("the detector was trained without `{port}`, and gets some"),
-            (true, true) | (false, false) => return Ok(()),
-        };
-        Err(Error::Input { port, problem, hint: PROMPTS_HINT.into() })
-    }
+/// Refuses class embeddings where a detector was trained without, and the other way round.
+fn check_given(port: In<Prompts>, was_given: bool, inputs: &Inputs) -> Result<()> {
+    let port = port.info().name;
+    let problem = match (was_given, inputs.ports.contains_key(port)) {
+        (true, false) => format!("the detector was trained with `{port}`, and gets none"),
+        (false, true) => format!("the detector was trained without `{port}`, and gets some"),
+        (true, true) | (false, false) => return Ok(()),
+    };
+    Err(Error::Input { port, problem, hint: PROMPTS_HINT.into() })
 }
 
 const PROMPTS_HINT: &str = "use the prompts (or none) that the detector was trained with, or others of the same CLIP";
