@@ -415,7 +415,7 @@ pub(crate) mod tests {
             assert_eq!((row, dim), (expected, 3));
         }
         let error = write_global(&[1e5], Vec::new()).unwrap_err().to_string();
-        assert_eq!(error, "tensor: expected numbers that f16 holds, found 100000");
+        assert_eq!(error, "(bare tensor): expected numbers that f16 holds, found 100000");
     }
 
     #[test]
