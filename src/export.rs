@@ -22,11 +22,8 @@ pub(crate) fn export(pipeline: &Pipeline, place: usize, port: Option<&str>, stor
         let problem = format!("`{}` is not there as the pipeline stands", step.id);
         return Err(Error::Usage { problem, hint: format!("make it first: `ovenbird run {} --until {}`", pipeline.name, step.id) });
     };
-    let units = &artifact.manifest.units;
-    let is_of_port = |record: &&FileRecord| record.name.strip_prefix(port).is_some_and(|rest| rest.starts_with('/'));
-    let records = units.iter().flat_map(|unit| unit.files.iter().filter(is_of_port));
     let mut by_name: BTreeMap<String, (InputFile, &FileRecord)> = BTreeMap::new();
-    for (file, record) in artifact.port(port).into_iter().zip(records) {
+    for (file, record) in artifact.records(port) {
         if let Some((other, _)) = by_name.insert(file.name.clone(), (file, record)) {
             let problem = format!("`{}.{port}` lies in several units, each with a file {}", step.id, other.name);
             let hint = "such files are for later stages; a stage that writes them for others, such as `globals/export`, can be exported";

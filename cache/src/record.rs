@@ -130,19 +130,24 @@ impl UnitRecord {
 
     /// The files of an output port, sorted by name, where the unit lies in `folder`.
     pub(crate) fn port_in(&self, folder: &Path, port: &str) -> Vec<InputFile> {
-        let input = |(name, file): (&str, &FileRecord)| InputFile {
+        self.records_in(folder, port).into_iter().map(|(file, _)| file).collect()
+    }
+
+    /// The same with their records.
+    pub(crate) fn records_in(&self, folder: &Path, port: &str) -> Vec<(InputFile, &FileRecord)> {
+        let input = |name: &str, file: &FileRecord| InputFile {
             name: name.into(),
             path: folder.join(&file.name),
             bytes: file.bytes,
             digest: file.content(),
             unit: Some(self.key.fingerprint),
         };
-        port_files(self, port).map(input).collect()
+        port_files(self, port).map(|(name, file)| (input(name, file), file)).collect()
     }
 }
 
 /// The files of an output port by the names that they have there.
-fn port_files<'a>(unit: &'a UnitRecord, port: &'a str) -> impl Iterator<Item = (&'a str, &'a FileRecord)> {
+fn port_files<'a>(unit: &'a UnitRecord, port: &str) -> impl Iterator<Item = (&'a str, &'a FileRecord)> {
     unit.files.iter().filter_map(move |file| Some((file.name.strip_prefix(port)?.strip_prefix('/')?, file)))
 }
 

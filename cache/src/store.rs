@@ -68,7 +68,12 @@ pub struct Artifact {
 impl Artifact {
     /// The files of an output port: units in order, names sorted within a unit.
     pub fn port(&self, port: &str) -> Vec<InputFile> {
-        let files = |unit: &UnitRecord| unit.port_in(&self.units_folder.join(unit.key.fingerprint.short()), port);
+        self.records(port).into_iter().map(|(file, _)| file).collect()
+    }
+
+    /// The same with what was recorded of each.
+    pub fn records(&self, port: &str) -> Vec<(InputFile, &FileRecord)> {
+        let files = |unit| UnitRecord::records_in(unit, &self.units_folder.join(unit.key.fingerprint.short()), port);
         self.manifest.units.iter().flat_map(files).collect()
     }
 }

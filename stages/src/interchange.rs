@@ -273,10 +273,7 @@ impl Stage for BlocksExport {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         export_regions(units, cx, Holds::Blocks, |blocks| {
-            let whole = match self.whole_box {
-                WholeBox::Fixed => views::whole_box(blocks.size_px),
-                WholeBox::Reference => views::reference_whole_box(blocks.size_px),
-            };
+            let whole = self.whole_box.of(blocks.size_px);
             let is_whole = |xyxy: &Xyxy| *xyxy == views::whole_box(blocks.size_px) || *xyxy == views::reference_whole_box(blocks.size_px);
             match blocks.boxes.first_mut() {
                 Some(first) if is_whole(first) => *first = whole,

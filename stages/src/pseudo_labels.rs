@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use ovenbird_data::{
     additions::{Added, write_with},
-    annotations::CategoryId,
+    annotations::{CategoryId, ImageId},
     boxes::{Xyxy, nms_by_class},
     classes::ClassSplit,
 };
@@ -17,6 +17,7 @@ use crate::{
     Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{AnnotationFile, Classes, Prompts, RegionFeatures, Regions},
     detect::category_ids,
+    error::require_none_missing,
 };
 
 /// Annotations with what CLIP takes proposals for, so that a detector learns novel classes from boxes that nobody drew.
@@ -97,13 +98,9 @@ impl Stage for PseudoLabels {
                 cx.tick(1);
             }
         }
-        if let Some(first) = waiting.first() {
-            return Err(Error::Input {
-                port: FEATURES.info().name,
-                problem: format!("none for {} of {} images, image {first} among them", waiting.len(), images.len()),
-                hint: "make them for these annotations: `clip/objects` or `objects/import` with the same `annotations`".into(),
-            });
-        }
+        let missing: Vec<ImageId> = waiting.into_iter().collect();
+        let hint = "make them for these annotations: `clip/objects` or `objects/import` with the same `annotations`";
+        require_none_missing(FEATURES.info().name, &missing, images.len(), hint)?;
         let base = category_ids(&annotations, classes.base.iter())?;
         let n_base = added.iter().filter(|object| base.contains(&object.category_id)).count();
         let draft = cx.begin(unit)?;

@@ -170,6 +170,16 @@ pub enum WholeBox {
     Reference,
 }
 
+impl WholeBox {
+    /// The box of an image of `[width, height]` px.
+    pub(crate) fn of(self, size: [u32; 2]) -> Xyxy {
+        match self {
+            Self::Fixed => views::whole_box(size),
+            Self::Reference => views::reference_whole_box(size),
+        }
+    }
+}
+
 /// CLIP embeddings of overlapping blocks of an image pyramid.
 ///
 /// First the whole image as its centre square, then blocks of the network's size without resizing, overlapping by half at least, of
@@ -229,10 +239,7 @@ impl Sight for BlockSight {
 
     fn row(&self, _place: usize, info: &ImageInfo, embeddings: &[f32], _dim: usize) -> Row {
         let (size, side) = ([info.width, info.height], self.preprocess.side_px);
-        let whole = match self.whole_box {
-            WholeBox::Fixed => views::whole_box(size),
-            WholeBox::Reference => views::reference_whole_box(size),
-        };
+        let whole = self.whole_box.of(size);
         let of_level = |level: views::Level| level.corners.iter().map(|corner| level.xyxy(*corner, side)).collect::<Vec<Xyxy>>();
         let boxes: Vec<Xyxy> = std::iter::once(whole).chain(self.levels(size).into_iter().flat_map(of_level)).collect();
         let objectness = vec![1.0; boxes.len()];

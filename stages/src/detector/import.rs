@@ -4,13 +4,16 @@ use std::collections::BTreeMap;
 
 use ovenbird_models::{
     checkpoint::Checkpoint,
-    detector::{Config, Detector, classifier::LogitScale, layout},
+    detector::{Detector, classifier::LogitScale, layout},
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::nn;
 
-use super::{CARD_KEY, Card, DetectorFile, train::Network};
+use super::{
+    CARD_KEY, Card, DetectorFile,
+    train::{Heads, Network},
+};
 use crate::{Context, In, Out, PortInfo, Problem, Result, Stage, Unit, artifacts::CheckpointFile, error::malformed};
 
 /// A detector that another program trained: OADP's checkpoints, and what `detector/export` wrote.
@@ -83,19 +86,15 @@ impl Import {
         let Some([embed_dim, _]) = projection.map(|(_, tensor)| tensor.size()).and_then(|size| <[i64; 2]>::try_from(size).ok()) else {
             return Err(malformed(checkpoint.path(), format!("expected a detector of OADP, with a matrix `{PROJECTION}`")));
         };
-        let all = match self.network {
-            Network::R50 => Config::oadp(embed_dim),
-            Network::Toy => Config::toy(embed_dim),
-        };
         let has = |part: &str| checkpoint.names().any(|name| name.contains(part));
-        let config = Config {
-            object_head: all.object_head.filter(|_| has("roi_head._object_head.")),
-            block_head: all.block_head.filter(|_| has("roi_head._block_head.")),
-            has_global_head: has("_global_head."),
-            ..all
+        let heads = Heads {
+            object: has("roi_head._object_head."),
+            block: has("roi_head._block_head."),
+            global: has("_global_head."),
+            mask: has("roi_head.mask_head."),
         };
         Ok(Card {
-            config: if has("roi_head.mask_head.") { config.with_masks() } else { config },
+            config: self.network.config(embed_dim, heads),
             has_prompts: true,
             has_multilabel_prompts: self.multilabel_prompts,
             fits: self.fits,

@@ -57,8 +57,9 @@ pub(super) struct OpenLearner {
 impl OpenLearner {
     pub(super) fn begin(stage: &Train, units: &[Unit], cx: &Context<'_>) -> Result<Self> {
         let Classes(classes) = cx.inputs.read(CLASSES)?;
-        let card = stage.card(class_embeddings(cx.inputs, &classes)?.size()[1], cx.inputs);
-        let tables = card.tables(cx.inputs, &classes, cx.device)?;
+        let embeddings = class_embeddings(cx.inputs, &classes)?;
+        let card = stage.card(embeddings.size()[1], cx.inputs);
+        let tables = card.tables(embeddings, cx.inputs, &classes, cx.device)?;
         let of_images = match tables.image.scale() {
             LogitScale::Temperature { test, .. } => {
                 let scale = LogitScale::Temperature { train: stage.distillation.global_temperature, test };
@@ -128,7 +129,7 @@ impl OpenLearner {
         let proposals = network.rpn.proposals(&pyramid.predictions, &sizes, &PROPOSALS)?;
         let mut samples = Vec::new();
         for ((found, objects), image) in proposals.iter().zip(&objects).zip(&batch.images) {
-            let classes = Tensor::from_slice(&image.classes);
+            let classes = Tensor::from_slice(&image.classes.iter().map(|class| *class as i64).collect::<Vec<_>>());
             samples.push(SAMPLES.choose(&found.boxes, objects, &classes, self.tables.text.n_classes(), random)?);
         }
         let chosen: Vec<Tensor> = samples.iter().map(|sample| sample.boxes.shallow_clone()).collect();
@@ -244,13 +245,13 @@ fn rows_of<'a>(parts: impl Iterator<Item = &'a [f32]>, dim: i64, device: Device)
 }
 
 /// `[N, K]`: 1 where a row shows a class, else 0.
-fn labels<'a>(classes: impl Iterator<Item = &'a [i64]>, n_classes: i64, device: Device) -> Tensor {
+fn labels<'a>(classes: impl Iterator<Item = &'a [usize]>, n_classes: i64, device: Device) -> Tensor {
     let mut numbers = Vec::new();
     for shown in classes {
         let first = numbers.len();
         numbers.resize(first + n_classes as usize, 0.0_f32);
         for class in shown {
-            numbers[first + *class as usize] = 1.0;
+            numbers[first + class] = 1.0;
         }
     }
     Tensor::from_slice(&numbers).view([-1, n_classes]).to_device(device)

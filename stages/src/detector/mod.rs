@@ -156,8 +156,8 @@ fn class_embeddings(inputs: &Inputs, classes: &ClassSplit) -> Result<Tensor> {
 }
 
 impl Card {
-    /// The classes at the ports. Refuses class embeddings of another space than the detector's.
-    fn tables(&self, inputs: &Inputs, classes: &ClassSplit, device: Device) -> Result<ClassTables> {
+    /// The classes at the ports; `embeddings`: [`class_embeddings`] of them. Refuses class embeddings of another space than the detector's.
+    fn tables(&self, embeddings: Tensor, inputs: &Inputs, classes: &ClassSplit, device: Device) -> Result<ClassTables> {
         check_given(PROMPTS, self.has_prompts, inputs)?;
         check_given(MULTILABEL_PROMPTS, self.has_multilabel_prompts, inputs)?;
         let vocabulary = |port: In<Prompts>, embeddings: Tensor, scale: LogitScale| {
@@ -168,7 +168,7 @@ impl Card {
             }
             Ok(Vocabulary::new(embeddings.to_device(device), classes.base.len() as i64, scale)?)
         };
-        let text = vocabulary(PROMPTS, class_embeddings(inputs, classes)?, self.scale)?;
+        let text = vocabulary(PROMPTS, embeddings, self.scale)?;
         let image = match inputs.read_if_given(MULTILABEL_PROMPTS)? {
             Some(prompts) => {
                 let names: Vec<String> = classes.all().cloned().collect();

@@ -22,7 +22,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn};
 
-use super::{ANNOTATIONS, CLASSES, ClassTables, DetectorFile, IMAGES, MULTILABEL_PROMPTS, PROMPTS, View, Viewing};
+use super::{ANNOTATIONS, CLASSES, ClassTables, DetectorFile, IMAGES, MULTILABEL_PROMPTS, PROMPTS, View, Viewing, class_embeddings};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Classes, Detections},
@@ -222,7 +222,7 @@ impl Observer {
         let detector = Detector::blank(&store.root(), &card.config)?;
         layout::load(checkpoint.tensors(), detector.parameters(), &file.path)?.require_all(&file.path)?;
         Ok(Self {
-            tables: card.tables(cx.inputs, &classes, cx.device)?,
+            tables: card.tables(class_embeddings(cx.inputs, &classes)?, cx.inputs, &classes, cx.device)?,
             asks_object_head: test.heads == Heads::Both && detector.object_head.is_some(),
             detector,
             rule: test.rule(),

@@ -127,7 +127,7 @@ impl Distillation {
 ///
 /// The box head tells base classes apart by their embeddings and corrects boxes. For each of `features`, `blocks` and `globals` that is
 /// given there is one head more, which learns to give the same embeddings as CLIP; those of blocks and images learn which base classes these
-/// show, too. Only the object head's scores count in detection. The defaults are ViLD's for COCO and, where OADP has more, OADP's.
+/// show, too. Of these heads only the object head is asked in detection. The defaults are ViLD's for COCO and, where OADP has more, OADP's.
 /// (Gu et al. 2022; Wang et al. 2023; OADP, sections 6.1 to 6.5.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -222,22 +222,40 @@ impl Stage for Train {
     }
 }
 
+/// Which heads a detector has besides the box head.
+#[derive(Clone, Copy)]
+pub(super) struct Heads {
+    pub(super) object: bool,
+    pub(super) block: bool,
+    pub(super) global: bool,
+    pub(super) mask: bool,
+}
+
+impl Network {
+    /// A detector of this size for class embeddings of `embed_dim` numbers.
+    pub(super) fn config(self, embed_dim: i64, heads: Heads) -> Config {
+        let all = match self {
+            Self::R50 => Config::oadp(embed_dim),
+            Self::Toy => Config::toy(embed_dim),
+        };
+        let config = Config {
+            object_head: all.object_head.filter(|_| heads.object),
+            block_head: all.block_head.filter(|_| heads.block),
+            has_global_head: heads.global,
+            ..all
+        };
+        if heads.mask { config.with_masks() } else { config }
+    }
+}
+
 impl Train {
     /// How a detector for class embeddings of `embed_dim` numbers is built and asked.
     pub(super) fn card(&self, embed_dim: i64, inputs: &Inputs) -> Card {
         let is_given = |port: PortInfo| inputs.ports.contains_key(port.name);
-        let all = match self.network {
-            Network::R50 => Config::oadp(embed_dim),
-            Network::Toy => Config::toy(embed_dim),
-        };
-        let config = Config {
-            object_head: all.object_head.filter(|_| is_given(FEATURES.info())),
-            block_head: all.block_head.filter(|_| is_given(BLOCKS.info())),
-            has_global_head: is_given(GLOBALS.info()),
-            ..all
-        };
+        let heads =
+            Heads { object: is_given(FEATURES.info()), block: is_given(BLOCKS.info()), global: is_given(GLOBALS.info()), mask: self.masks };
         Card {
-            config: if self.masks { config.with_masks() } else { config },
+            config: self.network.config(embed_dim, heads),
             has_prompts: is_given(PROMPTS.info()),
             has_multilabel_prompts: is_given(MULTILABEL_PROMPTS.info()),
             fits: self.training.fits(),

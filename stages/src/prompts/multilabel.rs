@@ -30,6 +30,7 @@ use crate::{
     artifacts::{AnnotationFile, CheckpointFile, Classes, Prompts, RegionFeatures, Regions, TrainingState},
     clip::Clip,
     detect::category_ids,
+    error::require_none_missing,
     optimizer::AdamW,
 };
 
@@ -260,14 +261,7 @@ impl Shown {
             }
         }
         let missing: Vec<ImageId> = places.iter().filter(|(_, place)| rows[**place].is_none()).map(|(image, _)| *image).collect();
-        if let Some(image) = missing.first() {
-            let problem = format!("none for {} of {n_images} images, image {image} among them", missing.len());
-            return Err(Error::Input {
-                port,
-                problem,
-                hint: "make them for these annotations: `clip/blocks` with the same `annotations`".into(),
-            });
-        }
+        require_none_missing(port, &missing, n_images, "make them for these annotations: `clip/blocks` with the same `annotations`")?;
         let flat = rows.into_iter().flatten().flatten().collect::<Vec<f32>>();
         let [n_images, dim, n_classes] = [n_images, dim, classes.len()].map(|n| n as i64);
         Ok(Self {

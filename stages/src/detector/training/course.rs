@@ -18,6 +18,7 @@ use crate::{
     artifacts::{ByImage, Classes, ImageFeatures, Images, RegionFeatures, Regions},
     detect::category_ids,
     detector::{ANNOTATIONS, CLASSES, IMAGES, Pixels},
+    error::require_none_missing,
 };
 
 /// What is seen at which step.
@@ -80,7 +81,7 @@ pub(in crate::detector) struct Shown {
     pub(in crate::detector) id: ImageId,
     pub(in crate::detector) size: ImageSize,
     pub(in crate::detector) objects: Vec<Xyxy>,
-    pub(in crate::detector) classes: Vec<i64>,
+    pub(in crate::detector) classes: Vec<usize>,
     /// Of each object, where they are asked for.
     pub(in crate::detector) masks: Vec<ShownMask>,
     /// What CLIP says of proposals.
@@ -88,7 +89,7 @@ pub(in crate::detector) struct Shown {
     /// What CLIP says of blocks.
     pub(in crate::detector) blocks: ShownRegions,
     /// Of each block, the classes that it shows, ascending.
-    pub(in crate::detector) block_classes: Vec<Vec<i64>>,
+    pub(in crate::detector) block_classes: Vec<Vec<usize>>,
     /// What CLIP says of the whole image, `[D]`.
     pub(in crate::detector) embedding: Vec<f32>,
 }
@@ -152,11 +153,8 @@ impl Course {
 
     fn source<R>(&self, by_image: ByImage<R>, dim: i64, port: &'static str, maker: &str) -> Result<Source<R>> {
         let missing: Vec<ImageId> = self.samples.iter().map(|sample| sample.info.id).filter(|image| !by_image.has(*image)).collect();
-        if let Some(first) = missing.first() {
-            let problem = format!("none for {} of {} images, image {first} among them", missing.len(), self.samples.len());
-            let hint = format!("make them for these annotations: `{maker}` with the same `annotations`");
-            return Err(Error::Input { port, problem, hint });
-        }
+        let hint = format!("make them for these annotations: `{maker}` with the same `annotations`");
+        require_none_missing(port, &missing, self.samples.len(), &hint)?;
         Ok(Source { by_image, dim: dim as usize, port })
     }
 
@@ -244,9 +242,9 @@ impl Course {
                 id: info.id,
                 size: ImageSize { width: placement.to[0].into(), height: placement.to[1].into() },
                 objects: objects.iter().map(|object| placement.show(&object.xyxy)).collect(),
-                classes: objects.iter().map(|object| object.class as i64).collect(),
+                classes: objects.iter().map(|object| object.class).collect(),
                 masks,
-                block_classes: blocks.boxes.iter().map(|block| shown_classes(block, objects)).collect(),
+                block_classes: blocks.boxes.iter().map(|block| training::shown_classes(block, objects)).collect(),
                 proposals: proposals.shown(placement),
                 blocks: blocks.shown(placement),
                 embedding,
@@ -254,10 +252,6 @@ impl Course {
         }
         Ok(Batch { step, piece, pixels: Pixels::of(&pictures), images, unreadable })
     }
-}
-
-fn shown_classes(block: &Xyxy, objects: &[Object]) -> Vec<i64> {
-    training::shown_classes(block, objects).into_iter().map(|class| class as i64).collect()
 }
 
 fn shown_mask(object: &Object, placement: Placement) -> Result<ShownMask> {
