@@ -25,6 +25,8 @@ pub struct Sample {
     pub info: ImageInfo,
     /// Its objects of the classes that are trained on, in the file's order.
     pub objects: Vec<Object>,
+    /// Regions of many objects of one of these classes, px of the image.
+    pub crowds: Vec<Xyxy>,
 }
 
 /// An object to train on.
@@ -40,8 +42,8 @@ pub struct Object {
     pub segmentation: Option<Segmentation>,
 }
 
-/// The images of some annotations that show a class of `classes` and are not tiny, with their objects. Left out are regions of many
-/// objects, and boxes that lie outside the image or are smaller than a pixel.
+/// The images of some annotations that show a class of `classes` and are not tiny, with their objects. Left out are boxes that lie outside
+/// the image or are smaller than a pixel; regions of many objects are none of the objects.
 pub fn samples(annotations: &Annotations, classes: &[CategoryId]) -> Vec<Sample> {
     let class_of: BTreeMap<CategoryId, usize> = classes.iter().enumerate().map(|(class, id)| (*id, class)).collect();
     let by_image = annotations.by_image();
@@ -58,7 +60,9 @@ pub fn samples(annotations: &Annotations, classes: &[CategoryId]) -> Vec<Sample>
             let counts = !label.is_crowd && inside.area() > 0.0 && label.area > 0.0 && width >= 1.0 && height >= 1.0;
             counts.then(|| Object { id: label.id, xyxy: label.xyxy, class, segmentation: label.segmentation.clone() })
         };
-        Some(Sample { info: info.clone(), objects: labels.iter().filter_map(object).collect() })
+        let is_crowd = |label: &&&crate::annotations::Annotation| label.is_crowd && class_of.contains_key(&label.category_id);
+        let crowds = labels.iter().filter(is_crowd).map(|label| label.xyxy).collect();
+        Some(Sample { info: info.clone(), objects: labels.iter().filter_map(object).collect(), crowds })
     };
     annotations.images.iter().filter_map(sample).collect()
 }
@@ -306,6 +310,7 @@ mod tests {
         // Of image 2 a side is too short; 3 has none of the classes; 4 has a region of many of them, and no object.
         assert_eq!(named, [(1, vec![1, 4]), (4, vec![])]);
         assert_eq!(found[0].objects[0].class, 0);
+        assert_eq!(found[0].crowds, [Xyxy { x1: 10.0, y1: 10.0, x2: 30.0, y2: 30.0 }]);
     }
 
     #[test]
@@ -345,6 +350,7 @@ mod tests {
                     segmentation: None,
                 })
                 .collect(),
+            crowds: Vec::new(),
         };
         for (n_images, expected) in [(4000, 2), (3000, 2), (1000, 1)] {
             let mut all = vec![sample(&[0]); n_images];

@@ -56,13 +56,23 @@ fn area([x1, y1, x2, y2]: Corners) -> f32 {
     (x2 - x1) * (y2 - y1)
 }
 
-/// Intersection over union; 0 where both boxes are empty.
-pub(crate) fn iou(a: Corners, b: Corners) -> f32 {
+fn intersection(a: Corners, b: Corners) -> f32 {
     let width = (a[2].min(b[2]) - a[0].max(b[0])).max(0.0);
     let height = (a[3].min(b[3]) - a[1].max(b[1])).max(0.0);
-    let shared = width * height;
+    width * height
+}
+
+/// Intersection over union; 0 where both boxes are empty.
+pub(crate) fn iou(a: Corners, b: Corners) -> f32 {
+    let shared = intersection(a, b);
     let union = area(a) + area(b) - shared;
     if union > 0.0 { shared / union } else { 0.0 }
+}
+
+/// How much of the area of `inner` lies within `outer`; 0 where it is empty.
+pub(crate) fn share_within(inner: Corners, outer: Corners) -> f32 {
+    let area = area(inner);
+    if area > 0.0 { intersection(inner, outer) / area } else { 0.0 }
 }
 
 /// Returns the intersection over union of each of `a` `[N, 4]` with each of `b` `[M, 4]`: f32 `[N, M]` on the CPU.

@@ -13,7 +13,7 @@ use super::{
     classifier::{Background, EmbeddingClassifier},
     ensure,
     layers::{ConvModule, sum_over},
-    matching::{Assigner, Match, Sampler},
+    matching::{Assigner, Match, Sampler, Truth},
     roi_align::{Alignment, Level, RoiAlign, Sampling},
 };
 use crate::{
@@ -364,16 +364,9 @@ pub struct RegionSample {
 impl RegionRule {
     /// Chooses among the proposals of an image and its objects, which are proposals too (as in mmdet, they come first).
     ///
-    /// `proposals`: `[N, 4]`; `objects`: `[G, 4]`; `labels`: i64 `[G]`, from 0 to `n_classes` - 1.
-    pub fn choose(
-        &self,
-        proposals: &Tensor,
-        objects: &Tensor,
-        labels: &Tensor,
-        n_classes: i64,
-        rng: &mut ChaCha8Rng,
-    ) -> Result<RegionSample> {
-        let objects = corners(objects, "objects")?;
+    /// `proposals`: `[N, 4]`; `labels`: i64 `[G]`, of each object, from 0 to `n_classes` - 1.
+    pub fn choose(&self, proposals: &Tensor, truth: &Truth, labels: &Tensor, n_classes: i64, rng: &mut ChaCha8Rng) -> Result<RegionSample> {
+        let objects = corners(&truth.objects, "objects")?;
         let fits = labels.size() == [objects.len() as i64] && labels.kind() == Kind::Int64;
         ensure(fits, "labels", &format!("i64 [{}], one for each object", objects.len()), labels)?;
         let labels = integers(labels);
@@ -381,7 +374,8 @@ impl RegionRule {
             return Err(Error::Input { what: "labels", expected: format!("0 to {}", n_classes - 1), found: label.to_string() });
         }
         let regions: Vec<Corners> = objects.iter().copied().chain(corners(proposals, "proposals")?).collect();
-        let matches = self.assigner.assign(&regions, &objects);
+        let mut matches = self.assigner.assign(&regions, &objects);
+        truth.excuse(&regions, &mut matches)?;
         let sample = self.sampler.draw(&matches, rng);
         let chosen: Vec<usize> = sample.objects.iter().chain(&sample.background).copied().collect();
         let object_of = |&region: &usize| match matches[region] {

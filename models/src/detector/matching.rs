@@ -4,8 +4,42 @@
 
 use rand_chacha::{ChaCha8Rng, rand_core::RngCore};
 use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
 
-use super::boxes::{Corners, iou};
+use super::boxes::{Corners, corners, iou, share_within};
+use crate::Result;
+
+/// A box that lies in a crowd with at least this part of its area is no background (mmdet's `ignore_iof_thr`, where it is used).
+const CROWDED: f32 = 0.5;
+
+/// What is known to be on an image, px.
+#[derive(Debug)]
+pub struct Truth {
+    /// `[G, 4]`.
+    pub objects: Tensor,
+    /// `[C, 4]`, regions of many objects: what lies in them is not learned to be background.
+    pub crowds: Tensor,
+}
+
+impl From<Tensor> for Truth {
+    /// Objects alone.
+    fn from(objects: Tensor) -> Self {
+        Self { objects, crowds: Tensor::zeros([0, 4], (Kind::Float, Device::Cpu)) }
+    }
+}
+
+impl Truth {
+    /// Has the background among `boxes` ignored that lies in a crowd.
+    pub(crate) fn excuse(&self, boxes: &[Corners], matches: &mut [Match]) -> Result<()> {
+        let crowds = corners(&self.crowds, "crowds")?;
+        for (found, &inner) in matches.iter_mut().zip(boxes) {
+            if *found == Match::Background && crowds.iter().any(|&crowd| share_within(inner, crowd) >= CROWDED) {
+                *found = Match::Ignored;
+            }
+        }
+        Ok(())
+    }
+}
 
 /// What a box stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

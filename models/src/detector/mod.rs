@@ -45,7 +45,7 @@ use self::{
         Boxes, ClosedHead, DetectionRule, GlobalHead, MaskHead, MaskHeadConfig, MaskRule, ObjectMask, OpenHead, OpenHeadConfig,
         RegionLosses, RegionRule, TrunkConfig, mask_loss, region_losses,
     },
-    matching::{Assigner, Sampler},
+    matching::{Assigner, Sampler, Truth},
     resnet::{Depth, ResNet, StridePlace},
     roi_align::{Alignment, Level, RoiAlign, Sampling},
     rpn::{ProposalRule, Rpn},
@@ -506,14 +506,14 @@ impl MaskRcnn {
             ensure(boxes.size() == [masks.len() as i64, 4], "objects", &format!("[{}, 4], a box for each mask", masks.len()), boxes)?;
         }
         let pyramid = self.regions.forward(images, Phase::Train)?;
-        let boxes: Vec<Tensor> = objects.iter().map(|objects| objects.boxes.shallow_clone()).collect();
-        let proposal_losses = self.regions.rpn.losses(&pyramid.predictions, sizes, &boxes, rng)?;
+        let truths: Vec<Truth> = objects.iter().map(|objects| objects.boxes.shallow_clone().into()).collect();
+        let proposal_losses = self.regions.rpn.losses(&pyramid.predictions, sizes, &truths, rng)?;
 
         let proposals = self.regions.rpn.proposals(&pyramid.predictions, sizes, &self.config.training_proposals)?;
-        let choose = |(found, objects): (&rpn::Proposals, &Objects)| {
-            self.config.regions_rule.choose(&found.boxes, &objects.boxes, &objects.labels, self.config.n_classes, rng)
+        let choose = |((found, truth), objects): ((&rpn::Proposals, &Truth), &Objects)| {
+            self.config.regions_rule.choose(&found.boxes, truth, &objects.labels, self.config.n_classes, rng)
         };
-        let samples = proposals.iter().zip(objects).map(choose).collect::<Result<Vec<_>>>()?;
+        let samples = proposals.iter().zip(&truths).zip(objects).map(choose).collect::<Result<Vec<_>>>()?;
         let regions: Vec<Tensor> = samples.iter().map(|sample| sample.boxes.shallow_clone()).collect();
         let (logits, deltas) = self.bbox_head.forward(&pyramid.pool(&self.config.pool, &regions)?, Phase::Train)?;
         let region_losses = region_losses(self.config.box_loss, &logits, &deltas, &samples)?;

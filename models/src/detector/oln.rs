@@ -233,7 +233,7 @@ impl Oln {
         let (mut regions, mut expected, mut overlaps, mut n) = (Vec::new(), Vec::new(), Vec::new(), 0);
         for (Proposals { boxes, .. }, objects) in tch::no_grad(|| seen.proposals(sizes))?.iter().zip(objects) {
             let labels = Tensor::zeros([objects.size()[0]], (Kind::Int64, Device::Cpu));
-            let sample = REGIONS.choose(boxes, objects, &labels, 1, rng)?;
+            let sample = REGIONS.choose(boxes, &objects.shallow_clone().into(), &labels, 1, rng)?;
             n += sample.labels.size()[0] as usize;
             let on_objects = sample.boxes.narrow(0, 0, sample.objects.len() as i64);
             let targets: Vec<i64> = sample.objects.iter().map(|object| *object as i64).collect();

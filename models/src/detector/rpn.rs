@@ -12,7 +12,7 @@ use super::{
     check_count,
     fpn::{FINEST_STRIDE, N_LEVELS},
     layers::sum_over,
-    matching::{Assigner, Claim, Match, Sampler},
+    matching::{Assigner, Claim, Match, Sampler, Truth},
 };
 use crate::{
     Result,
@@ -185,21 +185,22 @@ impl Rpn {
         Ok(Proposals { boxes: boxes.index_select(0, &kept), scores: scores.index_select(0, &kept) })
     }
 
-    /// Compares what the network says with the objects of each image; `rng` chooses the anchors that are learned from.
+    /// Compares what the network says with what is on each image; `rng` chooses the anchors that are learned from.
     ///
-    /// `sizes`: of each image, without padding; `objects`: for each image `[G, 4]`, px.
-    pub fn losses(&self, predictions: &Predictions, sizes: &[ImageSize], objects: &[Tensor], rng: &mut ChaCha8Rng) -> Result<Losses> {
+    /// `sizes`: of each image, without padding.
+    pub fn losses(&self, predictions: &Predictions, sizes: &[ImageSize], truths: &[Truth], rng: &mut ChaCha8Rng) -> Result<Losses> {
         let b = predictions.objectness[0].size()[0];
         check_count("image sizes", b, sizes.len())?;
-        check_count("images with objects", b, objects.len())?;
+        check_count("images with objects", b, truths.len())?;
         let n_anchors = predictions.anchors.iter().map(Vec::len).sum::<usize>();
         let (mut positive, mut all, mut labels) = (vec![], vec![], vec![]);
         let (mut from, mut to) = (vec![], vec![]);
-        for (image, (&size, objects)) in sizes.iter().zip(objects).enumerate() {
-            let objects = corners(objects, "objects")?;
+        for (image, (&size, truth)) in sizes.iter().zip(truths).enumerate() {
+            let objects = corners(&truth.objects, "objects")?;
             let places = predictions.learned_from(size, self.config.learning.reach);
             let anchors: Vec<Corners> = places.iter().map(|&(_, anchor)| anchor).collect();
-            let matches = self.config.assigner.assign_claims(&anchors, &objects, self.config.learning.claim);
+            let mut matches = self.config.assigner.assign_claims(&anchors, &objects, self.config.learning.claim);
+            truth.excuse(&anchors, &mut matches)?;
             let sample = self.config.sampler.draw(&matches, rng);
             let row = |&place: &usize| (image * n_anchors + places[place].0) as i64;
             positive.extend(sample.objects.iter().map(row));

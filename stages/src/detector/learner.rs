@@ -15,7 +15,7 @@ use ovenbird_models::{
         distillation::{embedding_loss, image_embedding_loss, mean_over_groups, recall, relation_loss},
         heads::{MaskRule, ObjectMask, OpenHead, RegionRule, RegionSample, mask_loss, region_losses},
         layout,
-        matching::{Assigner, Sampler},
+        matching::{Assigner, Sampler, Truth},
         rpn::ProposalRule,
     },
     multilabel::asymmetric_loss,
@@ -25,7 +25,7 @@ use tch::{Device, Tensor, nn};
 
 use super::{
     CLASSES, Card, ClassTables, PRETRAINED, class_embeddings,
-    train::{Distillation, Train},
+    train::{Crowds, Distillation, Train},
     training::{Assessment, Batch, Learner, Shown, ShownRegions},
 };
 use crate::{Context, Result, Unit, artifacts::Classes};
@@ -49,6 +49,7 @@ pub(super) struct OpenLearner {
     tables: ClassTables,
     /// Classes as the global head compares with them.
     of_images: Vocabulary,
+    crowds: Crowds,
     distillation: Distillation,
     /// Owns the weights.
     _store: nn::VarStore,
@@ -70,7 +71,8 @@ impl OpenLearner {
         let store = nn::VarStore::new(cx.device);
         let detector = Detector::new(&store.root(), &card.config, stage.training.seed)?;
         begin_with_pretrained(detector.parameters(), units, cx)?;
-        Ok(Self { detector, card, tables, of_images, distillation: stage.distillation.clone(), _store: store })
+        let (crowds, distillation) = (stage.crowds, stage.distillation.clone());
+        Ok(Self { detector, card, tables, of_images, crowds, distillation, _store: store })
     }
 }
 
@@ -124,13 +126,13 @@ impl OpenLearner {
     ) -> Result<Vec<RegionSample>> {
         let Detector { regions: network, bbox_head, .. } = &self.detector;
         let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image.size).collect();
-        let objects: Vec<Tensor> = batch.images.iter().map(|image| boxes(&image.objects)).collect();
-        let rpn = network.rpn.losses(&pyramid.predictions, &sizes, &objects, random)?;
+        let truths: Vec<Truth> = batch.images.iter().map(|image| self.truth(image)).collect();
+        let rpn = network.rpn.losses(&pyramid.predictions, &sizes, &truths, random)?;
         let proposals = network.rpn.proposals(&pyramid.predictions, &sizes, &PROPOSALS)?;
         let mut samples = Vec::new();
-        for ((found, objects), image) in proposals.iter().zip(&objects).zip(&batch.images) {
+        for ((found, truth), image) in proposals.iter().zip(&truths).zip(&batch.images) {
             let classes = Tensor::from_slice(&image.classes.iter().map(|class| *class as i64).collect::<Vec<_>>());
-            samples.push(SAMPLES.choose(&found.boxes, objects, &classes, self.tables.text.n_classes(), random)?);
+            samples.push(SAMPLES.choose(&found.boxes, truth, &classes, self.tables.text.n_classes(), random)?);
         }
         let chosen: Vec<Tensor> = samples.iter().map(|sample| sample.boxes.shallow_clone()).collect();
         let said = bbox_head.forward(&pyramid.pool(&self.card.config.pool, &chosen)?, Phase::Train)?;
@@ -144,6 +146,14 @@ impl OpenLearner {
             ("boxes", of_regions.boxes),
         ]);
         Ok(samples)
+    }
+
+    fn truth(&self, image: &Shown) -> Truth {
+        let objects = boxes(&image.objects);
+        match self.crowds {
+            Crowds::Background => objects.into(),
+            Crowds::Ignored => Truth { objects, crowds: boxes(&image.crowds) },
+        }
     }
 
     /// The masks of objects within the regions that stand for them.

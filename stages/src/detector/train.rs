@@ -55,6 +55,17 @@ pub enum LabelWarmUp {
     Reference,
 }
 
+/// What regions of many objects (`iscrowd`) are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Crowds {
+    /// Nothing: boxes that lie in them and are no object are background. (OADP, as most detectors: the reference's defect 13.)
+    #[default]
+    Background,
+    /// Boxes that lie in them with half of their area, and are no object, are not learned from.
+    Ignored,
+}
+
 /// What is learned from CLIP's embeddings of proposals, blocks and whole images, and of which classes blocks and images show. The defaults are
 /// OADP's. (Section 6.4.)
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -140,6 +151,8 @@ pub struct Train {
     pub train_temperature: f64,
     /// Divides cosines in detection.
     pub test_temperature: f64,
+    /// What regions of many objects are.
+    pub crowds: Crowds,
     /// What is learned from CLIP's embeddings, where there are any.
     pub distillation: Distillation,
     /// How it is trained.
@@ -153,6 +166,7 @@ impl Default for Train {
             masks: false,
             train_temperature: 0.01,
             test_temperature: 0.007,
+            crowds: Crowds::default(),
             distillation: Distillation::default(),
             training: Training::default(),
         }

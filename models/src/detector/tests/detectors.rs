@@ -13,7 +13,7 @@ use super::{
         classifier::{Ensemble, LogitScale, Shares, Vocabulary},
         heads::{MaskHeadConfig, MaskRule, ObjectMask, RegionRule, RegionSample, mask_loss, region_losses},
         layout,
-        matching::{Assigner, Sampler},
+        matching::{Assigner, Sampler, Truth},
         roi_align::RoiAlign,
         rpn::ProposalRule,
     },
@@ -294,12 +294,12 @@ fn objects_are_regions_too_and_regions_carry_their_labels_and_deltas() {
         sampler: Sampler { n: 8, object_fraction: 0.5 },
         coder: REGION_CODER,
     };
-    let objects = boxes_tensor(&[[10.0, 10.0, 50.0, 50.0], [60.0, 20.0, 100.0, 80.0]]);
+    let truth = Truth::from(boxes_tensor(&[[10.0, 10.0, 50.0, 50.0], [60.0, 20.0, 100.0, 80.0]]));
     let proposals = boxes_tensor(&[[62.0, 20.0, 100.0, 80.0], [0.0, 0.0, 20.0, 20.0], [120.0, 0.0, 140.0, 20.0]]);
     let labels = Tensor::from_slice(&[5_i64, 2]);
-    let choose = |labels: &Tensor| rule.choose(&proposals, &objects, labels, 6, &mut ChaCha8Rng::seed_from_u64(1));
+    let choose = |labels: &Tensor| rule.choose(&proposals, &truth, labels, 6, &mut ChaCha8Rng::seed_from_u64(1));
     let sample = choose(&labels).unwrap();
-    assert_eq!(sample.boxes, Tensor::cat(&[&objects, &proposals], 0));
+    assert_eq!(sample.boxes, Tensor::cat(&[&truth.objects, &proposals], 0));
     assert_eq!((integers(&sample.labels), sample.objects), (vec![5, 2, 2, 6, 6], vec![0, 1, 1]));
     // The third region is 2 px too narrow on the left.
     let shift = (1.0 - 2.0) / 38.0 / 0.1;
@@ -438,10 +438,11 @@ struct Step {
 fn step(detector: &Detector, kind: Kind, rng: &mut ChaCha8Rng) -> Step {
     let images = images("images.toy", [2, 3, 96, 128]).to_kind(kind);
     let pyramid = detector.regions.forward(&images, Phase::Train).unwrap();
-    let objects: Vec<Tensor> = (0..2).map(|image| boxes_tensor(&boxes_of(&format!("toy.objects.{image}"), 2, 50.0, 16.0, 30.0))).collect();
+    let objects = |image| boxes_tensor(&boxes_of(&format!("toy.objects.{image}"), 2, 50.0, 16.0, 30.0));
+    let truths = [objects(0), objects(1)].map(Truth::from);
     let labels = Tensor::from_slice(&[0_i64, 2]);
     let rpn = &detector.regions.rpn;
-    let rpn_losses = rpn.losses(&pyramid.predictions, &SIZES, &objects, rng).unwrap();
+    let rpn_losses = rpn.losses(&pyramid.predictions, &SIZES, &truths, rng).unwrap();
     let limits = ProposalRule { per_level: 100, suppression: Suppression { iou: 0.7, keep: 100 }, least_side: 0.0 };
     let rule = RegionRule {
         assigner: Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None },
@@ -450,7 +451,7 @@ fn step(detector: &Detector, kind: Kind, rng: &mut ChaCha8Rng) -> Step {
     };
     let proposals = rpn.proposals(&pyramid.predictions, &SIZES, &limits).unwrap();
     let samples: Vec<RegionSample> =
-        proposals.iter().zip(&objects).map(|(found, objects)| rule.choose(&found.boxes, objects, &labels, 5, rng).unwrap()).collect();
+        proposals.iter().zip(&truths).map(|(found, truth)| rule.choose(&found.boxes, truth, &labels, 5, rng).unwrap()).collect();
 
     let boxes: Vec<Tensor> = samples.iter().map(|sample| sample.boxes.shallow_clone()).collect();
     let pooled = pyramid.pool(&detector.config().pool, &boxes).unwrap();

@@ -11,7 +11,7 @@ use super::{
         boxes::{ImageSize, Suppression, boxes_tensor, floats},
         classifier::{Background, EmbeddingClassifier, Ensemble, LogitScale, Overfull, Shares, Vocabulary},
         fpn::{self, Fpn},
-        matching::Sampler,
+        matching::{Sampler, Truth},
         resnet::{self, Depth, ResNet, StridePlace},
         rpn::{self, ProposalRule, Rpn},
     },
@@ -130,9 +130,9 @@ fn losses_of_proposals_equal_torchvisions() {
     let everything = Sampler { n: 100_000, object_fraction: 1.0 };
     let (_store, rpn, pyramid, sizes) = small_rpn(everything);
     let predictions = rpn.forward(&pyramid, [128, 160]);
-    let objects =
-        [boxes_of("rpn.objects.0", 4, 70.0, 20.0, 60.0), boxes_of("rpn.objects.1", 2, 30.0, 20.0, 50.0)].map(|boxes| boxes_tensor(&boxes));
-    let losses = rpn.losses(&predictions, &sizes, &objects, &mut ChaCha8Rng::seed_from_u64(1)).unwrap();
+    let truths = [boxes_of("rpn.objects.0", 4, 70.0, 20.0, 60.0), boxes_of("rpn.objects.1", 2, 30.0, 20.0, 50.0)]
+        .map(|boxes| boxes_tensor(&boxes).into());
+    let losses = rpn.losses(&predictions, &sizes, &truths, &mut ChaCha8Rng::seed_from_u64(1)).unwrap();
     let golden = Golden::read("rpn");
     for (found, name) in [(losses.objectness, "objectness"), (losses.boxes, "boxes")] {
         let (found, expected) = (found.double_value(&[]), golden.0[name].as_f64().unwrap());
@@ -155,7 +155,7 @@ fn proposals_equal_torchvisions() {
 fn images_without_objects_teach_background_only() {
     let (_store, rpn, pyramid, sizes) = small_rpn(RegionsConfig::oadp().rpn.sampler);
     let predictions = rpn.forward(&pyramid, [128, 160]);
-    let none = || Tensor::zeros([0, 4], (Kind::Float, Device::Cpu));
+    let none = || Truth::from(Tensor::zeros([0, 4], (Kind::Float, Device::Cpu)));
     let draw = |seed| rpn.losses(&predictions, &sizes, &[none(), none()], &mut ChaCha8Rng::seed_from_u64(seed)).unwrap();
     let losses = draw(1);
     assert_eq!(floats(&losses.boxes), [0.0]);

@@ -9,7 +9,7 @@ use super::{
     super::{
         anchors::{Anchors, Cells, Grid},
         boxes::{BoxCoder, ImageSize, Suppression, boxes_tensor, clip_to_image, floats, iou_matrix},
-        matching::{Assigner, Match, Sampler},
+        matching::{Assigner, Match, Sampler, Truth},
         roi_align::{Alignment, Level, RoiAlign, Sampling, SparseRows},
     },
     Golden, boxes_of, field,
@@ -252,6 +252,23 @@ fn boxes_stand_for_the_same_objects_as_torchvisions() {
 fn without_objects_every_box_is_background() {
     let rule = Assigner { object_iou: 0.7, background_iou: 0.3, best_of_object_iou: Some(0.0) };
     assert_eq!(rule.assign(&[[0.0, 0.0, 9.0, 9.0]; 3], &[]), [Match::Background; 3]);
+}
+
+#[test]
+fn what_lies_in_a_crowd_is_no_background_but_objects_there_are_objects() {
+    let truth = Truth { objects: boxes_tensor(&[[0.0, 0.0, 8.0, 8.0]]), crowds: boxes_tensor(&[[0.0, 0.0, 40.0, 10.0]]) };
+    let boxes = [
+        // Half in the crowd; a little less; the object in the crowd; the crowd in the box.
+        [0.0, 0.0, 20.0, 20.0],
+        [0.0, 0.0, 20.0, 20.1],
+        [0.0, 0.0, 8.0, 8.0],
+        [0.0, 0.0, 100.0, 100.0],
+        [7.0, 7.0, 7.0, 9.0],
+    ];
+    let rule = Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None };
+    let mut matches = rule.assign(&boxes, &[[0.0, 0.0, 8.0, 8.0]]);
+    truth.excuse(&boxes, &mut matches).unwrap();
+    assert_eq!(matches, [Match::Ignored, Match::Background, Match::Object(0), Match::Background, Match::Background]);
 }
 
 #[test]

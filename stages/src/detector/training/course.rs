@@ -81,6 +81,7 @@ pub(in crate::detector) struct Shown {
     pub(in crate::detector) id: ImageId,
     pub(in crate::detector) size: ImageSize,
     pub(in crate::detector) objects: Vec<Xyxy>,
+    pub(in crate::detector) crowds: Vec<Xyxy>,
     pub(in crate::detector) classes: Vec<usize>,
     /// Of each object, where they are asked for.
     pub(in crate::detector) masks: Vec<ShownMask>,
@@ -216,7 +217,7 @@ impl Course {
         let Lesson { step, piece, images: lesson } = lesson;
         let (mut pictures, mut images, mut unreadable) = (Vec::new(), Vec::new(), Vec::new());
         for (place, placement) in lesson {
-            let Sample { info, objects } = &self.samples[place];
+            let Sample { info, objects, crowds } = &self.samples[place];
             let attempt = cx.attempt(|| Ok(placement.pixels(&self.images.decode(&info.file_name, placement.from)?)));
             match attempt.result {
                 Ok(picture) => pictures.push(picture),
@@ -242,6 +243,7 @@ impl Course {
                 id: info.id,
                 size: ImageSize { width: placement.to[0].into(), height: placement.to[1].into() },
                 objects: objects.iter().map(|object| placement.show(&object.xyxy)).collect(),
+                crowds: crowds.iter().map(|crowd| placement.show(crowd)).collect(),
                 classes: objects.iter().map(|object| object.class).collect(),
                 masks,
                 block_classes: blocks.boxes.iter().map(|block| training::shown_classes(block, objects)).collect(),
