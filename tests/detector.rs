@@ -112,10 +112,10 @@ fn a_training_that_is_killed_ends_with_the_same_bytes() {
     let run = undisturbed.run(["run", "./small.yaml"]).success();
     assert!(run.stdout.contains("coco (eval/coco)") && !run.stderr.contains("Warning"), "{}{}", run.stdout, run.stderr);
     // The two that are to stay, the last one's two spares among them; others are pruned.
-    assert_eq!(undisturbed.n_units_of("detector/train"), 4);
+    assert_eq!(undisturbed.units_of("detector/train").len(), 4);
     for n_links_before in [1, 3] {
         let mut running = killed.command(["run", "./small.yaml"]).spawn().unwrap();
-        until(|| killed.n_units_of("detector/train") >= n_links_before);
+        until(|| killed.units_of("detector/train").len() >= n_links_before);
         running.kill().unwrap();
         running.wait().unwrap();
     }
@@ -167,7 +167,7 @@ fn a_training_that_is_killed_ends_with_the_same_bytes() {
     assert!(of(&["detector-select", "last", "evaluation.json"]).contains(&tested));
 
     // A detector that went out and came back finds the same: its evaluation is the one that is there.
-    assert_eq!(undisturbed.n_units_of("eval/coco"), 2);
+    assert_eq!(undisturbed.units_of("eval/coco").len(), 2);
 
     let one_more = undisturbed.run(["run", "./small.yaml", "--set", "test.heads=box"]).success();
     assert_eq!(one_more.steps("done"), ["coco", "masks", "test"], "{}", one_more.stderr);

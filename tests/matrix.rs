@@ -200,7 +200,7 @@ fn a_matrix_that_is_killed_continues_and_is_repaired_by_what_it_was_asked() {
     let (undisturbed, killed) = (small(), small());
     undisturbed.run(["run", "./matrix.yaml"]).success();
     let mut running = killed.command(["run", "./matrix.yaml"]).stdout(Stdio::null()).spawn().unwrap();
-    until(|| killed.n_units_of("clip/pretrain") >= 2);
+    until(|| killed.units_of("clip/pretrain").len() >= 2);
     running.kill().unwrap();
     running.wait().unwrap();
     killed.run(["run", "./matrix.yaml", "--variant", "strict"]).success();

@@ -62,10 +62,10 @@ fn learned_prompts_that_are_killed_end_with_the_same_bytes() {
     let run = undisturbed.run(["run", "./prompts.yaml"]).success();
     assert!(run.stderr.contains("mAP on validation images: base ") && run.stderr.contains(" %, novel "), "{}", run.stderr);
     // The last one and its two spares.
-    assert_eq!(undisturbed.n_units_of("prompts/multilabel"), 3);
+    assert_eq!(undisturbed.units_of("prompts/multilabel").len(), 3);
     for n_links in [1, 3] {
         let mut running = killed.command(["run", "./prompts.yaml", "--until", "learned"]).spawn().unwrap();
-        until(|| killed.n_units_of("prompts/multilabel") >= n_links);
+        until(|| killed.units_of("prompts/multilabel").len() >= n_links);
         running.kill().unwrap();
         running.wait().unwrap();
     }

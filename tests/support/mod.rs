@@ -1,7 +1,7 @@
 //! A folder with a home of its own, and the program run in it as an operator would.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -97,10 +97,10 @@ impl World {
         runs.map(|run| fs::read_to_string(run.path().join("events.jsonl")).unwrap_or_default()).collect()
     }
 
-    /// How many units of a stage are published; a process may be at work.
-    pub(crate) fn n_units_of(&self, kind: &str) -> usize {
-        let Ok(units) = fs::read_dir(self.path(".ovenbird/units").join(kind.replace('/', "-"))) else { return 0 };
-        units.filter(|unit| unit.as_ref().is_ok_and(|unit| unit.path().join("unit.json").exists())).count()
+    /// The published units of a stage; a process may be at work.
+    pub(crate) fn units_of(&self, kind: &str) -> BTreeSet<PathBuf> {
+        let units = fs::read_dir(self.path(".ovenbird/units").join(kind.replace('/', "-"))).into_iter().flatten().flatten();
+        units.map(|unit| unit.path()).filter(|unit| unit.join("unit.json").exists()).collect()
     }
 
     /// How many units are published.
