@@ -141,7 +141,7 @@ fn one<'a>(matrix: &Matrix, stage: &str, evaluation: String, kind: &str, of_cell
     let is_common = chosen.len() > 1 && matrix.cells.iter().all(|cell| of_seed(cell.seed).all(|step| step == cell.steps.get(stage)));
     let variants: Vec<Option<&String>> =
         if is_common || chosen.is_empty() { vec![None] } else { chosen.iter().copied().map(Some).collect() };
-    let first = matrix.variants.first().filter(|_| !is_common);
+    let first = matrix.variants.first().filter(|first| !is_common && chosen.contains(first));
     let found = |variant: Option<&String>| -> Vec<(Option<u64>, &Evaluation)> {
         let variant = variant.or_else(|| chosen.first().copied());
         cells_of(matrix, variant).filter_map(|cell| Some((cell.seed, of_cell(cell)?))).collect()

@@ -6,7 +6,7 @@
 mod gallery;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
     path::{Path, PathBuf},
 };
@@ -25,6 +25,7 @@ use crate::{
     error::{Result, count},
     event::{self, Event, Stamped},
     history::{self, Evaluated, RunState, StepState},
+    pipeline::matrix::plain_id,
     screen::duration,
 };
 use gallery::Picture;
@@ -296,27 +297,83 @@ fn state_words(step: &StepState) -> String {
     }
 }
 
-/// Steps in layers: each below the lowest step it reads from.
-fn graph(out: &mut String, gathered: &Gathered) {
-    let steps = &gathered.run.steps;
-    let place: BTreeMap<&str, usize> = steps.iter().enumerate().map(|(place, step)| (step.id.as_str(), place)).collect();
-    let mut layer = vec![0_usize; steps.len()];
-    for step in 0..steps.len() {
-        let above = gathered.after.get(step).into_iter().flatten().filter_map(|id| place.get(id.as_str()));
-        layer[step] = above.map(|above| layer[*above] + 1).max().unwrap_or(0);
+/// What the graph shows in one place: a stage of the file, with all copies that a matrix makes of it.
+struct Node<'a> {
+    copies: Vec<&'a StepState>,
+    /// The places of what it reads from.
+    above: BTreeSet<usize>,
+}
+
+impl<'a> Node<'a> {
+    fn all(gathered: &'a Gathered) -> Vec<Self> {
+        let mut nodes: Vec<Self> = Vec::new();
+        let mut places: BTreeMap<&str, usize> = BTreeMap::new();
+        for step in &gathered.run.steps {
+            let place = *places.entry(plain_id(&step.id)).or_insert(nodes.len());
+            if place == nodes.len() {
+                nodes.push(Self { copies: Vec::new(), above: BTreeSet::new() });
+            }
+            nodes[place].copies.push(step);
+        }
+        for (step, after) in gathered.run.steps.iter().zip(&gathered.after) {
+            nodes[places[plain_id(&step.id)]].above.extend(after.iter().filter_map(|id| places.get(plain_id(id))));
+        }
+        nodes
     }
+
+    /// Of each node, how many lie above it on the longest way. Copies may read from stages that come later in the file; a circle, which
+    /// copies of two stages can make together, is cut.
+    fn layers(nodes: &[Self]) -> Vec<usize> {
+        let mut layers = vec![0; nodes.len()];
+        for _ in nodes {
+            for (place, node) in nodes.iter().enumerate() {
+                let lowest = node.above.iter().map(|above| layers[*above] + 1).max().unwrap_or(0);
+                layers[place] = lowest.min(nodes.len() - 1);
+            }
+        }
+        layers
+    }
+
+    /// The state that matters most.
+    fn state(&self) -> &'static str {
+        let states = ["failed", "cut off", "running", "waiting", "skipped", "done", "dropped", "reused"];
+        states.into_iter().find(|state| self.copies.iter().any(|copy| copy.state == *state)).unwrap_or("waiting")
+    }
+
+    fn words(&self) -> String {
+        if let [one] = self.copies[..] {
+            return state_words(one);
+        }
+        let made: Vec<f64> = self.copies.iter().filter_map(|copy| copy.wall_s).collect();
+        let mut parts = Vec::new();
+        if !made.is_empty() {
+            parts.push(format!("{} made in {}", made.len(), duration(made.iter().sum())));
+        }
+        let mut others: BTreeMap<&str, usize> = BTreeMap::new();
+        for copy in self.copies.iter().filter(|copy| copy.wall_s.is_none()) {
+            *others.entry(copy.state).or_default() += 1;
+        }
+        parts.extend(others.into_iter().map(|(state, n)| format!("{n} {state}")));
+        parts.join(", ")
+    }
+}
+
+/// Stages in layers: each below the lowest one it reads from.
+fn graph(out: &mut String, gathered: &Gathered) {
+    let nodes = Node::all(gathered);
+    let layer = Node::layers(&nodes);
     let n_layers = layer.iter().max().map_or(0, |layer| layer + 1);
-    let in_layer = |wanted: usize| (0..steps.len()).filter(|step| layer[*step] == wanted).collect::<Vec<_>>();
+    let in_layer = |wanted: usize| (0..nodes.len()).filter(|node| layer[*node] == wanted).collect::<Vec<_>>();
     let widest = (0..n_layers).map(|wanted| in_layer(wanted).len()).max().unwrap_or(0);
     let (box_width, box_height, gap_x, gap_y) = (156.0, 58.0, 18.0, 40.0);
     let width = widest as f64 * (box_width + gap_x) + gap_x;
     let height = n_layers as f64 * (box_height + gap_y);
-    let mut corner = vec![[0.0; 2]; steps.len()];
+    let mut corner = vec![[0.0; 2]; nodes.len()];
     for wanted in 0..n_layers {
         let members = in_layer(wanted);
         let used = members.len() as f64 * (box_width + gap_x) - gap_x;
-        for (column, step) in members.into_iter().enumerate() {
-            corner[step] = [(width - used) / 2.0 + column as f64 * (box_width + gap_x), wanted as f64 * (box_height + gap_y) + 4.0];
+        for (column, node) in members.into_iter().enumerate() {
+            corner[node] = [(width - used) / 2.0 + column as f64 * (box_width + gap_x), wanted as f64 * (box_height + gap_y) + 4.0];
         }
     }
     put!(
@@ -324,26 +381,31 @@ fn graph(out: &mut String, gathered: &Gathered) {
         "<section><h2>Steps</h2><div class=\"wide\"><svg class=\"graph\" viewBox=\"0 0 {width} {height}\" style=\"min-width:{:.0}px\" role=\"img\" aria-label=\"The graph of steps\">",
         width * 0.72
     );
-    for (step, after) in gathered.after.iter().enumerate().take(steps.len()) {
-        for above in after.iter().filter_map(|id| place.get(id.as_str())) {
-            let (from, to) = (corner[*above], corner[step]);
+    for (node, to) in nodes.iter().zip(&corner) {
+        for from in node.above.iter().map(|above| corner[*above]) {
             let (x1, y1, x2, y2) = (from[0] + box_width / 2.0, from[1] + box_height, to[0] + box_width / 2.0, to[1]);
             let middle = f64::midpoint(y1, y2);
             put!(out, "<path class=\"edge\" d=\"M{x1:.0} {y1:.0} C{x1:.0} {middle:.0} {x2:.0} {middle:.0} {x2:.0} {y2:.0}\"/>");
         }
     }
-    for (step, [x, y]) in steps.iter().zip(&corner) {
+    for (node, [x, y]) in nodes.iter().zip(&corner) {
         let short = |text: &str, most: usize| {
             if text.chars().count() > most { format!("{}…", text.chars().take(most - 1).collect::<String>()) } else { text.to_owned() }
         };
+        let first = node.copies[0];
+        let title = match node.copies.len() {
+            1 => first.id.clone(),
+            n => format!("{} × {n}", plain_id(&first.id)),
+        };
         put!(
             out,
-            "<g class=\"step {}\"><rect x=\"{x:.0}\" y=\"{y:.0}\" width=\"{box_width}\" height=\"{box_height}\" rx=\"6\"/>",
-            step.state.replace(' ', "-")
+            "<g class=\"step {}\"><title>{}</title><rect x=\"{x:.0}\" y=\"{y:.0}\" width=\"{box_width}\" height=\"{box_height}\" rx=\"6\"/>",
+            node.state().replace(' ', "-"),
+            escape(&node.words())
         );
-        put!(out, "<text class=\"id\" x=\"{:.0}\" y=\"{:.0}\">{}</text>", x + 10.0, y + 18.0, escape(&short(&step.id, 18)));
-        put!(out, "<text x=\"{:.0}\" y=\"{:.0}\">{}</text>", x + 10.0, y + 34.0, escape(&short(&step.kind, 22)));
-        put!(out, "<text x=\"{:.0}\" y=\"{:.0}\">{}</text></g>", x + 10.0, y + 50.0, escape(&short(&state_words(step), 22)));
+        put!(out, "<text class=\"id\" x=\"{:.0}\" y=\"{:.0}\">{}</text>", x + 10.0, y + 18.0, escape(&short(&title, 18)));
+        put!(out, "<text x=\"{:.0}\" y=\"{:.0}\">{}</text>", x + 10.0, y + 34.0, escape(&short(&first.kind, 22)));
+        put!(out, "<text x=\"{:.0}\" y=\"{:.0}\">{}</text></g>", x + 10.0, y + 50.0, escape(&short(&node.words(), 22)));
     }
     out.push_str("</svg></div></section>");
 }
