@@ -5,6 +5,7 @@
 //! its path (`stages.objects.with.expand`) and its line. A pipeline with variants and seeds is read once for each cell; what
 //! [`matrix`] makes of that is a graph like any other.
 
+mod changes;
 mod lines;
 pub(crate) mod matrix;
 
@@ -21,6 +22,8 @@ use serde_json::Value;
 use serde_yaml::Value as Yaml;
 
 use crate::error::{Error, Result};
+pub(crate) use changes::Setting;
+use changes::{Change, Key, with_below};
 use lines::Lines;
 use matrix::{Matrix, Resolved};
 
@@ -152,15 +155,6 @@ pub(crate) fn with_line(problem: &Problem) -> String {
     format!("  {line}{}: {}\n", problem.path, problem.problem)
 }
 
-/// Changes from the command line: `--set key=value`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Setting {
-    /// A variable, `stage.parameter`, or `stage.in.input`.
-    pub(crate) key: String,
-    /// YAML.
-    pub(crate) value: String,
-}
-
 /// Reads and checks a pipeline: a named one, or a file (written with a slash).
 ///
 /// `variants` are the names of those that are chosen; none: all.
@@ -239,53 +233,6 @@ struct Given {
     value: String,
     /// Where that is said.
     path: String,
-}
-
-/// A change of what the file says, by a variant or from the command line.
-#[derive(Clone)]
-struct Change {
-    /// Where it is said: `variants.crops.detector.in.features`, `--set seed`.
-    path: String,
-    key: Key,
-    value: Yaml,
-}
-
-/// What a change is of.
-#[derive(Clone, PartialEq)]
-enum Key {
-    Variable(String),
-    /// A parameter, or one within it.
-    Parameter {
-        stage: String,
-        path: String,
-    },
-    Input {
-        stage: String,
-        port: String,
-    },
-}
-
-impl Key {
-    fn of(text: &str) -> Self {
-        let Some((stage, rest)) = text.split_once('.') else { return Self::Variable(text.into()) };
-        match rest.strip_prefix("in.") {
-            Some(port) => Self::Input { stage: stage.into(), port: port.into() },
-            None => Self::Parameter { stage: stage.into(), path: rest.into() },
-        }
-    }
-
-    fn stage(&self) -> Option<&str> {
-        match self {
-            Self::Variable(_) => None,
-            Self::Parameter { stage, .. } | Self::Input { stage, .. } => Some(stage),
-        }
-    }
-
-    /// Whether it is of a field of a stage's parameters, such as `training.longer_side[0]`, or of what holds that field.
-    fn holds(&self, id: &str, field: &str) -> bool {
-        let Self::Parameter { stage, path } = self else { return false };
-        stage == id && field.strip_prefix(path).is_some_and(|below| below.is_empty() || below.starts_with(['.', '[']))
-    }
 }
 
 impl Reader {
@@ -396,19 +343,6 @@ impl Reader {
             });
         }
         Some(steps)
-    }
-
-    /// What the command line changes.
-    fn changes(&mut self, settings: &[Setting]) -> Vec<Change> {
-        let mut changes = Vec::new();
-        for Setting { key, value } in settings {
-            let path = format!("--set {key}");
-            match serde_yaml::from_str(value) {
-                Ok(value) => changes.push(Change { path, key: Key::of(key), value }),
-                Err(error) => self.push(path, format!("`{value}` is not YAML: {error}")),
-            }
-        }
-        changes
     }
 
     /// The entries of a mapping; unknown keys are problems and left out. `None`: not a mapping.
@@ -768,20 +702,6 @@ fn join(path: &str, key: &str) -> String {
         (path, "") => path.to_owned(),
         (path, key) => format!("{path}.{key}"),
     }
-}
-
-/// A value in which what lies at a dotted path is another; `None` where the path leads through what is no mapping.
-fn with_below(old: Yaml, path: Option<&str>, new: Yaml) -> Option<Yaml> {
-    let Some(path) = path else { return Some(new) };
-    let (name, below) = path.split_once('.').map_or((path, None), |(name, below)| (name, Some(below)));
-    let mut mapping = match old {
-        Yaml::Mapping(mapping) => mapping,
-        Yaml::Null => serde_yaml::Mapping::new(),
-        Yaml::Bool(_) | Yaml::Number(_) | Yaml::String(_) | Yaml::Sequence(_) | Yaml::Tagged(_) => return None,
-    };
-    let old = mapping.remove(name).unwrap_or(Yaml::Null);
-    mapping.insert(name.into(), with_below(old, below, new)?);
-    Some(Yaml::Mapping(mapping))
 }
 
 fn shown(yaml: &Yaml) -> String {

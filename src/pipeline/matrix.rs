@@ -15,7 +15,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use serde_yaml::Value as Yaml;
 
-use super::{Change, Key, Problem, Reader, Source, Step, is_id, shown, suggestion};
+use super::{
+    Problem, Reader, Source, Step,
+    changes::{Change, Key},
+    is_id, shown, suggestion,
+};
 
 /// The variable that `seeds` are values of.
 const SEED: &str = "seed";

@@ -1,0 +1,91 @@
+//! What variants and the command line change of what a pipeline file says: `--set detector.training.steps=900`.
+
+use serde::{Deserialize, Serialize};
+use serde_yaml::Value as Yaml;
+
+use super::Reader;
+
+/// Changes from the command line: `--set key=value`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Setting {
+    /// A variable, `stage.parameter`, or `stage.in.input`.
+    pub(crate) key: String,
+    /// YAML.
+    pub(crate) value: String,
+}
+
+/// A change of what the file says, by a variant or from the command line.
+#[derive(Clone)]
+pub(super) struct Change {
+    /// Where it is said: `variants.crops.detector.in.features`, `--set seed`.
+    pub(super) path: String,
+    pub(super) key: Key,
+    pub(super) value: Yaml,
+}
+
+/// What a change is of.
+#[derive(Clone, PartialEq)]
+pub(super) enum Key {
+    Variable(String),
+    /// A parameter, or one within it.
+    Parameter {
+        stage: String,
+        path: String,
+    },
+    Input {
+        stage: String,
+        port: String,
+    },
+}
+
+impl Key {
+    pub(super) fn of(text: &str) -> Self {
+        let Some((stage, rest)) = text.split_once('.') else { return Self::Variable(text.into()) };
+        match rest.strip_prefix("in.") {
+            Some(port) => Self::Input { stage: stage.into(), port: port.into() },
+            None => Self::Parameter { stage: stage.into(), path: rest.into() },
+        }
+    }
+
+    pub(super) fn stage(&self) -> Option<&str> {
+        match self {
+            Self::Variable(_) => None,
+            Self::Parameter { stage, .. } | Self::Input { stage, .. } => Some(stage),
+        }
+    }
+
+    /// Whether it is of a field of a stage's parameters, such as `training.longer_side[0]`, or of what holds that field.
+    pub(super) fn holds(&self, id: &str, field: &str) -> bool {
+        let Self::Parameter { stage, path } = self else { return false };
+        stage == id && field.strip_prefix(path).is_some_and(|below| below.is_empty() || below.starts_with(['.', '[']))
+    }
+}
+
+impl Reader {
+    /// What the command line changes.
+    pub(super) fn changes(&mut self, settings: &[Setting]) -> Vec<Change> {
+        let mut changes = Vec::new();
+        for Setting { key, value } in settings {
+            let path = format!("--set {key}");
+            match serde_yaml::from_str(value) {
+                Ok(value) => changes.push(Change { path, key: Key::of(key), value }),
+                Err(error) => self.push(path, format!("`{value}` is not YAML: {error}")),
+            }
+        }
+        changes
+    }
+}
+
+/// A value in which what lies at a dotted path is another; `None` where the path leads through what is no mapping.
+pub(super) fn with_below(old: Yaml, path: Option<&str>, new: Yaml) -> Option<Yaml> {
+    let Some(path) = path else { return Some(new) };
+    let (name, below) = path.split_once('.').map_or((path, None), |(name, below)| (name, Some(below)));
+    let mut mapping = match old {
+        Yaml::Mapping(mapping) => mapping,
+        Yaml::Null => serde_yaml::Mapping::new(),
+        Yaml::Bool(_) | Yaml::Number(_) | Yaml::String(_) | Yaml::Sequence(_) | Yaml::Tagged(_) => return None,
+    };
+    let old = mapping.remove(name).unwrap_or(Yaml::Null);
+    mapping.insert(name.into(), with_below(old, below, new)?);
+    Some(Yaml::Mapping(mapping))
+}
