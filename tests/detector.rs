@@ -1,11 +1,14 @@
 //! Detectors: trained, killed and continued, and asked what they see.
 
-use std::path::Path;
+use std::{path::Path, process::Command};
 
 use ovenbird_models::checkpoint::{Checkpoint, Saved, write_torch};
 use tch::{Device, Kind, Tensor};
 
-use crate::support::{World, until};
+use crate::{
+    interchange::python,
+    support::{World, until},
+};
 
 /// A detector of almost nothing, in seconds.
 const SMALL: &str = r#"version: 1
@@ -100,6 +103,18 @@ stages:
     with: {most_per_image: 10}
 "#;
 
+/// Reads an exported checkpoint and writes it with what the reference's hold besides.
+const SAVED_AGAIN: &str = r#"
+import collections, sys, torch
+state = collections.OrderedDict(torch.load(sys.argv[1], weights_only=True)["state_dict"])
+for name in [name for name in state if name.endswith("running_mean")]:
+    state[name.replace("running_mean", "num_batches_tracked")] = torch.tensor(32000)
+for head in ("roi_head._block_head", "_global_head"):
+    state[head + "._loss._weight._steps"] = torch.tensor(1)
+optimizer = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.02, "params": [0]}]}
+torch.save({"meta": {"iter": 32000}, "state_dict": state, "optimizer": optimizer, "message_hub": {}}, sys.argv[2])
+"#;
+
 fn small() -> World {
     let world = World::new();
     world.write("small.yaml", SMALL);
@@ -168,6 +183,16 @@ fn a_training_that_is_killed_ends_with_the_same_bytes() {
 
     // A detector that went out and came back finds the same: its evaluation is the one that is there.
     assert_eq!(undisturbed.units_of("eval/coco").len(), 2);
+    // So it does by way of PyTorch, in a file like those that mmengine leaves.
+    if let Some(python) = python("torch") {
+        let (ours, theirs) = (undisturbed.find(&["detector-export", ".pth"]), undisturbed.path("theirs.pth"));
+        let saved = Command::new(python).args(["-c", SAVED_AGAIN]).args([&ours, &theirs]).output().unwrap();
+        assert!(saved.status.success(), "{}", String::from_utf8_lossy(&saved.stderr));
+        let imported = undisturbed.run(["run", "./small.yaml", "--set", "imported.in.checkpoint=./theirs.pth"]).success();
+        assert_eq!(imported.steps("done"), ["imported"], "{}", imported.stderr);
+        let behaviour = "it was trained as with `label_warm_up: reference`: _global_head._loss._weight._steps is 1";
+        assert!(imported.stderr.contains(behaviour), "{}", imported.stderr);
+    }
 
     let one_more = undisturbed.run(["run", "./small.yaml", "--set", "test.heads=box"]).success();
     assert_eq!(one_more.steps("done"), ["coco", "masks", "test"], "{}", one_more.stderr);
@@ -299,10 +324,14 @@ fn published_pipelines_run_on_the_published_layout() {
     let embed_dim = Checkpoint::open(Path::new(&clip)).unwrap().shape("text_projection").unwrap()[1];
     let mut detpro = std::fs::File::create(world.path("detpro.pth")).unwrap();
     write_torch(&Saved::Tensor(&Tensor::ones([60, embed_dim], (Kind::Float, Device::Cpu))), &mut detpro).unwrap();
-    let run = dry_run("oadp-ov-lvis", &[&["coco=./pictures", "lvis=./lvis", "detpro=./detpro.pth"], &sets[1..]].concat());
+    let on_lvis = [&["coco=./pictures", "lvis=./lvis"], &sets[1..]].concat();
+    let run = dry_run("oadp-ov-lvis", &[&["detpro=./detpro.pth"], &on_lvis[..]].concat());
     let done = run.steps("done");
     assert!(["detector", "lvis", "lvis-masks", "prompts", "test"].iter().all(|step| done.contains(&(*step).to_owned())), "{}", run.stderr);
     assert_eq!(run.stderr.matches("will run: 1 of 1 units are there").count(), 3, "{}", run.stderr);
+    let run = dry_run("vild-ov-lvis", &on_lvis);
+    let made = ["detector", "prompts", "test"];
+    assert!(made.iter().all(|step| run.steps("done").contains(&(*step).to_owned())), "{}", run.stderr);
 }
 
 #[test]
@@ -327,6 +356,30 @@ fn what_a_training_cannot_use_is_said_in_words() {
     let missing = world.run(["run", "./other.yaml", "--until", "detector"]);
     assert!(missing.code == 4 && missing.stderr.contains("none for 9 of 9 images"), "{}", missing.stderr);
     assert!(missing.stderr.contains("`clip/objects` with the same `annotations`"), "{}", missing.stderr);
+
+    // Embeddings of some of the images, as where files of others were broken: the others are left out, if that is asked for.
+    let mut annotations: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(world.find(&["toy-world", "/train/", ".json"])).unwrap()).unwrap();
+    annotations["images"].as_array_mut().unwrap().drain(..3);
+    let left: Vec<u64> = annotations["images"].as_array().unwrap().iter().map(|image| image["id"].as_u64().unwrap()).collect();
+    annotations["annotations"].as_array_mut().unwrap().retain(|label| left.contains(&label["image_id"].as_u64().unwrap()));
+    world.write("some.json", annotations.to_string());
+    let of_some = SMALL
+        .replace("train.annotations, checkpoint: clip.checkpoint}\n    with: {view: square}", "./some.json, checkpoint: clip.checkpoint}");
+    assert!(of_some.contains("./some.json"), "the pipeline changed");
+    let policy = |ratio: &str| {
+        let policy = format!("use: detector/train\n    on_bad_item: skip\n    max_failed_ratio: {ratio}\n");
+        world.write("some.yaml", of_some.replace("use: detector/train\n", &policy));
+        world.run(["run", "./some.yaml", "--until", "detector", "--set", "detector.training.steps=2"])
+    };
+    world.write("some.yaml", &of_some);
+    let missing = world.run(["run", "./some.yaml", "--until", "detector"]);
+    assert!(missing.code == 4 && missing.stderr.contains("globals: none for 3 of 9 images"), "{}", missing.stderr);
+    assert!(missing.stderr.contains("or leave these images out: `on_bad_item: skip`"), "{}", missing.stderr);
+    let too_many = policy("0.3");
+    assert!(too_many.code == 4 && too_many.stderr.contains("3 of 9 items failed, more than max_failed_ratio 0.3"), "{}", too_many.stderr);
+    let trained = policy("0.4").success();
+    assert!(trained.stderr.contains("globals: none for 3 of 9 images") && trained.stderr.contains(": left out"), "{}", trained.stderr);
 
     // A detector that was trained without class embeddings cannot be asked with some.
     let without = "prompts: prompts.prompts, features: regions.features, blocks: blocks.features, globals: globals.features}";

@@ -135,7 +135,7 @@ fn features_that_went_to_the_reference_and_came_back_are_the_same() {
 
 /// A Python with PyTorch, or none, aloud.
 #[expect(clippy::print_stdout, reason = "a test that is skipped says so")]
-fn python(packages: &str) -> Option<PathBuf> {
+pub(crate) fn python(packages: &str) -> Option<PathBuf> {
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/peers/bin/python");
     let imports = format!("import {packages}");
     let is_there = python.exists() && Command::new(&python).args(["-c", &imports]).output().is_ok_and(|output| output.status.success());

@@ -7,6 +7,8 @@ use std::{
     process::Command,
 };
 
+use serde_json::{Value, json};
+
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
@@ -16,7 +18,7 @@ fn root() -> &'static Path {
 fn the_arrows_between_crates_point_one_way() {
     let output =
         Command::new(env!("CARGO")).args(["metadata", "--no-deps", "--format-version", "1", "--offline"]).current_dir(root()).output();
-    let metadata: serde_json::Value = serde_json::from_slice(&output.unwrap().stdout).unwrap();
+    let metadata: Value = serde_json::from_slice(&output.unwrap().stdout).unwrap();
     let mut found = BTreeMap::new();
     for package in metadata["packages"].as_array().unwrap() {
         let ours = package["dependencies"].as_array().unwrap().iter().filter_map(|dependency| dependency["name"].as_str());
@@ -69,6 +71,61 @@ fn every_pipeline_file_is_built_in() {
         let name = file.file_stem().unwrap().to_string_lossy().into_owned();
         assert!(listed.lines().any(|line| line.starts_with(&name)), "{name} is not in the table of named pipelines");
     }
+}
+
+/// What the stage of an id comes to in a named pipeline, with every default.
+fn parameters(pipeline: &str, id: &str) -> Value {
+    let text = fs::read_to_string(root().join(format!("pipelines/{pipeline}.yaml"))).unwrap();
+    let file: Value = serde_yaml::from_str(&text).unwrap();
+    let stage = file["stages"].as_array().unwrap().iter().find(|stage| stage["id"] == id).unwrap();
+    let given = stage.get("with").cloned().unwrap_or_else(|| json!({}));
+    let parsed = (ovenbird_stages::find(stage["use"].as_str().unwrap()).unwrap().parse)(&given);
+    parsed.unwrap_or_else(|problem| panic!("{pipeline}: {id}: {}", problem.problem)).params()
+}
+
+/// Tables of OADP's specification, sections 6.1, 6.4, 6.5 and 6.6: how ViLD and OADP were trained, and are asked.
+#[test]
+fn published_pipelines_have_the_published_numbers() {
+    let weight = |gain: f64, warm_up_steps: u32| json!({"gain": gain, "warm_up_steps": warm_up_steps});
+    let pyramid = json!({
+        "objects": weight(256.0, 200), "blocks": weight(128.0, 200), "relations": weight(8.0, 200), "globals": weight(0.5, 200),
+        "block_labels": weight(16.0, 1000), "global_labels": weight(4.0, 2000), "label_warm_up": "reference", "images_per_group": 2,
+    });
+    let common = json!({
+        "seed": 3407, "batch": 16, "accumulate": 1, "longer_side": [1330, 1333], "shorter_side": [640, 800], "precision": "f16",
+        "optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.02, "warm_up_steps": 500, "decay": "steps", "weight_decay": 2.5e-5,
+    });
+    let coco = json!({"steps": 40_000, "decay_steps": [30_000], "checkpoints": 20, "repeat_threshold": 0.0});
+    let lvis = json!({"epochs": 24, "decay_epochs": [16, 19], "repeat_threshold": 0.001});
+    let half = json!({"groups": {"bbox_head": {"rate": 0.5, "decay": 1.0}}});
+    let all = json!({"groups": {}});
+    let assert_holds = |found: &Value, expected: &Value, place: &str| {
+        for (field, value) in expected.as_object().unwrap() {
+            assert_eq!(&found[field], value, "{place}: {field}");
+        }
+    };
+    for (pipeline, [train, test], masks, length, groups) in [
+        ("vild-ov-coco", [0.01, 0.007], false, &coco, &all),
+        ("vild-ov-lvis", [0.01, 0.007], true, &lvis, &all),
+        ("oadp-ov-coco", [0.007, 0.01], false, &coco, &half),
+        ("oadp-ov-lvis", [0.01, 0.007], true, &lvis, &all),
+    ] {
+        let detector = parameters(pipeline, "detector");
+        let network =
+            json!({"network": "r50", "masks": masks, "train_temperature": train, "test_temperature": test, "crowds": "background"});
+        assert_holds(&detector, &network, pipeline);
+        for expected in [&common, length, groups] {
+            assert_holds(&detector["training"], expected, pipeline);
+        }
+        if pipeline.starts_with("oadp") {
+            assert_holds(&detector["distillation"], &pyramid, pipeline);
+        }
+        assert_eq!(detector["distillation"]["objects"], weight(256.0, 200), "{pipeline}");
+        let asked = json!({"heads": "both", "proposals": 1000, "nms_iou": 0.5, "score_threshold": 0.0, "most_per_image": 300});
+        assert_holds(&parameters(pipeline, "test"), &asked, pipeline);
+    }
+    let learned = json!({"epochs": 3, "batch": 16, "learning_rate": 0.05, "weight_decay": 0.001, "loss_weight": 640.0});
+    assert_holds(&parameters("oadp-ov-coco", "multilabel"), &learned, "oadp-ov-coco");
 }
 
 #[test]

@@ -382,6 +382,9 @@ mod tests {
             // Mirrored, then scaled, is scaled, then mirrored.
             let here = Placement { from: placement.from, to: placement.from, is_mirrored: true };
             prop_assert!(close(&placement.show(&here.show(&xyxy)), &placement.mirrored().show(&xyxy)));
+            let mirrored = Xyxy { x1: 640.0 - (x + w), x2: 640.0 - x, ..xyxy };
+            prop_assert!(close(&here.show(&xyxy), &mirrored));
+            prop_assert!(close(&here.show(&here.show(&xyxy)), &xyxy));
         }
     }
 }

@@ -23,6 +23,7 @@ use std::{
 use ovenbird_cache::{
     Claim, Digest, Donors, Draft, DraftFile, Fingerprint, Lease, Recipe, Status, Store, UnitKey, Watch, chunk, inputs::InputFile, unit_name,
 };
+use ovenbird_data::annotations::ImageId;
 use ovenbird_models::checkpoint::write_safetensors;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -492,6 +493,28 @@ impl Context<'_> {
         (self.report)(Progress::Failed(failed.clone()));
         draft.failed.lock().unwrap_or_else(PoisonError::into_inner).push(failed);
         Ok(())
+    }
+
+    /// Has images left out for which a port has nothing, by the stage's policy: says of how many of `n_images`, and names the first.
+    pub(crate) fn leave_out_missing(&self, port: PortInfo, missing: &[ImageId], n_images: usize, hint: &str) -> Result<()> {
+        let Some(first) = missing.first() else { return Ok(()) };
+        let problem = format!("none for {} of {n_images} images, image {first} among them", missing.len());
+        match self.on_bad_item {
+            OnBadItem::Fail => {
+                let hint = format!("{hint}; or leave these images out: `on_bad_item: skip`");
+                Err(Error::Input { port: port.name, problem, hint })
+            }
+            OnBadItem::Skip { max_failed_ratio }
+                if missing.len() == n_images || missing.len() as f64 > max_failed_ratio * n_images as f64 =>
+            {
+                let last = format!("image {first} has no `{}`", port.name);
+                Err(Error::TooManyFailed { n_failed: missing.len() as u64, n_items: n_images, max_failed_ratio, last })
+            }
+            OnBadItem::Skip { .. } => {
+                self.note(format!("{}: {problem}: left out", port.name));
+                Ok(())
+            }
+        }
     }
 
     fn key(&self, unit: &Unit) -> UnitKey {

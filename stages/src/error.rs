@@ -2,8 +2,6 @@
 
 use std::path::Path;
 
-use ovenbird_data::annotations::ImageId;
-
 /// Why a stage ended without its result.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -92,11 +90,4 @@ impl Error {
 /// What every reader of an artifact's table or shard answers when columns are not what they should be.
 pub(crate) fn malformed(path: &Path, problem: impl Into<String>) -> Error {
     Error::Cache(ovenbird_cache::Error::Malformed { path: path.to_owned(), problem: problem.into() })
-}
-
-/// Refuses a port that has nothing for some of `n_images` images: says of how many, and names the first.
-pub(crate) fn require_none_missing(port: &'static str, missing: &[ImageId], n_images: usize, hint: &str) -> Result<(), Error> {
-    let Some(first) = missing.first() else { return Ok(()) };
-    let problem = format!("none for {} of {n_images} images, image {first} among them", missing.len());
-    Err(Error::Input { port, problem, hint: hint.into() })
 }

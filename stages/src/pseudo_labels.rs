@@ -17,7 +17,6 @@ use crate::{
     Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{AnnotationFile, Classes, Prompts, RegionFeatures, Regions},
     detect::category_ids,
-    error::require_none_missing,
 };
 
 /// Annotations with what CLIP takes proposals for, so that a detector learns novel classes from boxes that nobody drew.
@@ -100,7 +99,7 @@ impl Stage for PseudoLabels {
         }
         let missing: Vec<ImageId> = waiting.into_iter().collect();
         let hint = "make them for these annotations: `clip/objects` or `objects/import` with the same `annotations`";
-        require_none_missing(FEATURES.info().name, &missing, images.len(), hint)?;
+        cx.leave_out_missing(FEATURES.info(), &missing, images.len(), hint)?;
         let base = category_ids(&annotations, classes.base.iter())?;
         let n_base = added.iter().filter(|object| base.contains(&object.category_id)).count();
         let draft = cx.begin(unit)?;

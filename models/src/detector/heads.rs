@@ -375,7 +375,7 @@ impl RegionRule {
         }
         let regions: Vec<Corners> = objects.iter().copied().chain(corners(proposals, "proposals")?).collect();
         let mut matches = self.assigner.assign(&regions, &objects);
-        truth.excuse(&regions, &mut matches)?;
+        truth.ignore_crowded(&regions, &mut matches)?;
         let sample = self.sampler.draw(&matches, rng);
         let chosen: Vec<usize> = sample.objects.iter().chain(&sample.background).copied().collect();
         let object_of = |&region: &usize| match matches[region] {

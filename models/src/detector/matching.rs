@@ -30,7 +30,7 @@ impl From<Tensor> for Truth {
 
 impl Truth {
     /// Has the background among `boxes` ignored that lies in a crowd.
-    pub(crate) fn excuse(&self, boxes: &[Corners], matches: &mut [Match]) -> Result<()> {
+    pub(crate) fn ignore_crowded(&self, boxes: &[Corners], matches: &mut [Match]) -> Result<()> {
         let crowds = corners(&self.crowds, "crowds")?;
         for (found, &inner) in matches.iter_mut().zip(boxes) {
             if *found == Match::Background && crowds.iter().any(|&crowd| share_within(inner, crowd) >= CROWDED) {

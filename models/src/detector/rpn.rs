@@ -200,7 +200,7 @@ impl Rpn {
             let places = predictions.learned_from(size, self.config.learning.reach);
             let anchors: Vec<Corners> = places.iter().map(|&(_, anchor)| anchor).collect();
             let mut matches = self.config.assigner.assign_claims(&anchors, &objects, self.config.learning.claim);
-            truth.excuse(&anchors, &mut matches)?;
+            truth.ignore_crowded(&anchors, &mut matches)?;
             let sample = self.config.sampler.draw(&matches, rng);
             let row = |&place: &usize| (image * n_anchors + places[place].0) as i64;
             positive.extend(sample.objects.iter().map(row));

@@ -32,12 +32,6 @@ use crate::{Context, Result, Unit, artifacts::Classes};
 
 /// Which proposals are made in training.
 const PROPOSALS: ProposalRule = ProposalRule { per_level: 2000, suppression: Suppression { iou: 0.7, keep: 1000 }, least_side: 0.0 };
-/// Which regions are learned from.
-const SAMPLES: RegionRule = RegionRule {
-    assigner: Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None },
-    sampler: Sampler { n: 512, object_fraction: 0.25 },
-    coder: REGION_CODER,
-};
 /// Of how many of the best classes of a block, and of an image, the recall is taken.
 const BLOCK_BEST: i64 = 5;
 const IMAGE_BEST: i64 = 20;
@@ -49,6 +43,8 @@ pub(super) struct OpenLearner {
     tables: ClassTables,
     /// Classes as the global head compares with them.
     of_images: Vocabulary,
+    /// Which regions are learned from.
+    rule: RegionRule,
     crowds: Crowds,
     distillation: Distillation,
     /// Owns the weights.
@@ -71,8 +67,13 @@ impl OpenLearner {
         let store = nn::VarStore::new(cx.device);
         let detector = Detector::new(&store.root(), &card.config, stage.training.seed)?;
         begin_with_pretrained(detector.parameters(), units, cx)?;
+        let rule = RegionRule {
+            assigner: Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None },
+            sampler: Sampler { n: stage.network.regions_per_image(), object_fraction: 0.25 },
+            coder: REGION_CODER,
+        };
         let (crowds, distillation) = (stage.crowds, stage.distillation.clone());
-        Ok(Self { detector, card, tables, of_images, crowds, distillation, _store: store })
+        Ok(Self { detector, card, tables, of_images, rule, crowds, distillation, _store: store })
     }
 }
 
@@ -126,13 +127,13 @@ impl OpenLearner {
     ) -> Result<Vec<RegionSample>> {
         let Detector { regions: network, bbox_head, .. } = &self.detector;
         let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image.size).collect();
-        let truths: Vec<Truth> = batch.images.iter().map(|image| self.truth(image)).collect();
+        let truths: Vec<Truth> = batch.images.iter().map(|image| truth(image, self.crowds)).collect();
         let rpn = network.rpn.losses(&pyramid.predictions, &sizes, &truths, random)?;
         let proposals = network.rpn.proposals(&pyramid.predictions, &sizes, &PROPOSALS)?;
         let mut samples = Vec::new();
         for ((found, truth), image) in proposals.iter().zip(&truths).zip(&batch.images) {
             let classes = Tensor::from_slice(&image.classes.iter().map(|class| *class as i64).collect::<Vec<_>>());
-            samples.push(SAMPLES.choose(&found.boxes, truth, &classes, self.tables.text.n_classes(), random)?);
+            samples.push(self.rule.choose(&found.boxes, truth, &classes, self.tables.text.n_classes(), random)?);
         }
         let chosen: Vec<Tensor> = samples.iter().map(|sample| sample.boxes.shallow_clone()).collect();
         let said = bbox_head.forward(&pyramid.pool(&self.card.config.pool, &chosen)?, Phase::Train)?;
@@ -146,14 +147,6 @@ impl OpenLearner {
             ("boxes", of_regions.boxes),
         ]);
         Ok(samples)
-    }
-
-    fn truth(&self, image: &Shown) -> Truth {
-        let objects = boxes(&image.objects);
-        match self.crowds {
-            Crowds::Background => objects.into(),
-            Crowds::Ignored => Truth { objects, crowds: boxes(&image.crowds) },
-        }
     }
 
     /// The masks of objects within the regions that stand for them.
@@ -236,6 +229,15 @@ impl OpenLearner {
     }
 }
 
+/// What is on an image.
+fn truth(image: &Shown, crowds: Crowds) -> Truth {
+    let objects = boxes(&image.objects);
+    match crowds {
+        Crowds::Background => objects.into(),
+        Crowds::Ignored => Truth { objects, crowds: boxes(&image.crowds) },
+    }
+}
+
 type Loss = fn(&Tensor, &Tensor) -> ovenbird_models::Result<Tensor>;
 
 /// Embeddings of the same regions, image after image.
@@ -275,4 +277,31 @@ fn object_mask(mask: &ShownMask) -> ObjectMask {
 /// `[N, 4]`.
 pub(super) fn boxes(boxes: &[Xyxy]) -> Tensor {
     boxes_tensor(&boxes.iter().map(|xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2]).collect::<Vec<_>>())
+}
+
+#[cfg(test)]
+mod tests {
+    use ovenbird_data::annotations::ImageId;
+
+    use super::*;
+
+    #[test]
+    fn crowds_are_background_or_ignored() {
+        let image = Shown {
+            id: ImageId(1),
+            size: ImageSize { width: 90, height: 60 },
+            objects: vec![Xyxy { x1: 1.0, y1: 2.0, x2: 30.0, y2: 40.0 }],
+            crowds: vec![Xyxy { x1: 40.0, y1: 2.0, x2: 90.0, y2: 60.0 }],
+            classes: vec![0],
+            masks: Vec::new(),
+            proposals: ShownRegions::default(),
+            blocks: ShownRegions::default(),
+            block_classes: Vec::new(),
+            embedding: Vec::new(),
+        };
+        for (crowds, ignored) in [(Crowds::Background, boxes(&[])), (Crowds::Ignored, boxes(&image.crowds))] {
+            let found = truth(&image, crowds);
+            assert_eq!((found.objects, found.crowds), (boxes(&image.objects), ignored));
+        }
+    }
 }

@@ -5,7 +5,7 @@
 //! parameter group of `torch.optim.Adam`. The reference trained for 4 epochs at a constant rate and took what it had after the third:
 //! the fourth cannot change that, so here 3 are the whole training.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ovenbird_data::{
     annotations::{Annotations, CategoryId, ImageId},
@@ -30,7 +30,6 @@ use crate::{
     artifacts::{AnnotationFile, CheckpointFile, Classes, Prompts, RegionFeatures, Regions, TrainingState},
     clip::Clip,
     detect::category_ids,
-    error::require_none_missing,
     optimizer::AdamW,
 };
 
@@ -151,7 +150,7 @@ impl Stage for Multilabel {
         }
         let steps_of = |unit: &Unit| {
             let begin = unit.index as u32 * self.steps_per_unit;
-            let steps = begin..self.n_steps(shown.n_images()).min(begin + self.steps_per_unit);
+            let steps = begin..self.n_steps(shown.n_annotated).min(begin + self.steps_per_unit);
             steps.start..steps.end.min(cx.most_items.map_or(u32::MAX, |most| begin + most as u32))
         };
         cx.total(units.iter().map(|unit| steps_of(unit).len() as u64).sum());
@@ -232,6 +231,8 @@ fn mean(numbers: &[f64]) -> f64 {
 
 /// Images, and which classes each shows.
 struct Shown {
+    /// With those that are left out: what a training's length follows from.
+    n_annotated: usize,
     /// f32 `[N, D]`, on the device: as stored, of unit norm but for their rounding.
     embeddings: Tensor,
     /// u8 `[N, K]`, on the device: 1 where the image shows the class.
@@ -246,25 +247,28 @@ impl Shown {
         clip: &clip::Clip,
         cx: &Context<'_>,
     ) -> Result<Self> {
-        let port = features.info().name;
         let mut annotations = cx.inputs.read(annotations)?.load()?;
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
-        let labels = labels(&annotations, &category_ids(&annotations, classes.iter())?);
-        let places: BTreeMap<ImageId, usize> = annotations.images.iter().enumerate().map(|(place, image)| (image.id, place)).collect();
-        let (dim, n_images) = (clip.config().embed_dim as usize, places.len());
-        let mut rows: Vec<Option<Vec<f32>>> = vec![None; n_images];
+        let n_annotated = annotations.images.len();
+        let asked: BTreeSet<ImageId> = annotations.images.iter().map(|image| image.id).collect();
+        let dim = clip.config().embed_dim as usize;
+        let mut rows: BTreeMap<ImageId, Vec<f32>> = BTreeMap::new();
         for regions in cx.inputs.read(features)?.rows() {
             cx.proceed()?;
             let regions = regions?;
-            if let Some(place) = places.get(&regions.image_id) {
-                rows[*place] = Some(whole_image(regions, dim, port)?);
+            if asked.contains(&regions.image_id) {
+                rows.insert(regions.image_id, whole_image(regions, dim, features.info().name)?);
             }
         }
-        let missing: Vec<ImageId> = places.iter().filter(|(_, place)| rows[**place].is_none()).map(|(image, _)| *image).collect();
-        require_none_missing(port, &missing, n_images, "make them for these annotations: `clip/blocks` with the same `annotations`")?;
-        let flat = rows.into_iter().flatten().flatten().collect::<Vec<f32>>();
-        let [n_images, dim, n_classes] = [n_images, dim, classes.len()].map(|n| n as i64);
+        let missing: Vec<ImageId> = asked.into_iter().filter(|image| !rows.contains_key(image)).collect();
+        let hint = "make them for these annotations: `clip/blocks` with the same `annotations`";
+        cx.leave_out_missing(features.info(), &missing, n_annotated, hint)?;
+        annotations.images.retain(|image| rows.contains_key(&image.id));
+        let labels = labels(&annotations, &category_ids(&annotations, classes.iter())?);
+        let flat = annotations.images.iter().flat_map(|image| &rows[&image.id]).copied().collect::<Vec<f32>>();
+        let [n_images, dim, n_classes] = [annotations.images.len(), dim, classes.len()].map(|n| n as i64);
         Ok(Self {
+            n_annotated,
             embeddings: Tensor::from_slice(&flat).view([n_images, dim]).to_device(clip.device()),
             labels: Tensor::from_slice(&labels).view([n_images, n_classes]).to_device(clip.device()),
         })
@@ -461,6 +465,7 @@ mod tests {
         let (n_images, n_base, n_classes) = (golden["n_images"].as_i64().unwrap(), classes.base.len() as i64, classes.all().count() as i64);
         let flat = |name: &str, n: i64| golden::unit(name, n as usize).collect::<Vec<f32>>();
         let shown = Shown {
+            n_annotated: n_images as usize,
             embeddings: to_unit_length(&Tensor::from_slice(&flat("images", n_images * 32)).view([n_images, 32])),
             labels: Tensor::from_slice(&flat("labels", n_images * n_base).iter().map(|u| u8::from(*u > 0.2)).collect::<Vec<_>>())
                 .view([n_images, n_base]),

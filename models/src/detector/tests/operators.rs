@@ -267,7 +267,7 @@ fn what_lies_in_a_crowd_is_no_background_but_objects_there_are_objects() {
     ];
     let rule = Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None };
     let mut matches = rule.assign(&boxes, &[[0.0, 0.0, 8.0, 8.0]]);
-    truth.excuse(&boxes, &mut matches).unwrap();
+    truth.ignore_crowded(&boxes, &mut matches).unwrap();
     assert_eq!(matches, [Match::Ignored, Match::Background, Match::Object(0), Match::Background, Match::Background]);
 }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use ovenbird_data::{
-    annotations::ImageId,
+    annotations::{Annotations, ImageId},
     boxes::Xyxy,
     masks::Mask,
     training::{self, Object, Placement, Sample, ShownMask},
@@ -14,11 +14,10 @@ use rand_chacha::ChaCha8Rng;
 
 use super::Training;
 use crate::{
-    Context, Error, Result,
+    Context, Error, In, Inputs, PortInfo, Result,
     artifacts::{ByImage, Classes, ImageFeatures, Images, RegionFeatures, Regions},
     detect::category_ids,
     detector::{ANNOTATIONS, CLASSES, IMAGES, Pixels},
-    error::require_none_missing,
 };
 
 /// What is seen at which step.
@@ -31,9 +30,7 @@ pub(in crate::detector) struct Course {
     blocks: Option<Source<Regions>>,
     globals: Option<Source<(ImageId, Vec<f32>)>>,
     has_masks: bool,
-    batch: usize,
-    accumulate: u32,
-    sides: [[u32; 2]; 2],
+    training: Training,
     random: ChaCha8Rng,
 }
 
@@ -103,60 +100,70 @@ pub(in crate::detector) struct ShownRegions {
     pub(in crate::detector) embeddings: Vec<f32>,
 }
 
+/// The images of some annotations that show a base class of the port `classes`.
+pub(super) fn samples(annotations: &Annotations, inputs: &Inputs) -> Result<Vec<Sample>> {
+    let Classes(classes) = inputs.read(CLASSES)?;
+    let samples = training::samples(annotations, &category_ids(annotations, classes.base.iter())?);
+    if samples.is_empty() {
+        let problem = format!("none of {} images shows a base class and is at least 32 px wide and high", annotations.images.len());
+        let hint = "use the annotations and the classes of the same split".into();
+        return Err(Error::Input { port: ANNOTATIONS.info().name, problem, hint });
+    }
+    Ok(samples)
+}
+
 impl Course {
     /// Over the images of the port `annotations` that show a base class.
     pub(in crate::detector) fn of(training: &Training, cx: &Context<'_>) -> Result<Self> {
         let mut annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
-        let Classes(classes) = cx.inputs.read(CLASSES)?;
-        let samples = training::samples(&annotations, &category_ids(&annotations, classes.base.iter())?);
-        if samples.is_empty() {
-            let problem = format!("none of {} images shows a base class and is at least 32 px wide and high", annotations.images.len());
-            let hint = "use the annotations and the classes of the same split".into();
-            return Err(Error::Input { port: ANNOTATIONS.info().name, problem, hint });
-        }
-        let repeats = match training.repeat_threshold {
-            0.0 => vec![1; samples.len()],
-            threshold => training::repeats(&samples, threshold),
-        };
+        let samples = samples(&annotations, cx.inputs)?;
         Ok(Self {
             images: cx.inputs.read(IMAGES)?,
-            copies: repeats.into_iter().enumerate().flat_map(|(place, n)| std::iter::repeat_n(place, n)).collect(),
+            copies: training.copies(&samples),
             samples,
             proposals: None,
             blocks: None,
             globals: None,
             has_masks: false,
-            batch: training.batch,
-            accumulate: training.accumulate,
-            sides: [training.longer_side, training.shorter_side],
+            training: training.clone(),
             random: cx.rng(&cx.units[0]),
         })
     }
 
-    /// The same, with embeddings of `dim` numbers of proposals. Images without an entry are named, as for the next two.
-    pub(in crate::detector) fn with_proposals(self, features: &RegionFeatures, dim: i64, port: &'static str) -> Result<Self> {
-        let source = self.source(features.by_image()?, dim, port, "clip/objects")?;
-        Ok(Self { proposals: Some(source), ..self })
+    /// The same, with embeddings of `dim` numbers of proposals. Images without an entry are left out or refused, as for the next two.
+    pub(in crate::detector) fn with_proposals(mut self, port: In<RegionFeatures>, dim: i64, cx: &Context<'_>) -> Result<Self> {
+        if let Some(features) = cx.inputs.read_if_given(port)? {
+            self.proposals = Some(self.source(features.by_image()?, dim, port.info(), "clip/objects", cx)?);
+        }
+        Ok(self)
     }
 
     /// The same, with embeddings of blocks.
-    pub(in crate::detector) fn with_blocks(self, features: &RegionFeatures, dim: i64, port: &'static str) -> Result<Self> {
-        let source = self.source(features.by_image()?, dim, port, "clip/blocks")?;
-        Ok(Self { blocks: Some(source), ..self })
+    pub(in crate::detector) fn with_blocks(mut self, port: In<RegionFeatures>, dim: i64, cx: &Context<'_>) -> Result<Self> {
+        if let Some(features) = cx.inputs.read_if_given(port)? {
+            self.blocks = Some(self.source(features.by_image()?, dim, port.info(), "clip/blocks", cx)?);
+        }
+        Ok(self)
     }
 
     /// The same, with embeddings of whole images.
-    pub(in crate::detector) fn with_globals(self, features: &ImageFeatures, dim: i64, port: &'static str) -> Result<Self> {
-        let source = self.source(features.by_image()?, dim, port, "clip/globals")?;
-        Ok(Self { globals: Some(source), ..self })
+    pub(in crate::detector) fn with_globals(mut self, port: In<ImageFeatures>, dim: i64, cx: &Context<'_>) -> Result<Self> {
+        if let Some(features) = cx.inputs.read_if_given(port)? {
+            self.globals = Some(self.source(features.by_image()?, dim, port.info(), "clip/globals", cx)?);
+        }
+        Ok(self)
     }
 
-    fn source<R>(&self, by_image: ByImage<R>, dim: i64, port: &'static str, maker: &str) -> Result<Source<R>> {
+    fn source<R>(&mut self, by_image: ByImage<R>, dim: i64, port: PortInfo, maker: &str, cx: &Context<'_>) -> Result<Source<R>> {
         let missing: Vec<ImageId> = self.samples.iter().map(|sample| sample.info.id).filter(|image| !by_image.has(*image)).collect();
         let hint = format!("make them for these annotations: `{maker}` with the same `annotations`");
-        require_none_missing(port, &missing, self.samples.len(), &hint)?;
-        Ok(Source { by_image, dim: dim as usize, port })
+        cx.leave_out_missing(port, &missing, self.samples.len(), &hint)?;
+        if !missing.is_empty() {
+            self.samples.retain(|sample| by_image.has(sample.info.id));
+            self.copies = self.training.copies(&self.samples);
+        }
+        Ok(Source { by_image, dim: dim as usize, port: port.name })
     }
 
     /// The same, with the masks of objects.
@@ -170,13 +177,13 @@ impl Course {
 
     /// How many batches an epoch has.
     pub(super) fn n_batches(&self) -> usize {
-        self.copies.len().div_ceil(self.batch)
+        self.copies.len().div_ceil(self.training.batch)
     }
 
     /// Random numbers for something: no two things share any.
     pub(super) fn random(&self, of: Random) -> ChaCha8Rng {
         let mut random = self.random.clone();
-        let batch = |step: u32, piece: u32| u64::from(step) * u64::from(self.accumulate) + u64::from(piece);
+        let batch = |step: u32, piece: u32| u64::from(step) * u64::from(self.training.accumulate) + u64::from(piece);
         random.set_stream(match of {
             Random::Placements(step, piece) => 2 * batch(step, piece),
             Random::Samples(step, piece) => 2 * batch(step, piece) + 1,
@@ -190,13 +197,13 @@ impl Course {
         let mut order = self.copies.clone();
         order.shuffle(&mut self.random(Random::Order(epoch)));
         let is_tall = |place: usize| self.samples[place].info.height > self.samples[place].info.width;
-        training::batches(&order, is_tall, self.batch)
+        training::batches(&order, is_tall, self.training.batch)
     }
 
     /// What the batches of some steps show, with the bytes that each will have.
     pub(super) fn lessons(&self, steps: Range<u32>) -> impl Iterator<Item = (Lesson, usize)> + Send {
-        let all = (0..).flat_map(|epoch| self.epoch(epoch)).skip(steps.start as usize * self.accumulate as usize);
-        let pieces = steps.flat_map(|step| (0..self.accumulate).map(move |piece| (step, piece)));
+        let all = (0..).flat_map(|epoch| self.epoch(epoch)).skip(steps.start as usize * self.training.accumulate as usize);
+        let pieces = steps.flat_map(|step| (0..self.training.accumulate).map(move |piece| (step, piece)));
         pieces.zip(all).map(|((step, piece), places)| {
             let mut random = self.random(Random::Placements(step, piece));
             let images: Vec<(usize, Placement)> = places.into_iter().map(|place| (place, self.placement(place, &mut random))).collect();
@@ -207,7 +214,7 @@ impl Course {
 
     fn placement(&self, place: usize, random: &mut ChaCha8Rng) -> Placement {
         let info = &self.samples[place].info;
-        let [longer, shorter] = self.sides.map(|[low, high]| random.random_range(low..=high));
+        let [longer, shorter] = [self.training.longer_side, self.training.shorter_side].map(|[low, high]| random.random_range(low..=high));
         let placement = Placement::fitting([info.width, info.height], longer, shorter);
         if random.random_bool(0.5) { placement.mirrored() } else { placement }
     }

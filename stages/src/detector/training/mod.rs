@@ -12,6 +12,7 @@ use std::{
     path::Path,
 };
 
+use ovenbird_data::training::{self, Sample};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -23,8 +24,9 @@ use self::{
     descent::Descent,
 };
 use crate::{
-    Context, Error, Out, Problem, Result, Unit, UnitDraft, Units,
+    Context, Error, Inputs, Out, Problem, Result, Unit, UnitDraft, Units,
     artifacts::{Artifact, Curve, TrainingState},
+    detector::ANNOTATIONS,
     feed::stream,
 };
 
@@ -67,7 +69,7 @@ pub enum TrainPrecision {
     /// bfloat16.
     Bf16,
     /// IEEE half precision; losses are scaled so that small gradients survive. The scale begins at 64, doubles after 2,000 fine steps, and
-    /// halves when a gradient overflows, whose step is left out.
+    /// halves when a gradient overflows, whose step is left out. A loss that overflows ends the training.
     F16,
 }
 
@@ -105,9 +107,12 @@ pub struct Training {
     pub seed: u64,
     /// Steps of the optimizer.
     pub steps: u32,
+    /// Instead of `steps`: how often all images are seen, rare ones more often each time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<u32>,
     /// Steps between units: a training that is killed loses at most these.
     pub steps_per_unit: u32,
-    /// How many units, evenly spaced, stay to choose from (`detector/select`); the last is one of them.
+    /// How many units, evenly spaced, stay to choose from (`detector/select`), the last one among them; all where there are not more.
     pub checkpoints: u32,
     /// Images that a network sees at once.
     pub batch: usize,
@@ -135,6 +140,9 @@ pub struct Training {
     pub decay: Decay,
     /// At these steps the learning rate falls to a tenth.
     pub decay_steps: Vec<u32>,
+    /// Instead of `decay_steps`, where there are `epochs`: after these it falls.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub decay_epochs: Vec<u32>,
     /// Decay of every parameter.
     pub weight_decay: f64,
     /// Parameters whose names hold a key differ so from the others; the longest key counts.
@@ -153,6 +161,7 @@ impl Default for Training {
         Self {
             seed: 3407,
             steps: 40_000,
+            epochs: None,
             steps_per_unit: 1000,
             checkpoints: 1,
             batch: 16,
@@ -168,6 +177,7 @@ impl Default for Training {
             warm_up_steps: 500,
             decay: Decay::Steps,
             decay_steps: vec![30_000],
+            decay_epochs: Vec::new(),
             weight_decay: 2.5e-5,
             groups: BTreeMap::new(),
             most_gradient: None,
@@ -185,8 +195,10 @@ impl Training {
         let is_factor = |number: f64| number >= 0.0 && number.is_finite();
         Problem::unless(&[
             ("training.steps", self.steps > 0, "at least 1"),
+            ("training.epochs", self.epochs.is_none_or(|epochs| (1..=1000).contains(&epochs)), "from 1 to 1000"),
+            ("training.decay_epochs", self.decay_epochs.is_empty() || self.epochs.is_some(), "none without `epochs`"),
             ("training.steps_per_unit", self.steps_per_unit > 0, "at least 1"),
-            ("training.checkpoints", (1..=self.n_links()).contains(&self.checkpoints), "from 1 to the number of units"),
+            ("training.checkpoints", self.checkpoints > 0, "at least 1"),
             ("training.batch", self.batch > 0, "at least 1"),
             ("training.accumulate", self.accumulate > 0, "at least 1"),
             ("training.longer_side", is_range(self.longer_side), "two sides from 32 px on, the smaller first"),
@@ -206,9 +218,38 @@ impl Training {
         self.steps.div_ceil(self.steps_per_unit.max(1))
     }
 
+    /// The same, its length counted in steps, if it is in epochs of the images at the ports `annotations` and `classes`.
+    pub(super) fn in_steps(&self, inputs: &Inputs) -> Result<Self> {
+        match self.epochs {
+            Some(epochs) => {
+                let samples = course::samples(&inputs.read(ANNOTATIONS)?.load()?, inputs)?;
+                Ok(self.of_epochs(epochs, self.copies(&samples).len()))
+            }
+            None => Ok(self.clone()),
+        }
+    }
+
+    fn of_epochs(&self, epochs: u32, n_images: usize) -> Self {
+        let n_batches = n_images.div_ceil(self.batch);
+        let steps = |epochs: u32| u32::try_from((epochs as usize * n_batches).div_ceil(self.accumulate as usize)).unwrap_or(u32::MAX);
+        let decay_steps = self.decay_epochs.iter().map(|epochs| steps(*epochs)).collect();
+        Self { steps: steps(epochs), epochs: None, decay_steps, decay_epochs: Vec::new(), ..self.clone() }
+    }
+
+    /// Places in some samples: each once, those with rare classes more often.
+    fn copies(&self, samples: &[Sample]) -> Vec<usize> {
+        let repeats = match self.repeat_threshold {
+            0.0 => vec![1; samples.len()],
+            threshold => training::repeats(samples, threshold),
+        };
+        repeats.into_iter().enumerate().flat_map(|(place, n)| std::iter::repeat_n(place, n)).collect()
+    }
+
+    /// The chain of a training whose length is in steps.
     pub(super) fn units(&self) -> Units {
         let links = self.n_links();
-        let stay = (1..self.checkpoints).map(|place| (links * place).div_ceil(self.checkpoints) - 1).collect();
+        let n = self.checkpoints.min(links);
+        let stay = (1..n).map(|place| (links * place).div_ceil(n) - 1).collect();
         Units::Chain { links, steps: self.steps, stay }
     }
 
@@ -432,6 +473,20 @@ mod tests {
     }
 
     #[test]
+    fn epochs_are_as_long_as_their_images_are_many() {
+        let training = Training { epochs: Some(24), decay_epochs: vec![16, 19], ..Training::default() };
+        let counted = |training: &Training| {
+            let Training { steps, decay_steps, .. } = training.of_epochs(24, 2001);
+            (steps, decay_steps)
+        };
+        // 2,001 images in batches of 16 are 126.
+        assert_eq!(counted(&training), (24 * 126, vec![16 * 126, 19 * 126]));
+        assert_eq!(counted(&Training { accumulate: 2, ..training }), (12 * 126, vec![8 * 126, 1197]));
+        let without = Training { decay_epochs: vec![3], ..Training::default() };
+        assert_eq!(without.check().into_iter().map(|problem| problem.field).collect::<Vec<_>>(), ["training.decay_epochs"]);
+    }
+
+    #[test]
     fn checkpoints_that_stay_are_evenly_spaced() {
         let stay = |steps, checkpoints| {
             let Units::Chain { links, stay, .. } = (Training { steps, checkpoints, ..Training::default() }).units() else { panic!() };
@@ -440,12 +495,13 @@ mod tests {
         assert_eq!(stay(40_000, 20), (40, (0..19).map(|place| 2 * place + 1).collect()));
         assert_eq!(stay(10_000, 3), (10, vec![3, 6]));
         assert_eq!(stay(10_000, 1), (10, vec![]));
+        assert_eq!(stay(2_500, 6), (3, vec![0, 1]));
     }
 
     #[test]
     fn the_defaults_are_parameters_that_pass_their_own_check() {
         assert!(Training::default().check().is_empty());
-        let wrong = Training { batch: 0, shorter_side: [800, 640], momentum: 1.0, checkpoints: 41, ..Training::default() };
+        let wrong = Training { batch: 0, shorter_side: [800, 640], momentum: 1.0, checkpoints: 0, ..Training::default() };
         let fields: Vec<String> = wrong.check().into_iter().map(|problem| problem.field).collect();
         assert_eq!(fields, ["training.checkpoints", "training.batch", "training.shorter_side", "training.momentum"]);
     }
