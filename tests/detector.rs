@@ -5,10 +5,7 @@ use std::{path::Path, process::Command};
 use ovenbird_models::checkpoint::{Checkpoint, Saved, write_torch};
 use tch::{Device, Kind, Tensor};
 
-use crate::{
-    interchange::python,
-    support::{World, until},
-};
+use crate::support::{World, python, until};
 
 /// A detector of almost nothing, in seconds.
 const SMALL: &str = r#"version: 1

@@ -24,7 +24,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 use tch::{Device, nn};
 
-use crate::support::World;
+use crate::support::{World, python};
 
 /// A toy world of validation images alone, its classes, and what reads `./detections.parquet`.
 const PIPELINE: &str = r#"version: 1
@@ -115,16 +115,7 @@ fn read_table(path: &Path) -> Vec<Detection> {
 #[test]
 fn python_says_the_same_of_the_exported_detections() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let python = root.join("target/peers/bin/python");
-    let is_there = python.exists()
-        && Command::new(&python)
-            .args(["-c", "import faster_coco_eval, lvis, pycocotools"])
-            .output()
-            .is_ok_and(|output| output.status.success());
-    if !is_there {
-        println!("skipped: pycocotools and lvis-api are not set up (`make peers`)");
-        return;
-    }
+    let Some(python) = python("faster_coco_eval, lvis, pycocotools") else { return };
     let world = world_with(Masks::Drawn);
     for of in ["boxes", "masks"] {
         world.run(["run", "./evaluation.yaml", "--set", &format!("of={of}")]).success();

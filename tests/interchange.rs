@@ -17,7 +17,7 @@ use ovenbird_stages::artifacts::{Artifact, ImageFeatures, RegionFeatures, Region
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
-use crate::support::{World, until};
+use crate::support::{World, python, until};
 
 /// Every kind of feature, to the reference's files and back.
 const BOTH_WAYS: &str = r#"version: 1
@@ -131,18 +131,6 @@ fn features_that_went_to_the_reference_and_came_back_are_the_same() {
     let tables: Vec<&Vec<u8>> = units.iter().filter(|(name, _)| name.ends_with("proposals.parquet")).map(|(_, bytes)| bytes).collect();
     assert!(tables.len() == 2 && tables[0] == tables[1]);
     world.run(["verify", "--deep"]).success();
-}
-
-/// A Python with PyTorch, or none, aloud.
-#[expect(clippy::print_stdout, reason = "a test that is skipped says so")]
-pub(crate) fn python(packages: &str) -> Option<PathBuf> {
-    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/peers/bin/python");
-    let imports = format!("import {packages}");
-    let is_there = python.exists() && Command::new(&python).args(["-c", &imports]).output().is_ok_and(|output| output.status.success());
-    if !is_there {
-        println!("skipped: {packages} are not set up (`make peers`)");
-    }
-    is_there.then_some(python)
 }
 
 /// What a script prints, json.

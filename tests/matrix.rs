@@ -132,8 +132,13 @@ fn common_stages_run_once_and_all_variants_end_in_one_table() {
     let page = run.stdout.lines().find_map(|line| line.strip_prefix("report: ")).unwrap();
     let page = std::fs::read_to_string(world.path(page)).unwrap();
     let place = |words: &str| page.find(words).unwrap_or_else(|| panic!("{words}"));
+    // A stage is drawn once, with how many copies it has.
+    assert!(page.contains(">clip × 2</text>") && !page.contains(">clip@7</text>"));
     assert!(place("<h2>coco: side by side</h2>") < place("Every seed") && place("Every seed") < place("<h2>coco@cool,7</h2>"));
     let report: Value = serde_json::from_str(&world.run(["report", "--json"]).success().stdout).unwrap();
+    // Without the first variant there is nothing to differ from.
+    let others = world.run(["run", "./matrix.yaml", "--variant", "warm", "--variant", "strict"]).success();
+    assert!(others.stdout.contains("over the seeds 7, 8\n") && !others.stdout.contains("the difference to"), "{}", others.stdout);
     let ap50 = |step: &str| {
         let found = report["report"]["evaluations"].as_array().unwrap().iter().find(|found| found["step"] == step).unwrap();
         found["groups"]["novel"]["ap50"].as_f64().unwrap()

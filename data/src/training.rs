@@ -60,8 +60,8 @@ pub fn samples(annotations: &Annotations, classes: &[CategoryId]) -> Vec<Sample>
             let counts = !label.is_crowd && inside.area() > 0.0 && label.area > 0.0 && width >= 1.0 && height >= 1.0;
             counts.then(|| Object { id: label.id, xyxy: label.xyxy, class, segmentation: label.segmentation.clone() })
         };
-        let is_crowd = |label: &&&crate::annotations::Annotation| label.is_crowd && class_of.contains_key(&label.category_id);
-        let crowds = labels.iter().filter(is_crowd).map(|label| label.xyxy).collect();
+        let crowds = labels.iter().filter(|label| label.is_crowd && class_of.contains_key(&label.category_id));
+        let crowds = crowds.map(|label| label.xyxy).collect();
         Some(Sample { info: info.clone(), objects: labels.iter().filter_map(object).collect(), crowds })
     };
     annotations.images.iter().filter_map(sample).collect()

@@ -391,6 +391,14 @@ pub struct Context<'a> {
     pub report: &'a (dyn Fn(Progress) + Send + Sync),
 }
 
+/// Fails where more items have failed than a policy allows; `last`: why the last one did.
+fn refuse_too_many([n_failed, n_items]: [usize; 2], max_failed_ratio: f64, last: &str) -> Result<()> {
+    if n_failed as f64 > max_failed_ratio * n_items as f64 {
+        return Err(Error::TooManyFailed { n_failed: n_failed as u64, n_items, max_failed_ratio, last: last.into() });
+    }
+    Ok(())
+}
+
 impl Context<'_> {
     /// Random numbers of a unit: the same in every run, on every machine.
     pub fn rng(&self, unit: &Unit) -> ChaCha8Rng {
@@ -486,10 +494,7 @@ impl Context<'_> {
         use ovenbird_models::Error::{Malformed, Read};
         let (Error::Data(_) | Error::Models(Read { .. } | Malformed { .. })) = &error else { return Err(error) };
         let failed = FailedItem { item: item.into(), reason: with_sources(&error), attempts };
-        let [n_failed, n_items] = counts;
-        if n_failed as f64 > max_failed_ratio * n_items as f64 {
-            return Err(Error::TooManyFailed { n_failed: n_failed as u64, n_items, max_failed_ratio, last: failed.reason });
-        }
+        refuse_too_many(counts, max_failed_ratio, &failed.reason)?;
         (self.report)(Progress::Failed(failed.clone()));
         draft.failed.lock().unwrap_or_else(PoisonError::into_inner).push(failed);
         Ok(())
@@ -504,13 +509,11 @@ impl Context<'_> {
                 let hint = format!("{hint}; or leave these images out: `on_bad_item: skip`");
                 Err(Error::Input { port: port.name, problem, hint })
             }
-            OnBadItem::Skip { max_failed_ratio }
-                if missing.len() == n_images || missing.len() as f64 > max_failed_ratio * n_images as f64 =>
-            {
-                let last = format!("image {first} has no `{}`", port.name);
-                Err(Error::TooManyFailed { n_failed: missing.len() as u64, n_items: n_images, max_failed_ratio, last })
-            }
-            OnBadItem::Skip { .. } => {
+            OnBadItem::Skip { max_failed_ratio } => {
+                refuse_too_many([missing.len(), n_images], max_failed_ratio, &format!("image {first} has no `{}`", port.name))?;
+                if missing.len() == n_images {
+                    return Err(Error::Input { port: port.name, problem, hint: hint.into() });
+                }
                 self.note(format!("{}: {problem}: left out", port.name));
                 Ok(())
             }

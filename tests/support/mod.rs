@@ -19,6 +19,18 @@ pub(crate) fn until(is_so: impl Fn() -> bool) {
     }
 }
 
+/// A Python that has these packages, or none, aloud.
+#[expect(clippy::print_stdout, reason = "a test that is skipped says so")]
+pub(crate) fn python(packages: &str) -> Option<PathBuf> {
+    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/peers/bin/python");
+    let imports = format!("import {packages}");
+    let is_there = python.exists() && Command::new(&python).args(["-c", &imports]).output().is_ok_and(|output| output.status.success());
+    if !is_there {
+        println!("skipped: {packages} are not set up (`make peers`)");
+    }
+    is_there.then_some(python)
+}
+
 /// A fresh working directory; removed at the end.
 pub(crate) struct World {
     folder: tempfile::TempDir,

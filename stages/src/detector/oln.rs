@@ -105,7 +105,7 @@ impl Stage for OlnTrain {
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
-        Ok(self.training.in_steps(inputs)?.units())
+        self.training.units(inputs)
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
@@ -118,7 +118,7 @@ impl Stage for OlnTrain {
         begin_with_pretrained(network.parameters(), units, cx)?;
         let card = serde_json::to_string(&Card { config, fits: self.training.fits() }).expect("BUG: a card is plain JSON");
         let course = Course::of(&self.training, cx)?;
-        train(&self.training.in_steps(cx.inputs)?, &network, &course, &PORTS, &BTreeMap::from([(CARD_KEY.to_owned(), card)]), units, cx)
+        train(&network, &course, &PORTS, &BTreeMap::from([(CARD_KEY.to_owned(), card)]), units, cx)
     }
 }
 

@@ -214,19 +214,18 @@ impl Stage for Train {
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
-        Ok(self.training.in_steps(inputs)?.units())
+        self.training.units(inputs)
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let learner = OpenLearner::begin(self, units, cx)?;
         let dim = learner.card.config.embed_dim;
-        let course = Course::of(&self.training, cx)?;
-        let mut course = course.with_proposals(FEATURES, dim, cx)?.with_blocks(BLOCKS, dim, cx)?.with_globals(GLOBALS, dim, cx)?;
+        let mut course = Course::of(&self.training, cx)?.with_features([FEATURES, BLOCKS], GLOBALS, dim, cx)?;
         if self.masks {
             course = course.with_masks();
         }
         let card = serde_json::to_string(&learner.card).expect("BUG: a card is plain JSON");
-        train(&self.training.in_steps(cx.inputs)?, &learner, &course, &PORTS, &BTreeMap::from([(CARD_KEY.to_owned(), card)]), units, cx)
+        train(&learner, &course, &PORTS, &BTreeMap::from([(CARD_KEY.to_owned(), card)]), units, cx)
     }
 }
 

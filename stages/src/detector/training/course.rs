@@ -14,8 +14,8 @@ use rand_chacha::ChaCha8Rng;
 
 use super::Training;
 use crate::{
-    Context, Error, In, Inputs, PortInfo, Result,
-    artifacts::{ByImage, Classes, ImageFeatures, Images, RegionFeatures, Regions},
+    Context, Error, In, Inputs, Result,
+    artifacts::{Artifact, ByImage, Classes, ImageFeatures, Images, RegionFeatures, Regions},
     detect::category_ids,
     detector::{ANNOTATIONS, CLASSES, IMAGES, Pixels},
 };
@@ -116,6 +116,7 @@ impl Course {
     /// Over the images of the port `annotations` that show a base class.
     pub(in crate::detector) fn of(training: &Training, cx: &Context<'_>) -> Result<Self> {
         let mut annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let training = training.in_steps(&annotations, cx.inputs)?;
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let samples = samples(&annotations, cx.inputs)?;
         Ok(Self {
@@ -126,49 +127,54 @@ impl Course {
             blocks: None,
             globals: None,
             has_masks: false,
-            training: training.clone(),
+            training,
             random: cx.rng(&cx.units[0]),
         })
     }
 
-    /// The same, with embeddings of `dim` numbers of proposals. Images without an entry are left out or refused, as for the next two.
-    pub(in crate::detector) fn with_proposals(mut self, port: In<RegionFeatures>, dim: i64, cx: &Context<'_>) -> Result<Self> {
-        if let Some(features) = cx.inputs.read_if_given(port)? {
-            self.proposals = Some(self.source(features.by_image()?, dim, port.info(), "clip/objects", cx)?);
-        }
+    /// The same, with embeddings of `dim` numbers of proposals, of blocks and of whole images, as far as they are given. Images without an
+    /// entry are left out or refused.
+    pub(in crate::detector) fn with_features(
+        mut self,
+        [proposals, blocks]: [In<RegionFeatures>; 2],
+        globals: In<ImageFeatures>,
+        dim: i64,
+        cx: &Context<'_>,
+    ) -> Result<Self> {
+        self.proposals = self.source(proposals, RegionFeatures::by_image, "clip/objects", dim, cx)?;
+        self.blocks = self.source(blocks, RegionFeatures::by_image, "clip/blocks", dim, cx)?;
+        self.globals = self.source(globals, ImageFeatures::by_image, "clip/globals", dim, cx)?;
         Ok(self)
     }
 
-    /// The same, with embeddings of blocks.
-    pub(in crate::detector) fn with_blocks(mut self, port: In<RegionFeatures>, dim: i64, cx: &Context<'_>) -> Result<Self> {
-        if let Some(features) = cx.inputs.read_if_given(port)? {
-            self.blocks = Some(self.source(features.by_image()?, dim, port.info(), "clip/blocks", cx)?);
-        }
-        Ok(self)
-    }
-
-    /// The same, with embeddings of whole images.
-    pub(in crate::detector) fn with_globals(mut self, port: In<ImageFeatures>, dim: i64, cx: &Context<'_>) -> Result<Self> {
-        if let Some(features) = cx.inputs.read_if_given(port)? {
-            self.globals = Some(self.source(features.by_image()?, dim, port.info(), "clip/globals", cx)?);
-        }
-        Ok(self)
-    }
-
-    fn source<R>(&mut self, by_image: ByImage<R>, dim: i64, port: PortInfo, maker: &str, cx: &Context<'_>) -> Result<Source<R>> {
+    fn source<F: Artifact, R>(
+        &mut self,
+        port: In<F>,
+        by_image: fn(&F) -> Result<ByImage<R>>,
+        maker: &str,
+        dim: i64,
+        cx: &Context<'_>,
+    ) -> Result<Option<Source<R>>> {
+        let Some(features) = cx.inputs.read_if_given(port)? else { return Ok(None) };
+        let by_image = by_image(&features)?;
         let missing: Vec<ImageId> = self.samples.iter().map(|sample| sample.info.id).filter(|image| !by_image.has(*image)).collect();
         let hint = format!("make them for these annotations: `{maker}` with the same `annotations`");
-        cx.leave_out_missing(port, &missing, self.samples.len(), &hint)?;
+        cx.leave_out_missing(port.info(), &missing, self.samples.len(), &hint)?;
         if !missing.is_empty() {
             self.samples.retain(|sample| by_image.has(sample.info.id));
             self.copies = self.training.copies(&self.samples);
         }
-        Ok(Source { by_image, dim: dim as usize, port: port.name })
+        Ok(Some(Source { by_image, dim: dim as usize, port: port.info().name }))
     }
 
     /// The same, with the masks of objects.
     pub(in crate::detector) fn with_masks(self) -> Self {
         Self { has_masks: true, ..self }
+    }
+
+    /// How it is trained, its length in steps.
+    pub(super) fn training(&self) -> &Training {
+        &self.training
     }
 
     pub(super) fn n_images(&self) -> usize {

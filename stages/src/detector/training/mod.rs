@@ -12,7 +12,10 @@ use std::{
     path::Path,
 };
 
-use ovenbird_data::training::{self, Sample};
+use ovenbird_data::{
+    annotations::Annotations,
+    training::{self, Sample},
+};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -112,7 +115,8 @@ pub struct Training {
     pub epochs: Option<u32>,
     /// Steps between units: a training that is killed loses at most these.
     pub steps_per_unit: u32,
-    /// How many units, evenly spaced, stay to choose from (`detector/select`), the last one among them; all where there are not more.
+    /// How many units, evenly spaced, stay to choose from (`detector/select`), the last one among them; of `epochs`
+    /// all where there are not more.
     pub checkpoints: u32,
     /// Images that a network sees at once.
     pub batch: usize,
@@ -193,12 +197,14 @@ impl Training {
         let is_part = |number: f64| (0.0..1.0).contains(&number);
         let is_positive = |number: f64| number > 0.0 && number.is_finite();
         let is_factor = |number: f64| number >= 0.0 && number.is_finite();
+        let most_checkpoints = if self.epochs.is_some() { u32::MAX } else { self.n_links() };
         Problem::unless(&[
             ("training.steps", self.steps > 0, "at least 1"),
             ("training.epochs", self.epochs.is_none_or(|epochs| (1..=1000).contains(&epochs)), "from 1 to 1000"),
             ("training.decay_epochs", self.decay_epochs.is_empty() || self.epochs.is_some(), "none without `epochs`"),
             ("training.steps_per_unit", self.steps_per_unit > 0, "at least 1"),
-            ("training.checkpoints", self.checkpoints > 0, "at least 1"),
+            // How many units epochs make, the images say.
+            ("training.checkpoints", (1..=most_checkpoints).contains(&self.checkpoints), "from 1 to the number of units"),
             ("training.batch", self.batch > 0, "at least 1"),
             ("training.accumulate", self.accumulate > 0, "at least 1"),
             ("training.longer_side", is_range(self.longer_side), "two sides from 32 px on, the smaller first"),
@@ -218,13 +224,18 @@ impl Training {
         self.steps.div_ceil(self.steps_per_unit.max(1))
     }
 
-    /// The same, its length counted in steps, if it is in epochs of the images at the ports `annotations` and `classes`.
-    pub(super) fn in_steps(&self, inputs: &Inputs) -> Result<Self> {
+    /// The chain of a training on the images at the ports `annotations` and `classes`.
+    pub(super) fn units(&self, inputs: &Inputs) -> Result<Units> {
         match self.epochs {
-            Some(epochs) => {
-                let samples = course::samples(&inputs.read(ANNOTATIONS)?.load()?, inputs)?;
-                Ok(self.of_epochs(epochs, self.copies(&samples).len()))
-            }
+            Some(_) => Ok(self.in_steps(&inputs.read(ANNOTATIONS)?.load()?, inputs)?.chain()),
+            None => Ok(self.chain()),
+        }
+    }
+
+    /// The same with a length in steps, where it is in epochs of the images of some annotations.
+    fn in_steps(&self, annotations: &Annotations, inputs: &Inputs) -> Result<Self> {
+        match self.epochs {
+            Some(epochs) => Ok(self.of_epochs(epochs, self.copies(&course::samples(annotations, inputs)?).len())),
             None => Ok(self.clone()),
         }
     }
@@ -245,8 +256,8 @@ impl Training {
         repeats.into_iter().enumerate().flat_map(|(place, n)| std::iter::repeat_n(place, n)).collect()
     }
 
-    /// The chain of a training whose length is in steps.
-    pub(super) fn units(&self) -> Units {
+    /// Of a length in steps.
+    fn chain(&self) -> Units {
         let links = self.n_links();
         let n = self.checkpoints.min(links);
         let stay = (1..n).map(|place| (links * place).div_ceil(n) - 1).collect();
@@ -320,7 +331,6 @@ impl<W: Artifact> Ports<W> {
 
 /// Makes the links of a chain. `metadata` goes with the weights: how the network is built.
 pub(super) fn train<W: NetworkFile>(
-    training: &Training,
     learner: &impl Learner,
     course: &Course,
     ports: &Ports<W>,
@@ -329,6 +339,7 @@ pub(super) fn train<W: NetworkFile>(
     cx: &Context<'_>,
 ) -> Result<()> {
     let Some(first) = units.first() else { return Ok(()) };
+    let training = course.training();
     let mut descent = Descent::begin(training, learner.parameters());
     let mut curve = Curve::default();
     if let Some(before) = first.index.checked_sub(1) {
@@ -365,7 +376,7 @@ pub(super) fn train<W: NetworkFile>(
                 }
                 cx.left_out(unit, &name, error, attempts, [unreadable.len(), course.n_images()])?;
             }
-            let mut values = learn(training, learner, descent.factor(), &batch, course, cx.device)?;
+            let mut values = learn(learner, descent.factor(), &batch, course, cx.device)?;
             cx.flow(batch.images.len(), n_ready);
             let is_whole = batch.piece + 1 == training.accumulate;
             if is_whole {
@@ -400,18 +411,11 @@ pub(super) fn train<W: NetworkFile>(
 
 /// Adds up the gradients of a batch, whose loss is multiplied by `factor`; returns each loss, weighted, and each measure: none where no image
 /// can be read.
-fn learn(
-    training: &Training,
-    learner: &impl Learner,
-    factor: f64,
-    batch: &Batch,
-    course: &Course,
-    device: Device,
-) -> Result<Vec<(&'static str, f64)>> {
+fn learn(learner: &impl Learner, factor: f64, batch: &Batch, course: &Course, device: Device) -> Result<Vec<(&'static str, f64)>> {
     if batch.images.is_empty() {
         return Ok(Vec::new());
     }
-    let images = batch.pixels.on(device).to_kind(training.precision.kind());
+    let images = batch.pixels.on(device).to_kind(course.training().precision.kind());
     let Assessment { losses, measures } = learner.assess(&images, batch, &mut course.random(Random::Samples(batch.step, batch.piece)))?;
     let scalars = losses.iter().chain(&measures).map(|(_, scalar)| scalar.to_kind(Kind::Float)).collect::<Vec<_>>();
     let all = Tensor::stack(&scalars, 0);
@@ -489,7 +493,7 @@ mod tests {
     #[test]
     fn checkpoints_that_stay_are_evenly_spaced() {
         let stay = |steps, checkpoints| {
-            let Units::Chain { links, stay, .. } = (Training { steps, checkpoints, ..Training::default() }).units() else { panic!() };
+            let Units::Chain { links, stay, .. } = (Training { steps, checkpoints, ..Training::default() }).chain() else { panic!() };
             (links, stay)
         };
         assert_eq!(stay(40_000, 20), (40, (0..19).map(|place| 2 * place + 1).collect()));
@@ -501,7 +505,7 @@ mod tests {
     #[test]
     fn the_defaults_are_parameters_that_pass_their_own_check() {
         assert!(Training::default().check().is_empty());
-        let wrong = Training { batch: 0, shorter_side: [800, 640], momentum: 1.0, checkpoints: 0, ..Training::default() };
+        let wrong = Training { batch: 0, shorter_side: [800, 640], momentum: 1.0, checkpoints: 41, ..Training::default() };
         let fields: Vec<String> = wrong.check().into_iter().map(|problem| problem.field).collect();
         assert_eq!(fields, ["training.checkpoints", "training.batch", "training.shorter_side", "training.momentum"]);
     }
