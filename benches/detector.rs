@@ -25,7 +25,6 @@ use ovenbird_models::{
         layout,
     },
 };
-use ovenbird_stages::clip::gain_of_bf16;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor, nn};
@@ -44,7 +43,7 @@ fn main() {
     take_turns("detection, f32", rounds, || ours.detect(), || theirs.does("detect"));
     take_turns("suppression of 1,000 boxes x 1,203 classes", 3, || ours.suppress(), || theirs.does("nms"));
 
-    if gain_of_bf16(Device::Cpu) < 1.5 {
+    if !std::arch::is_x86_feature_detected!("avx512bf16") {
         println!("skipped bf16: this processor is no faster in it");
         return;
     }

@@ -32,7 +32,7 @@ use ovenbird_models::{
     checkpoint::write_safetensors,
     clip::{Activation, Clip, Config, ImageConfig, TextConfig},
 };
-use ovenbird_stages::{Context, Inputs, OnBadItem, artifacts::Proposals, clip::gain_of_bf16, find, run_together};
+use ovenbird_stages::{Context, Inputs, OnBadItem, artifacts::Proposals, find, run_together};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
@@ -66,7 +66,7 @@ fn main() {
     let checkpoint = folder.join("clip.safetensors");
     write_safetensors(&tensors, &BTreeMap::new(), &mut fs::File::create(&checkpoint).unwrap()).unwrap();
 
-    let has_bf16 = gain_of_bf16(Device::Cpu) >= 1.5;
+    let has_bf16 = std::arch::is_x86_feature_detected!("avx512bf16");
     if !has_bf16 {
         println!("skipped bf16: this processor is no faster in it");
     }
@@ -122,7 +122,8 @@ fn preparing(folder: &Path) {
     let preprocess = Preprocess::clip(224);
     timed("its centre square of 224", &mut |index| drop(std::hint::black_box(preprocess.square(&images[index]))));
     timed("decoding a draft, and its square", &mut |index| {
-        let draft = Image::open_draft(&folder.join(format!("images/{index:06}.jpg")), SIZE, 224).unwrap();
+        let path = folder.join(format!("images/{index:06}.jpg"));
+        let draft = Image::decode_draft(&fs::read(&path).unwrap(), &path, SIZE, 224).unwrap();
         drop(std::hint::black_box(preprocess.square_of_draft(&draft, SIZE)));
     });
     timed("a crop of 160 px to 224", &mut |index| drop(std::hint::black_box(preprocess.square_of(&images[index], [100, 100, 260, 260]))));
@@ -260,6 +261,7 @@ fn end_to_end(folder: &Path, stages: &[(&str, &Value)], precision: &str, n_image
             inputs,
             most_items: None,
             device: Device::Cpu,
+            has_bf16: true,
             threads: 2,
             is_stopped: &|| false,
             report: &|_| {},

@@ -95,6 +95,7 @@ fn step(folder: &Path, images: &str, [width, height]: [u32; 2]) -> f64 {
         inputs: &inputs,
         most_items: None,
         device: Device::Cpu,
+        has_bf16: false,
         threads: 2,
         is_stopped: &|| false,
         report: &|said| match said {

@@ -45,7 +45,8 @@ pub(crate) fn doctor(home: &Path, clip: Option<&Path>, json: bool) -> Result<()>
 fn of_machine(home: &Path) -> Vec<Line> {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let there = home.ancestors().find(|folder| folder.exists() && !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let gain = ovenbird_stages::clip::gain_of_bf16(Device::Cpu);
+    let bf16 =
+        if machine::has_bf16(Device::Cpu) { "bf16 and f32" } else { "f32; bf16 is computed by other instructions, many times slower" };
     let accelerators = match machine::n_accelerators() {
         Some(n) => format!("{n} that libtorch sees"),
         None => "libtorch's CUDA part is not here; `CUDA=1 make libtorch`, and build again, to have it".into(),
@@ -54,7 +55,7 @@ fn of_machine(home: &Path) -> Vec<Line> {
     vec![
         line("program", format!("ovenbird {}, libtorch {}", env!("CARGO_PKG_VERSION"), ovenbird_models::LIBTORCH)),
         line("processor", format!("{}, {cores} cores", machine::processor())),
-        line("arithmetic", format!("bf16 multiplies matrices {gain:.1} times as fast as f32 here")),
+        line("arithmetic", bf16.into()),
         line("accelerators", accelerators),
         line("memory", HumanBytes(machine::total_memory()).to_string()),
         line("home", format!("{}, {} free", home.display(), HumanBytes(machine::free_space(there)))),

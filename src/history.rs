@@ -3,10 +3,11 @@
 use std::{collections::BTreeMap, path::Path, thread, time::Duration};
 
 use jiff::Timestamp;
-use ovenbird_cache::{Ledger, Status, Store};
+use ovenbird_cache::{Artifact, Ledger, Status, Store};
 use ovenbird_data::evaluate::{Evaluation, Shape};
 use ovenbird_stages::{
-    artifacts::{Artifact as _, EvaluationFile},
+    PortInfo, StageEntry,
+    artifacts::{Artifact as _, Curve, EvaluationFile},
     find,
 };
 use serde::Serialize;
@@ -299,6 +300,15 @@ pub(crate) fn evaluations(store: &Store, step: &StepState) -> Result<Vec<Evaluat
         Ok(Evaluated { step: step.id.clone(), kind: step.kind.clone(), port, evaluation })
     };
     ports.into_iter().map(open).collect()
+}
+
+/// Fails where an output that is shown when a run has ended, of an artifact that was there before, is not what was published.
+pub(crate) fn check_shown(entry: &StageEntry, artifact: &Artifact) -> Result<()> {
+    let is_shown = |port: &&PortInfo| [EvaluationFile::KIND, Curve::KIND].contains(&port.kind) && !artifact.is_dropped;
+    for port in entry.outputs.iter().filter(is_shown) {
+        artifact.port(port.name).iter().try_for_each(|file| file.check().map(drop))?;
+    }
+    Ok(())
 }
 
 /// What a run's evaluations came to: a table for each, or, with variants or seeds, one for all of their copies.

@@ -44,6 +44,60 @@ pub(crate) fn device_names(devices: &[tch::Device]) -> String {
     devices.iter().map(name).collect::<Vec<_>>().join(", ")
 }
 
+/// Whether a device has instructions for bf16. `OVENBIRD_BF16`, `yes` or `no`, says so in its place.
+#[expect(clippy::disallowed_methods, reason = "what the operator says of the machine")]
+pub(crate) fn has_bf16(device: tch::Device) -> bool {
+    match std::env::var("OVENBIRD_BF16").as_deref() {
+        Ok("yes") => true,
+        Ok("no") => false,
+        _ => match device {
+            tch::Device::Cpu => cpu_has_bf16(),
+            tch::Device::Cuda(index) => compute_capability(index).is_some_and(|major| major >= 8),
+            tch::Device::Mps | tch::Device::Vulkan => false,
+        },
+    }
+}
+
+/// oneDNN, which multiplies libtorch's matrices, can be held to fewer instructions than the processor has.
+#[expect(clippy::disallowed_methods, reason = "a setting of oneDNN's")]
+fn cpu_has_bf16() -> bool {
+    let limit = ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"].into_iter().find_map(|name| std::env::var(name).ok()).unwrap_or_default();
+    let is_allowed = match limit.to_ascii_uppercase().as_str() {
+        "" | "ALL" | "DEFAULT" => true,
+        limit => limit.starts_with("AVX512_CORE_BF16") || limit.starts_with("AVX512_CORE_FP16") || limit.starts_with("AVX512_CORE_AMX"),
+    };
+    #[cfg(target_arch = "x86_64")]
+    let has = std::arch::is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    let has = false;
+    is_allowed && has
+}
+
+/// The first number of the compute capability of an NVIDIA card; 8 is Ampere, the first that has bf16.
+#[expect(unsafe_code, reason = "the driver's own library, which need not be there")]
+fn compute_capability(index: usize) -> Option<i32> {
+    type Init = unsafe extern "C" fn(flags: u32) -> i32;
+    type Get = unsafe extern "C" fn(device: *mut i32, ordinal: i32) -> i32;
+    type Attribute = unsafe extern "C" fn(value: *mut i32, attribute: i32, device: i32) -> i32;
+    const COMPUTE_CAPABILITY_MAJOR: i32 = 75;
+    // SAFETY: three functions of NVIDIA's driver by the signatures of its manual; each writes one integer, and 0 is success.
+    unsafe {
+        let driver = libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW);
+        if driver.is_null() {
+            return None;
+        }
+        let find = |name: &std::ffi::CStr| Some(libc::dlsym(driver, name.as_ptr())).filter(|symbol| !symbol.is_null());
+        let init = std::mem::transmute::<*mut libc::c_void, Init>(find(c"cuInit")?);
+        let get = std::mem::transmute::<*mut libc::c_void, Get>(find(c"cuDeviceGet")?);
+        let attribute = std::mem::transmute::<*mut libc::c_void, Attribute>(find(c"cuDeviceGetAttribute")?);
+        let (mut device, mut major) = (0, 0);
+        let is_known = init(0) == 0
+            && get(&raw mut device, i32::try_from(index).ok()?) == 0
+            && attribute(&raw mut major, COMPUTE_CAPABILITY_MAJOR, device) == 0;
+        is_known.then_some(major)
+    }
+}
+
 /// How many accelerators libtorch sees; `None` where its CUDA part is not there.
 ///
 /// That part is loaded only by who asks: it takes a second.

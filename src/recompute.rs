@@ -9,12 +9,13 @@ use ovenbird_cache::{
 use ovenbird_stages::{
     Context, OnBadItem, Unit,
     artifacts::{Artifact as _, ImageFeatures, RegionFeatures},
+    clip::PRECISION,
 };
 use serde::Serialize;
 
 use crate::{
-    error::Result,
-    event,
+    error::{Error, Result},
+    event, machine,
     plan::{self, Made},
     screen::Phase,
     verify::{read_request, request_path},
@@ -43,7 +44,7 @@ struct Wrong {
 impl Audit {
     pub(crate) fn findings(&self) -> Vec<Finding> {
         let finding = |wrong: &Wrong| Finding {
-            class: Class::Damaged,
+            class: Class::Wrong,
             unit: Some(wrong.unit.clone()),
             path: wrong.unit.clone().into(),
             problem: format!("image {}: computed again, the embedding has cosine {:.4} to what is stored", wrong.image, wrong.cosine),
@@ -112,6 +113,7 @@ fn audit_step(
     }
     done.push(artifact.manifest.fingerprint);
     let (units, items) = step.stage.units(&inputs)?.of(&recipe);
+    let Some(family) = units.first().and_then(|unit| unit.family) else { return Ok(()) };
     let n_rows = ((items.len() as f64 * part).ceil() as usize).min(items.len());
     // Spread over the list by the artifact's own name: another artifact, other rows; the same audit, the same rows.
     let seed = u64::from_le_bytes(*recipe.fingerprint().as_bytes().first_chunk::<8>().expect("BUG: a fingerprint has 32 bytes"));
@@ -120,11 +122,15 @@ fn audit_step(
     let sample = |(index, item): (usize, &usize)| {
         let name = [recipe.fingerprint().as_bytes().as_slice(), &(*item as u64).to_le_bytes()].concat();
         let fingerprint = ovenbird_cache::Digest::of(&name).to_hex().parse().expect("BUG: both are 64 digits");
-        Unit { index, items: *item..*item + 1, fingerprint, family: None, stays: true }
+        Unit { index, items: *item..*item + 1, fingerprint, family: Some(family), stays: true }
     };
     let samples: Vec<Unit> = chosen.iter().enumerate().map(sample).collect();
     let scratch = tempfile::tempdir().map_err(|source| ovenbird_cache::Error::Write { path: std::env::temp_dir(), source })?;
     let scratch = Store::open(scratch.path())?;
+    // In the arithmetic that the artifact was made in.
+    if let Some(precision) = artifact.manifest.units.iter().find_map(|unit| unit.metrics.get(PRECISION)?.as_str()) {
+        scratch.choice(step.entry.kind, &family, PRECISION, || Ok::<_, Error>(precision.to_owned()))?;
+    }
     let phase = std::sync::Mutex::new((Phase::new(&format!("recompute {}", step.id)), 0));
     let report = |said: ovenbird_stages::Progress| {
         if let ovenbird_stages::Progress::Committed { .. } = said {
@@ -142,6 +148,7 @@ fn audit_step(
         inputs: &inputs,
         most_items: None,
         device: tch::Device::Cpu,
+        has_bf16: machine::has_bf16(tch::Device::Cpu),
         threads: step.resources.cpu,
         on_bad_item: OnBadItem::Skip { max_failed_ratio: 1.0 },
         n_failed: &Default::default(),
@@ -200,5 +207,7 @@ fn least_cosine(stored: &[Vec<f32>], again: &[Vec<f32>]) -> f64 {
     }
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
     let cosine = |(a, b): (&Vec<f32>, &Vec<f32>)| dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().max(1e-12);
-    stored.iter().zip(again).map(cosine).fold(1.0, f64::min)
+    // What is no number is no likeness.
+    let cosines = stored.iter().zip(again).map(cosine);
+    cosines.map(|cosine| if cosine.is_nan() { -1.0 } else { cosine }).fold(1.0, f64::min)
 }

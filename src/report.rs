@@ -22,7 +22,7 @@ use serde_json::json;
 use crate::{
     cli::{print, to_json},
     comparison::{self, Comparison, GROUPS, compare, metrics},
-    error::{Result, count},
+    error::{Error, Result, count},
     event::{self, Event, Stamped},
     history::{self, Evaluated, RunState, StepState},
     pipeline::matrix::plain_id,
@@ -44,6 +44,8 @@ struct Gathered {
     evaluations: Vec<Evaluated>,
     trainings: Vec<(String, Curve)>,
     pictures: Vec<Picture>,
+    /// What could not be read, in words.
+    unread: Vec<String>,
 }
 
 /// Writes the report of a run and returns where.
@@ -91,21 +93,30 @@ fn gather(store: &Store, log: &[Stamped]) -> Result<Gathered> {
         }
     }
     let mut artifacts = BTreeMap::new();
-    let (mut evaluations, mut trainings) = (Vec::new(), Vec::new());
+    let (mut evaluations, mut trainings, mut unread) = (Vec::new(), Vec::new(), Vec::new());
     for step in &run.steps {
         let Some(fingerprint) = &step.fingerprint else { continue };
         if let Status::Valid(artifact) = store.artifact(&step.kind, fingerprint)? {
             for port in find(&step.kind).into_iter().flat_map(|entry| entry.outputs) {
-                if port.kind == Curve::KIND {
-                    trainings.extend(Curve::open(&artifact.port(port.name)).ok().map(|curve| (step.id.clone(), curve)));
+                if port.kind == Curve::KIND && !artifact.is_dropped {
+                    match Curve::open(&artifact.port(port.name)) {
+                        Ok(curve) => trainings.push((step.id.clone(), curve)),
+                        Err(error) => unread.push(Error::from(error).words()),
+                    }
                 }
             }
-            evaluations.extend(history::evaluations(store, step).unwrap_or_default());
+            match history::evaluations(store, step) {
+                Ok(found) => evaluations.extend(found),
+                Err(error) => unread.push(error.words()),
+            }
             artifacts.insert(step.id.clone(), artifact);
         }
     }
-    let pictures = gallery::pictures(&run.steps, &artifacts);
-    Ok(Gathered { run, after, spans, bytes, flow, artifacts, evaluations, trainings, pictures })
+    let pictures = gallery::pictures(&run.steps, &artifacts).unwrap_or_else(|error| {
+        unread.push(error.words());
+        Vec::new()
+    });
+    Ok(Gathered { run, after, spans, bytes, flow, artifacts, evaluations, trainings, pictures, unread })
 }
 
 /// Text that is safe inside HTML, also inside attributes.
@@ -132,6 +143,11 @@ fn render(gathered: &Gathered) -> String {
         include_str!("report/style.css"),
     );
     header(&mut out, gathered);
+    if !gathered.unread.is_empty() {
+        out.push_str("<section><h2>Not shown</h2><p>`ovenbird verify --full --fix` repairs what is damaged.</p><ul>");
+        gathered.unread.iter().for_each(|words| put!(out, "<li>{}</li>", escape(words)));
+        out.push_str("</ul></section>");
+    }
     if let Some(matrix) = &run.matrix {
         compare(matrix, &run.steps, &gathered.evaluations).iter().for_each(|comparison| side_by_side(&mut out, comparison));
     }
@@ -592,6 +608,7 @@ mod tests {
             evaluations: vec![Evaluated { step: "coco".into(), kind: "eval/coco".into(), port: "evaluation", evaluation }],
             trainings: vec![("<b>".into(), Curve { rows: vec![(10, BTreeMap::from([("loss.boxes".into(), 0.5)]))] })],
             pictures: vec![],
+            unread: vec![],
         }
     }
 

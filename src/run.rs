@@ -8,6 +8,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -17,7 +18,10 @@ use std::{
 };
 
 use jiff::Timestamp;
-use ovenbird_cache::{Artifact, Fingerprint, Ledger, Recovered, Session, Store};
+use ovenbird_cache::{
+    Artifact, Fingerprint, Ledger, Recovered, Session, Status, Store,
+    verify::{Class, Depth},
+};
 use ovenbird_stages::{FailedItem, Progress};
 use tokio::{
     runtime,
@@ -29,6 +33,7 @@ use tokio::{
 use crate::{
     error::{Error, ExitCode, Result, count},
     event::{self, Event, EventLog, Outcome, Stamped, StepInfo, Verdict},
+    history,
     machine::{peak_memory, reset_peak_memory},
     pipeline::{Pipeline, Step},
     plan::{self, Checked, FileInputs, Last, Made, Work, upstream},
@@ -41,6 +46,8 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 /// How often a run says that it lives, to those who wait for what it makes.
 const BEAT_EVERY: Duration = Duration::from_secs(10);
+/// How often steps are looked at again after a file was found changed or damaged while they read it.
+const MAX_RECHECKS: usize = 3;
 /// After how long without any progress the operator is told; [`Step::max_silence`] says when a step is given up.
 const SILENCE: Duration = Duration::from_secs(60);
 
@@ -96,11 +103,7 @@ pub(crate) fn run(
     }
     let clock = Instant::now();
     let steps: Vec<&Step> = wanted.iter().map(|step| &pipeline.steps[*step]).collect();
-    let files = plan::digest_files(&steps, Some(&ledger));
-    for words in ledger.notices() {
-        coordinator.emit(Event::Notice { words })?;
-    }
-    let error = files.and_then(|files| coordinator.work(files, &session)).err();
+    let error = coordinator.work(&steps, &ledger, &session).err();
     let outcome = match &error {
         None => Outcome::Done,
         Some(Error::Interrupted) => Outcome::Interrupted,
@@ -145,6 +148,8 @@ enum State {
     /// For a step that is making the same: two that read different things may come to one recipe.
     Alike(usize),
     Done,
+    /// A file was found changed or damaged: for the moment when all others have ended.
+    Recheck,
     Failed,
     Skipped,
 }
@@ -213,6 +218,11 @@ struct Coordinator<'a> {
     /// Steps whose bytes are needed: those that nothing reads from, and those that a step that runs reads from.
     demanded: BTreeSet<usize>,
     last: Last,
+    /// What each step that is done came to, to say it once.
+    settled: BTreeMap<usize, Fingerprint>,
+    /// Files of the user that were found changed.
+    changed: BTreeSet<PathBuf>,
+    n_rechecks: usize,
     failed: Vec<String>,
     skipped: Vec<String>,
     worst: ExitCode,
@@ -243,6 +253,9 @@ impl<'a> Coordinator<'a> {
             made: Made::new(),
             demanded: plan::ends(pipeline, wanted),
             last: Last::read(store.home(), &pipeline.name),
+            settled: BTreeMap::new(),
+            changed: BTreeSet::new(),
+            n_rechecks: 0,
             failed: Vec::new(),
             skipped: Vec::new(),
             worst: ExitCode::Success,
@@ -261,18 +274,42 @@ impl<'a> Coordinator<'a> {
         self.pipeline.steps[place].id.clone()
     }
 
-    fn work(&mut self, files: FileInputs, session: &Session) -> Result<()> {
+    fn work(&mut self, steps: &[&Step], ledger: &Ledger, session: &Session) -> Result<()> {
         let runtime = runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.expect("BUG: a current-thread runtime needs nothing but memory");
-        runtime.block_on(self.turn(&Arc::new(files), session))?;
-        if self.stop.load(Ordering::SeqCst) {
-            return Err(Error::Interrupted);
+        loop {
+            ledger.doubt(std::mem::take(&mut self.changed));
+            let files = plan::digest_files(steps, Some(ledger));
+            for words in ledger.notices() {
+                self.emit(Event::Notice { words })?;
+            }
+            runtime.block_on(self.turn(&Arc::new(files?), session))?;
+            if self.stop.load(Ordering::SeqCst) {
+                return Err(Error::Interrupted);
+            }
+            if !self.states.values().any(|state| matches!(state, State::Recheck)) {
+                break;
+            }
+            self.recheck();
         }
         if self.failed.is_empty() {
             return Ok(());
         }
         let (failed, skipped) = (std::mem::take(&mut self.failed), std::mem::take(&mut self.skipped));
         Err(Error::StagesFailed { failed, skipped, worst: self.worst })
+    }
+
+    /// Has every step looked up again that did not fail: what one reads may have changed for others, too.
+    fn recheck(&mut self) {
+        self.n_rechecks += 1;
+        self.made.clear();
+        let wanted: Vec<usize> = self.states.keys().copied().collect();
+        self.demanded = plan::ends(self.pipeline, &wanted);
+        for state in self.states.values_mut() {
+            if !matches!(state, State::Failed | State::Skipped) {
+                *state = State::Waiting;
+            }
+        }
     }
 
     async fn turn(&mut self, files: &Arc<FileInputs>, session: &Session) -> Result<()> {
@@ -343,8 +380,14 @@ impl<'a> Coordinator<'a> {
                     }
                     self.start_worker(tasks);
                 }
-                State::Queued(_) | State::Checking | State::Running(_) | State::Alike(_) | State::Done | State::Failed | State::Skipped => {
-                }
+                State::Queued(_)
+                | State::Checking
+                | State::Running(_)
+                | State::Alike(_)
+                | State::Done
+                | State::Recheck
+                | State::Failed
+                | State::Skipped => {}
             }
         }
         Ok(())
@@ -424,9 +467,14 @@ impl<'a> Coordinator<'a> {
             // It was given up, and is alive after all.
             Message::Finished(place, _) if matches!(self.states[&place], State::Failed) => Ok(()),
             Message::Checked(place, Ok(Checked::Reused(artifact))) => {
+                if let Err(error) = history::check_shown(self.pipeline.steps[place].entry, &artifact) {
+                    return self.fail(place, &Failure::Known(error));
+                }
                 let fingerprint = artifact.manifest.fingerprint;
                 let verdict = if artifact.is_dropped { Verdict::Dropped } else { Verdict::Reused };
-                self.emit(Event::StepChecked { step: self.id(place), fingerprint, verdict })?;
+                if self.settled.get(&place) != Some(&fingerprint) {
+                    self.emit(Event::StepChecked { step: self.id(place), fingerprint, verdict })?;
+                }
                 self.keep(place, *artifact)
             }
             Message::Checked(place, Ok(Checked::Lacks { sources, .. })) => {
@@ -470,6 +518,7 @@ impl<'a> Coordinator<'a> {
     fn keep(&mut self, place: usize, artifact: Artifact) -> Result<()> {
         self.last.remember(self.store.home(), &self.pipeline.name, &self.pipeline.steps[place].id, artifact.manifest.fingerprint)?;
         self.states.insert(place, State::Done);
+        self.settled.insert(place, artifact.manifest.fingerprint);
         self.made.insert(place, artifact);
         self.release(place);
         Ok(())
@@ -480,7 +529,7 @@ impl<'a> Coordinator<'a> {
         let makes = |state: &State| match state {
             State::Queued(work) => work.recipe.fingerprint() == *fingerprint,
             State::Running(gauge) => gauge.fingerprint == *fingerprint,
-            State::Waiting | State::Checking | State::Alike(_) | State::Done | State::Failed | State::Skipped => false,
+            State::Waiting | State::Checking | State::Alike(_) | State::Done | State::Recheck | State::Failed | State::Skipped => false,
         };
         self.states.iter().find(|(_, state)| makes(state)).map(|(place, _)| *place)
     }
@@ -555,17 +604,21 @@ impl<'a> Coordinator<'a> {
 
     fn fail(&mut self, place: usize, failure: &Failure) -> Result<()> {
         let step = self.id(place);
+        if let Failure::Known(error @ Error::Stage(cause)) = failure
+            && self.n_rechecks < MAX_RECHECKS
+            && self.may_go_well(cause)?
+        {
+            self.states.insert(place, State::Recheck);
+            self.release(place);
+            let words = format!("{}: nothing was published, and the step is checked again", error.words());
+            return self.emit(Event::StepNote { step, words });
+        }
         self.states.insert(place, State::Failed);
         self.release(place);
         let (error, hint, code) = match failure {
             // The run as a whole says so.
             Failure::Known(Error::Stage(ovenbird_stages::Error::Stopped)) => return Ok(()),
-            Failure::Known(error) => {
-                if let Error::Stage(error) = error {
-                    self.set_aside_damage(error)?;
-                }
-                (error.words(), error.hint(), error.exit_code())
-            }
+            Failure::Known(error) => (error.words(), error.hint(), error.exit_code()),
             Failure::Bug(words) => {
                 let hint = "this is a bug of ovenbird: report it with the run's log; what is committed is kept";
                 (words.clone(), Some(hint.to_owned()), ExitCode::Stage)
@@ -576,14 +629,23 @@ impl<'a> Coordinator<'a> {
         self.emit(Event::StepFailed { step, error, hint })
     }
 
-    /// A committed file turned out damaged while it was read: its unit is set aside, so that the next run makes it again.
-    fn set_aside_damage(&mut self, error: &ovenbird_stages::Error) -> Result<()> {
-        if let Some(unit) = error.damaged_file().and_then(|path| self.store.unit_of(path))
-            && let Some(aside) = self.store.quarantine(&unit, &[error.to_string()])?
+    /// Whether a step may go well when it is checked again: a file of the user changed while it was read, or a published one turned out
+    /// damaged, whose unit is then set aside so that it is made again.
+    fn may_go_well(&mut self, error: &ovenbird_stages::Error) -> Result<bool> {
+        if let Some(path) = error.changed_file() {
+            self.changed.insert(path.to_owned());
+            return Ok(true);
+        }
+        let Some(unit) = error.damaged_file().and_then(|path| self.store.unit_of(path)) else { return Ok(false) };
+        // What cannot be used may still be what was published.
+        let findings = self.store.verify_unit(&unit, Depth::Full, &|_| {})?;
+        let damage: Vec<String> = findings.into_iter().filter(|finding| finding.class == Class::Damaged).map(|it| it.problem).collect();
+        if !damage.is_empty()
+            && let Some(aside) = self.store.quarantine(&unit, &damage)?
         {
             self.emit(Event::Notice { words: format!("the damaged unit {unit} was set aside at {}", aside.display()) })?;
         }
-        Ok(())
+        Ok(matches!(self.store.unit_at(&unit)?, Status::Absent))
     }
 }
 
@@ -595,14 +657,14 @@ fn listen(kind: SignalKind) -> Signal {
 mod tests {
     use std::fs;
 
-    use ovenbird_cache::{Status, inputs::InputFile};
+    use ovenbird_cache::inputs::InputFile;
     use ovenbird_stages::{AnyStage, Context, In, Inputs, OnBadItem, Out, PortInfo, StageEntry, Unit, Units, artifacts::AnnotationFile};
     use proptest::prelude::*;
     use serde_json::{Value, json};
 
     use super::*;
     use crate::{
-        history::{self, StepState},
+        history::StepState,
         pipeline::{Request, Resources, Source},
     };
 

@@ -16,7 +16,7 @@ use std::{
 use indicatif::HumanBytes;
 use jiff::Timestamp;
 use ovenbird_cache::{
-    Ledger, Status, Store, inputs,
+    Ledger, Manifest, Status, Store, inputs,
     verify::{Class, Depth, Finding},
 };
 use serde::{Deserialize, Serialize};
@@ -98,6 +98,10 @@ pub(crate) fn verify(home: &Path, wish: &Wish) -> Result<()> {
         report.findings.extend(audit.findings());
         report.recomputed = Some(audit);
     }
+    let sharing = sharing(&store, &report.findings)?;
+    report.findings.extend(sharing);
+    let tainted = tainted(&store, &report.findings)?;
+    report.findings.extend(tainted);
     let n_bad = report.findings.iter().filter(|finding| finding.class != Class::Suspect).count();
     if wish.fix && n_bad > 0 {
         fix(&store, wish, &mut report)?;
@@ -178,7 +182,7 @@ fn scan(store: &Store, wish: &Wish) -> Result<Report> {
         let (mut noted, mut fresh, mut n_done) = (Instant::now(), Vec::new(), 0);
         for (unit_idx, found) in receiver {
             let found = found?;
-            if !found.iter().any(|finding| finding.class == Class::Damaged) {
+            if !found.iter().any(|finding| matches!(finding.class, Class::Damaged | Class::Wrong)) {
                 fresh.push(units[unit_idx].clone());
             }
             report.findings.extend(found);
@@ -235,6 +239,52 @@ fn scan(store: &Store, wish: &Wish) -> Result<Report> {
     Ok(report)
 }
 
+/// Units that hold items of a unit whose content is wrong: units of a family take each other's rows.
+fn sharing(store: &Store, findings: &[Finding]) -> Result<Vec<Finding>> {
+    let mut wrong: BTreeSet<String> =
+        findings.iter().filter(|finding| finding.class == Class::Wrong).filter_map(|finding| finding.unit.clone()).collect();
+    let (mut open, mut found) = (wrong.iter().cloned().collect::<Vec<_>>(), Vec::new());
+    let noted = if open.is_empty() { BTreeMap::new() } else { store.noted_units()? };
+    while let Some(unit) = open.pop() {
+        let Status::Valid(record) = store.unit_at(&unit)? else { continue };
+        let items: BTreeSet<_> = store.items_of(&record)?.into_iter().collect();
+        for (other, _) in noted.iter().filter(|(_, noted)| record.key.family.is_some() && noted.family == record.key.family) {
+            let Status::Valid(record) = store.unit_at(other)? else { continue };
+            if !wrong.contains(other) && store.items_of(&record)?.iter().any(|item| items.contains(item)) {
+                wrong.insert(other.clone());
+                open.push(other.clone());
+                let problem = format!("holds rows of the same items as {unit}, which is wrong");
+                found.push(Finding { class: Class::Wrong, unit: Some(other.clone()), path: other.into(), problem });
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// What was made from units whose content is wrong. Bytes that were damaged after they were published are read by nobody: who reads, checks.
+fn tainted(store: &Store, findings: &[Finding]) -> Result<Vec<Finding>> {
+    let wrong: BTreeSet<&String> =
+        findings.iter().filter(|finding| finding.class == Class::Wrong).filter_map(|finding| finding.unit.as_ref()).collect();
+    if wrong.is_empty() {
+        return Ok(Vec::new());
+    }
+    let manifests = store.manifests()?;
+    let holds_wrong = |manifest: &&Manifest| names_of_units(manifest).any(|unit| wrong.contains(&unit));
+    let sources: Vec<&Manifest> = manifests.iter().filter(holds_wrong).collect();
+    let finding = |manifest: &Manifest| Finding {
+        class: Class::Tainted,
+        unit: None,
+        path: store.manifest_path(&manifest.recipe.kind, &manifest.fingerprint),
+        problem: format!("`{}` was made from content that is wrong", manifest.recipe.kind),
+    };
+    Ok(Store::made_from(&manifests, &sources).into_iter().map(finding).collect())
+}
+
+/// The units of an artifact, as `KIND/FINGERPRINT`.
+fn names_of_units(manifest: &Manifest) -> impl Iterator<Item = String> {
+    manifest.units.iter().map(|listed| ovenbird_cache::unit_name(&manifest.recipe.kind, &listed.key.fingerprint))
+}
+
 /// Artifacts that a pipeline had when it was last there, and whose manifests are gone.
 fn lost_manifests(store: &Store) -> Result<Vec<Finding>> {
     let paths = store.manifest_paths()?;
@@ -270,12 +320,13 @@ fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
     let mut wanted: BTreeSet<String> = BTreeSet::new();
     for finding in &report.findings {
         match (finding.class, &finding.unit) {
-            (Class::Damaged | Class::Missing, Some(unit)) => {
+            (Class::Damaged | Class::Wrong | Class::Missing, Some(unit)) => {
                 bad_units.entry(unit.clone()).or_default().push(format!("{}: {}", finding.path.display(), finding.problem));
             }
+            (Class::Choice, _) => drop(store.publisher().set_aside(&finding.path, &store.home().join("quarantine").join("choices"))?),
             (Class::Foreign, _) => drop(store.publisher().set_aside(&finding.path, &store.home().join("quarantine").join("foreign"))?),
-            (Class::Manifest, _) => {
-                // Nothing happens to one that is gone.
+            (Class::Manifest | Class::Tainted, _) => {
+                // Nothing happens to one that is gone; one that comes out the same is published again from its units.
                 store.quarantine_manifest(&finding.path, &finding.problem)?;
                 wanted.extend(finding.path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
             }
@@ -283,25 +334,31 @@ fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
                 let why = format!("{}; restore the file: it is the only copy", finding.problem);
                 report.lost.push(Lost { what: finding.path.display().to_string(), why });
             }
-            (Class::Damaged | Class::Missing | Class::Leftover | Class::Ledger | Class::Suspect, _) => {}
+            (Class::Damaged | Class::Wrong | Class::Missing | Class::Leftover | Class::Ledger | Class::Suspect, _) => {}
         }
     }
     for (unit, problems) in &bad_units {
+        let is_wrong = report.findings.iter().any(|finding| finding.class == Class::Wrong && finding.unit.as_ref() == Some(unit));
         match store.lease(unit)? {
             Err(holder) => {
                 let why = format!("{} is making it; verify again later", holder.words());
                 report.lost.push(Lost { what: unit.clone(), why });
             }
             Ok(_lease) => {
-                if store.quarantine(unit, problems)?.is_none() {
+                let aside = if is_wrong { store.condemn(unit, problems)? } else { store.quarantine(unit, problems)? };
+                if aside.is_none() {
                     store.note_gone(unit, &problems.join("; "))?;
                 }
             }
         }
-        let lists = manifests.iter().filter(|manifest| {
-            manifest.units.iter().any(|listed| ovenbird_cache::unit_name(&manifest.recipe.kind, &listed.key.fingerprint) == *unit)
-        });
-        wanted.extend(lists.map(|manifest| manifest.fingerprint.short()));
+        for manifest in manifests.iter().filter(|manifest| names_of_units(manifest).any(|listed| listed == *unit)) {
+            wanted.insert(manifest.fingerprint.short());
+            // What is right is other content to those that read it.
+            if is_wrong {
+                let path = store.manifest_path(&manifest.recipe.kind, &manifest.fingerprint);
+                store.quarantine_manifest(&path, &format!("what its unit {unit} says is wrong"))?;
+            }
+        }
     }
     for (run, steps) in runs_of(store, &wanted, &mut report.lost) {
         let made = read_request(store, &run).and_then(|pipeline| {
@@ -313,27 +370,35 @@ fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
         match made {
             Ok(ended) => {
                 if let Some(error) = ended.error {
-                    report.lost.push(Lost { what: format!("{} of run {run}", steps.join(", ")), why: error.words() });
+                    report.lost.push(Lost {
+                        what: format!("{} of run {run}", steps.iter().cloned().collect::<Vec<_>>().join(", ")),
+                        why: error.words(),
+                    });
                 }
             }
-            Err(error) => report.lost.push(Lost { what: format!("{} of run {run}", steps.join(", ")), why: error.words() }),
+            Err(error) => report
+                .lost
+                .push(Lost { what: format!("{} of run {run}", steps.iter().cloned().collect::<Vec<_>>().join(", ")), why: error.words() }),
         }
     }
     // Look again, at what was bad and at nothing else.
+    let listed_now: BTreeSet<String> = store.manifests()?.iter().flat_map(names_of_units).collect();
     for unit in bad_units.keys() {
         let listed = manifests.iter().flat_map(|manifest| {
             let kind = &manifest.recipe.kind;
             manifest.units.iter().filter(move |listed| ovenbird_cache::unit_name(kind, &listed.key.fingerprint) == *unit)
         });
         let before = listed.into_iter().next().map(|listed| listed.files.clone());
-        let still_bad = store.verify_unit(unit, Depth::Full, &|_| {})?.iter().any(|finding| finding.class == Class::Damaged);
+        let still_bad =
+            store.verify_unit(unit, Depth::Full, &|_| {})?.iter().any(|finding| matches!(finding.class, Class::Damaged | Class::Wrong));
         match (store.unit_at(unit)?, before) {
             (Status::Valid(now), Some(before)) if !still_bad && now.files == before => {
                 report.repaired.push(format!("{unit}: made again, with the same digests"));
             }
             (Status::Valid(_), Some(_)) if !still_bad => report.repaired.push(format!("{unit}: made again, with other digests")),
             (Status::Valid(_), None) if !still_bad => report.repaired.push(format!("{unit}: is sound again")),
-            (Status::Absent, None) => report.repaired.push(format!("{unit}: set aside; no artifact needs it")),
+            // Made from what was wrong itself, it has another name now.
+            (Status::Absent, _) if !listed_now.contains(unit) => report.repaired.push(format!("{unit}: set aside; no artifact needs it")),
             _ => {
                 let why = "could not be made again; what depends on it can be read no more".to_owned();
                 report.lost.push(Lost { what: unit.clone(), why });
@@ -343,29 +408,40 @@ fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// The latest run that had each artifact, with the steps it had there.
-fn runs_of(store: &Store, wanted: &BTreeSet<String>, lost: &mut Vec<Lost>) -> BTreeMap<String, Vec<String>> {
-    let mut open: BTreeSet<String> = wanted.clone();
-    let mut runs: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for run in event::runs(store.home()).into_iter().rev() {
-        if open.is_empty() {
-            break;
-        }
-        if !request_path(store, &run).exists() {
-            continue;
-        }
+/// The runs that make artifacts again, each with the steps that it had them in: of every pipeline that has an artifact now its latest run
+/// with it; otherwise the latest of any.
+fn runs_of(store: &Store, wanted: &BTreeSet<String>, lost: &mut Vec<Lost>) -> BTreeMap<String, BTreeSet<String>> {
+    let now = plan::Last::of_all(store.home());
+    // Of each artifact, the latest first: run, pipeline, step, and whether the pipeline has it there now.
+    let mut had: BTreeMap<String, Vec<(String, String, String, bool)>> = BTreeMap::new();
+    for run in event::runs(store.home()).into_iter().rev().filter(|run| request_path(store, run).exists()) {
+        let mut pipeline = String::new();
         for stamped in event::read_log(store.home(), &run).unwrap_or_default() {
-            if let Event::StepChecked { step, fingerprint, .. } = stamped.event
-                && open.remove(&fingerprint.short())
-            {
-                runs.entry(run.clone()).or_default().push(step);
+            match stamped.event {
+                Event::RunStarted { pipeline: name, .. } => pipeline = name,
+                Event::StepChecked { step, fingerprint, .. } if wanted.contains(&fingerprint.short()) => {
+                    let is_now = now.get(&pipeline).and_then(|steps| steps.get(&step)) == Some(&fingerprint);
+                    had.entry(fingerprint.short()).or_default().push((run.clone(), pipeline.clone(), step, is_now));
+                }
+                _ => {}
             }
         }
     }
-    lost.extend(open.into_iter().map(|artifact| {
-        let why = "no run that made it is recorded; run its pipeline again".to_owned();
-        Lost { what: format!("artifact {artifact}"), why }
-    }));
+    let mut runs: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for artifact in wanted {
+        let Some(candidates) = had.get(artifact) else {
+            let why = "no run that made it is recorded; run its pipeline again".to_owned();
+            lost.push(Lost { what: format!("artifact {artifact}"), why });
+            continue;
+        };
+        let mut pipelines = BTreeSet::new();
+        let now = candidates.iter().filter(|(_, pipeline, step, is_now)| *is_now && pipelines.insert((pipeline, step)));
+        let mut chosen: Vec<_> = now.collect();
+        chosen.extend(candidates.first().filter(|_| chosen.is_empty()));
+        for (run, _, step, _) in chosen {
+            runs.entry(run.clone()).or_default().insert(step.clone());
+        }
+    }
     runs
 }
 
@@ -387,6 +463,9 @@ pub(crate) fn read_request(store: &Store, run: &str) -> Result<Pipeline> {
 fn how_to_repair(class: Class) -> &'static str {
     match class {
         Class::Damaged | Class::Missing | Class::Manifest => "`ovenbird verify --fix` sets it aside and makes it again",
+        Class::Wrong => "`ovenbird verify --fix` makes it again, and what was made from it",
+        Class::Tainted => "`ovenbird verify --fix` makes it again, if what it was made from comes out otherwise",
+        Class::Choice => "`ovenbird verify --fix` sets it aside: it is read off the units that are there",
         Class::Foreign => "`ovenbird verify --fix` moves it into the quarantine",
         Class::Leftover => "the next run, or `ovenbird verify --fix`, removes it",
         Class::Ledger => "nothing to do: it is begun anew",

@@ -201,6 +201,7 @@ impl<'a> Making<'a> {
             inputs: &work.inputs,
             most_items: step.most_items,
             device,
+            has_bf16: machine::has_bf16(device),
             threads: step.resources.cpu.div_ceil(n_devices),
             on_bad_item: step.on_bad_item,
             n_failed: &self.n_failed,

@@ -201,11 +201,6 @@ fn an_exported_file_has_a_line_for_each_detection() {
     world.run(["run", "./evaluation.yaml", "--until", "export"]).success();
     let is_empty = |bytes: &Vec<u8>| bytes == b"[]\n";
     assert!(world.units().values().any(is_empty));
-
-    let nan = Detection { score: f32::NAN, ..first.clone() };
-    write_table(&world, &[nan]);
-    let refused = world.run(["run", "./evaluation.yaml", "--until", "export"]);
-    assert!(refused.code == 4 && refused.stderr.contains("expected finite numbers, found a box"), "{}", refused.stderr);
 }
 
 #[test]

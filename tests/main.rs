@@ -12,5 +12,6 @@ mod interchange;
 mod matrix;
 mod prompts;
 mod quickstart;
+mod soundness;
 mod surface;
 mod tidy;

@@ -35,6 +35,24 @@ pub enum Error {
         /// The digest of what lies there.
         found: Digest,
     },
+    /// A file that the user brings is not what it was when the run began.
+    #[error("{}: changed after it was hashed: expected {expected}, found {found}", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// The digest that was taken.
+        expected: Digest,
+        /// The digest of what was read.
+        found: Digest,
+    },
+    /// Something that was made and makes no sense; it is not published.
+    #[error("{what}: {problem}: not published")]
+    Unsound {
+        /// What was made.
+        what: String,
+        /// What was expected and what was found.
+        problem: String,
+    },
     /// A file of ours cannot be understood.
     #[error("{}: {problem}", path.display())]
     Malformed {
@@ -82,6 +100,8 @@ impl Error {
                 }
                 _ => "type the same command again; everything committed so far is kept".into(),
             },
+            Self::Changed { .. } => "leave the file alone while a run reads it, and type the same command again".into(),
+            Self::Unsound { .. } => "look at what it was made from: the checkpoint, the learning rate, the images".into(),
             Self::Flipped { .. } | Self::Malformed { .. } => {
                 "type `ovenbird run PIPELINE` again: what is damaged is set aside and only that is made again".into()
             }

@@ -23,7 +23,7 @@ use arrow::{
     ipc::{reader::StreamReader, writer::StreamWriter},
 };
 
-use crate::{Digest, Error, Fingerprint, Ledger, Result};
+use crate::{Digest, Error, Fingerprint, Ledger, Result, shard::ShardReader};
 
 /// How long after its last change a file must have been hashed for the digest to be remembered, in ns.
 const RACY_NS: i128 = 2_000_000_000;
@@ -45,6 +45,78 @@ pub struct InputFile {
     pub unit: Option<Fingerprint>,
 }
 
+impl InputFile {
+    /// Its bytes, hashed as they were read. For a shard see [`Self::shard`].
+    pub fn read(&self) -> Result<Vec<u8>> {
+        let bytes = fs::read(&self.path).map_err(|source| self.unreadable(source))?;
+        self.expect(Digest::of(&bytes))?;
+        Ok(bytes)
+    }
+
+    /// What a reader makes of the file, where it wants a path: hashed before, and looked at again after.
+    pub fn read_with<T, E: From<Error>>(&self, read: impl FnOnce(&Path) -> Result<T, E>) -> Result<T, E> {
+        let checked = self.check()?;
+        let made = read(&self.path);
+        checked.still()?;
+        made
+    }
+
+    /// Hashes the file, which is then read piece by piece; [`Checked::still`] says whether it stayed the same until then.
+    pub fn check(&self) -> Result<Checked<'_>> {
+        let stat = self.stat()?;
+        self.expect(digest_file(&self.path)?)?;
+        Ok(Checked { file: self, stat })
+    }
+
+    /// Opens a shard; each of its batches is checked as it is read.
+    pub fn shard(&self) -> Result<ShardReader> {
+        match &self.unit {
+            None => self.read_with(|path| ShardReader::open(path, None)),
+            Some(unit) => {
+                let shard = ShardReader::open(&self.path, Some(unit))?;
+                self.expect(shard.content())?;
+                Ok(shard)
+            }
+        }
+    }
+
+    fn stat(&self) -> Result<Stat> {
+        let metadata = fs::metadata(&self.path).map_err(|source| self.unreadable(source))?;
+        Ok(Stat::from(&metadata))
+    }
+
+    fn expect(&self, found: Digest) -> Result<()> {
+        let (path, expected) = (self.path.clone(), self.digest);
+        match self.unit {
+            _ if found == expected => Ok(()),
+            Some(_) => Err(Error::Flipped { path, what: "content".into(), expected, found }),
+            None => Err(Error::Changed { path, expected, found }),
+        }
+    }
+
+    /// A file of ours that is not there was lost.
+    fn unreadable(&self, source: io::Error) -> Error {
+        match self.unit {
+            Some(_) if source.kind() == io::ErrorKind::NotFound => Error::malformed(&self.path, "is missing"),
+            _ => Error::read(&self.path, source),
+        }
+    }
+}
+
+/// A file that was as it was hashed when reading began.
+#[derive(Debug)]
+pub struct Checked<'a> {
+    file: &'a InputFile,
+    stat: Stat,
+}
+
+impl Checked<'_> {
+    /// Fails where the file was replaced or written to meanwhile.
+    pub fn still(&self) -> Result<()> {
+        if self.file.stat()? == self.stat { Ok(()) } else { self.file.check().map(drop) }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stat {
     dev: u64,
@@ -57,13 +129,19 @@ struct Stat {
 impl Stat {
     fn of(path: &Path) -> Result<Self> {
         let metadata = fs::metadata(path).map_err(|source| Error::read(path, source))?;
-        Ok(Self {
+        Ok(Self::from(&metadata))
+    }
+}
+
+impl From<&fs::Metadata> for Stat {
+    fn from(metadata: &fs::Metadata) -> Self {
+        Self {
             dev: metadata.dev(),
             ino: metadata.ino(),
             size: metadata.size(),
             mtime_ns: metadata.mtime() * 1_000_000_000 + metadata.mtime_nsec(),
             ctime_ns: metadata.ctime() * 1_000_000_000 + metadata.ctime_nsec(),
-        })
+        }
     }
 }
 
@@ -84,7 +162,8 @@ pub fn digest_path(path: &Path, ledger: Option<&Ledger>, now_ns: i128) -> Result
         Some(ledger) => Table::read(ledger, &root).look_up(&found, &stats),
         None => vec![None; found.len()],
     };
-    let unknown: Vec<usize> = (0..found.len()).filter(|file_idx| digests[*file_idx].is_none()).collect();
+    let doubted = ledger.map(Ledger::doubted).unwrap_or_default();
+    let unknown: Vec<usize> = (0..found.len()).filter(|idx| digests[*idx].is_none() || doubted.contains(&found[*idx].1)).collect();
     let hashed = in_parallel(unknown.len(), |place| digest_file(&found[unknown[place]].1))?;
     for (file_idx, digest) in unknown.iter().zip(&hashed) {
         digests[*file_idx] = Some(*digest);
@@ -339,6 +418,76 @@ mod tests {
         digest_path(&path, Some(&ledger), now_ns).unwrap();
         let root = path.canonicalize().unwrap().display().to_string();
         assert_eq!(Table::read(&ledger, &root).batches.iter().map(RecordBatch::num_rows).sum::<usize>(), 0);
+    }
+
+    #[test]
+    fn what_a_reader_gets_is_what_was_hashed() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("file");
+        replace(&path, b"one").unwrap();
+        let file = digest_path(&path, None, LATER).unwrap().remove(0);
+        let text = |path: &Path| Ok::<_, Error>(fs::read(path).unwrap());
+        assert_eq!((file.read().unwrap(), file.read_with(text).unwrap()), (b"one".to_vec(), b"one".to_vec()));
+        // Written again with the same content.
+        let during = |path: &Path| {
+            replace(path, b"one").unwrap();
+            text(path)
+        };
+        assert_eq!(file.read_with(during).unwrap(), b"one");
+        // Replaced after it was hashed for the reader, before it was read.
+        let during = |path: &Path| {
+            replace(path, b"two").unwrap();
+            text(path)
+        };
+        assert!(matches!(file.read_with(during), Err(Error::Changed { .. })));
+        assert!(matches!(file.read(), Err(Error::Changed { .. })));
+        assert!(matches!(file.read_with(text), Err(Error::Changed { .. })));
+        // A reader that fails because of the change is not to blame.
+        replace(&path, b"one").unwrap();
+        let during = |path: &Path| {
+            replace(path, b"two").unwrap();
+            Err::<(), _>(Error::malformed(path, "expected one"))
+        };
+        assert!(matches!(file.read_with(during), Err(Error::Changed { .. })));
+        let ours = InputFile { unit: Some(blake3::hash(b"unit").into()), ..file };
+        assert!(matches!(ours.read(), Err(Error::Flipped { .. })));
+        Publisher::default().remove(&path).unwrap();
+        assert!(matches!(ours.read(), Err(Error::Malformed { .. })));
+        assert!(matches!(InputFile { unit: None, ..ours }.read(), Err(Error::Read { .. })));
+    }
+
+    #[test]
+    fn a_sound_shard_of_the_same_unit_with_other_rows_does_not_pass() {
+        let home = tempfile::tempdir().unwrap();
+        let unit: Fingerprint = blake3::hash(b"unit").into();
+        let shard = |name: &str, id: u64| {
+            let draft = Publisher::default().begin(&home.path().join(name)).unwrap();
+            let schema = arrow::datatypes::Schema::new(vec![arrow::datatypes::Field::new("id", arrow::datatypes::DataType::UInt64, false)]);
+            let mut writer =
+                crate::shard::ShardWriter::new(draft.create("0.arrow").unwrap(), &schema, &unit, crate::shard::Compression::None).unwrap();
+            writer.write(&RecordBatch::try_from_iter([("id", Arc::new(UInt64Array::from(vec![id])) as ArrayRef)]).unwrap()).unwrap();
+            writer.finish().unwrap();
+            let record = draft.files().remove(0);
+            draft.commit("record", b"").unwrap();
+            (home.path().join(name).join("0.arrow"), record)
+        };
+        let ((path, record), (other, _)) = (shard("one", 1), shard("two", 2));
+        let file = InputFile { name: "0.arrow".into(), path, bytes: record.bytes, digest: record.content(), unit: Some(unit) };
+        file.shard().unwrap();
+        assert!(matches!(InputFile { path: other, ..file }.shard(), Err(Error::Flipped { .. })));
+    }
+
+    #[test]
+    fn a_doubted_file_is_hashed_whatever_is_remembered() {
+        let home = tempfile::tempdir().unwrap();
+        let (path, ledger) = (home.path().join("file"), ledger(home.path()));
+        replace(&path, b"one").unwrap();
+        let lie = lie(&ledger, &path);
+        let digest = |ledger: &Ledger| digest_path(&path, Some(ledger), LATER).unwrap()[0].digest;
+        assert_eq!(digest(&ledger), lie);
+        ledger.doubt([path.clone()]);
+        assert_eq!(digest(&ledger), Digest::of(b"one"));
+        assert_eq!(digest(&self::ledger(home.path())), Digest::of(b"one"));
     }
 
     #[test]

@@ -5,11 +5,11 @@
 //! the price is hashing the inputs once more. Whoever cannot get at it in time goes without.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     path::PathBuf,
-    sync::Mutex,
+    sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -39,6 +39,7 @@ pub struct Ledger {
     publisher: Publisher,
     notices: Mutex<Vec<String>>,
     is_rehashing: bool,
+    doubted: Mutex<BTreeSet<PathBuf>>,
 }
 
 impl Ledger {
@@ -51,6 +52,7 @@ impl Ledger {
             publisher: store.publisher().clone(),
             notices: Mutex::default(),
             is_rehashing: false,
+            doubted: Mutex::default(),
         }
     }
 
@@ -64,13 +66,22 @@ impl Ledger {
         self.is_rehashing
     }
 
+    /// Has some input files hashed again whatever is remembered of them: they were found changed.
+    pub fn doubt(&self, paths: impl IntoIterator<Item = PathBuf>) {
+        self.doubted.lock().unwrap_or_else(PoisonError::into_inner).extend(paths);
+    }
+
+    pub(crate) fn doubted(&self) -> BTreeSet<PathBuf> {
+        self.doubted.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// What happened to the ledger since the last call, in words.
     pub fn notices(&self) -> Vec<String> {
-        std::mem::take(&mut *self.notices.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+        std::mem::take(&mut *self.notices.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn say(&self, words: String) {
-        self.notices.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(words);
+        self.notices.lock().unwrap_or_else(PoisonError::into_inner).push(words);
     }
 
     /// Begins a ledger where there is none.

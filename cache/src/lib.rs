@@ -9,6 +9,7 @@
 //! stats.rs     what a shard's rows look like, for its footer
 //! record.rs    what is written of units and artifacts
 //! store.rs     where units and artifacts lie on disk; what is valid, damaged or absent
+//! choice.rs    what is chosen once for all units of a family
 //! donors.rs    results of single items that other units hold already
 //! verify.rs    whether what lies in a home is what was published
 //! ledger.rs    sled: an index that can be lost (digests of input files)
@@ -18,6 +19,7 @@
 //!
 //! This crate knows nothing of images, tensors or stages.
 
+mod choice;
 pub mod chunk;
 mod disk;
 mod donors;

@@ -31,7 +31,7 @@ use arrow::{
 
 use crate::{
     Digest, DraftFile, Error, Fingerprint, Result,
-    stats::{Stats, StatsBuilder},
+    stats::{Stats, StatsBuilder, senseless},
 };
 
 /// The one format this program reads and writes.
@@ -115,20 +115,20 @@ impl ShardWriter {
         Ok(())
     }
 
-    /// Writes the footer, fsyncs, and records the file in its draft.
+    /// Writes the footer, fsyncs, and records the file in its draft. Fails where what the rows say makes no sense.
     pub fn finish(mut self) -> Result<()> {
         let digests = serde_json::to_string(&self.digests).expect("BUG: a list of strings is plain JSON");
-        let stats = serde_json::to_string(&self.stats.finish()).expect("BUG: numbers are plain JSON");
+        let stats = self.stats.finish();
+        // What `verify` would find wrong is not published.
+        if let Some(problem) = senseless(&stats).into_iter().next() {
+            return Err(Error::Unsound { what: format!("a shard of unit {}", self.unit), problem });
+        }
+        let stats = serde_json::to_string(&stats).expect("BUG: numbers are plain JSON");
         self.writer.write_metadata(ROOT_KEY, root(&self.unit, &self.columns, &digests, &stats).to_hex());
         self.writer.write_metadata(DIGESTS_KEY, digests);
         self.writer.write_metadata(STATS_KEY, stats);
         let tee = self.writer.into_inner().map_err(|error| from_arrow(&self.path, error))?;
-        let mut content = blake3::Hasher::new();
-        content.update(self.columns.as_bytes());
-        for digest in &self.digests {
-            content.update(digest.as_bytes());
-        }
-        tee.file.finish_with(Some(content.finalize().into()))
+        tee.file.finish_with(Some(content(&self.columns, &self.digests)))
     }
 
     fn mark(&mut self) -> blake3::Hash {
@@ -142,6 +142,16 @@ impl ShardWriter {
 /// A line a column: its name, type and whether it may be null. Metadata is left out.
 fn columns(schema: &Schema) -> String {
     schema.fields().iter().map(|field| format!("{} {} {}\n", field.name(), field.data_type(), field.is_nullable())).collect()
+}
+
+/// The content digest: see the top of this file.
+fn content(columns: &str, digests: &[Digest]) -> Digest {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(columns.as_bytes());
+    for digest in digests {
+        hasher.update(digest.as_bytes());
+    }
+    hasher.finalize().into()
 }
 
 fn root(unit: &Fingerprint, columns: &str, digests: &str, stats: &str) -> Digest {
@@ -245,6 +255,11 @@ impl ShardReader {
     /// The unit it belongs to.
     pub fn unit(&self) -> Fingerprint {
         self.unit
+    }
+
+    /// Digest of its rows, whoever's they are, as its footer tells.
+    pub fn content(&self) -> Digest {
+        content(&columns(&self.schema), &self.digests)
     }
 
     /// Its rows in numbers.

@@ -146,3 +146,24 @@ fn vectors(column: &ArrayRef) -> Option<(&'static str, usize, Vec<f32>)> {
         _ => None,
     }
 }
+/// Norms of CLIP embeddings may differ from 1 by this much once they are rounded to bf16.
+const NORM_TOLERANCE: f64 = 0.02;
+/// What a footer's numbers say against its rows.
+pub(crate) fn senseless(stats: &Stats) -> Vec<String> {
+    let mut problems = Vec::new();
+    for (column, vectors) in &stats.vectors {
+        if vectors.not_finite > 0 {
+            problems.push(format!("`{column}`: {} numbers are not finite", vectors.not_finite));
+        }
+        if column == "embedding" && vectors.vectors > 0 {
+            if vectors.zero > 0 {
+                problems.push(format!("`embedding`: {} of {} rows are all zero", vectors.zero, vectors.vectors));
+            }
+            let (least, greatest) = (vectors.min_norm, vectors.max_norm);
+            if least < 1.0 - NORM_TOLERANCE || greatest > 1.0 + NORM_TOLERANCE {
+                problems.push(format!("`embedding`: norms from {least:.3} to {greatest:.3}, expected 1"));
+            }
+        }
+    }
+    problems
+}

@@ -4,6 +4,7 @@
 //! HOME/format.json                         version of this layout
 //! HOME/units/KIND/FINGERPRINT/unit.json    a unit: its record, and its files below PORT/
 //! HOME/artifacts/KIND/FINGERPRINT.json     an artifact: the manifest that lists its units
+//! HOME/choices/KIND/FAMILY/        what holds for all units of a family: see `choice.rs`
 //! HOME/plans/KIND/FINGERPRINT.json         an artifact in the making: which units it will have
 //! HOME/commits.jsonl                       every unit that was published or went, one line each
 //! HOME/leases/ HOME/sessions/              who is making what, who is at work
@@ -39,7 +40,7 @@ use crate::{
 };
 
 /// The one layout this program reads and writes.
-const FORMAT: u32 = 2;
+pub(crate) const FORMAT: u32 = 2;
 pub(crate) const UNIT_FILE: &str = "unit.json";
 /// The digests of a unit's items, 32 bytes each, in order.
 const ITEMS_FILE: &str = "items";
@@ -200,7 +201,7 @@ impl Store {
         let is_over = |owner: &Owner| lease::is_over(&self.home, owner);
         let sweep = |folder: &Path| self.publisher.sweep(folder, &is_over);
         let mut recovered = Recovered { swept: sweep(&self.home)?, adopted: 0 };
-        for top in ["units", "artifacts", "plans", "pipelines", "runs", "quarantine"] {
+        for top in ["units", "artifacts", "choices", "plans", "pipelines", "runs", "quarantine"] {
             recovered.swept += sweep(&self.home.join(top))?;
             for (name, is_folder) in self.publisher.list(&self.home.join(top))? {
                 if is_folder {
@@ -399,9 +400,19 @@ impl Store {
         }
     }
 
-    /// Sets a damaged unit aside with the reason beside it, so that it is made again. `None`: it is not there any more.
+    /// Sets a damaged unit aside with the reason beside it, so that it is made again; what of it is sound is taken from there. `None`: it is
+    /// not there any more.
     pub fn quarantine(&self, name: &str, findings: &[String]) -> Result<Option<PathBuf>> {
-        let place = self.home.join("quarantine").join(name.replace('/', "."));
+        self.set_unit_aside(name, &name.replace('/', "."), findings)
+    }
+
+    /// The same with a unit whose content is wrong: nothing is taken from it.
+    pub fn condemn(&self, name: &str, findings: &[String]) -> Result<Option<PathBuf>> {
+        self.set_unit_aside(name, &format!("wrong.{}", name.replace('/', ".")), findings)
+    }
+
+    fn set_unit_aside(&self, name: &str, aside: &str, findings: &[String]) -> Result<Option<PathBuf>> {
+        let place = self.home.join("quarantine").join(aside);
         let Some(aside) = self.publisher.set_aside(&self.unit_path(name), &place)? else { return Ok(None) };
         let why = findings.join("\n");
         self.publisher.replace(&aside.with_extension("reason.txt"), format!("{why}\n").as_bytes())?;
@@ -454,7 +465,9 @@ impl Store {
         let (mut findings, mut is_dropped) = (Vec::new(), false);
         for (unit_idx, unit) in manifest.units.iter().enumerate() {
             match self.unit(kind, &unit.key.fingerprint)? {
-                Status::Valid(_) => {}
+                Status::Valid(record) if record.files == unit.files => {}
+                // Made again for another artifact that shares it. This one is published anew, from what is there.
+                Status::Valid(_) => findings.push(format!("unit {unit_idx} ({}) has other files than listed", unit.key.fingerprint)),
                 Status::Damaged(found) => findings.extend(found),
                 Status::Absent if manifest.is_dropped => is_dropped = true,
                 Status::Absent => findings.push(format!("unit {unit_idx} ({}) is missing", unit.key.fingerprint)),
@@ -583,7 +596,7 @@ impl Store {
     }
 
     /// Reads a record that carries its format and its seal; `None` where there is no file.
-    fn read_record<T: DeserializeOwned + Sealed>(&self, path: &Path) -> Result<Option<T>> {
+    pub(crate) fn read_record<T: DeserializeOwned + Sealed>(&self, path: &Path) -> Result<Option<T>> {
         let Some(bytes) = self.read_if_there(path)? else { return Ok(None) };
         // The format is looked at first: a record of another version may have fields that this program does not know.
         let value: Value = parse(path, &bytes)?;
@@ -604,7 +617,7 @@ pub fn unit_name(kind: &str, fingerprint: &Fingerprint) -> String {
     format!("{}/{}", kind_name(kind), fingerprint.short())
 }
 
-fn kind_name(kind: &str) -> String {
+pub(crate) fn kind_name(kind: &str) -> String {
     kind.replace('/', "-")
 }
 
@@ -616,7 +629,7 @@ fn check_format(path: &Path, found: u32) -> Result<()> {
     if found == FORMAT { Ok(()) } else { Err(Error::OtherFormat { path: path.to_owned(), found, known: FORMAT }) }
 }
 
-fn to_json<T: Serialize>(value: &T) -> Vec<u8> {
+pub(crate) fn to_json<T: Serialize>(value: &T) -> Vec<u8> {
     let mut bytes = serde_json::to_vec_pretty(value).expect("BUG: records are plain JSON");
     bytes.push(b'\n');
     bytes

@@ -4,7 +4,7 @@
 //! Nothing here writes; a unit that goes while it is looked at is not a finding.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fs::File,
     io::{self, Read},
     path::{Path, PathBuf},
@@ -17,10 +17,11 @@ use arrow::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Digest, Manifest, Result, Stats, Status, Store, UnitRecord,
+    Digest, Manifest, Result, Status, Store, UnitRecord,
     lease::{self, Owner},
     publish::TEMPORARY,
     shard::ShardReader,
+    stats::senseless,
     store::UNIT_FILE,
 };
 
@@ -42,6 +43,10 @@ pub enum Depth {
 pub enum Class {
     /// A unit is not what was published.
     Damaged,
+    /// A unit is what was published, and what it says is wrong.
+    Wrong,
+    /// An artifact that was made from one that is wrong.
+    Tainted,
     /// A unit was published and is gone.
     Missing,
     /// A manifest cannot be read, or disagrees with its units.
@@ -50,6 +55,8 @@ pub enum Class {
     Foreign,
     /// A dead process left it unfinished.
     Leftover,
+    /// A choice cannot be read; it is read off the units that are there.
+    Choice,
     /// The index that can be lost is damaged.
     Ledger,
     /// An input file changed although its size and times did not.
@@ -72,8 +79,6 @@ pub struct Finding {
     pub problem: String,
 }
 
-/// Norms of CLIP embeddings may differ from 1 by this much once they are rounded to bf16.
-const NORM_TOLERANCE: f64 = 0.02;
 const BUFFER_BYTES: usize = 1 << 18;
 
 impl Store {
@@ -130,14 +135,14 @@ impl Store {
     }
 
     fn verify_shard(&self, record: &UnitRecord, shard: &ShardReader, depth: Depth) -> Result<Vec<(Class, String)>> {
-        let mut problems = senseless(shard.stats());
+        let mut problems: Vec<_> = senseless(shard.stats()).into_iter().map(|problem| (Class::Wrong, problem)).collect();
         if depth < Depth::Deep || shard.schema().column_with_name("embedding").is_none() {
             return Ok(problems);
         }
         let n_items = self.items_of(record)?.len() as u64;
         let is_short = shard.stats().rows < n_items && !record.files.iter().any(|file| file.name == "failed.json");
         if n_items > 0 && (shard.stats().rows > n_items || is_short) {
-            problems.push((Class::Damaged, format!("{} rows for {n_items} items", shard.stats().rows)));
+            problems.push((Class::Wrong, format!("{} rows for {n_items} items", shard.stats().rows)));
         }
         let mut last_id = None;
         let mut seen: HashMap<Digest, u64> = HashMap::new();
@@ -146,7 +151,7 @@ impl Store {
             let Some(ids) = batch.column(0).as_primitive_opt::<UInt64Type>() else { continue };
             for (row, id) in ids.values().iter().enumerate() {
                 if last_id.is_some_and(|last| last >= *id) {
-                    problems.push((Class::Damaged, format!("ids are not ascending: {id} follows {}", last_id.unwrap_or_default())));
+                    problems.push((Class::Wrong, format!("ids are not ascending: {id} follows {}", last_id.unwrap_or_default())));
                 }
                 last_id = Some(*id);
                 if let Some(embedding) = bytes_of_row(&batch, row)
@@ -155,7 +160,7 @@ impl Store {
                     problems.push((Class::Suspect, format!("images {other} and {id} have the same embedding to the last bit")));
                 }
             }
-            problems.extend(senseless_boxes(&batch).map(|problem| (Class::Damaged, problem)));
+            problems.extend(senseless_boxes(&batch).map(|problem| (Class::Wrong, problem)));
             problems.extend(box_outside(&batch).map(|problem| (Class::Suspect, problem)));
         }
         Ok(problems)
@@ -217,8 +222,9 @@ impl Store {
             }
             Ok(())
         };
-        const OURS: [&str; 13] = [
+        const OURS: [&str; 14] = [
             "artifacts",
+            "choices",
             "commits.jsonl",
             "dry-run",
             "format.json",
@@ -243,6 +249,9 @@ impl Store {
                 look(&top.join(kind), &is_ours)?;
             }
         }
+        for (path, problem) in self.unsound_choices()? {
+            found.push(Finding { class: Class::Choice, unit: None, path, problem });
+        }
         for unit in self.noted_units()?.into_keys() {
             // Asked again, because it may go while we look.
             if matches!(self.unit_at(&unit), Ok(Status::Absent)) && self.noted_units()?.contains_key(&unit) {
@@ -251,6 +260,26 @@ impl Store {
             }
         }
         Ok(found)
+    }
+
+    /// Everything that was made from what artifacts hold, directly or through others: theirs, among `manifests`.
+    pub fn made_from<'a>(manifests: &'a [Manifest], artifacts: &[&Manifest]) -> Vec<&'a Manifest> {
+        let mut outputs: BTreeSet<Digest> = artifacts.iter().flat_map(|manifest| manifest.ports.values().copied()).collect();
+        let mut found: Vec<&Manifest> = Vec::new();
+        loop {
+            let is_new = |manifest: &&Manifest| {
+                let is_known = |known: &&Manifest| known.fingerprint == manifest.fingerprint;
+                manifest.recipe.inputs.values().any(|input| outputs.contains(input))
+                    && !artifacts.iter().any(is_known)
+                    && !found.iter().any(is_known)
+            };
+            let new: Vec<&Manifest> = manifests.iter().filter(is_new).collect();
+            if new.is_empty() {
+                return found;
+            }
+            outputs.extend(new.iter().flat_map(|manifest| manifest.ports.values().copied()));
+            found.extend(new);
+        }
     }
 
     /// Every manifest that can be read. One that cannot is a finding of [`Self::verify_manifest`].
@@ -271,26 +300,6 @@ fn hash(path: &Path, read: &dyn Fn(u64)) -> io::Result<Digest> {
         hasher.update(&buffer[..n_read]);
         read(n_read as u64);
     }
-}
-
-/// What a footer's numbers say against its rows.
-fn senseless(stats: &Stats) -> Vec<(Class, String)> {
-    let mut problems = Vec::new();
-    for (column, vectors) in &stats.vectors {
-        if vectors.not_finite > 0 {
-            problems.push((Class::Damaged, format!("`{column}`: {} numbers are not finite", vectors.not_finite)));
-        }
-        if column == "embedding" && vectors.vectors > 0 {
-            if vectors.zero > 0 {
-                problems.push((Class::Damaged, format!("`embedding`: {} of {} rows are all zero", vectors.zero, vectors.vectors)));
-            }
-            let (least, greatest) = (vectors.min_norm, vectors.max_norm);
-            if least < 1.0 - NORM_TOLERANCE || greatest > 1.0 + NORM_TOLERANCE {
-                problems.push((Class::Damaged, format!("`embedding`: norms from {least:.3} to {greatest:.3}, expected 1")));
-            }
-        }
-    }
-    problems
 }
 
 /// The digest of one embedding as it is stored; `None` where a row has many.

@@ -1,7 +1,6 @@
 //! Annotation files with more objects than before: everything that was there keeps its tokens, spaces too.
 
 use std::{
-    fs,
     io::{self, Write},
     path::Path,
 };
@@ -53,25 +52,24 @@ struct Entry {
 }
 
 /// Writes an annotation file with some more objects after its own, in the order given, without outlines. Their ids follow the greatest
-/// that is there; `area` is that of the box, and `score` tells them from the others.
-pub fn write_with(input: &Path, added: &[Added], out: &mut impl Write) -> Result<()> {
-    let text = fs::read_to_string(input).map_err(|source| Error::Read { path: input.to_owned(), source })?;
+/// that is there; `area` is that of the box, and `score` tells them from the others. `path` is for the message.
+pub fn write_with(json: &[u8], path: &Path, added: &[Added], out: &mut impl Write) -> Result<()> {
     let malformed = |problem: String| Error::Malformed {
-        path: input.to_owned(),
+        path: path.to_owned(),
         problem,
         hint: Some("check that the download is complete and that this is an `instances` or `lvis_v1` json".into()),
     };
-    let Whole { annotations } = serde_json::from_str(&text).map_err(|error| malformed(error.to_string()))?;
+    let Whole { annotations } = serde_json::from_slice(json).map_err(|error| malformed(error.to_string()))?;
     let numbered: Vec<Numbered> = serde_json::from_str(annotations.get()).map_err(|error| malformed(format!("annotations: {error}")))?;
     let greatest = numbered.iter().map(|annotation| annotation.id).max().unwrap_or(0);
     if greatest.checked_add(added.len() as u64).is_none() {
         return Err(malformed(format!("annotation {greatest}: no id is left after it for {} more", added.len())));
     }
-    // What serde borrowed is a part of the text.
-    let end = annotations.get().as_ptr().addr() - text.as_ptr().addr() + annotations.get().len() - 1;
+    // What serde borrowed is a part of the file.
+    let end = annotations.get().as_ptr().addr() - json.as_ptr().addr() + annotations.get().len() - 1;
     let mut separator: &[u8] = if numbered.is_empty() { b"" } else { b"," };
     let mut write = || -> io::Result<()> {
-        out.write_all(&text.as_bytes()[..end])?;
+        out.write_all(&json[..end])?;
         for (id, Added { image_id, category_id, xyxy, score }) in (greatest + 1..).zip(added) {
             let bbox = xyxy_to_xywh(xyxy);
             let [_, _, width, height] = bbox;
@@ -80,20 +78,22 @@ pub fn write_with(input: &Path, added: &[Added], out: &mut impl Write) -> Result
             serde_json::to_writer(&mut *out, &entry)?;
             separator = b",";
         }
-        out.write_all(&text.as_bytes()[end..])
+        out.write_all(&json[end..])
     };
     write().map_err(|source| Error::Write { what: "annotations with added objects", source })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn with(json: &str, added: &[Added]) -> Result<String> {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(json.as_bytes()).unwrap();
         let mut out = Vec::new();
-        write_with(file.path(), added, &mut out)?;
+        write_with(&fs::read(file.path()).unwrap(), file.path(), added, &mut out)?;
         Ok(String::from_utf8(out).unwrap())
     }
 

@@ -2,9 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt,
-    fs::File,
-    io::{BufReader, Read},
+    fmt, fs,
     path::Path,
 };
 
@@ -172,22 +170,18 @@ struct RawAnnotation {
 }
 
 impl Annotations {
-    /// Reads and checks a file. Every contradiction is found before any is reported.
+    /// Reads a file, as [`Self::parse`].
     pub fn load(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-        Self::read(BufReader::with_capacity(1 << 20, file), path)
+        let json = fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        Self::parse(&json, path)
     }
 
-    fn read(reader: impl Read, path: &Path) -> Result<Self> {
-        let raw: RawFile = serde_json::from_reader(reader).map_err(|error| {
-            if error.is_io() {
-                return Error::Read { path: path.to_owned(), source: error.into() };
-            }
-            Error::Malformed {
-                path: path.to_owned(),
-                problem: format!("expected a COCO or LVIS annotation file: {error}"),
-                hint: Some("check that the download is complete and that this is an `instances` or `lvis_v1` json".into()),
-            }
+    /// Reads and checks what a file holds; `path` is for the message. Every contradiction is found before any is reported.
+    pub fn parse(json: &[u8], path: &Path) -> Result<Self> {
+        let raw: RawFile = serde_json::from_slice(json).map_err(|error| Error::Malformed {
+            path: path.to_owned(),
+            problem: format!("expected a COCO or LVIS annotation file: {error}"),
+            hint: Some("check that the download is complete and that this is an `instances` or `lvis_v1` json".into()),
         })?;
         let Some(problem) = problems(&raw).into_words() else { return Ok(Self::from_raw(raw)) };
         let hint = Some("mend the file, or make it again from its source".into());
@@ -345,7 +339,7 @@ mod tests {
     use super::*;
 
     fn read(json: &str) -> Result<Annotations> {
-        Annotations::read(json.as_bytes(), Path::new("instances.json"))
+        Annotations::parse(json.as_bytes(), Path::new("instances.json"))
     }
 
     #[test]

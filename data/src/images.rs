@@ -35,19 +35,17 @@ impl Image {
         Self::decode(&bytes, path)
     }
 
-    /// As [`Self::open`], of a file whose size is known, `[width, height]` px: another one is refused before anything is decoded.
-    pub fn open_sized(path: &Path, stated: [u32; 2]) -> Result<Self> {
-        let bytes = fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-        Self::decode_sized(&bytes, path, Some(stated))
+    /// As [`Self::decode`], of an image whose size is known, `[width, height]` px: another one is refused before anything is decoded.
+    pub fn decode_sized(bytes: &[u8], path: &Path, stated: [u32; 2]) -> Result<Self> {
+        Self::decode_if(bytes, path, Some(stated))
     }
 
-    /// As [`Self::open_sized`], but a JPEG in colour or grey may come at a half, a quarter or an eighth of its size, rounded up: as small
+    /// As [`Self::decode_sized`], but a JPEG in colour or grey may come at a half, a quarter or an eighth of its size, rounded up: as small
     /// as leaves its shorter side at least as long as `least_side` px. Decoding takes less time, and resizing it then as well; the
     /// levels differ from those of the whole image resized, as of Pillow's `draft`.
-    pub fn open_draft(path: &Path, stated: [u32; 2], least_side: u32) -> Result<Self> {
-        let bytes = fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    pub fn decode_draft(bytes: &[u8], path: &Path, stated: [u32; 2], least_side: u32) -> Result<Self> {
         // Where there is no draft, the usual way says what is wrong, if anything is.
-        Self::draft(&bytes, stated, least_side).map_or_else(|| Self::decode_sized(&bytes, path, Some(stated)), Ok)
+        Self::draft(bytes, stated, least_side).map_or_else(|| Self::decode_sized(bytes, path, stated), Ok)
     }
 
     fn draft(bytes: &[u8], stated: [u32; 2], least_side: u32) -> Option<Self> {
@@ -72,10 +70,10 @@ impl Image {
 
     /// Decodes a JPEG or PNG; `path` is for the message.
     pub fn decode(bytes: &[u8], path: &Path) -> Result<Self> {
-        Self::decode_sized(bytes, path, None)
+        Self::decode_if(bytes, path, None)
     }
 
-    fn decode_sized(bytes: &[u8], path: &Path, stated: Option<[u32; 2]>) -> Result<Self> {
+    fn decode_if(bytes: &[u8], path: &Path, stated: Option<[u32; 2]>) -> Result<Self> {
         let malformed = |problem: String| Error::Malformed {
             path: path.to_owned(),
             problem,
@@ -212,7 +210,7 @@ impl Preprocess {
         self.square_of(image, [0, 0, i64::from(image.width), i64::from(image.height)])
     }
 
-    /// As [`Self::square`] of an image that had some size before [`Image::open_draft`] made it smaller.
+    /// As [`Self::square`] of an image that had some size before [`Image::decode_draft`] made it smaller.
     pub fn square_of_draft(&self, draft: &Image, size: [u32; 2]) -> Image {
         let (to, [x, y]) = self.resized(size);
         let whole = [0, 0, i64::from(draft.width), i64::from(draft.height)];
@@ -368,11 +366,15 @@ mod tests {
         }
     }
 
+    fn draft(path: &Path, stated: [u32; 2], least_side: u32) -> Result<Image> {
+        Image::decode_draft(&fs::read(path).unwrap(), path, stated, least_side)
+    }
+
     #[test]
     fn drafts_are_those_of_pillow() {
         for name in ["half.jpg", "full.jpg", "progressive.jpg", "grey.jpg", "exif.jpg"] {
             let expected = Image::open(&folder().join(format!("pillow/draft-{name}.png"))).unwrap();
-            let draft = Image::open_draft(&folder().join(name), [61, 45], 22).unwrap();
+            let draft = draft(&folder().join(name), [61, 45], 22).unwrap();
             assert_eq!([draft.width, draft.height], [31, 23], "{name}");
             let apart: Vec<u8> = draft.rgb.iter().zip(&expected.rgb).map(|(found, level)| found.abs_diff(*level)).collect();
             let mean = apart.iter().map(|levels| f64::from(*levels)).sum::<f64>() / apart.len() as f64;
@@ -381,9 +383,9 @@ mod tests {
         // What has no draft, or would become too small, is decoded as ever.
         for (name, least_side) in [("cmyk.jpg", 22), ("half.jpg", 23), ("rgb.png", 1)] {
             let (path, whole) = (folder().join(name), Image::open(&folder().join(name)).unwrap());
-            assert_eq!(Image::open_draft(&path, [whole.width, whole.height], least_side).unwrap(), whole, "{name}");
+            assert_eq!(draft(&path, [whole.width, whole.height], least_side).unwrap(), whole, "{name}");
         }
-        let refused = Image::open_draft(&folder().join("half.jpg"), [61, 46], 22).unwrap_err();
+        let refused = draft(&folder().join("half.jpg"), [61, 46], 22).unwrap_err();
         assert!(refused.to_string().contains("the annotations say 61 x 46 px, the image has 61 x 45"), "{refused}");
     }
 

@@ -4,7 +4,6 @@
 //! are no image ids inside. Entry k belongs to the k-th image in ascending id.
 
 use std::{
-    fs,
     io::{self, Write},
     path::Path,
 };
@@ -25,16 +24,14 @@ pub struct Proposal {
     pub score: f32,
 }
 
-/// Reads a pickle of mmdet. Arrays are float32 or float64; a list of one array an image (one class) is taken for the array.
-pub fn read_mmdet(path: &Path) -> Result<Vec<Vec<Proposal>>> {
-    let bytes = fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+/// Reads a pickle of mmdet; `path` is for the message. Arrays are float32 or float64; a list of one array an image (one class) is taken for the array.
+pub fn read_mmdet(pickle: &[u8], path: &Path) -> Result<Vec<Vec<Proposal>>> {
     let malformed = |problem: String| Error::Malformed {
         path: path.to_owned(),
         problem,
         hint: Some("expected what mmdet's `--out` writes: a pickled list over images of float arrays N x 5".into()),
     };
-    let value = ovenbird_pickle::read(&bytes).map_err(|error| malformed(error.to_string()))?;
-    drop(bytes);
+    let value = ovenbird_pickle::read(pickle).map_err(|error| malformed(error.to_string()))?;
     let images = value.as_items().ok_or_else(|| malformed("expected a list over images".into()))?;
     let image =
         |(place, value): (usize, &Value)| of_image(value).map_err(|problem| malformed(format!("image {place} of the list: {problem}")));
@@ -102,11 +99,17 @@ pub fn check(proposals: &[Vec<Proposal>], images: &[ImageInfo], path: &Path) -> 
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::annotations::ImageId;
 
     fn proposal(x1: f32, y1: f32, x2: f32, y2: f32, score: f32) -> Proposal {
         Proposal { xyxy: Xyxy { x1, y1, x2, y2 }, score }
+    }
+
+    fn read(path: &Path) -> Result<Vec<Vec<Proposal>>> {
+        read_mmdet(&fs::read(path).unwrap(), path)
     }
 
     fn image(id: u64) -> ImageInfo {
@@ -118,7 +121,7 @@ mod tests {
     fn pickles_written_by_numpy_are_read() {
         for protocol in [0, 2, 4, 5] {
             let path = format!("{}/../tests/golden/pickle/arrays-{protocol}.pkl", env!("CARGO_MANIFEST_DIR"));
-            let read = read_mmdet(Path::new(&path)).unwrap();
+            let read = read(Path::new(&path)).unwrap();
             let two = vec![proposal(0.0, 0.25, 0.5, 0.75, 1.0), proposal(1.25, 1.5, 1.75, 2.0, 2.25)];
             assert_eq!(read, [two.clone(), two.clone(), vec![], two]);
         }
@@ -131,7 +134,7 @@ mod tests {
         for name in ["flat", "list", "tuple"] {
             for protocol in [2, 4, 5] {
                 let path = format!("{}/../tests/golden/proposals/{name}-{protocol}.pkl", env!("CARGO_MANIFEST_DIR"));
-                assert_eq!(read_mmdet(Path::new(&path)).unwrap(), expected, "{name} {protocol}");
+                assert_eq!(read(Path::new(&path)).unwrap(), expected, "{name} {protocol}");
             }
         }
     }
@@ -147,7 +150,7 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         let (four, five) = ([0.0_f32; 4], [0.0_f32; 5]);
         ovenbird_pickle::write_f32_arrays([(1, 5, five.as_slice()), (1, 4, four.as_slice())], &mut file).unwrap();
-        let error = read_mmdet(file.path()).unwrap_err().to_string();
+        let error = read(file.path()).unwrap_err().to_string();
         assert!(error.ends_with("image 1 of the list: expected an array [N, 5], found [1, 4]"), "{error}");
     }
 
@@ -159,7 +162,7 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         write_mmdet(&proposals, &mut file).unwrap();
         file.persist(&path).unwrap();
-        assert_eq!(read_mmdet(&path).unwrap(), proposals);
+        assert_eq!(read(&path).unwrap(), proposals);
     }
 
     #[test]

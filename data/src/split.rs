@@ -11,7 +11,7 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet},
-    fmt, fs,
+    fmt,
     io::{self, Write},
     path::Path,
 };
@@ -130,15 +130,14 @@ fn write_compact(out: &mut impl Write, json: &str) -> io::Result<()> {
     out.write_all(&bytes[start..])
 }
 
-/// Writes the annotation file of a class list.
+/// Writes the annotation file of a class list; `path` is for the message.
 ///
 /// Fails when a listed class is not in the file or is there twice, when an LVIS class is not listed (classes of COCO that are
 /// not listed are dropped), when an image's category lists cannot be renumbered, and when an annotation has id 0.
-pub fn write_split(input: &Path, classes: &ClassSplit, keep: Keep, out: &mut impl Write) -> Result<Counts> {
-    let text = fs::read_to_string(input).map_err(|source| Error::Read { path: input.to_owned(), source })?;
-    let malformed = |problem: String, hint: &str| Error::Malformed { path: input.to_owned(), problem, hint: Some(hint.into()) };
+pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, keep: Keep, out: &mut impl Write) -> Result<Counts> {
+    let malformed = |problem: String, hint: &str| Error::Malformed { path: path.to_owned(), problem, hint: Some(hint.into()) };
     let again = "check that the download is complete and that this is an `instances` or `lvis_v1` json";
-    let parts: Parts<'_> = serde_json::from_str(&text).map_err(|error| malformed(error.to_string(), again))?;
+    let parts: Parts<'_> = serde_json::from_slice(json).map_err(|error| malformed(error.to_string(), again))?;
     if let Some(twice) = classes.duplicate() {
         return Err(malformed(format!("the class list names `{twice}` twice"), "name each class once"));
     }
@@ -247,7 +246,7 @@ fn separate(out: &mut impl Write, place: usize) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
+    use std::{fs, path::PathBuf};
 
     use super::*;
     use crate::{
@@ -265,7 +264,7 @@ mod tests {
 
     fn split(input: &str, classes: &ClassSplit, keep: Keep) -> Result<String> {
         let mut out = Vec::new();
-        write_split(&golden(input), classes, keep, &mut out)?;
+        write_split(&fs::read(golden(input)).unwrap(), &golden(input), classes, keep, &mut out)?;
         Ok(String::from_utf8(out).unwrap())
     }
 
@@ -301,7 +300,7 @@ mod tests {
         write!(file, r#"{{"images": {images}, "annotations": {annotations}, "categories": {categories}}}"#).unwrap();
         let mut out = Vec::new();
         let owls = ClassSplit { base: vec!["owl".into()], novel: vec![] };
-        write_split(file.path(), &owls, Keep::All, &mut out)?;
+        write_split(&fs::read(file.path()).unwrap(), file.path(), &owls, Keep::All, &mut out)?;
         Ok(String::from_utf8(out).unwrap())
     }
 

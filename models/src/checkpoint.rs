@@ -236,6 +236,17 @@ fn numbers(tensor: &Tensor) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// How many numbers of a tensor are infinite or none, in words; nothing, if all are finite.
+pub fn not_finite(tensor: &Tensor) -> Option<String> {
+    let is_floating = matches!(tensor.kind(), Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double);
+    // A sum is finite only if all of its terms are, and takes one pass and no memory.
+    if !is_floating || tensor.detach().abs().sum(Kind::Double).double_value(&[]).is_finite() {
+        return None;
+    }
+    let n_others = tensor.numel() - tensor.isfinite().sum(Kind::Int64).int64_value(&[]) as usize;
+    (n_others > 0).then(|| format!("expected finite numbers, found {n_others} of {} that are not", tensor.numel()))
+}
+
 fn n_bytes(tensor: &Tensor) -> usize {
     tensor.numel() * tensor.kind().elt_size_in_bytes()
 }

@@ -1,6 +1,6 @@
 //! Pictures with what is there and what was found.
 
-use std::{collections::BTreeMap, fmt::Write as _, fs};
+use std::{collections::BTreeMap, fmt::Write as _};
 
 use ovenbird_cache::{Artifact, inputs::InputFile};
 use ovenbird_data::{
@@ -15,7 +15,7 @@ use ovenbird_stages::{
 };
 
 use super::{escape, put};
-use crate::history::StepState;
+use crate::{error::Result, history::StepState};
 
 /// Pictures of a report.
 const MOST: usize = 12;
@@ -41,31 +41,40 @@ struct Named {
 /// The files behind an input of an artifact: the output of another step of the run with the same content digest.
 fn input(artifacts: &BTreeMap<String, Artifact>, of: &Artifact, port: &str) -> Option<Vec<InputFile>> {
     let wanted = of.manifest.recipe.inputs.get(port)?;
-    let outputs =
-        artifacts.values().flat_map(|artifact| artifact.manifest.ports.iter().map(move |(name, digest)| (artifact, name, digest)));
+    let outputs = artifacts
+        .values()
+        .filter(|artifact| !artifact.is_dropped)
+        .flat_map(|artifact| artifact.manifest.ports.iter().map(move |(name, digest)| (artifact, name, digest)));
     let (artifact, name, _) = outputs.into_iter().find(|(_, _, digest)| *digest == wanted)?;
     Some(artifact.port(name))
 }
 
-/// Pictures for the first evaluation of the run whose inputs are there; none where something is missing.
-pub(super) fn pictures(steps: &[StepState], artifacts: &BTreeMap<String, Artifact>) -> Vec<Picture> {
+/// Pictures for the first evaluation of the run whose inputs were made in it; none where there is none. Fails where one cannot be read.
+pub(super) fn pictures(steps: &[StepState], artifacts: &BTreeMap<String, Artifact>) -> Result<Vec<Picture>> {
     let evaluations = steps.iter().filter(|step| step.kind.starts_with("eval/")).filter_map(|step| artifacts.get(&step.id));
-    evaluations
-        .map(|evaluation| of_evaluation(steps, artifacts, evaluation).unwrap_or_default())
-        .find(|pictures| !pictures.is_empty())
-        .unwrap_or_default()
+    for evaluation in evaluations {
+        let pictures = of_evaluation(steps, artifacts, evaluation)?;
+        if !pictures.is_empty() {
+            return Ok(pictures);
+        }
+    }
+    Ok(Vec::new())
 }
 
-fn of_evaluation(steps: &[StepState], artifacts: &BTreeMap<String, Artifact>, evaluation: &Artifact) -> Option<Vec<Picture>> {
-    let annotations = AnnotationFile::open(&input(artifacts, evaluation, "annotations")?).ok()?.load().ok()?;
-    let detections = Detections::open(&input(artifacts, evaluation, "detections")?).ok()?;
-    let Classes(classes) = Classes::open(&input(artifacts, evaluation, "classes")?).ok()?;
-    let first = &annotations.images.first()?.file_name;
-    let ports = steps.iter().filter_map(|step| Some((artifacts.get(&step.id)?, find(&step.kind)?)));
+fn of_evaluation(steps: &[StepState], artifacts: &BTreeMap<String, Artifact>, evaluation: &Artifact) -> Result<Vec<Picture>> {
+    let [annotations, detections, classes] = ["annotations", "detections", "classes"].map(|port| input(artifacts, evaluation, port));
+    let (Some(annotations), Some(detections), Some(classes)) = (annotations, detections, classes) else { return Ok(Vec::new()) };
+    let annotations = AnnotationFile::open(&annotations)?.load()?;
+    let detections = Detections::open(&detections)?;
+    let Classes(classes) = Classes::open(&classes)?;
+    let Some(ImageInfo { file_name: first, .. }) = annotations.images.first() else { return Ok(Vec::new()) };
+    let there = |step: &StepState| artifacts.get(&step.id).filter(|artifact| !artifact.is_dropped);
+    let ports = steps.iter().filter_map(|step| Some((there(step)?, find(&step.kind)?)));
     let folders = ports.flat_map(|(artifact, entry)| {
         entry.outputs.iter().filter(|port| port.kind == Images::KIND).map(move |port| artifact.port(port.name))
     });
-    let images = folders.filter_map(|files| Images::open(&files).ok()).find(|images| images.path(first).is_ok())?;
+    let images = folders.filter_map(|files| Images::open(&files).ok()).find(|images| images.file(first).is_ok());
+    let Some(images) = images else { return Ok(Vec::new()) };
 
     let novel = |id: CategoryId| annotations.category(id).is_some_and(|category| classes.novel.contains(&category.name));
     let by_image = annotations.by_image();
@@ -80,10 +89,10 @@ fn of_evaluation(steps: &[StepState], artifacts: &BTreeMap<String, Artifact>, ev
     let is_shown = |detection: &Detection| order.iter().any(|image| image.id == detection.image_id);
     let mut found = Vec::new();
     for piece in detections.pieces() {
-        found.extend(piece.ok()?.into_iter().filter(is_shown));
+        found.extend(piece?.into_iter().filter(is_shown));
     }
     let picture = |image: &ImageInfo| picture(image, &images, &annotations, &found, &classes);
-    Some(order.into_iter().filter_map(picture).collect())
+    order.into_iter().map(picture).collect()
 }
 
 fn picture(
@@ -92,7 +101,7 @@ fn picture(
     annotations: &Annotations,
     detections: &[Detection],
     classes: &ClassSplit,
-) -> Option<Picture> {
+) -> Result<Picture> {
     let named = |id: CategoryId, xyxy: Xyxy, score: Option<f32>| -> Option<Named> {
         let name = annotations.category(id)?.name.clone();
         Some(Named { xyxy, is_novel: classes.novel.contains(&name), name, score })
@@ -110,8 +119,8 @@ fn picture(
         }
     }
     let found = shown.into_iter().filter_map(|detection| named(detection.category_id, detection.xyxy, Some(detection.score))).collect();
-    let jpeg = fs::read(images.path(&image.file_name).ok()?).ok()?;
-    Some(Picture { jpeg, width: image.width, height: image.height, truth, found })
+    let jpeg = images.file(&image.file_name)?.read()?;
+    Ok(Picture { jpeg, width: image.width, height: image.height, truth, found })
 }
 
 impl Picture {

@@ -85,7 +85,7 @@ impl Stage for Split {
             }
             ClassList::Coco4817 => ClassSplit::coco_48_17(),
             ClassList::LvisFrequency => ClassSplit::by_frequency(&checked).ok_or_else(|| DataError::Malformed {
-                path: annotations.path.clone(),
+                path: annotations.file.path.clone(),
                 problem: "a category without `frequency`".into(),
                 hint: Some("`lvis-frequency` needs LVIS v1 annotations".into()),
             })?,
@@ -98,7 +98,7 @@ impl Stage for Split {
         };
         let draft = cx.begin(unit)?;
         let mut file = draft.create(SPLIT, "annotations.json")?;
-        let counts = write_split(&annotations.path, &classes, keep, &mut file)?;
+        let counts = write_split(&annotations.file.read()?, &annotations.file.path, &classes, keep, &mut file)?;
         file.finish()?;
         draft.write(LIST, "classes.json", &serde_json::to_vec(&classes).expect("BUG: names are plain JSON"))?;
         cx.tick(counts.images as u64);

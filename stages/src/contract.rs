@@ -24,7 +24,7 @@ use ovenbird_cache::{
     Claim, Digest, Donors, Draft, DraftFile, Fingerprint, Lease, Recipe, Status, Store, UnitKey, Watch, chunk, inputs::InputFile, unit_name,
 };
 use ovenbird_data::annotations::ImageId;
-use ovenbird_models::checkpoint::write_safetensors;
+use ovenbird_models::checkpoint::{not_finite, write_safetensors};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
@@ -377,6 +377,8 @@ pub struct Context<'a> {
     pub most_items: Option<usize>,
     /// Where networks run.
     pub device: tch::Device,
+    /// Whether that device has instructions for bf16.
+    pub has_bf16: bool,
     /// How many threads the stage may keep busy besides the network's own.
     pub threads: usize,
     /// What to do about an item that cannot be read or understood.
@@ -491,8 +493,11 @@ impl Context<'_> {
     /// Notes an item that failed with its unit, unless the stage's policy does not allow it; `counts`: how many have failed so far, and of how many.
     pub(crate) fn left_out(&self, draft: &UnitDraft, item: &str, error: Error, attempts: u32, counts: [usize; 2]) -> Result<()> {
         let OnBadItem::Skip { max_failed_ratio } = self.on_bad_item else { return Err(error) };
+        use ovenbird_cache::Error::Read as Unreadable;
         use ovenbird_models::Error::{Malformed, Read};
-        let (Error::Data(_) | Error::Models(Read { .. } | Malformed { .. })) = &error else { return Err(error) };
+        let (Error::Data(_) | Error::Cache(Unreadable { .. }) | Error::Models(Read { .. } | Malformed { .. })) = &error else {
+            return Err(error);
+        };
         let failed = FailedItem { item: item.into(), reason: with_sources(&error), attempts };
         refuse_too_many(counts, max_failed_ratio, &failed.reason)?;
         (self.report)(Progress::Failed(failed.clone()));
@@ -583,7 +588,7 @@ impl UnitDraft {
         Ok(self.draft.create(&format!("{port}/{name}"))?)
     }
 
-    /// Writes tensors and text as safetensors at an output port.
+    /// Writes tensors and text as safetensors at an output port. Fails where a number is none.
     pub(crate) fn write_tensors<T>(
         &self,
         port: Out<T>,
@@ -591,6 +596,12 @@ impl UnitDraft {
         tensors: &BTreeMap<String, Tensor>,
         metadata: &BTreeMap<String, String>,
     ) -> Result<()> {
+        for (tensor, numbers) in tensors {
+            if let Some(problem) = not_finite(numbers) {
+                let what = format!("tensor `{tensor}` of {}/{name}", port.info.name);
+                return Err(ovenbird_cache::Error::Unsound { what, problem }.into());
+            }
+        }
         let mut file = self.create(port, name)?;
         let path = file.path().to_owned();
         write_safetensors(tensors, metadata, &mut file).map_err(|source| write_error(&path, source))?;

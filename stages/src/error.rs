@@ -76,6 +76,14 @@ impl Error {
         !matches!(source.kind(), Kind::NotFound | Kind::PermissionDenied | Kind::IsADirectory | Kind::NotADirectory | Kind::InvalidData)
     }
 
+    /// The user's file that is not what it was when the run began, if that is what happened.
+    pub fn changed_file(&self) -> Option<&Path> {
+        match self {
+            Self::Cache(ovenbird_cache::Error::Changed { path, .. }) => Some(path),
+            _ => None,
+        }
+    }
+
     /// The file whose committed bytes turned out to be damaged, if that is what happened.
     pub fn damaged_file(&self) -> Option<&Path> {
         match self {

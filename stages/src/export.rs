@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Context, Error, In, Out, PortInfo, Result, Stage, Unit,
+    Context, In, Out, PortInfo, Result, Stage, Unit,
     artifacts::{Detections, ResultsFile},
     contract::write_error,
 };
@@ -62,7 +62,7 @@ impl Stage for Export {
         for detections in cx.inputs.read(DETECTIONS)?.pieces() {
             for detection in &detections? {
                 out.write_all(before.as_bytes()).map_err(failed)?;
-                serde_json::to_writer(&mut out, &entry(detection)?).map_err(|error| failed(error.into()))?;
+                serde_json::to_writer(&mut out, &entry(detection)).map_err(|error| failed(error.into()))?;
                 (n_detections, before) = (n_detections + 1, ",\n");
             }
             cx.proceed()?;
@@ -76,18 +76,10 @@ impl Stage for Export {
     }
 }
 
-fn entry(detection: &Detection) -> Result<Entry<'_>> {
+fn entry(detection: &Detection) -> Entry<'_> {
     let Detection { image_id, category_id, xyxy, score, mask } = detection;
     let Xyxy { x1, y1, .. } = *xyxy;
     let bbox = [x1, y1, xyxy.width(), xyxy.height()];
-    // JSON has no other numbers.
-    if !bbox.iter().chain([score]).all(|number| number.is_finite()) {
-        return Err(Error::Input {
-            port: "detections",
-            problem: format!("image {image_id}: expected finite numbers, found a box {bbox:?} (x, y, width, height), score {score}"),
-            hint: "make the detections again, or leave this one out of the table".into(),
-        });
-    }
     let segmentation = mask.as_ref().map(|mask| Runs { size: [mask.size[1], mask.size[0]], counts: &mask.counts });
-    Ok(Entry { image_id: image_id.0, category_id: category_id.0, bbox, score: *score, segmentation })
+    Entry { image_id: image_id.0, category_id: category_id.0, bbox, score: *score, segmentation }
 }

@@ -15,7 +15,7 @@ use ovenbird_data::{annotations::ImageInfo, images::Image};
 use crate::{
     AnyStage, Context, Result, Unit,
     artifacts::{Images, Row, RowKind, RowWriter, Shelf},
-    clip::encoder::{Encoder, PRECISION, Pending},
+    clip::encoder::{Encoder, PRECISION, Pending, embedding_problem},
     contract::{Attempted, UnitDraft},
     feed::stream,
 };
@@ -72,7 +72,7 @@ pub(crate) struct Frames {
 impl Frames {
     fn decode(&self, place: usize) -> Result<Image> {
         let ImageInfo { file_name, width, height, .. } = &self.infos[place];
-        self.images.decode(file_name, [*width, *height])
+        self.images.decode_sized(file_name, [*width, *height])
     }
 
     fn decode_draft(&self, place: usize, least_side: u32) -> Result<Image> {
@@ -391,7 +391,14 @@ impl<'a> Desk<'a> {
                         break;
                     }
                     used += n_numbers;
-                    self.sight.row(place, &self.frames.infos[place], &self.embeddings[used - n_numbers..used], dim)
+                    let (info, embeddings) = (&self.frames.infos[place], &self.embeddings[used - n_numbers..used]);
+                    if let Some((encoder, problem)) = self.encoder.zip(embedding_problem(embeddings, dim)) {
+                        let result: Result<Row> = Err(encoder.senseless(&format!("image `{}`: {problem}", info.file_name)));
+                        let unit = self.open.as_ref().expect("BUG: a unit is opened before its images come");
+                        self.cx.kept(&unit.draft, &info.file_name, Attempted { result, attempts: 1 }, self.cx.items.len())?;
+                        continue;
+                    }
+                    self.sight.row(place, info, embeddings, dim)
                 }
             };
             let unit = self.open.as_mut().expect("BUG: a unit is opened before its images come");

@@ -104,7 +104,7 @@ impl Stage for PseudoLabels {
         let n_base = added.iter().filter(|object| base.contains(&object.category_id)).count();
         let draft = cx.begin(unit)?;
         let mut json = draft.create(MORE, "annotations.json")?;
-        write_with(&file.path, &added, &mut json)?;
+        write_with(&file.file.read()?, &file.file.path, &added, &mut json)?;
         json.finish()?;
         let all = ClassSplit { base: classes.all().cloned().collect(), novel: Vec::new() };
         draft.write(ALL, "classes.json", &serde_json::to_vec(&all).expect("BUG: names are plain JSON"))?;

@@ -17,7 +17,7 @@ use std::{
 use tch::{Kind, Tensor};
 
 use super::{Activation, Config, ImageConfig, TextConfig, resnet::REDUCTION};
-use crate::{Error, Misfit, Result};
+use crate::{Error, Misfit, Result, checkpoint::not_finite};
 
 pub(super) const OPENAI_SCALARS: [&str; 3] = ["input_resolution", "context_length", "vocab_size"];
 const HUGGING_FACE_MARK: &str = "text_model.embeddings.token_embedding.weight";
@@ -152,6 +152,10 @@ pub(super) fn copy(tensors: &BTreeMap<String, Tensor>, declared: &BTreeMap<Strin
         return Err(Error::Misfits { path: origin.to_owned(), problems });
     }
     for (name, parameter) in declared {
+        if let Some(problem) = not_finite(&tensors[name]) {
+            let hint = Some("the training that wrote it diverged: take an earlier checkpoint".into());
+            return Err(Error::Malformed { path: origin.to_owned(), problem: format!("{name}: {problem}"), hint });
+        }
         let value = tensors[name].reshape(parameter.size());
         tch::no_grad(|| parameter.shallow_clone().copy_(&value));
     }

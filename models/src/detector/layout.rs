@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, path::Path};
 use tch::{Kind, Tensor};
 
 use super::boxes::is_floating;
-use crate::{Error, Misfit, Result};
+use crate::{Error, Misfit, Result, checkpoint::not_finite};
 
 /// What training scripts put in front of names.
 const WRAPPERS: [&str; 2] = ["state_dict.", "module."];
@@ -68,6 +68,10 @@ pub fn load(checkpoint: &BTreeMap<String, Tensor>, parameters: &BTreeMap<String,
                 return Err(malformed(origin, format!("{name}: expected a floating kind, found {:?}", tensor.kind())));
             }
             Some(parameter) => {
+                if let Some(problem) = not_finite(tensor) {
+                    let hint = Some("the training that wrote it diverged: take an earlier checkpoint".into());
+                    return Err(Error::Malformed { path: origin.to_owned(), problem: format!("{name}: {problem}"), hint });
+                }
                 matched.push((parameter, tensor));
                 report.loaded.push(name.clone());
             }

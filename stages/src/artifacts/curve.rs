@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use ovenbird_cache::inputs::InputFile;
 
-use super::{Artifact, read};
+use super::Artifact;
 use crate::{Result, error::malformed};
 
 /// Named numbers over the steps of a training.
@@ -22,9 +22,9 @@ impl Artifact for Curve {
 
     /// Of a training with several checkpoints, the last one's, which is the longest.
     fn open(files: &[InputFile]) -> Result<Self> {
-        let Some(InputFile { path, .. }) = files.last() else { return Ok(Self::default()) };
-        let text = String::from_utf8(read(path)?).map_err(|error| malformed(path, error.to_string()))?;
-        Self::parse(&text).map_err(|problem| malformed(path, problem))
+        let Some(file) = files.last() else { return Ok(Self::default()) };
+        let text = String::from_utf8(file.read()?).map_err(|error| malformed(&file.path, error.to_string()))?;
+        Self::parse(&text).map_err(|problem| malformed(&file.path, problem))
     }
 }
 

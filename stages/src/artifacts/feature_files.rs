@@ -164,7 +164,7 @@ impl FeatureFiles {
     }
 
     fn open_file<'a>(&'a self, info: &'a ImageInfo, holds: Holds) -> Result<FeatureFile<'a>> {
-        let file = FeatureFile { of: self, info, arrays: read_arrays(&self.file(info).path)? };
+        let file = FeatureFile { of: self, info, arrays: self.file(info).read_with(|path| Ok::<_, Error>(read_arrays(path)?))? };
         let names: Vec<&str> = file.arrays.keys().map(String::as_str).collect();
         if names != holds.names() {
             let hint = "globals, blocks and objects have a folder and a stage each: `globals/import`, `blocks/import`, `objects/import`";

@@ -202,7 +202,7 @@ pub(crate) struct Piece {
 
 impl<'a> Places<'a> {
     fn of(files: &'a [InputFile]) -> Result<Self> {
-        let open = |file: &'a InputFile| Ok((file, ShardReader::open(&file.path, file.unit.as_ref())?));
+        let open = |file: &'a InputFile| Ok((file, file.shard()?));
         Ok(Self { shards: files.iter().map(open).collect::<Result<_>>()? })
     }
 
@@ -360,7 +360,7 @@ impl Shelf {
         }
         for (unit, wanted) in wanted {
             for file in donors.port(unit, port) {
-                let Ok(shard) = ShardReader::open(&file.path, file.unit.as_ref()) else { continue };
+                let Ok(shard) = file.shard() else { continue };
                 for batch_idx in 0..shard.n_batches() {
                     let ids = shard.batch(batch_idx).ok().and_then(|batch| u64_column(&file.path, &batch, "image_id").ok());
                     let found = ids.into_iter().flatten().filter_map(|id| wanted.get(&ImageId(id)));
@@ -680,7 +680,7 @@ impl Crops {
 /// Every record batch of some shards in order, with the path of its shard for messages.
 fn batches(shards: &[InputFile]) -> impl Iterator<Item = Result<(PathBuf, RecordBatch)>> {
     shards.iter().flat_map(|file| {
-        let batches = ShardReader::open(&file.path, file.unit.as_ref()).map(|shard| {
+        let batches = file.shard().map(|shard| {
             let n_batches = shard.n_batches();
             (0..n_batches).map(move |batch_idx| Ok((file.path.clone(), shard.batch(batch_idx)?)))
         });

@@ -22,11 +22,7 @@ pub(crate) mod feature_files;
 mod features;
 mod tables;
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, path::Path};
 
 use ovenbird_cache::{Digest, inputs::InputFile};
 use ovenbird_data::{
@@ -78,18 +74,19 @@ pub(crate) fn last_file<'a>(kind: &'static str, files: &'a [InputFile]) -> Resul
     only_file(kind, &files[files.len().saturating_sub(1)..])
 }
 
-fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).map_err(|source| ovenbird_data::Error::Read { path: path.to_owned(), source }.into())
+fn read_json<T: DeserializeOwned>(file: &InputFile) -> Result<T> {
+    serde_json::from_slice(&file.read()?).map_err(|error| malformed(&file.path, error.to_string()))
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    serde_json::from_slice(&read(path)?).map_err(|error| malformed(path, error.to_string()))
+/// The weights that a file holds.
+pub(crate) fn read_weights(file: &InputFile) -> Result<Checkpoint> {
+    file.read_with(|path| Ok(Checkpoint::open(path)?))
 }
 
 /// A folder of images, by their path below it.
 #[derive(Debug, Clone)]
 pub struct Images {
-    by_name: BTreeMap<String, (PathBuf, Digest)>,
+    by_name: BTreeMap<String, InputFile>,
 }
 
 impl Artifact for Images {
@@ -97,34 +94,41 @@ impl Artifact for Images {
     const EXTENSIONS: &'static [&'static str] = &["/"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { by_name: files.iter().map(|file| (file.name.clone(), (file.path.clone(), file.digest))).collect() })
+        Ok(Self { by_name: files.iter().map(|file| (file.name.clone(), file.clone())).collect() })
     }
 }
 
 impl Images {
-    /// Every file's name, ascending.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.by_name.keys().map(String::as_str)
-    }
-
     /// The content digest of an image. Fails when the folder has no such file.
     pub fn digest(&self, file_name: &str) -> Result<Digest> {
-        self.entry(file_name).map(|(_, digest)| *digest)
+        self.file(file_name).map(|file| file.digest)
     }
 
-    /// Where an image lies. Fails when the folder has no such file.
-    pub fn path(&self, file_name: &str) -> Result<&Path> {
-        self.entry(file_name).map(|(path, _)| path.as_path())
+    /// The file of an image. Fails when the folder has no such file.
+    pub fn file(&self, file_name: &str) -> Result<&InputFile> {
+        self.by_name.get(file_name).ok_or_else(|| Error::Input {
+            port: Self::KIND,
+            problem: format!("the annotations name `{file_name}`, which is not in the folder ({} files)", self.by_name.len()),
+            hint: "point `images` at the folder that the annotations' file names are relative to".into(),
+        })
+    }
+
+    /// Decodes an image of any size.
+    pub(crate) fn decode(&self, file_name: &str) -> Result<Image> {
+        let file = self.file(file_name)?;
+        Ok(Image::decode(&file.read()?, &file.path)?)
     }
 
     /// Decodes an image and checks it against the size its annotations state, `[width, height]` px.
-    pub fn decode(&self, file_name: &str, stated: [u32; 2]) -> Result<Image> {
-        Ok(Image::open_sized(self.path(file_name)?, stated)?)
+    pub(crate) fn decode_sized(&self, file_name: &str, stated: [u32; 2]) -> Result<Image> {
+        let file = self.file(file_name)?;
+        Ok(Image::decode_sized(&file.read()?, &file.path, stated)?)
     }
 
-    /// As [`Self::decode`], at a part of its size where that leaves its shorter side long enough: see [`Image::open_draft`].
+    /// As [`Self::decode_sized`], at a part of its size where that leaves its shorter side long enough: see [`Image::decode_draft`].
     pub(crate) fn decode_draft(&self, file_name: &str, stated: [u32; 2], least_side: u32) -> Result<Image> {
-        Ok(Image::open_draft(self.path(file_name)?, stated, least_side)?)
+        let file = self.file(file_name)?;
+        Ok(Image::decode_draft(&file.read()?, &file.path, stated, least_side)?)
     }
 
     /// One digest an image of some annotations, in ascending id: of its id, the size that is stated, and its content.
@@ -135,21 +139,13 @@ impl Images {
         };
         annotations.images.iter().map(item).collect()
     }
-
-    fn entry(&self, file_name: &str) -> Result<&(PathBuf, Digest)> {
-        self.by_name.get(file_name).ok_or_else(|| Error::Input {
-            port: Self::KIND,
-            problem: format!("the annotations name `{file_name}`, which is not in the folder ({} files)", self.by_name.len()),
-            hint: "point `images` at the folder that the annotations' file names are relative to".into(),
-        })
-    }
 }
 
 /// A COCO or LVIS json, not yet read.
 #[derive(Debug, Clone)]
 pub struct AnnotationFile {
-    /// Where it lies.
-    pub path: PathBuf,
+    /// Where it lies, and what it is to hold.
+    pub file: InputFile,
 }
 
 impl Artifact for AnnotationFile {
@@ -157,14 +153,14 @@ impl Artifact for AnnotationFile {
     const EXTENSIONS: &'static [&'static str] = &["json"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { path: only_file(Self::KIND, files)?.path.clone() })
+        Ok(Self { file: only_file(Self::KIND, files)?.clone() })
     }
 }
 
 impl AnnotationFile {
     /// Reads and checks it.
     pub fn load(&self) -> Result<Annotations> {
-        Ok(Annotations::load(&self.path)?)
+        Ok(Annotations::parse(&self.file.read()?, &self.file.path)?)
     }
 }
 
@@ -177,7 +173,7 @@ impl Artifact for Classes {
     const EXTENSIONS: &'static [&'static str] = &["json"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self(read_json(&only_file(Self::KIND, files)?.path)?))
+        Ok(Self(read_json(only_file(Self::KIND, files)?)?))
     }
 }
 
@@ -200,8 +196,8 @@ impl Artifact for Captions {
     const EXTENSIONS: &'static [&'static str] = &["jsonl"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        let path = &only_file(Self::KIND, files)?.path;
-        let bytes = read(path)?;
+        let file = only_file(Self::KIND, files)?;
+        let (bytes, path) = (file.read()?, &file.path);
         let lines = bytes.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty());
         let parse =
             |(line_idx, line)| serde_json::from_slice(line).map_err(|error| malformed(path, format!("line {}: {error}", line_idx + 1)));
@@ -212,7 +208,7 @@ impl Artifact for Captions {
 /// A pickle of proposals as mmdet writes it, not yet read.
 #[derive(Debug, Clone)]
 pub struct MmdetProposals {
-    path: PathBuf,
+    file: InputFile,
 }
 
 impl Artifact for MmdetProposals {
@@ -220,29 +216,27 @@ impl Artifact for MmdetProposals {
     const EXTENSIONS: &'static [&'static str] = &["pkl", "pickle"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { path: only_file(Self::KIND, files)?.path.clone() })
+        Ok(Self { file: only_file(Self::KIND, files)?.clone() })
     }
 }
 
 impl MmdetProposals {
     /// Where it lies.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.file.path
     }
 
     /// Reads the proposals of every image, in the file's order.
     pub fn load(&self) -> Result<Vec<Vec<Proposal>>> {
-        Ok(proposals::read_mmdet(&self.path)?)
+        Ok(proposals::read_mmdet(&self.file.read()?, &self.file.path)?)
     }
 }
 
 /// A checkpoint of a CLIP or a detector, not yet read.
 #[derive(Debug, Clone)]
 pub struct CheckpointFile {
-    /// Where it lies.
-    pub path: PathBuf,
-    /// Digest of its content.
-    pub digest: Digest,
+    /// Where it lies, and what it is to hold.
+    pub file: InputFile,
 }
 
 impl Artifact for CheckpointFile {
@@ -256,14 +250,14 @@ impl Artifact for CheckpointFile {
             [file] => file,
             _ => only_file(Self::KIND, files)?,
         };
-        Ok(Self { path: file.path.clone(), digest: file.digest })
+        Ok(Self { file: file.clone() })
     }
 }
 
 /// What a training continues from, besides its weights.
 pub struct TrainingState {
-    /// Where it lies: safetensors.
-    pub path: PathBuf,
+    /// Where it lies, and what it is to hold: safetensors.
+    pub file: InputFile,
 }
 
 impl Artifact for TrainingState {
@@ -271,7 +265,7 @@ impl Artifact for TrainingState {
     const EXTENSIONS: &'static [&'static str] = &["safetensors"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { path: last_file(Self::KIND, files)?.path.clone() })
+        Ok(Self { file: last_file(Self::KIND, files)?.clone() })
     }
 }
 
@@ -291,8 +285,8 @@ impl Artifact for Prompts {
     const EXTENSIONS: &'static [&'static str] = &["safetensors"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        let path = &only_file(Self::KIND, files)?.path;
-        Self::of(&Checkpoint::open(path)?).map_err(|problem| malformed(path, problem))
+        let file = only_file(Self::KIND, files)?;
+        Self::of(&read_weights(file)?).map_err(|problem| malformed(&file.path, problem))
     }
 }
 
@@ -302,8 +296,8 @@ impl Artifact for Prompts {
 /// `[K, D]` alone, whose rows are named elsewhere.
 #[derive(Debug, Clone)]
 pub struct PublishedPrompts {
-    /// Where it lies.
-    pub path: PathBuf,
+    /// Where it lies, and what it is to hold.
+    pub file: InputFile,
 }
 
 impl Artifact for PublishedPrompts {
@@ -311,7 +305,7 @@ impl Artifact for PublishedPrompts {
     const EXTENSIONS: &'static [&'static str] = &["pth", "pt"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { path: only_file(Self::KIND, files)?.path.clone() })
+        Ok(Self { file: only_file(Self::KIND, files)?.clone() })
     }
 }
 
@@ -330,6 +324,9 @@ impl Prompts {
         let are_sound = Vec::<bool>::try_from(embeddings.isfinite().all_dim(1, false)).map_err(|error| error.to_string())?;
         if let Some((name, _)) = names.iter().zip(are_sound).find(|(_, is_sound)| !is_sound) {
             return Err(format!("expected numbers in `embeddings`, found infinities or NaN in the row of `{name}`"));
+        }
+        if let Some(name) = zero_row(&names, &embeddings) {
+            return Err(format!("expected a direction for each class, found zeros alone in the row of `{name}`"));
         }
         Ok(Self { names, embeddings, scale })
     }
@@ -373,6 +370,10 @@ impl Prompts {
     }
 
     pub(crate) fn write(&self, draft: &UnitDraft, port: Out<Self>) -> Result<()> {
+        if let Some(name) = zero_row(&self.names, &self.embeddings) {
+            let problem = "expected a direction, found zeros alone".into();
+            return Err(ovenbird_cache::Error::Unsound { what: format!("the class embedding of `{name}`"), problem }.into());
+        }
         let names = serde_json::to_string(&self.names).expect("BUG: names are plain JSON");
         draft.write_tensors(port, "prompts.safetensors", &self.tensors(), &BTreeMap::from([("names".to_owned(), names)]))
     }
@@ -391,6 +392,12 @@ impl Prompts {
     }
 }
 
+/// The first class whose embedding is zero.
+fn zero_row<'a>(names: &'a [String], embeddings: &Tensor) -> Option<&'a String> {
+    let norms = Vec::<f64>::try_from(embeddings.abs().sum_dim_intlist([1_i64].as_slice(), false, Kind::Double)).ok()?;
+    names.iter().zip(norms).find(|(_, norm)| *norm == 0.0).map(|(name, _)| name)
+}
+
 /// The result of an evaluation.
 #[derive(Debug, Clone)]
 pub struct EvaluationFile(pub Evaluation);
@@ -400,15 +407,15 @@ impl Artifact for EvaluationFile {
     const EXTENSIONS: &'static [&'static str] = &["json"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self(read_json(&only_file(Self::KIND, files)?.path)?))
+        Ok(Self(read_json(only_file(Self::KIND, files)?)?))
     }
 }
 
 /// A results file of COCO and LVIS, for the programs of others; no stage reads it.
 #[derive(Debug, Clone)]
 pub struct ResultsFile {
-    /// Where it lies.
-    pub path: PathBuf,
+    /// Where it lies, and what it is to hold.
+    pub file: InputFile,
 }
 
 impl Artifact for ResultsFile {
@@ -416,6 +423,6 @@ impl Artifact for ResultsFile {
     const EXTENSIONS: &'static [&'static str] = &["json"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { path: only_file(Self::KIND, files)?.path.clone() })
+        Ok(Self { file: only_file(Self::KIND, files)?.clone() })
     }
 }

@@ -4,20 +4,16 @@
 //! of the original image, `score` f32[, `mask` utf8, null or `WIDTHxHEIGHT:` and COCO's packed run lengths]. The version is in the
 //! file's key-value metadata.
 
-use std::{
-    collections::BTreeMap,
-    fs::File,
-    mem,
-    path::{Path, PathBuf},
-    slice,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, fs::File, mem, path::Path, slice, sync::Arc};
 
 use arrow::{
     array::{Array, ArrayRef, AsArray, Float32Array, RecordBatch, StringArray, UInt64Array},
     datatypes::{Float32Type, UInt64Type},
 };
-use ovenbird_cache::{DraftFile, inputs::InputFile};
+use ovenbird_cache::{
+    DraftFile,
+    inputs::{Checked, InputFile},
+};
 use ovenbird_data::{
     annotations::{Annotations, CategoryId, ImageId, ImageInfo},
     boxes::Xyxy,
@@ -55,8 +51,9 @@ impl Artifact for Proposals {
 
     fn open(files: &[InputFile]) -> Result<Self> {
         let mut by_image: BTreeMap<ImageId, Vec<Proposal>> = BTreeMap::new();
-        for InputFile { path, .. } in files {
-            for batch in Table::open(path)? {
+        for file in files {
+            let path = &file.path;
+            for batch in Table::open(file)? {
                 let batch = batch?;
                 let (ids, boxes) = (ids(path, &batch, "image_id")?, boxes(path, &batch)?);
                 for (image, (xyxy, score)) in ids.into_iter().zip(boxes) {
@@ -99,6 +96,7 @@ impl Proposals {
             }
         }
         let mut columns: Vec<(&str, ArrayRef)> = vec![("image_id", Arc::new(UInt64Array::from(images)))];
+        check_numbers(&boxes)?;
         columns.extend(box_columns(&boxes));
         write_table(file, columns)
     }
@@ -107,7 +105,7 @@ impl Proposals {
 /// Scored boxes with their classes, and masks where a detector draws some; not yet read.
 #[derive(Debug, Clone)]
 pub struct Detections {
-    paths: Vec<PathBuf>,
+    files: Vec<InputFile>,
 }
 
 impl Artifact for Detections {
@@ -115,14 +113,14 @@ impl Artifact for Detections {
     const EXTENSIONS: &'static [&'static str] = &["parquet"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { paths: files.iter().map(|file| file.path.clone()).collect() })
+        Ok(Self { files: files.to_vec() })
     }
 }
 
 impl Detections {
     /// Reads them piece by piece, in the files' order. An image whose rows lie together is in one piece.
     pub fn pieces(&self) -> impl Iterator<Item = Result<Vec<Detection>>> {
-        Pieces { paths: self.paths.iter(), table: None, begun: Vec::new() }
+        Pieces { files: self.files.iter(), table: None, begun: Vec::new() }
     }
 
     /// Writes a table and finishes the file. Masks have a column of their own only if there are some.
@@ -131,6 +129,7 @@ impl Detections {
         let mut columns =
             vec![("image_id", ids(|detection| detection.image_id.0)), ("category_id", ids(|detection| detection.category_id.0))];
         let boxes: Vec<_> = detections.iter().map(|detection| Some((detection.xyxy, detection.score))).collect();
+        check_numbers(&boxes)?;
         columns.extend(box_columns(&boxes));
         if detections.iter().any(|detection| detection.mask.is_some()) {
             let text = |detection: &Detection| detection.mask.as_ref().map(ToString::to_string);
@@ -141,8 +140,8 @@ impl Detections {
 }
 
 struct Pieces<'a> {
-    paths: slice::Iter<'a, PathBuf>,
-    table: Option<Table>,
+    files: slice::Iter<'a, InputFile>,
+    table: Option<Table<'a>>,
     /// Rows that are read, of which those of the last image may go on.
     begun: Vec<Detection>,
 }
@@ -153,7 +152,7 @@ impl Iterator for Pieces<'_> {
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             let Some(table) = &mut self.table else {
-                match self.paths.next().map(|path| Table::open(path)) {
+                match self.files.next().map(Table::open) {
                     Some(Ok(table)) => self.table = Some(table),
                     Some(Err(error)) => return Some(Err(error)),
                     None if self.begun.is_empty() => return None,
@@ -161,7 +160,7 @@ impl Iterator for Pieces<'_> {
                 }
                 continue;
             };
-            match table.next().map(|batch| detections(&table.path, &batch?)) {
+            match table.next().map(|batch| detections(&table.file.path, &batch?)) {
                 Some(Ok(rows)) => self.begun.extend(rows),
                 Some(Err(error)) => return Some(Err(error)),
                 None => self.table = None,
@@ -205,6 +204,18 @@ fn box_columns(boxes: &[Option<(Xyxy, f32)>]) -> [(&'static str, ArrayRef); 5] {
     ]
 }
 
+/// Fails where a box or a score is no number.
+fn check_numbers(boxes: &[Option<(Xyxy, f32)>]) -> Result<()> {
+    let is_sound = |(Xyxy { x1, y1, x2, y2 }, score): &(Xyxy, f32)| [x1, y1, x2, y2, score].into_iter().all(|number| number.is_finite());
+    match boxes.iter().flatten().find(|row| !is_sound(row)) {
+        None => Ok(()),
+        Some((xyxy, score)) => {
+            let problem = format!("expected finite numbers, found {xyxy:?}, score {score}");
+            Err(ovenbird_cache::Error::Unsound { what: "a table of boxes".into(), problem }.into())
+        }
+    }
+}
+
 fn write_table(mut file: DraftFile, columns: Vec<(&str, ArrayRef)>) -> Result<()> {
     let nullable = columns.into_iter().map(|(name, array)| (name, array, true));
     let batch = RecordBatch::try_from_iter_with_nullable(nullable).expect("BUG: all columns have one value a row");
@@ -225,13 +236,16 @@ fn write_table(mut file: DraftFile, columns: Vec<(&str, ArrayRef)>) -> Result<()
 }
 
 /// A table that is being read.
-struct Table {
-    path: PathBuf,
+struct Table<'a> {
+    file: &'a InputFile,
     batches: ParquetRecordBatchReader,
+    /// What is still to be asked at the end.
+    checked: Option<Checked<'a>>,
 }
 
-impl Table {
-    fn open(path: &Path) -> Result<Self> {
+impl<'a> Table<'a> {
+    fn open(input: &'a InputFile) -> Result<Self> {
+        let (checked, path) = (input.check()?, &input.path);
         let file = File::open(path).map_err(|source| ovenbird_data::Error::Read { path: path.to_owned(), source })?;
         let damaged = |error: ParquetError| malformed(path, error.to_string());
         let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(damaged)?;
@@ -242,16 +256,18 @@ impl Table {
             return Err(malformed(path, format!("expected a table of format {FORMAT}, found {found}")));
         }
         let batches = builder.with_batch_size(BATCH_ROWS).build().map_err(damaged)?;
-        Ok(Self { path: path.to_owned(), batches })
+        Ok(Self { file: input, batches, checked: Some(checked) })
     }
 }
 
-impl Iterator for Table {
+impl Iterator for Table<'_> {
     type Item = Result<RecordBatch>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let batch = self.batches.next()?;
-        Some(batch.map_err(|error| malformed(&self.path, error.to_string())))
+        match self.batches.next() {
+            Some(batch) => Some(batch.map_err(|error| malformed(&self.file.path, error.to_string()))),
+            None => self.checked.take()?.still().err().map(|error| Err(error.into())),
+        }
     }
 }
 
@@ -267,9 +283,48 @@ fn boxes(path: &Path, batch: &RecordBatch) -> Result<Vec<(Option<Xyxy>, f32)>> {
         column.cloned().ok_or_else(|| malformed(path, format!("expected an f32 column `{name}`")))
     };
     let (x1, y1, x2, y2, score) = (column("x1")?, column("y1")?, column("x2")?, column("y2")?, column("score")?);
+    let is_finite = |row: usize| [&x1, &y1, &x2, &y2, &score].iter().all(|column| column.is_null(row) || column.value(row).is_finite());
+    if let Some(row) = (0..batch.num_rows()).find(|row| !is_finite(*row)) {
+        return Err(malformed(path, format!("expected finite numbers in a box and its score, found others in row {row} of a batch")));
+    }
     let row = |row: usize| {
         let xyxy = x1.is_valid(row).then(|| Xyxy { x1: x1.value(row), y1: y1.value(row), x2: x2.value(row), y2: y2.value(row) });
         (xyxy, score.value(row))
     };
     Ok((0..batch.num_rows()).map(row).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use ovenbird_cache::{Store, UnitKey};
+
+    use super::*;
+
+    #[test]
+    fn boxes_that_are_no_numbers_are_neither_written_nor_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        let _session = store.enter().unwrap();
+        let key = UnitKey {
+            kind: "detect/zero-shot".into(),
+            fingerprint: ovenbird_cache::Digest::of(b"boxes").to_hex().parse().unwrap(),
+            family: None,
+        };
+        let draft = store.begin_unit(&key).unwrap();
+        let xyxy = Xyxy { x1: 1.0, y1: 2.0, x2: 3.0, y2: f32::INFINITY };
+        let detection = Detection { image_id: ImageId(4), category_id: CategoryId(5), xyxy, score: 0.5, mask: None };
+        let refused = Detections::write(&[detection], draft.create("one.parquet").unwrap()).unwrap_err();
+        assert!(refused.to_string().contains("y2: inf"), "{refused}");
+
+        // As another program might write it.
+        let ids: ArrayRef = Arc::new(UInt64Array::from(vec![4]));
+        let mut columns = vec![("image_id", Arc::clone(&ids)), ("category_id", ids)];
+        columns.extend(box_columns(&[Some((xyxy, 0.5))]));
+        let file = draft.create("two.parquet").unwrap();
+        let path = file.path().to_owned();
+        write_table(file, columns).unwrap();
+        let files = ovenbird_cache::inputs::digest_path(&path, None, 0).unwrap();
+        let refused = Detections::open(&files).unwrap().pieces().next().unwrap().unwrap_err();
+        assert!(refused.to_string().contains("expected finite numbers"), "{refused}");
+    }
 }

@@ -1,15 +1,13 @@
 //! A frozen CLIP, as the stages use it.
 
 use std::{
-    sync::{Arc, OnceLock},
-    time::Instant,
+    path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use ovenbird_cache::Status;
 use ovenbird_data::images::{Image, Preprocess};
 use ovenbird_models::{
     Phase,
-    checkpoint::Checkpoint,
     clip::{self, Activation, ImageConfig},
     to_unit_length,
 };
@@ -19,8 +17,8 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use super::on_device;
 use crate::{
-    Context, Result,
-    artifacts::CheckpointFile,
+    Context, Error, Result,
+    artifacts::{CheckpointFile, read_weights},
     pass::{Pixels, View},
 };
 
@@ -31,18 +29,20 @@ const SQUARES: usize = 64;
 const OBJECTS: usize = 16;
 
 /// The name under which units note the arithmetic they were made in.
-pub(crate) const PRECISION: &str = "precision";
-/// How much faster than f32 bf16 has to be to be chosen.
-const LEAST_GAIN: f64 = 1.5;
-/// The cosine to f32 that it has to reach.
+pub const PRECISION: &str = "precision";
+/// The cosine to f32 that bf16 has to reach to be chosen.
 const LEAST_COSINE: f64 = 0.999;
+/// By how much the norm of an embedding may differ from 1. It is computed in f32 of D numbers: below D x 2^-24 even where D is 1,024 and
+/// every rounding goes the same way.
+const NORM_TOLERANCE: f64 = 1e-3;
 
 /// The arithmetic of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// bf16 where the device computes at least 1.5 times as fast in it and the network's embeddings keep a cosine of 0.999 to those
-    /// of f32, else f32. Measured when a stage begins; each unit notes the choice, and a stage goes on as it began.
+    /// bf16 where the device has it (AVX-512 BF16 or AMX; NVIDIA from compute capability 8.0 on) and the network's embeddings keep a cosine
+    /// of 0.999 to those of f32, else f32. Chosen once in a home for each checkpoint and set of parameters, before the first unit is made;
+    /// every later run and every other machine keeps to it.
     #[default]
     Auto,
     /// Single precision.
@@ -116,6 +116,8 @@ impl Pending {
 /// A loaded image tower with its preprocessing.
 pub(crate) struct Encoder {
     clip: clip::Clip,
+    /// The checkpoint's file, for messages.
+    origin: PathBuf,
     pub(crate) preprocess: Preprocess,
     manner: Manner,
     /// What it computes in.
@@ -136,27 +138,40 @@ impl Clip {
         let load = |precision: Precision| -> Result<Encoder> {
             let found = Precision::KINDS.iter().find(|(_, known, _)| *known == precision);
             let (name, _, kind) = found.expect("BUG: `auto` is settled before");
-            Ok(Encoder::new(self.load_as(file, cx.device, *kind)?, manner, name))
+            Ok(Encoder::new(self.load_as(file, cx.device, *kind)?, &file.file.path, manner, name))
         };
         if self.precision != Precision::Auto {
             return load(self.precision);
         }
-        if let Some(began) = began_in(cx)? {
-            return load(began);
+        let family = cx.units.first().and_then(|unit| unit.family).expect("BUG: stages that embed images have units that hold items");
+        // What was compared need not be loaded again.
+        let (mut compared, mut why) = (Vec::new(), "as this home began it".to_owned());
+        let chosen = cx.store.choice(cx.kind, &family, PRECISION, || -> Result<String> {
+            if !cx.has_bf16 {
+                why = "the device has no bf16".into();
+                return Ok("f32".into());
+            }
+            let (single, half) = (load(Precision::F32)?, load(Precision::Bf16)?);
+            let cosine = least_cosine(&single, &half)?;
+            compared = vec![single, half];
+            let keeps = cosine >= LEAST_COSINE;
+            why = format!("the device has bf16, which keeps a cosine of {cosine:.5} to f32; {LEAST_COSINE} is asked for");
+            Ok(if keeps { "bf16" } else { "f32" }.into())
+        })?;
+        let known = Precision::KINDS.iter().find(|(name, ..)| *name == chosen).map(|(_, precision, _)| *precision);
+        let precision = known.ok_or_else(|| Error::Input {
+            port: "clip.precision",
+            problem: format!("this home began in `{chosen}`, which this program does not know"),
+            hint: "update ovenbird, or say which: `with: {clip: {precision: f32}}`".into(),
+        })?;
+        cx.note(format!("computes in {chosen}: {why}"));
+        if precision == Precision::Bf16 && !cx.has_bf16 {
+            cx.note("the device has no bf16 and computes it by other instructions, many times slower: run this where the device has it");
         }
-        let gain = *GAIN.get_or_init(|| gain_of_bf16(cx.device));
-        if gain < LEAST_GAIN {
-            cx.note(format!("computes in f32: bf16 is {gain:.1} times as fast here, {LEAST_GAIN} is asked for"));
-            return load(Precision::F32);
+        match compared.into_iter().find(|encoder| encoder.precision == chosen) {
+            Some(encoder) => Ok(encoder),
+            None => load(precision),
         }
-        let (single, half) = (load(Precision::F32)?, load(Precision::Bf16)?);
-        let cosine = least_cosine(&single, &half)?;
-        if cosine < LEAST_COSINE {
-            cx.note(format!("computes in f32: bf16 keeps a cosine of {cosine:.5} to it, {LEAST_COSINE} is asked for"));
-            return Ok(single);
-        }
-        cx.note(format!("computes in bf16: {gain:.1} times as fast as f32 here, cosine to it at least {cosine:.5}"));
-        Ok(half)
     }
 
     fn load_as(self, file: &CheckpointFile, device: Device, kind: Kind) -> Result<clip::Clip> {
@@ -164,41 +179,9 @@ impl Clip {
             Gelu::Quick => Activation::QuickGelu,
             Gelu::Exact => Activation::Gelu,
         });
-        let checkpoint = Checkpoint::open(&file.path)?;
-        Ok(clip::Clip::load(checkpoint.tensors(), &file.path, activation, device, kind)?)
+        let checkpoint = read_weights(&file.file)?;
+        Ok(clip::Clip::load(checkpoint.tensors(), &file.file.path, activation, device, kind)?)
     }
-}
-
-/// The arithmetic that a published unit of a stage was made in.
-fn began_in(cx: &Context<'_>) -> Result<Option<Precision>> {
-    for unit in cx.units {
-        if let Status::Valid(record) = cx.store.unit(cx.kind, &unit.fingerprint)? {
-            let noted = record.metrics.get(PRECISION).and_then(|noted| noted.as_str());
-            return Ok(Precision::KINDS.iter().find(|(name, ..)| Some(*name) == noted).map(|(_, precision, _)| *precision));
-        }
-    }
-    Ok(None)
-}
-
-/// How many times as fast as in f32 this process's device multiplies matrices in bf16.
-static GAIN: OnceLock<f64> = OnceLock::new();
-
-/// How many times as fast as in f32 a device multiplies matrices in bf16.
-///
-/// Measured on the matrices of a transformer block's perceptron, which is where the time goes.
-pub fn gain_of_bf16(device: Device) -> f64 {
-    let seconds = |kind: Kind| {
-        let [x, weight] = [[1024, 768], [3072, 768]].map(|shape| Tensor::ones(shape, (kind, device)));
-        let once = || {
-            let clock = Instant::now();
-            // Reading a number waits for the device.
-            let _sum = x.linear(&weight, None::<&Tensor>).get(0).get(0).double_value(&[]);
-            clock.elapsed().as_secs_f64()
-        };
-        once();
-        (0..5).map(|_| once()).fold(f64::MAX, f64::min)
-    };
-    no_grad(|| seconds(Kind::Float) / seconds(Kind::BFloat16))
 }
 
 /// The least cosine between what two networks make of four patterns.
@@ -214,11 +197,31 @@ fn least_cosine(one: &Encoder, other: &Encoder) -> Result<f64> {
         }
     };
     let views: Vec<View> = (1..=4).map(pattern).collect();
-    let embed = |encoder: &Encoder| Ok::<_, crate::Error>(encoder.begin(&encoder.upload(&views))?.rows());
-    let (one, other) = (embed(one)?, embed(other)?);
-    let dim = one.len() / views.len();
+    let embed = |encoder: &Encoder| -> Result<Vec<f32>> {
+        let mut rows = Vec::new();
+        for views in views.chunks(encoder.batch()) {
+            rows.extend(encoder.begin(&encoder.upload(views))?.rows());
+        }
+        Ok(rows)
+    };
+    let (exact, rounded) = (embed(one)?, embed(other)?);
+    if let Some(problem) = embedding_problem(&exact, one.dim()) {
+        return Err(one.senseless(&format!("a test pattern: {problem}")));
+    }
     let cosine = |(a, b): (&[f32], &[f32])| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-    Ok(one.chunks_exact(dim).zip(other.chunks_exact(dim)).map(cosine).fold(1.0, f64::min))
+    let cosines = exact.chunks_exact(one.dim()).zip(rounded.chunks_exact(one.dim())).map(cosine);
+    // What is no number is no likeness.
+    Ok(cosines.map(|cosine| if cosine.is_nan() { f64::NEG_INFINITY } else { cosine }).fold(1.0, f64::min))
+}
+
+/// What is wrong with the first of some embeddings `[N, D]` that has not unit norm.
+pub(crate) fn embedding_problem(embeddings: &[f32], dim: usize) -> Option<String> {
+    let n = embeddings.len() / dim.max(1);
+    embeddings.chunks_exact(dim.max(1)).enumerate().find_map(|(row, embedding)| {
+        let norm = embedding.iter().map(|number| f64::from(*number).powi(2)).sum::<f64>().sqrt();
+        let is_sound = (norm - 1.0).abs() <= NORM_TOLERANCE;
+        (!is_sound).then(|| format!("expected an embedding of norm 1, found norm {norm} (embedding {} of {n})", row + 1))
+    })
 }
 
 /// How squares are cut out of images for a network.
@@ -241,12 +244,19 @@ impl Cutter {
 }
 
 impl Encoder {
-    fn new(clip: clip::Clip, manner: Manner, precision: &'static str) -> Self {
+    fn new(clip: clip::Clip, origin: &Path, manner: Manner, precision: &'static str) -> Self {
         let (ImageConfig::Vit { image_side, .. } | ImageConfig::ResNet { image_side, .. }) = clip.config().image;
         let preprocess = Preprocess::clip(image_side as u32);
         let channels = |numbers: &[f32; 3]| Tensor::from_slice(numbers).view([1, 3, 1, 1]).to_device(clip.device());
         let (mean, std) = (channels(&preprocess.mean), channels(&preprocess.std));
-        Self { clip, preprocess, manner, precision, mean, std }
+        Self { clip, origin: origin.to_owned(), preprocess, manner, precision, mean, std }
+    }
+
+    /// That embeddings came out as none.
+    pub(crate) fn senseless(&self, problem: &str) -> Error {
+        let hint = "look at the checkpoint and at the image: `ovenbird doctor --clip FILE` tests the checkpoint".into();
+        let problem = format!("{problem}; computed in {}", self.precision);
+        ovenbird_models::Error::Malformed { path: self.origin.clone(), problem, hint: Some(hint) }.into()
     }
 
     /// How squares are cut for it.
@@ -347,7 +357,7 @@ impl Encoder {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, path::Path};
+    use std::collections::BTreeMap;
 
     use ovenbird_data::toy::{Set, World};
     use ovenbird_models::clip::{Config, TextConfig};
@@ -366,7 +376,7 @@ mod tests {
         clip::Clip::new(&weights.root(), &config, 3).unwrap();
         let tensors: BTreeMap<String, Tensor> = weights.variables().into_iter().collect();
         let network = clip::Clip::load_as(&config, &tensors, "clip".as_ref(), Device::Cpu, Kind::Float).unwrap();
-        Encoder::new(network, manner, "f32")
+        Encoder::new(network, Path::new("clip.pt"), manner, "f32")
     }
 
     fn embed(encoder: &Encoder, views: &[View]) -> Vec<f32> {
@@ -393,17 +403,15 @@ mod tests {
     }
 
     #[test]
-    #[expect(clippy::disallowed_methods, reason = "a scratch folder of a test")]
     fn drafts_keep_what_embeddings_say() {
         let encoder = encoder(Manner::Squares);
-        let folder = tempfile::tempdir().unwrap();
         let world = World { seed: 5, side_px: 320 };
         for index in 0..5 {
-            let path = folder.path().join(format!("{index}.jpg"));
-            std::fs::write(&path, world.scene(Set::Val, index).jpeg).unwrap();
-            let image = Image::open(&path).unwrap();
+            let path = Path::new("scene.jpg");
+            let jpeg = world.scene(Set::Val, index).jpeg;
+            let image = Image::decode(&jpeg, path).unwrap();
             let size = [image.width, image.height];
-            let draft = Image::open_draft(&path, size, encoder.preprocess.side_px).unwrap();
+            let draft = Image::decode_draft(&jpeg, path, size, encoder.preprocess.side_px).unwrap();
             assert!(
                 draft.width <= image.width.div_ceil(2) && draft.height <= image.height.div_ceil(2),
                 "{} x {}",

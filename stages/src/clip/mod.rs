@@ -5,6 +5,6 @@ mod features;
 mod on_device;
 mod pretrain;
 
-pub use encoder::{Clip, Precision, gain_of_bf16};
+pub use encoder::{Clip, PRECISION, Precision};
 pub use features::{Blocks, Globals, Objects, Proposals, View, WholeBox};
 pub use pretrain::{Architecture, Pretrain};

@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use ovenbird_data::images::{Image, Preprocess};
 use ovenbird_models::{
     Phase,
-    checkpoint::Checkpoint,
     clip::{
         self, Activation, Config, ImageConfig, TextConfig,
         tokenizer::{Overlong, Padding, Tokenizer},
@@ -20,7 +19,7 @@ use tch::{Device, Kind, Tensor, nn, no_grad};
 
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft, Units,
-    artifacts::{Captions, CheckpointFile, Images, TrainingState},
+    artifacts::{Captions, CheckpointFile, Images, TrainingState, read_weights},
     feed::in_parallel,
     optimizer::AdamW,
     prompts::ensemble,
@@ -118,7 +117,7 @@ impl Stage for Pretrain {
         let images = cx.inputs.read(IMAGES)?;
         let preprocess = Preprocess::clip(64);
         let large = Preprocess::clip((64.0 * MARGIN).round() as u32);
-        let decode = |index: usize| Ok(large.square(&Image::open(images.path(&captions[index].file)?)?));
+        let decode = |index: usize| Ok(large.square(&images.decode(&captions[index].file)?));
         let pictures = in_parallel(captions.len(), cx.threads, decode)?;
         if pictures.len() < self.batch {
             let problem = format!("{} captioned pictures for batches of {}", pictures.len(), self.batch);
@@ -321,7 +320,7 @@ impl Training {
         for pictures in held_out.chunks(128) {
             let mut pixels = vec![0.0; pictures.len() * preprocess.n_numbers()];
             for (picture, numbers) in pictures.iter().zip(pixels.chunks_exact_mut(preprocess.n_numbers())) {
-                preprocess.normalise(&preprocess.square(&Image::open(images.path(&picture.file)?)?), numbers);
+                preprocess.normalise(&preprocess.square(&images.decode(&picture.file)?), numbers);
             }
             let side = i64::from(preprocess.side_px);
             let shape = [pictures.len() as i64, 3, side, side];
@@ -355,7 +354,7 @@ impl Training {
     }
 
     fn restore(&mut self, weights: &CheckpointFile, state: &TrainingState) -> Result<()> {
-        let (weights, state) = (Checkpoint::open(&weights.path)?, Checkpoint::open(&state.path)?);
+        let (weights, state) = (read_weights(&weights.file)?, read_weights(&state.file)?);
         no_grad(|| -> Result<()> {
             for (name, mut tensor) in named(&self.store) {
                 tensor.copy_(&weights.tensor(&name)?);

@@ -7,7 +7,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Card, DetectorFile};
-use crate::{Context, In, Out, PortInfo, Result, Stage, Unit, artifacts::CheckpointFile, contract::write_error};
+use crate::{
+    Context, In, Out, PortInfo, Result, Stage, Unit,
+    artifacts::{CheckpointFile, read_weights},
+    contract::write_error,
+};
 
 /// A trained detector as mmdet keeps its own: a `.pth` file that `torch.load` reads, with `state_dict` and `meta`.
 ///
@@ -27,7 +31,7 @@ impl Stage for Export {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let file = cx.inputs.read(DETECTOR)?;
-        let checkpoint = Checkpoint::open(&file.path)?;
+        let checkpoint = read_weights(&file.file)?;
         let card = file.card(&checkpoint)?;
         let draft = cx.begin(&units[0])?;
         let mut archive = draft.create(CHECKPOINT, "detector.pth")?;

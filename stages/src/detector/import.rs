@@ -14,7 +14,11 @@ use super::{
     CARD_KEY, Card, DetectorFile,
     train::{Heads, Network},
 };
-use crate::{Context, In, Out, PortInfo, Problem, Result, Stage, Unit, artifacts::CheckpointFile, error::malformed};
+use crate::{
+    Context, In, Out, PortInfo, Problem, Result, Stage, Unit,
+    artifacts::{CheckpointFile, read_weights},
+    error::malformed,
+};
 
 /// A detector that another program trained: OADP's checkpoints, and what `detector/export` wrote.
 ///
@@ -63,11 +67,11 @@ impl Stage for Import {
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
         let file = cx.inputs.read(CHECKPOINT)?;
-        let checkpoint = Checkpoint::open(&file.path)?;
+        let checkpoint = read_weights(&file.file)?;
         let card = self.card(&checkpoint)?;
         let store = nn::VarStore::new(cx.device);
         let detector = Detector::blank(&store.root(), &card.config)?;
-        let report = layout::load(checkpoint.tensors(), detector.parameters(), &file.path)?.require_all(&file.path)?;
+        let report = layout::load(checkpoint.tensors(), detector.parameters(), &file.file.path)?.require_all(&file.file.path)?;
         if let Some((name, steps)) = report.counters.iter().find(|(name, _)| name.ends_with(LABEL_COUNTER)) {
             let behaviour = if *steps <= 1 { "reference" } else { "fixed" };
             cx.note(format!("it was trained as with `label_warm_up: {behaviour}`: {name} is {steps}"));

@@ -7,7 +7,6 @@ use std::{collections::BTreeMap, ops::Range};
 use ovenbird_data::{boxes::Xyxy, training::ShownMask};
 use ovenbird_models::{
     Misfit, Phase,
-    checkpoint::Checkpoint,
     detector::{
         Detector, Pyramid, REGION_CODER,
         boxes::{BoxLoss, ImageSize, Suppression, boxes_tensor},
@@ -28,7 +27,10 @@ use super::{
     train::{Crowds, Distillation, Train},
     training::{Assessment, Batch, Learner, Shown, ShownRegions},
 };
-use crate::{Context, Result, Unit, artifacts::Classes};
+use crate::{
+    Context, Result, Unit,
+    artifacts::{Classes, read_weights},
+};
 
 /// Which proposals are made in training.
 const PROPOSALS: ProposalRule = ProposalRule { per_level: 2000, suppression: Suppression { iou: 0.7, keep: 1000 }, least_side: 0.0 };
@@ -84,9 +86,9 @@ pub(super) fn begin_with_pretrained(parameters: &BTreeMap<String, Tensor>, units
         return Ok(());
     }
     let Some(file) = cx.inputs.read_if_given(PRETRAINED)? else { return Ok(()) };
-    let report = layout::load(Checkpoint::open(&file.path)?.tensors(), parameters, &file.path)?;
+    let report = layout::load(read_weights(&file.file)?.tensors(), parameters, &file.file.path)?;
     let names = |misfits: &[Misfit]| misfits.iter().map(|misfit| misfit.name.as_str()).collect::<Vec<_>>().join(", ");
-    cx.note(format!("begins with {} tensors of {}", report.loaded.len(), file.path.display()));
+    cx.note(format!("begins with {} tensors of {}", report.loaded.len(), file.file.path.display()));
     for (what, misfits) in [
         ("begin without them, which are not in the file", &report.missing),
         ("of the file have no place in the network", &report.unmatched),

@@ -12,10 +12,7 @@ mod test;
 mod train;
 mod training;
 
-use std::{
-    ops::Range,
-    path::{Path, PathBuf},
-};
+use std::{ops::Range, path::Path};
 
 use ovenbird_cache::inputs::InputFile;
 use ovenbird_data::{
@@ -108,7 +105,7 @@ struct ClassTables {
 
 /// A trained detector: of several checkpoints of a training, the last.
 pub struct DetectorFile {
-    path: PathBuf,
+    file: InputFile,
 }
 
 impl Artifact for DetectorFile {
@@ -116,19 +113,19 @@ impl Artifact for DetectorFile {
     const EXTENSIONS: &'static [&'static str] = &["safetensors"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { path: last_file(Self::KIND, files)?.path.clone() })
+        Ok(Self { file: last_file(Self::KIND, files)?.clone() })
     }
 }
 
 impl NetworkFile for DetectorFile {
-    fn path(&self) -> &Path {
-        &self.path
+    fn file(&self) -> &InputFile {
+        &self.file
     }
 }
 
 impl DetectorFile {
     fn card(&self, checkpoint: &Checkpoint) -> Result<Card> {
-        card_of(checkpoint, CARD_KEY, &self.path)
+        card_of(checkpoint, CARD_KEY, &self.file.path)
     }
 }
 
@@ -229,7 +226,7 @@ impl Viewing {
         let prepare = |place: usize| {
             let info = info(place);
             let placement = Placement::fitting([info.width, info.height], fits[0], fits[1]);
-            let decode = || Ok(Pixels::of(&[placement.pixels(&self.images.decode(&info.file_name, placement.from)?)]));
+            let decode = || Ok(Pixels::of(&[placement.pixels(&self.images.decode_sized(&info.file_name, placement.from)?)]));
             (info, placement, cx.attempt(decode))
         };
         let next = || Ok(places.next().map(|place| (place, bytes(&place))));

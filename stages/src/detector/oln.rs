@@ -1,19 +1,13 @@
 //! `oln/train` and `proposals/oln`: proposals from a network that has learned how well boxes lie on objects, and nothing of classes.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::collections::BTreeMap;
 
 use ovenbird_cache::inputs::InputFile;
 use ovenbird_data::{boxes::Xyxy, proposals::Proposal};
-use ovenbird_models::{
-    checkpoint::Checkpoint,
-    detector::{
-        boxes::{ImageSize, Suppression, corners},
-        layout,
-        oln::{Config, Oln},
-    },
+use ovenbird_models::detector::{
+    boxes::{ImageSize, Suppression, corners},
+    layout,
+    oln::{Config, Oln},
 };
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
@@ -28,7 +22,7 @@ use super::{
 };
 use crate::{
     Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{Artifact, Proposals, last_file},
+    artifacts::{Artifact, Proposals, last_file, read_weights},
 };
 
 /// Under which key of a file's metadata its [`Card`] is.
@@ -45,7 +39,7 @@ struct Card {
 
 /// A trained object localisation network: of several checkpoints of a training, the last.
 pub struct OlnFile {
-    path: PathBuf,
+    file: InputFile,
 }
 
 impl Artifact for OlnFile {
@@ -53,13 +47,13 @@ impl Artifact for OlnFile {
     const EXTENSIONS: &'static [&'static str] = &["safetensors"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { path: last_file(Self::KIND, files)?.path.clone() })
+        Ok(Self { file: last_file(Self::KIND, files)?.clone() })
     }
 }
 
 impl NetworkFile for OlnFile {
-    fn path(&self) -> &Path {
-        &self.path
+    fn file(&self) -> &InputFile {
+        &self.file
     }
 }
 
@@ -184,12 +178,12 @@ impl Stage for OlnPropose {
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let images = cx.inputs.read(IMAGES)?;
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
-        let OlnFile { path } = cx.inputs.read(NETWORK)?;
-        let checkpoint = Checkpoint::open(&path)?;
-        let card: Card = card_of(&checkpoint, CARD_KEY, &path)?;
+        let OlnFile { file } = cx.inputs.read(NETWORK)?;
+        let (checkpoint, path) = (read_weights(&file)?, &file.path);
+        let card: Card = card_of(&checkpoint, CARD_KEY, path)?;
         let store = nn::VarStore::new(cx.device);
         let network = Oln::blank(&store.root(), &card.config)?;
-        layout::load(checkpoint.tensors(), network.parameters(), &path)?.require_all(&path)?;
+        layout::load(checkpoint.tensors(), network.parameters(), path)?.require_all(path)?;
         let suppression = Suppression { iou: self.nms_iou, keep: self.most_per_image };
         let viewing = Viewing { images, annotations };
         for unit in units {

@@ -1,10 +1,9 @@
 //! `detector/select`: which checkpoint of a training sees most.
 
-use std::{collections::BTreeMap, fs};
+use std::collections::BTreeMap;
 
 use ovenbird_cache::inputs::InputFile;
 use ovenbird_data::evaluate::{Evaluation, Evaluator, Metric, Shape};
-use ovenbird_models::checkpoint::Checkpoint;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -14,7 +13,7 @@ use super::{
 };
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{Artifact, Classes, Curve, EvaluationFile},
+    artifacts::{Artifact, Classes, Curve, EvaluationFile, read_weights},
     error::malformed,
 };
 
@@ -140,21 +139,20 @@ impl Stage for Select {
             let before = unit.index.checked_sub(1);
             let mut curve = before.map_or_else(|| Ok(Curve::default()), |before| cx.published(before, CURVE))?;
             curve.rows.push((step, numbers(&evaluation)));
-            let (mut best, mut best_file) = (evaluation.clone(), file.path.clone());
+            let (mut best, mut best_file) = (evaluation.clone(), file.file.clone());
             if let Some(before) = before {
                 let EvaluationFile(earlier) = cx.published(before, BEST_EVALUATION)?;
                 if self.number_of(&earlier) > self.number_of(&evaluation) {
-                    (best, best_file) = (earlier, cx.published(before, BEST)?.path);
+                    (best, best_file) = (earlier, cx.published(before, BEST)?.file);
                 }
             }
-            let weights = fs::read(&best_file).map_err(|source| ovenbird_data::Error::Read { path: best_file.clone(), source })?;
-            draft.write(BEST, "network.safetensors", &weights)?;
+            draft.write(BEST, "network.safetensors", &best_file.read()?)?;
             for (port, evaluation) in [(BEST_EVALUATION, &best), (LAST_EVALUATION, &evaluation)] {
                 draft.write(port, "evaluation.json", &serde_json::to_vec(evaluation).expect("BUG: numbers are plain JSON"))?;
             }
             draft.write(CURVE, "curve.csv", curve.to_csv().as_bytes())?;
             let (best_step, [best, last]) =
-                (step_of(&DetectorFile { path: best_file })?, [&best, &evaluation].map(|all| self.number_of(all)));
+                (step_of(&DetectorFile { file: best_file })?, [&best, &evaluation].map(|all| self.number_of(all)));
             if unit.index + 1 == files.len() {
                 let words = self.words();
                 let percent = |number: Option<f64>| number.map_or_else(|| "none".into(), |number| format!("{:.1}", 100.0 * number));
@@ -192,9 +190,9 @@ impl Select {
 
 /// After how many steps a checkpoint was written.
 fn step_of(file: &DetectorFile) -> Result<u64> {
-    let checkpoint = Checkpoint::open(&file.path)?;
+    let checkpoint = read_weights(&file.file)?;
     let step = checkpoint.metadata().get(STEP_KEY).and_then(|step| step.parse().ok());
-    step.ok_or_else(|| malformed(&file.path, format!("expected a number of steps under `{STEP_KEY}` in the metadata")))
+    step.ok_or_else(|| malformed(&file.file.path, format!("expected a number of steps under `{STEP_KEY}` in the metadata")))
 }
 
 fn numbers(evaluation: &Evaluation) -> BTreeMap<String, f64> {

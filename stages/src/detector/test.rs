@@ -7,16 +7,13 @@ use ovenbird_data::{
     evaluate::Detection,
     masks::{Mask, PackedMask},
 };
-use ovenbird_models::{
-    checkpoint::Checkpoint,
-    detector::{
-        Detector, TestRule, Vocabularies,
-        boxes::{Suppression, corners},
-        classifier::{self, Ensemble, Shares},
-        heads::DetectionRule,
-        layout,
-        rpn::ProposalRule,
-    },
+use ovenbird_models::detector::{
+    Detector, TestRule, Vocabularies,
+    boxes::{Suppression, corners},
+    classifier::{self, Ensemble, Shares},
+    heads::DetectionRule,
+    layout,
+    rpn::ProposalRule,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -25,7 +22,7 @@ use tch::{Device, Kind, Tensor, nn};
 use super::{ANNOTATIONS, CLASSES, ClassTables, DetectorFile, IMAGES, MULTILABEL_PROMPTS, PROMPTS, View, Viewing, class_embeddings};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{Classes, Detections},
+    artifacts::{Classes, Detections, read_weights},
     detect::category_ids,
     feed::in_parallel,
 };
@@ -216,11 +213,11 @@ impl Observer {
     /// Loads a detector, for the classes at the port `classes`.
     pub(super) fn of(test: &Test, file: &DetectorFile, annotations: &Annotations, cx: &Context<'_>) -> Result<Self> {
         let Classes(classes) = cx.inputs.read(CLASSES)?;
-        let checkpoint = Checkpoint::open(&file.path)?;
+        let checkpoint = read_weights(&file.file)?;
         let card = file.card(&checkpoint)?;
         let store = nn::VarStore::new(cx.device);
         let detector = Detector::blank(&store.root(), &card.config)?;
-        layout::load(checkpoint.tensors(), detector.parameters(), &file.path)?.require_all(&file.path)?;
+        layout::load(checkpoint.tensors(), detector.parameters(), &file.file.path)?.require_all(&file.file.path)?;
         Ok(Self {
             tables: card.tables(class_embeddings(cx.inputs, &classes)?, cx.inputs, &classes, cx.device)?,
             asks_object_head: test.heads == Heads::Both && detector.object_head.is_some(),

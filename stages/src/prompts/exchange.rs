@@ -39,9 +39,9 @@ impl Stage for Import {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
-        let PublishedPrompts { path } = cx.inputs.read(FILE)?;
+        let PublishedPrompts { file } = cx.inputs.read(FILE)?;
         let annotations = cx.inputs.read_if_given(ANNOTATIONS)?.map(|file| file.load()).transpose()?;
-        let prompts = read(&path, annotations.as_ref())?;
+        let prompts = file.read_with(|path| read(path, annotations.as_ref()))?;
         cx.tick(1);
         let draft = cx.begin(unit)?;
         prompts.write(&draft, IMPORTED)?;

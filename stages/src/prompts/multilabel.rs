@@ -14,7 +14,6 @@ use ovenbird_data::{
     views,
 };
 use ovenbird_models::{
-    checkpoint::Checkpoint,
     clip::{self, prompted::Prompted, tokenizer::Tokenizer},
     detector::classifier::LogitScale,
     multilabel::asymmetric_loss,
@@ -27,7 +26,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft, Units,
-    artifacts::{AnnotationFile, CheckpointFile, Classes, Prompts, RegionFeatures, Regions, TrainingState},
+    artifacts::{AnnotationFile, CheckpointFile, Classes, Prompts, RegionFeatures, Regions, TrainingState, read_weights},
     clip::Clip,
     detect::category_ids,
     optimizer::AdamW,
@@ -420,7 +419,7 @@ impl<'a> Learning<'a> {
     }
 
     fn restore(&mut self, state: &TrainingState) -> Result<()> {
-        let state = Checkpoint::open(&state.path)?;
+        let state = read_weights(&state.file)?;
         no_grad(|| -> Result<()> {
             for ((name, tensor), [first, second]) in LEARNED.iter().zip(&mut self.learned).zip(&mut self.moments) {
                 tensor.copy_(&state.tensor(name)?);

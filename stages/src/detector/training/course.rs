@@ -231,7 +231,7 @@ impl Course {
         let (mut pictures, mut images, mut unreadable) = (Vec::new(), Vec::new(), Vec::new());
         for (place, placement) in lesson {
             let Sample { info, objects, crowds } = &self.samples[place];
-            let attempt = cx.attempt(|| Ok(placement.pixels(&self.images.decode(&info.file_name, placement.from)?)));
+            let attempt = cx.attempt(|| Ok(placement.pixels(&self.images.decode_sized(&info.file_name, placement.from)?)));
             match attempt.result {
                 Ok(picture) => pictures.push(picture),
                 Err(error) => {

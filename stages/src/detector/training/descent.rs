@@ -1,14 +1,15 @@
 //! The way down: gradients, the optimizer's state, averaged weights.
 
-use std::{collections::BTreeMap, path::Path};
+use std::collections::BTreeMap;
 
-use ovenbird_models::{checkpoint::Checkpoint, detector::layout};
+use ovenbird_cache::inputs::InputFile;
+use ovenbird_models::detector::layout;
 use tch::{Kind, Tensor, no_grad};
 
 use super::{super::STEP_KEY, Group, Optimizer, TrainPrecision, Training};
 use crate::{
     Error, Out, Result, UnitDraft,
-    artifacts::TrainingState,
+    artifacts::{TrainingState, read_weights},
     optimizer::{AdamW, Sgd},
 };
 
@@ -152,9 +153,9 @@ impl<'a> Descent<'a> {
     }
 
     /// Goes on from what was written.
-    pub(super) fn restore(&mut self, weights: &Path, state: &TrainingState) -> Result<()> {
-        layout::load(Checkpoint::open(weights)?.tensors(), self.parameters, weights)?.require_all(weights)?;
-        let state = Checkpoint::open(&state.path)?;
+    pub(super) fn restore(&mut self, weights: &InputFile, state: &TrainingState) -> Result<()> {
+        layout::load(read_weights(weights)?.tensors(), self.parameters, &weights.path)?.require_all(&weights.path)?;
+        let state = read_weights(&state.file)?;
         no_grad(|| -> Result<()> {
             for (name, average) in &mut self.averages {
                 average.copy_(&self.parameters[name]);

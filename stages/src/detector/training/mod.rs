@@ -7,11 +7,9 @@
 mod course;
 mod descent;
 
-use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
-    path::Path,
-};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use ovenbird_cache::inputs::InputFile;
 use ovenbird_data::{
     annotations::Annotations,
     training::{self, Sample},
@@ -306,8 +304,8 @@ pub(super) struct Assessment {
 
 /// The file of a trained network.
 pub(super) trait NetworkFile: Artifact {
-    /// Where it lies.
-    fn path(&self) -> &Path;
+    /// Where it lies, and what it is to hold.
+    fn file(&self) -> &InputFile;
 }
 
 /// Where a training writes.
@@ -343,7 +341,7 @@ pub(super) fn train<W: NetworkFile>(
     let mut descent = Descent::begin(training, learner.parameters());
     let mut curve = Curve::default();
     if let Some(before) = first.index.checked_sub(1) {
-        descent.restore(cx.published(before, ports.weights)?.path(), &cx.published(before, ports.state)?)?;
+        descent.restore(cx.published(before, ports.weights)?.file(), &cx.published(before, ports.state)?)?;
         curve = cx.published(before, ports.curve)?;
     }
     let last = units[units.len() - 1].index as u32;
