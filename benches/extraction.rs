@@ -65,6 +65,11 @@ fn main() {
     let tensors: BTreeMap<String, Tensor> = weights.variables().into_iter().collect();
     let checkpoint = folder.join("clip.safetensors");
     write_safetensors(&tensors, &BTreeMap::new(), &mut fs::File::create(&checkpoint).unwrap()).unwrap();
+    let file = inputs::digest_path(&checkpoint, None, 0).unwrap().remove(0);
+    let clock = Instant::now();
+    let checked = file.check().unwrap();
+    println!("comparing the checkpoint's digest: {:.2} s of {} MB", clock.elapsed().as_secs_f64(), file.bytes >> 20);
+    checked.still().unwrap();
 
     let has_bf16 = std::arch::is_x86_feature_detected!("avx512bf16");
     if !has_bf16 {
@@ -115,8 +120,12 @@ fn preparing(folder: &Path) {
     let timed = |what: &str, work: &mut dyn FnMut(usize)| {
         let clock = Instant::now();
         (0..50).for_each(&mut *work);
-        println!("{what}: {:.2} ms", clock.elapsed().as_secs_f64() * 1e3 / 50.0);
+        println!("{what}: {:.3} ms", clock.elapsed().as_secs_f64() * 1e3 / 50.0);
     };
+    // What a reader pays for knowing that it gets what was hashed.
+    let files = inputs::digest_path(&folder.join("images"), None, 0).unwrap();
+    timed("reading a file", &mut |index| drop(std::hint::black_box(fs::read(&files[index].path).unwrap())));
+    timed("reading a file and comparing its digest", &mut |index| drop(std::hint::black_box(files[index].read().unwrap())));
     let mut images = Vec::new();
     timed("decoding 640 x 480", &mut |index| images.push(Image::decode(&bytes[index], folder).unwrap()));
     let preprocess = Preprocess::clip(224);

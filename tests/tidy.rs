@@ -36,6 +36,39 @@ fn the_arrows_between_crates_point_one_way() {
     assert_eq!(found, expected);
 }
 
+/// Stages read files through `InputFile`, which compares them with what was hashed; nothing else opens one, but for what is called from there.
+#[test]
+fn stages_read_files_through_their_digests() {
+    let mut found = BTreeSet::new();
+    let mut folders = vec![root().join("stages/src")];
+    while let Some(folder) = folders.pop() {
+        for path in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let text = fs::read_to_string(&path).unwrap();
+            let code = text.split("#[cfg(test)]").next().unwrap();
+            const READERS: [&str; 8] = [
+                "fs::read(",
+                "read_to_string(",
+                " File::open(",
+                "(Checkpoint::open(",
+                " Checkpoint::open(",
+                "Annotations::load(",
+                "Image::open(",
+                "ShardReader::open(",
+            ];
+            if READERS.iter().any(|reader| code.contains(reader)) {
+                found.insert(path.strip_prefix(root().join("stages/src")).unwrap().display().to_string());
+            }
+        }
+    }
+    // Weights and published prompts by `read_with`, tables by `check`; numbers of goldens in tests.
+    let expected = ["artifacts/mod.rs", "artifacts/tables.rs", "prompts/exchange.rs", "prompts/golden.rs"];
+    assert_eq!(found, expected.map(String::from).into());
+}
+
 #[test]
 fn every_golden_folder_has_the_script_that_made_it() {
     for entry in fs::read_dir(root().join("tests/golden")).unwrap() {
