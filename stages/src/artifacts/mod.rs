@@ -8,7 +8,7 @@
 //! | `captions` | images with alt text, json lines | [`Captions`] |
 //! | `mmdet-proposals` | a Python pickle, list over images of `N x 5` | [`MmdetProposals`] |
 //! | `proposals`, `detections` | Parquet | [`Proposals`], [`Detections`] |
-//! | `checkpoint` | weights of a CLIP or a detector in any published layout | [`CheckpointFile`] |
+//! | `checkpoint` | weights of a CLIP or a detector in any published layout; a folder of one such file and its config files | [`CheckpointFile`] |
 //! | `prompts` | class embeddings, safetensors | [`Prompts`] |
 //! | `published-prompts` | class embeddings as others publish them, `.pth` | [`PublishedPrompts`] |
 //! | `image-features`, `region-features` | Arrow shards | [`ImageFeatures`], [`RegionFeatures`] |
@@ -48,7 +48,10 @@ pub use features::{
 };
 pub use tables::{Detections, Proposals};
 
-use crate::{Error, Out, Result, UnitDraft, error::malformed};
+use crate::{
+    Error, Out, Result, UnitDraft,
+    error::malformed,
+};
 
 /// What a stage reads at a port.
 pub trait Artifact: Sized {
@@ -239,24 +242,38 @@ impl MmdetProposals {
 /// A checkpoint of a CLIP or a detector, not yet read.
 #[derive(Debug, Clone)]
 pub struct CheckpointFile {
-    /// Where it lies.
+    /// Where its weights lie.
     pub path: PathBuf,
-    /// Digest of its content.
+    /// Digest of their content.
     pub digest: Digest,
+    /// The config files of a folder: see [`CHECKPOINT_CONFIGS`].
+    pub configs: Vec<PathBuf>,
 }
+
+/// The files that say how a checkpoint in the same folder is built: of Hugging Face, and of open_clip.
+pub(crate) const CHECKPOINT_CONFIGS: [&str; 2] = ["config.json", "open_clip_config.json"];
 
 impl Artifact for CheckpointFile {
     const KIND: &'static str = "checkpoint";
-    const EXTENSIONS: &'static [&'static str] = &["pt", "pth", "safetensors", "bin"];
+    const EXTENSIONS: &'static [&'static str] = &["pt", "pth", "safetensors", "bin", "/"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        // A stage may keep more beside the weights (a training's state); the weights are called so.
-        let weights: Vec<&InputFile> = files.iter().filter(|file| file.name == "clip.safetensors").collect();
-        let file = match weights.as_slice() {
-            [file] => file,
-            _ => only_file(Self::KIND, files)?,
+        let is_weights = |file: &&InputFile| {
+            let extension = file.path.extension().map(|extension| extension.to_string_lossy().to_lowercase());
+            extension.is_some_and(|extension| Self::EXTENSIONS.contains(&extension.as_str()))
         };
-        Ok(Self { path: file.path.clone(), digest: file.digest })
+        let weights: Vec<&InputFile> = if files.len() == 1 { files.iter().collect() } else { files.iter().filter(is_weights).collect() };
+        let [file] = weights[..] else {
+            let names = weights.iter().map(|file| file.name.as_str()).collect::<Vec<_>>().join(", ");
+            let found = if weights.is_empty() { format!("none among {}", files.len()) } else { names };
+            return Err(Error::Input {
+                port: Self::KIND,
+                problem: format!("expected one file of weights (.pt, .pth, .safetensors, .bin) in the folder, found {found}"),
+                hint: "name the file, or a folder that holds it and its config files alone".into(),
+            });
+        };
+        let configs = files.iter().filter(|file| CHECKPOINT_CONFIGS.contains(&file.name.as_str()) && files.len() > 1);
+        Ok(Self { path: file.path.clone(), digest: file.digest, configs: configs.map(|file| file.path.clone()).collect() })
     }
 }
 

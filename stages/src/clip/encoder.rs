@@ -10,14 +10,17 @@ use ovenbird_data::images::{Image, Preprocess};
 use ovenbird_models::{
     Phase,
     checkpoint::Checkpoint,
-    clip::{self, Activation, ImageConfig},
+    clip::{self, ImageConfig},
     to_unit_length,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
-use super::on_device;
+use super::{
+    activation::{self, Gelu},
+    on_device,
+};
 use crate::{
     Context, Result,
     artifacts::CheckpointFile,
@@ -59,23 +62,14 @@ impl Precision {
         [("f32", Self::F32, Kind::Float), ("bf16", Self::Bf16, Kind::BFloat16), ("f16", Self::F16, Kind::Half)];
 }
 
-/// Which checkpoint file's conventions the weights follow, where the tensors cannot say.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Gelu {
-    /// x * sigmoid(1.702 x): OpenAI's weights.
-    Quick,
-    /// The exact one: most weights of open_clip.
-    Exact,
-}
-
 /// How CLIP is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Clip {
     /// The arithmetic of the image tower; text is always encoded in f32.
     pub precision: Precision,
-    /// The activation; without it, quick for OpenAI and Hugging Face layouts and exact for open_clip's.
+    /// The activation, where neither the checkpoint nor a config file in its folder says it: with another one than the weights were trained
+    /// with, embeddings are wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gelu: Option<Gelu>,
 }
@@ -160,11 +154,8 @@ impl Clip {
     }
 
     fn load_as(self, file: &CheckpointFile, device: Device, kind: Kind) -> Result<clip::Clip> {
-        let activation = self.gelu.map(|gelu| match gelu {
-            Gelu::Quick => Activation::QuickGelu,
-            Gelu::Exact => Activation::Gelu,
-        });
         let checkpoint = Checkpoint::open(&file.path)?;
+        let activation = activation::settle(self.gelu, file, &checkpoint)?;
         Ok(clip::Clip::load(checkpoint.tensors(), &file.path, activation, device, kind)?)
     }
 }
@@ -360,7 +351,7 @@ mod tests {
             embed_dim: 32,
             image: ImageConfig::Vit { image_side: 64, patch: 16, width: 64, depth: 2, heads: 2, mlp_width: 128 },
             text: TextConfig { context: 8, vocabulary: 50, width: 32, heads: 1, depth: 1 },
-            activation: Activation::QuickGelu,
+            activation: clip::Activation::QuickGelu,
         };
         let weights = nn::VarStore::new(Device::Cpu);
         clip::Clip::new(&weights.root(), &config, 3).unwrap();

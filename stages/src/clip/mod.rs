@@ -1,5 +1,6 @@
 //! Stages that run CLIP: training a small one, features of images and regions.
 
+pub mod activation;
 pub(crate) mod encoder;
 mod features;
 mod on_device;
