@@ -50,6 +50,7 @@ pub use tables::{Detections, Proposals};
 
 use crate::{
     Error, Out, Result, UnitDraft,
+    clip::space::{SPACE_KEY, Space},
     error::malformed,
 };
 
@@ -301,6 +302,8 @@ pub struct Prompts {
     pub embeddings: Tensor,
     /// How cosines to them become logits, where that was learned with them.
     pub scale: Option<LogitScale>,
+    /// Which CLIP made them, where that is known.
+    pub clip: Option<Space>,
 }
 
 impl Artifact for Prompts {
@@ -348,10 +351,11 @@ impl Prompts {
         if let Some((name, _)) = names.iter().zip(are_sound).find(|(_, is_sound)| !is_sound) {
             return Err(format!("expected numbers in `embeddings`, found infinities or NaN in the row of `{name}`"));
         }
-        Ok(Self { names, embeddings, scale })
+        Ok(Self { names, embeddings, scale, clip: None })
     }
 
-    /// What a file holds: `embeddings`, and where they were learned `scaler` and `bias`; `names` in the metadata, a JSON list.
+    /// What a file holds: `embeddings`, and where they were learned `scaler` and `bias`; in the metadata `names`, a JSON list, and
+    /// `ovenbird.clip`, where it is known.
     pub(crate) fn of(checkpoint: &Checkpoint) -> Result<Self, String> {
         let text = |name: &str| checkpoint.metadata().get(name);
         let names = text("names").and_then(|names| serde_json::from_str::<Vec<String>>(names).ok());
@@ -373,7 +377,7 @@ impl Prompts {
             (None, None) => None,
             (Some(_), None) | (None, Some(_)) => return Err("expected `scaler` and `bias` together, found one of them".into()),
         };
-        Self::new(names, embeddings, scale)
+        Ok(Self { clip: Space::read(text(SPACE_KEY))?, ..Self::new(names, embeddings, scale)? })
     }
 
     /// Every tensor by the name that files have for it.
@@ -391,7 +395,8 @@ impl Prompts {
 
     pub(crate) fn write(&self, draft: &UnitDraft, port: Out<Self>) -> Result<()> {
         let names = serde_json::to_string(&self.names).expect("BUG: names are plain JSON");
-        draft.write_tensors(port, "prompts.safetensors", &self.tensors(), &BTreeMap::from([("names".to_owned(), names)]))
+        let metadata = [("names".to_owned(), names)].into_iter().chain(self.clip.map(Space::entry)).collect();
+        draft.write_tensors(port, "prompts.safetensors", &self.tensors(), &metadata)
     }
 
     /// The rows of some classes, f32 `[K, D]`, in the order asked for. A missing name is an error.

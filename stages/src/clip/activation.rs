@@ -322,7 +322,6 @@ mod tests {
     }
 
     #[test]
-    #[expect(clippy::disallowed_methods, reason = "a scratch folder of a test")]
     fn a_folder_holds_one_file_of_weights() {
         let folder = tempfile::tempdir().unwrap();
         checkpoint(folder.path(), &[TEXT], &[("README.md", "weights".into())]);

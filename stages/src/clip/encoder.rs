@@ -10,7 +10,7 @@ use ovenbird_data::images::{Image, Preprocess};
 use ovenbird_models::{
     Phase,
     checkpoint::Checkpoint,
-    clip::{self, ImageConfig},
+    clip::{self, ImageConfig, layout},
     to_unit_length,
 };
 use schemars::JsonSchema;
@@ -20,6 +20,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 use super::{
     activation::{self, Gelu},
     on_device,
+    space::Space,
 };
 use crate::{
     Context, Result,
@@ -110,6 +111,8 @@ impl Pending {
 /// A loaded image tower with its preprocessing.
 pub(crate) struct Encoder {
     clip: clip::Clip,
+    /// Which space its embeddings are of.
+    pub(crate) space: Space,
     pub(crate) preprocess: Preprocess,
     manner: Manner,
     /// What it computes in.
@@ -121,7 +124,7 @@ pub(crate) struct Encoder {
 
 impl Clip {
     /// Loads both towers in f32, for text.
-    pub(crate) fn load_text(self, file: &CheckpointFile, device: Device) -> Result<clip::Clip> {
+    pub(crate) fn load_text(self, file: &CheckpointFile, device: Device) -> Result<(clip::Clip, Space)> {
         self.load_as(file, device, Kind::Float)
     }
 
@@ -130,7 +133,8 @@ impl Clip {
         let load = |precision: Precision| -> Result<Encoder> {
             let found = Precision::KINDS.iter().find(|(_, known, _)| *known == precision);
             let (name, _, kind) = found.expect("BUG: `auto` is settled before");
-            Ok(Encoder::new(self.load_as(file, cx.device, *kind)?, manner, name))
+            let (clip, space) = self.load_as(file, cx.device, *kind)?;
+            Ok(Encoder::new(clip, space, manner, name))
         };
         if self.precision != Precision::Auto {
             return load(self.precision);
@@ -153,10 +157,11 @@ impl Clip {
         Ok(half)
     }
 
-    fn load_as(self, file: &CheckpointFile, device: Device, kind: Kind) -> Result<clip::Clip> {
+    fn load_as(self, file: &CheckpointFile, device: Device, kind: Kind) -> Result<(clip::Clip, Space)> {
         let checkpoint = Checkpoint::open(&file.path)?;
         let activation = activation::settle(self.gelu, file, &checkpoint)?;
-        Ok(clip::Clip::load(checkpoint.tensors(), &file.path, activation, device, kind)?)
+        let clip = clip::Clip::load(checkpoint.tensors(), &file.path, activation, device, kind)?;
+        Ok((clip, Space::of(&layout::normalise(checkpoint.tensors(), &file.path)?.tensors)))
     }
 }
 
@@ -232,12 +237,12 @@ impl Cutter {
 }
 
 impl Encoder {
-    fn new(clip: clip::Clip, manner: Manner, precision: &'static str) -> Self {
+    fn new(clip: clip::Clip, space: Space, manner: Manner, precision: &'static str) -> Self {
         let (ImageConfig::Vit { image_side, .. } | ImageConfig::ResNet { image_side, .. }) = clip.config().image;
         let preprocess = Preprocess::clip(image_side as u32);
         let channels = |numbers: &[f32; 3]| Tensor::from_slice(numbers).view([1, 3, 1, 1]).to_device(clip.device());
         let (mean, std) = (channels(&preprocess.mean), channels(&preprocess.std));
-        Self { clip, preprocess, manner, precision, mean, std }
+        Self { clip, space, preprocess, manner, precision, mean, std }
     }
 
     /// How squares are cut for it.
@@ -357,7 +362,7 @@ mod tests {
         clip::Clip::new(&weights.root(), &config, 3).unwrap();
         let tensors: BTreeMap<String, Tensor> = weights.variables().into_iter().collect();
         let network = clip::Clip::load_as(&config, &tensors, "clip".as_ref(), Device::Cpu, Kind::Float).unwrap();
-        Encoder::new(network, manner, "f32")
+        Encoder::new(network, Space::of(&tensors), manner, "f32")
     }
 
     fn embed(encoder: &Encoder, views: &[View]) -> Vec<f32> {

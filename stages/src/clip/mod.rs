@@ -5,7 +5,9 @@ pub(crate) mod encoder;
 mod features;
 mod on_device;
 mod pretrain;
+pub(crate) mod space;
 
 pub use encoder::{Clip, Precision, gain_of_bf16};
 pub use features::{Blocks, Globals, Objects, Proposals, View, WholeBox};
 pub use pretrain::{Architecture, Pretrain};
+pub use space::Space;

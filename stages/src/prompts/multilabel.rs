@@ -28,7 +28,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft, Units,
     artifacts::{AnnotationFile, CheckpointFile, Classes, Prompts, RegionFeatures, Regions, TrainingState},
-    clip::Clip,
+    clip::{Clip, space},
     detect::category_ids,
     optimizer::AdamW,
 };
@@ -86,7 +86,8 @@ impl Default for Multilabel {
     }
 }
 
-const CHECKPOINT: In<CheckpointFile> = In::required("checkpoint", "CLIP weights: OpenAI, open_clip or Hugging Face.");
+const CHECKPOINT: In<CheckpointFile> =
+    In::required("checkpoint", "CLIP weights: OpenAI, open_clip or Hugging Face; a file, or a folder with its config.");
 const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
 const FEATURES: In<RegionFeatures> = In::required("features", "What `clip/blocks` made of the images; the first row of each is read.");
 const ANNOTATIONS: In<AnnotationFile> =
@@ -99,7 +100,7 @@ const STATE: Out<TrainingState> = Out::new("state", "What the next unit continue
 
 impl Stage for Multilabel {
     const KIND: &'static str = "prompts/multilabel";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] =
         &[CHECKPOINT.info(), CLASSES.info(), FEATURES.info(), ANNOTATIONS.info(), VAL_FEATURES.info(), VAL_ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[PROMPTS.info(), STATE.info()];
@@ -128,7 +129,11 @@ impl Stage for Multilabel {
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let Some(first) = units.first() else { return Ok(()) };
         let Classes(classes) = cx.inputs.read(CLASSES)?;
-        let clip = self.clip.load_text(&cx.inputs.read(CHECKPOINT)?, cx.device)?;
+        let (clip, space) = self.clip.load_text(&cx.inputs.read(CHECKPOINT)?, cx.device)?;
+        for port in [FEATURES, VAL_FEATURES] {
+            let of_features = cx.inputs.read_if_given(port)?.map(|features| features.clip()).transpose()?.flatten();
+            space::common(&[(CHECKPOINT.info().name, Some(space)), (port.info().name, of_features)])?;
+        }
         let shown = Shown::of((FEATURES, ANNOTATIONS), &classes.base, &clip, cx)?;
         let validation =
             match (cx.inputs.ports.contains_key(VAL_FEATURES.info().name), cx.inputs.ports.contains_key(VAL_ANNOTATIONS.info().name)) {
@@ -183,7 +188,7 @@ impl Stage for Multilabel {
                 cx.tick(1);
                 cx.proceed()?;
             }
-            let prompts = learning.prompts(&classes)?;
+            let prompts = Prompts { clip: Some(space), ..learning.prompts(&classes)? };
             let [scaler, bias] = learning.scale();
             let mut metrics = BTreeMap::from([("loss".to_owned(), mean(&of_unit)), ("scaler".into(), scaler), ("bias".into(), bias)]);
             if let Some(validation) = &validation {
@@ -407,7 +412,7 @@ impl<'a> Learning<'a> {
     fn prompts(&self, classes: &ClassSplit) -> Result<Prompts> {
         let embeddings = no_grad(|| Ok::<_, Error>(to_unit_length(&self.all.encode(&self.learned[0])?).to_device(Device::Cpu)))?;
         let [scaler, bias] = self.scale();
-        Ok(Prompts { names: classes.all().cloned().collect(), embeddings, scale: Some(LogitScale::Affine { scaler, bias }) })
+        Ok(Prompts { names: classes.all().cloned().collect(), embeddings, scale: Some(LogitScale::Affine { scaler, bias }), clip: None })
     }
 
     fn save(&self, draft: &UnitDraft) -> Result<()> {
