@@ -116,7 +116,7 @@ fn made(folder: &Path, store: &Store, n_items: usize) -> (Vec<UnitRecord>, f64) 
         let key = UnitKey { kind: recipe.kind.clone(), fingerprint, family };
         let draft = store.begin_unit(&key).unwrap();
         let mut shard =
-            ImageFeaturesWriter::new(draft.create("features/globals.arrow").unwrap(), &fingerprint, NumberType::F16, DIM).unwrap();
+            ImageFeaturesWriter::new(draft.create("features/globals.arrow").unwrap(), &fingerprint, NumberType::F16, DIM, None).unwrap();
         for item in first..first + items.len() {
             row.rotate_right(1);
             shard.push(ImageId(item as u64), &row).unwrap();

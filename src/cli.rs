@@ -192,7 +192,7 @@ enum Command {
     },
     /// Say what this machine has, and what a CLIP checkpoint is and whether it works
     Doctor {
-        /// A checkpoint of OpenAI, open_clip or Hugging Face
+        /// A checkpoint of OpenAI, open_clip or Hugging Face, or the folder of one with its config file
         #[arg(long, value_name = "FILE")]
         clip: Option<PathBuf>,
         /// Print JSON

@@ -1,6 +1,6 @@
 //! `ovenbird doctor`: what this machine has, and what a CLIP checkpoint is and whether it works.
 
-use std::{path::Path, thread};
+use std::{collections::BTreeMap, path::Path, thread};
 
 use indicatif::HumanBytes;
 use ovenbird_cache::inputs;
@@ -12,6 +12,11 @@ use ovenbird_models::{
         layout::{self, Layout},
         tokenizer::{Overlong, Padding, Tokenizer},
     },
+};
+use ovenbird_stages::{
+    Error as StageError,
+    artifacts::{Artifact as _, CheckpointFile},
+    clip::activation::{self, Gelu, Said},
 };
 use serde::Serialize;
 use tch::{Device, Kind, Tensor, no_grad};
@@ -29,17 +34,24 @@ struct Line {
     value: String,
 }
 
-/// Runs the command.
+/// Runs the command. Fails, after it has printed everything, where a checkpoint does not pass its self-test.
 pub(crate) fn doctor(home: &Path, clip: Option<&Path>, json: bool) -> Result<()> {
     let mut lines = of_machine(home);
-    if let Some(path) = clip {
-        lines.extend(checkpoint(path)?);
-    }
+    let failure = match clip {
+        Some(path) => {
+            let (of_checkpoint, failure) = checkpoint(path)?;
+            lines.extend(of_checkpoint);
+            failure
+        }
+        None => None,
+    };
     if json {
-        return print(&to_json("doctor", &lines));
+        print(&to_json("doctor", &lines))?;
+    } else {
+        let width = lines.iter().map(|line| line.name.len()).max().unwrap_or(0);
+        print(&lines.iter().map(|Line { name, value }| format!("{name:width$}  {value}\n")).collect::<String>())?;
     }
-    let width = lines.iter().map(|line| line.name.len()).max().unwrap_or(0);
-    print(&lines.iter().map(|Line { name, value }| format!("{name:width$}  {value}\n")).collect::<String>())
+    failure.map_or(Ok(()), |failure| Err(failure.into()))
 }
 
 fn of_machine(home: &Path) -> Vec<Line> {
@@ -62,31 +74,46 @@ fn of_machine(home: &Path) -> Vec<Line> {
     ]
 }
 
-fn checkpoint(path: &Path) -> Result<Vec<Line>> {
-    let checkpoint = Checkpoint::open(path).map_err(ovenbird_stages::Error::from)?;
+/// What there is to say of a checkpoint, and why it does not work, if so.
+fn checkpoint(path: &Path) -> Result<(Vec<Line>, Option<StageError>)> {
+    let files = inputs::digest_path(path, None, 0)?;
+    let file = CheckpointFile::open(&files)?;
+    let checkpoint = Checkpoint::open(&file.file.path).map_err(StageError::from)?;
     let tensors = checkpoint.tensors();
-    let normalised = layout::normalise(tensors, path).map_err(ovenbird_stages::Error::from)?;
-    let config = layout::config(tensors, path, None).map_err(ovenbird_stages::Error::from)?;
+    let normalised = layout::normalise(tensors, &file.file.path).map_err(StageError::from)?;
+    let (gelu, activation) = match activation::said(&file, &checkpoint)? {
+        Some(Said { gelu, source }) => (gelu, format!("{}: {source}", activation::words(gelu))),
+        None => (
+            Gelu::Quick,
+            format!("the file cannot tell: a pipeline has to say {}; tested here with QuickGELU", activation::how_to_say(&file)),
+        ),
+    };
+    let config = layout::config(tensors, &file.file.path, gelu.activation()).map_err(StageError::from)?;
     let n_numbers: usize = normalised.tensors.values().map(Tensor::numel).sum();
     let kind = normalised.tensors.get("visual.proj").or(normalised.tensors.get("text_projection")).map(Tensor::kind);
-    let digest = ovenbird_cache::files_digest(&inputs::digest_path(path, None, 0)?);
-    let (layout_words, activation) = match normalised.layout {
-        Layout::OpenAi => ("OpenAI's", "QuickGELU, as OpenAI trains"),
-        Layout::OpenClip => {
-            ("open_clip's", "exact GELU, as most of open_clip; weights of OpenAI, DFN and MetaCLIP need `clip: {gelu: quick}`")
-        }
-        Layout::HuggingFace => ("Hugging Face's CLIPModel", "QuickGELU; conversions of LAION's weights need `clip: {gelu: exact}`"),
+    let layout_words = match normalised.layout {
+        Layout::OpenAi => "OpenAI's",
+        Layout::OpenClip => "open_clip's",
+        Layout::HuggingFace => "Hugging Face's CLIPModel",
     };
     let (ImageConfig::Vit { image_side: side, .. } | ImageConfig::ResNet { image_side: side, .. }) = config.image;
     let text = config.text;
     let line = |name, value| Line { name, value };
     let mut lines = vec![
-        line("checkpoint", format!("{}, {}, {digest}", path.display(), HumanBytes(std::fs::metadata(path).map_or(0, |file| file.len())))),
+        line(
+            "checkpoint",
+            format!(
+                "{}, {}, {}",
+                path.display(),
+                HumanBytes(files.iter().map(|file| file.bytes).sum()),
+                ovenbird_cache::files_digest(&files)
+            ),
+        ),
         line("layout", format!("{layout_words} names")),
         line("image tower", image_words(&config)),
         line("text tower", format!("{} blocks of width {}, {} heads, context {}", text.depth, text.width, text.heads, text.context)),
         line("embedding", format!("{} numbers", config.embed_dim)),
-        line("activation", activation.into()),
+        line("activation", activation),
         line(
             "parameters",
             format!("{:.1} M, stored in {}", n_numbers as f64 / 1e6, kind.map_or_else(|| "?".into(), |kind| format!("{kind:?}"))),
@@ -98,8 +125,19 @@ fn checkpoint(path: &Path) -> Result<Vec<Line>> {
             ),
         ),
     ];
-    lines.extend(self_test(&config, tensors, path)?);
-    Ok(lines)
+    let (of_test, failure) = self_test(&config, tensors, &file.file.path)?;
+    lines.extend(of_test);
+    let failure = failure.map(|problem| {
+        let is_sound = |tensor: &Tensor| tensor.isfinite().all().int64_value(&[]) == 1;
+        let broken: Vec<&str> = normalised.tensors.iter().filter(|(_, tensor)| !is_sound(tensor)).map(|(name, _)| name.as_str()).collect();
+        let broken = if broken.is_empty() { String::new() } else { format!("; NaN or infinity in {}", broken.join(", ")) };
+        StageError::Models(ovenbird_models::Error::Malformed {
+            path: file.file.path.clone(),
+            problem: format!("the self-test failed: {problem}{broken}"),
+            hint: Some("use another checkpoint: download it again, or take one from before its training diverged".into()),
+        })
+    });
+    Ok((lines, failure))
 }
 
 /// What the sizes are called, where they have a name.
@@ -127,9 +165,9 @@ fn image_words(config: &Config) -> String {
     }
 }
 
-/// Embeds two patterns and two texts; what is said can be compared from machine to machine.
-fn self_test(config: &Config, tensors: &std::collections::BTreeMap<String, Tensor>, path: &Path) -> Result<Vec<Line>> {
-    let load = |kind: Kind| Clip::load_as(config, tensors, path, Device::Cpu, kind).map_err(ovenbird_stages::Error::from);
+/// Embeds two patterns and two texts; what is said can be compared from machine to machine. The second: what is wrong with the embeddings.
+fn self_test(config: &Config, tensors: &BTreeMap<String, Tensor>, path: &Path) -> Result<(Vec<Line>, Option<String>)> {
+    let load = |kind: Kind| Clip::load_as(config, tensors, path, Device::Cpu, kind).map_err(StageError::from);
     let (ImageConfig::Vit { image_side: side, .. } | ImageConfig::ResNet { image_side: side, .. }) = config.image;
     let wave = |period: f64| {
         let ramp = Tensor::arange(side, (Kind::Float, Device::Cpu)) * (std::f64::consts::TAU / period);
@@ -137,29 +175,34 @@ fn self_test(config: &Config, tensors: &std::collections::BTreeMap<String, Tenso
     };
     let images = Tensor::stack(&[wave(16.0), wave(90.0)], 0);
     let tokens = Tokenizer::new().batch(&["a photo of a cat.", "a photo of a dog."], Padding::Context77, Overlong::Refuse);
-    let tokens = tokens.map_err(ovenbird_stages::Error::from)?;
+    let tokens = tokens.map_err(StageError::from)?;
     no_grad(|| {
         let (single, half) = (load(Kind::Float)?, load(Kind::BFloat16)?);
         let embed = |clip: &Clip| -> Result<Tensor> {
-            Ok(clip.encode_image_features(&images, Phase::Test).map_err(ovenbird_stages::Error::from)?.to_kind(Kind::Float))
+            Ok(clip.encode_image_features(&images, Phase::Test).map_err(StageError::from)?.to_kind(Kind::Float))
         };
         let (exact, rounded) = (embed(&single)?, embed(&half)?);
-        let texts = single.encode_text_features(&tokens).map_err(ovenbird_stages::Error::from)?;
+        let texts = single.encode_text_features(&tokens).map_err(StageError::from)?;
         let cosine = |a: &Tensor, b: &Tensor| (a * b).sum(Kind::Double).double_value(&[]);
-        let is_finite = exact.isfinite().all().int64_value(&[]) == 1 && texts.isfinite().all().int64_value(&[]) == 1;
-        let agree = (0..2).map(|row| cosine(&exact.get(row), &rounded.get(row))).fold(1.0, f64::min);
+        let agree = [0, 1].map(|row| cosine(&exact.get(row), &rounded.get(row)));
+        // Embeddings of nothing but zeros have no unit length: they come as NaN.
+        let broken: Vec<&str> = [("image", &exact), ("text", &texts), ("bf16 image", &rounded)]
+            .into_iter()
+            .filter(|(_, rows)| rows.isfinite().all().int64_value(&[]) == 0)
+            .map(|(name, _)| name)
+            .collect();
+        let failure = (!broken.is_empty()).then(|| format!("{} embeddings are zero or not finite", broken.join(", ")));
         let line = |name, value| Line { name, value };
-        Ok(vec![
-            line(
-                "self-test",
-                (if is_finite { "every number is finite" } else { "FAILED: embeddings hold numbers that are not finite" }).into(),
-            ),
+        let lines = vec![
+            line("self-test", failure.as_ref().map_or_else(|| "every number is finite".into(), |problem| format!("FAILED: {problem}"))),
             line("  images", format!("cosine {:.5} between two patterns", cosine(&exact.get(0), &exact.get(1)))),
             line(
                 "  texts",
                 format!("cosine {:.5} between `a photo of a cat.` and `a photo of a dog.`", cosine(&texts.get(0), &texts.get(1))),
             ),
-            line("  bf16", format!("cosine at least {agree:.5} to f32")),
-        ])
+            // `f64::min` would leave NaN out.
+            line("  bf16", format!("cosine at least {:.5} to f32", if agree[0] >= agree[1] { agree[1] } else { agree[0] })),
+        ];
+        Ok((lines, failure))
     })
 }

@@ -3,6 +3,7 @@
 
 mod support;
 
+mod clips;
 mod detector;
 mod errors;
 mod evaluation;

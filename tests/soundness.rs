@@ -392,13 +392,14 @@ fn what_was_made_from_wrong_content_is_listed_and_made_again() {
     let manifest = store.manifests().unwrap().iter().find(regions).unwrap().clone();
     let mut units = Vec::new();
     for unit in &manifest.units {
-        let rows: Vec<_> = RegionFeatures::open(&store.unit_port(unit, "features")).unwrap().rows().map(Result::unwrap).collect();
+        let features = RegionFeatures::open(&store.unit_port(unit, "features")).unwrap();
+        let (rows, clip): (Vec<_>, _) = (features.rows().map(Result::unwrap).collect(), features.clip().unwrap());
         let items = store.items_of(unit).unwrap();
         store.remove_unit(&ovenbird_cache::unit_name(&unit.key.kind, &unit.key.fingerprint), "a test").unwrap();
         let draft = store.begin_unit(&unit.key).unwrap();
         let file = draft.create("features/regions.arrow").unwrap();
         let dim = rows[0].embeddings.len() / rows[0].boxes.len();
-        let mut shard = RegionFeaturesWriter::new(file, &unit.key.fingerprint, NumberType::F16, dim).unwrap();
+        let mut shard = RegionFeaturesWriter::new(file, &unit.key.fingerprint, NumberType::F16, dim, clip).unwrap();
         for row in &rows {
             let mut wrong = row.clone();
             wrong.embeddings.rotate_left(dim);
@@ -453,7 +454,7 @@ fn features_that_are_no_directions_are_not_published() {
         };
         let draft = store.begin_unit(&key).unwrap();
         let file = draft.create("features/globals.arrow").unwrap();
-        let mut shard = ImageFeaturesWriter::new(file, &key.fingerprint, NumberType::F16, 2).unwrap();
+        let mut shard = ImageFeaturesWriter::new(file, &key.fingerprint, NumberType::F16, 2, None).unwrap();
         shard.push(ImageId(1), &embedding).unwrap();
         let refused = shard.finish().unwrap_err().to_string();
         assert!(refused.contains(words) && refused.contains("not published"), "{refused}");

@@ -1,19 +1,26 @@
 //! Feature shards: Arrow IPC files whose every record batch carries a BLAKE3, read through a memory map without copying.
 //!
 //! Layout: an ordinary Arrow IPC file (any Arrow reader opens it).
-//! - Schema metadata: `ovenbird.shard` = format version, `ovenbird.unit` = fingerprint of the unit, 64 hexadecimal digits.
+//! - Schema metadata: `ovenbird.shard` = format version, `ovenbird.unit` = fingerprint of the unit, 64 hexadecimal digits; and what
+//!   the writer says of all rows.
 //! - Footer metadata: `ovenbird.digests` = JSON list with the BLAKE3 of each record batch, taken over its message and body
 //!   exactly as they lie in the file; `ovenbird.stats` = [`Stats`] as JSON; `ovenbird.root` = BLAKE3, keyed by the unit's
-//!   fingerprint, of the columns, the digests and the stats.
+//!   fingerprint, of the columns with the writer's metadata, the digests and the stats.
 //!
 //! The unit's fingerprint is that of its recipe, which holds the digests of its items: a sound shard in the wrong place, or
 //! from another model, does not match. (The place of a unit among others is not in it: data sets share units.) Offsets are
 //! u64.
 //!
-//! The *content* digest of a shard covers its columns and its batches, not the unit's fingerprint: two recipes that come
-//! to the same features are the same input downstream.
+//! The *content* digest of a shard covers its columns, the writer's metadata and its batches, not the unit's fingerprint: two
+//! recipes that come to the same features are the same input downstream.
 
-use std::{collections::HashMap, fs::File, io::Write, path::Path, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::File,
+    io::Write,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use arrow::{
     array::RecordBatch,
@@ -139,9 +146,12 @@ impl ShardWriter {
     }
 }
 
-/// A line a column: its name, type and whether it may be null. Metadata is left out.
+/// A line a column: its name, type and whether it may be null. Then a line an entry of the writer's metadata, by key.
 fn columns(schema: &Schema) -> String {
-    schema.fields().iter().map(|field| format!("{} {} {}\n", field.name(), field.data_type(), field.is_nullable())).collect()
+    let columns = schema.fields().iter().map(|field| format!("{} {} {}\n", field.name(), field.data_type(), field.is_nullable()));
+    let metadata = schema.metadata().iter().filter(|(key, _)| ![FORMAT_KEY, UNIT_KEY].contains(&key.as_str()));
+    let metadata: BTreeMap<&String, &String> = metadata.collect();
+    columns.chain(metadata.into_iter().map(|(key, value)| format!("{key} = {value}\n"))).collect()
 }
 
 /// The content digest: see the top of this file.
@@ -337,9 +347,19 @@ mod tests {
     }
 
     fn written(home: &Path, batches: &[RecordBatch], unit: Fingerprint, compression: Compression) -> (PathBuf, FileRecord) {
+        written_with(&schema(), home, batches, unit, compression)
+    }
+
+    fn written_with(
+        schema: &Schema,
+        home: &Path,
+        batches: &[RecordBatch],
+        unit: Fingerprint,
+        compression: Compression,
+    ) -> (PathBuf, FileRecord) {
         let target = home.join(unit.to_hex());
         let draft = Publisher::default().begin(&target).unwrap();
-        let mut shard = ShardWriter::new(draft.create("features/0.arrow").unwrap(), &schema(), &unit, compression).unwrap();
+        let mut shard = ShardWriter::new(draft.create("features/0.arrow").unwrap(), schema, &unit, compression).unwrap();
         for batch in batches {
             shard.write(batch).unwrap();
         }
@@ -384,6 +404,28 @@ mod tests {
         assert_ne!(first.digest, other_unit.digest);
         assert_eq!(first.content(), other_unit.content());
         assert_ne!(first.content(), other_value.content());
+    }
+
+    #[test]
+    fn what_the_writer_says_of_all_rows_is_content_and_is_sealed() {
+        let home = tempfile::tempdir().unwrap();
+        let with = |value: &str| {
+            let schema = schema().with_metadata(HashMap::from([("who".to_owned(), value.to_owned())]));
+            written_with(&schema, &home.path().join(value), &two_batches(), unit(), Compression::None)
+        };
+        let ((path, one), (_, other)) = (with("this-one"), with("that-one"));
+        let (_, nothing) = written(home.path(), &two_batches(), unit(), Compression::None);
+        assert!(one.content() != other.content() && one.content() != nothing.content());
+        assert_eq!(ShardReader::open(&path, None).unwrap().schema().metadata()["who"], "this-one");
+
+        let mut bytes = fs::read(&path).unwrap();
+        let places: Vec<usize> = (0..bytes.len() - 8).filter(|at| &bytes[*at..*at + 8] == b"this-one").collect();
+        assert!(!places.is_empty());
+        for at in places {
+            bytes[at..at + 8].copy_from_slice(b"that-one");
+        }
+        let problem = ShardReader::from_bytes(&path, &Buffer::from(bytes)).unwrap_err();
+        assert!(matches!(problem, Error::Flipped { .. }), "{problem}");
     }
 
     #[test]

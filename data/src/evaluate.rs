@@ -569,9 +569,12 @@ mod tests {
         let (found, expected) = (result(name), golden(name));
         for (group, expected) in expected.curves {
             assert_eq!(found.curves[&group].len(), expected.len());
-            let difference =
-                found.curves[&group].iter().zip(expected).map(|(found, expected)| (found - expected).abs()).fold(0.0, f64::max);
-            assert!(difference < 1e-6, "{name} {group}: {difference}");
+            let mut pairs = found.curves[&group].iter().zip(&expected);
+            assert!(
+                pairs.all(|(found, expected)| (found - expected).abs() < 1e-6),
+                "{name} {group}: {:?} {expected:?}",
+                found.curves[&group]
+            );
         }
     }
 

@@ -12,6 +12,7 @@ use tch::{Kind, Tensor};
 use crate::{
     Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{AnnotationFile, Classes, Detections, EvaluationFile, Prompts, RegionFeatures, Regions},
+    clip::space,
 };
 
 /// Detection without a detector: every proposal gets the class whose text is nearest.
@@ -81,10 +82,12 @@ impl Stage for ZeroShot {
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
         let ids = category_ids(&annotations, classes.all())?;
         let names: Vec<String> = classes.all().cloned().collect();
-        let prompts = cx.inputs.read(PROMPTS)?.select(&names)?;
+        let (features, prompts) = (cx.inputs.read(FEATURES)?, cx.inputs.read(PROMPTS)?);
+        space::common(&[(FEATURES.info().name, features.clip()?), (PROMPTS.info().name, prompts.clip)])?;
+        let prompts = prompts.select(&names)?;
         cx.total(annotations.images.len() as u64);
         let mut detections = Vec::new();
-        for regions in cx.inputs.read(FEATURES)?.rows() {
+        for regions in features.rows() {
             cx.proceed()?;
             detections.extend(self.detect(&regions?, &prompts, &ids)?);
             cx.tick(1);

@@ -212,7 +212,8 @@ fn import(
 }
 
 fn begin(draft: &UnitDraft, rows: RowKind, dim: usize) -> Result<RowWriter> {
-    RowWriter::new(rows, draft.create_at("features", rows.file_name())?, &draft.unit().fingerprint, dim)
+    // These files do not say which CLIP they are of.
+    RowWriter::new(rows, draft.create_at("features", rows.file_name())?, &draft.unit().fingerprint, dim, None)
 }
 
 const IMAGE_FEATURES: In<ImageFeatures> = In::required("features", "Embeddings of whole images.");

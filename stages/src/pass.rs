@@ -325,7 +325,7 @@ impl<'a> Desk<'a> {
     fn open(&mut self, opened: Opened) -> Result<()> {
         let Opened { draft, shelf } = opened;
         let file = draft.create_at(self.port, self.rows.file_name())?;
-        let shard = RowWriter::new(self.rows, file, &draft.unit().fingerprint, self.dim())?;
+        let shard = RowWriter::new(self.rows, file, &draft.unit().fingerprint, self.dim(), self.encoder.map(|encoder| encoder.space))?;
         self.open = Some(OpenUnit { shard, shelf, draft, n_taken: 0, n_rows: 0, failed: None });
         Ok(())
     }

@@ -16,6 +16,7 @@ use tch::{Kind, Tensor};
 use crate::{
     Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{AnnotationFile, Classes, Prompts, RegionFeatures, Regions},
+    clip::space,
     detect::category_ids,
 };
 
@@ -84,12 +85,14 @@ impl Stage for PseudoLabels {
         let file = cx.inputs.read(ANNOTATIONS)?;
         let annotations = file.load()?;
         let ids = category_ids(&annotations, classes.all())?;
-        let labeller = self.labeller(&cx.inputs.read(PROMPTS)?, &classes.all().cloned().collect::<Vec<_>>(), ids)?;
+        let (features, prompts) = (cx.inputs.read(FEATURES)?, cx.inputs.read(PROMPTS)?);
+        space::common(&[(FEATURES.info().name, features.clip()?), (PROMPTS.info().name, prompts.clip)])?;
+        let labeller = self.labeller(&prompts, &classes.all().cloned().collect::<Vec<_>>(), ids)?;
         let images = &annotations.images[..annotations.images.len().min(cx.most_items.unwrap_or(usize::MAX))];
         let mut waiting: BTreeSet<_> = images.iter().map(|image| image.id).collect();
         cx.total(waiting.len() as u64);
         let mut added = Vec::new();
-        for regions in cx.inputs.read(FEATURES)?.rows() {
+        for regions in features.rows() {
             cx.proceed()?;
             let regions = regions?;
             if waiting.remove(&regions.image_id) {
@@ -237,7 +240,7 @@ mod tests {
         for Case { scale, with, added } in golden.cases {
             let embeddings = Tensor::from_slice(&golden.prompts.concat()).view([names.len() as i64, -1]);
             let scale = scale.map(|[scaler, bias]| LogitScale::Affine { scaler, bias });
-            let labeller = with.labeller(&Prompts { names: names.clone(), embeddings, scale }, &names, ids.clone()).unwrap();
+            let labeller = with.labeller(&Prompts { names: names.clone(), embeddings, scale, clip: None }, &names, ids.clone()).unwrap();
             for (image, expected) in golden.images.iter().zip(added) {
                 let regions = Regions {
                     image_id: ImageId(1),
@@ -259,7 +262,7 @@ mod tests {
     fn the_defaults_pass_their_own_check_and_prompts_without_a_scale_need_a_temperature() {
         let stage = PseudoLabels::default();
         assert!(Stage::check(&stage).is_empty());
-        let prompts = Prompts { names: vec!["a".into()], embeddings: Tensor::from_slice(&[1.0_f32]).view([1, 1]), scale: None };
+        let prompts = Prompts { names: vec!["a".into()], embeddings: Tensor::from_slice(&[1.0_f32]).view([1, 1]), scale: None, clip: None };
         let error = stage.labeller(&prompts, &["a".into()], vec![CategoryId(1)]).err().unwrap().to_string();
         assert_eq!(error, "prompts: no scale was learned with these, and `temperature` is not given");
     }

@@ -36,14 +36,14 @@ pub enum Layout {
 }
 
 impl Layout {
-    /// What the layout's own loader assumes where nothing says otherwise: QuickGELU, but for open_clip.
+    /// The activation of all weights in this layout, where there is one: the three scalars are in files of OpenAI's alone.
     ///
-    /// Tensors cannot tell. open_clip files of OpenAI's weights, and of others trained with QuickGELU (DFN, MetaCLIP, the `-quickgelu`
-    /// models), need to be told; so do Hugging Face conversions of LAION's weights, which use GELU.
-    pub fn default_activation(self) -> Activation {
+    /// Tensors cannot tell. OpenAI's weights saved as a state dict look like open_clip's, whose models have either; so have those of Hugging
+    /// Face.
+    pub fn activation(self) -> Option<Activation> {
         match self {
-            Self::OpenAi | Self::HuggingFace => Activation::QuickGelu,
-            Self::OpenClip => Activation::Gelu,
+            Self::OpenAi => Some(Activation::QuickGelu),
+            Self::OpenClip | Self::HuggingFace => None,
         }
     }
 }
@@ -84,10 +84,9 @@ pub fn normalise(tensors: &BTreeMap<String, Tensor>, origin: &Path) -> Result<No
 /// Reads the sizes of a CLIP off the shapes of a checkpoint in any known layout.
 ///
 /// Heads are 64 channels wide, OpenAI's convention; the three widths of open_clip's larger image towers (1280, 1408, 1664) have 16 heads.
-/// The activation, where it is not given, is [`Layout::default_activation`]. Fails with all defining tensors that are missing or of another
-/// rank.
-pub fn config(tensors: &BTreeMap<String, Tensor>, origin: &Path, activation: Option<Activation>) -> Result<Config> {
-    let Normalised { layout, tensors } = normalise(tensors, origin)?;
+/// Fails with all defining tensors that are missing or of another rank.
+pub fn config(tensors: &BTreeMap<String, Tensor>, origin: &Path, activation: Activation) -> Result<Config> {
+    let Normalised { tensors, .. } = normalise(tensors, origin)?;
     let mut shapes = Shapes { tensors: &tensors, problems: Vec::new() };
 
     let [text_width, embed_dim] = shapes.of("text_projection");
@@ -123,7 +122,6 @@ pub fn config(tensors: &BTreeMap<String, Tensor>, origin: &Path, activation: Opt
         ImageConfig::Vit { image_side: grid_side(n_positions) * patch, patch, width, depth, heads, mlp_width }
     };
     if shapes.problems.is_empty() {
-        let activation = activation.unwrap_or(layout.default_activation());
         Ok(Config { embed_dim, image, text, activation })
     } else {
         Err(Error::Misfits { path: origin.to_owned(), problems: shapes.problems })

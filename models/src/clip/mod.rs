@@ -194,13 +194,7 @@ impl Clip {
     /// Builds a frozen CLIP from a checkpoint in any of the known layouts, its sizes read off the tensors (see [`layout::config`]).
     ///
     /// `origin` names the file in messages. `kind` is what the towers compute in: `Float`, `BFloat16` or `Half`.
-    pub fn load(
-        tensors: &BTreeMap<String, Tensor>,
-        origin: &Path,
-        activation: Option<Activation>,
-        device: Device,
-        kind: Kind,
-    ) -> Result<Self> {
+    pub fn load(tensors: &BTreeMap<String, Tensor>, origin: &Path, activation: Activation, device: Device, kind: Kind) -> Result<Self> {
         let config = layout::config(tensors, origin, activation)?;
         Self::load_as(&config, tensors, origin, device, kind)
     }

@@ -103,7 +103,7 @@ fn origin() -> &'static Path {
 }
 
 fn load(tensors: &BTreeMap<String, Tensor>, activation: Activation) -> Clip {
-    Clip::load(tensors, origin(), Some(activation), Device::Cpu, Kind::Float).unwrap()
+    Clip::load(tensors, origin(), activation, Device::Cpu, Kind::Float).unwrap()
 }
 
 #[track_caller]
@@ -146,7 +146,7 @@ fn rn50x4_embeds_as_open_clip_does() {
 #[test]
 fn a_hugging_face_checkpoint_embeds_as_hugging_face_does() {
     let golden = Golden::read("hugging-face");
-    let clip = Clip::load(&golden.tensors(), origin(), None, Device::Cpu, Kind::Float).unwrap();
+    let clip = Clip::load(&golden.tensors(), origin(), Activation::QuickGelu, Device::Cpu, Kind::Float).unwrap();
     let image = clip.encode_image(&images("images.hugging-face", &[2, 3, 224, 224]), Phase::Test).unwrap();
     let text = clip.encode_text(&tokens()).unwrap();
 
@@ -186,7 +186,7 @@ fn in_half_precision_the_towers_stay_close_to_themselves_in_f32() {
     let tensors = golden.tensors();
     let images = images("images.vit-l-14", &[2, 3, 224, 224]);
     let features = |kind| {
-        let clip = Clip::load(&tensors, origin(), Some(Activation::QuickGelu), Device::Cpu, kind).unwrap();
+        let clip = Clip::load(&tensors, origin(), Activation::QuickGelu, Device::Cpu, kind).unwrap();
         let features = [clip.encode_image_features(&images, Phase::Test), clip.encode_text_features(&tokens())].map(Result::unwrap);
         assert!(features.iter().all(|features| features.kind() == kind));
         Tensor::cat(&features.map(|features| features.to_kind(Kind::Float)), 0)
@@ -224,7 +224,7 @@ fn fresh(config: &Config, seed: u64) -> (nn::VarStore, Clip, BTreeMap<String, Te
 fn a_published_size_is_read_off_the_tensors() {
     let tensors = Golden::read("rn50x4").tensors();
     assert_eq!(
-        layout::config(&tensors, origin(), Some(Activation::QuickGelu)).unwrap(),
+        layout::config(&tensors, origin(), Activation::QuickGelu).unwrap(),
         Config {
             embed_dim: 160,
             image: ImageConfig::ResNet { image_side: 288, layers: [4, 6, 10, 6], width: 20, heads: 10 },
@@ -323,6 +323,8 @@ fn names_of_other_layouts_load_to_the_same_network() {
 
     for (tensors, expected) in [(openai, layout::Layout::OpenAi), (wrapped, layout::Layout::OpenClip), (custom, layout::Layout::OpenClip)] {
         let normalised = layout::normalise(&tensors, origin()).unwrap();
+        let activation = (expected == layout::Layout::OpenAi).then_some(Activation::QuickGelu);
+        assert_eq!(normalised.layout.activation(), activation, "only the scalars tell");
         assert_eq!((normalised.layout, normalised.tensors), (expected, renamed(&str::to_owned)));
     }
 }
@@ -342,7 +344,7 @@ fn all_tensors_that_do_not_fit_are_listed_at_once() {
     tensors.insert("logit_bias".into(), Tensor::from(1.0));
     tensors.insert("visual.ln_pre.weight".into(), Tensor::zeros([63], (Kind::Float, Device::Cpu)));
 
-    let error = Clip::load(&tensors, origin(), None, Device::Cpu, Kind::Float).unwrap_err();
+    let error = Clip::load(&tensors, origin(), Activation::QuickGelu, Device::Cpu, Kind::Float).unwrap_err();
     assert_eq!(
         error.to_string(),
         "clip.pt: 3 tensors do not fit the network: logit_bias: expected nothing, found []; \
@@ -358,14 +360,16 @@ fn a_lost_key_matrix_is_named_as_hugging_face_names_it() {
         .map(|(name, shape)| (name.clone(), Tensor::zeros(shape, (Kind::Half, Device::Cpu))))
         .collect();
     tensors.remove(name);
-    let Err(Error::Misfits { problems, .. }) = Clip::load(&tensors, origin(), None, Device::Cpu, Kind::Float) else { panic!() };
+    let Err(Error::Misfits { problems, .. }) = Clip::load(&tensors, origin(), Activation::QuickGelu, Device::Cpu, Kind::Float) else {
+        panic!()
+    };
     assert_eq!(problems, [Misfit { name: name.into(), expected: Some(vec![768, 768]), found: None }]);
 }
 
 #[test]
 fn a_detector_is_refused_as_no_clip() {
     let tensors = BTreeMap::from([("backbone.conv1.weight".to_owned(), Tensor::from(1.0))]);
-    let error = Clip::load(&tensors, origin(), None, Device::Cpu, Kind::Float).unwrap_err();
+    let error = Clip::load(&tensors, origin(), Activation::QuickGelu, Device::Cpu, Kind::Float).unwrap_err();
     assert!(error.to_string().starts_with("clip.pt: no text tower of a CLIP"), "{error}");
 }
 
@@ -458,7 +462,7 @@ fn the_sizes_of_the_published_members_are_read_off_their_shapes() {
     ];
     for (image, embed_dim, text_width, expected) in members {
         let image: Vec<(&str, &[i64])> = image.iter().map(|(name, shape)| (name.as_str(), &shape[..])).collect();
-        let config = layout::config(&shapes_of_openai(&image, embed_dim, text_width), origin(), None).unwrap();
+        let config = layout::config(&shapes_of_openai(&image, embed_dim, text_width), origin(), Activation::QuickGelu).unwrap();
         assert_eq!((config.image, config.text.depth, config.embed_dim), (expected, 12, embed_dim));
     }
 }

@@ -6,7 +6,8 @@
 //! `jpeg` bytes.
 //!
 //! Embeddings are f16 unless a parameter says otherwise. Arrow has no bf16: it is stored as u16 in a field whose metadata
-//! says `ovenbird.bf16`. A record batch holds [`ROWS_PER_BATCH`] rows.
+//! says `ovenbird.bf16`. A record batch holds [`ROWS_PER_BATCH`] rows. The schema's metadata says which [`Space`] embeddings are of
+//! (`ovenbird.clip`), where that is known.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -37,7 +38,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Artifact;
-use crate::{Result, error::malformed};
+use crate::{
+    Error, Result,
+    clip::space::{SPACE_KEY, Space},
+    error::malformed,
+};
 
 /// Rows of a record batch: the smallest piece that is checked, and lost, as a whole.
 const ROWS_PER_BATCH: usize = 128;
@@ -109,12 +114,13 @@ pub struct ImageFeaturesWriter {
 }
 
 impl ImageFeaturesWriter {
-    /// Begins the shard of a unit with embeddings of `dim` numbers.
-    pub fn new(file: DraftFile, unit: &Fingerprint, stored: NumberType, dim: usize) -> Result<Self> {
+    /// Begins the shard of a unit with embeddings of `dim` numbers, of a space that may be unknown.
+    pub fn new(file: DraftFile, unit: &Fingerprint, stored: NumberType, dim: usize, clip: Option<Space>) -> Result<Self> {
         let schema = Schema::new(vec![
             Field::new("image_id", DataType::UInt64, false),
             Field::new("embedding", vectors(stored.field("item"), dim), false),
-        ]);
+        ])
+        .with_metadata(clip.map(Space::entry).into_iter().collect());
         let shard = ShardWriter::new(file, &schema, unit, Compression::None)?;
         Ok(Self { shard, stored, dim, image_ids: Vec::new(), values: Vec::new() })
     }
@@ -163,6 +169,11 @@ impl ImageFeatures {
     /// Every image with its embedding `[D]`, in order; each batch is checked as it is reached.
     pub fn rows(&self) -> impl Iterator<Item = Result<(ImageId, Vec<f32>)>> {
         rows_of(&self.shards, image_rows)
+    }
+
+    /// Which CLIP made them, where that is known.
+    pub fn clip(&self) -> Result<Option<Space>> {
+        clip_of(&self.shards)
     }
 
     /// The rows by their places.
@@ -296,11 +307,11 @@ pub(crate) enum RowWriter {
 }
 
 impl RowWriter {
-    /// Begins the shard of a unit with embeddings of `dim` numbers, where its rows have any.
-    pub(crate) fn new(kind: RowKind, file: DraftFile, unit: &Fingerprint, dim: usize) -> Result<Self> {
+    /// Begins the shard of a unit with embeddings of `dim` numbers, where its rows have any, of a space that may be unknown.
+    pub(crate) fn new(kind: RowKind, file: DraftFile, unit: &Fingerprint, dim: usize, clip: Option<Space>) -> Result<Self> {
         Ok(match kind {
-            RowKind::Image(stored) => Self::Image(ImageFeaturesWriter::new(file, unit, stored, dim)?),
-            RowKind::Regions(stored) => Self::Regions(RegionFeaturesWriter::new(file, unit, stored, dim)?),
+            RowKind::Image(stored) => Self::Image(ImageFeaturesWriter::new(file, unit, stored, dim, clip)?),
+            RowKind::Regions(stored) => Self::Regions(RegionFeaturesWriter::new(file, unit, stored, dim, clip)?),
             RowKind::Crops => Self::Crops(CropsWriter::new(file, unit)?),
         })
     }
@@ -418,8 +429,8 @@ pub struct RegionFeaturesWriter {
 }
 
 impl RegionFeaturesWriter {
-    /// Begins the shard of a unit with embeddings of `dim` numbers.
-    pub fn new(file: DraftFile, unit: &Fingerprint, stored: NumberType, dim: usize) -> Result<Self> {
+    /// Begins the shard of a unit with embeddings of `dim` numbers, of a space that may be unknown.
+    pub fn new(file: DraftFile, unit: &Fingerprint, stored: NumberType, dim: usize, clip: Option<Space>) -> Result<Self> {
         let schema = Schema::new(vec![
             Field::new("image_id", DataType::UInt64, false),
             Field::new("width_px", DataType::UInt32, false),
@@ -427,7 +438,8 @@ impl RegionFeaturesWriter {
             list_field("embedding", embedding_field(stored, dim)),
             list_field("xyxy", box_field()),
             list_field("objectness", score_field()),
-        ]);
+        ])
+        .with_metadata(clip.map(Space::entry).into_iter().collect());
         let shard = ShardWriter::new(file, &schema, unit, Compression::None)?;
         Ok(Self { shard, stored, dim, rows: Vec::new() })
     }
@@ -506,6 +518,11 @@ impl RegionFeatures {
     /// Every image with its regions, in order; each batch is checked as it is reached.
     pub fn rows(&self) -> impl Iterator<Item = Result<Regions>> {
         rows_of(&self.shards, region_rows)
+    }
+
+    /// Which CLIP made them, where that is known.
+    pub fn clip(&self) -> Result<Option<Space>> {
+        clip_of(&self.shards)
     }
 
     /// The rows by their places.
@@ -675,6 +692,26 @@ impl Crops {
             flatten_result(rows)
         })
     }
+}
+
+/// The space that all of some shards say their embeddings are of.
+fn clip_of(shards: &[InputFile]) -> Result<Option<Space>> {
+    let clip = |file: &InputFile| {
+        let shard = file.shard()?;
+        Space::read(shard.schema().metadata().get(SPACE_KEY)).map_err(|problem| malformed(&file.path, problem))
+    };
+    let Some((first, rest)) = shards.split_first() else { return Ok(None) };
+    let expected = clip(first)?;
+    for file in rest {
+        if clip(file)? != expected {
+            return Err(Error::Input {
+                port: "features",
+                problem: format!("{} and {} are of different CLIPs", first.path.display(), file.path.display()),
+                hint: "give shards of one CLIP".into(),
+            });
+        }
+    }
+    Ok(expected)
 }
 
 /// Every record batch of some shards in order, with the path of its shard for messages.

@@ -8,7 +8,7 @@
 //! | `captions` | images with alt text, json lines | [`Captions`] |
 //! | `mmdet-proposals` | a Python pickle, list over images of `N x 5` | [`MmdetProposals`] |
 //! | `proposals`, `detections` | Parquet | [`Proposals`], [`Detections`] |
-//! | `checkpoint` | weights of a CLIP or a detector in any published layout | [`CheckpointFile`] |
+//! | `checkpoint` | weights of a CLIP or a detector in any published layout; a folder of one such file and its config files | [`CheckpointFile`] |
 //! | `prompts` | class embeddings, safetensors | [`Prompts`] |
 //! | `published-prompts` | class embeddings as others publish them, `.pth` | [`PublishedPrompts`] |
 //! | `image-features`, `region-features` | Arrow shards | [`ImageFeatures`], [`RegionFeatures`] |
@@ -44,7 +44,11 @@ pub use features::{
 };
 pub use tables::{Detections, Proposals};
 
-use crate::{Error, Out, Result, UnitDraft, error::malformed};
+use crate::{
+    Error, Out, Result, UnitDraft,
+    clip::space::{SPACE_KEY, Space},
+    error::malformed,
+};
 
 /// What a stage reads at a port.
 pub trait Artifact: Sized {
@@ -235,22 +239,36 @@ impl MmdetProposals {
 /// A checkpoint of a CLIP or a detector, not yet read.
 #[derive(Debug, Clone)]
 pub struct CheckpointFile {
-    /// Where it lies, and what it is to hold.
+    /// Where its weights lie, and what they are to be.
     pub file: InputFile,
+    /// The config files of a folder: see [`CHECKPOINT_CONFIGS`].
+    pub configs: Vec<InputFile>,
 }
+
+/// The files that say how a checkpoint in the same folder is built: of Hugging Face, and of open_clip.
+pub(crate) const CHECKPOINT_CONFIGS: [&str; 2] = ["config.json", "open_clip_config.json"];
 
 impl Artifact for CheckpointFile {
     const KIND: &'static str = "checkpoint";
-    const EXTENSIONS: &'static [&'static str] = &["pt", "pth", "safetensors", "bin"];
+    const EXTENSIONS: &'static [&'static str] = &["pt", "pth", "safetensors", "bin", "/"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        // A stage may keep more beside the weights (a training's state); the weights are called so.
-        let weights: Vec<&InputFile> = files.iter().filter(|file| file.name == "clip.safetensors").collect();
-        let file = match weights.as_slice() {
-            [file] => file,
-            _ => only_file(Self::KIND, files)?,
+        let is_weights = |file: &&InputFile| {
+            let extension = file.path.extension().map(|extension| extension.to_string_lossy().to_lowercase());
+            extension.is_some_and(|extension| Self::EXTENSIONS.contains(&extension.as_str()))
         };
-        Ok(Self { file: file.clone() })
+        let weights: Vec<&InputFile> = if files.len() == 1 { files.iter().collect() } else { files.iter().filter(is_weights).collect() };
+        let [file] = weights[..] else {
+            let names = weights.iter().map(|file| file.name.as_str()).collect::<Vec<_>>().join(", ");
+            let found = if weights.is_empty() { format!("none among {}", files.len()) } else { names };
+            return Err(Error::Input {
+                port: Self::KIND,
+                problem: format!("expected one file of weights (.pt, .pth, .safetensors, .bin) in the folder, found {found}"),
+                hint: "name the file, or a folder that holds it and its config files alone".into(),
+            });
+        };
+        let configs = files.iter().filter(|file| CHECKPOINT_CONFIGS.contains(&file.name.as_str()) && files.len() > 1);
+        Ok(Self { file: file.clone(), configs: configs.cloned().collect() })
     }
 }
 
@@ -278,6 +296,8 @@ pub struct Prompts {
     pub embeddings: Tensor,
     /// How cosines to them become logits, where that was learned with them.
     pub scale: Option<LogitScale>,
+    /// Which CLIP made them, where that is known.
+    pub clip: Option<Space>,
 }
 
 impl Artifact for Prompts {
@@ -328,10 +348,11 @@ impl Prompts {
         if let Some(name) = zero_row(&names, &embeddings) {
             return Err(format!("expected a direction for each class, found zeros alone in the row of `{name}`"));
         }
-        Ok(Self { names, embeddings, scale })
+        Ok(Self { names, embeddings, scale, clip: None })
     }
 
-    /// What a file holds: `embeddings`, and where they were learned `scaler` and `bias`; `names` in the metadata, a JSON list.
+    /// What a file holds: `embeddings`, and where they were learned `scaler` and `bias`; in the metadata `names`, a JSON list, and
+    /// `ovenbird.clip`, where it is known.
     pub(crate) fn of(checkpoint: &Checkpoint) -> Result<Self, String> {
         let text = |name: &str| checkpoint.metadata().get(name);
         let names = text("names").and_then(|names| serde_json::from_str::<Vec<String>>(names).ok());
@@ -353,7 +374,7 @@ impl Prompts {
             (None, None) => None,
             (Some(_), None) | (None, Some(_)) => return Err("expected `scaler` and `bias` together, found one of them".into()),
         };
-        Self::new(names, embeddings, scale)
+        Ok(Self { clip: Space::read(text(SPACE_KEY))?, ..Self::new(names, embeddings, scale)? })
     }
 
     /// Every tensor by the name that files have for it.
@@ -375,7 +396,8 @@ impl Prompts {
             return Err(ovenbird_cache::Error::Unsound { what: format!("the class embedding of `{name}`"), problem }.into());
         }
         let names = serde_json::to_string(&self.names).expect("BUG: names are plain JSON");
-        draft.write_tensors(port, "prompts.safetensors", &self.tensors(), &BTreeMap::from([("names".to_owned(), names)]))
+        let metadata = [("names".to_owned(), names)].into_iter().chain(self.clip.map(Space::entry)).collect();
+        draft.write_tensors(port, "prompts.safetensors", &self.tensors(), &metadata)
     }
 
     /// The rows of some classes, f32 `[K, D]`, in the order asked for. A missing name is an error.

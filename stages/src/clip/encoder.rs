@@ -8,14 +8,18 @@ use std::{
 use ovenbird_data::images::{Image, Preprocess};
 use ovenbird_models::{
     Phase,
-    clip::{self, Activation, ImageConfig},
+    clip::{self, ImageConfig, layout},
     to_unit_length,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
-use super::on_device;
+use super::{
+    activation::{self, Gelu},
+    on_device,
+    space::Space,
+};
 use crate::{
     Context, Error, Result,
     artifacts::{CheckpointFile, read_weights},
@@ -59,23 +63,14 @@ impl Precision {
         [("f32", Self::F32, Kind::Float), ("bf16", Self::Bf16, Kind::BFloat16), ("f16", Self::F16, Kind::Half)];
 }
 
-/// Which checkpoint file's conventions the weights follow, where the tensors cannot say.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Gelu {
-    /// x * sigmoid(1.702 x): OpenAI's weights.
-    Quick,
-    /// The exact one: most weights of open_clip.
-    Exact,
-}
-
 /// How CLIP is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Clip {
     /// The arithmetic of the image tower; text is always encoded in f32.
     pub precision: Precision,
-    /// The activation; without it, quick for OpenAI and Hugging Face layouts and exact for open_clip's.
+    /// The activation, where neither the checkpoint nor a config file in its folder says it: with another one than the weights were trained
+    /// with, embeddings are wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gelu: Option<Gelu>,
 }
@@ -118,6 +113,8 @@ pub(crate) struct Encoder {
     clip: clip::Clip,
     /// The checkpoint's file, for messages.
     origin: PathBuf,
+    /// Which space its embeddings are of.
+    pub(crate) space: Space,
     pub(crate) preprocess: Preprocess,
     manner: Manner,
     /// What it computes in.
@@ -129,7 +126,7 @@ pub(crate) struct Encoder {
 
 impl Clip {
     /// Loads both towers in f32, for text.
-    pub(crate) fn load_text(self, file: &CheckpointFile, device: Device) -> Result<clip::Clip> {
+    pub(crate) fn load_text(self, file: &CheckpointFile, device: Device) -> Result<(clip::Clip, Space)> {
         self.load_as(file, device, Kind::Float)
     }
 
@@ -138,7 +135,8 @@ impl Clip {
         let load = |precision: Precision| -> Result<Encoder> {
             let found = Precision::KINDS.iter().find(|(_, known, _)| *known == precision);
             let (name, _, kind) = found.expect("BUG: `auto` is settled before");
-            Ok(Encoder::new(self.load_as(file, cx.device, *kind)?, &file.file.path, manner, name))
+            let (clip, space) = self.load_as(file, cx.device, *kind)?;
+            Ok(Encoder::new(clip, space, &file.file.path, manner, name))
         };
         if self.precision != Precision::Auto {
             return load(self.precision);
@@ -174,13 +172,11 @@ impl Clip {
         }
     }
 
-    fn load_as(self, file: &CheckpointFile, device: Device, kind: Kind) -> Result<clip::Clip> {
-        let activation = self.gelu.map(|gelu| match gelu {
-            Gelu::Quick => Activation::QuickGelu,
-            Gelu::Exact => Activation::Gelu,
-        });
-        let checkpoint = read_weights(&file.file)?;
-        Ok(clip::Clip::load(checkpoint.tensors(), &file.file.path, activation, device, kind)?)
+    fn load_as(self, file: &CheckpointFile, device: Device, kind: Kind) -> Result<(clip::Clip, Space)> {
+        let (checkpoint, path) = (read_weights(&file.file)?, &file.file.path);
+        let activation = activation::settle(self.gelu, file, &checkpoint)?;
+        let clip = clip::Clip::load(checkpoint.tensors(), path, activation, device, kind)?;
+        Ok((clip, Space::of(&layout::normalise(checkpoint.tensors(), path)?.tensors)))
     }
 }
 
@@ -244,12 +240,12 @@ impl Cutter {
 }
 
 impl Encoder {
-    fn new(clip: clip::Clip, origin: &Path, manner: Manner, precision: &'static str) -> Self {
+    fn new(clip: clip::Clip, space: Space, origin: &Path, manner: Manner, precision: &'static str) -> Self {
         let (ImageConfig::Vit { image_side, .. } | ImageConfig::ResNet { image_side, .. }) = clip.config().image;
         let preprocess = Preprocess::clip(image_side as u32);
         let channels = |numbers: &[f32; 3]| Tensor::from_slice(numbers).view([1, 3, 1, 1]).to_device(clip.device());
         let (mean, std) = (channels(&preprocess.mean), channels(&preprocess.std));
-        Self { clip, origin: origin.to_owned(), preprocess, manner, precision, mean, std }
+        Self { clip, origin: origin.to_owned(), space, preprocess, manner, precision, mean, std }
     }
 
     /// That embeddings came out as none.
@@ -370,13 +366,13 @@ mod tests {
             embed_dim: 32,
             image: ImageConfig::Vit { image_side: 64, patch: 16, width: 64, depth: 2, heads: 2, mlp_width: 128 },
             text: TextConfig { context: 8, vocabulary: 50, width: 32, heads: 1, depth: 1 },
-            activation: Activation::QuickGelu,
+            activation: clip::Activation::QuickGelu,
         };
         let weights = nn::VarStore::new(Device::Cpu);
         clip::Clip::new(&weights.root(), &config, 3).unwrap();
         let tensors: BTreeMap<String, Tensor> = weights.variables().into_iter().collect();
         let network = clip::Clip::load_as(&config, &tensors, "clip".as_ref(), Device::Cpu, Kind::Float).unwrap();
-        Encoder::new(network, Path::new("clip.pt"), manner, "f32")
+        Encoder::new(network, Space::of(&tensors), Path::new("clip.pt"), manner, "f32")
     }
 
     fn embed(encoder: &Encoder, views: &[View]) -> Vec<f32> {

@@ -29,7 +29,8 @@ use crate::{
 
 const IMAGES: In<Images> = In::required("images", "The folder that the annotations' file names are relative to.");
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json: which images, their ids and sizes.");
-const CHECKPOINT: In<CheckpointFile> = In::required("checkpoint", "CLIP weights: OpenAI, open_clip or Hugging Face.");
+const CHECKPOINT: In<CheckpointFile> =
+    In::required("checkpoint", "CLIP weights: OpenAI, open_clip or Hugging Face; a file, or a folder with its config.");
 const PROPOSALS: In<ProposalTable> = In::required("proposals", "The boxes, of the same images as `annotations`.");
 
 const GLOBALS: Out<ImageFeatures> = Out::new("features", "By image: `image_id` u64, `embedding` [D], unit norm.");
@@ -138,7 +139,7 @@ impl Sight for GlobalSight {
 
 impl Stage for Globals {
     const KIND: &'static str = "clip/globals";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[GLOBALS.info()];
     const RIDES: bool = true;
@@ -249,7 +250,7 @@ impl Sight for BlockSight {
 
 impl Stage for Blocks {
     const KIND: &'static str = "clip/blocks";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
     const RIDES: bool = true;
@@ -344,7 +345,7 @@ fn regions(info: &ImageInfo, proposals: &[Proposal], embeddings: Vec<f32>) -> Re
 
 impl Stage for Objects {
     const KIND: &'static str = "clip/objects";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), PROPOSALS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
     const RIDES: bool = true;
@@ -427,7 +428,7 @@ impl Sight for ProposalSight<'_> {
 
 impl Stage for Proposals {
     const KIND: &'static str = "clip/proposals";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), PROPOSALS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
     const RIDES: bool = true;

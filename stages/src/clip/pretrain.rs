@@ -17,6 +17,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn, no_grad};
 
+use super::activation::{GELU_KEY, Gelu};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft, Units,
     artifacts::{Captions, CheckpointFile, Images, TrainingState, read_weights},
@@ -93,7 +94,7 @@ const STATE: Out<TrainingState> =
 
 impl Stage for Pretrain {
     const KIND: &'static str = "clip/pretrain";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), CAPTIONS.info(), HELD_OUT_IMAGES.info(), HELD_OUT.info()];
     const OUTPUTS: &'static [PortInfo] = &[CHECKPOINT.info(), STATE.info()];
 
@@ -345,11 +346,12 @@ impl Training {
             state.insert(format!("second.{name}"), second.shallow_clone());
         }
         state.insert("steps_done".into(), scalar(self.steps_done));
-        // By these three a reader knows OpenAI's layout, and its activation.
+        // By these three a reader knows OpenAI's layout.
         weights.insert("input_resolution".into(), scalar(64));
         weights.insert("context_length".into(), scalar(77));
         weights.insert("vocab_size".into(), scalar(49_408));
-        draft.write_tensors(CHECKPOINT, "clip.safetensors", &weights, &BTreeMap::new())?;
+        let gelu = Gelu::of(self.clip.config().activation).name();
+        draft.write_tensors(CHECKPOINT, "clip.safetensors", &weights, &BTreeMap::from([(GELU_KEY.to_owned(), gelu.to_owned())]))?;
         draft.write_tensors(STATE, "state.safetensors", &state, &BTreeMap::new())
     }
 

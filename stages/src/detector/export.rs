@@ -69,6 +69,7 @@ mod tests {
             has_prompts: true,
             has_multilabel_prompts: false,
             scale: LogitScale::Temperature { train: 0.007, test: 0.01 },
+            clip: None,
         };
         let build = |seed| {
             let weights = nn::VarStore::new(Device::Cpu);

@@ -104,6 +104,7 @@ impl Import {
             fits: self.fits,
             // Nothing is trained by it any more.
             scale: LogitScale::Temperature { train: self.test_temperature, test: self.test_temperature },
+            clip: None,
         })
     }
 }

@@ -57,7 +57,7 @@ impl OpenLearner {
     pub(super) fn begin(stage: &Train, units: &[Unit], cx: &Context<'_>) -> Result<Self> {
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let embeddings = class_embeddings(cx.inputs, &classes)?;
-        let card = stage.card(embeddings.size()[1], cx.inputs);
+        let card = stage.card(embeddings.size()[1], cx.inputs)?;
         let tables = card.tables(embeddings, cx.inputs, &classes, cx.device)?;
         let of_images = match tables.image.scale() {
             LogitScale::Temperature { test, .. } => {

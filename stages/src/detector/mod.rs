@@ -48,6 +48,7 @@ pub use self::{
 use crate::{
     Context, Error, In, Inputs, Result, UnitDraft,
     artifacts::{AnnotationFile, Artifact, CheckpointFile, Classes, Images, Prompts, last_file},
+    clip::{Space, space},
     error::malformed,
     feed::stream,
 };
@@ -93,6 +94,9 @@ struct Card {
     has_multilabel_prompts: bool,
     /// How cosines become logits, where class embeddings bring no scale.
     scale: LogitScale,
+    /// Which CLIP it learned embeddings of, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    clip: Option<Space>,
 }
 
 /// The classes that a detector tells apart, base ++ novel.
@@ -152,7 +156,20 @@ fn class_embeddings(inputs: &Inputs, classes: &ClassSplit) -> Result<Tensor> {
     Ok(to_unit_length(&rows).constant_pad_nd([0, 0, 0, classes.novel.len() as i64]))
 }
 
+/// The spaces of the class embeddings that are given, by port.
+fn spaces_of_prompts(inputs: &Inputs) -> Result<[(&'static str, Option<Space>); 2]> {
+    let [text, image] = [PROMPTS, MULTILABEL_PROMPTS]
+        .map(|port| Ok::<_, Error>((port.info().name, inputs.read_if_given(port)?.and_then(|prompts| prompts.clip))));
+    Ok([text?, image?])
+}
+
 impl Card {
+    /// Refuses class embeddings of another CLIP than that of the detector, which lies at a port.
+    fn check_clip(&self, port: &'static str, inputs: &Inputs) -> Result<()> {
+        let [text, image] = spaces_of_prompts(inputs)?;
+        space::common(&[(port, self.clip), text, image]).map(drop)
+    }
+
     /// The classes at the ports; `embeddings`: [`class_embeddings`] of them. Refuses class embeddings of another space than the detector's.
     fn tables(&self, embeddings: Tensor, inputs: &Inputs, classes: &ClassSplit, device: Device) -> Result<ClassTables> {
         check_given(PROMPTS, self.has_prompts, inputs)?;

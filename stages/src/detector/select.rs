@@ -117,7 +117,7 @@ impl Stage for Select {
             let draft = cx.begin(unit)?;
             let file = &files[unit.index];
             let step = step_of(file)?;
-            let observer = Observer::of(&self.test, file, &viewing.annotations, cx)?;
+            let observer = Observer::of(&self.test, (CHECKPOINTS.info().name, file), &viewing.annotations, cx)?;
             let mut detections = Vec::new();
             viewing.each(0..n_images, observer.fits, &draft, cx, |view| {
                 detections.extend(observer.see(&view, cx.threads)?);

@@ -178,7 +178,7 @@ impl Stage for Test {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
-        let observer = Observer::of(self, &cx.inputs.read(DETECTOR)?, &annotations, cx)?;
+        let observer = Observer::of(self, (DETECTOR.info().name, &cx.inputs.read(DETECTOR)?), &annotations, cx)?;
         let viewing = Viewing { images: cx.inputs.read(IMAGES)?, annotations };
         for unit in units {
             // One that another process or device makes is passed by.
@@ -210,11 +210,17 @@ pub(super) struct Observer {
 }
 
 impl Observer {
-    /// Loads a detector, for the classes at the port `classes`.
-    pub(super) fn of(test: &Test, file: &DetectorFile, annotations: &Annotations, cx: &Context<'_>) -> Result<Self> {
+    /// Loads the detector at a port, for the classes at the port `classes`.
+    pub(super) fn of(
+        test: &Test,
+        (port, file): (&'static str, &DetectorFile),
+        annotations: &Annotations,
+        cx: &Context<'_>,
+    ) -> Result<Self> {
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let checkpoint = read_weights(&file.file)?;
         let card = file.card(&checkpoint)?;
+        card.check_clip(port, cx.inputs)?;
         let store = nn::VarStore::new(cx.device);
         let detector = Detector::blank(&store.root(), &card.config)?;
         layout::load(checkpoint.tensors(), detector.parameters(), &file.file.path)?.require_all(&file.file.path)?;

@@ -9,11 +9,13 @@ use serde::{Deserialize, Serialize};
 use super::{
     ANNOTATIONS, CARD_KEY, CLASSES, Card, DetectorFile, IMAGES, MULTILABEL_PROMPTS, PRETRAINED, PROMPTS,
     learner::OpenLearner,
+    spaces_of_prompts,
     training::{Course, Ports, Training, train},
 };
 use crate::{
-    Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
+    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{ImageFeatures, RegionFeatures},
+    clip::{Space, space},
 };
 
 /// How large the network is.
@@ -188,7 +190,7 @@ const PORTS: Ports<DetectorFile> = Ports::new(Out::new(
 
 impl Stage for Train {
     const KIND: &'static str = "detector/train";
-    const VERSION: u32 = 3;
+    const VERSION: u32 = 4;
     const INPUTS: &'static [PortInfo] = &[
         IMAGES.info(),
         ANNOTATIONS.info(),
@@ -265,18 +267,30 @@ impl Network {
 
 impl Train {
     /// How a detector for class embeddings of `embed_dim` numbers is built and asked.
-    pub(super) fn card(&self, embed_dim: i64, inputs: &Inputs) -> Card {
+    pub(super) fn card(&self, embed_dim: i64, inputs: &Inputs) -> Result<Card> {
         let is_given = |port: PortInfo| inputs.ports.contains_key(port.name);
         let heads =
             Heads { object: is_given(FEATURES.info()), block: is_given(BLOCKS.info()), global: is_given(GLOBALS.info()), mask: self.masks };
-        Card {
+        Ok(Card {
             config: self.network.config(embed_dim, heads),
             has_prompts: is_given(PROMPTS.info()),
             has_multilabel_prompts: is_given(MULTILABEL_PROMPTS.info()),
             fits: self.training.fits(),
             scale: LogitScale::Temperature { train: self.train_temperature, test: self.test_temperature },
-        }
+            clip: clip_of(inputs)?,
+        })
     }
+}
+
+/// The CLIP of all embeddings that are learned from. Fails where they are of several.
+fn clip_of(inputs: &Inputs) -> Result<Option<Space>> {
+    let [text, image] = spaces_of_prompts(inputs)?;
+    let regions = |port: In<RegionFeatures>| {
+        let clip = inputs.read_if_given(port)?.map(|features| features.clip()).transpose()?;
+        Ok::<_, Error>((port.info().name, clip.flatten()))
+    };
+    let globals = inputs.read_if_given(GLOBALS)?.map(|features| features.clip()).transpose()?.flatten();
+    space::common(&[text, image, regions(FEATURES)?, regions(BLOCKS)?, (GLOBALS.info().name, globals)])
 }
 
 #[cfg(test)]

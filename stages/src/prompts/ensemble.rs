@@ -39,7 +39,8 @@ pub struct Ensemble {
     pub spaces: bool,
 }
 
-const CHECKPOINT: In<CheckpointFile> = In::required("checkpoint", "CLIP weights: OpenAI, open_clip or Hugging Face.");
+const CHECKPOINT: In<CheckpointFile> =
+    In::required("checkpoint", "CLIP weights: OpenAI, open_clip or Hugging Face; a file, or a folder with its config.");
 const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
 const MORE_CLASSES: In<Classes> = In::optional("more_classes", "Names of another data set that is to share the embeddings.");
 const PROMPTS: Out<Prompts> = Out::new(
@@ -49,7 +50,7 @@ const PROMPTS: Out<Prompts> = Out::new(
 
 impl Stage for Ensemble {
     const KIND: &'static str = "prompts/ensemble";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[CHECKPOINT.info(), CLASSES.info(), MORE_CLASSES.info()];
     const OUTPUTS: &'static [PortInfo] = &[PROMPTS.info()];
 
@@ -69,7 +70,7 @@ impl Stage for Ensemble {
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
         let Classes(classes) = cx.inputs.read(CLASSES)?;
-        let clip = self.clip.load_text(&cx.inputs.read(CHECKPOINT)?, Device::Cpu)?;
+        let (clip, space) = self.clip.load_text(&cx.inputs.read(CHECKPOINT)?, Device::Cpu)?;
         let names = names(&classes, cx.inputs.read_if_given(MORE_CLASSES)?.map(|Classes(more)| more).as_ref());
         let (sentences, tokenizer) = (self.templates.sentences(), Tokenizer::new());
         cx.total(names.len() as u64);
@@ -86,7 +87,7 @@ impl Stage for Ensemble {
             embeddings = to_unit_length(&embeddings);
         }
         let draft = cx.begin(unit)?;
-        let prompts = Prompts { names, embeddings, scale: None };
+        let prompts = Prompts { names, embeddings, scale: None, clip: Some(space) };
         prompts.write(&draft, PROMPTS)?;
         cx.commit(draft, norms(&prompts.embeddings))
     }

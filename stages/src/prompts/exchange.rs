@@ -182,7 +182,7 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         for scale in [None, Some(LogitScale::Affine { scaler: f64::from(19.87_f32), bias: f64::from(-3.1_f32) })] {
-            let prompts = Prompts { names: NAMES.map(String::from).to_vec(), embeddings: rows(), scale };
+            let prompts = Prompts { names: NAMES.map(String::from).to_vec(), embeddings: rows(), scale, clip: None };
             let mut file = tempfile::NamedTempFile::new().unwrap();
             write(&prompts, &mut file).unwrap();
             let found = read(file.path(), None).unwrap();
@@ -200,7 +200,7 @@ mod tests {
         }
         let scale = Some(LogitScale::Affine { scaler: 19.75, bias: 3.5 });
         let mut file = tempfile::NamedTempFile::new().unwrap();
-        write(&Prompts { names: NAMES.map(String::from).to_vec(), embeddings: rows(), scale }, &mut file).unwrap();
+        write(&Prompts { names: NAMES.map(String::from).to_vec(), embeddings: rows(), scale, clip: None }, &mut file).unwrap();
         let script = "
 import sys, torch
 all = torch.load(sys.argv[1], weights_only=True)
