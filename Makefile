@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: quickstart test faults check bench peers libtorch clean
+.PHONY: quickstart test test-capabilities faults check bench peers libtorch clean
 
 quickstart: libtorch
 	$(CARGO) build --release
@@ -10,6 +10,11 @@ quickstart: libtorch
 
 test: libtorch
 	$(CARGO) test --release --workspace --no-fail-fast
+
+# The unit tests with fewer of the processor's instructions, as on an older machine. All crates: a part of them would be compiled anew.
+test-capabilities: libtorch
+	ATEN_CPU_CAPABILITY=default $(CARGO) test --release --workspace --lib --no-fail-fast
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(CARGO) test --release --workspace --lib --no-fail-fast
 
 # Every damage of every file class and 200 kills: some ten minutes.
 faults: libtorch

@@ -59,12 +59,8 @@ enum Command {
     Run {
         #[command(flatten)]
         chosen: Chosen,
-        /// Processor cores for all stages together [default: all]
-        #[arg(long, value_name = "N")]
-        jobs: Option<usize>,
-        /// Where networks run: several devices share the units of a stage; `cuda` is all that there are
-        #[arg(long, default_value = "cpu", value_name = "cpu|cuda|cuda:N,N")]
-        device: Devices,
+        #[command(flatten)]
+        machine: RunArgs,
         /// Hash every input file again instead of trusting its size and times
         #[arg(long)]
         rehash: bool,
@@ -98,6 +94,8 @@ enum Command {
     Retry {
         #[command(flatten)]
         chosen: Chosen,
+        #[command(flatten)]
+        machine: RunArgs,
         /// The items that failed
         #[arg(long, required = true)]
         failed: bool,
@@ -151,6 +149,8 @@ enum Command {
         /// Stop after so long: `30m`; the same command continues
         #[arg(long, value_name = "TIME", value_parser = time)]
         max_duration: Option<Duration>,
+        #[command(flatten)]
+        machine: RunArgs,
         /// Read no faster: `200MB/s`
         #[arg(long, value_name = "RATE", value_parser = rate)]
         rate: Option<u64>,
@@ -280,6 +280,26 @@ impl FromStr for Setting {
     }
 }
 
+/// How much of the machine a command uses. None of it changes a result.
+#[derive(clap::Args)]
+struct RunArgs {
+    /// Processor cores for all stages together [default: all]
+    #[arg(long, value_name = "N")]
+    jobs: Option<usize>,
+    /// Where networks run: each stage takes one device, or, to share its images among them, all that are free; `cuda` is all that there
+    /// are
+    #[arg(long, default_value = "cpu", value_name = "cpu|cuda|cuda:N,N")]
+    device: Devices,
+}
+
+impl RunArgs {
+    fn options(self) -> Options {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let cpu = self.jobs.unwrap_or(cores).max(1);
+        Options { cpu, memory: machine::total_memory(), devices: self.device.0, rehash: false, is_measuring: false }
+    }
+}
+
 #[derive(Debug, Clone)]
 struct Devices(Vec<tch::Device>);
 
@@ -302,6 +322,9 @@ impl FromStr for Devices {
         if indices.is_empty() || indices.iter().any(|index| *index >= n_devices) {
             return Err(format!("libtorch sees {} here; `ovenbird doctor` says more", count(n_devices, "CUDA device")));
         }
+        if let Some(twice) = (1..indices.len()).find(|place| indices[..*place].contains(&indices[*place])) {
+            return Err(format!("expected each CUDA device once, found {} twice", indices[twice]));
+        }
         Ok(Self(indices.into_iter().map(tch::Device::Cuda).collect()))
     }
 }
@@ -321,9 +344,9 @@ pub(crate) fn main() -> Result<()> {
         crash_at(step);
     }
     match command {
-        Command::Run { chosen, jobs, device, rehash, dry_run, estimate } => {
+        Command::Run { chosen, machine, rehash, dry_run, estimate } => {
             let sample = dry_run.map(|n| n as usize).or(estimate.then_some(SAMPLE));
-            let options = Options { is_measuring: estimate, ..options(jobs, device.0, rehash) };
+            let options = Options { rehash, is_measuring: estimate, ..machine.options() };
             let Some(n) = sample else { return run(&home, &chosen, &options, None) };
             let name = if estimate { "estimate".to_owned() } else { n.to_string() };
             let apart = home.join("dry-run").join(name);
@@ -335,11 +358,11 @@ pub(crate) fn main() -> Result<()> {
         }
         Command::Plan { chosen, json } => show_plan(&home, &chosen, json),
         Command::Explain { chosen, what, json } => explain(&home, &chosen, &what, json),
-        Command::Retry { chosen, failed: _ } => retry(&home, &chosen),
+        Command::Retry { chosen, machine, failed: _ } => retry(&home, &chosen, &machine.options()),
         Command::Export { chosen, what, folder } => export(&home, &chosen, &what, &folder),
         Command::Status { run, json } => history::status(&home, run.as_deref(), json),
         Command::Log { run, json, follow } => history::log(&home, run.as_deref(), json, follow),
-        Command::Verify { full, deep, recompute, fix, subset, max_duration, rate, json } => {
+        Command::Verify { full, deep, recompute, fix, subset, max_duration, machine, rate, json } => {
             let depth = if deep {
                 Depth::Deep
             } else if full {
@@ -347,8 +370,7 @@ pub(crate) fn main() -> Result<()> {
             } else {
                 Depth::Quick
             };
-            let options = options(None, vec![tch::Device::Cpu], false);
-            verify::verify(&home, &Wish { depth, recompute, fix, subset, max_duration, rate, json, options })
+            verify::verify(&home, &Wish { depth, recompute, fix, subset, max_duration, rate, json, options: machine.options() })
         }
         Command::Cache { what } => match what {
             CacheCommand::Du { json } => keep::du(&home, json),
@@ -458,11 +480,6 @@ fn run(home: &Path, chosen: &Chosen, options: &Options, most_items: Option<usize
     text.push_str(&format!("report: {}\n", report.display()));
     text.push_str(&next_commands(&chosen.pipeline, &pipeline));
     print(&text)
-}
-
-fn options(jobs: Option<usize>, devices: Vec<tch::Device>, rehash: bool) -> Options {
-    let cores = thread::available_parallelism().map_or(1, usize::from);
-    Options { cpu: jobs.unwrap_or(cores).max(1), memory: machine::total_memory(), devices, rehash, is_measuring: false }
 }
 
 fn percent(text: &str) -> Result<f64, String> {
@@ -600,14 +617,14 @@ fn export(home: &Path, chosen: &Chosen, what: &str, folder: &Path) -> Result<()>
 }
 
 /// Sets the units with failed items aside and runs; the items that did not fail are taken from there.
-fn retry(home: &Path, chosen: &Chosen) -> Result<()> {
+fn retry(home: &Path, chosen: &Chosen, options: &Options) -> Result<()> {
     let (pipeline, _) = chosen.load()?;
     let store = Store::open(home)?;
     let n_failed = plan::forget_failed(&pipeline, &store)?;
     if n_failed == 0 {
         return print("no item of this pipeline failed\n");
     }
-    run(home, chosen, &options(None, vec![tch::Device::Cpu], false), None)
+    run(home, chosen, options, None)
 }
 
 fn pipelines(name: Option<&str>, json: bool) -> Result<()> {
@@ -650,5 +667,23 @@ pub(crate) fn known_runs(home: &Path) -> String {
     match event::runs(home).as_slice() {
         [] => "there is no run yet: `ovenbird run quickstart` makes one".into(),
         runs => format!("`ovenbird log` lists them; the latest is {}", runs[runs.len() - 1]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_that_make_things_take_the_same_devices_and_cores() {
+        for command in ["run quickstart", "retry quickstart --failed", "verify --fix"] {
+            let words = format!("ovenbird {command} --device cpu,cpu --jobs 3");
+            let machine = match Cli::try_parse_from(words.split(' ')).map(|cli| cli.command) {
+                Ok(Command::Run { machine, .. } | Command::Retry { machine, .. } | Command::Verify { machine, .. }) => machine,
+                _ => panic!("{words}"),
+            };
+            let Options { cpu, devices, .. } = machine.options();
+            assert_eq!((cpu, devices), (3, vec![tch::Device::Cpu; 2]), "{command}");
+        }
     }
 }

@@ -177,7 +177,7 @@ pub(crate) fn schema() -> String {
         "properties": {
             "cpu": {"type": "integer", "minimum": 1, "default": 1},
             "memory": {"type": "string", "pattern": r"^[0-9.]+ ?([KMGT]i?B|kB)$", "default": "1GiB"},
-            "gpu": {"type": "integer", "minimum": 0, "default": 0},
+            "gpu": {"type": "integer", "minimum": 0, "default": 0, "description": "How many of the devices of --device the stage waits for and takes; 0: one, or, where its units hold images, all that are free"},
         },
         "additionalProperties": false,
     });

@@ -27,6 +27,9 @@ pub(crate) enum Error {
     /// A stage gave no sign of life.
     #[error("no sign of life for {} s: it hangs", after.as_secs())]
     Hangs { after: Duration },
+    /// Too few devices are left for a step.
+    #[error("needs {} and {n_left} of the run's can be had: stages that hang keep the others", count(*needed, "device"))]
+    LacksDevices { needed: usize, n_left: usize },
     /// The operator asked to stop.
     #[error("stopped on request; everything committed is kept")]
     Interrupted,
@@ -79,7 +82,7 @@ impl Error {
             Self::Usage { .. } => ExitCode::Usage,
             Self::StagesFailed { worst, .. } => *worst,
             Self::Damage { .. } => ExitCode::Damage,
-            Self::Hangs { .. } => ExitCode::Stage,
+            Self::Hangs { .. } | Self::LacksDevices { .. } => ExitCode::Stage,
             Self::Interrupted => ExitCode::Interrupted,
             Self::Stage(error) => stage_exit_code(error),
         }
@@ -126,6 +129,7 @@ impl Error {
             Self::Hangs { .. } => {
                 Some("look whether its disk or network answers, and type the same command again; `max_silence_s` gives it longer".into())
             }
+            Self::LacksDevices { .. } => Some("type the same command again: a new run begins with all of its devices".into()),
             Self::Interrupted => Some("type the same command again to continue".into()),
             Self::Stage(error) => error.hint(),
         }

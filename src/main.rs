@@ -3,6 +3,7 @@
 mod cli;
 mod comparison;
 mod describe;
+mod devices;
 mod doctor;
 mod error;
 mod estimate;

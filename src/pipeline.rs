@@ -128,7 +128,7 @@ pub(crate) struct Resources {
     pub(crate) cpu: usize,
     /// Memory, in bytes.
     pub(crate) memory: u64,
-    /// Accelerators.
+    /// How many of the run's devices it takes; 0: see [`crate::devices::Demand::of`].
     pub(crate) gpu: usize,
 }
 
@@ -425,7 +425,7 @@ impl Reader {
         let with = keys.get("with").cloned().unwrap_or(Yaml::Null);
         let stage = self.parameters(&path, &id, entry, &with, changes);
         let inputs = self.inputs(&path, &id, entry, keys.get("in"), changes);
-        let resources = self.resources(&path, keys.get("resources"));
+        let resources = self.resources(&path, entry, keys.get("resources"));
         let on_bad_item = self.on_bad_item(&path, keys.get("on_bad_item"), keys.get("max_failed_ratio"));
         let max_silence = match keys.get("max_silence_s").map(|given| (given.as_u64(), given)) {
             None => MAX_SILENCE,
@@ -566,7 +566,7 @@ impl Reader {
         given.into_iter().filter_map(text).collect()
     }
 
-    fn resources(&mut self, path: &str, yaml: Option<&Yaml>) -> Resources {
+    fn resources(&mut self, path: &str, entry: &StageEntry, yaml: Option<&Yaml>) -> Resources {
         let path = format!("{path}.resources");
         let mut resources = Resources::default();
         let Some(given) = self.keys(&path, yaml.unwrap_or(&Yaml::Null), RESOURCE_KEYS) else {
@@ -577,6 +577,9 @@ impl Reader {
             let number = value.as_u64();
             match (key.as_str(), number) {
                 ("cpu", Some(cpu)) if cpu > 0 => resources.cpu = cpu as usize,
+                ("gpu", Some(1..)) if !entry.uses_device => {
+                    self.push(join(&path, &key), format!("`{}` runs no network: leave `gpu` out", entry.kind));
+                }
                 ("gpu", Some(gpu)) => resources.gpu = gpu as usize,
                 ("memory", _) => match value.as_str().and_then(parse_bytes) {
                     Some(bytes) => resources.memory = bytes,

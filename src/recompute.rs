@@ -59,8 +59,8 @@ impl Audit {
     }
 }
 
-/// Computes a part of the rows of every feature artifact again, in a scratch home of its own.
-pub(crate) fn audit(store: &Store, part: f64) -> Result<Audit> {
+/// Computes a part of the rows of every feature artifact again on a device, in a scratch home of its own.
+pub(crate) fn audit(store: &Store, part: f64, device: tch::Device) -> Result<Audit> {
     let mut audit = Audit::default();
     let mut done: Vec<Fingerprint> = Vec::new();
     for run in event::runs(store.home()).into_iter().rev().filter(|run| request_path(store, run).exists()) {
@@ -76,7 +76,7 @@ pub(crate) fn audit(store: &Store, part: f64) -> Result<Audit> {
             (0..pipeline.steps.len()).filter(|place| pipeline.steps[*place].entry.outputs.iter().any(|port| is_features(port.kind)));
         for place in places.collect::<Vec<_>>() {
             let id = format!("{} of run {run}", pipeline.steps[place].id);
-            match audit_step(store, &pipeline, place, part, &mut done, &mut audit) {
+            match audit_step(store, &pipeline, place, part, device, &mut done, &mut audit) {
                 Ok(()) => {}
                 Err(error) => drop(audit.skipped.insert(id, error.words())),
             }
@@ -90,6 +90,7 @@ fn audit_step(
     pipeline: &crate::pipeline::Pipeline,
     place: usize,
     part: f64,
+    device: tch::Device,
     done: &mut Vec<Fingerprint>,
     audit: &mut Audit,
 ) -> Result<()> {
@@ -147,8 +148,8 @@ fn audit_step(
         items: &items,
         inputs: &inputs,
         most_items: None,
-        device: tch::Device::Cpu,
-        has_bf16: machine::has_bf16(tch::Device::Cpu),
+        device,
+        has_bf16: machine::has_bf16(device),
         threads: step.resources.cpu,
         on_bad_item: OnBadItem::Skip { max_failed_ratio: 1.0 },
         n_failed: &Default::default(),

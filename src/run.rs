@@ -31,6 +31,7 @@ use tokio::{
 };
 
 use crate::{
+    devices::{self, Demand, DevicePool, Grant},
     error::{Error, ExitCode, Result, count},
     event::{self, Event, EventLog, Outcome, Stamped, StepInfo, Verdict},
     history,
@@ -58,7 +59,7 @@ pub(crate) struct Options {
     pub(crate) cpu: usize,
     /// Memory for all steps together, in bytes.
     pub(crate) memory: u64,
-    /// Where networks run; steps share them unit by unit. At least one.
+    /// Where networks run, at least one: see [`crate::devices`].
     pub(crate) devices: Vec<tch::Device>,
     /// Whether to hash every input file again.
     pub(crate) rehash: bool,
@@ -81,6 +82,7 @@ pub(crate) fn run(
     options: &Options,
     show: &mut dyn FnMut(&Stamped),
 ) -> Result<Ended> {
+    devices::check(pipeline, wanted, &options.devices)?;
     let run = new_run_id(store, Timestamp::now());
     let (session, recovered) = store.enter()?;
     let ledger = Ledger::of(store).rehashing(options.rehash);
@@ -160,6 +162,7 @@ struct Gauge {
     fingerprint: Fingerprint,
     /// The steps that share its pass, itself included: a sign of one is a sign of all.
     company: Arc<[usize]>,
+    devices: Arc<Grant>,
     last_sign: Instant,
     /// Whether the operator was told that there is no sign of life.
     is_silent: bool,
@@ -176,12 +179,13 @@ struct Gauge {
 }
 
 impl Gauge {
-    fn new(work: &Work, company: Arc<[usize]>) -> Self {
+    fn new(work: &Work, company: Arc<[usize]>, devices: Arc<Grant>) -> Self {
         let now = Instant::now();
         Self {
             started: now,
             fingerprint: work.recipe.fingerprint(),
             company,
+            devices,
             last_sign: now,
             is_silent: false,
             failed: 0,
@@ -199,6 +203,8 @@ impl Gauge {
 enum Message {
     Checked(usize, Result<Checked, Failure>),
     Progress(usize, Progress),
+    /// A worker has ended; what came of its steps.
+    Ended(Arc<Grant>, Vec<(usize, Result<Box<Artifact>, Failure>)>),
     Finished(usize, Result<Box<Artifact>, Failure>),
 }
 
@@ -214,6 +220,7 @@ struct Coordinator<'a> {
     receiver: UnboundedReceiver<Message>,
     stop: Arc<AtomicBool>,
     states: BTreeMap<usize, State>,
+    pool: DevicePool,
     made: Made,
     /// Steps whose bytes are needed: those that nothing reads from, and those that a step that runs reads from.
     demanded: BTreeSet<usize>,
@@ -250,6 +257,7 @@ impl<'a> Coordinator<'a> {
             receiver,
             stop: Arc::default(),
             states: wanted.iter().map(|step| (*step, State::Waiting)).collect(),
+            pool: DevicePool::new(&options.devices),
             made: Made::new(),
             demanded: plan::ends(pipeline, wanted),
             last: Last::read(store.home(), &pipeline.name),
@@ -344,6 +352,7 @@ impl<'a> Coordinator<'a> {
     }
 
     fn start_what_can(&mut self, files: &Arc<FileInputs>) -> Result<()> {
+        self.refuse_what_gets_no_devices()?;
         let places: Vec<usize> = self.states.keys().copied().collect();
         for place in places {
             if self.stop.load(Ordering::SeqCst) {
@@ -364,21 +373,22 @@ impl<'a> Coordinator<'a> {
                     }
                 }
                 State::Queued(_) if self.fits(place) && !self.may_gain_company(place) => {
-                    let (mut tasks, company): (_, Arc<[usize]>) = (Vec::new(), self.company(place).into());
+                    let Some((company, grant)) = self.with_devices(place) else { continue };
+                    let (mut tasks, company, grant): (_, Arc<[usize]>, _) = (Vec::new(), company.into(), Arc::new(grant));
                     if company.len() > 1 {
                         let ids: Vec<String> = company.iter().map(|place| self.id(*place)).collect();
                         self.emit(Event::Notice { words: format!("one pass over the images serves {}", ids.join(", ")) })?;
                     }
                     for &place in company.iter() {
                         let Some(State::Queued(work)) = self.states.remove(&place) else { continue };
-                        self.states.insert(place, State::Running(Gauge::new(&work, Arc::clone(&company))));
+                        self.states.insert(place, State::Running(Gauge::new(&work, Arc::clone(&company), Arc::clone(&grant))));
                         self.emit(Event::StepStarted { step: self.id(place) })?;
                         tasks.push((place, work));
                     }
                     if self.options.is_measuring {
                         reset_peak_memory();
                     }
-                    self.start_worker(tasks);
+                    self.start_worker(tasks, grant);
                 }
                 State::Queued(_)
                 | State::Checking
@@ -393,21 +403,52 @@ impl<'a> Coordinator<'a> {
         Ok(())
     }
 
-    /// Whether a step's resources are free; one that asks for more than there is runs alone.
+    /// Whether a step's cores and memory are free; one that asks for more than there is runs alone.
     fn fits(&self, place: usize) -> bool {
         let running = self.states.iter().filter(|(_, state)| matches!(state, State::Running(_)));
         let running: Vec<_> = running.map(|(place, _)| self.pipeline.steps[*place].resources).collect();
         let wanted = self.pipeline.steps[place].resources;
         let cpu: usize = running.iter().map(|used| used.cpu).sum();
         let memory: u64 = running.iter().map(|used| used.memory).sum();
-        let gpu: usize = running.iter().map(|used| used.gpu).sum();
-        let n_gpus = self.options.devices.iter().filter(|device| device.is_cuda()).count();
-        let gpu_fits = wanted.gpu == 0 || gpu + wanted.gpu <= n_gpus;
         running.is_empty()
-            || (!self.options.is_measuring
-                && cpu + wanted.cpu <= self.options.cpu
-                && memory + wanted.memory <= self.options.memory
-                && gpu_fits)
+            || (!self.options.is_measuring && cpu + wanted.cpu <= self.options.cpu && memory + wanted.memory <= self.options.memory)
+    }
+
+    /// The devices that a queued step asks for.
+    fn demand(&self, place: usize) -> Demand {
+        match &self.states[&place] {
+            State::Queued(work) => Demand::of(&self.pipeline.steps[place], work),
+            _ => Demand::NONE,
+        }
+    }
+
+    /// Takes the devices of a queued step and of those that share its pass; `None`: it has to wait for them. Steps that run no network
+    /// do not wait for those that do.
+    fn with_devices(&mut self, place: usize) -> Option<(Vec<usize>, Grant)> {
+        let company = self.company(place);
+        let demand = company.iter().map(|place| self.demand(*place)).fold(Demand::NONE, Demand::joined);
+        if let Some(grant) = self.pool.take(demand) {
+            return Some((company, grant));
+        }
+        let grant = self.pool.take(self.demand(place)).filter(|grant| grant.devices.is_empty())?;
+        Some((company.into_iter().filter(|place| self.demand(*place) == Demand::NONE).collect(), grant))
+    }
+
+    /// Has the queued steps failed that cannot get their devices in this run.
+    fn refuse_what_gets_no_devices(&mut self) -> Result<()> {
+        let (mut refused, n_left) = (Vec::new(), self.pool.n_left());
+        for (place, state) in &self.states {
+            let State::Queued(work) = state else { continue };
+            let step = &self.pipeline.steps[*place];
+            let Demand { least: needed, .. } = Demand::of(step, work);
+            if needed > 1 && work.units.iter().all(|unit| unit.family.is_none()) {
+                let problem = format!("`resources.gpu` asks for {needed} devices, and `{}` runs on one", step.entry.kind);
+                refused.push((*place, Error::Usage { problem, hint: "write `gpu: 1`, or leave it out".into() }));
+            } else if needed > n_left {
+                refused.push((*place, Error::LacksDevices { needed, n_left }));
+            }
+        }
+        refused.into_iter().try_for_each(|(place, error)| self.fail(place, &Failure::Known(error)))
     }
 
     fn start_check(&self, place: usize, files: Arc<FileInputs>) {
@@ -439,9 +480,9 @@ impl<'a> Coordinator<'a> {
         self.states.iter().any(|(other, state)| matches!(state, State::Checking) && self.share_a_pass(place, *other))
     }
 
-    fn start_worker(&self, tasks: Vec<(usize, Box<Work>)>) {
+    fn start_worker(&self, tasks: Vec<(usize, Box<Work>)>, grant: Arc<Grant>) {
         let (pipeline, store, sender) = (Arc::clone(self.pipeline), self.store.clone(), self.sender.clone());
-        let (options, run, stop) = (self.options.clone(), self.run.clone(), Arc::clone(&self.stop));
+        let (run, stop) = (self.run.clone(), Arc::clone(&self.stop));
         thread::spawn(move || {
             let places: Vec<usize> = tasks.iter().map(|(place, _)| *place).collect();
             let reports: Vec<_> = places
@@ -454,16 +495,20 @@ impl<'a> Coordinator<'a> {
             let task = |((place, work), report)| Task { step: &pipeline.steps[place], work, report };
             let reports = reports.iter().map(|report| report as &(dyn Fn(Progress) + Send + Sync));
             let tasks: Vec<Task<'_>> = tasks.into_iter().zip(reports).map(task).collect();
-            let shop = Shop { store: &store, options: &options, run: &run, stop: &stop };
-            for (place, finished) in places.iter().zip(work::make(&tasks, shop)) {
-                // Nobody listens once the loop has ended because its log could not be written.
-                drop(sender.send(Message::Finished(*place, finished.map(Box::new))));
-            }
+            let shop = Shop { store: &store, devices: &grant.devices, run: &run, stop: &stop };
+            let finished = work::make(&tasks, shop).into_iter().map(|finished| finished.map(Box::new));
+            let finished = places.iter().copied().zip(finished).collect();
+            // Nobody listens once the loop has ended because its log could not be written.
+            drop(sender.send(Message::Ended(grant, finished)));
         });
     }
 
     fn learn(&mut self, message: Message) -> Result<()> {
         match message {
+            Message::Ended(grant, finished) => {
+                self.pool.give_back(&grant);
+                finished.into_iter().try_for_each(|(place, finished)| self.learn(Message::Finished(place, finished)))
+            }
             // It was given up, and is alive after all.
             Message::Finished(place, _) if matches!(self.states[&place], State::Failed) => Ok(()),
             Message::Checked(place, Ok(Checked::Reused(artifact))) => {
@@ -587,6 +632,7 @@ impl<'a> Coordinator<'a> {
             let (step, silence) = (id.clone(), gauge.last_sign.elapsed());
             if silence > *max_silence {
                 hanging.push((*place, *max_silence));
+                self.pool.lose(&gauge.devices);
             } else if !gauge.is_silent && silence > SILENCE {
                 gauge.is_silent = true;
                 let words = format!("no sign of life for {} s; it is given up after {} s", SILENCE.as_secs(), max_silence.as_secs());
@@ -655,9 +701,12 @@ fn listen(kind: SignalKind) -> Signal {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::{
+        fs,
+        sync::{Condvar, Mutex},
+    };
 
-    use ovenbird_cache::inputs::InputFile;
+    use ovenbird_cache::{Claim, Digest, inputs::InputFile};
     use ovenbird_stages::{AnyStage, Context, In, Inputs, OnBadItem, Out, PortInfo, StageEntry, Unit, Units, artifacts::AnnotationFile};
     use proptest::prelude::*;
     use serde_json::{Value, json};
@@ -665,6 +714,7 @@ mod tests {
     use super::*;
     use crate::{
         history::StepState,
+        machine,
         pipeline::{Request, Resources, Source},
     };
 
@@ -676,6 +726,7 @@ mod tests {
         version: 1,
         inputs: &[LEFT.info(), RIGHT.info()] as &[PortInfo],
         outputs: &[SUM.info()] as &[PortInfo],
+        uses_device: false,
         schema: || schemars::schema_for!(u8),
         parse: |_| Ok(Box::new(Sum { number: 0 })),
     };
@@ -714,6 +765,228 @@ mod tests {
                 thread::park();
             }
         }
+    }
+
+    /// What [`Network`]s do on their devices, seen from outside.
+    #[derive(Default)]
+    struct Floor {
+        /// Each waits here for the others that it is to meet.
+        seen: Mutex<Seen>,
+        changed: Condvar,
+    }
+
+    #[derive(Default)]
+    struct Seen {
+        /// Who is at work where.
+        busy: BTreeMap<String, String>,
+        /// Where each has been at work.
+        by_step: BTreeMap<String, BTreeSet<String>>,
+        /// Two at work on one device.
+        clashes: Vec<String>,
+    }
+
+    impl Floor {
+        /// Works on a device until some steps have worked on so many devices, all together.
+        fn work(&self, step: &str, device: tch::Device, n_devices: usize) {
+            let device = format!("{device:?}");
+            let mut seen = self.seen.lock().unwrap();
+            if let Some(other) = seen.busy.insert(device.clone(), step.into()) {
+                seen.clashes.push(format!("{step} and {other} on {device}"));
+            }
+            seen.by_step.entry(step.into()).or_default().insert(device.clone());
+            self.changed.notify_all();
+            let are_few = |seen: &mut Seen| seen.by_step.values().flatten().collect::<BTreeSet<_>>().len() < n_devices;
+            // The bound is for a run that never comes to it.
+            let (mut seen, _) = self.changed.wait_timeout_while(seen, Duration::from_secs(20), are_few).unwrap();
+            seen.busy.remove(&device);
+        }
+
+        fn devices_of(&self, step: &str) -> Vec<String> {
+            self.seen.lock().unwrap().by_step.get(step).into_iter().flatten().cloned().collect()
+        }
+    }
+
+    /// A stage with a network: a training, or an extraction, whose units hold items.
+    struct Network {
+        id: &'static str,
+        n_items: u32,
+        /// On how many devices it and others are to have been before it ends.
+        meets: usize,
+        floor: Arc<Floor>,
+    }
+
+    const NETWORK: &StageEntry = &StageEntry { kind: "test/network", uses_device: true, ..*ENTRY };
+
+    impl AnyStage for Network {
+        fn params(&self) -> Value {
+            json!({"id": self.id})
+        }
+
+        fn check(&self) -> Vec<ovenbird_stages::Problem> {
+            Vec::new()
+        }
+
+        fn units(&self, _inputs: &Inputs) -> ovenbird_stages::Result<Units> {
+            let items = (0..self.n_items).map(|item| Digest::of(&item.to_le_bytes())).collect();
+            Ok(if self.n_items == 0 { Units::One } else { Units::Independent { items, replaces: Vec::new() } })
+        }
+
+        fn run(&self, units: &[Unit], cx: &Context<'_>) -> ovenbird_stages::Result<()> {
+            self.floor.work(self.id, cx.device, self.meets);
+            for unit in units {
+                let claimed = unit.family.map(|_| cx.store.claim(cx.kind, &unit.fingerprint, &mut cx.watch.lock().unwrap())).transpose()?;
+                if let None | Some(Claim::Mine(_)) = &claimed {
+                    let draft = cx.begin(unit)?;
+                    draft.write(SUM, "sum.json", format!("{} {:?}", self.id, unit.items).as_bytes())?;
+                    cx.commit(draft, [].into())?;
+                }
+            }
+            Ok(())
+        }
+    }
+
+    /// Steps with networks, each with how many items it has (none: a training) and `resources.gpu`.
+    fn networks(steps: &[(&'static str, u32, usize)], meets: usize) -> (Pipeline, Arc<Floor>) {
+        let mut pipeline = pipeline(&vec![(0, None, None); steps.len()]);
+        let floor = Arc::<Floor>::default();
+        for (step, (id, n_items, gpu)) in pipeline.steps.iter_mut().zip(steps) {
+            (step.id, step.plain_id, step.entry, step.resources.gpu) = ((*id).into(), (*id).into(), NETWORK, *gpu);
+            step.stage = Box::new(Network { id, n_items: *n_items, meets, floor: Arc::clone(&floor) });
+        }
+        (pipeline, floor)
+    }
+
+    const CUDA: [tch::Device; 2] = [tch::Device::Cuda(0), tch::Device::Cuda(1)];
+
+    fn run_on(devices: &[tch::Device], pipeline: Pipeline, store: &Store) -> Result<Ended> {
+        let options = Options { cpu: 8, memory: 1 << 30, devices: devices.to_vec(), rehash: false, is_measuring: false };
+        let wanted: Vec<usize> = (0..pipeline.steps.len()).collect();
+        run(&Arc::new(pipeline), &wanted, store, &options, &mut |_| {})
+    }
+
+    fn made_on(store: &Store, run: &str) -> Vec<(String, String)> {
+        let device = |step: StepState| {
+            let Status::Valid(artifact) = store.artifact(&step.kind, &step.fingerprint.unwrap()).unwrap() else { panic!("{}", step.id) };
+            (step.id, artifact.manifest.made.device)
+        };
+        states(store, run).into_iter().map(device).collect()
+    }
+
+    /// The files of all units, by name.
+    fn unit_files(store: &Store) -> BTreeMap<String, Vec<u8>> {
+        let units = store.unit_names().unwrap().into_iter();
+        units.map(|unit| (unit.clone(), fs::read(store.unit_path(&unit).join("sum/sum.json")).unwrap())).collect()
+    }
+
+    #[test]
+    fn trainings_at_the_same_time_have_a_device_each() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(home.path()).unwrap();
+        let (pipeline, floor) = networks(&[("one", 0, 0), ("two", 0, 0), ("three", 0, 1)], 2);
+        let ended = run_on(&CUDA, pipeline, &store).unwrap();
+        assert!(ended.error.is_none(), "{:?}", ended.error);
+        assert_eq!(floor.seen.lock().unwrap().clashes, [""; 0]);
+        let used: Vec<Vec<String>> = ["one", "two", "three"].map(|id| floor.devices_of(id)).into();
+        assert!(used.iter().all(|devices| devices.len() == 1) && used.concat().iter().collect::<BTreeSet<_>>().len() == 2, "{used:?}");
+        assert_eq!(made_on(&store, &ended.run).into_iter().map(|(_, device)| device).collect::<Vec<_>>(), used.concat());
+    }
+
+    #[test]
+    fn an_extraction_takes_the_devices_that_a_training_leaves() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(home.path()).unwrap();
+        let (mut pipeline, floor) = networks(&[("training", 0, 0), ("gate", 0, 0), ("extraction", 6000, 0)], 3);
+        gate(&mut pipeline, &floor);
+        let ended = run_on(&CUDA, pipeline, &store).unwrap();
+        assert!(ended.error.is_none(), "{:?}", ended.error);
+        assert_eq!(floor.seen.lock().unwrap().clashes, [""; 0]);
+        let made = made_on(&store, &ended.run);
+        assert_eq!([&made[0], &made[2]], [&("training".into(), "Cuda(0)".into()), &("extraction".into(), "Cuda(1)".into())]);
+    }
+
+    #[test]
+    fn extractions_share_all_devices_one_after_the_other_and_come_to_the_same_bytes() {
+        let (home, alone) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (store, alone) = (Store::open(home.path()).unwrap(), Store::open(alone.path()).unwrap());
+        let steps = [("one", 6000, 0), ("two", 9000, 2)];
+        let (pipeline, floor) = networks(&steps, 2);
+        let ended = run_on(&CUDA, pipeline, &store).unwrap();
+        assert!(ended.error.is_none(), "{:?}", ended.error);
+        assert_eq!(floor.seen.lock().unwrap().clashes, [""; 0]);
+        for id in ["one", "two"] {
+            assert_eq!(floor.devices_of(id), ["Cuda(0)", "Cuda(1)"], "{id}");
+        }
+        assert!(made_on(&store, &ended.run).iter().all(|(_, device)| device == "Cuda(0), Cuda(1)"));
+        for devices in [&[tch::Device::Cpu][..], &[tch::Device::Cpu; 2]] {
+            let (pipeline, _) = networks(&steps.map(|(id, n_items, _)| (id, n_items, 0)), 1);
+            assert!(run_on(devices, pipeline, &alone).unwrap().error.is_none());
+            assert!(unit_files(&store).len() > 4 && unit_files(&store) == unit_files(&alone));
+        }
+    }
+
+    #[test]
+    fn steps_without_a_network_neither_take_devices_nor_wait_for_them() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(home.path()).unwrap();
+        let (mut pipeline, floor) = networks(&[("training", 0, 0), ("annotations", 0, 0)], 2);
+        pipeline.steps[1].entry = ENTRY;
+        let ended = run_on(&CUDA[..1], pipeline, &store).unwrap();
+        assert!(ended.error.is_none(), "{:?}", ended.error);
+        // The training waits until both are at work.
+        assert_eq!((floor.devices_of("training"), floor.devices_of("annotations")), (vec!["Cuda(0)".into()], vec!["Cpu".to_owned()]));
+        let made = made_on(&store, &ended.run);
+        assert_eq!(made, [("training".into(), "Cuda(0)".into()), ("annotations".into(), machine::processor())]);
+    }
+
+    #[test]
+    fn more_devices_than_there_are_is_an_error() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(home.path()).unwrap();
+        let Err(error) = run_on(&CUDA, networks(&[("one", 10, 3), ("two", 10, 2), ("three", 0, 4)], 1).0, &store) else { panic!() };
+        let words = "the run has 2 devices, and `one` asks for 3 (`resources.gpu`), `three` asks for 4 (`resources.gpu`)";
+        assert_eq!((error.words(), error.exit_code()), (words.into(), ExitCode::Usage));
+        assert!(event::runs(store.home()).is_empty());
+        let ended = run_on(&CUDA, networks(&[("one", 10, 2), ("two", 0, 2)], 1).0, &store).unwrap();
+        let Some(Error::StagesFailed { failed, .. }) = ended.error else { panic!("{:?}", ended.error) };
+        assert_eq!(failed, ["two"]);
+        let two = states(&store, &ended.run).into_iter().find(|step| step.id == "two").unwrap();
+        assert!(two.words.contains("`resources.gpu` asks for 2 devices, and `test/network` runs on one"), "{}", two.words);
+    }
+
+    /// Has the second step end once the first one is at work on a device, and the others begin after it.
+    fn gate(pipeline: &mut Pipeline, floor: &Arc<Floor>) {
+        let stage = Network { id: "gate", n_items: 0, meets: 2, floor: Arc::clone(floor) };
+        (pipeline.steps[1].stage, pipeline.steps[1].entry) = (Box::new(stage), ENTRY);
+        for step in &mut pipeline.steps[2..] {
+            step.inputs = [("left".to_owned(), Source::Step { step: 1, port: "sum".into() })].into();
+        }
+    }
+
+    /// A stage that hangs, and after it these steps.
+    fn run_beside_one_that_hangs(devices: &[tch::Device], steps: &[(&'static str, u32, usize)]) -> (Vec<StepState>, Arc<Floor>) {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(home.path()).unwrap();
+        let (mut pipeline, floor) = networks(&[&[("hung", 0, 0), ("gate", 0, 0)], steps].concat(), 1);
+        pipeline.steps[0].stage = Box::new(Network { id: "hung", n_items: 0, meets: usize::MAX, floor: Arc::clone(&floor) });
+        pipeline.steps[0].max_silence = Duration::from_secs(1);
+        gate(&mut pipeline, &floor);
+        let ended = run_on(devices, pipeline, &store).unwrap();
+        (states(&store, &ended.run), floor)
+    }
+
+    #[test]
+    fn nobody_gets_the_device_of_a_step_that_hangs() {
+        let failed = |steps: &[StepState]| -> Vec<String> {
+            steps.iter().filter(|step| step.state == "failed").map(|step| step.id.clone()).collect()
+        };
+        let (steps, floor) = run_beside_one_that_hangs(&CUDA[..1], &[("one", 0, 0)]);
+        assert_eq!((failed(&steps), floor.devices_of("one")), (vec!["hung".into(), "one".into()], vec![]));
+        let words = "needs 1 device and 0 of the run's can be had: stages that hang keep the others";
+        assert!(steps[2].words.contains(words), "{}", steps[2].words);
+
+        let (steps, floor) = run_beside_one_that_hangs(&CUDA, &[("one", 0, 0), ("both", 6000, 2), ("two", 6000, 0)]);
+        assert_eq!(failed(&steps), ["hung", "both"]);
+        assert_eq!((floor.devices_of("one"), floor.devices_of("two")), (vec!["Cuda(1)".into()], vec!["Cuda(1)".to_owned()]));
     }
 
     fn states(store: &Store, run: &str) -> Vec<StepState> {

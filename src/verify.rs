@@ -94,7 +94,7 @@ pub(crate) fn verify(home: &Path, wish: &Wish) -> Result<()> {
     let store = Store::open(&home)?;
     let mut report = scan(&store, wish)?;
     if let Some(part) = wish.recompute {
-        let audit = recompute::audit(&store, part)?;
+        let audit = recompute::audit(&store, part, wish.options.devices[0])?;
         report.findings.extend(audit.findings());
         report.recomputed = Some(audit);
     }

@@ -21,13 +21,14 @@ use crate::{
     machine::{self, free_space},
     pipeline::Step,
     plan::{self, Work},
-    run::Options,
 };
 
 /// How often to look whether another process has made what this one waits for.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// How much has to be freed before a run that found the disk full goes on, in bytes.
 const LEAST_ROOM: u64 = 16 << 20;
+/// Where stages run that have no network.
+const CPU: &[tch::Device] = &[tch::Device::Cpu];
 
 /// Why a worker ended without an artifact.
 pub(crate) enum Failure {
@@ -52,7 +53,8 @@ pub(crate) fn guard<T>(work: impl FnOnce() -> Result<T>) -> Result<T, Failure> {
 #[derive(Clone, Copy)]
 pub(crate) struct Shop<'a> {
     pub(crate) store: &'a Store,
-    pub(crate) options: &'a Options,
+    /// Those of the steps that run networks: see [`crate::devices`]. Several only for units that hold items.
+    pub(crate) devices: &'a [tch::Device],
     /// The run's id.
     pub(crate) run: &'a str,
     /// Set when the operator asks to stop.
@@ -140,14 +142,14 @@ fn work_on(making: &[Making<'_>]) -> Result<()> {
     }
 }
 
-/// Runs stages in one pass on every device, on a thread for each. Units that hold items are claimed one by one, so that devices
-/// share them as processes do; anything else runs on the first device.
+/// Runs stages in one pass on every device that they were given, on a thread for each: units that hold items are claimed one by one,
+/// so that devices share them as processes do. Stages that run no network run once.
 ///
 /// What fails on one device stops the others.
 fn run_on_devices(due: &[Share<'_>]) -> Result<(), ovenbird_stages::Error> {
-    let Shop { options, stop, .. } = due[0].making.shop;
-    let is_shared = due.iter().all(|share| share.lease.is_none());
-    let devices = &options.devices[..if is_shared { options.devices.len() } else { 1 }];
+    let Shop { devices, stop, .. } = due[0].making.shop;
+    let devices = if devices.is_empty() { CPU } else { devices };
+    assert!(devices.len() == 1 || due.iter().all(|share| share.lease.is_none()), "BUG: a step that cannot be shared has one device");
     let has_failed = AtomicBool::new(false);
     let is_stopped = || stop.load(Ordering::Relaxed) || has_failed.load(Ordering::Relaxed);
     let run_on = |device: tch::Device| {
@@ -296,7 +298,7 @@ impl<'a> Making<'a> {
             program: format!("ovenbird {}", env!("CARGO_PKG_VERSION")),
             run: self.shop.run.to_owned(),
             host: machine::host(),
-            device: machine::device_names(&self.shop.options.devices),
+            device: machine::device_names(if step.entry.uses_device { self.shop.devices } else { CPU }),
             libtorch: ovenbird_models::LIBTORCH.into(),
             started: self.started.to_string(),
             wall_s: self.clock.elapsed().as_secs_f64(),

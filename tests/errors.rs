@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::support::World;
+use crate::support::{World, skip};
 
 /// A pipeline that splits `labels.json` and embeds `images/` with `clip.pt`.
 const BROUGHT: &str = r#"version: 1
@@ -56,6 +56,16 @@ fn json_that_is_cut_is_named_with_its_line() {
     let world = brought();
     world.write("labels.json", "{\"images\": [\n{\"id\": 1,");
     check(&world, 4, &["labels.json: expected a COCO or LVIS annotation file", "line 2 column"]);
+}
+
+#[test]
+fn devices_that_a_stage_cannot_have_are_named_with_what_to_type() {
+    let world = brought();
+    world.write("brought.yaml", BROUGHT.replace("use: coco/split\n", "use: coco/split\n    resources: {gpu: 1}\n"));
+    check(&world, 3, &["line 6: stages.split.resources.gpu: `coco/split` runs no network: leave `gpu` out"]);
+    world.write("brought.yaml", BROUGHT.replace("use: clip/globals\n", "use: clip/globals\n    resources: {gpu: 2}\n"));
+    check(&world, 2, &["the run has 1 device, and `globals` asks for 2 (`resources.gpu`)", "such as `--device cuda:0,1`"]);
+    assert!(!world.path(".ovenbird/runs").exists());
 }
 
 #[test]
@@ -191,7 +201,7 @@ fn a_full_disk_pauses_the_run_until_there_is_room_and_nothing_made_is_harmed() {
     fs::create_dir(world.path("small")).unwrap();
     let mounted = std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(world.path("small")).output();
     if !mounted.is_ok_and(|output| output.status.success()) {
-        println!("skipped: a small file system cannot be mounted here");
+        skip("a small file system cannot be mounted here");
         return;
     }
     world.write("small/filler", vec![1; 700 << 10]);

@@ -69,7 +69,8 @@ fn stages_that_share_a_pass_publish_what_they_publish_alone() {
     let files: Vec<String> = together.units().into_keys().filter(|name| name.contains("crops-folder") && name.ends_with(".jpg")).collect();
     let classes: std::collections::BTreeSet<&str> = files.iter().map(|name| name.rsplit('/').nth(1).unwrap()).collect();
     assert!(files.len() > classes.len() && classes.len() > 3, "{files:?}");
-    together.run(["verify", "--recompute", "50%"]).success();
+    let audit = together.run(["verify", "--recompute", "50%", "--device", "cpu,cpu", "--jobs", "1"]).success();
+    assert!(audit.stdout.contains("rows computed again, 0 wrong"), "{}", audit.stdout);
 }
 
 /// Thousands of entries for one small picture: several units of each stage.
@@ -115,6 +116,31 @@ fn several_devices_share_the_units_and_kills_lose_nothing_of_them() {
     let run = shared.run(["run", "./many.yaml", "--device", "cpu,cpu"]).success();
     assert!(shared.units() == alone.units(), "{}", run.stderr);
     shared.run(["verify", "--deep"]).success();
+}
+
+#[test]
+fn what_is_made_again_is_made_on_the_devices_that_were_chosen() {
+    let world = many(3000, &[7, 2900]);
+    let policy = "    on_bad_item: skip\n    max_failed_ratio: 0.1\n";
+    world.write("many.yaml", MANY.replace("precision: f32}}\n", &format!("precision: f32}}}}\n{policy}")));
+    let made_on = || {
+        let manifest = world.manifests().into_iter().find(|path| path.to_string_lossy().contains("clip-globals")).unwrap();
+        let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(manifest).unwrap()).unwrap();
+        manifest["made"]["device"].as_str().unwrap().to_owned()
+    };
+    world.run(["run", "./many.yaml", "--until", "globals"]).success();
+    let (one, before) = (made_on(), world.units());
+    let two = format!("{one}, {one}");
+    world.run(["retry", "./many.yaml", "--failed", "--until", "globals", "--device", "cpu,cpu", "--jobs", "2"]).success();
+    assert_eq!(made_on(), two);
+    for (device, expected) in [("cpu", one), ("cpu,cpu", two)] {
+        let shards: Vec<&String> = before.keys().filter(|name| name.contains("clip-globals") && name.ends_with(".arrow")).collect();
+        assert!(shards.len() >= 2, "{shards:?}");
+        shards.into_iter().for_each(|shard| std::fs::write(world.path(".ovenbird").join(shard), "damaged").unwrap());
+        world.run(["verify", "--fix", "--device", device]).success();
+        assert_eq!(made_on(), expected);
+        assert!(world.units() == before, "{device}");
+    }
 }
 
 #[test]

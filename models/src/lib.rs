@@ -11,6 +11,9 @@ mod golden;
 mod layers;
 pub mod multilabel;
 mod parameters;
+#[cfg(test)]
+#[path = "../../tests/support/skip.rs"]
+mod skip;
 
 pub use error::{Error, Misfit};
 pub use layers::{Phase, Statistics, to_unit_length};

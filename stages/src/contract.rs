@@ -62,6 +62,9 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
         ride(&[Stage::rider(self, units, cx)?])
     }
 
+    /// Whether it runs a network on [`Context::device`]. A run gives such stages devices of their own; the others are given the CPU.
+    const USES_DEVICE: bool = false;
+
     /// Whether the stage's items are the images of its port `annotations`, in ascending id, decoded from its port `images`: it can
     /// then share a pass over them with others.
     const RIDES: bool = false;
@@ -375,7 +378,7 @@ pub struct Context<'a> {
     pub inputs: &'a Inputs,
     /// How many items of each stage a dry run makes: of the others there is nothing to read. A chain has one link then, of as many steps.
     pub most_items: Option<usize>,
-    /// Where networks run.
+    /// Where networks run: see [`Stage::USES_DEVICE`].
     pub device: tch::Device,
     /// Whether that device has instructions for bf16.
     pub has_bf16: bool,

@@ -19,6 +19,9 @@ mod pass;
 pub mod prompts;
 pub mod pseudo_labels;
 mod registry;
+#[cfg(test)]
+#[path = "../../tests/support/skip.rs"]
+mod skip;
 pub mod toy;
 
 pub use contract::{

@@ -57,6 +57,8 @@ pub struct StageEntry {
     pub inputs: &'static [PortInfo],
     /// What it writes.
     pub outputs: &'static [PortInfo],
+    /// See [`Stage::USES_DEVICE`].
+    pub uses_device: bool,
     /// JSON Schema of its parameters, with documentation and defaults.
     pub schema: fn() -> Schema,
     /// Reads its parameters; each problem names the field.
@@ -66,7 +68,15 @@ pub struct StageEntry {
 impl StageEntry {
     /// The entry of a stage.
     pub const fn of<S: Stage>() -> Self {
-        Self { kind: S::KIND, version: S::VERSION, inputs: S::INPUTS, outputs: S::OUTPUTS, schema: || schema_for!(S), parse: parse::<S> }
+        Self {
+            kind: S::KIND,
+            version: S::VERSION,
+            inputs: S::INPUTS,
+            outputs: S::OUTPUTS,
+            uses_device: S::USES_DEVICE,
+            schema: || schema_for!(S),
+            parse: parse::<S>,
+        }
     }
 
     /// The first sentence or two of the stage's documentation, and the rest.
@@ -88,4 +98,54 @@ fn parse<S: Stage>(params: &Value) -> Result<Box<dyn AnyStage>, Problem> {
 /// Looks a stage up by its kind.
 pub fn find(kind: &str) -> Option<&'static StageEntry> {
     STAGES.iter().find(|entry| entry.kind == kind)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn these_stages_run_networks_on_the_devices_of_a_run() {
+        let kinds = |uses_device: bool| STAGES.iter().filter(move |entry| entry.uses_device == uses_device).map(|entry| entry.kind);
+        let networks = [
+            "clip/pretrain",
+            "prompts/multilabel",
+            "clip/globals",
+            "clip/blocks",
+            "clip/objects",
+            "clip/proposals",
+            "oln/train",
+            "proposals/oln",
+            "detector/train",
+            "detector/test",
+            "detector/select",
+        ];
+        assert_eq!(kinds(true).collect::<Vec<_>>(), networks);
+        // `prompts/ensemble` encodes texts on the CPU: they take seconds.
+        let others = [
+            "toy/world",
+            "coco/split",
+            "proposals/import",
+            "proposals/export",
+            "crops/objects",
+            "crops/folder",
+            "prompts/ensemble",
+            "prompts/import",
+            "prompts/export",
+            "globals/import",
+            "blocks/import",
+            "objects/import",
+            "globals/export",
+            "blocks/export",
+            "objects/export",
+            "annotations/pseudo-labels",
+            "detect/zero-shot",
+            "detector/export",
+            "detector/import",
+            "eval/coco",
+            "eval/lvis",
+            "detections/export",
+        ];
+        assert_eq!(kinds(false).collect::<Vec<_>>(), others);
+    }
 }

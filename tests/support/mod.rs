@@ -1,5 +1,7 @@
 //! A folder with a home of its own, and the program run in it as an operator would.
 
+mod skip;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -8,6 +10,12 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
+
+pub(crate) use skip::skip;
+
+/// What tells libtorch, oneDNN and the program which instructions of the processor to use: a run of the tests hands it on to the programs
+/// that it starts.
+const CAPABILITIES: [&str; 4] = ["ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "OVENBIRD_BF16"];
 
 /// Waits for something that another process does. It takes seconds; the bound is for a machine that does much else.
 #[track_caller]
@@ -20,13 +28,12 @@ pub(crate) fn until(is_so: impl Fn() -> bool) {
 }
 
 /// A Python that has these packages, or none, aloud.
-#[expect(clippy::print_stdout, reason = "a test that is skipped says so")]
 pub(crate) fn python(packages: &str) -> Option<PathBuf> {
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/peers/bin/python");
     let imports = format!("import {packages}");
     let is_there = python.exists() && Command::new(&python).args(["-c", &imports]).output().is_ok_and(|output| output.status.success());
     if !is_there {
-        println!("skipped: {packages} are not set up (`make peers`)");
+        skip(&format!("{packages} are not set up (`make peers`)"));
     }
     is_there.then_some(python)
 }
@@ -80,6 +87,7 @@ impl World {
         command.args(args).current_dir(self.folder.path()).env_clear().env("TZ", "UTC").stdin(Stdio::null());
         // Tests run side by side, and the threads of one program would spin on the cores that another needs.
         command.env("GOMP_SPINCOUNT", "1000");
+        command.envs(CAPABILITIES.into_iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

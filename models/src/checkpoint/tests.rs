@@ -439,7 +439,7 @@ fn a_written_archive_is_read_back() {
 fn torch_loads_a_written_archive() {
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/peers/bin/python");
     if !python.exists() {
-        println!("skipped: PyTorch is not set up (`make peers`)");
+        crate::skip::skip("PyTorch is not set up (`make peers`)");
         return;
     }
     let mut file = tempfile::NamedTempFile::new().unwrap();

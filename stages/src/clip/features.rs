@@ -142,6 +142,7 @@ impl Stage for Globals {
     const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[GLOBALS.info()];
+    const USES_DEVICE: bool = true;
     const RIDES: bool = true;
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
@@ -253,6 +254,7 @@ impl Stage for Blocks {
     const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
+    const USES_DEVICE: bool = true;
     const RIDES: bool = true;
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
@@ -348,6 +350,7 @@ impl Stage for Objects {
     const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), PROPOSALS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
+    const USES_DEVICE: bool = true;
     const RIDES: bool = true;
 
     fn check(&self) -> Vec<Problem> {
@@ -431,6 +434,7 @@ impl Stage for Proposals {
     const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), PROPOSALS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
+    const USES_DEVICE: bool = true;
     const RIDES: bool = true;
 
     fn check(&self) -> Vec<Problem> {

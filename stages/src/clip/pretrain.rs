@@ -97,6 +97,7 @@ impl Stage for Pretrain {
     const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), CAPTIONS.info(), HELD_OUT_IMAGES.info(), HELD_OUT.info()];
     const OUTPUTS: &'static [PortInfo] = &[CHECKPOINT.info(), STATE.info()];
+    const USES_DEVICE: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         Problem::unless(&[

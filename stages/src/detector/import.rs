@@ -8,7 +8,7 @@ use ovenbird_models::{
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::nn;
+use tch::{Device, nn};
 
 use super::{
     CARD_KEY, Card, DetectorFile,
@@ -69,7 +69,7 @@ impl Stage for Import {
         let file = cx.inputs.read(CHECKPOINT)?;
         let checkpoint = read_weights(&file.file)?;
         let card = self.card(&checkpoint)?;
-        let store = nn::VarStore::new(cx.device);
+        let store = nn::VarStore::new(Device::Cpu);
         let detector = Detector::blank(&store.root(), &card.config)?;
         let report = layout::load(checkpoint.tensors(), detector.parameters(), &file.file.path)?.require_all(&file.file.path)?;
         if let Some((name, steps)) = report.counters.iter().find(|(name, _)| name.ends_with(LABEL_COUNTER)) {

@@ -93,6 +93,7 @@ impl Stage for OlnTrain {
     const VERSION: u32 = 1;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PRETRAINED.info()];
     const OUTPUTS: &'static [PortInfo] = &[PORTS.weights.info(), PORTS.state.info(), PORTS.curve.info()];
+    const USES_DEVICE: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         self.training.check()
@@ -162,6 +163,7 @@ impl Stage for OlnPropose {
     const VERSION: u32 = 1;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), NETWORK.info()];
     const OUTPUTS: &'static [PortInfo] = &[PROPOSALS.info()];
+    const USES_DEVICE: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         Problem::unless(&[

@@ -93,6 +93,7 @@ impl Stage for Select {
     const INPUTS: &'static [PortInfo] =
         &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), MULTILABEL_PROMPTS.info(), CHECKPOINTS.info()];
     const OUTPUTS: &'static [PortInfo] = &[BEST.info(), BEST_EVALUATION.info(), LAST_EVALUATION.info(), CURVE.info()];
+    const USES_DEVICE: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let inner = |problem: Problem| Problem { field: format!("test.{}", problem.field), ..problem };

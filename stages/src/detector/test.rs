@@ -149,6 +149,7 @@ impl Stage for Test {
     const INPUTS: &'static [PortInfo] =
         &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), MULTILABEL_PROMPTS.info(), DETECTOR.info()];
     const OUTPUTS: &'static [PortInfo] = &[DETECTIONS.info()];
+    const USES_DEVICE: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let Joined { box_base, box_novel, object_base, object_novel, objectness, overfull: _ } = self.joined;

@@ -203,6 +203,7 @@ impl Stage for Train {
         PRETRAINED.info(),
     ];
     const OUTPUTS: &'static [PortInfo] = &[PORTS.weights.info(), PORTS.state.info(), PORTS.curve.info()];
+    const USES_DEVICE: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let is_positive = |number: f64| number > 0.0 && number.is_finite();

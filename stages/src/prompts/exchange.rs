@@ -195,7 +195,7 @@ mod tests {
     fn torch_loads_what_is_exported() {
         let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/peers/bin/python");
         if !python.exists() {
-            println!("skipped: PyTorch is not set up (`make peers`)");
+            crate::skip::skip("PyTorch is not set up (`make peers`)");
             return;
         }
         let scale = Some(LogitScale::Affine { scaler: 19.75, bias: 3.5 });

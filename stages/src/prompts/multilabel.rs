@@ -103,6 +103,7 @@ impl Stage for Multilabel {
     const INPUTS: &'static [PortInfo] =
         &[CHECKPOINT.info(), CLASSES.info(), FEATURES.info(), ANNOTATIONS.info(), VAL_FEATURES.info(), VAL_ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[PROMPTS.info(), STATE.info()];
+    const USES_DEVICE: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let is_positive = |number: f64| number > 0.0 && number.is_finite();

@@ -1,0 +1,191 @@
+//! Which step of a run computes on which device.
+//!
+//! A step takes its devices when it starts, holds them alone, and gives them back when it ends. The run's loop owns the pool. A
+//! single CPU is not taken: processor cores are counted by `resources.cpu`, and several steps may compute there at once.
+
+use crate::{
+    error::{Error, Result, count},
+    pipeline::{Pipeline, Step},
+    plan::Work,
+};
+
+/// How many devices a step takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Demand {
+    /// It waits until so many are free.
+    pub(crate) least: usize,
+    /// It takes what is free, up to so many.
+    pub(crate) most: usize,
+}
+
+impl Demand {
+    /// That of a step that runs no network.
+    pub(crate) const NONE: Self = Self { least: 0, most: 0 };
+
+    /// That of a step which is about to start. Devices share units that hold items; anything else runs on one.
+    pub(crate) fn of(step: &Step, work: &Work) -> Self {
+        let is_shared = work.units.first().is_some_and(|unit| unit.family.is_some());
+        match step.resources.gpu {
+            _ if !step.entry.uses_device => Self::NONE,
+            0 if is_shared => Self { least: 1, most: work.missing.len().max(1) },
+            0 => Self { least: 1, most: 1 },
+            n => Self { least: n, most: n },
+        }
+    }
+
+    /// That of two steps that share a pass, and so their devices.
+    pub(crate) fn joined(self, other: Self) -> Self {
+        Self { least: self.least.max(other.least), most: self.most.max(other.most) }
+    }
+}
+
+/// Fails where a step asks for more devices than a run has.
+pub(crate) fn check(pipeline: &Pipeline, wanted: &[usize], devices: &[tch::Device]) -> Result<()> {
+    let steps = wanted.iter().map(|step| &pipeline.steps[*step]);
+    let greedy: Vec<String> = steps
+        .filter(|step| step.resources.gpu > devices.len())
+        .map(|step| format!("`{}` asks for {} (`resources.gpu`)", step.id, step.resources.gpu))
+        .collect();
+    if greedy.is_empty() {
+        return Ok(());
+    }
+    let problem = format!("the run has {}, and {}", count(devices.len(), "device"), greedy.join(", "));
+    Err(Error::Usage { problem, hint: "list as many, such as `--device cuda:0,1`, or lower `resources.gpu` in the pipeline".into() })
+}
+
+/// What a step holds from its start to its end.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Grant {
+    /// Where its networks run; none where it runs none.
+    pub(crate) devices: Vec<tch::Device>,
+    /// Their places in the pool, of those that are held alone.
+    places: Vec<usize>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Slot {
+    Free,
+    Held,
+    /// By a step that was given up as hanging.
+    Lost,
+}
+
+/// The devices of a run.
+#[derive(Debug)]
+pub(crate) struct DevicePool {
+    devices: Vec<tch::Device>,
+    /// One a device; none where a single CPU is shared.
+    slots: Vec<Slot>,
+}
+
+impl DevicePool {
+    /// Of some devices, at least one. CPUs that are listed several times are as many devices.
+    pub(crate) fn new(devices: &[tch::Device]) -> Self {
+        let is_shared = devices == [tch::Device::Cpu];
+        Self { devices: devices.to_vec(), slots: if is_shared { Vec::new() } else { vec![Slot::Free; devices.len()] } }
+    }
+
+    /// Takes devices, the first ones of the list that are free; `None` while too few are.
+    pub(crate) fn take(&mut self, demand: Demand) -> Option<Grant> {
+        if self.slots.is_empty() {
+            return Some(Grant { devices: self.devices[..demand.most.min(1)].to_vec(), places: Vec::new() });
+        }
+        let free = (0..self.slots.len()).filter(|place| self.slots[*place] == Slot::Free);
+        let places: Vec<usize> = free.take(demand.most).collect();
+        if places.len() < demand.least {
+            return None;
+        }
+        places.iter().for_each(|place| self.slots[*place] = Slot::Held);
+        Some(Grant { devices: places.iter().map(|place| self.devices[*place]).collect(), places })
+    }
+
+    /// Takes back what a step held, once none of its threads runs any more.
+    pub(crate) fn give_back(&mut self, grant: &Grant) {
+        grant.places.iter().for_each(|place| self.slots[*place] = Slot::Free);
+    }
+
+    /// Notes that a step that holds devices was given up as hanging. Its threads cannot be ended, and may still hold memory there or
+    /// compute, so nobody else gets these devices before they return by [`Self::give_back`].
+    pub(crate) fn lose(&mut self, grant: &Grant) {
+        grant.places.iter().for_each(|place| self.slots[*place] = Slot::Lost);
+    }
+
+    /// How many there are besides those that are lost.
+    pub(crate) fn n_left(&self) -> usize {
+        self.devices.len() - self.slots.iter().filter(|slot| **slot == Slot::Lost).count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use tch::Device::{Cpu, Cuda};
+
+    use super::*;
+
+    const ONE: Demand = Demand { least: 1, most: 1 };
+    const ALL: Demand = Demand { least: 1, most: usize::MAX };
+
+    #[test]
+    fn a_training_takes_one_device_and_an_extraction_what_is_left() {
+        let mut pool = DevicePool::new(&[Cuda(0), Cuda(1), Cuda(3)]);
+        let training = pool.take(ONE).unwrap();
+        let extraction = pool.take(ALL).unwrap();
+        assert_eq!((&training.devices[..], &extraction.devices[..]), (&[Cuda(0)][..], &[Cuda(1), Cuda(3)][..]));
+        assert_eq!(pool.take(ONE), None);
+        assert_eq!(pool.take(Demand::NONE).unwrap().devices, []);
+        pool.give_back(&extraction);
+        assert_eq!(pool.take(Demand { least: 3, most: 3 }), None);
+        assert_eq!(pool.take(ALL).unwrap().devices, [Cuda(1), Cuda(3)]);
+    }
+
+    #[test]
+    fn a_single_cpu_is_shared_and_a_single_accelerator_is_not() {
+        let mut pool = DevicePool::new(&[Cpu]);
+        assert!((0..3).all(|_| pool.take(ONE).unwrap().devices == [Cpu] && pool.take(ALL).unwrap().devices == [Cpu]));
+        assert_eq!(pool.take(Demand::NONE).unwrap().devices, []);
+        for devices in [&[Cuda(0)][..], &[Cpu, Cpu]] {
+            let mut pool = DevicePool::new(devices);
+            assert_eq!(pool.take(ALL).unwrap().devices, devices);
+            assert_eq!(pool.take(ONE), None);
+        }
+    }
+
+    #[test]
+    fn what_a_hanging_step_holds_is_lost_until_it_returns() {
+        let mut pool = DevicePool::new(&[Cuda(0), Cuda(1)]);
+        let hung = pool.take(ONE).unwrap();
+        pool.lose(&hung);
+        assert_eq!((pool.n_left(), pool.take(ALL).unwrap().devices), (1, vec![Cuda(1)]));
+        pool.give_back(&hung);
+        assert_eq!((pool.n_left(), pool.take(ALL).unwrap().devices), (2, vec![Cuda(0)]));
+        // Nothing is held of a shared CPU, and nothing lost.
+        let mut pool = DevicePool::new(&[Cpu]);
+        let hung = pool.take(ONE).unwrap();
+        pool.lose(&hung);
+        assert_eq!(pool.n_left(), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn no_device_is_held_twice_and_all_come_back(n_devices in 1..5_usize, turns in prop::collection::vec((0..4_usize, 1..4_usize, any::<bool>()), 0..40)) {
+            let devices: Vec<_> = (0..n_devices).map(Cuda).collect();
+            let (mut pool, mut held) = (DevicePool::new(&devices), Vec::<Grant>::new());
+            for (least, more, gives_back) in turns {
+                if gives_back && !held.is_empty() {
+                    pool.give_back(&held.remove(least % held.len()));
+                } else if let Some(grant) = pool.take(Demand { least, most: least + more - 1 }) {
+                    prop_assert!((least..least + more).contains(&grant.devices.len()));
+                    held.push(grant);
+                }
+                let mut in_use: Vec<usize> = held.iter().flat_map(|grant| grant.places.clone()).collect();
+                in_use.sort_unstable();
+                let n_in_use = in_use.len();
+                in_use.dedup();
+                prop_assert_eq!(in_use.len(), n_in_use);
+            }
+            held.iter().for_each(|grant| pool.give_back(grant));
+            prop_assert_eq!(pool.take(ALL).unwrap().devices, devices);
+        }
+    }
+}
