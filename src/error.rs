@@ -154,7 +154,7 @@ fn stage_exit_code(error: &ovenbird_stages::Error) -> ExitCode {
     use ovenbird_data::Error as Data;
     use ovenbird_stages::Error as Stage;
     match error {
-        Stage::Cache(Cache::Read { .. } | Cache::Changed { .. } | Cache::Unsound { .. })
+        Stage::Cache(Cache::Read { .. } | Cache::Changed { .. } | Cache::Gone { .. } | Cache::Unsound { .. })
         | Stage::Data(Data::Read { .. } | Data::Malformed { .. })
         | Stage::Input { .. }
         | Stage::TooManyFailed { .. } => ExitCode::Input,

@@ -177,7 +177,7 @@ pub(crate) fn forget_failed(pipeline: &Pipeline, store: &Store) -> Result<usize>
 fn taken_from(step: &Step, store: &Store, units: &[Unit], items: &[Digest], missing: &[usize]) -> Result<Option<String>> {
     let Some(family) = units.first().and_then(|unit| unit.family) else { return Ok(None) };
     let wanted: Vec<Digest> = missing.iter().flat_map(|unit| items[units[*unit].items.clone()].iter().copied()).collect();
-    let donors = store.donors(step.entry.kind, &family, &wanted.iter().copied().collect())?;
+    let donors = store.donors(step.entry.kind, &family, &wanted.iter().copied().collect(), None)?;
     let n_taken = donors.count(&wanted);
     let names: Vec<String> = donors.names().collect();
     Ok(match names.as_slice() {

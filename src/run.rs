@@ -47,7 +47,7 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 /// How often a run says that it lives, to those who wait for what it makes.
 const BEAT_EVERY: Duration = Duration::from_secs(10);
-/// How often steps are looked at again after a file was found changed or damaged while they read it.
+/// How often steps are checked again because of one file that was found changed, or one unit that was found damaged, while they read it.
 const MAX_RECHECKS: usize = 3;
 /// After how long without any progress the operator is told; [`Step::max_silence`] says when a step is given up.
 const SILENCE: Duration = Duration::from_secs(60);
@@ -229,7 +229,8 @@ struct Coordinator<'a> {
     settled: BTreeMap<usize, Fingerprint>,
     /// Files of the user that were found changed.
     changed: BTreeSet<PathBuf>,
-    n_rechecks: usize,
+    /// How often a file of the user, or a unit, was the reason to check steps again.
+    rechecks: BTreeMap<PathBuf, usize>,
     failed: Vec<String>,
     skipped: Vec<String>,
     worst: ExitCode,
@@ -263,7 +264,7 @@ impl<'a> Coordinator<'a> {
             last: Last::read(store.home(), &pipeline.name),
             settled: BTreeMap::new(),
             changed: BTreeSet::new(),
-            n_rechecks: 0,
+            rechecks: BTreeMap::new(),
             failed: Vec::new(),
             skipped: Vec::new(),
             worst: ExitCode::Success,
@@ -309,7 +310,6 @@ impl<'a> Coordinator<'a> {
 
     /// Has every step looked up again that did not fail: what one reads may have changed for others, too.
     fn recheck(&mut self) {
-        self.n_rechecks += 1;
         self.made.clear();
         let wanted: Vec<usize> = self.states.keys().copied().collect();
         self.demanded = plan::ends(self.pipeline, &wanted);
@@ -651,7 +651,6 @@ impl<'a> Coordinator<'a> {
     fn fail(&mut self, place: usize, failure: &Failure) -> Result<()> {
         let step = self.id(place);
         if let Failure::Known(error @ Error::Stage(cause)) = failure
-            && self.n_rechecks < MAX_RECHECKS
             && self.may_go_well(cause)?
         {
             self.states.insert(place, State::Recheck);
@@ -680,7 +679,7 @@ impl<'a> Coordinator<'a> {
     fn may_go_well(&mut self, error: &ovenbird_stages::Error) -> Result<bool> {
         if let Some(path) = error.changed_file() {
             self.changed.insert(path.to_owned());
-            return Ok(true);
+            return Ok(self.is_to_be_rechecked(path.to_owned()));
         }
         let Some(unit) = error.damaged_file().and_then(|path| self.store.unit_of(path)) else { return Ok(false) };
         // What cannot be used may still be what was published.
@@ -691,7 +690,19 @@ impl<'a> Coordinator<'a> {
         {
             self.emit(Event::Notice { words: format!("the damaged unit {unit} was set aside at {}", aside.display()) })?;
         }
-        Ok(matches!(self.store.unit_at(&unit)?, Status::Absent))
+        let may_go_well = match self.store.unit_at(&unit)? {
+            Status::Absent => true,
+            // Somebody else has made it again meanwhile.
+            Status::Valid(_) => matches!(error, ovenbird_stages::Error::Cache(ovenbird_cache::Error::Flipped { .. })),
+            Status::Damaged(_) => false,
+        };
+        Ok(may_go_well && self.is_to_be_rechecked(unit.into()))
+    }
+
+    fn is_to_be_rechecked(&mut self, because: PathBuf) -> bool {
+        let n_times = self.rechecks.entry(because).or_default();
+        *n_times += 1;
+        *n_times <= MAX_RECHECKS
     }
 }
 

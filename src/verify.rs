@@ -247,10 +247,11 @@ fn sharing(store: &Store, findings: &[Finding]) -> Result<Vec<Finding>> {
     let noted = if open.is_empty() { BTreeMap::new() } else { store.noted_units()? };
     while let Some(unit) = open.pop() {
         let Status::Valid(record) = store.unit_at(&unit)? else { continue };
-        let items: BTreeSet<_> = store.items_of(&record)?.into_iter().collect();
+        // A list that is damaged is a finding of its own.
+        let items: BTreeSet<_> = store.items_of(&record).unwrap_or_default().into_iter().collect();
         for (other, _) in noted.iter().filter(|(_, noted)| record.key.family.is_some() && noted.family == record.key.family) {
             let Status::Valid(record) = store.unit_at(other)? else { continue };
-            if !wrong.contains(other) && store.items_of(&record)?.iter().any(|item| items.contains(item)) {
+            if !wrong.contains(other) && store.items_of(&record).unwrap_or_default().iter().any(|item| items.contains(item)) {
                 wrong.insert(other.clone());
                 open.push(other.clone());
                 let problem = format!("holds rows of the same items as {unit}, which is wrong");
@@ -389,8 +390,13 @@ fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
             manifest.units.iter().filter(move |listed| ovenbird_cache::unit_name(kind, &listed.key.fingerprint) == *unit)
         });
         let before = listed.into_iter().next().map(|listed| listed.files.clone());
-        let still_bad =
-            store.verify_unit(unit, Depth::Full, &|_| {})?.iter().any(|finding| matches!(finding.class, Class::Damaged | Class::Wrong));
+        let still = store.verify_unit(unit, wish.depth.max(Depth::Full), &|_| {})?;
+        if let Some(finding) = still.iter().find(|finding| finding.class == Class::Wrong) {
+            let why = format!("made again, and wrong again: {}; look at what it is made from", finding.problem);
+            report.lost.push(Lost { what: unit.clone(), why });
+            continue;
+        }
+        let still_bad = still.iter().any(|finding| finding.class == Class::Damaged);
         match (store.unit_at(unit)?, before) {
             (Status::Valid(now), Some(before)) if !still_bad && now.files == before => {
                 report.repaired.push(format!("{unit}: made again, with the same digests"));

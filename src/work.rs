@@ -2,6 +2,7 @@
 //! what other processes make, and publishes the artifacts.
 
 use std::{
+    collections::BTreeMap,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Mutex, PoisonError,
@@ -25,6 +26,8 @@ use crate::{
 
 /// How often to look whether another process has made what this one waits for.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// How often a unit is made again that is damaged as soon as it is published.
+const MAX_DAMAGES: usize = 3;
 /// How much has to be freed before a run that found the disk full goes on, in bytes.
 const LEAST_ROOM: u64 = 16 << 20;
 /// Where stages run that have no network.
@@ -102,6 +105,8 @@ struct Making<'a> {
     watch: Mutex<Watch>,
     /// Nobody waits for it: one worker holds it.
     waits_for: Mutex<Option<Owner>>,
+    /// How often each unit was found damaged.
+    damages: Mutex<BTreeMap<usize, usize>>,
 }
 
 /// A step's part in a pass.
@@ -189,6 +194,7 @@ impl<'a> Making<'a> {
             n_failed: AtomicU64::new(0),
             watch: Mutex::default(),
             waits_for: Mutex::default(),
+            damages: Mutex::default(),
         }
     }
 
@@ -269,7 +275,15 @@ impl<'a> Making<'a> {
             let missing: Vec<Unit> = missing.into_iter().map(|unit| work.units[unit].clone()).collect();
             for unit in &missing {
                 match store.unit(kind, &unit.fingerprint)? {
-                    Status::Damaged(findings) => drop(store.quarantine(&unit_name(kind, &unit.fingerprint), &findings)?),
+                    Status::Damaged(findings) => {
+                        let mut damages = self.damages.lock().unwrap_or_else(PoisonError::into_inner);
+                        let n_times = damages.entry(unit.index).or_default();
+                        *n_times += 1;
+                        if *n_times > MAX_DAMAGES {
+                            return Err(damaged(store, kind, unit, &format!("again and again: {}", findings.join("; "))));
+                        }
+                        drop(store.quarantine(&unit_name(kind, &unit.fingerprint), &findings)?);
+                    }
                     Status::Valid(record) if !plan::is_whole(step, &record) => {
                         drop(store.quarantine(&unit_name(kind, &unit.fingerprint), &["some items failed".into()])?);
                         // With more items it is another artifact to those that read it.
@@ -290,7 +304,8 @@ impl<'a> Making<'a> {
         let record = |unit: &Unit| -> Result<UnitRecord> {
             match store.unit(kind, &unit.fingerprint)? {
                 Status::Valid(record) => Ok(record),
-                Status::Damaged(_) | Status::Absent => panic!("BUG: `{kind}` ended well without unit {}", unit.index),
+                Status::Damaged(findings) => Err(damaged(store, kind, unit, &findings.join("; "))),
+                Status::Absent => Err(damaged(store, kind, unit, "is gone")),
             }
         };
         let records = units.iter().filter(|unit| unit.stays).map(record).collect::<Result<Vec<_>>>()?;
@@ -306,6 +321,12 @@ impl<'a> Making<'a> {
         let ports: Vec<&str> = step.entry.outputs.iter().map(|port| port.name).collect();
         Ok(store.commit_artifact(work.recipe.clone(), &ports, records, made)?)
     }
+}
+
+/// That a unit was published and is not what it was.
+fn damaged(store: &Store, kind: &str, unit: &Unit, problem: &str) -> Error {
+    let path = store.unit_path(&unit_name(kind, &unit.fingerprint));
+    ovenbird_cache::Error::Malformed { path, problem: format!("was published just now, and is damaged: {problem}") }.into()
 }
 
 /// Says so where the disk will not hold some more units of a size.

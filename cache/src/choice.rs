@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Whoever publishes it first has chosen for all, on every machine that uses the home. One that is damaged or lost is chosen as the units
-//! tell that are there.
+//! tell that are there, or that were set aside.
 
 use serde::{Deserialize, Serialize};
 
@@ -85,13 +85,22 @@ impl Store {
         Ok(None)
     }
 
-    /// What a sound unit of a family notes.
+    /// What a unit of a family notes, of one that was set aside, too.
     fn noted_by_units(&self, kind: &str, family: &Fingerprint, name: &str) -> Result<Option<String>> {
         let of_kind = format!("{}/", kind_name(kind));
         for (unit, noted) in self.noted_units()? {
             if noted.family == Some(*family)
                 && unit.starts_with(&of_kind)
                 && let Status::Valid(record) = self.unit_at(&unit)?
+                && let Some(chosen) = record.metrics.get(name).and_then(|chosen| chosen.as_str())
+            {
+                return Ok(Some(chosen.to_owned()));
+            }
+        }
+        // What was set aside is made again in the same way.
+        for folder in self.quarantined(kind)? {
+            if let Some((record, _)) = self.salvageable(&folder)
+                && record.key.family == Some(*family)
                 && let Some(chosen) = record.metrics.get(name).and_then(|chosen| chosen.as_str())
             {
                 return Ok(Some(chosen.to_owned()));

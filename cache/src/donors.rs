@@ -58,15 +58,20 @@ impl Donors {
 impl Store {
     /// Looks for the wanted items of a family among published units, then among those set aside as damaged.
     ///
-    /// Whoever takes an item's result checks what it reads: what is damaged is made like anything else.
-    pub fn donors(&self, kind: &str, family: &Fingerprint, wanted: &HashSet<Digest>) -> Result<Donors> {
+    /// Whoever takes an item's result checks what it reads: what is damaged is made like anything else. `alike`: what a unit has to note among
+    /// its metrics, if it notes such a thing at all.
+    pub fn donors(&self, kind: &str, family: &Fingerprint, wanted: &HashSet<Digest>, alike: Option<(&str, &str)>) -> Result<Donors> {
         let mut donors = Donors::default();
+        let is_alike = |record: &UnitRecord| {
+            alike.is_none_or(|(name, value)| record.metrics.get(name).is_none_or(|noted| noted.as_str() == Some(value)))
+        };
         if wanted.is_empty() {
             return Ok(donors);
         }
         for (name, noted) in self.noted_units()? {
             if noted.family == Some(*family)
                 && let Status::Valid(record) = self.unit_at(&name)?
+                && is_alike(&record)
                 && let Ok(items) = self.items_of(&record)
             {
                 let folder = self.unit_path(&name);
@@ -76,6 +81,7 @@ impl Store {
         for folder in self.quarantined(kind)? {
             if let Some((record, items)) = self.salvageable(&folder)
                 && record.key.family == Some(*family)
+                && is_alike(&record)
             {
                 donors.add(record, &folder, &items, wanted);
             }

@@ -45,6 +45,12 @@ pub enum Error {
         /// The digest of what was read.
         found: Digest,
     },
+    /// A file that the user brings was there when the run began.
+    #[error("{}: is gone; it was there when the run began", path.display())]
+    Gone {
+        /// The file.
+        path: PathBuf,
+    },
     /// Something that was made and makes no sense; it is not published.
     #[error("{what}: {problem}: not published")]
     Unsound {
@@ -101,9 +107,11 @@ impl Error {
                 _ => "type the same command again; everything committed so far is kept".into(),
             },
             Self::Changed { .. } => "leave the file alone while a run reads it, and type the same command again".into(),
+            Self::Gone { .. } => "bring the file back, or leave it out of the annotations, and type the same command again".into(),
             Self::Unsound { .. } => "look at what it was made from: the checkpoint, the learning rate, the images".into(),
             Self::Flipped { .. } | Self::Malformed { .. } => {
-                "type `ovenbird run PIPELINE` again: what is damaged is set aside and only that is made again".into()
+                "`ovenbird verify --full --fix` sets it aside and makes it again; so does `ovenbird run PIPELINE` where a step reads it"
+                    .into()
             }
             Self::OtherFormat { found, known, .. } if found > known => {
                 "update ovenbird, or choose another home with `--home FOLDER`".into()

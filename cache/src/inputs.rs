@@ -64,7 +64,7 @@ impl InputFile {
     /// Hashes the file, which is then read piece by piece; [`Checked::still`] says whether it stayed the same until then.
     pub fn check(&self) -> Result<Checked<'_>> {
         let stat = self.stat()?;
-        self.expect(digest_file(&self.path)?)?;
+        self.expect(self.hash()?)?;
         Ok(Checked { file: self, stat })
     }
 
@@ -78,6 +78,13 @@ impl InputFile {
                 Ok(shard)
             }
         }
+    }
+
+    fn hash(&self) -> Result<Digest> {
+        digest_file(&self.path).map_err(|error| match error {
+            Error::Read { source, .. } => self.unreadable(source),
+            other => other,
+        })
     }
 
     fn stat(&self) -> Result<Stat> {
@@ -94,10 +101,11 @@ impl InputFile {
         }
     }
 
-    /// A file of ours that is not there was lost.
+    /// A file that was hashed and is not there any more: of ours it was lost, of the user it changed.
     fn unreadable(&self, source: io::Error) -> Error {
         match self.unit {
             Some(_) if source.kind() == io::ErrorKind::NotFound => Error::malformed(&self.path, "is missing"),
+            None if source.kind() == io::ErrorKind::NotFound => Error::Gone { path: self.path.clone() },
             _ => Error::read(&self.path, source),
         }
     }
@@ -453,7 +461,7 @@ mod tests {
         assert!(matches!(ours.read(), Err(Error::Flipped { .. })));
         Publisher::default().remove(&path).unwrap();
         assert!(matches!(ours.read(), Err(Error::Malformed { .. })));
-        assert!(matches!(InputFile { unit: None, ..ours }.read(), Err(Error::Read { .. })));
+        assert!(matches!(InputFile { unit: None, ..ours }.read(), Err(Error::Gone { .. })));
     }
 
     #[test]

@@ -219,14 +219,12 @@ impl ShardReader {
         let start = body.checked_sub(footer_bytes).filter(|start| *start >= HEADER_BYTES);
         let start = start.ok_or_else(|| malformed(format!("footer of {footer_bytes} bytes lies outside the file")))?;
         let footer = root_as_footer(&bytes[start..body]).map_err(|error| malformed(format!("footer: {error}")))?;
-        let schema = footer.schema().ok_or_else(|| malformed("footer without a schema".into()))?;
-        let schema = fb_to_schema(schema);
+        let schema = footer.schema().filter(|schema| schema.fields().is_some_and(|fields| fields.iter().all(|field| is_known(&field))));
+        let schema = fb_to_schema(schema.ok_or_else(|| malformed("expected a schema of known types in the footer".into()))?);
 
         let version = schema.metadata().get(FORMAT_KEY).and_then(|version| version.parse().ok());
         let version: u32 = version.ok_or_else(|| malformed(format!("expected `{FORMAT_KEY}` in the schema: not a feature shard")))?;
-        if version != FORMAT {
-            return Err(Error::OtherFormat { path: path.to_owned(), found: version, known: FORMAT });
-        }
+        let other_format = Error::OtherFormat { path: path.to_owned(), found: version, known: FORMAT };
         let unit = schema.metadata().get(UNIT_KEY).and_then(|unit| unit.parse().ok());
         let unit = unit.ok_or_else(|| malformed(format!("expected a fingerprint at `{UNIT_KEY}`")))?;
         let metadata = |key: &str| {
@@ -236,6 +234,11 @@ impl ShardReader {
         let (digests_text, stats_text, expected) = (metadata(DIGESTS_KEY)?, metadata(STATS_KEY)?, metadata(ROOT_KEY)?);
         let found = root(&unit, &columns(&schema), digests_text, stats_text);
         let expected: Digest = expected.parse().map_err(|_| malformed(format!("expected a digest at `{ROOT_KEY}`")))?;
+        match (version == FORMAT, expected == found) {
+            (true, _) => {}
+            (false, true) => return Err(malformed(format!("says format {version}, and has the digest of format {FORMAT}"))),
+            (false, false) => return Err(other_format),
+        }
         if expected != found {
             return Err(Error::Flipped { path: path.to_owned(), what: "the footer".into(), expected, found });
         }
@@ -299,6 +302,25 @@ impl ShardReader {
     pub fn batches(&self) -> impl Iterator<Item = Result<RecordBatch>> {
         (0..self.n_batches()).map(|batch_idx| self.batch(batch_idx))
     }
+}
+
+/// Whether a column is of a type that shards have. Arrow's conversion panics at what it does not know, and a footer may be damaged.
+fn is_known(field: &arrow::ipc::Field<'_>) -> bool {
+    use arrow::ipc::{Precision, Type};
+    let has_known_child = || field.children().is_some_and(|children| children.len() == 1 && is_known(&children.get(0)));
+    field.name().is_some()
+        && field.dictionary().is_none()
+        && match field.type_type() {
+            Type::Int => field.type_as_int().is_some_and(|int| [8, 16, 32, 64].contains(&int.bitWidth())),
+            Type::FloatingPoint => {
+                let known = [Precision::HALF, Precision::SINGLE, Precision::DOUBLE];
+                field.type_as_floating_point().is_some_and(|float| known.contains(&float.precision()))
+            }
+            Type::Utf8 | Type::Binary | Type::LargeUtf8 | Type::LargeBinary | Type::Bool => true,
+            Type::List | Type::LargeList => has_known_child(),
+            Type::FixedSizeList => field.type_as_fixed_size_list().is_some() && has_known_child(),
+            _ => false,
+        }
 }
 
 fn extent(block: &Block) -> Option<(usize, usize)> {

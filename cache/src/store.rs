@@ -601,7 +601,11 @@ impl Store {
         // The format is looked at first: a record of another version may have fields that this program does not know.
         let value: Value = parse(path, &bytes)?;
         if let Some(format) = value.get("format").and_then(Value::as_u64) {
-            check_format(path, u32::try_from(format).unwrap_or(u32::MAX))?;
+            let checked = check_format(path, u32::try_from(format).unwrap_or(u32::MAX));
+            if checked.is_err() && is_sealed_as_ours::<T>(&value) {
+                return Err(Error::malformed(path, format!("says format {format}, and has the seal of format {FORMAT}")));
+            }
+            checked?;
         }
         let mut record: T = serde_json::from_value(value).map_err(|error| Error::malformed(path, error.to_string()))?;
         let (expected, found) = (*record.seal_mut(), record.seal_of());
@@ -610,6 +614,16 @@ impl Store {
         }
         Ok(Some(record))
     }
+}
+
+/// Whether a record that says another format is one of this format all the same: the number alone is damaged.
+fn is_sealed_as_ours<T: DeserializeOwned + Sealed>(value: &Value) -> bool {
+    let mut value = value.clone();
+    value["format"] = FORMAT.into();
+    serde_json::from_value::<T>(value).is_ok_and(|mut record| {
+        let seal = record.seal_of();
+        *record.seal_mut() == seal
+    })
 }
 
 /// `KIND/FINGERPRINT`, as a unit's folder is named.

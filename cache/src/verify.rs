@@ -241,6 +241,7 @@ impl Store {
         look(self.home(), &|name, _| OURS.contains(&name) || name == "verify.json")?;
         for (top, is_ours) in [
             ("units", (|name, is_folder| is_folder && crate::store::is_folder_name(name)) as fn(&str, bool) -> bool),
+            ("choices", |name, is_folder| is_folder && crate::store::is_folder_name(name)),
             ("artifacts", |name, is_folder| !is_folder && name.strip_suffix(".json").is_some_and(crate::store::is_folder_name)),
         ] {
             let top = self.home().join(top);
@@ -321,18 +322,18 @@ fn box_outside(batch: &RecordBatch) -> Option<String> {
         let numbers = boxes.as_fixed_size_list_opt()?.values().as_primitive_opt::<Float32Type>()?.clone();
         let (corners, _) = numbers.values().as_chunks::<4>();
         let [width, height] = [widths.value(row) as f32, heights.value(row) as f32];
-        let outside = corners.iter().find(|[_, _, x2, y2]| *x2 > width + 1.0 || *y2 > height + 1.0)?;
+        let outside = corners.iter().find(|[x1, y1, x2, y2]| *x1 < -1.0 || *y1 < -1.0 || *x2 > width + 1.0 || *y2 > height + 1.0)?;
         Some(format!("image {}: box {outside:?} reaches out of {width} x {height} px", ids.value(row)))
     };
     (0..batch.num_rows()).find_map(of_row)
 }
 
-/// Boxes that are none: with corners in the wrong order, or outside any image.
+/// Boxes that are none: with corners in the wrong order, or that are no numbers.
 fn senseless_boxes(batch: &RecordBatch) -> Option<String> {
     let boxes = batch.column_by_name("xyxy")?.as_list_opt::<i32>()?.values().as_fixed_size_list_opt()?;
     let numbers = boxes.values().as_primitive_opt::<Float32Type>()?;
     let (corners, _) = numbers.values().as_chunks::<4>();
     let wrong =
-        corners.iter().find(|[x1, y1, x2, y2]| !(*x1 >= 0.0 && *y1 >= 0.0 && x2 >= x1 && y2 >= y1 && x2.is_finite() && y2.is_finite()))?;
+        corners.iter().find(|[x1, y1, x2, y2]| !(x2 >= x1 && y2 >= y1 && [x1, y1, x2, y2].into_iter().all(|side| side.is_finite())))?;
     Some(format!("`xyxy`: {wrong:?} is no box"))
 }

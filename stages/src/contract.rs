@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use tch::Tensor;
 
-use crate::{Error, Result, Rider, artifacts::Artifact, pass::ride};
+use crate::{Error, Result, Rider, artifacts::Artifact, clip::PRECISION, pass::ride};
 
 /// A named kind of work. The implementing struct *is* its parameters.
 pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static {
@@ -460,11 +460,11 @@ impl Context<'_> {
         }
     }
 
-    /// What the store holds already of the items of some units.
-    pub(crate) fn donors(&self, draft: &UnitDraft) -> Result<Donors> {
+    /// What the store holds already of the items of some units, in the same arithmetic.
+    pub(crate) fn donors(&self, draft: &UnitDraft, precision: Option<&str>) -> Result<Donors> {
         let Some(family) = draft.unit.family else { return Ok(Donors::default()) };
         let wanted: HashSet<Digest> = self.items[draft.unit.items.clone()].iter().copied().collect();
-        Ok(self.store.donors(self.kind, &family, &wanted)?)
+        Ok(self.store.donors(self.kind, &family, &wanted, precision.map(|precision| (PRECISION, precision)))?)
     }
 
     /// Prepares an item; what may go well the next time (a network file system that does not answer) is tried again.

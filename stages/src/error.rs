@@ -79,7 +79,7 @@ impl Error {
     /// The user's file that is not what it was when the run began, if that is what happened.
     pub fn changed_file(&self) -> Option<&Path> {
         match self {
-            Self::Cache(ovenbird_cache::Error::Changed { path, .. }) => Some(path),
+            Self::Cache(ovenbird_cache::Error::Changed { path, .. } | ovenbird_cache::Error::Gone { path }) => Some(path),
             _ => None,
         }
     }

@@ -189,13 +189,16 @@ struct Seat<'a> {
     rows: RowKind,
     /// Bytes of a view; 0 where it is the image itself.
     view_bytes: usize,
+    /// What its network computes in.
+    precision: Option<&'static str>,
 }
 
 impl<'a> Seat<'a> {
     fn of(rider: &'a Rider<'_>) -> Self {
         let Rider { cx, units, sight, encoder, port, rows, .. } = rider;
         let view_bytes = encoder.as_ref().map_or(0, |encoder| if encoder.batch() > 1 { encoder.preprocess.n_numbers() } else { 0 });
-        Self { cx, units, sight: &**sight, port, rows: *rows, view_bytes }
+        let precision = encoder.as_ref().map(|encoder| encoder.precision);
+        Self { cx, units, sight: &**sight, port, rows: *rows, view_bytes, precision }
     }
 }
 
@@ -232,14 +235,15 @@ impl Route<'_> {
 
     /// What a rider does at the present image.
     fn stop_at(&mut self, seat: usize, slot: &Arc<Slot>, image_bytes: &mut usize) -> Result<()> {
-        let (Seat { cx, units, sight, port, rows, view_bytes }, aboard, place) = (&self.seats[seat], &mut self.aboard[seat], self.place);
+        let (Seat { cx, units, sight, port, rows, view_bytes, precision }, aboard, place) =
+            (&self.seats[seat], &mut self.aboard[seat], self.place);
         let Some(unit) = units.get(aboard.next_unit) else { return Ok(()) };
         if unit.items.start == place {
             // A unit that another process makes is passed by.
             aboard.taken = None;
             if let Some(draft) = cx.begin_claimed(unit)? {
                 let items = &cx.items[unit.items.clone()];
-                let shelf = Shelf::new(*rows, &cx.donors(&draft)?, items, &self.frames.infos[unit.items.clone()], port);
+                let shelf = Shelf::new(*rows, &cx.donors(&draft, *precision)?, items, &self.frames.infos[unit.items.clone()], port);
                 aboard.taken = Some(unit.items.clone().filter(|place| shelf.has(&cx.items[*place])).collect());
                 self.jobs.push_back((Job::Open { seat, opened: Box::new(Opened { draft, shelf }) }, 0));
             }
