@@ -66,7 +66,7 @@ fn measure(set: &Set, peers: &[&str]) {
     write_annotations(set, folder.path());
     write_detections(set, folder.path());
     let pipeline = format!(
-        "version: 1\nname: bench\nstages:\n  - {{id: evaluated, use: eval/{}, in: {{annotations: ./labels.json, detections: ./detections/, classes: ./classes.json}}, with: {{of: {of}}}}}\n  - {{id: exported, use: detections/export, in: {{detections: ./detections/}}}}\n",
+        "version: 1\nname: bench\nstages:\n  - {{id: evaluated, use: eval/{}, in: {{annotations: ./labels.json, detections: ./detections/, classes: ./classes.json}}, with: {{of: {of}}}}}\n  - {{id: exported, use: detections/export, in: {{detections: ./detections/, annotations: ./labels.json}}}}\n",
         set.metric
     );
     fs::write(folder.path().join("bench.yaml"), pipeline).unwrap();
@@ -159,6 +159,7 @@ fn write_detections(set: &Set, folder: &Path) {
     let store = Store::open(&folder.join("scratch")).unwrap();
     let _session = store.enter().unwrap();
     fs::create_dir(folder.join("detections")).unwrap();
+    let categories = (0..set.n_classes).map(|class| (CategoryId(class as u64), format!("class {class}"))).collect();
     let disk = |cell: usize| {
         let [x, y] = [cell % SIDE, cell / SIDE].map(|place| place as f32 - 13.5);
         1.0 / (1.0 + ((x * x + y * y).sqrt() - 12.0).exp())
@@ -190,7 +191,8 @@ fn write_detections(set: &Set, folder: &Path) {
         let draft = store.begin_unit(&key).unwrap();
         let file = draft.create("detections/detections.parquet").unwrap();
         let path = file.path().to_owned();
-        Detections::write(&detections, file).unwrap();
+        let looked_at = (first..set.n_images.min(first + PART)).map(|place| ImageId(place as u64 + 1)).collect();
+        Detections::write(&detections, &looked_at, &categories, file).unwrap();
         fs::copy(path, folder.join(format!("detections/{part:04}.parquet"))).unwrap();
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A fold over the run's log and the evaluations among its artifacts. What is not there is said to be missing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ovenbird_data::evaluate::{Evaluation, Metric, Summary};
 use ovenbird_stages::{
@@ -51,6 +51,8 @@ pub(crate) struct Comparison {
     pub(crate) rows: Vec<Row>,
     /// What the rows lack, in words.
     pub(crate) missing: Vec<String>,
+    /// Why the numbers may mean less than they seem to, and of which copies where not of all.
+    pub(crate) warnings: Vec<String>,
 }
 
 /// A variant, over seeds.
@@ -165,7 +167,24 @@ fn one<'a>(matrix: &Matrix, stage: &str, evaluation: String, kind: &str, of_cell
         seeds: matrix.seeds.iter().copied().filter(|seed| matrix.cells.iter().any(|cell| cell.seed == Some(*seed))).collect(),
         rows: variants.iter().map(row).collect(),
         missing: missing(matrix, &variants, |cell| of_cell(cell).is_some()),
+        warnings: warnings(matrix, stage, of_cell),
     }
+}
+
+/// The warnings of every copy of an evaluation; each is said once.
+fn warnings<'a>(matrix: &Matrix, stage: &str, of_cell: impl Fn(&Cell) -> Option<&'a Evaluation>) -> Vec<String> {
+    let copy = |cell: &Cell| Some((cell.steps.get(stage)?.clone(), of_cell(cell)?));
+    let copies: BTreeMap<String, &Evaluation> = matrix.cells.iter().filter_map(copy).collect();
+    let mut said: Vec<(&String, Vec<&str>)> = Vec::new();
+    for (id, words) in copies.iter().flat_map(|(id, evaluation)| evaluation.warnings.iter().map(move |words| (id.as_str(), words))) {
+        match said.iter_mut().find(|(known, _)| *known == words) {
+            Some((_, ids)) => ids.push(id),
+            None => said.push((words, vec![id])),
+        }
+    }
+    let words =
+        |(words, ids): (&String, Vec<&str>)| if ids.len() == copies.len() { words.clone() } else { format!("{}: {words}", ids.join(", ")) };
+    said.into_iter().map(words).collect()
 }
 
 fn cells_of<'a>(matrix: &'a Matrix, variant: Option<&String>) -> impl Iterator<Item = &'a Cell> {
@@ -268,14 +287,13 @@ impl Comparison {
             text.push('\n');
         }
         text.extend(self.missing.iter().map(|words| format!("missing: {words}\n")));
+        text.extend(self.warnings.iter().map(|words| format!("warning: {words}\n")));
         text
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use ovenbird_data::evaluate::Shape;
 
     use super::*;
@@ -300,7 +318,8 @@ mod tests {
             let group = |ap50: f64| Summary { ap50: Some(ap50), ..Summary::default() };
             let groups = BTreeMap::from([("novel".to_owned(), group(*novel)), ("all".to_owned(), group(*all))]);
             let (classes, curves) = (Vec::new(), BTreeMap::new());
-            let evaluation = Evaluation { format: 1, metric: Metric::Coco, of: Shape::Boxes, groups, classes, curves };
+            let warnings = if *all < 0.2 { vec!["4 of 4 boxes are odd".to_owned()] } else { Vec::new() };
+            let evaluation = Evaluation { format: 1, metric: Metric::Coco, of: Shape::Boxes, groups, classes, curves, warnings };
             Evaluated { step: format!("coco{id}"), kind: "eval/coco".into(), port: "evaluation", evaluation }
         };
         let found: Vec<Evaluated> = found.iter().map(evaluated).collect();
@@ -346,6 +365,15 @@ mod tests {
         variant        novel          all
         all      20.0 ± 14.1  60.0 ± 14.1
         ");
+    }
+
+    #[test]
+    fn a_warning_is_said_once_with_the_copies_that_it_is_of() {
+        let found = [("@a,1", 0.1, 0.1), ("@b,1", 0.3, 0.5), ("@a,2", 0.2, 0.1), ("@b,2", 0.5, 0.6)];
+        let text = table(&matrix(&["a", "b"], &[1, 2]), &found);
+        assert!(text.ends_with("\nwarning: coco@a,1, coco@a,2: 4 of 4 boxes are odd\n"), "{text}");
+        let text = table(&matrix(&["a", "b"], &[1]), &[("@a,1", 0.1, 0.1), ("@b,1", 0.3, 0.1)]);
+        assert!(text.ends_with("\nwarning: 4 of 4 boxes are odd\n"), "{text}");
     }
 
     #[test]

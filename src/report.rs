@@ -64,7 +64,7 @@ pub(crate) fn numbers(store: &Store, run: &str) -> Result<()> {
         evaluated.extend(history::evaluations(store, step)?);
     }
     let comparisons = state.matrix.as_ref().map_or_else(Vec::new, |matrix| compare(matrix, &state.steps, &evaluated));
-    let as_json = |Evaluated { step, kind, port, evaluation }: &Evaluated| json!({"step": step, "use": kind, "output": port, "of": evaluation.words(), "groups": evaluation.groups});
+    let as_json = |Evaluated { step, kind, port, evaluation }: &Evaluated| json!({"step": step, "use": kind, "output": port, "of": evaluation.words(), "groups": evaluation.groups, "warnings": evaluation.warnings});
     let evaluations: Vec<_> = evaluated.iter().map(as_json).collect();
     let report = json!({"run": state.run, "pipeline": state.pipeline, "evaluations": evaluations, "comparisons": comparisons});
     print(&to_json("report", &report))
@@ -154,6 +154,7 @@ fn render(gathered: &Gathered) -> String {
     for Evaluated { step, evaluation, .. } in &gathered.evaluations {
         put!(out, "<section><h2>{}</h2><p class=\"quiet\">{}</p>", escape(step), evaluation.words());
         groups(&mut out, evaluation);
+        warnings(&mut out, &evaluation.warnings);
         curves(&mut out, evaluation);
         classes(&mut out, evaluation);
         out.push_str("</section>");
@@ -235,6 +236,7 @@ fn side_by_side(out: &mut String, comparison: &Comparison) {
     }
     out.push_str("</table></div>");
     missing.iter().for_each(|words| put!(out, "<p class=\"quiet\">Missing: {}</p>", escape(words)));
+    warnings(out, &comparison.warnings);
     if !comparison.seeds.is_empty() {
         out.push_str("<details><summary>Every seed</summary><div class=\"wide\"><table><tr><th>variant</th><th class=\"number\">seed</th>");
         groups.iter().for_each(|group| put!(out, "<th class=\"number\">{group}</th>"));
@@ -251,6 +253,10 @@ fn side_by_side(out: &mut String, comparison: &Comparison) {
         out.push_str("</table></div></details>");
     }
     out.push_str("</section>");
+}
+
+fn warnings(out: &mut String, warnings: &[String]) {
+    warnings.iter().for_each(|words| put!(out, "<p class=\"failure\">Warning: {}</p>", escape(words)));
 }
 
 fn groups(out: &mut String, evaluation: &Evaluation) {
@@ -597,6 +603,7 @@ mod tests {
             groups: BTreeMap::from([("novel".into(), Summary::default())]),
             classes: vec![class],
             curves: BTreeMap::from([("novel".into(), vec![1.0; 101])]),
+            warnings: vec!["4 of 4 <odd>".into()],
         };
         Gathered {
             run,
@@ -617,6 +624,7 @@ mod tests {
         let page = render(&gathered("done"));
         for words in [
             "<h2>coco</h2><p class=\"quiet\">COCO, masks</p>",
+            "</table></div><p class=\"failure\">Warning: 4 of 4 &lt;odd&gt;</p>",
             "Every class",
             "<h2>Steps</h2>",
             "<h2>Timeline</h2>",

@@ -1,7 +1,7 @@
 //! Evaluation of boxes and masks, and what other programs make of the same detections.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -51,7 +51,7 @@ stages:
     with: {of: "${of}"}
   - id: export
     use: detections/export
-    in: {detections: ./detections.parquet}
+    in: {detections: ./detections.parquet, annotations: split.annotations}
 "#;
 
 /// A world with its annotations and, as `detections.parquet`, some in every image: right ones, ones that are off, and ones of nothing.
@@ -94,7 +94,11 @@ enum Masks {
     None,
 }
 
+/// Writes `detections.parquet`, as if every image of the split had been looked at for every class.
 fn write_table(world: &World, detections: &[Detection]) {
+    let annotations = Annotations::load(&annotations(world, "coco")).unwrap();
+    let looked_at: BTreeSet<ImageId> = annotations.images.iter().map(|image| image.id).collect();
+    let categories = annotations.categories.into_iter().map(|category| (category.id, category.name)).collect();
     let store = Store::open(&world.path("scratch")).unwrap();
     let _session = store.enter().unwrap();
     let recipe = Recipe { kind: "detector/test".into(), version: 1, params: json!({}), inputs: BTreeMap::new() };
@@ -102,7 +106,7 @@ fn write_table(world: &World, detections: &[Detection]) {
     let draft = store.begin_unit(&key).unwrap();
     let file = draft.create("detections/detections.parquet").unwrap();
     let path = file.path().to_owned();
-    Detections::write(detections, file).unwrap();
+    Detections::write(detections, &looked_at, &categories, file).unwrap();
     world.write("detections.parquet", fs::read(path).unwrap());
 }
 
@@ -219,10 +223,8 @@ fn masks_that_are_not_there_are_named_with_what_to_do() {
     assert!(refused.code == 4 && refused.stderr.contains("expected its detections one after the other"), "{}", refused.stderr);
 }
 
-/// Untrained, it draws as much as a trained one.
-#[test]
-fn a_detector_with_a_mask_head_writes_masks_of_the_original_images() {
-    let world = World::new();
+/// A detector with a mask head. Untrained, it draws as much as a trained one.
+fn untrained_detector() -> Vec<u8> {
     let head = MaskHeadConfig { n_convs: 1, channels: 16, n_masks: 1 };
     let toy = Config::toy(128);
     let mask_head = Some(MaskConfig { pool: RoiAlign { side: 14, ..toy.pool }, head });
@@ -232,7 +234,13 @@ fn a_detector_with_a_mask_head_writes_masks_of_the_original_images() {
     let card = json!({"config": config, "fits": [96, 96], "has_prompts": false, "has_multilabel_prompts": false, "scale": {"temperature": {"train": 0.01, "test": 0.01}}});
     let mut bytes = Vec::new();
     write_safetensors(detector.parameters(), &[("ovenbird.detector".into(), card.to_string())].into(), &mut bytes).unwrap();
-    world.write("detector.safetensors", bytes);
+    bytes
+}
+
+#[test]
+fn a_detector_with_a_mask_head_writes_masks_of_the_original_images() {
+    let world = World::new();
+    world.write("detector.safetensors", untrained_detector());
     let pipeline = PIPELINE.replace("./detections.parquet", "test.detections").replace("variables: {of: boxes}", "variables: {of: masks}");
     let test = "  - {id: test, use: detector/test, in: {images: world.images, annotations: split.annotations, classes: split.classes, detector: ./detector.safetensors}, with: {most_per_image: 12}}\n";
     world.write("masks.yaml", pipeline + test);
@@ -253,4 +261,215 @@ fn a_detector_with_a_mask_head_writes_masks_of_the_original_images() {
         }
     }
     assert!(n_pixels > 0);
+}
+
+/// Two evaluations of `./detections.parquet` against brought annotations, and a training that learns masks.
+const BROUGHT: &str = r#"version: 1
+name: brought
+variables: {of: boxes}
+stages:
+  - id: coco
+    use: eval/coco
+    in: {annotations: ./brought.json, detections: ./detections.parquet, classes: ./classes.json}
+    with: {of: "${of}"}
+  - id: lvis
+    use: eval/lvis
+    in: {annotations: ./brought.json, detections: ./detections.parquet, classes: ./classes.json}
+    with: {of: "${of}"}
+  - id: train
+    use: detector/train
+    in: {images: ./images, annotations: ./brought.json, classes: ./classes.json}
+    with: {network: toy, masks: true, training: {steps: 2, steps_per_unit: 2, batch: 1, longer_side: [96, 96], shorter_side: [96, 96]}}
+"#;
+
+/// A world whose annotations are brought, after a change to their json.
+fn brought(world: &World, change: impl Fn(&mut Value)) {
+    let mut json: Value = serde_json::from_slice(&fs::read(annotations(world, "coco")).unwrap()).unwrap();
+    change(&mut json);
+    world.write("brought.json", json.to_string());
+    world.write("classes.json", fs::read(world.find(&["coco-split", "classes.json"])).unwrap());
+    world.write("brought.yaml", BROUGHT);
+    fs::create_dir_all(world.path("images")).unwrap();
+}
+
+fn labels(json: &mut Value) -> &mut Vec<Value> {
+    json["annotations"].as_array_mut().unwrap()
+}
+
+#[test]
+fn outlines_that_draw_nothing_are_refused_where_masks_are_asked_for() {
+    let world = world_with(Masks::Drawn);
+    let empty = [
+        (json!([]), "an empty list as `segmentation`"),
+        (json!([[1.0, 1.0, 5.0, 5.0]]), "a `segmentation` of polygons with fewer than three corners"),
+        (json!({"size": [160, 160], "counts": [25600]}), "a `segmentation` of run lengths without a pixel"),
+    ];
+    for (segmentation, why) in empty {
+        brought(&world, |json| {
+            let sides = json["images"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|image| (image["id"].clone(), [image["height"].clone(), image["width"].clone()]));
+            let sides: Vec<(Value, [Value; 2])> = sides.collect();
+            for label in labels(json).iter_mut().filter(|label| label["iscrowd"] == 0).take(2) {
+                label["segmentation"] = segmentation.clone();
+                // Run lengths are of their image's size.
+                if segmentation.is_object() {
+                    let (_, [height, width]) = sides.iter().find(|(id, _)| *id == label["image_id"]).unwrap();
+                    let n_pixels = height.as_u64().unwrap() * width.as_u64().unwrap();
+                    label["segmentation"] = json!({"size": [height, width], "counts": [n_pixels]});
+                }
+            }
+        });
+        world.run(["run", "./brought.yaml", "--until", "coco"]).success();
+        world.run(["run", "./brought.yaml", "--until", "lvis"]).success();
+        for step in ["coco", "lvis", "train"] {
+            let refused = world.run(["run", "./brought.yaml", "--until", step, "--set", "of=masks"]);
+            assert_eq!(refused.code, 4, "{step} {why}: {}", refused.stderr);
+            assert!(refused.stderr.contains("annotations: annotation ") && refused.stderr.contains(" of image "), "{}", refused.stderr);
+            assert!(refused.stderr.contains(&format!(" has {why}; 2 of ")), "{step}: {}", refused.stderr);
+        }
+    }
+}
+
+/// What is said of a run: below its tables, in its report, in JSON, and in the result itself.
+fn warnings(world: &World) -> Vec<String> {
+    let run = world.run(["run", "./brought.yaml", "--until", "coco"]).success();
+    let json = world.run(["report", "--json"]).success();
+    let json: Value = serde_json::from_str(&json.stdout).unwrap();
+    let said = json["report"]["evaluations"][0]["warnings"].as_array().unwrap();
+    let said: Vec<String> = said.iter().map(|words| words.as_str().unwrap().to_owned()).collect();
+    let lines: String = said.iter().map(|words| format!("warning: {words}\n")).collect();
+    let (_, table) = run.stdout.split_once("coco (eval/coco)\n").unwrap();
+    // A header and three groups, then the warnings, then an empty line.
+    let below: String = table.lines().skip(4).take_while(|line| !line.is_empty()).map(|line| format!("{line}\n")).collect();
+    assert_eq!(below, lines, "{}", run.stdout);
+    world.run(["report", "--output", "report.html"]).success();
+    let page = fs::read_to_string(world.path("report.html")).unwrap();
+    assert_eq!(page.matches("Warning: ").count(), said.len());
+    assert!(evaluations(world, "coco").iter().any(|evaluation| evaluation.warnings == said));
+    said
+}
+
+#[test]
+fn numbers_that_mislead_are_said_with_counts_at_the_table() {
+    let world = world_with(Masks::None);
+    brought(&world, |_| {});
+    assert_eq!(warnings(&world), Vec::<String>::new());
+
+    brought(&world, |json| labels(json).iter_mut().for_each(|label| label["area"] = 0.into()));
+    let n = |is_counted: fn(&&Value) -> bool| {
+        let json: Value = serde_json::from_slice(&fs::read(world.path("brought.json")).unwrap()).unwrap();
+        json["annotations"].as_array().unwrap().iter().filter(is_counted).count()
+    };
+    let n_objects = n(|label| label["iscrowd"] == 0);
+    assert_eq!(
+        warnings(&world),
+        [format!("{n_objects} of {n_objects} annotations have area 0, so they count as small: APs, APm and APl mean nothing")]
+    );
+    let lvis = world.run(["run", "./brought.yaml", "--until", "lvis"]).success();
+    let n_all = n(|_| true);
+    for words in [
+        format!("\nwarning: {n_all} of {n_all} annotations have area 0: LVIS does not evaluate them\n"),
+        "\nwarning: 12 of 12 images have no `neg_category_ids`: ".into(),
+    ] {
+        assert!(lvis.stdout.contains(&words), "{words}{}", lvis.stdout);
+    }
+
+    brought(&world, |json| labels(json).iter_mut().for_each(|label| label["iscrowd"] = 1.into()));
+    assert_eq!(warnings(&world), [format!("{n_all} of {n_all} annotations are crowds (`iscrowd: 1`), so no object is left to evaluate")]);
+
+    brought(&world, |json| {
+        for label in labels(json) {
+            let [x, y, width, height] = [0, 1, 2, 3].map(|place| label["bbox"][place].as_f64().unwrap());
+            label["bbox"] = json!([x, y, x + width, y + height]);
+        }
+    });
+    let said = warnings(&world);
+    assert!(said.len() == 1 && said[0].contains("the annotations seem to have corners where COCO has sizes"), "{said:?}");
+}
+
+#[test]
+fn images_that_the_detector_never_saw_are_said_at_the_table() {
+    let world = world_with(Masks::None);
+    world.write("detector.safetensors", untrained_detector());
+    brought(&world, |_| {});
+    let loaded = Annotations::load(&world.path("brought.json")).unwrap();
+    for image in &loaded.images {
+        world.write(&format!("images/{}", image.file_name), fs::read(world.find(&["toy-world", &image.file_name])).unwrap());
+    }
+    let broken = &loaded.images[3];
+    let n_objects = loaded.annotations.iter().filter(|object| object.image_id == broken.id && !object.is_crowd).count();
+    let pipeline = BROUGHT.replace("./detections.parquet", "test.detections");
+    let test = "  - id: test\n    use: detector/test\n    in: {images: ./images, annotations: ./brought.json, classes: ./classes.json, detector: ./detector.safetensors}\n    \
+                with: {most_per_image: 5}\n    on_bad_item: skip\n    max_failed_ratio: 0.2\n";
+    world.write("brought.yaml", pipeline.clone() + test);
+    assert_eq!(warnings(&world), Vec::<String>::new());
+    world.write(&format!("images/{}", broken.file_name), "broken");
+    let expected = format!(
+        "1 of 12 images were not looked at (left out upstream, as by `on_bad_item: skip`): their {n_objects} objects count as missed"
+    );
+    assert!(n_objects > 0);
+    assert_eq!(warnings(&world), [expected.clone()]);
+    // An image in which nothing is found was looked at nevertheless.
+    world.write("brought.yaml", pipeline + &test.replace("most_per_image: 5", "score_threshold: 0.999"));
+    assert_eq!(warnings(&world), [expected]);
+    assert!(read_table(&world.find(&["detector-test", "detections.parquet"])).len() <= 55);
+}
+
+#[test]
+fn a_results_file_has_the_category_ids_of_the_json_that_was_brought() {
+    let world = world_with(Masks::None);
+    world.write("detector.safetensors", untrained_detector());
+    // Ids with gaps, in another order than the classes; `split` counts them anew from 0.
+    let gapped = |id: u64| 5000 - 17 * id;
+    brought(&world, |json| {
+        json["categories"]
+            .as_array_mut()
+            .unwrap()
+            .iter_mut()
+            .for_each(|category| category["id"] = gapped(category["id"].as_u64().unwrap()).into());
+        labels(json).iter_mut().for_each(|label| label["category_id"] = gapped(label["category_id"].as_u64().unwrap()).into());
+    });
+    let pipeline = r#"version: 1
+name: gaps
+stages:
+  - {id: world, use: toy/world, with: {seed: 7, train_images: 6, val_images: 12, web_images: 40, held_out_images: 60, side_px: 160}}
+  - {id: split, use: coco/split, in: {annotations: ./brought.json, classes: ./classes.json}}
+  - {id: test, use: detector/test, in: {images: world.images, annotations: split.annotations, classes: split.classes, detector: ./detector.safetensors}, with: {most_per_image: 12}}
+  - {id: export, use: detections/export, in: {detections: test.detections, annotations: ./brought.json}}
+"#;
+    world.write("gaps.yaml", pipeline);
+    world.run(["run", "./gaps.yaml"]).success();
+    let found = read_table(&world.find(&["detector-test", "detections.parquet"]));
+    let results: Vec<Value> = serde_json::from_slice(&fs::read(world.find(&["detections-export", "results.json"])).unwrap()).unwrap();
+    assert!(found.len() > 12 && found.iter().any(|detection| detection.category_id.0 > 0));
+    let ids = |results: &[Value]| results.iter().map(|entry| entry["category_id"].as_u64().unwrap()).collect::<Vec<_>>();
+    assert_eq!(ids(&results), found.iter().map(|detection| gapped(detection.category_id.0)).collect::<Vec<_>>());
+
+    // Detections are not judged by annotations that mean other classes by the same ids.
+    brought(&world, |json| {
+        let categories = json["categories"].as_array_mut().unwrap();
+        let (first, second) = (categories[0]["name"].clone(), categories[1]["name"].clone());
+        (categories[0]["name"], categories[1]["name"]) = (second, first);
+    });
+    let refused = world.run(["run", "./brought.yaml", "--until", "coco"]);
+    assert!(refused.code == 4 && refused.stderr.contains("detections: category 0 is `"), "{}", refused.stderr);
+
+    // Nor are they exported for a json without one of their classes.
+    brought(&world, |json| {
+        json["categories"].as_array_mut().unwrap().iter_mut().for_each(|category| category["name"] = format!("a {}", category["id"]).into())
+    });
+    let refused = world.run([
+        "run",
+        "./gaps.yaml",
+        "--until",
+        "export",
+        "--set",
+        "split.in.annotations=world.val",
+        "--set",
+        "split.in.classes=world.classes",
+    ]);
+    assert!(refused.code == 4 && refused.stderr.contains("annotations: no category is named `"), "{}", refused.stderr);
 }

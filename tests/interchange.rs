@@ -10,10 +10,11 @@ use ovenbird_cache::inputs;
 use ovenbird_data::{
     annotations::{Annotations, ImageId},
     boxes::Xyxy,
+    proposals::{Proposal, write_mmdet},
     views,
 };
 use ovenbird_models::checkpoint::{Saved, write_torch};
-use ovenbird_stages::artifacts::{Artifact, ImageFeatures, RegionFeatures, Regions};
+use ovenbird_stages::artifacts::{Artifact, ImageFeatures, Proposals, RegionFeatures, Regions};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
@@ -407,4 +408,85 @@ fn pseudo_labels_are_annotations_that_a_detector_learns_from() {
     world.write("pseudo.yaml", format!("{BOTH_WAYS}{PSEUDO}").replace("annotations: base.annotations}", "annotations: world.train}"));
     let refused = world.run(["run", "./pseudo.yaml", "--until", "pseudo"]);
     assert!(refused.code == 4 && refused.stderr.contains("none for 4 of 4 images"), "{}", refused.stderr);
+}
+
+/// Proposals of a json that does not list its images in ascending id, in and out again.
+const ORDERED: &str = r#"version: 1
+name: ordered
+stages:
+  - id: split
+    use: coco/split
+    in: {annotations: ./labels.json, classes: ./classes.json}
+  - id: proposals
+    use: proposals/import
+    in: {proposals: ./proposals.pkl, annotations: split.annotations}
+  - id: pickle
+    use: proposals/export
+    in: {proposals: proposals.proposals, annotations: split.annotations}
+    with: {order: file}
+"#;
+
+/// Images 9, 4 and 7 of some widths, and a pickle whose boxes are as wide as the images in the order given.
+fn ordered(widths: [u32; 3], pickled: [f32; 3]) -> World {
+    let world = World::new();
+    world.write("ordered.yaml", ORDERED);
+    world.write("classes.json", r#"{"base": ["owl"], "novel": []}"#);
+    let images = [9, 4, 7].into_iter().zip(widths);
+    let images: Vec<Value> =
+        images.map(|(id, width)| json!({"id": id, "file_name": format!("{id}.jpg"), "width": width, "height": 50})).collect();
+    let owl = json!({"id": 1, "image_id": 4, "category_id": 3, "bbox": [1, 1, 8, 8], "area": 64, "iscrowd": 0});
+    world.write("labels.json", json!({"images": images, "annotations": [owl], "categories": [{"id": 3, "name": "owl"}]}).to_string());
+    let entry = |width: f32| vec![Proposal { xyxy: [0.0, 0.0, width, 50.0].into(), score: 0.5 }];
+    let mut pickle = Vec::new();
+    write_mmdet(&pickled.map(entry), &mut pickle).unwrap();
+    world.write("proposals.pkl", pickle);
+    world
+}
+
+/// The image of each width, ascending by image.
+fn imported(world: &World) -> Vec<(u64, f32)> {
+    let files = inputs::digest_path(&world.find(&["proposals-import", "proposals.parquet"]), None, 0).unwrap();
+    Proposals::open(&files).unwrap().by_image.into_iter().map(|(image, boxes)| (image.0, boxes[0].xyxy.x2)).collect()
+}
+
+#[test]
+fn proposals_in_the_order_of_the_file_come_to_their_images() {
+    let in_file = ordered([60, 80, 70], [60.0, 80.0, 70.0]);
+    let run = in_file.run(["run", "./ordered.yaml"]).success();
+    assert!(run.stderr.contains("the boxes fit that order only (`with: {order: file}`)"), "{}", run.stderr);
+    let right = [(4, 80.0), (7, 70.0), (9, 60.0)];
+    assert_eq!(imported(&in_file), right);
+    let unit = fs::read_to_string(in_file.find(&["proposals-import", "unit.json"])).unwrap();
+    assert!(unit.contains(r#""order": "file""#), "{unit}");
+    // What goes out is what came in.
+    assert!(fs::read(in_file.find(&["proposals-export", ".pkl"])).unwrap() == fs::read(in_file.path("proposals.pkl")).unwrap());
+    let refused = in_file.run(["run", "./ordered.yaml", "--set", "proposals.order=id"]);
+    assert!(refused.code == 4 && refused.stderr.contains("set `with: {order: file}`"), "{}", refused.stderr);
+
+    let by_id = ordered([60, 80, 70], [80.0, 70.0, 60.0]);
+    let run = by_id.run(["run", "./ordered.yaml"]).success();
+    assert!(run.stderr.contains("entries are in ascending image id, and not as"), "{}", run.stderr);
+    assert_eq!(imported(&by_id), right);
+    assert!(fs::read(by_id.find(&["proposals-export", ".pkl"])).unwrap() == fs::read(in_file.path("proposals.pkl")).unwrap());
+}
+
+#[test]
+fn proposals_that_fit_both_orders_are_refused_until_one_is_said() {
+    let pickled = [60.0, 59.0, 58.0];
+    let refused = ordered([60; 3], pickled).run(["run", "./ordered.yaml"]);
+    assert_eq!(refused.code, 4, "{}", refused.stderr);
+    for words in ["proposals.pkl: ", "the boxes fit both orders", "`with: {order: file}`", "`with: {order: id}`"] {
+        assert!(refused.stderr.contains(words), "{words}: {}", refused.stderr);
+    }
+    for (order, expected) in [("file", [(4, 59.0), (7, 58.0), (9, 60.0)]), ("id", [(4, 60.0), (7, 59.0), (9, 58.0)])] {
+        let world = ordered([60; 3], pickled);
+        world.run(["run", "./ordered.yaml", "--set", &format!("proposals.order={order}")]).success();
+        assert_eq!(imported(&world), expected, "{order}");
+    }
+    let neither = ordered([60, 80, 70], [99.0; 3]).run(["run", "./ordered.yaml"]);
+    assert!(
+        neither.code == 4 && neither.stderr.contains("the boxes fit neither order of the images: in ascending id, "),
+        "{}",
+        neither.stderr
+    );
 }

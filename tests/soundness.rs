@@ -163,7 +163,7 @@ stages:
     in: {annotations: world.lvis_val, detections: detect.detections, classes: split.classes}
   - id: results
     use: detections/export
-    in: {detections: detect.detections}
+    in: {detections: detect.detections, annotations: world.val}
 "#;
 
 /// Flips a bit in the middle of a file, whose size and time of change stay.

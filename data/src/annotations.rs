@@ -104,12 +104,23 @@ pub struct Annotation {
     pub bbox: [f64; 4],
     /// Its box in px.
     pub xyxy: Xyxy,
-    /// px², of the mask where there is one.
+    /// px², of the mask where there is one; of the box where the file does not say.
     pub area: f64,
+    /// Whether the file says the area.
+    pub has_area: bool,
     /// Whether this is a region of many objects.
     pub is_crowd: bool,
     /// Polygons or run lengths, as in the file; see [`crate::masks::Mask`].
     pub segmentation: Option<Segmentation>,
+}
+
+/// The order of a list that has one entry an image and no ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageOrder {
+    /// Ascending image id.
+    Id,
+    /// As the annotation file lists the images.
+    File,
 }
 
 /// A whole file.
@@ -117,6 +128,8 @@ pub struct Annotation {
 pub struct Annotations {
     /// In ascending id.
     pub images: Vec<ImageInfo>,
+    /// The ids of the images in the file's order.
+    pub file_order: Vec<ImageId>,
     /// In ascending id.
     pub categories: Vec<Category>,
     /// In the file's order.
@@ -198,6 +211,7 @@ impl Annotations {
             not_exhaustive_category_ids: image.not_exhaustive_category_ids.into_iter().map(CategoryId).collect(),
         };
         let mut images: Vec<ImageInfo> = raw.images.into_iter().map(image).collect();
+        let file_order = images.iter().map(|image| image.id).collect();
         images.sort_by_key(|image| image.id);
         let category = |raw: RawCategory| Category {
             id: CategoryId(raw.id),
@@ -215,15 +229,24 @@ impl Annotations {
             bbox: raw.bbox,
             xyxy: xywh_to_xyxy(raw.bbox),
             area: raw.area.unwrap_or(raw.bbox[2] * raw.bbox[3]),
+            has_area: raw.area.is_some(),
             is_crowd: raw.iscrowd != 0,
             segmentation: raw.segmentation,
         };
-        Self { images, categories, annotations: raw.annotations.into_iter().map(annotation).collect() }
+        Self { images, file_order, categories, annotations: raw.annotations.into_iter().map(annotation).collect() }
     }
 
     /// An image by its id.
     pub fn image(&self, id: ImageId) -> Option<&ImageInfo> {
         self.images.binary_search_by_key(&id, |image| image.id).ok().map(|place| &self.images[place])
+    }
+
+    /// The images in an order.
+    pub fn images_in(&self, order: ImageOrder) -> Vec<&ImageInfo> {
+        match order {
+            ImageOrder::Id => self.images.iter().collect(),
+            ImageOrder::File => self.file_order.iter().filter_map(|id| self.image(*id)).collect(),
+        }
     }
 
     /// A category by its id.
@@ -350,7 +373,8 @@ mod tests {
                 "annotations": [{"id": 1, "image_id": 9, "category_id": 5, "bbox": [0.5, 1, 2, 1], "area": 1.5, "iscrowd": 0, "segmentation": [[0.5, 1, 2.5, 1, 2.5, 2]]}]}"#,
         )
         .unwrap();
-        assert_eq!(annotations.images.iter().map(|image| image.id.0).collect::<Vec<_>>(), [2, 9]);
+        let ids = |order| annotations.images_in(order).iter().map(|image| image.id.0).collect::<Vec<_>>();
+        assert_eq!((ids(ImageOrder::Id), ids(ImageOrder::File)), (vec![2, 9], vec![9, 2]));
         assert_eq!(annotations.image(ImageId(2)).unwrap().file_name, "val2017/a.jpg");
         assert_eq!(annotations.annotations[0].xyxy, Xyxy { x1: 0.5, y1: 1.0, x2: 2.5, y2: 2.0 });
         let Category { frequency, synset, synonyms, .. } = annotations.categories[0].clone();

@@ -10,6 +10,8 @@
 //! Crowds: as pycocotools, COCO neither wants them found nor minds when they are; lvis-api does not know `iscrowd`, so in
 //! LVIS a crowd is an object like others.
 //!
+//! Masks: every object must have an outline ([`check_outlines`]), but for COCO's crowds, whose `segmentation` may draw nothing.
+//!
 //! LVIS: what has no area, such as an empty mask, is not seen (lvis-api's `get_ann_ids`), though it takes its place among the 300 of
 //! its image. COCO counts it.
 //!
@@ -31,7 +33,8 @@ use crate::{
     annotations::{Annotation, Annotations, Category, CategoryId, Frequency, ImageId, ImageInfo},
     boxes::{Xyxy, xyxy_to_xywh},
     classes::ClassSplit,
-    masks::{Mask, PackedMask, Segmentation},
+    masks::{Mask, PackedMask, Segmentation, check_outlines},
+    warnings::warnings,
 };
 
 /// A scored box with its class, and the mask within it where a detector draws some.
@@ -134,6 +137,9 @@ pub struct Evaluation {
     /// Precision at IoU 0.50 and recall 0.00, 0.01, ..., 1.00, mean over the classes of a group; groups without data are
     /// absent.
     pub curves: BTreeMap<String, Vec<f64>>,
+    /// Why the numbers may mean less than they seem to, with counts; files that do not say have none.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// Detections of a class in an image that count, in COCO: AP itself is stated for the first limit, all else for the last.
@@ -157,14 +163,17 @@ pub struct Evaluator<'a> {
 }
 
 impl<'a> Evaluator<'a> {
-    /// Begins. Classes are found by name; `annotations` must have every class of the split and, for masks, a segmentation of every object.
+    /// Begins. Classes are found by name; `annotations` must have every class of the split and, for masks, an outline of every object.
     pub fn new(metric: Metric, of: Shape, annotations: &'a Annotations, classes: &'a ClassSplit) -> Result<Self, String> {
         let by_name: BTreeMap<&str, CategoryId> =
             annotations.categories.iter().map(|category| (category.name.as_str(), category.id)).collect();
         let id = |name: &String| by_name.get(name.as_str()).copied().ok_or_else(|| format!("the annotations have no class `{name}`"));
         let ids = classes.all().map(id).collect::<Result<Vec<CategoryId>, String>>()?;
         if of == Shape::Masks {
-            annotations.annotations.iter().try_for_each(|annotation| check_outline(annotations, annotation))?;
+            annotations.annotations.iter().try_for_each(|annotation| check_runs(annotations, annotation))?;
+            let is_needed = |annotation: &&Annotation| !is_ignored(metric, annotation) || annotation.segmentation.is_none();
+            let objects = annotations.annotations.iter().filter(is_needed);
+            check_outlines(objects.map(|object| (object.id, object.image_id, object.segmentation.as_ref())))?;
         }
         let mode = match metric {
             Metric::Coco => EvalMode::Coco,
@@ -258,8 +267,9 @@ impl<'a> Evaluator<'a> {
         }
     }
 
-    /// The numbers, once every detection is judged: images that had none count, too.
-    pub fn finish(mut self) -> Result<Evaluation, String> {
+    /// The numbers, once every detection is judged: images that had none count, too. `looked_at`: the images that were searched for
+    /// objects, where that is known; the others are counted in a warning.
+    pub fn finish(mut self, looked_at: Option<&BTreeSet<ImageId>>) -> Result<Evaluation, String> {
         let left = self.annotations.images.iter().map(|image| image.id).filter(|image| !self.judged.contains(image)).collect();
         self.judge_images(&left, Vec::new())?;
         let Self { metric, of, annotations, classes, ids, objects: _, judged: _, matches } = self;
@@ -308,16 +318,16 @@ impl<'a> Evaluator<'a> {
             groups: members.iter().map(|(name, of_group)| (name.clone(), slices.summary(of_group))).collect(),
             classes: classes.all().zip(&ids).enumerate().map(class).collect(),
             curves: members.iter().filter_map(|(name, of_group)| Some((name.clone(), slices.curve(of_group)?))).collect(),
+            warnings: warnings(metric, annotations, &ids.into_iter().collect(), looked_at),
         })
     }
 }
 
-/// That an object has pixels to be compared with. A polygon always has; drawing all of them only to know would take seconds.
-fn check_outline(annotations: &Annotations, annotation: &Annotation) -> Result<(), String> {
-    let outline = annotation.segmentation.as_ref().ok_or_else(|| format!("annotation {} has no `segmentation`", annotation.id))?;
-    match (outline, annotations.image(annotation.image_id)) {
-        (Segmentation::CompressedRle { .. } | Segmentation::UncompressedRle { .. }, Some(image)) => {
-            let drawn = Mask::from_segmentation(outline, [image.width, image.height]);
+/// Checks that run lengths are sound and of the image's size.
+fn check_runs(annotations: &Annotations, annotation: &Annotation) -> Result<(), String> {
+    match (&annotation.segmentation, annotations.image(annotation.image_id)) {
+        (Some(runs @ (Segmentation::CompressedRle { .. } | Segmentation::UncompressedRle { .. })), Some(image)) => {
+            let drawn = Mask::from_segmentation(runs, [image.width, image.height]);
             drawn.map(drop).map_err(|problem| format!("annotation {}: {problem}", annotation.id))
         }
         _ => Ok(()),
@@ -329,7 +339,7 @@ fn is_known(metric: Metric, annotation: &Annotation) -> bool {
     annotation.area > 0.0 || metric == Metric::Coco
 }
 
-fn is_ignored(metric: Metric, annotation: &Annotation) -> bool {
+pub(crate) fn is_ignored(metric: Metric, annotation: &Annotation) -> bool {
     annotation.is_crowd && metric == Metric::Coco
 }
 
@@ -443,7 +453,7 @@ impl Evaluation {
         }
     }
 
-    /// The groups as a plain text table, numbers x 100, novel first.
+    /// The groups as a plain text table, numbers x 100, novel first; then the warnings, a line each.
     pub fn table(&self) -> String {
         let mut text = String::from("           AP  AP50  AP75   APs   APm   APl    AR\n");
         for name in ["novel", "base", "all", "rare", "common", "frequent"] {
@@ -458,6 +468,7 @@ impl Evaluation {
             }
             text.push('\n');
         }
+        text.extend(self.warnings.iter().map(|words| format!("warning: {words}\n")));
         text
     }
 }
@@ -473,7 +484,7 @@ pub(crate) fn evaluate(
 ) -> Result<Evaluation, String> {
     let mut evaluator = Evaluator::new(metric, of, annotations, classes)?;
     evaluator.judge(detections)?;
-    evaluator.finish()
+    evaluator.finish(None)
 }
 
 #[cfg(test)]
@@ -652,7 +663,7 @@ mod tests {
                 evaluator.judge(&images[3]).unwrap_err(),
                 format!("image {image}: expected its detections one after the other, found some in two places")
             );
-            assert_eq!(evaluator.finish().unwrap(), whole);
+            assert_eq!(evaluator.finish(None).unwrap(), whole);
         }
     }
 
@@ -674,17 +685,43 @@ mod tests {
         assert!(evaluate(&annotations, &with(Some(runs))).starts_with(&format!("image {image}: mask: ")));
 
         let mut without = annotations.clone();
+        let Annotation { id, image_id, .. } = without.annotations[3];
+        let n_objects = without.annotations.iter().filter(|object| !object.is_crowd).count();
+        let missing = |what: &str| format!("annotation {id} of image {image_id} has {what}; 1 of {n_objects} annotations have no outline");
         without.annotations[3].segmentation = None;
-        assert_eq!(evaluate(&without, &[]), format!("annotation {} has no `segmentation`", without.annotations[3].id));
+        assert_eq!(evaluate(&without, &[]), missing("no `segmentation`"));
+        without.annotations[3].segmentation = Some(Segmentation::Polygon(Vec::new()));
+        assert_eq!(evaluate(&without, &[]), missing("an empty list as `segmentation`"));
         without.annotations[3].segmentation = Some(Segmentation::UncompressedRle { size: [3, 4], counts: vec![12] });
         let expected = format!("annotation {}: segmentation: expected run lengths of 400 x 300 px, found 4 x 3", without.annotations[3].id);
         assert_eq!(evaluate(&without, &[]), expected);
     }
 
     #[test]
-    fn files_that_do_not_say_are_of_boxes() {
+    fn outlines_that_draw_nothing_are_no_matter_to_boxes_nor_where_they_are_of_crowds() {
+        let (annotations, classes) = (load("coco"), classes());
+        let detections = detections("coco.masks");
+        let emptied = |is_one: fn(&Annotation) -> bool| {
+            let mut emptied = annotations.clone();
+            emptied
+                .annotations
+                .iter_mut()
+                .filter(|object| is_one(object))
+                .for_each(|object| object.segmentation = Some(Segmentation::Polygon(Vec::new())));
+            emptied
+        };
+        let all = emptied(|_| true);
+        assert_eq!(evaluate_coco(&all, &detections, &classes).unwrap(), evaluate_coco(&annotations, &detections, &classes).unwrap());
+        let crowds = emptied(|object| object.is_crowd);
+        assert!(evaluate(Metric::Coco, Shape::Masks, &crowds, &detections, &classes).is_ok());
+        assert!(evaluate(Metric::Coco, Shape::Masks, &all, &detections, &classes).is_err());
+    }
+
+    #[test]
+    fn files_that_do_not_say_are_of_boxes_and_have_no_warnings() {
         let mut json = serde_json::to_value(result("coco")).unwrap();
         assert_eq!(json.as_object_mut().unwrap().remove("of"), Some("boxes".into()));
+        assert_eq!(json.as_object_mut().unwrap().remove("warnings"), Some(serde_json::json!([])));
         assert_eq!(serde_json::from_value::<Evaluation>(json).unwrap(), result("coco"));
     }
 

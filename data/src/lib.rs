@@ -17,6 +17,7 @@ pub mod split;
 pub mod toy;
 pub mod training;
 pub mod views;
+mod warnings;
 
 pub use error::Error;
 

@@ -13,7 +13,10 @@ use hotcoco::{Rle, mask};
 
 pub use hotcoco::Segmentation;
 
-use crate::boxes::{Xyxy, xywh_to_xyxy};
+use crate::{
+    annotations::{AnnotationId, ImageId},
+    boxes::{Xyxy, xywh_to_xyxy},
+};
 
 /// The least probability of a pixel that belongs to an object.
 const THRESHOLD: f32 = 0.5;
@@ -183,6 +186,37 @@ impl Mask {
     /// The smallest box around the pixels; `None` where there are none.
     pub fn bounds(&self) -> Option<Xyxy> {
         (self.area() > 0).then(|| xywh_to_xyxy(mask::to_bbox(&self.rle)))
+    }
+}
+
+/// Checks that objects have outlines to compare or to learn. The message names the first that has none and says how many there are.
+///
+/// A missing segmentation is none, and so are polygons all of which have fewer than three corners, and run lengths without a pixel. Other
+/// polygons are not drawn for it: millions would take seconds. Whether run lengths are sound is not checked.
+pub fn check_outlines<'a>(objects: impl Iterator<Item = (AnnotationId, ImageId, Option<&'a Segmentation>)>) -> Result<(), String> {
+    let (mut first, mut n_without, mut n_objects) = (None, 0_usize, 0_usize);
+    for (annotation, image, segmentation) in objects {
+        n_objects += 1;
+        if let Some(why) = lack_of_outline(segmentation) {
+            n_without += 1;
+            first.get_or_insert((annotation, image, why));
+        }
+    }
+    let Some((annotation, image, why)) = first else { return Ok(()) };
+    Err(format!("annotation {annotation} of image {image} has {why}; {n_without} of {n_objects} annotations have no outline"))
+}
+
+fn lack_of_outline(segmentation: Option<&Segmentation>) -> Option<&'static str> {
+    let Some(segmentation) = segmentation else { return Some("no `segmentation`") };
+    match segmentation.polygons() {
+        Some(polygons) if polygons.is_empty() => Some("an empty list as `segmentation`"),
+        Some(polygons) => {
+            polygons.iter().all(|polygon| polygon.len() < 6).then_some("a `segmentation` of polygons with fewer than three corners")
+        }
+        None => {
+            let rle = segmentation.rle_ref().and_then(|runs| runs.to_rle().ok());
+            rle.is_some_and(|rle| mask::area(&rle) == 0).then_some("a `segmentation` of run lengths without a pixel")
+        }
     }
 }
 
@@ -384,6 +418,34 @@ mod tests {
         }
         let too_long = PackedMask { size: [2, 2], counts: Mask::from_pixels(&[true; 9], [3, 3]).unwrap().to_packed().counts };
         assert!(Mask::from_packed(&too_long).unwrap_err().starts_with("mask: "));
+    }
+
+    #[test]
+    fn what_outlines_nothing_is_named_and_counted() {
+        let polygons = |polygons: &[&[f64]]| Some(Segmentation::Polygon(polygons.iter().map(|polygon| polygon.to_vec()).collect()));
+        let runs = |counts: &[u32]| Some(Segmentation::UncompressedRle { size: [3, 4], counts: counts.to_vec() });
+        let packed = |pixels: &[bool]| Some(Mask::from_pixels(pixels, [4, 3]).unwrap().to_segmentation());
+        let triangle: &[f64] = &[0.0, 0.0, 3.0, 0.0, 3.0, 2.0];
+        let check = |segmentation: Option<Segmentation>| {
+            let sound = polygons(&[triangle]);
+            let objects = [&sound, &segmentation, &segmentation].into_iter().zip(1..);
+            check_outlines(objects.map(|(segmentation, id)| (AnnotationId(id), ImageId(7), segmentation.as_ref())))
+        };
+        for sound in [polygons(&[triangle, &[1.0, 1.0]]), runs(&[2, 1, 9]), packed(&[true; 12])] {
+            assert_eq!(check(sound), Ok(()));
+        }
+        let empty = [
+            (None, "no `segmentation`"),
+            (polygons(&[]), "an empty list as `segmentation`"),
+            (polygons(&[&[]]), "a `segmentation` of polygons with fewer than three corners"),
+            (polygons(&[&triangle[..4], &[1.0, 1.0]]), "a `segmentation` of polygons with fewer than three corners"),
+            (runs(&[12]), "a `segmentation` of run lengths without a pixel"),
+            (runs(&[]), "a `segmentation` of run lengths without a pixel"),
+            (packed(&[false; 12]), "a `segmentation` of run lengths without a pixel"),
+        ];
+        for (segmentation, why) in empty {
+            assert_eq!(check(segmentation), Err(format!("annotation 2 of image 7 has {why}; 2 of 3 annotations have no outline")));
+        }
     }
 
     #[test]

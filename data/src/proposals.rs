@@ -1,7 +1,8 @@
 //! Proposals: class-agnostic boxes with objectness, as mmdet keeps them.
 //!
 //! The file is a pickled list over images of float arrays `N x 5` (x1, y1, x2, y2 in px of the original image, score); there
-//! are no image ids inside. Entry k belongs to the k-th image in ascending id.
+//! are no image ids inside. Entries are in ascending image id or, as mmdet itself writes them, in the order in which the annotation file
+//! lists the images; where these differ, [`order`] finds out which it is.
 
 use std::{
     io::{self, Write},
@@ -10,7 +11,11 @@ use std::{
 
 use ovenbird_pickle::Value;
 
-use crate::{Error, Result, annotations::ImageInfo, boxes::Xyxy};
+use crate::{
+    Error, Result,
+    annotations::{Annotations, ImageInfo, ImageOrder},
+    boxes::Xyxy,
+};
 
 /// How far a box may reach outside its image, in px: proposal networks round.
 const TOLERANCE_PX: f32 = 1.0;
@@ -45,6 +50,10 @@ fn of_image(value: &Value) -> Result<Vec<Proposal>, String> {
         None => value,
     };
     let array = value.to_array()?;
+    // `np.array([])`: no proposals.
+    if array.shape == [0] {
+        return Ok(Vec::new());
+    }
     let [n_boxes, 5] = array.shape.as_slice() else { return Err(format!("expected an array [N, 5], found {:?}", array.shape)) };
     let numbers = array.to_f32()?;
     let (rows, _) = numbers.as_chunks::<5>();
@@ -59,38 +68,81 @@ pub fn write_mmdet(images: &[Vec<Proposal>], out: &mut impl Write) -> io::Result
     ovenbird_pickle::write_f32_arrays(images.iter().map(array), out)
 }
 
-/// Checks proposals against the images they are for, in ascending id; `path` is for the message.
+/// What is wrong with an entry, and what to do about it.
+struct Misfit {
+    problem: String,
+    hint: &'static str,
+}
+
+/// Checks proposals against images, and finds the order in which their entries are.
 ///
-/// There must be as many entries as images, every number finite, no box inside out or more than 1 px outside its image, and
-/// every score in [0, 1]. Fails at the first that is not so, and names its image and row.
-pub fn check(proposals: &[Vec<Proposal>], images: &[ImageInfo], path: &Path) -> Result<()> {
-    let malformed = |problem: String, hint: &str| Err(Error::Malformed { path: path.to_owned(), problem, hint: Some(hint.into()) });
-    if proposals.len() != images.len() {
-        let (n_proposals, n_images) = (proposals.len(), images.len());
-        let problem =
-            format!("proposals of {n_proposals} images, but the annotations have {n_images}: entries belong to images in ascending id");
-        return malformed(problem, "use the proposals made for exactly these annotations");
+/// There must be as many entries as images, every number finite, no box inside out or more than 1 px outside its image, and every score
+/// in [0, 1]. Where the file lists its images in ascending id there is one order only. Otherwise it is the one that was `asked` for, or
+/// the only one that the boxes fit; fails where they fit both or neither. `path` is for the message.
+pub fn order(proposals: &[Vec<Proposal>], annotations: &Annotations, asked: Option<ImageOrder>, path: &Path) -> Result<ImageOrder> {
+    let malformed = |problem: String, hint: String| Err(Error::Malformed { path: path.to_owned(), problem, hint: Some(hint) });
+    if proposals.len() != annotations.images.len() {
+        let (n_proposals, n_images) = (proposals.len(), annotations.images.len());
+        let problem = format!("proposals of {n_proposals} images, but the annotations have {n_images}");
+        return malformed(problem, "use the proposals made for exactly these annotations".into());
     }
+    let check_in = |order: ImageOrder| check(proposals, &annotations.images_in(order));
+    if annotations.file_order.is_sorted() {
+        return match check_in(ImageOrder::Id) {
+            Ok(()) => Ok(asked.unwrap_or(ImageOrder::Id)),
+            Err(Misfit { problem, hint }) => malformed(problem, hint.into()),
+        };
+    }
+    match (asked, check_in(ImageOrder::Id), check_in(ImageOrder::File)) {
+        (Some(ImageOrder::Id) | None, Ok(()), Err(_)) | (Some(ImageOrder::Id), Ok(()), Ok(())) => Ok(ImageOrder::Id),
+        (Some(ImageOrder::File) | None, Err(_), Ok(())) | (Some(ImageOrder::File), Ok(()), Ok(())) => Ok(ImageOrder::File),
+        (Some(ImageOrder::Id), Err(Misfit { problem, .. }), Ok(())) => malformed(
+            format!("{problem}, with entries in ascending image id"),
+            "the boxes fit the order in which the annotations list the images: set `with: {order: file}`".into(),
+        ),
+        (Some(ImageOrder::File), Ok(()), Err(Misfit { problem, .. })) => malformed(
+            format!("{problem}, with entries in the order in which the annotations list the images"),
+            "the boxes fit ascending image ids: set `with: {order: id}`".into(),
+        ),
+        (None, Ok(()), Ok(())) => malformed(
+            "the entries have no image ids, the annotations do not list the images in ascending id, and the boxes fit both orders".into(),
+            "set `with: {order: file}` if the entries are in the order in which the annotations list the images, as mmdet writes them; \
+             set `with: {order: id}` if they are in ascending image id"
+                .into(),
+        ),
+        (_, Err(by_id), Err(in_file)) => malformed(
+            format!(
+                "the boxes fit neither order of the images: in ascending id, {}; in the order of the annotations' file, {}",
+                by_id.problem, in_file.problem
+            ),
+            format!("{}; `with: {{order: file}}` or `{{order: id}}` says which order entries have", by_id.hint),
+        ),
+    }
+}
+
+/// Checks each entry against the image at the same place. Fails at the first that does not fit, and names its image and row.
+fn check(proposals: &[Vec<Proposal>], images: &[&ImageInfo]) -> Result<(), Misfit> {
+    let misfit = |problem: String, hint: &'static str| Err(Misfit { problem, hint });
     for (of_image, image) in proposals.iter().zip(images) {
         let (width, height) = (image.width as f32 + TOLERANCE_PX, image.height as f32 + TOLERANCE_PX);
         for (row, Proposal { xyxy, score }) in of_image.iter().enumerate() {
             let Xyxy { x1, y1, x2, y2 } = *xyxy;
             let place = format!("image {}, row {row}", image.id);
             if ![x1, y1, x2, y2, *score].iter().all(|number| number.is_finite()) {
-                return malformed(
+                return misfit(
                     format!("{place}: expected finite numbers, found [{x1}, {y1}, {x2}, {y2}], score {score}"),
                     "make the proposals again",
                 );
             }
             if xyxy.width() < 0.0 || xyxy.height() < 0.0 {
-                return malformed(format!("{place}: box [{x1}, {y1}, {x2}, {y2}] is inside out"), "expected x1, y1, x2, y2, score");
+                return misfit(format!("{place}: box [{x1}, {y1}, {x2}, {y2}] is inside out"), "expected x1, y1, x2, y2, score");
             }
             if x1 < -TOLERANCE_PX || y1 < -TOLERANCE_PX || x2 > width || y2 > height {
                 let problem = format!("{place}: box [{x1}, {y1}, {x2}, {y2}] leaves the image of {} x {} px", image.width, image.height);
-                return malformed(problem, "the proposals seem to be of other images, or of resized ones");
+                return misfit(problem, "the proposals seem to be of other images, or of resized ones, or in another order");
             }
             if !(0.0..=1.0).contains(score) {
-                return malformed(format!("{place}: expected a score in [0, 1], found {score}"), "expected x1, y1, x2, y2, score");
+                return misfit(format!("{place}: expected a score in [0, 1], found {score}"), "expected x1, y1, x2, y2, score");
             }
         }
     }
@@ -103,6 +155,15 @@ mod tests {
 
     use super::*;
     use crate::annotations::ImageId;
+
+    /// Of images with these ids and sizes, in the file's order.
+    fn annotations(images: &[(u64, u32, u32)]) -> Annotations {
+        let file_order = images.iter().map(|(id, ..)| ImageId(*id)).collect();
+        let mut images: Vec<ImageInfo> =
+            images.iter().map(|(id, width, height)| ImageInfo { width: *width, height: *height, ..image(*id) }).collect();
+        images.sort_by_key(|image| image.id);
+        Annotations { images, file_order, categories: Vec::new(), annotations: Vec::new() }
+    }
 
     fn proposal(x1: f32, y1: f32, x2: f32, y2: f32, score: f32) -> Proposal {
         Proposal { xyxy: Xyxy { x1, y1, x2, y2 }, score }
@@ -142,7 +203,8 @@ mod tests {
     #[test]
     fn boxes_may_reach_a_pixel_out() {
         let proposals = [vec![proposal(-1.0, -0.5, 41.0, 31.0, 1.0), proposal(3.0, 3.0, 3.0, 3.0, 0.0)]];
-        check(&proposals, &[image(4)], Path::new("proposals.pkl")).unwrap();
+        let order = order(&proposals, &annotations(&[(4, 40, 30)]), None, Path::new("proposals.pkl"));
+        assert_eq!(order.unwrap(), ImageOrder::Id);
     }
 
     #[test]
@@ -168,7 +230,7 @@ mod tests {
     #[test]
     fn proposals_that_cannot_belong_to_these_images_are_named() {
         let cases = [
-            (vec![vec![]], "proposals.pkl: proposals of 1 images, but the annotations have 2: entries belong to images in ascending id"),
+            (vec![vec![]], "proposals.pkl: proposals of 1 images, but the annotations have 2"),
             (
                 vec![vec![], vec![proposal(0.0, 0.0, 42.0, 1.0, 0.5)]],
                 "proposals.pkl: image 9, row 0: box [0, 0, 42, 1] leaves the image of 40 x 30 px",
@@ -181,8 +243,62 @@ mod tests {
             ),
         ];
         for (proposals, expected) in cases {
-            let error = check(&proposals, &[image(4), image(9)], Path::new("proposals.pkl")).unwrap_err();
+            let error = order(&proposals, &annotations(&[(4, 40, 30), (9, 40, 30)]), None, Path::new("proposals.pkl")).unwrap_err();
             assert_eq!(error.to_string(), expected);
         }
+    }
+
+    #[test]
+    fn the_order_of_entries_is_what_the_boxes_fit_or_what_is_said() {
+        let (wide, tall) = (proposal(0.0, 0.0, 80.0, 20.0, 0.5), proposal(0.0, 0.0, 20.0, 80.0, 0.5));
+        let small = proposal(1.0, 1.0, 9.0, 9.0, 0.5);
+        // Image 9, the first one of the file, is wide.
+        let unsorted = annotations(&[(9, 80, 20), (4, 20, 80)]);
+        let find = |first: Proposal, second: Proposal, asked: Option<ImageOrder>| {
+            order(&[vec![first], vec![second]], &unsorted, asked, Path::new("proposals.pkl"))
+                .map_err(|error| (error.to_string(), error.hint().unwrap()))
+        };
+        let (id, file) = (Some(ImageOrder::Id), Some(ImageOrder::File));
+        for asked in [None, file] {
+            assert_eq!(find(wide, tall, asked), Ok(ImageOrder::File));
+        }
+        for asked in [None, id] {
+            assert_eq!(find(tall, wide, asked), Ok(ImageOrder::Id));
+        }
+        // The last row of the last image decides.
+        assert_eq!(find(small, tall, None), Ok(ImageOrder::File));
+        assert_eq!(find(small, small, id), Ok(ImageOrder::Id));
+        assert_eq!(find(small, small, file), Ok(ImageOrder::File));
+
+        let refused = |first, second, asked, problem: &str, hints: &[&str]| {
+            let (error, hint) = find(first, second, asked).unwrap_err();
+            assert_eq!(error, format!("proposals.pkl: {problem}"));
+            assert!(hints.iter().all(|words| hint.contains(words)), "{hint}");
+        };
+        let both = "the entries have no image ids, the annotations do not list the images in ascending id, and the boxes fit both orders";
+        refused(small, small, None, both, &["`with: {order: file}`", "`with: {order: id}`"]);
+        let leaves = "image 4, row 0: box [0, 0, 80, 20] leaves the image of 20 x 80 px";
+        refused(wide, tall, id, &format!("{leaves}, with entries in ascending image id"), &["set `with: {order: file}`"]);
+        let in_file = "image 9, row 0: box [0, 0, 20, 80] leaves the image of 80 x 20 px";
+        let order_of_file = "with entries in the order in which the annotations list the images";
+        refused(tall, wide, file, &format!("{in_file}, {order_of_file}"), &["set `with: {order: id}`"]);
+        let neither = "the boxes fit neither order of the images: in ascending id, image 9, row 0: box [0, 0, 20, 80] leaves the image of \
+            80 x 20 px; in the order of the annotations' file, image 9, row 0: box [0, 0, 20, 80] leaves the image of 80 x 20 px";
+        refused(tall, tall, None, neither, &["`with: {order: file}`", "{order: id}"]);
+
+        // Ascending ids are one order, whatever is asked for.
+        let sorted = annotations(&[(4, 20, 80), (9, 80, 20)]);
+        for asked in [None, id, file] {
+            let found = order(&[vec![tall], vec![wide]], &sorted, asked, Path::new("proposals.pkl"));
+            assert_eq!(found.unwrap(), asked.unwrap_or(ImageOrder::Id));
+        }
+    }
+
+    #[test]
+    fn an_empty_array_without_columns_has_no_proposals() {
+        let bytes = b"\x80\x02]cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01K\x00\x85cnumpy\ndtype\nU\x02f8K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x00tba.";
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        assert_eq!(read(file.path()).unwrap(), [vec![]]);
     }
 }

@@ -3,6 +3,7 @@
 
 use ovenbird_data::{
     Error as DataError,
+    annotations::ImageOrder,
     classes::ClassSplit,
     proposals,
     split::{Keep as KeptLabels, write_split},
@@ -106,13 +107,36 @@ impl Stage for Split {
     }
 }
 
+/// The order of the entries of a file that has one an image and no ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// Ascending image id.
+    Id,
+    /// As the annotations' file lists the images, which is what mmdet reads and writes.
+    File,
+}
+
+impl Order {
+    fn of_data(self) -> ImageOrder {
+        match self {
+            Self::Id => ImageOrder::Id,
+            Self::File => ImageOrder::File,
+        }
+    }
+}
+
 /// Proposals that another program made, matched to images and checked.
 ///
 /// Reads the pickle that mmdet writes (a list over images of float arrays `N x 5`: x1, y1, x2, y2 in px, score), without
-/// Python. Entry k belongs to the k-th image in ascending id: counts must be equal, and boxes must lie in their images.
+/// Python. Entries have no image ids: there must be as many as images, and boxes must lie in their images.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Import {
+    /// The order of the entries. Without it, the order that the boxes fit: boxes must lie in their images. If they fit both orders, the
+    /// stage fails and asks for this parameter. It makes no difference where the annotations list their images in ascending id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order: Option<Order>,
     /// Keeps at most this many proposals an image, best first; all without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub most_per_image: Option<usize>,
@@ -123,7 +147,7 @@ const IMPORTED: Out<Proposals> = Out::new("proposals", "Boxes (xyxy, px) and sco
 
 impl Stage for Import {
     const KIND: &'static str = "proposals/import";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[PICKLE.info(), ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[IMPORTED.info()];
 
@@ -132,7 +156,18 @@ impl Stage for Import {
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
         let pickle = cx.inputs.read(PICKLE)?;
         let mut boxes = pickle.load()?;
-        proposals::check(&boxes, &annotations.images, pickle.path())?;
+        let order = proposals::order(&boxes, &annotations, self.order.map(Order::of_data), pickle.path())?;
+        let order_words = match order {
+            ImageOrder::Id => "id",
+            ImageOrder::File => "file",
+        };
+        if self.order.is_none() && !annotations.file_order.is_sorted() {
+            let words = match order {
+                ImageOrder::Id => "in ascending image id, and not as the annotations list the images",
+                ImageOrder::File => "as the annotations list the images, and not in ascending image id",
+            };
+            cx.note(format!("entries are {words}: the boxes fit that order only (`with: {{order: {order_words}}}`)"));
+        }
         if let Some(most) = self.most_per_image {
             for of_image in &mut boxes {
                 of_image.sort_by(|a, b| b.score.total_cmp(&a.score));
@@ -141,21 +176,26 @@ impl Stage for Import {
         }
         let n_boxes: usize = boxes.iter().map(Vec::len).sum();
         let n_images = boxes.len();
-        let by_image = annotations.images.iter().map(|image| image.id).zip(boxes).collect();
+        let by_image = annotations.images_in(order).into_iter().map(|image| image.id).zip(boxes).collect();
         let draft = cx.begin(unit)?;
         Proposals { by_image }.write(draft.create(IMPORTED, "proposals.parquet")?)?;
         cx.tick(n_images as u64);
-        cx.commit(draft, [("images".into(), n_images.into()), ("proposals".into(), n_boxes.into())].into())
+        let metrics = [("images", n_images.into()), ("proposals", n_boxes.into()), ("order", order_words.into())];
+        cx.commit(draft, metrics.map(|(name, value)| (name.to_owned(), value)).into())
     }
 }
 
 /// Proposals as the pickle that mmdet reads, without Python.
 ///
-/// A list over the images of the annotations in ascending id of float32 arrays `N x 5`: x1, y1, x2, y2 in px, score; in the order of the
-/// proposals. Readers match entries with images by their places alone, so give the annotations that they will be read with.
+/// A list over the images of the annotations of float32 arrays `N x 5`: x1, y1, x2, y2 in px, score; in the order of the proposals.
+/// Readers match entries with images by their places alone, so give the annotations that they will be read with.
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
-pub struct Export {}
+pub struct Export {
+    /// The order of the entries; `id` without it, with a note where the annotations list their images in another order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub order: Option<Order>,
+}
 
 const PROPOSALS: In<Proposals> = In::required("proposals", "Boxes (xyxy, px) and scores by image id.");
 const EXPORTED: Out<MmdetProposals> = Out::new("proposals", "mmdet's pickle.");
@@ -172,7 +212,10 @@ impl Stage for Export {
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let proposals = cx.inputs.read(PROPOSALS)?;
         let n_entries = proposals.by_image.len();
-        let boxes = proposals.of_images(&annotations)?;
+        if self.order.is_none() && !annotations.file_order.is_sorted() {
+            cx.note("entries are in ascending image id, but the annotations list the images in another order: mmdet needs `with: {order: file}`");
+        }
+        let boxes = proposals.of_images(annotations.images_in(self.order.map_or(ImageOrder::Id, Order::of_data)))?;
         if n_entries > boxes.len() {
             cx.note(format!("proposals of {} images that the annotations do not have are left out", n_entries - boxes.len()));
         }

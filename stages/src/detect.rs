@@ -1,5 +1,7 @@
 //! `detect/zero-shot`, `eval/coco` and `eval/lvis`: region features against class embeddings, and how good that is.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use ovenbird_data::{
     annotations::{Annotations, CategoryId},
     boxes::nms_by_class,
@@ -45,7 +47,8 @@ const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings of the sa
 const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "The labels of the same images: category ids are taken from there.");
 const DETECTIONS: Out<Detections> = Out::new("detections", "Boxes (xyxy, px), categories and scores by image, best first.");
-const EVALUATION: Out<EvaluationFile> = Out::new("evaluation", "AP and AR of all, base and novel classes, of every class, and PR curves.");
+const EVALUATION: Out<EvaluationFile> =
+    Out::new("evaluation", "AP and AR of all, base and novel classes, of every class, PR curves, and warnings.");
 
 /// Category ids of some classes, by name.
 pub(crate) fn category_ids<'a>(annotations: &Annotations, classes: impl Iterator<Item = &'a String>) -> Result<Vec<CategoryId>> {
@@ -60,9 +63,14 @@ pub(crate) fn category_ids<'a>(annotations: &Annotations, classes: impl Iterator
     classes.map(id).collect()
 }
 
+/// The names of some categories.
+pub(crate) fn category_names(annotations: &Annotations, ids: &[CategoryId]) -> BTreeMap<CategoryId, String> {
+    ids.iter().filter_map(|id| Some((*id, annotations.category(*id)?.name.clone()))).collect()
+}
+
 impl Stage for ZeroShot {
     const KIND: &'static str = "detect/zero-shot";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[FEATURES.info(), PROMPTS.info(), CLASSES.info(), ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[DETECTIONS.info()];
 
@@ -86,15 +94,18 @@ impl Stage for ZeroShot {
         space::common(&[(FEATURES.info().name, features.clip()?), (PROMPTS.info().name, prompts.clip)])?;
         let prompts = prompts.select(&names)?;
         cx.total(annotations.images.len() as u64);
-        let mut detections = Vec::new();
+        let (mut detections, mut looked_at) = (Vec::new(), BTreeSet::new());
         for regions in features.rows() {
             cx.proceed()?;
-            detections.extend(self.detect(&regions?, &prompts, &ids)?);
+            let regions = regions?;
+            looked_at.insert(regions.image_id);
+            detections.extend(self.detect(&regions, &prompts, &ids)?);
             cx.tick(1);
         }
         let n_detections = detections.len();
         let draft = cx.begin(unit)?;
-        Detections::write(&detections, draft.create(DETECTIONS, "detections.parquet")?)?;
+        let file = draft.create(DETECTIONS, "detections.parquet")?;
+        Detections::write(&detections, &looked_at, &category_names(&annotations, &ids), file)?;
         cx.commit(draft, [("detections".into(), n_detections.into())].into())
     }
 }
@@ -193,7 +204,7 @@ const EVAL_INPUTS: &[PortInfo] = &[ANNOTATIONS.info(), FOUND.info(), CLASSES.inf
 
 impl Stage for Coco {
     const KIND: &'static str = "eval/coco";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = EVAL_INPUTS;
     const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
 
@@ -204,7 +215,7 @@ impl Stage for Coco {
 
 impl Stage for Lvis {
     const KIND: &'static str = "eval/lvis";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = EVAL_INPUTS;
     const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
 
@@ -235,8 +246,15 @@ fn evaluate(units: &[Unit], cx: &Context<'_>, metric: Metric, of: Of) -> Result<
         }
     };
     cx.total(annotations.images.len() as u64);
+    let table = cx.inputs.read(FOUND)?;
+    for (id, name) in table.categories()?.into_iter().flatten() {
+        if let Some(category) = annotations.category(id).filter(|category| category.name != name) {
+            let problem = format!("category {id} is `{name}`, but `{}` in the annotations", category.name);
+            return Err(port("detections", "evaluate detections against the annotations they were made for")(problem));
+        }
+    }
     let (mut n_judged, mut n_stray) = (0, 0);
-    for detections in cx.inputs.read(FOUND)?.pieces() {
+    for detections in table.pieces() {
         let mut detections = detections?;
         let n_found = detections.len();
         detections.retain(|detection| annotations.image(detection.image_id).is_some());
@@ -255,7 +273,7 @@ fn evaluate(units: &[Unit], cx: &Context<'_>, metric: Metric, of: Of) -> Result<
     if n_stray > 0 {
         cx.note(format!("{n_stray} detections in images that the annotations leave out are not judged"));
     }
-    let evaluation = evaluator.finish().map_err(port("detections", hint))?;
+    let evaluation = evaluator.finish(table.looked_at()?.as_ref()).map_err(port("detections", hint))?;
     let metrics = evaluation.groups.iter().map(|(group, summary)| (format!("{group}.ap50"), summary.ap50.into()));
     let metrics = metrics.collect();
     let draft = cx.begin(unit)?;

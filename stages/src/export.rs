@@ -1,28 +1,37 @@
 //! `detections/export`: detections for the programs of others.
 
-use std::io::{self, BufWriter, Write as _};
+use std::{
+    collections::BTreeMap,
+    io::{self, BufWriter, Write as _},
+};
 
-use ovenbird_data::{boxes::Xyxy, evaluate::Detection};
+use ovenbird_data::{
+    annotations::{Annotations, CategoryId},
+    boxes::Xyxy,
+    evaluate::Detection,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Context, In, Out, PortInfo, Result, Stage, Unit,
-    artifacts::{Detections, ResultsFile},
+    Context, Error, In, Out, PortInfo, Result, Stage, Unit,
+    artifacts::{AnnotationFile, Detections, ResultsFile},
     contract::write_error,
 };
 
 /// Detections as one results file of COCO and LVIS, which pycocotools' `loadRes` and lvis-api's `LVISResults` read.
 ///
 /// A list of `{"image_id", "category_id", "bbox": [x, y, width, height], "score"}`, with `"segmentation"` (packed run lengths) where there
-/// are masks; a line each, in the detections' order. Ids are those of the annotations that were detected with, numbers the shortest
-/// decimals of f32. Who evaluates masks with pycocotools or lvis-api takes `bbox` out first, as mmdet does: otherwise small, medium and
+/// are masks; a line each, in the detections' order. Category ids are those of the annotations given here, found by name, numbers the
+/// shortest decimals of f32. `coco/split` renumbers categories: give the json that the results will be evaluated with. Who evaluates masks with pycocotools or lvis-api takes `bbox` out first, as mmdet does: otherwise small, medium and
 /// large go by boxes.
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Export {}
 
 const DETECTIONS: In<Detections> = In::required("detections", "Boxes, categories and scores; masks are optional.");
+const ANNOTATIONS: In<AnnotationFile> =
+    In::required("annotations", "COCO or LVIS json that the results are for: the one brought, not renumbered, to have its category ids.");
 const RESULTS: Out<ResultsFile> = Out::new("results", "A results file of COCO and LVIS, json.");
 
 /// One line of the file.
@@ -47,22 +56,32 @@ struct Runs<'a> {
 
 impl Stage for Export {
     const KIND: &'static str = "detections/export";
-    const VERSION: u32 = 1;
-    const INPUTS: &'static [PortInfo] = &[DETECTIONS.info()];
+    const VERSION: u32 = 2;
+    const INPUTS: &'static [PortInfo] = &[DETECTIONS.info(), ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[RESULTS.info()];
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let detections = cx.inputs.read(DETECTIONS)?;
+        let ids = category_ids(&detections, &annotations)?;
         let draft = cx.begin(unit)?;
         let mut file = draft.create(RESULTS, "results.json")?;
         let path = file.path().to_owned();
         let failed = |source: io::Error| write_error(&path, source);
         let mut out = BufWriter::with_capacity(1 << 20, &mut file);
         let (mut n_detections, mut before) = (0_u64, "[\n");
-        for detections in cx.inputs.read(DETECTIONS)?.pieces() {
-            for detection in &detections? {
+        for piece in detections.pieces() {
+            for detection in &piece? {
+                if annotations.image(detection.image_id).is_none() {
+                    return Err(Error::Input {
+                        port: "detections",
+                        problem: format!("a detection in image {}, which the annotations do not have", detection.image_id),
+                        hint: "give the annotations of the images that were detected in".into(),
+                    });
+                }
                 out.write_all(before.as_bytes()).map_err(failed)?;
-                serde_json::to_writer(&mut out, &entry(detection)).map_err(|error| failed(error.into()))?;
+                serde_json::to_writer(&mut out, &entry(detection, &ids)?).map_err(|error| failed(error.into()))?;
                 (n_detections, before) = (n_detections + 1, ",\n");
             }
             cx.proceed()?;
@@ -76,10 +95,36 @@ impl Stage for Export {
     }
 }
 
-fn entry(detection: &Detection) -> Entry<'_> {
+/// The annotations' id of each category of the detections, by name.
+fn category_ids(detections: &Detections, annotations: &Annotations) -> Result<BTreeMap<CategoryId, CategoryId>> {
+    let Some(names) = detections.categories()? else {
+        return Err(Error::Input {
+            port: "detections",
+            problem: "the table does not name its categories: it is of an earlier version".into(),
+            hint: "make the detections again".into(),
+        });
+    };
+    let by_name: BTreeMap<&str, CategoryId> = annotations.categories.iter().map(|category| (category.name.as_str(), category.id)).collect();
+    let id = |(id, name): (CategoryId, String)| match by_name.get(name.as_str()) {
+        Some(found) => Ok((id, *found)),
+        None => Err(Error::Input {
+            port: "annotations",
+            problem: format!("no category is named `{name}`, which the detections have"),
+            hint: "give the json that the detections' annotations were split from".into(),
+        }),
+    };
+    names.into_iter().map(id).collect()
+}
+
+fn entry<'a>(detection: &'a Detection, ids: &BTreeMap<CategoryId, CategoryId>) -> Result<Entry<'a>> {
     let Detection { image_id, category_id, xyxy, score, mask } = detection;
     let Xyxy { x1, y1, .. } = *xyxy;
     let bbox = [x1, y1, xyxy.width(), xyxy.height()];
+    let category_id = ids.get(category_id).ok_or_else(|| Error::Input {
+        port: "detections",
+        problem: format!("image {image_id}: a detection of category {category_id}, which the table does not name"),
+        hint: "make the detections again".into(),
+    })?;
     let segmentation = mask.as_ref().map(|mask| Runs { size: [mask.size[1], mask.size[0]], counts: &mask.counts });
-    Entry { image_id: image_id.0, category_id: category_id.0, bbox, score: *score, segmentation }
+    Ok(Entry { image_id: image_id.0, category_id: category_id.0, bbox, score: *score, segmentation })
 }

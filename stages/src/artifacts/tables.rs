@@ -1,10 +1,19 @@
 //! Parquet tables with zstd: proposals and detections.
 //!
 //! Both hold one row a box, grouped by image in ascending id: `image_id` u64, [`category_id` u64,] `x1 y1 x2 y2` f32 in px
-//! of the original image, `score` f32[, `mask` utf8, null or `WIDTHxHEIGHT:` and COCO's packed run lengths]. The version is in the
-//! file's key-value metadata.
+//! of the original image, `score` f32[, `mask` utf8, null or `WIDTHxHEIGHT:` and COCO's packed run lengths]. An image without a box has
+//! one row with nulls; in a table of detections these rows come last. The version is in the file's key-value metadata: 1, and for
+//! detections 2, which also has the names of the categories there, as JSON by id. In tables of detections of version 1 images without a
+//! box have no row, so that nobody can tell which were looked at.
 
-use std::{collections::BTreeMap, fs::File, mem, path::Path, slice, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    iter, mem,
+    path::Path,
+    slice,
+    sync::Arc,
+};
 
 use arrow::{
     array::{Array, ArrayRef, AsArray, Float32Array, RecordBatch, StringArray, UInt64Array},
@@ -15,14 +24,14 @@ use ovenbird_cache::{
     inputs::{Checked, InputFile},
 };
 use ovenbird_data::{
-    annotations::{Annotations, CategoryId, ImageId, ImageInfo},
+    annotations::{CategoryId, ImageId, ImageInfo},
     boxes::Xyxy,
     evaluate::Detection,
     proposals::Proposal,
 };
 use parquet::{
     arrow::{
-        ArrowWriter,
+        ArrowWriter, ProjectionMask,
         arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder},
     },
     basic::{Compression, ZstdLevel},
@@ -34,7 +43,9 @@ use super::Artifact;
 use crate::{Error, Result, contract::write_error, error::malformed};
 
 const FORMAT_KEY: &str = "ovenbird.table";
-const FORMAT: &str = "1";
+const PROPOSALS_FORMAT: u32 = 1;
+const DETECTIONS_FORMAT: u32 = 2;
+const CATEGORIES_KEY: &str = "ovenbird.categories";
 /// Rows that are read at once.
 const BATCH_ROWS: usize = 1 << 16;
 
@@ -53,7 +64,7 @@ impl Artifact for Proposals {
         let mut by_image: BTreeMap<ImageId, Vec<Proposal>> = BTreeMap::new();
         for file in files {
             let path = &file.path;
-            for batch in Table::open(file)? {
+            for batch in Table::open(file, PROPOSALS_FORMAT, None)? {
                 let batch = batch?;
                 let (ids, boxes) = (ids(path, &batch, "image_id")?, boxes(path, &batch)?);
                 for (image, (xyxy, score)) in ids.into_iter().zip(boxes) {
@@ -70,8 +81,8 @@ impl Artifact for Proposals {
 }
 
 impl Proposals {
-    /// The proposals of every image of some annotations, in ascending image id. Fails where an image has no entry.
-    pub(crate) fn of_images(mut self, annotations: &Annotations) -> Result<Vec<Vec<Proposal>>> {
+    /// The proposals of some images, in their order. Fails where an image has no entry.
+    pub(crate) fn of_images<'a>(mut self, images: impl IntoIterator<Item = &'a ImageInfo>) -> Result<Vec<Vec<Proposal>>> {
         let of_image = |image: &ImageInfo| {
             self.by_image.remove(&image.id).ok_or_else(|| Error::Input {
                 port: "proposals",
@@ -79,7 +90,7 @@ impl Proposals {
                 hint: "use the proposals that `proposals/import` made for these annotations".into(),
             })
         };
-        annotations.images.iter().map(of_image).collect()
+        images.into_iter().map(of_image).collect()
     }
 
     /// Writes the table and finishes the file.
@@ -98,7 +109,7 @@ impl Proposals {
         let mut columns: Vec<(&str, ArrayRef)> = vec![("image_id", Arc::new(UInt64Array::from(images)))];
         check_numbers(&boxes)?;
         columns.extend(box_columns(&boxes));
-        write_table(file, columns)
+        write_table(file, columns, PROPOSALS_FORMAT, Vec::new())
     }
 }
 
@@ -123,19 +134,68 @@ impl Detections {
         Pieces { files: self.files.iter(), table: None, begun: Vec::new() }
     }
 
+    /// The images that were looked at, whether or not something was found there; `None` for tables that do not say.
+    pub fn looked_at(&self) -> Result<Option<BTreeSet<ImageId>>> {
+        let mut looked_at = BTreeSet::new();
+        for file in &self.files {
+            let (path, table) = (&file.path, Table::open(file, DETECTIONS_FORMAT, Some("image_id"))?);
+            if table.format < DETECTIONS_FORMAT {
+                return Ok(None);
+            }
+            for batch in table {
+                looked_at.extend(ids(path, &batch?, "image_id")?.into_iter().map(ImageId));
+            }
+        }
+        Ok(Some(looked_at))
+    }
+
+    /// The names of the categories that were looked for, by id; `None` for tables that do not say. Fails where tables differ in a name.
+    pub fn categories(&self) -> Result<Option<BTreeMap<CategoryId, String>>> {
+        let mut categories: BTreeMap<CategoryId, String> = BTreeMap::new();
+        for file in &self.files {
+            let path = &file.path;
+            let Some(named) = Table::open(file, DETECTIONS_FORMAT, None)?.categories else { return Ok(None) };
+            let named: BTreeMap<CategoryId, String> =
+                serde_json::from_str(&named).map_err(|error| malformed(path, format!("`{CATEGORIES_KEY}` in the metadata: {error}")))?;
+            for (id, name) in named {
+                let known = categories.entry(id).or_insert_with(|| name.clone());
+                if *known != name {
+                    return Err(malformed(path, format!("category {id} is `{name}`, but `{known}` in the tables before")));
+                }
+            }
+        }
+        Ok(Some(categories))
+    }
+
     /// Writes a table and finishes the file. Masks have a column of their own only if there are some.
-    pub fn write(detections: &[Detection], file: DraftFile) -> Result<()> {
-        let ids = |id: fn(&Detection) -> u64| -> ArrayRef { Arc::new(detections.iter().map(id).collect::<UInt64Array>()) };
-        let mut columns =
-            vec![("image_id", ids(|detection| detection.image_id.0)), ("category_id", ids(|detection| detection.category_id.0))];
-        let boxes: Vec<_> = detections.iter().map(|detection| Some((detection.xyxy, detection.score))).collect();
+    ///
+    /// `looked_at`: the images of the detections, and those in which nothing was found. `categories`: the names of what was looked for.
+    pub fn write(
+        detections: &[Detection],
+        looked_at: &BTreeSet<ImageId>,
+        categories: &BTreeMap<CategoryId, String>,
+        file: DraftFile,
+    ) -> Result<()> {
+        let mut empty = looked_at.clone();
+        for detection in detections {
+            empty.remove(&detection.image_id);
+        }
+        let n_empty = empty.len();
+        let images = detections.iter().map(|detection| detection.image_id).chain(empty);
+        let rows = || detections.iter().map(Some).chain(iter::repeat_n(None, n_empty));
+        let mut columns: Vec<(&str, ArrayRef)> = vec![
+            ("image_id", Arc::new(images.map(|image| image.0).collect::<UInt64Array>())),
+            ("category_id", Arc::new(rows().map(|row| row.map(|detection| detection.category_id.0)).collect::<UInt64Array>())),
+        ];
+        let boxes: Vec<_> = rows().map(|row| row.map(|detection| (detection.xyxy, detection.score))).collect();
         check_numbers(&boxes)?;
         columns.extend(box_columns(&boxes));
         if detections.iter().any(|detection| detection.mask.is_some()) {
-            let text = |detection: &Detection| detection.mask.as_ref().map(ToString::to_string);
-            columns.push(("mask", Arc::new(detections.iter().map(text).collect::<StringArray>())));
+            let text = |row: Option<&Detection>| row?.mask.as_ref().map(ToString::to_string);
+            columns.push(("mask", Arc::new(rows().map(text).collect::<StringArray>())));
         }
-        write_table(file, columns)
+        let names = serde_json::to_string(categories).expect("BUG: names by id are plain JSON");
+        write_table(file, columns, DETECTIONS_FORMAT, vec![KeyValue::new(CATEGORIES_KEY.to_owned(), names)])
     }
 }
 
@@ -152,7 +212,7 @@ impl Iterator for Pieces<'_> {
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             let Some(table) = &mut self.table else {
-                match self.files.next().map(Table::open) {
+                match self.files.next().map(|file| Table::open(file, DETECTIONS_FORMAT, None)) {
                     Some(Ok(table)) => self.table = Some(table),
                     Some(Err(error)) => return Some(Err(error)),
                     None if self.begun.is_empty() => return None,
@@ -160,7 +220,8 @@ impl Iterator for Pieces<'_> {
                 }
                 continue;
             };
-            match table.next().map(|batch| detections(&table.file.path, &batch?)) {
+            let format = table.format;
+            match table.next().map(|batch| detections(&table.file.path, &batch?, format)) {
                 Some(Ok(rows)) => self.begun.extend(rows),
                 Some(Err(error)) => return Some(Err(error)),
                 None => self.table = None,
@@ -175,7 +236,7 @@ impl Iterator for Pieces<'_> {
     }
 }
 
-fn detections(path: &Path, batch: &RecordBatch) -> Result<Vec<Detection>> {
+fn detections(path: &Path, batch: &RecordBatch, format: u32) -> Result<Vec<Detection>> {
     let (images, categories) = (ids(path, batch, "image_id")?, ids(path, batch, "category_id")?);
     let masks = match batch.column_by_name("mask") {
         Some(column) => Some(column.as_string_opt::<i32>().ok_or_else(|| malformed(path, "expected a utf8 column `mask`"))?),
@@ -183,12 +244,16 @@ fn detections(path: &Path, batch: &RecordBatch) -> Result<Vec<Detection>> {
     };
     let rows = images.into_iter().zip(categories).zip(boxes(path, batch)?).enumerate();
     let detection = |(row, ((image, category), (xyxy, score)))| {
-        let xyxy = Option::ok_or_else(xyxy, || malformed(path, "a detection without a box"))?;
+        let xyxy = match xyxy {
+            Some(xyxy) => xyxy,
+            None if format >= DETECTIONS_FORMAT => return Ok(None),
+            None => return Err(malformed(path, "a detection without a box")),
+        };
         let mask = masks.filter(|masks| masks.is_valid(row)).map(|masks| masks.value(row).parse().map(Box::new));
         let mask = mask.transpose().map_err(|problem: String| malformed(path, format!("image {image}: {problem}")))?;
-        Ok(Detection { image_id: ImageId(image), category_id: CategoryId(category), xyxy, score, mask })
+        Ok(Some(Detection { image_id: ImageId(image), category_id: CategoryId(category), xyxy, score, mask }))
     };
-    rows.map(detection).collect()
+    rows.map(detection).filter_map(Result::transpose).collect()
 }
 
 fn box_columns(boxes: &[Option<(Xyxy, f32)>]) -> [(&'static str, ArrayRef); 5] {
@@ -216,15 +281,16 @@ fn check_numbers(boxes: &[Option<(Xyxy, f32)>]) -> Result<()> {
     }
 }
 
-fn write_table(mut file: DraftFile, columns: Vec<(&str, ArrayRef)>) -> Result<()> {
+fn write_table(mut file: DraftFile, columns: Vec<(&str, ArrayRef)>, format: u32, mut entries: Vec<KeyValue>) -> Result<()> {
     let nullable = columns.into_iter().map(|(name, array)| (name, array, true));
     let batch = RecordBatch::try_from_iter_with_nullable(nullable).expect("BUG: all columns have one value a row");
 
+    entries.insert(0, KeyValue::new(FORMAT_KEY.to_owned(), format.to_string()));
     let path = file.path().to_owned();
-    let mut write = || -> Result<(), ParquetError> {
+    let write = || -> Result<(), ParquetError> {
         let properties = WriterProperties::builder()
             .set_compression(Compression::ZSTD(ZstdLevel::default()))
-            .set_key_value_metadata(Some(vec![KeyValue::new(FORMAT_KEY.to_owned(), FORMAT.to_owned())]))
+            .set_key_value_metadata(Some(entries))
             .build();
         let mut writer = ArrowWriter::try_new(&mut file, batch.schema(), Some(properties))?;
         writer.write(&batch)?;
@@ -238,25 +304,33 @@ fn write_table(mut file: DraftFile, columns: Vec<(&str, ArrayRef)>) -> Result<()
 /// A table that is being read.
 struct Table<'a> {
     file: &'a InputFile,
+    format: u32,
+    /// Names by id, JSON.
+    categories: Option<String>,
     batches: ParquetRecordBatchReader,
     /// What is still to be asked at the end.
     checked: Option<Checked<'a>>,
 }
 
 impl<'a> Table<'a> {
-    fn open(input: &'a InputFile) -> Result<Self> {
+    /// Opens a table of a format up to `newest`, to read all columns or `only` one.
+    fn open(input: &'a InputFile, newest: u32, only: Option<&str>) -> Result<Self> {
         let (checked, path) = (input.check()?, &input.path);
         let file = File::open(path).map_err(|source| ovenbird_data::Error::Read { path: path.to_owned(), source })?;
         let damaged = |error: ParquetError| malformed(path, error.to_string());
         let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(damaged)?;
         let entries = builder.metadata().file_metadata().key_value_metadata();
-        let format = entries.and_then(|entries| entries.iter().find(|entry| entry.key == FORMAT_KEY)).and_then(|entry| entry.value.clone());
-        if format.as_deref() != Some(FORMAT) {
-            let found = format.unwrap_or_else(|| "none".into());
-            return Err(malformed(path, format!("expected a table of format {FORMAT}, found {found}")));
-        }
-        let batches = builder.with_batch_size(BATCH_ROWS).build().map_err(damaged)?;
-        Ok(Self { file: input, batches, checked: Some(checked) })
+        let entry = |key: &str| entries?.iter().find(|entry| entry.key == key)?.value.clone();
+        let found = entry(FORMAT_KEY);
+        let format = found.as_ref().and_then(|found| found.parse().ok()).filter(|format| (1..=newest).contains(format));
+        let Some(format) = format else {
+            let (newest, found) = (if newest > 1 { format!("1 to {newest}") } else { "1".into() }, found.unwrap_or_else(|| "none".into()));
+            return Err(malformed(path, format!("expected a table of format {newest}, found {found}")));
+        };
+        let categories = entry(CATEGORIES_KEY);
+        let columns = only.map_or_else(ProjectionMask::all, |only| ProjectionMask::columns(builder.parquet_schema(), [only]));
+        let batches = builder.with_batch_size(BATCH_ROWS).with_projection(columns).build().map_err(damaged)?;
+        Ok(Self { file: input, format, categories, batches, checked: Some(checked) })
     }
 }
 
@@ -313,7 +387,8 @@ mod tests {
         let draft = store.begin_unit(&key).unwrap();
         let xyxy = Xyxy { x1: 1.0, y1: 2.0, x2: 3.0, y2: f32::INFINITY };
         let detection = Detection { image_id: ImageId(4), category_id: CategoryId(5), xyxy, score: 0.5, mask: None };
-        let refused = Detections::write(&[detection], draft.create("one.parquet").unwrap()).unwrap_err();
+        let refused =
+            Detections::write(&[detection], &BTreeSet::new(), &BTreeMap::new(), draft.create("one.parquet").unwrap()).unwrap_err();
         assert!(refused.to_string().contains("y2: inf"), "{refused}");
 
         // As another program might write it.
@@ -322,7 +397,7 @@ mod tests {
         columns.extend(box_columns(&[Some((xyxy, 0.5))]));
         let file = draft.create("two.parquet").unwrap();
         let path = file.path().to_owned();
-        write_table(file, columns).unwrap();
+        write_table(file, columns, 1, Vec::new()).unwrap();
         let files = ovenbird_cache::inputs::digest_path(&path, None, 0).unwrap();
         let refused = Detections::open(&files).unwrap().pieces().next().unwrap().unwrap_err();
         assert!(refused.to_string().contains("expected finite numbers"), "{refused}");

@@ -46,7 +46,7 @@ fn image_units(inputs: &Inputs) -> Result<Units> {
 /// Units of stages whose items are images with their proposals.
 fn region_units(inputs: &Inputs) -> Result<Units> {
     let annotations = inputs.read(ANNOTATIONS)?.load()?;
-    let proposals = inputs.read(PROPOSALS)?.of_images(&annotations)?;
+    let proposals = inputs.read(PROPOSALS)?.of_images(&annotations.images)?;
     let images = inputs.read(IMAGES)?.items(&annotations)?;
     let item = |(image, proposals): (Digest, &Vec<Proposal>)| {
         let numbers = proposals.iter().flat_map(|Proposal { xyxy, score }| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2, *score]);
@@ -60,7 +60,7 @@ fn region_units(inputs: &Inputs) -> Result<Units> {
 /// The proposals of every image that are large enough on both sides.
 fn kept(inputs: &Inputs, min_side: f32) -> Result<(Annotations, Vec<Vec<Proposal>>)> {
     let annotations = inputs.read(ANNOTATIONS)?.load()?;
-    let mut proposals = inputs.read(PROPOSALS)?.of_images(&annotations)?;
+    let mut proposals = inputs.read(PROPOSALS)?.of_images(&annotations.images)?;
     for of_image in &mut proposals {
         of_image.retain(|proposal| proposal.xyxy.width() >= min_side && proposal.xyxy.height() >= min_side);
     }

@@ -1,6 +1,6 @@
 //! `detector/select`: which checkpoint of a training sees most.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ovenbird_cache::inputs::InputFile;
 use ovenbird_data::evaluate::{Evaluation, Evaluator, Metric, Shape};
@@ -89,7 +89,7 @@ const CURVE: Out<Curve> = Out::new("curve", "AP and AP50 of base and novel class
 
 impl Stage for Select {
     const KIND: &'static str = "detector/select";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] =
         &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), MULTILABEL_PROMPTS.info(), CHECKPOINTS.info()];
     const OUTPUTS: &'static [PortInfo] = &[BEST.info(), BEST_EVALUATION.info(), LAST_EVALUATION.info(), CURVE.info()];
@@ -119,8 +119,9 @@ impl Stage for Select {
             let file = &files[unit.index];
             let step = step_of(file)?;
             let observer = Observer::of(&self.test, (CHECKPOINTS.info().name, file), &viewing.annotations, cx)?;
-            let mut detections = Vec::new();
+            let (mut detections, mut looked_at) = (Vec::new(), BTreeSet::new());
             viewing.each(0..n_images, observer.fits, &draft, cx, |view| {
+                looked_at.insert(view.info.id);
                 detections.extend(observer.see(&view, cx.threads)?);
                 Ok(())
             })?;
@@ -135,7 +136,7 @@ impl Stage for Select {
             };
             let mut evaluator = Evaluator::new(metric, Shape::Boxes, &viewing.annotations, &classes).map_err(refused)?;
             evaluator.judge(&detections).map_err(refused)?;
-            let evaluation = evaluator.finish().map_err(refused)?;
+            let evaluation = evaluator.finish(Some(&looked_at)).map_err(refused)?;
 
             let before = unit.index.checked_sub(1);
             let mut curve = before.map_or_else(|| Ok(Curve::default()), |before| cx.published(before, CURVE))?;

@@ -1,5 +1,7 @@
 //! `detector/test`: what a trained detector sees.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use ovenbird_cache::Digest;
 use ovenbird_data::{
     annotations::{Annotations, CategoryId},
@@ -23,7 +25,7 @@ use super::{ANNOTATIONS, CLASSES, ClassTables, DetectorFile, IMAGES, MULTILABEL_
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Classes, Detections, read_weights},
-    detect::category_ids,
+    detect::{category_ids, category_names},
     feed::in_parallel,
 };
 
@@ -145,7 +147,7 @@ const DETECTIONS: Out<Detections> =
 
 impl Stage for Test {
     const KIND: &'static str = "detector/test";
-    const VERSION: u32 = 3;
+    const VERSION: u32 = 4;
     const INPUTS: &'static [PortInfo] =
         &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), MULTILABEL_PROMPTS.info(), DETECTOR.info()];
     const OUTPUTS: &'static [PortInfo] = &[DETECTIONS.info()];
@@ -180,16 +182,18 @@ impl Stage for Test {
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
         let observer = Observer::of(self, (DETECTOR.info().name, &cx.inputs.read(DETECTOR)?), &annotations, cx)?;
+        let categories: BTreeMap<CategoryId, String> = category_names(&annotations, &observer.ids);
         let viewing = Viewing { images: cx.inputs.read(IMAGES)?, annotations };
         for unit in units {
             // One that another process or device makes is passed by.
             let Some(draft) = cx.begin_claimed(unit)? else { continue };
-            let mut detections = Vec::new();
+            let (mut detections, mut looked_at) = (Vec::new(), BTreeSet::new());
             viewing.each(unit.items.clone(), observer.fits, &draft, cx, |view| {
+                looked_at.insert(view.info.id);
                 detections.extend(observer.see(&view, cx.threads)?);
                 Ok(())
             })?;
-            Detections::write(&detections, draft.create(DETECTIONS, "detections.parquet")?)?;
+            Detections::write(&detections, &looked_at, &categories, draft.create(DETECTIONS, "detections.parquet")?)?;
             cx.commit(draft, [("detections".into(), detections.len().into())].into())?;
         }
         Ok(())

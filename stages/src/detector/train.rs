@@ -225,7 +225,7 @@ impl Stage for Train {
         let dim = learner.card.config.embed_dim;
         let mut course = Course::of(&self.training, cx)?.with_features([FEATURES, BLOCKS], GLOBALS, dim, cx)?;
         if self.masks {
-            course = course.with_masks();
+            course = course.with_masks()?;
         }
         let card = serde_json::to_string(&learner.card).expect("BUG: a card is plain JSON");
         train(&learner, &course, &PORTS, &BTreeMap::from([(CARD_KEY.to_owned(), card)]), units, cx)

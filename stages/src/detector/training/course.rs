@@ -5,7 +5,7 @@ use std::ops::Range;
 use ovenbird_data::{
     annotations::{Annotations, ImageId},
     boxes::Xyxy,
-    masks::Mask,
+    masks::{Mask, check_outlines},
     training::{self, Object, Placement, Sample, ShownMask},
 };
 use ovenbird_models::detector::boxes::ImageSize;
@@ -167,9 +167,12 @@ impl Course {
         Ok(Some(Source { by_image, dim: dim as usize, port: port.info().name }))
     }
 
-    /// The same, with the masks of objects.
-    pub(in crate::detector) fn with_masks(self) -> Self {
-        Self { has_masks: true, ..self }
+    /// The same, with the masks of objects. Fails where an object has no outline.
+    pub(in crate::detector) fn with_masks(self) -> Result<Self> {
+        let objects = self.samples.iter().flat_map(|sample| sample.objects.iter().map(|object| (sample.info.id, object)));
+        let outlines = objects.map(|(image, object)| (object.id, image, object.segmentation.as_ref()));
+        check_outlines(outlines).map_err(unusable_masks)?;
+        Ok(Self { has_masks: true, ..self })
     }
 
     /// How it is trained, its length in steps.
@@ -270,14 +273,15 @@ impl Course {
 }
 
 fn shown_mask(object: &Object, placement: Placement) -> Result<ShownMask> {
-    let segmentation = object.segmentation.as_ref().ok_or_else(|| "no segmentation".to_owned());
-    let mask = segmentation.and_then(|segmentation| Mask::from_segmentation(segmentation, placement.from));
-    let mask = mask.map_err(|problem| Error::Input {
-        port: ANNOTATIONS.info().name,
-        problem: format!("annotation {}: {problem}", object.id),
-        hint: "masks are learned from: give annotations with polygons or run lengths, or train without `masks`".into(),
-    })?;
+    let segmentation = object.segmentation.as_ref().expect("BUG: `with_masks` checks that every object has an outline");
+    let mask = Mask::from_segmentation(segmentation, placement.from);
+    let mask = mask.map_err(|problem| unusable_masks(format!("annotation {}: {problem}", object.id)))?;
     Ok(placement.show_mask(&mask))
+}
+
+fn unusable_masks(problem: String) -> Error {
+    let hint = "masks are learned from: give annotations with polygons or run lengths, or train without `masks`".into();
+    Error::Input { port: ANNOTATIONS.info().name, problem, hint }
 }
 
 impl ShownRegions {

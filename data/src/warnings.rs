@@ -1,0 +1,205 @@
+//! Conditions under which an evaluation's numbers are right by its rules and yet mislead, in words with counts.
+
+use std::collections::BTreeSet;
+
+use crate::{
+    annotations::{Annotation, Annotations, CategoryId, ImageId, ImageInfo},
+    evaluate::{Metric, is_ignored},
+};
+
+/// How far a box may reach outside its image before it counts as leaving it, in px.
+const TOLERANCE_PX: f64 = 1.0;
+
+/// What to know about an evaluation of some categories. `looked_at`: the images that were searched for objects, where that is known.
+pub(crate) fn warnings(
+    metric: Metric,
+    annotations: &Annotations,
+    categories: &BTreeSet<CategoryId>,
+    looked_at: Option<&BTreeSet<ImageId>>,
+) -> Vec<String> {
+    let labels: Vec<&Annotation> = annotations.annotations.iter().filter(|label| categories.contains(&label.category_id)).collect();
+    let objects: Vec<&Annotation> = labels.iter().copied().filter(|label| !is_ignored(metric, label)).collect();
+    let (n_images, n_labels, n_objects) = (annotations.images.len(), labels.len(), objects.len());
+    let mut warnings = Vec::new();
+
+    if let Some(looked_at) = looked_at {
+        let is_missing = |image: &ImageId| !looked_at.contains(image);
+        let n_missing = annotations.images.iter().filter(|image| is_missing(&image.id)).count();
+        let n_lost = objects.iter().filter(|object| is_missing(&object.image_id)).count();
+        warnings.extend((n_missing > 0).then(|| {
+            format!(
+                "{n_missing} of {n_images} images were not looked at (left out upstream, as by `on_bad_item: skip`): their {n_lost} \
+                 objects count as missed"
+            )
+        }));
+    }
+    if n_labels > 0 && n_objects == 0 {
+        warnings.push(format!("{n_labels} of {n_labels} annotations are crowds (`iscrowd: 1`), so no object is left to evaluate"));
+    }
+
+    let n_empty = objects.iter().filter(|object| object.area <= 0.0).count();
+    let n_unsaid = objects.iter().filter(|object| !object.has_area).count();
+    let are_most = |n: usize| n > 0 && 2 * n >= n_objects;
+    match metric {
+        Metric::Lvis if n_empty > 0 => {
+            warnings.push(format!("{n_empty} of {n_objects} annotations have area 0: LVIS does not evaluate them"));
+        }
+        Metric::Coco if are_most(n_empty) => warnings
+            .push(format!("{n_empty} of {n_objects} annotations have area 0, so they count as small: APs, APm and APl mean nothing")),
+        Metric::Lvis | Metric::Coco => {}
+    }
+    if are_most(n_unsaid) {
+        warnings.push(format!(
+            "{n_unsaid} of {n_objects} annotations have no `area`, so that of the box is taken: APs, APm and APl are by size of box, not of \
+             mask"
+        ));
+    }
+
+    if metric == Metric::Lvis && n_images > 0 && annotations.images.iter().all(|image| image.neg_category_ids.is_empty()) {
+        warnings.push(format!(
+            "{n_images} of {n_images} images have no `neg_category_ids`: a class is evaluated only in images that show it, so false \
+             detections in other images are not counted"
+        ));
+    }
+
+    let are_corners = |label: &&&Annotation| annotations.image(label.image_id).is_some_and(|image| seem_corners(label.bbox, image));
+    let n_corners = labels.iter().filter(are_corners).count();
+    // A single box of a sound file may leave its image, too.
+    if n_corners > 0 && 10 * n_corners >= n_labels {
+        warnings.push(format!(
+            "{n_corners} of {n_labels} boxes leave their image as [x, y, width, height] and fit it as [x1, y1, x2, y2]: the annotations \
+             seem to have corners where COCO has sizes"
+        ));
+    }
+    warnings
+}
+
+/// Whether a box that should be `[x, y, width, height]` lies in its image only as corners.
+fn seem_corners([x, y, width, height]: [f64; 4], image: &ImageInfo) -> bool {
+    let [right, bottom] = [image.width, image.height].map(|side| f64::from(side) + TOLERANCE_PX);
+    let leaves = x + width > right || y + height > bottom;
+    leaves && x < width && y < height && width <= right && height <= bottom
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        annotations::{AnnotationId, Category, Frequency},
+        boxes::xywh_to_xyxy,
+    };
+
+    /// Two images of 100 x 80 px, each with two owls.
+    fn owls() -> Annotations {
+        let image = |id: u64| ImageInfo {
+            id: ImageId(id),
+            file_name: "a.jpg".into(),
+            width: 100,
+            height: 80,
+            neg_category_ids: vec![CategoryId(3)],
+            not_exhaustive_category_ids: Vec::new(),
+        };
+        let category = |id: u64| Category {
+            id: CategoryId(id),
+            name: format!("class {id}"),
+            frequency: Some(Frequency::Rare),
+            synset: None,
+            synonyms: Vec::new(),
+        };
+        let label = |id: u64| Annotation {
+            id: AnnotationId(id),
+            image_id: ImageId(1 + id % 2),
+            category_id: CategoryId(2),
+            bbox: [50.0, 40.0, 20.0, 20.0],
+            xyxy: xywh_to_xyxy([50.0, 40.0, 20.0, 20.0]),
+            area: 300.0,
+            has_area: true,
+            is_crowd: false,
+            segmentation: None,
+        };
+        Annotations {
+            images: [1, 2].map(image).into(),
+            file_order: [1, 2].map(ImageId).into(),
+            categories: [2, 3].map(category).into(),
+            annotations: (1..=4).map(label).collect(),
+        }
+    }
+
+    /// What is said after a change of the labels, of `category` 2 or of 3.
+    fn after(metric: Metric, change: impl Fn(&mut Annotations)) -> Vec<String> {
+        let mut annotations = owls();
+        change(&mut annotations);
+        warnings(metric, &annotations, &BTreeSet::from([CategoryId(2)]), None)
+    }
+
+    fn each(annotations: &mut Annotations, n: usize, change: fn(&mut Annotation)) {
+        annotations.annotations.iter_mut().take(n).for_each(change);
+    }
+
+    #[test]
+    fn of_sound_annotations_nothing_is_said() {
+        for metric in [Metric::Coco, Metric::Lvis] {
+            assert!(after(metric, |_| {}).is_empty());
+            let all = BTreeSet::from([1, 2].map(ImageId));
+            assert!(warnings(metric, &owls(), &BTreeSet::from([CategoryId(2)]), Some(&all)).is_empty());
+            // Without objects, too.
+            assert!(after(metric, |owls| owls.annotations.clear()).is_empty());
+        }
+    }
+
+    #[test]
+    fn objects_without_area_are_counted() {
+        let empty = |n: usize| move |owls: &mut Annotations| each(owls, n, |label| label.area = 0.0);
+        assert!(after(Metric::Coco, empty(1)).is_empty());
+        let expected = "2 of 4 annotations have area 0, so they count as small: APs, APm and APl mean nothing";
+        assert_eq!(after(Metric::Coco, empty(2)), [expected]);
+        assert_eq!(after(Metric::Lvis, empty(1)), ["1 of 4 annotations have area 0: LVIS does not evaluate them"]);
+        let unsaid = |owls: &mut Annotations| each(owls, 4, |label| label.has_area = false);
+        let expected = "4 of 4 annotations have no `area`, so that of the box is taken: APs, APm and APl are by size of box, not of mask";
+        assert_eq!(after(Metric::Coco, unsaid), [expected]);
+    }
+
+    #[test]
+    fn crowds_alone_leave_nothing_to_evaluate_in_coco() {
+        let crowds = |n: usize| move |owls: &mut Annotations| each(owls, n, |label| label.is_crowd = true);
+        let expected = "4 of 4 annotations are crowds (`iscrowd: 1`), so no object is left to evaluate";
+        assert_eq!(after(Metric::Coco, crowds(4)), [expected]);
+        assert!(after(Metric::Coco, crowds(3)).is_empty());
+        assert!(after(Metric::Lvis, crowds(4)).is_empty());
+    }
+
+    #[test]
+    fn lvis_without_absent_classes_is_counted() {
+        let none = |owls: &mut Annotations| owls.images.iter_mut().for_each(|image| image.neg_category_ids.clear());
+        let expected = "2 of 2 images have no `neg_category_ids`: a class is evaluated only in images that show it, so false detections in \
+                        other images are not counted";
+        assert_eq!(after(Metric::Lvis, none), [expected]);
+        assert!(after(Metric::Coco, none).is_empty());
+    }
+
+    #[test]
+    fn boxes_that_seem_to_be_corners_are_counted() {
+        let corners = |owls: &mut Annotations| each(owls, 3, |label| label.bbox = [50.0, 40.0, 70.0, 60.0]);
+        let expected = "3 of 4 boxes leave their image as [x, y, width, height] and fit it as [x1, y1, x2, y2]: the annotations seem to have \
+                        corners where COCO has sizes";
+        assert_eq!(after(Metric::Coco, corners), [expected]);
+        // Outside either way: of another size than said, perhaps.
+        assert!(after(Metric::Coco, |owls| each(owls, 4, |label| label.bbox = [50.0, 40.0, 120.0, 60.0])).is_empty());
+        // One of twenty.
+        let few = |owls: &mut Annotations| {
+            owls.annotations = (0..5).flat_map(|_| owls.annotations.clone()).collect();
+            each(owls, 1, |label| label.bbox = [50.0, 40.0, 70.0, 60.0]);
+        };
+        assert!(after(Metric::Coco, few).is_empty());
+    }
+
+    #[test]
+    fn images_that_were_not_looked_at_are_counted_with_their_objects() {
+        let looked_at = BTreeSet::from([ImageId(2)]);
+        let said = |categories: u64| warnings(Metric::Coco, &owls(), &BTreeSet::from([CategoryId(categories)]), Some(&looked_at));
+        let expected = |n: usize| {
+            format!("1 of 2 images were not looked at (left out upstream, as by `on_bad_item: skip`): their {n} objects count as missed")
+        };
+        assert_eq!((said(2), said(3)), (vec![expected(2)], vec![expected(0)]));
+    }
+}
