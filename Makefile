@@ -13,7 +13,7 @@ test: libtorch
 
 # The unit tests with fewer of the processor's instructions, as on an older machine. All crates: a part of them would be compiled anew.
 test-capabilities: libtorch
-	ATEN_CPU_CAPABILITY=default $(CARGO) test --release --workspace --lib --no-fail-fast
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(CARGO) test --release --workspace --lib --no-fail-fast
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(CARGO) test --release --workspace --lib --no-fail-fast
 
 # Every damage of every file class and 200 kills: some ten minutes.

@@ -678,9 +678,9 @@ mod tests {
     fn commands_that_make_things_take_the_same_devices_and_cores() {
         for command in ["run quickstart", "retry quickstart --failed", "verify --fix"] {
             let words = format!("ovenbird {command} --device cpu,cpu --jobs 3");
-            let machine = match Cli::try_parse_from(words.split(' ')).map(|cli| cli.command) {
-                Ok(Command::Run { machine, .. } | Command::Retry { machine, .. } | Command::Verify { machine, .. }) => machine,
-                _ => panic!("{words}"),
+            let cli = Cli::try_parse_from(words.split(' ')).unwrap_or_else(|error| panic!("{error}"));
+            let (Command::Run { machine, .. } | Command::Retry { machine, .. } | Command::Verify { machine, .. }) = cli.command else {
+                panic!("{words}")
             };
             let Options { cpu, devices, .. } = machine.options();
             assert_eq!((cpu, devices), (3, vec![tch::Device::Cpu; 2]), "{command}");

@@ -6,7 +6,7 @@ use indicatif::HumanBytes;
 use ovenbird_cache::inputs;
 use ovenbird_models::{
     Phase,
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, not_finite},
     clip::{
         Clip, Config, ImageConfig,
         layout::{self, Layout},
@@ -125,15 +125,19 @@ fn checkpoint(path: &Path) -> Result<(Vec<Line>, Option<StageError>)> {
             ),
         ),
     ];
-    let (of_test, failure) = self_test(&config, tensors, &file.file.path)?;
+    let broken: Vec<&str> =
+        normalised.tensors.iter().filter(|(_, tensor)| not_finite(tensor).is_some()).map(|(name, _)| name.as_str()).collect();
+    let (of_test, failure) = if broken.is_empty() {
+        self_test(&config, tensors, &file.file.path)?
+    } else {
+        let problem = format!("NaN or infinity in {}", broken.join(", "));
+        (vec![line("self-test", format!("FAILED: {problem}"))], Some(problem))
+    };
     lines.extend(of_test);
     let failure = failure.map(|problem| {
-        let is_sound = |tensor: &Tensor| tensor.isfinite().all().int64_value(&[]) == 1;
-        let broken: Vec<&str> = normalised.tensors.iter().filter(|(_, tensor)| !is_sound(tensor)).map(|(name, _)| name.as_str()).collect();
-        let broken = if broken.is_empty() { String::new() } else { format!("; NaN or infinity in {}", broken.join(", ")) };
         StageError::Models(ovenbird_models::Error::Malformed {
             path: file.file.path.clone(),
-            problem: format!("the self-test failed: {problem}{broken}"),
+            problem: format!("the self-test failed: {problem}"),
             hint: Some("use another checkpoint: download it again, or take one from before its training diverged".into()),
         })
     });

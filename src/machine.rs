@@ -58,8 +58,8 @@ pub(crate) fn has_bf16(device: tch::Device) -> bool {
     }
 }
 
-/// oneDNN, which multiplies libtorch's matrices, can be held to fewer instructions than the processor has.
-#[expect(clippy::disallowed_methods, reason = "a setting of oneDNN's")]
+/// libtorch, and oneDNN, which multiplies its matrices, can be held to fewer instructions than the processor has.
+#[expect(clippy::disallowed_methods, reason = "settings of libtorch and oneDNN")]
 fn cpu_has_bf16() -> bool {
     let limit = ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"].into_iter().find_map(|name| std::env::var(name).ok()).unwrap_or_default();
     let is_allowed = match limit.to_ascii_uppercase().as_str() {
@@ -70,7 +70,8 @@ fn cpu_has_bf16() -> bool {
     let has = std::arch::is_x86_feature_detected!("avx512bf16");
     #[cfg(not(target_arch = "x86_64"))]
     let has = false;
-    is_allowed && has
+    let is_lesser = std::env::var("ATEN_CPU_CAPABILITY").is_ok_and(|capability| ["default", "avx2"].contains(&capability.as_str()));
+    is_allowed && !is_lesser && has
 }
 
 /// The first number of the compute capability of an NVIDIA card; 8 is Ampere, the first that has bf16.

@@ -116,7 +116,7 @@ fn the_doctor_says_where_the_activation_comes_from_and_fails_with_broken_weights
     assert!(said.stdout.contains("exact GELU: `config.json`") && said.stdout.contains("every number is finite"), "{}", said.stdout);
 
     let sound = weights["visual.proj"].copy();
-    for (broken, tensors) in [(f64::NAN, "; NaN or infinity in visual.proj"), (0.0, "")] {
+    for (broken, problem) in [(f64::NAN, "NaN or infinity in visual.proj"), (0.0, "image, bf16 image embeddings are zero or not finite")] {
         let first = Tensor::arange(sound.numel() as i64, (tch::Kind::Int64, tch::Device::Cpu)).view_as(&sound).eq(0);
         // One NaN, or zeros everywhere.
         let bad = if broken.is_nan() { sound.masked_fill(&first, broken) } else { sound.zeros_like() };
@@ -124,10 +124,9 @@ fn the_doctor_says_where_the_activation_comes_from_and_fails_with_broken_weights
         world.write("broken/clip.pt", state_dict(&weights));
         let output = world.run(["doctor", "--clip", "broken/clip.pt"]);
         assert_eq!(output.code, 4, "{}{}", output.stdout, output.stderr);
-        let problem = "image, bf16 image embeddings are zero or not finite";
         assert!(output.stdout.contains(&format!("FAILED: {problem}")), "{}", output.stdout);
-        assert!(output.stdout.contains("cosine at least NaN to f32"), "{}", output.stdout);
-        assert!(output.stderr.contains(&format!("broken/clip.pt: the self-test failed: {problem}{tensors}\n")), "{}", output.stderr);
+        assert!(broken.is_nan() || output.stdout.contains("cosine at least NaN to f32"), "{}", output.stdout);
+        assert!(output.stderr.contains(&format!("broken/clip.pt: the self-test failed: {problem}\n")), "{}", output.stderr);
     }
 }
 

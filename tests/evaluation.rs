@@ -296,30 +296,29 @@ fn labels(json: &mut Value) -> &mut Vec<Value> {
     json["annotations"].as_array_mut().unwrap()
 }
 
+/// Makes an outline for a label.
+type Outline<'a> = &'a dyn Fn(&Value) -> Value;
+
 #[test]
 fn outlines_that_draw_nothing_are_refused_where_masks_are_asked_for() {
     let world = world_with(Masks::Drawn);
-    let empty = [
-        (json!([]), "an empty list as `segmentation`"),
-        (json!([[1.0, 1.0, 5.0, 5.0]]), "a `segmentation` of polygons with fewer than three corners"),
-        (json!({"size": [160, 160], "counts": [25600]}), "a `segmentation` of run lengths without a pixel"),
+    let loaded = Annotations::load(&annotations(&world, "coco")).unwrap();
+    let size = |label: &Value| {
+        let image = loaded.image(ImageId(label["image_id"].as_u64().unwrap())).unwrap();
+        [image.height, image.width]
+    };
+    let empty_list = |_: &Value| json!([]);
+    let two_corners = |_: &Value| json!([[1.0, 1.0, 5.0, 5.0]]);
+    let no_pixel = |label: &Value| json!({"size": size(label), "counts": [size(label).iter().product::<u32>()]});
+    let empty: [(Outline<'_>, &str); 3] = [
+        (&empty_list, "an empty list as `segmentation`"),
+        (&two_corners, "a `segmentation` of polygons with fewer than three corners"),
+        (&no_pixel, "a `segmentation` of run lengths without a pixel"),
     ];
     for (segmentation, why) in empty {
         brought(&world, |json| {
-            let sides = json["images"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .map(|image| (image["id"].clone(), [image["height"].clone(), image["width"].clone()]));
-            let sides: Vec<(Value, [Value; 2])> = sides.collect();
             for label in labels(json).iter_mut().filter(|label| label["iscrowd"] == 0).take(2) {
-                label["segmentation"] = segmentation.clone();
-                // Run lengths are of their image's size.
-                if segmentation.is_object() {
-                    let (_, [height, width]) = sides.iter().find(|(id, _)| *id == label["image_id"]).unwrap();
-                    let n_pixels = height.as_u64().unwrap() * width.as_u64().unwrap();
-                    label["segmentation"] = json!({"size": [height, width], "counts": [n_pixels]});
-                }
+                label["segmentation"] = segmentation(label);
             }
         });
         world.run(["run", "./brought.yaml", "--until", "coco"]).success();
@@ -411,7 +410,7 @@ fn images_that_the_detector_never_saw_are_said_at_the_table() {
         "1 of 12 images were not looked at (left out upstream, as by `on_bad_item: skip`): their {n_objects} objects count as missed"
     );
     assert!(n_objects > 0);
-    assert_eq!(warnings(&world), [expected.clone()]);
+    assert_eq!(warnings(&world), std::slice::from_ref(&expected));
     // An image in which nothing is found was looked at nevertheless.
     world.write("brought.yaml", pipeline + &test.replace("most_per_image: 5", "score_threshold: 0.999"));
     assert_eq!(warnings(&world), [expected]);
@@ -459,7 +458,9 @@ stages:
 
     // Nor are they exported for a json without one of their classes.
     brought(&world, |json| {
-        json["categories"].as_array_mut().unwrap().iter_mut().for_each(|category| category["name"] = format!("a {}", category["id"]).into())
+        for category in json["categories"].as_array_mut().unwrap() {
+            category["name"] = format!("a {}", category["id"]).into();
+        }
     });
     let refused = world.run([
         "run",

@@ -74,8 +74,8 @@ fn a_flipped_bit_is_found_when_it_is_read_and_healed_in_the_same_run() {
 
     let found = world.run(["run", "./tiny.yaml", "--set", "detect.nms_iou=0.3"]);
     assert!(found.code == 0 && found.stderr.contains("does not match its digest"), "{}", found.stderr);
-    world.run(["run", "./tiny.yaml"]).success();
-    assert_eq!(world.units(), whole);
+    let now = world.units();
+    assert!(whole.iter().all(|(name, bytes)| now.get(name) == Some(bytes)));
 }
 
 /// The process dies, as by `kill -9`, at steps of publishing spread over the whole run; `run` again always ends with the

@@ -206,7 +206,12 @@ mod tests {
             assert_eq!(choose(&store, "f32"), "bf16");
             assert!(store.verify_house().unwrap().is_empty());
         }
-        store.publisher().remove(&store.choice_path("clip/globals", &family())).unwrap();
+        let forget = || store.publisher().remove(&store.choice_path("clip/globals", &family())).unwrap();
+        forget();
+        assert_eq!(choose(&store, "f32"), "bf16");
+        // A unit that is to be made again is to be the same.
+        forget();
+        store.quarantine(&store.unit_names().unwrap()[0], &["damaged".into()]).unwrap();
         assert_eq!(choose(&store, "f32"), "bf16");
     }
 }

@@ -484,6 +484,35 @@ mod tests {
         }
     }
 
+    /// Arrow's conversion of a schema panics at types that it does not know, such as a flipped bit makes of ours.
+    #[test]
+    fn a_flipped_bit_of_a_footer_is_found_or_changes_nothing_and_never_panics() {
+        let home = tempfile::tempdir().unwrap();
+        let (path, _) = written(home.path(), &two_batches(), unit(), Compression::None);
+        let sound = fs::read(&path).unwrap();
+        let (content, blocks) = {
+            let reader = ShardReader::open(&path, None).unwrap();
+            (reader.content(), reader.blocks.clone())
+        };
+        let last = blocks.iter().filter_map(extent).map(|(offset, length)| offset + length).max().unwrap();
+        let mut n_found = 0;
+        for bit in last * 8..sound.len() * 8 {
+            let mut hurt = sound.clone();
+            hurt[bit / 8] ^= 1 << (bit % 8);
+            match ShardReader::from_bytes(&path, &Buffer::from(hurt)) {
+                Err(Error::Flipped { .. } | Error::Malformed { .. }) => n_found += 1,
+                Err(error) => panic!("bit {bit}: {error}"),
+                Ok(reader) => {
+                    assert_eq!(reader.content(), content, "bit {bit}");
+                    for batch_idx in 0..reader.n_batches() {
+                        let _found_or_the_same = reader.batch(batch_idx).map(|batch| assert!(batch.num_rows() > 0));
+                    }
+                }
+            }
+        }
+        assert!(n_found > 1000, "{n_found}");
+    }
+
     #[test]
     fn a_file_cut_anywhere_is_an_error_not_a_panic() {
         let home = tempfile::tempdir().unwrap();
@@ -509,6 +538,12 @@ mod tests {
                 }
             }
         }
+        // Of that format alone the number is other: a flipped bit.
+        let problem = ShardReader::from_bytes(&path, &Buffer::from(bytes.clone())).unwrap_err();
+        assert!(matches!(problem, Error::Malformed { .. }) && problem.to_string().contains("says format 9"), "{problem}");
+        // A real one has more that is other.
+        let rows = bytes.windows(7).position(|window| window == b"\"rows\":").unwrap() + 7;
+        bytes[rows] = b'7';
         let problem = ShardReader::from_bytes(&path, &Buffer::from(bytes)).unwrap_err();
         assert!(matches!(problem, Error::OtherFormat { found: 9, known: 2, .. }), "{problem}");
     }

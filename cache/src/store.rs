@@ -771,6 +771,20 @@ mod tests {
         }
     }
 
+    /// The number alone is damaged: its seal tells it from a record of another version.
+    #[test]
+    fn a_flipped_digit_of_a_format_is_damage() {
+        let (_home, store, artifact) = store_with_artifact();
+        for path in [unit_path(&store, b"0").join("unit.json"), store.manifest_path("clip/globals", &artifact.manifest.fingerprint)] {
+            let sound = fs::read_to_string(&path).unwrap();
+            replace(&path, sound.replacen(&format!("\"format\": {FORMAT}"), "\"format\": 3", 1).as_bytes()).unwrap();
+            let Status::Damaged(findings) = status(&store) else { panic!("{}", path.display()) };
+            assert!(findings[0].contains("says format 3, and has the seal of format 2"), "{findings:?}");
+            replace(&path, sound.as_bytes()).unwrap();
+        }
+        assert!(matches!(status(&store), Status::Valid(_)));
+    }
+
     #[test]
     fn the_start_sweeps_what_the_dead_left_and_adopts_what_they_had_finished() {
         let (home, store, _) = store_with_artifact();

@@ -88,6 +88,12 @@ impl World {
         // Tests run side by side, and the threads of one program would spin on the cores that another needs.
         command.env("GOMP_SPINCOUNT", "1000");
         command.envs(CAPABILITIES.into_iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
+        // libtorch's bf16 attention uses AMX where oneDNN has it, and fails where libtorch itself may not use AVX-512.
+        if let Ok(capability) = std::env::var("ATEN_CPU_CAPABILITY")
+            && std::env::var_os("ONEDNN_MAX_CPU_ISA").is_none()
+        {
+            command.env("ONEDNN_MAX_CPU_ISA", if capability == "avx2" { "AVX2" } else { "SSE41" });
+        }
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

@@ -370,9 +370,63 @@ fn boxes(path: &Path, batch: &RecordBatch) -> Result<Vec<(Option<Xyxy>, f32)>> {
 
 #[cfg(test)]
 mod tests {
-    use ovenbird_cache::{Store, UnitKey};
+    use ovenbird_cache::{Recipe, Store, UnitKey, inputs};
 
     use super::*;
+
+    /// A table as `write` leaves it.
+    fn table(write: impl FnOnce(DraftFile) -> Result<()>) -> (tempfile::TempDir, Detections) {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("home")).unwrap();
+        let _session = store.enter().unwrap();
+        let recipe = Recipe { kind: "detector/test".into(), version: 1, params: serde_json::json!({}), inputs: BTreeMap::new() };
+        let draft = store.begin_unit(&UnitKey { kind: recipe.kind.clone(), fingerprint: recipe.fingerprint(), family: None }).unwrap();
+        let file = draft.create("detections/detections.parquet").unwrap();
+        let path = file.path().to_owned();
+        write(file).unwrap();
+        let kept = folder.path().join("detections.parquet");
+        assert!(std::fs::copy(path, &kept).is_ok());
+        let detections = Detections::open(&inputs::digest_path(&kept, None, 0).unwrap()).unwrap();
+        (folder, detections)
+    }
+
+    fn detection(image: u64) -> Detection {
+        let xyxy = [1.0, 2.0, 3.0, 4.0].into();
+        Detection { image_id: ImageId(image), category_id: CategoryId(5), xyxy, score: 0.5, mask: None }
+    }
+
+    fn read(detections: &Detections) -> Vec<Detection> {
+        detections.pieces().map(Result::unwrap).collect::<Vec<_>>().concat()
+    }
+
+    #[test]
+    fn images_in_which_nothing_was_found_are_known_and_have_no_detections() {
+        let (looked_at, categories) = (BTreeSet::from([2, 4, 9].map(ImageId)), BTreeMap::from([(CategoryId(5), "owl".to_owned())]));
+        for found in [vec![detection(4), detection(4)], vec![]] {
+            let (_folder, detections) = table(|file| Detections::write(&found, &looked_at, &categories, file));
+            assert_eq!(read(&detections), found);
+            assert_eq!(detections.looked_at().unwrap(), Some(looked_at.clone()));
+            assert_eq!(detections.categories().unwrap(), Some(categories.clone()));
+        }
+    }
+
+    #[test]
+    fn tables_of_before_are_read_and_do_not_say_what_was_looked_at() {
+        let ids = |id: u64| -> ArrayRef { Arc::new(UInt64Array::from(vec![id])) };
+        let found = detection(4);
+        let mut columns = vec![("image_id", ids(4)), ("category_id", ids(5))];
+        columns.extend(box_columns(&[Some((found.xyxy, found.score))]));
+        let (_folder, detections) = table(|file| write_table(file, columns, 1, Vec::new()));
+        assert_eq!((read(&detections), detections.looked_at().unwrap(), detections.categories().unwrap()), (vec![found], None, None));
+    }
+
+    #[test]
+    fn tables_of_later_formats_are_refused() {
+        let (_folder, detections) =
+            table(|file| write_table(file, vec![("image_id", Arc::new(UInt64Array::from(vec![4])))], 3, Vec::new()));
+        let error = detections.looked_at().unwrap_err().to_string();
+        assert!(error.contains("expected a table of format 1 to 2, found 3"), "{error}");
+    }
 
     #[test]
     fn boxes_that_are_no_numbers_are_neither_written_nor_read() {

@@ -428,7 +428,6 @@ mod tests {
         for square in (0..10).step_by(2) {
             let own = cosine(square, square + 1);
             let nearest = (0..10).step_by(2).filter(|other| *other != square).map(|other| cosine(other, square + 1)).fold(-1.0, f32::max);
-            eprintln!("DBG {own} {nearest}");
             assert!(own >= 0.98 - 1e-3 && own > nearest + 1e-3, "{square}: {own}, to another scene {nearest}");
         }
     }
