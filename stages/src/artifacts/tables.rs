@@ -452,7 +452,7 @@ mod tests {
         let file = draft.create("two.parquet").unwrap();
         let path = file.path().to_owned();
         write_table(file, columns, 1, Vec::new()).unwrap();
-        let files = ovenbird_cache::inputs::digest_path(&path, None, 0).unwrap();
+        let files = inputs::digest_path(&path, None, 0).unwrap();
         let refused = Detections::open(&files).unwrap().pieces().next().unwrap().unwrap_err();
         assert!(refused.to_string().contains("expected finite numbers"), "{refused}");
     }
