@@ -167,7 +167,7 @@ fn an_image_that_is_broken_is_left_out_by_every_stage_of_its_pass() {
 }
 
 #[test]
-fn the_arithmetic_is_chosen_by_measurement_noted_and_kept() {
+fn the_arithmetic_is_noted_and_kept() {
     let world = World::new();
     world.write("all.yaml", ALL.replace("precision: f32", "precision: auto"));
     let run = world.run(["run", "./all.yaml", "--until", "globals"]).success();
