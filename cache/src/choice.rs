@@ -9,10 +9,12 @@
 //! Whoever publishes it first has chosen for all, on every machine that uses the home. One that is damaged or lost is chosen as the units
 //! tell that are there, or that were set aside.
 
+use std::{ops::ControlFlow, path::PathBuf};
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Digest, Fingerprint, Result, Status, Store,
+    Digest, Fingerprint, Result, Store,
     record::Sealed,
     store::{FORMAT, kind_name, to_json},
 };
@@ -87,30 +89,16 @@ impl Store {
 
     /// What a unit of a family notes, of one that was set aside, too.
     fn noted_by_units(&self, kind: &str, family: &Fingerprint, name: &str) -> Result<Option<String>> {
-        let of_kind = format!("{}/", kind_name(kind));
-        for (unit, noted) in self.noted_units()? {
-            if noted.family == Some(*family)
-                && unit.starts_with(&of_kind)
-                && let Status::Valid(record) = self.unit_at(&unit)?
-                && let Some(chosen) = record.metrics.get(name).and_then(|chosen| chosen.as_str())
-            {
-                return Ok(Some(chosen.to_owned()));
-            }
-        }
-        // What was set aside is made again in the same way.
-        for folder in self.quarantined(kind)? {
-            if let Some((record, _)) = self.salvageable(&folder)
-                && record.key.family == Some(*family)
-                && let Some(chosen) = record.metrics.get(name).and_then(|chosen| chosen.as_str())
-            {
-                return Ok(Some(chosen.to_owned()));
-            }
-        }
-        Ok(None)
+        let mut found = None;
+        self.each_of_family(kind, family, &mut |record, _folder| {
+            found = record.metrics.get(name).and_then(|chosen| chosen.as_str()).map(str::to_owned);
+            if found.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })?;
+        Ok(found)
     }
 
     /// Checks every choice; names what is wrong with those that are not sound.
-    pub(crate) fn unsound_choices(&self) -> Result<Vec<(std::path::PathBuf, String)>> {
+    pub(crate) fn unsound_choices(&self) -> Result<Vec<(PathBuf, String)>> {
         let (choices, mut found) = (self.home().join("choices"), Vec::new());
         for (kind, _) in self.publisher().list(&choices)?.into_iter().filter(|(name, is_folder)| *is_folder && !name.starts_with('.')) {
             for (family, _) in self.publisher().list(&choices.join(&kind))?.into_iter().filter(|(name, _)| !name.starts_with('.')) {
@@ -139,7 +127,7 @@ impl Store {
         if own == place { Ok(Some(choice)) } else { Err(crate::Error::malformed(&path, format!("is the choice of {own}"))) }
     }
 
-    fn choice_path(&self, kind: &str, family: &Fingerprint) -> std::path::PathBuf {
+    fn choice_path(&self, kind: &str, family: &Fingerprint) -> PathBuf {
         self.home().join("choices").join(kind_name(kind)).join(family.short())
     }
 }

@@ -3,10 +3,15 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    ops::ControlFlow,
     path::{Path, PathBuf},
 };
 
-use crate::{Digest, Fingerprint, Result, Status, Store, UnitRecord, inputs::InputFile};
+use crate::{
+    Digest, Fingerprint, Result, Status, Store, UnitRecord,
+    inputs::InputFile,
+    store::{UNIT_FILE, kind_name},
+};
 
 /// Units that hold items someone needs.
 #[derive(Debug, Default)]
@@ -68,24 +73,42 @@ impl Store {
         if wanted.is_empty() {
             return Ok(donors);
         }
+        self.each_of_family(kind, family, &mut |record, folder| {
+            if is_alike(&record)
+                && let Ok(items) = self.items_in(folder, &record)
+            {
+                donors.add(record, folder, &items, wanted);
+            }
+            ControlFlow::Continue(())
+        })?;
+        Ok(donors)
+    }
+
+    /// Visits the units of a family, as far as their records are sound: the published ones, then those set aside as damaged, the latest first.
+    pub(crate) fn each_of_family(
+        &self,
+        kind: &str,
+        family: &Fingerprint,
+        visit: &mut dyn FnMut(UnitRecord, &Path) -> ControlFlow<()>,
+    ) -> Result<()> {
+        let of_kind = format!("{}/", kind_name(kind));
         for (name, noted) in self.noted_units()? {
             if noted.family == Some(*family)
+                && name.starts_with(&of_kind)
                 && let Status::Valid(record) = self.unit_at(&name)?
-                && is_alike(&record)
-                && let Ok(items) = self.items_of(&record)
+                && visit(record, &self.unit_path(&name)).is_break()
             {
-                let folder = self.unit_path(&name);
-                donors.add(record, &folder, &items, wanted);
+                return Ok(());
             }
         }
         for folder in self.quarantined(kind)? {
-            if let Some((record, items)) = self.salvageable(&folder)
+            if let Ok(Some(record)) = self.read_record::<UnitRecord>(&folder.join(UNIT_FILE))
                 && record.key.family == Some(*family)
-                && is_alike(&record)
+                && visit(record, &folder).is_break()
             {
-                donors.add(record, &folder, &items, wanted);
+                return Ok(());
             }
         }
-        Ok(donors)
+        Ok(())
     }
 }

@@ -363,7 +363,7 @@ impl Store {
         self.items_in(&self.unit_path(&unit_name(&record.key.kind, &record.key.fingerprint)), record)
     }
 
-    fn items_in(&self, folder: &Path, record: &UnitRecord) -> Result<Vec<Digest>> {
+    pub(crate) fn items_in(&self, folder: &Path, record: &UnitRecord) -> Result<Vec<Digest>> {
         let path = folder.join(ITEMS_FILE);
         let Some(file) = record.files.iter().find(|file| file.name == ITEMS_FILE) else { return Ok(Vec::new()) };
         let bytes = self.publisher.disk().read(&path).map_err(|source| Error::read(&path, source))?;
@@ -431,13 +431,6 @@ impl Store {
         }
         folders.reverse();
         Ok(folders)
-    }
-
-    /// The record and the items of a damaged unit, where at least these are sound.
-    pub(crate) fn salvageable(&self, folder: &Path) -> Option<(UnitRecord, Vec<Digest>)> {
-        let record: UnitRecord = self.read_record(&folder.join(UNIT_FILE)).ok()??;
-        let items = self.items_in(folder, &record).ok()?;
-        Some((record, items))
     }
 
     /// Removes a unit for good, as the garbage collection does.
