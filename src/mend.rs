@@ -59,7 +59,7 @@ pub(crate) fn mend(store: &Store, finding: &Finding) -> Result<Mended> {
         ["plans", _, _] => {
             store.set_record_aside(&place, why)?;
             match planned(store, &name_of(&place)) {
-                Ok(true) => Mended::Again("planned again".into()),
+                Ok(true) => Mended::Again("planned again, as far as it is not made".into()),
                 Ok(false) => Mended::Lost("no run that began it can be planned again: units that only it needed are not kept".into()),
                 Err(error) => Mended::Lost(format!("{}; run its pipeline again", error.words())),
             }
@@ -81,9 +81,8 @@ pub(crate) fn mend(store: &Store, finding: &Finding) -> Result<Mended> {
             Mended::Lost("it was the only copy".into())
         }
     };
-    if let Mended::Lost(why) = &mended
-        && !finding.path.exists()
-    {
+    if !finding.path.exists() {
+        let (Mended::Again(why) | Mended::Lost(why)) = &mended;
         store.note_removed(&place, why)?;
     }
     Ok(mended)

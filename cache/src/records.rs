@@ -14,7 +14,7 @@
 //! something goes: cut off in between, a thing is there and not noted, and the next start adopts it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::PoisonError,
 };
@@ -24,7 +24,6 @@ use serde_json::Value;
 
 use crate::{
     Digest, Error, Fingerprint, Recipe, Result, Store, UnitRecord,
-    disk::Found,
     journal::{DamagedLine, Journal, Lines},
     publish::TEMPORARY,
     record::Sealed,
@@ -56,11 +55,11 @@ pub(crate) enum CommitLine {
     },
     /// A unit went, and why.
     Gone { unit: String, why: String },
-    /// A record was published, or a log was begun; `bytes`: it has ended, with this size.
+    /// A record was published, or a log was begun or has ended.
     Kept {
         record: String,
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        bytes: Option<u64>,
+        ended: Option<Ended>,
     },
     /// A record went, and why.
     Removed { record: String, why: String },
@@ -75,8 +74,16 @@ pub struct Noted {
     pub family: Option<Fingerprint>,
 }
 
-/// Records that are there by the journal of commits: their places; of logs that ended, the size.
-type NotedRecords = BTreeMap<String, Option<u64>>;
+/// How long a log is that nobody appends to any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Ended {
+    bytes: u64,
+    /// Those that are sound.
+    lines: usize,
+}
+
+/// Records that are there by the journal of commits: their places, and of logs how they ended.
+type NotedRecords = BTreeMap<String, Option<Ended>>;
 
 /// What the journal of commits says is there.
 #[derive(Debug, Default)]
@@ -166,7 +173,7 @@ impl Store {
         let path = self.home().join(place);
         let is_new = self.publisher().disk().look(&path).is_err();
         self.publisher().replace(&path, bytes)?;
-        if is_new { self.note(&CommitLine::Kept { record: place.into(), bytes: None }) } else { Ok(()) }
+        if is_new { self.note(&CommitLine::Kept { record: place.into(), ended: None }) } else { Ok(()) }
     }
 
     /// Reads a record; none where there is no file.
@@ -214,14 +221,15 @@ impl Store {
     /// Begins the log of a run.
     pub fn begin_log(&self, place: &str) -> Result<Journal> {
         let log = Journal::open(self.publisher(), self.home(), place)?;
-        self.note(&CommitLine::Kept { record: place.into(), bytes: None })?;
+        self.note(&CommitLine::Kept { record: place.into(), ended: None })?;
         Ok(log)
     }
 
-    /// Notes that the log of a run is whole.
+    /// Notes how long the log of a run is, to which nobody appends any more.
     pub fn end_log(&self, place: &str) -> Result<()> {
-        let bytes = Lines::read(self.publisher(), self.home(), place)?.map(|lines| lines.bytes());
-        self.note(&CommitLine::Kept { record: place.into(), bytes })
+        let lines = Lines::read(self.publisher(), self.home(), place)?;
+        let ended = lines.map(|lines| Ended { bytes: lines.bytes(), lines: lines.sound().count() });
+        self.note(&CommitLine::Kept { record: place.into(), ended })
     }
 
     /// Keeps the sound lines of a journal alone; the whole of it is set aside.
@@ -268,7 +276,7 @@ impl Store {
             match serde_json::from_str(&line) {
                 Ok(CommitLine::Commit { unit, bytes, family }) => drop(commits.units.insert(unit, Noted { bytes, family })),
                 Ok(CommitLine::Gone { unit, .. }) => drop(commits.units.remove(&unit)),
-                Ok(CommitLine::Kept { record, bytes }) => drop(commits.records.insert(record, bytes)),
+                Ok(CommitLine::Kept { record, ended }) => drop(commits.records.insert(record, ended)),
                 Ok(CommitLine::Removed { record, .. }) => drop(commits.records.remove(&record)),
                 // Of a later version.
                 Err(_) => {}
@@ -311,11 +319,11 @@ impl Store {
         let manifests = self.manifest_paths()?.into_iter().map(|path| self.place_of(&path));
         for place in self.record_places()?.into_iter().chain(manifests) {
             if !journal.records.contains_key(&place) {
-                self.note(&CommitLine::Kept { record: place, bytes: None })?;
+                self.note(&CommitLine::Kept { record: place, ended: None })?;
             }
         }
         if self.at_work().len() <= 1 {
-            let is_cut_off = |(place, bytes): &(&String, &Option<u64>)| place.ends_with(LOG) && bytes.is_none();
+            let is_cut_off = |(place, ended): &(&String, &Option<Ended>)| place.ends_with(LOG) && ended.is_none();
             for (place, _) in journal.records.iter().filter(is_cut_off) {
                 if self.publisher().disk().look(&self.home().join(place)).is_ok() {
                     self.end_log(place)?;
@@ -341,17 +349,13 @@ impl Store {
         if let Some(problem) = words(&journal.damaged) {
             find(Class::Record, COMMITS, problem);
         }
+        let n_unknown = if journal.is_there { self.n_not_noted(&journal)? } else { 0 };
+        if n_unknown > 0 {
+            find(Class::Record, COMMITS, format!("lines are lost: it does not have {n_unknown} of the units that artifacts list"));
+        }
         let places = self.record_places()?;
         let mut gone = Vec::new();
-        for (place, bytes) in &journal.records {
-            match (self.publisher().disk().look(&self.home().join(place)), bytes) {
-                (Err(_), _) => gone.push(place),
-                (Ok(Found::File(now)), Some(bytes)) if *bytes != now => {
-                    find(Class::Record, place, format!("expected {bytes} bytes, found {now}"));
-                }
-                _ => {}
-            }
-        }
+        gone.extend(journal.records.keys().filter(|place| self.publisher().disk().look(&self.home().join(place)).is_err()));
         // Asked again, because they may go while we look.
         let still = if gone.is_empty() { NotedRecords::new() } else { self.noted_records()? };
         for place in gone.into_iter().filter(|place| still.contains_key(*place)) {
@@ -360,10 +364,7 @@ impl Store {
         }
         for place in &places {
             let problem = match place.ends_with(LOG) {
-                true => {
-                    let has_ended = journal.records.get(place).copied().flatten().is_some();
-                    self.log_problem(place, has_ended)?
-                }
+                true => self.log_problem(place, journal.records.get(place).copied().flatten())?,
                 false => match self.kept::<Value>(place) {
                     Ok(_) => None,
                     Err(error) => Some(problem_of(&error)),
@@ -379,11 +380,27 @@ impl Store {
         Ok(found)
     }
 
+    /// How many units that are there, and that artifacts list, were never noted: each was noted before its artifact was published.
+    fn n_not_noted(&self, journal: &Commits) -> Result<usize> {
+        let mut unknown = BTreeSet::new();
+        for manifest in self.manifests()? {
+            let units = manifest.units.iter().map(|unit| unit_name(&manifest.recipe.kind, &unit.key.fingerprint));
+            let is_unknown = |unit: &String| !journal.units.contains_key(unit) && self.unit_path(unit).exists();
+            unknown.extend(units.filter(is_unknown));
+        }
+        Ok(unknown.len())
+    }
+
     /// What is damaged of a run's log. What a power cut leaves of one that had not ended is none.
-    fn log_problem(&self, place: &str, has_ended: bool) -> Result<Option<String>> {
+    fn log_problem(&self, place: &str, ended: Option<Ended>) -> Result<Option<String>> {
         let lines = Lines::read(self.publisher(), self.home(), place)?.unwrap_or_default();
-        let damaged: Vec<DamagedLine> = lines.damaged().iter().filter(|line| has_ended || !line.has_zeros).copied().collect();
-        Ok(words(&damaged))
+        let damaged: Vec<DamagedLine> = lines.damaged().iter().filter(|line| !line.has_zeros).copied().collect();
+        let n_sound = lines.sound().count();
+        Ok(match ended {
+            Some(Ended { bytes, .. }) if bytes != lines.bytes() => Some(format!("expected {bytes} bytes, found {}", lines.bytes())),
+            Some(Ended { lines, .. }) if lines != n_sound => Some(format!("expected {lines} sound lines, found {n_sound}")),
+            _ => words(&damaged),
+        })
     }
 
     /// Writes down which units an artifact will have, before the first is made. It does not depend on who makes them.
