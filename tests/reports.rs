@@ -28,9 +28,87 @@ const PROPOSALS: &[Report] = &[
     report("41-image-without-proposals-1d", 0, &["proposals  done"]),
 ];
 
-const ANNOTATIONS: &[Report] = &[report("06-masks-of-empty-outlines", 4, &["annotation 1 of image 1 has an empty list as `segmentation`"])];
+const ANNOTATIONS: &[Report] = &[
+    report("06-masks-of-empty-outlines", 4, &["annotation 1 of image 1 has an empty list as `segmentation`"]),
+    report(
+        "07-box-outside-its-image",
+        0,
+        &[
+            "of 9 annotated boxes 1 lie outside their image, 1 reach more than 1 px outside it (annotation 1 is the first)",
+            "2 of 9 annotated boxes are left out: 1 lie outside their image, 1 are smaller than 4 px once clipped to it (annotation 1 is",
+        ],
+    ),
+    report("08-class-names-as-folders", 0, &["folder  done"]),
+    report("14-ids-as-floats", 0, &["split  done"]),
+    report("15-iscrowd-false", 0, &["split  done"]),
+    report("16-byte-order-mark", 0, &["split  done"]),
+    report("17-outline-as-flat-list", 0, &["split  done"]),
+    report(
+        "18-panoptic-file",
+        4,
+        &["ann.json: expected a COCO or LVIS annotation file, found a panoptic one (`segments_info`)", "give the `instances` json"],
+    ),
+    report(
+        "24-class-list-of-another-shape",
+        4,
+        &["classes.json: expected an object", "`{\"base\": [\"cat\", ...], \"novel\": [\"dog\", ...]}`"],
+    ),
+    report("30-category-ids-as-text", 0, &["split  done"]),
+    report(
+        "31-annotation-ids-are-uuids",
+        4,
+        &["annotations[0].id: expected a whole number of 0 or more, found the text \"c33c-0001\"", "number the annotations"],
+    ),
+    report("32-sizes-as-floats", 0, &["split  done"]),
+    report("33-outline-as-empty-text", 0, &["split  done"]),
+    report("34-nan-in-a-box", 4, &["annotations[4].bbox[2]: expected a number, found NaN, which is no json", "json has no NaN"]),
+    report("35-web-page-called-json", 4, &["ann.json: expected a COCO or LVIS annotation file, found a web page", "download it again"]),
+    report("36-annotation-ids-from-0", 0, &["split  done"]),
+];
 
-const IMAGES: &[Report] = &[];
+const IMAGES: &[Report] = &[
+    report("09-image-not-there-with-skip", 0, &["000002.jpg", "not in the folder of images (2 files)", "1 item left out"]),
+    report("10-image-smaller-than-a-patch", 0, &["1.png", "200 x 5 px, but the network needs 8 px on both sides"]),
+    report(
+        "12-webp-named-jpg",
+        4,
+        &[
+            "a.jpg: expected a JPEG or PNG image, found a WebP",
+            "it is a WebP whatever its name says: convert it to JPEG or PNG, or leave it out",
+        ],
+    ),
+    report(
+        "13-turned-by-exif",
+        4,
+        &[
+            "width and height are exchanged, and the file has the EXIF orientation 6, by which viewers turn it",
+            "turn the pixels and drop the tag",
+        ],
+    ),
+    report("19-images-without-annotations", 0, &["globals  done"]),
+    report(
+        "20-file-names-backslash",
+        0,
+        &["3 of 3 images are found by another spelling of their names: `photos\\000001.jpg` is `photos/000001.jpg` in the folder"],
+    ),
+    report("20-file-names-dot-slash", 0, &["globals  done"]),
+    report(
+        "20-file-names-percent",
+        0,
+        &["3 of 3 images are found by another spelling of their names: `my%20000001.jpg` is `my 000001.jpg` in the folder"],
+    ),
+    report(
+        "37-file-names-decomposed",
+        0,
+        &["3 of 3 images are found by another spelling of their names: `caf\u{e9} 000001.jpg` is `cafe\u{301} 0"],
+    ),
+    report("38-gif-named-jpg", 4, &["a.jpg: expected a JPEG or PNG image, found a GIF", "it is a GIF whatever its name says: convert it"]),
+    report(
+        "39-tiff-named-jpg",
+        4,
+        &["a.jpg: expected a JPEG or PNG image, found a TIFF", "it is a TIFF whatever its name says: convert it"],
+    ),
+];
 
 fn folders() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/reports"))
@@ -89,4 +167,48 @@ fn annotations_are_read_or_named() {
 #[test]
 fn images_are_read_or_named() {
     check(IMAGES);
+}
+
+#[test]
+fn images_that_are_not_there_fail_a_stage_that_may_not_leave_them_out() {
+    let (world, _) = tried("09-image-not-there-with-skip");
+    let pipeline = fs::read_to_string(world.path("pipeline.yaml")).unwrap();
+    world.write("pipeline.yaml", pipeline.replace("    on_bad_item: skip\n    max_failed_ratio: 0.5\n", ""));
+    let failed = world.run(["run", "./pipeline.yaml"]);
+    assert_eq!(failed.code, 4, "{}", failed.stderr);
+    for words in ["1 of 3 images are not in the folder (2 files): `000002.jpg`", "leave these out: `on_bad_item: skip`"] {
+        assert!(failed.stderr.contains(words), "{}", failed.stderr);
+    }
+}
+
+/// The names of a world's JPEGs below a stage's output, from the class on.
+fn crops(world: &World) -> Vec<String> {
+    let names = world.units().into_keys().filter(|name| name.contains("crops-folder") && name.ends_with(".jpg"));
+    names.map(|name| name.split_once("/images/").unwrap().1.to_owned()).collect()
+}
+
+#[test]
+fn boxes_that_miss_their_image_have_no_crop_and_every_class_has_a_folder() {
+    let (world, output) = tried("07-box-outside-its-image");
+    output.success();
+    let expected = ["crane/1-3", "crane/2-6", "crane/3-9", "owl/3-7", "wren/1-2", "wren/2-5", "wren/3-8"].map(|name| format!("{name}.jpg"));
+    assert_eq!(crops(&world), expected);
+
+    let (world, output) = tried("08-class-names-as-folders");
+    output.success();
+    let mut folders: Vec<String> = crops(&world).iter().map(|name| name.split_once('/').unwrap().0.to_owned()).collect();
+    folders.dedup();
+    assert_eq!(folders, ["%2E.", "%2Ehidden", "cup%2Fmug", "cup_mug"]);
+}
+
+#[test]
+fn what_is_left_out_or_named_before_a_network_sees_it_yields_no_embedding() {
+    for (folder, n_rows) in [("09-image-not-there-with-skip", 2), ("10-image-smaller-than-a-patch", 2), ("12-webp-named-jpg", 0)] {
+        let (world, _) = tried(folder);
+        let rows = world.units().into_iter().filter(|(name, _)| name.contains("clip-globals") && name.ends_with("unit.json"));
+        let rows: Vec<u64> = rows
+            .map(|(_, record)| serde_json::from_slice::<serde_json::Value>(&record).unwrap()["metrics"]["rows"].as_u64().unwrap())
+            .collect();
+        assert_eq!(rows.iter().sum::<u64>(), n_rows, "{folder}");
+    }
 }

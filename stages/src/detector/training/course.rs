@@ -7,6 +7,7 @@ use ovenbird_data::{
     boxes::Xyxy,
     masks::{Mask, check_outlines},
     training::{self, Object, Placement, Sample, ShownMask},
+    warnings::of_boxes,
 };
 use ovenbird_models::detector::boxes::ImageSize;
 use rand::{Rng as _, seq::SliceRandom as _};
@@ -119,6 +120,9 @@ impl Course {
         let training = training.in_steps(&annotations, cx.inputs)?;
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let samples = samples(&annotations, cx.inputs)?;
+        if let Some(words) = of_boxes(&annotations) {
+            cx.note(format!("{words}: boxes that are empty or lie outside their image are not learned from"));
+        }
         Ok(Self {
             images: cx.inputs.read(IMAGES)?,
             copies: training.copies(&samples),
@@ -170,9 +174,14 @@ impl Course {
     /// The same, with the masks of objects. Fails where an object has no outline.
     pub(in crate::detector) fn with_masks(self) -> Result<Self> {
         let objects = self.samples.iter().flat_map(|sample| sample.objects.iter().map(|object| (sample.info.id, object)));
-        let outlines = objects.map(|(image, object)| (object.id, image, object.segmentation.as_ref()));
+        let outlines = objects.map(|(image, object)| (object.id, image, &object.segmentation));
         check_outlines(outlines).map_err(unusable_masks)?;
         Ok(Self { has_masks: true, ..self })
+    }
+
+    /// Looks for the images before the first is decoded: see [`Images::look_for`].
+    pub(super) fn look_for_images(&self, cx: &Context<'_>) -> Result<()> {
+        self.images.look_for(self.samples.iter().map(|sample| &sample.info), cx)
     }
 
     /// How it is trained, its length in steps.
@@ -268,12 +277,15 @@ impl Course {
                 embedding,
             });
         }
+        if let Some(remarks) = self.images.remarks() {
+            cx.note(remarks);
+        }
         Ok(Batch { step, piece, pixels: Pixels::of(&pictures), images, unreadable })
     }
 }
 
 fn shown_mask(object: &Object, placement: Placement) -> Result<ShownMask> {
-    let segmentation = object.segmentation.as_ref().expect("BUG: `with_masks` checks that every object has an outline");
+    let segmentation = object.segmentation.drawn().expect("BUG: `with_masks` checks that every object has an outline");
     let mask = Mask::from_segmentation(segmentation, placement.from);
     let mask = mask.map_err(|problem| unusable_masks(format!("annotation {}: {problem}", object.id)))?;
     Ok(placement.show_mask(&mask))

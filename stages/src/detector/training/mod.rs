@@ -337,6 +337,7 @@ pub(super) fn train<W: NetworkFile>(
     cx: &Context<'_>,
 ) -> Result<()> {
     let Some(first) = units.first() else { return Ok(()) };
+    course.look_for_images(cx)?;
     let training = course.training();
     let mut descent = Descent::begin(training, learner.parameters());
     let mut curve = Curve::default();
