@@ -343,7 +343,7 @@ fn items_that_another_pipeline_has_computed_are_taken_from_there() {
     world.run(["run", "./lvis.yaml"]).success();
     let taken = world.units().into_iter().filter(|(name, _)| name.contains("clip-globals") && name.ends_with("unit.json"));
     let taken: Vec<u64> = taken
-        .map(|(_, bytes)| serde_json::from_slice::<serde_json::Value>(&bytes).unwrap()["metrics"]["taken"].as_u64().unwrap())
+        .map(|(_, bytes)| serde_json::from_slice::<Value>(&bytes).unwrap()["metrics"]["taken"].as_u64().unwrap())
         .collect();
     assert!(taken.contains(&2) && taken.contains(&0), "{taken:?}");
 
@@ -363,7 +363,7 @@ fn verify_can_be_divided_limited_and_read_by_machines() {
     let mut n_units = 0;
     for part in ["1/3", "2/3", "3/3"] {
         let output = world.run(["verify", "--full", "--subset", part, "--json", "--rate", "5GB/s", "--max-duration", "5m"]).success();
-        let report: serde_json::Value = serde_json::from_str(&output.stdout).unwrap();
+        let report: Value = serde_json::from_str(&output.stdout).unwrap();
         assert_eq!(report["version"], 1);
         n_units += report["verify"]["units"].as_u64().unwrap();
     }
