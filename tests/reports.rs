@@ -24,8 +24,13 @@ const CHECKPOINTS: &[Report] = &[
 
 const PROPOSALS: &[Report] = &[
     report("01-proposals-in-file-order", 4, &["the boxes fit both orders", "`with: {order: file}`", "`with: {order: id}`"]),
+    report("21-image-without-proposals", 0, &["proposals  done"]),
+    report("22-proposals-by-id", 0, &["proposals  done"]),
+    report("22-proposals-by-path", 0, &["proposals  done"]),
     report("25-proposals-in-file-order-other-sizes", 0, &["the boxes fit that order only (`with: {order: file}`)"]),
+    report("40-proposals-array-of-arrays", 0, &["proposals  done"]),
     report("41-image-without-proposals-1d", 0, &["proposals  done"]),
+    report("42-proposals-as-plain-lists", 0, &["proposals  done"]),
 ];
 
 const ANNOTATIONS: &[Report] = &[report("06-masks-of-empty-outlines", 4, &["annotation 1 of image 1 has an empty list as `segmentation`"])];

@@ -6,7 +6,7 @@
 //! | `annotations` | a COCO or LVIS v1 json | [`AnnotationFile`] |
 //! | `classes` | base and novel class names, json | [`Classes`] |
 //! | `captions` | images with alt text, json lines | [`Captions`] |
-//! | `mmdet-proposals` | a Python pickle, list over images of `N x 5` | [`MmdetProposals`] |
+//! | `mmdet-proposals` | a Python pickle of boxes by image, of mmdet or Detectron | [`MmdetProposals`] |
 //! | `proposals`, `detections` | Parquet | [`Proposals`], [`Detections`] |
 //! | `checkpoint` | weights of a CLIP or a detector in any published layout; a folder of one such file and its config files | [`CheckpointFile`] |
 //! | `prompts` | class embeddings, safetensors | [`Prompts`] |
@@ -30,7 +30,7 @@ use ovenbird_data::{
     classes::ClassSplit,
     evaluate::Evaluation,
     images::Image,
-    proposals::{self, Proposal},
+    proposals::{self, Pickled},
 };
 use ovenbird_models::{checkpoint::Checkpoint, detector::classifier::LogitScale};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -209,7 +209,7 @@ impl Artifact for Captions {
     }
 }
 
-/// A pickle of proposals as mmdet writes it, not yet read.
+/// A pickle of proposals, not yet read.
 #[derive(Debug, Clone)]
 pub struct MmdetProposals {
     file: InputFile,
@@ -230,9 +230,9 @@ impl MmdetProposals {
         &self.file.path
     }
 
-    /// Reads the proposals of every image, in the file's order.
-    pub fn load(&self) -> Result<Vec<Vec<Proposal>>> {
-        Ok(proposals::read_mmdet(&self.file.read()?, &self.file.path)?)
+    /// Reads the proposals of every image.
+    pub fn load(&self) -> Result<Pickled> {
+        Ok(proposals::read(&self.file.read()?, &self.file.path)?)
     }
 }
 
