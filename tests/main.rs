@@ -15,5 +15,6 @@ mod prompts;
 mod quickstart;
 mod reports;
 mod soundness;
+mod strays;
 mod surface;
 mod tidy;

@@ -57,6 +57,14 @@ impl InputFile {
         Ok(bytes)
     }
 
+    /// How it begins, unchecked: for guesses at what it is.
+    pub fn begin(&self, n_bytes: u64) -> Result<Vec<u8>> {
+        let mut head = Vec::new();
+        let read = open_file(&self.path).and_then(|file| file.take(n_bytes).read_to_end(&mut head));
+        read.map_err(|source| self.unreadable(source))?;
+        Ok(head)
+    }
+
     /// What a reader makes of the file, where it wants a path: hashed before, and looked at again after.
     pub fn read_with<T, E: From<Error>>(&self, read: impl FnOnce(&Path) -> Result<T, E>) -> Result<T, E> {
         let checked = self.check()?;

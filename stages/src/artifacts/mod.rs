@@ -24,7 +24,10 @@ mod tables;
 
 use std::{collections::BTreeMap, path::Path};
 
-use ovenbird_cache::{Digest, inputs::InputFile};
+use ovenbird_cache::{
+    Digest,
+    inputs::{self, InputFile},
+};
 use ovenbird_data::{
     annotations::{Annotations, ImageInfo},
     classes::ClassSplit,
@@ -110,11 +113,25 @@ impl Images {
 
     /// The file of an image. Fails when the folder has no such file.
     pub fn file(&self, file_name: &str) -> Result<&InputFile> {
-        self.by_name.get(file_name).ok_or_else(|| Error::Input {
-            port: Self::KIND,
-            problem: format!("the annotations name `{file_name}`, which is not in the folder ({} files)", self.by_name.len()),
-            hint: "point `images` at the folder that the annotations' file names are relative to".into(),
+        self.by_name.get(file_name).ok_or_else(|| match self.stray(file_name) {
+            Some(what) => Error::Input {
+                port: Self::KIND,
+                problem: format!("the annotations name `{file_name}`, which is {what} and no file"),
+                hint: "put the image there".into(),
+            },
+            None => Error::Input {
+                port: Self::KIND,
+                problem: format!("the annotations name `{file_name}`, which is not in the folder ({} files)", self.by_name.len()),
+                hint: "point `images` at the folder that the annotations' file names are relative to".into(),
+            },
         })
+    }
+
+    /// What lies at a name that is no file, if something does.
+    fn stray(&self, file_name: &str) -> Option<&'static str> {
+        let (name, file) = self.by_name.first_key_value()?;
+        let folder = file.path.ancestors().nth(Path::new(name).components().count())?;
+        inputs::stray(&folder.join(file_name))
     }
 
     /// Decodes an image of any size.
@@ -250,22 +267,47 @@ pub(crate) const CHECKPOINT_CONFIGS: [&str; 2] = ["config.json", "open_clip_conf
 
 impl Artifact for CheckpointFile {
     const KIND: &'static str = "checkpoint";
-    const EXTENSIONS: &'static [&'static str] = &["pt", "pth", "safetensors", "bin", "/"];
+    const EXTENSIONS: &'static [&'static str] = &["pt", "pth", "safetensors", "bin", "ckpt", "/"];
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        let is_weights = |file: &&InputFile| {
-            let extension = file.path.extension().map(|extension| extension.to_string_lossy().to_lowercase());
-            extension.is_some_and(|extension| Self::EXTENSIONS.contains(&extension.as_str()))
+        let refused = |problem: String, hint: &str| Err(Error::Input { port: Self::KIND, problem, hint: hint.into() });
+        // Of an archive there is one, and beside it the storages that it describes.
+        let pickle = files.iter().find(|file| file.path.ends_with("data.pkl") && files.len() > 1);
+        if let Some(folder) = pickle.and_then(|pickle| pickle.path.parent())
+            && files.iter().any(|file| file.path.parent() == Some(&folder.join("data")))
+        {
+            let top = folder.parent().unwrap_or(folder);
+            let name = folder.file_name().unwrap_or_default().to_string_lossy();
+            return refused(
+                format!(
+                    "{}: expected a file of torch.save, found one that was unpacked into a folder (data.pkl and data/)",
+                    folder.display()
+                ),
+                &format!("pack it again without compression: `cd {} && zip -0 -r ../packed.pt {name}`, and name that file", top.display()),
+            );
+        }
+        let weights: Vec<&InputFile> = match files {
+            [file] => vec![file],
+            files => {
+                let extension = |file: &InputFile| file.path.extension().map(|extension| extension.to_string_lossy().to_lowercase());
+                let is_called_so =
+                    |file: &&InputFile| extension(file).is_some_and(|extension| Self::EXTENSIONS.contains(&extension.as_str()));
+                let called_so: Vec<&InputFile> = files.iter().filter(is_called_so).collect();
+                // Trainers have names of their own: `model.pth.tar-50`.
+                if called_so.is_empty() {
+                    files.iter().filter(|file| file.begin(64).is_ok_and(|head| Checkpoint::may_begin(&head))).collect()
+                } else {
+                    called_so
+                }
+            }
         };
-        let weights: Vec<&InputFile> = if files.len() == 1 { files.iter().collect() } else { files.iter().filter(is_weights).collect() };
         let [file] = weights[..] else {
             let names = weights.iter().map(|file| file.name.as_str()).collect::<Vec<_>>().join(", ");
             let found = if weights.is_empty() { format!("none among {}", files.len()) } else { names };
-            return Err(Error::Input {
-                port: Self::KIND,
-                problem: format!("expected one file of weights (.pt, .pth, .safetensors, .bin) in the folder, found {found}"),
-                hint: "name the file, or a folder that holds it and its config files alone".into(),
-            });
+            return refused(
+                format!("expected one file of weights (.pt, .pth, .safetensors, .bin) in the folder, found {found}"),
+                "name the file, or a folder that holds it and its config files alone",
+            );
         };
         let configs = files.iter().filter(|file| CHECKPOINT_CONFIGS.contains(&file.name.as_str()) && files.len() > 1);
         Ok(Self { file: file.clone(), configs: configs.cloned().collect() })
@@ -287,6 +329,9 @@ impl Artifact for TrainingState {
     }
 }
 
+/// What files call the rows of class embeddings.
+pub(crate) const EMBEDDINGS: &str = "embeddings";
+
 /// Class embeddings.
 #[derive(Debug)]
 pub struct Prompts {
@@ -306,7 +351,7 @@ impl Artifact for Prompts {
 
     fn open(files: &[InputFile]) -> Result<Self> {
         let file = only_file(Self::KIND, files)?;
-        Self::of(&read_weights(file)?).map_err(|problem| malformed(&file.path, problem))
+        Self::of(&read_weights(file)?.around(EMBEDDINGS)?).map_err(|problem| malformed(&file.path, problem))
     }
 }
 
@@ -357,7 +402,7 @@ impl Prompts {
         let text = |name: &str| checkpoint.metadata().get(name);
         let names = text("names").and_then(|names| serde_json::from_str::<Vec<String>>(names).ok());
         let names = names.ok_or("expected a list of class names under `names`, found none")?;
-        let embeddings = checkpoint.tensors().get("embeddings").ok_or("expected a tensor `embeddings`, found none")?;
+        let embeddings = checkpoint.tensors().get(EMBEDDINGS).ok_or("expected a tensor `embeddings`, found none")?;
         let number = |name: &str| {
             let (number, found) = match (checkpoint.tensors().get(name), text(name)) {
                 (Some(tensor), _) => {
@@ -379,7 +424,7 @@ impl Prompts {
 
     /// Every tensor by the name that files have for it.
     pub(crate) fn tensors(&self) -> BTreeMap<String, Tensor> {
-        let mut tensors = BTreeMap::from([("embeddings".to_owned(), self.embeddings.shallow_clone())]);
+        let mut tensors = BTreeMap::from([(EMBEDDINGS.to_owned(), self.embeddings.shallow_clone())]);
         match self.scale {
             Some(LogitScale::Affine { scaler, bias }) => {
                 tensors.extend([("scaler", scaler), ("bias", bias)].map(|(name, number)| (name.to_owned(), Tensor::from(number as f32))));
