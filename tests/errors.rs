@@ -73,14 +73,15 @@ fn contradictions_of_annotations_are_named_by_id() {
     let world = brought();
     let stray = r#"{"id": 8, "image_id": 77, "category_id": 1, "bbox": [0, 0, 1, 1]}"#;
     world.write("labels.json", labels(&format!("{IMAGE}, {IMAGE}"), stray));
-    check(&world, 4, &["images[1].id: a second image with id 3", "annotation 8: image_id 77 is not among the images"]);
+    check(&world, 4, &["images[1].id: a second image with id 3", "annotations[0].image_id: 77 is not among the images"]);
 }
 
 #[test]
-fn an_image_that_is_not_in_the_folder_is_named() {
-    let world = brought();
-    world.write("labels.json", labels(r#"{"id": 3, "file_name": "gone.jpg", "width": 1, "height": 1}"#, ""));
-    check(&world, 4, &["the annotations name `gone.jpg`, which is not in the folder"]);
+fn images_that_are_not_in_the_folder_are_counted_and_named() {
+    let world = with_clip();
+    let gone = |id: u64| format!(r#"{{"id": {id}, "file_name": "gone-{id}.jpg", "width": 33, "height": 21}}"#);
+    world.write("labels.json", labels(&format!("{IMAGE}, {}, {}", gone(4), gone(5)), ""));
+    check(&world, 4, &["2 of 3 images are not in the folder (1 files): `gone-4.jpg`, `gone-5.jpg`", "`on_bad_item: skip`"]);
 }
 
 #[test]

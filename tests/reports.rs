@@ -45,10 +45,88 @@ const PROPOSALS: &[Report] = &[
     report("42-proposals-as-plain-lists", 0, &["proposals  done"]),
 ];
 
-const ANNOTATIONS: &[Report] = &[report("06-masks-of-empty-outlines", 4, &["annotation 1 of image 1 has an empty list as `segmentation`"])];
+const ANNOTATIONS: &[Report] = &[
+    report("06-masks-of-empty-outlines", 4, &["annotation 1 of image 1 has an empty list as `segmentation`"]),
+    report(
+        "07-box-outside-its-image",
+        0,
+        &[
+            "of 9 annotated boxes 1 lie outside their image, 1 reach more than 1 px outside it (annotation 1 is the first)",
+            "2 of 9 annotated boxes are left out: 1 lie outside their image, 1 are smaller than 4 px once clipped to it (annotation 1 is",
+        ],
+    ),
+    report("08-class-names-as-folders", 0, &["folder  done"]),
+    report("14-ids-as-floats", 0, &["split  done"]),
+    report("15-iscrowd-false", 0, &["split  done"]),
+    report("16-byte-order-mark", 0, &["split  done"]),
+    report("17-outline-as-flat-list", 0, &["split  done"]),
+    report(
+        "18-panoptic-file",
+        4,
+        &["ann.json: expected a COCO or LVIS annotation file, found a panoptic one (`segments_info`)", "give the `instances` json"],
+    ),
+    report(
+        "24-class-list-of-another-shape",
+        4,
+        &["classes.json: expected an object", "`{\"base\": [\"cat\", ...], \"novel\": [\"dog\", ...]}`"],
+    ),
+    report("30-category-ids-as-text", 0, &["split  done"]),
+    report(
+        "31-annotation-ids-are-uuids",
+        4,
+        &["annotations[0].id: expected a whole number of 0 or more, found the text \"c33c-0001\"", "number the annotations"],
+    ),
+    report("32-sizes-as-floats", 0, &["split  done"]),
+    report("33-outline-as-empty-text", 0, &["split  done"]),
+    report("34-nan-in-a-box", 4, &["annotations[4].bbox[2]: expected a number, found NaN, which is no json", "json has no NaN"]),
+    report("35-web-page-called-json", 4, &["ann.json: expected a COCO or LVIS annotation file, found a web page", "download it again"]),
+    report("36-annotation-ids-from-0", 0, &["split  done"]),
+];
 
-const IMAGES: &[Report] =
-    &[report("11-links-in-the-images-folder", 0, &["left aside what is no file: a dead link (old.jpg), a folder within itself (again)"])];
+const IMAGES: &[Report] = &[
+    report("09-image-not-there-with-skip", 0, &["000002.jpg", "not in the folder of images (2 files)", "1 item left out"]),
+    report("10-image-smaller-than-a-patch", 0, &["1.png", "200 x 5 px, but the network needs 8 px on both sides"]),
+    report("11-links-in-the-images-folder", 0, &["left aside what is no file: a dead link (old.jpg), a folder within itself (again)"]),
+    report(
+        "12-webp-named-jpg",
+        4,
+        &[
+            "a.jpg: expected a JPEG or PNG image, found a WebP",
+            "it is a WebP whatever its name says: convert it to JPEG or PNG, or leave it out",
+        ],
+    ),
+    report(
+        "13-turned-by-exif",
+        4,
+        &[
+            "width and height are exchanged, and the file has the EXIF orientation 6, by which viewers turn it",
+            "turn the pixels and drop the tag",
+        ],
+    ),
+    report("19-images-without-annotations", 0, &["globals  done"]),
+    report(
+        "20-file-names-backslash",
+        0,
+        &["3 of 3 images are found by another spelling of their names: `photos\\000001.jpg` is `photos/000001.jpg` in the folder"],
+    ),
+    report("20-file-names-dot-slash", 0, &["globals  done"]),
+    report(
+        "20-file-names-percent",
+        0,
+        &["3 of 3 images are found by another spelling of their names: `my%20000001.jpg` is `my 000001.jpg` in the folder"],
+    ),
+    report(
+        "37-file-names-decomposed",
+        0,
+        &["3 of 3 images are found by another spelling of their names: `caf\u{e9} 000001.jpg` is `cafe\u{301} 0"],
+    ),
+    report("38-gif-named-jpg", 4, &["a.jpg: expected a JPEG or PNG image, found a GIF", "it is a GIF whatever its name says: convert it"]),
+    report(
+        "39-tiff-named-jpg",
+        4,
+        &["a.jpg: expected a JPEG or PNG image, found a TIFF", "it is a TIFF whatever its name says: convert it"],
+    ),
+];
 
 fn folders() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/reports"))

@@ -12,6 +12,7 @@ use crate::{
     Error, Result,
     annotations::{CategoryId, ImageId},
     boxes::{Xyxy, xyxy_to_xywh},
+    json::{self, Whole},
 };
 
 /// An object to add.
@@ -28,14 +29,14 @@ pub struct Added {
 }
 
 #[derive(Deserialize)]
-struct Whole<'a> {
+struct Parts<'a> {
     #[serde(borrow)]
     annotations: &'a RawValue,
 }
 
 #[derive(Deserialize)]
 struct Numbered {
-    id: u64,
+    id: Whole,
 }
 
 /// An object as the file has it.
@@ -59,9 +60,10 @@ pub fn write_with(json: &[u8], path: &Path, added: &[Added], out: &mut impl Writ
         problem,
         hint: Some("check that the download is complete and that this is an `instances` or `lvis_v1` json".into()),
     };
-    let Whole { annotations } = serde_json::from_slice(json).map_err(|error| malformed(error.to_string()))?;
+    let json = json::without_mark(json);
+    let Parts { annotations } = serde_json::from_slice(json).map_err(|error| malformed(error.to_string()))?;
     let numbered: Vec<Numbered> = serde_json::from_str(annotations.get()).map_err(|error| malformed(format!("annotations: {error}")))?;
-    let greatest = numbered.iter().map(|annotation| annotation.id).max().unwrap_or(0);
+    let greatest = numbered.iter().map(|annotation| annotation.id.0).max().unwrap_or(0);
     if greatest.checked_add(added.len() as u64).is_none() {
         return Err(malformed(format!("annotation {greatest}: no id is left after it for {} more", added.len())));
     }

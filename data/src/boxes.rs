@@ -36,6 +36,13 @@ impl Xyxy {
         self.width() * self.height()
     }
 
+    /// What of it lies in an image of `[width, height]` px; without area where nothing does.
+    pub fn clipped(&self, [width, height]: [u32; 2]) -> Self {
+        let [width, height] = [width as f32, height as f32];
+        let Self { x1, y1, x2, y2 } = *self;
+        Self { x1: x1.clamp(0.0, width), y1: y1.clamp(0.0, height), x2: x2.clamp(0.0, width), y2: y2.clamp(0.0, height) }
+    }
+
     /// Intersection over union, in [0, 1]; 0 where both boxes are empty.
     pub fn iou(&self, other: &Self) -> f32 {
         let width = (self.x2.min(other.x2) - self.x1.max(other.x1)).max(0.0);

@@ -33,8 +33,8 @@ use crate::{
     annotations::{Annotation, Annotations, Category, CategoryId, Frequency, ImageId, ImageInfo},
     boxes::{Xyxy, xyxy_to_xywh},
     classes::ClassSplit,
-    masks::{Mask, PackedMask, Segmentation, check_outlines},
-    warnings::warnings,
+    masks::{Mask, Outline, PackedMask, Segmentation, check_outlines},
+    warnings::{TOLERANCE_PX, warnings},
 };
 
 /// A scored box with its class, and the mask within it where a detector draws some.
@@ -157,8 +157,10 @@ pub struct Evaluator<'a> {
     classes: &'a ClassSplit,
     /// Of the classes, base ++ novel.
     ids: Vec<CategoryId>,
-    objects: BTreeMap<ImageId, Vec<&'a Annotation>>,
+    /// With the numbers that matching knows them by, from 1: it takes 0 for unmatched, and files may count from 0.
+    objects: BTreeMap<ImageId, Vec<(u64, &'a Annotation)>>,
     judged: BTreeSet<ImageId>,
+    strays: Strays,
     matches: StreamingEval,
 }
 
@@ -171,9 +173,9 @@ impl<'a> Evaluator<'a> {
         let ids = classes.all().map(id).collect::<Result<Vec<CategoryId>, String>>()?;
         if of == Shape::Masks {
             annotations.annotations.iter().try_for_each(|annotation| check_runs(annotations, annotation))?;
-            let is_needed = |annotation: &&Annotation| !is_ignored(metric, annotation) || annotation.segmentation.is_none();
+            let is_needed = |annotation: &&Annotation| !is_ignored(metric, annotation) || annotation.segmentation.drawn().is_none();
             let objects = annotations.annotations.iter().filter(is_needed);
-            check_outlines(objects.map(|object| (object.id, object.image_id, object.segmentation.as_ref())))?;
+            check_outlines(objects.map(|object| (object.id, object.image_id, &object.segmentation)))?;
         }
         let mode = match metric {
             Metric::Coco => EvalMode::Coco,
@@ -189,15 +191,18 @@ impl<'a> Evaluator<'a> {
         params.cat_ids = ids.iter().map(|id| id.0).collect();
         let categories = annotations.categories.iter().map(coco_category).collect();
         let matches = StreamingEval::new(params, mode, categories).map_err(|error| error.to_string())?;
-        let mut objects = annotations.by_image();
-        objects.values_mut().for_each(|of_image| of_image.retain(|object| is_known(metric, object)));
-        Ok(Self { metric, of, annotations, classes, ids, objects, judged: BTreeSet::new(), matches })
+        let mut objects: BTreeMap<ImageId, Vec<(u64, &Annotation)>> = BTreeMap::new();
+        for (number, object) in (1..).zip(&annotations.annotations).filter(|(_, object)| is_known(metric, object)) {
+            objects.entry(object.image_id).or_default().push((number, object));
+        }
+        Ok(Self { metric, of, annotations, classes, ids, objects, judged: BTreeSet::new(), strays: Strays::default(), matches })
     }
 
     /// Matches all detections of some images with their objects.
     ///
     /// Fails for an image that has been judged before, for images and categories that the annotations do not have, for numbers that
-    /// are not finite, and, where masks are evaluated, for a detection without a sound one.
+    /// are not finite, boxes that are inside out, and, where masks are evaluated, for a detection without a sound
+    /// one.
     pub fn judge(&mut self, detections: &[Detection]) -> Result<(), String> {
         let mut by_image: BTreeMap<ImageId, Vec<(&Detection, f64)>> = BTreeMap::new();
         for detection in detections {
@@ -239,12 +244,12 @@ impl<'a> Evaluator<'a> {
     fn judge_images(&mut self, images: &BTreeSet<ImageId>, found: Vec<CocoAnnotation>) -> Result<(), String> {
         let known = images.iter().filter_map(|image| self.annotations.image(*image));
         let objects = images.iter().filter_map(|image| self.objects.get(image)).flatten();
-        let objects = objects.map(|object| coco_annotation(self.metric, self.of, object));
+        let objects = objects.map(|(number, object)| coco_annotation(self.metric, self.of, *number, object));
         self.matches.update(known.map(coco_image).collect(), objects.collect(), found).map_err(|error| error.to_string())
     }
 
     /// Finds what hotcoco would only warn about, or count silently as wrong; otherwise, returns the area of what is compared, in px².
-    fn check(&self, detection: &Detection) -> Result<f64, String> {
+    fn check(&mut self, detection: &Detection) -> Result<f64, String> {
         let Detection { image_id, category_id, xyxy, score, mask } = detection;
         let image = self
             .annotations
@@ -257,6 +262,10 @@ impl<'a> Evaluator<'a> {
         if ![x1, y1, x2, y2, *score].iter().all(|number| number.is_finite()) {
             return Err(format!("image {image_id}: expected finite numbers, found a detection [{x1}, {y1}, {x2}, {y2}], score {score}"));
         }
+        if x2 < x1 || y2 < y1 {
+            return Err(format!("image {image_id}: a detection [{x1}, {y1}, {x2}, {y2}] is inside out: expected x1, y1, x2, y2"));
+        }
+        self.strays.count(detection, image);
         match (self.of, mask) {
             (Shape::Boxes, _) => Ok(f64::from(x2 - x1) * f64::from(y2 - y1)),
             (Shape::Masks, Some(mask)) => {
@@ -267,12 +276,27 @@ impl<'a> Evaluator<'a> {
         }
     }
 
+    /// What to know of the detections that were judged, in words with counts. Fails for scores outside [0, 1], by which AP would be the
+    /// same and which no detector here gives, and where most boxes lie outside their images.
+    pub fn remarks(&self) -> Result<Option<String>, String> {
+        let Strays { n_boxes, n_leaving, n_outside, n_other_scores, first_score } = self.strays;
+        if let Some((image, score)) = first_score {
+            return Err(format!("{n_other_scores} of {n_boxes} scores are not in [0, 1], that of image {image} is {score}"));
+        }
+        if 2 * n_outside > n_boxes {
+            let problem = "they seem to be of other images, or of resized ones";
+            return Err(format!("{n_outside} of {n_boxes} detections lie outside their image: {problem}"));
+        }
+        let leaving = format!("{n_leaving} of {n_boxes} detections reach more than {TOLERANCE_PX} px outside their image");
+        Ok((n_leaving > 0).then(|| format!("{leaving}; {n_outside} of them lie outside it")))
+    }
+
     /// The numbers, once every detection is judged: images that had none count, too. `looked_at`: the images that were searched for
     /// objects, where that is known; the others are counted in a warning.
     pub fn finish(mut self, looked_at: Option<&BTreeSet<ImageId>>) -> Result<Evaluation, String> {
         let left = self.annotations.images.iter().map(|image| image.id).filter(|image| !self.judged.contains(image)).collect();
         self.judge_images(&left, Vec::new())?;
-        let Self { metric, of, annotations, classes, ids, objects: _, judged: _, matches } = self;
+        let Self { metric, of, annotations, classes, ids, objects: _, judged: _, strays: _, matches } = self;
         let mut eval = matches.finalize();
         eval.accumulate();
         let accumulated = eval.accumulated().ok_or("the evaluation came to nothing")?;
@@ -323,10 +347,36 @@ impl<'a> Evaluator<'a> {
     }
 }
 
+/// How many detections leave their images or have scores of another kind.
+#[derive(Debug, Clone, Copy, Default)]
+struct Strays {
+    n_boxes: usize,
+    /// By more than [`TOLERANCE_PX`].
+    n_leaving: usize,
+    /// Which share no part with it.
+    n_outside: usize,
+    n_other_scores: usize,
+    first_score: Option<(ImageId, f32)>,
+}
+
+impl Strays {
+    fn count(&mut self, Detection { image_id, xyxy: Xyxy { x1, y1, x2, y2 }, score, .. }: &Detection, image: &ImageInfo) {
+        let [width, height] = [image.width as f32, image.height as f32];
+        let slack = TOLERANCE_PX as f32;
+        self.n_boxes += 1;
+        self.n_leaving += usize::from(*x1 < -slack || *y1 < -slack || *x2 > width + slack || *y2 > height + slack);
+        self.n_outside += usize::from(*x1 > width || *y1 > height || *x2 < 0.0 || *y2 < 0.0);
+        if !(0.0..=1.0).contains(score) {
+            self.n_other_scores += 1;
+            self.first_score.get_or_insert((*image_id, *score));
+        }
+    }
+}
+
 /// Checks that run lengths are sound and of the image's size.
 fn check_runs(annotations: &Annotations, annotation: &Annotation) -> Result<(), String> {
     match (&annotation.segmentation, annotations.image(annotation.image_id)) {
-        (Some(runs @ (Segmentation::CompressedRle { .. } | Segmentation::UncompressedRle { .. })), Some(image)) => {
+        (Outline::Drawn(runs @ (Segmentation::CompressedRle { .. } | Segmentation::UncompressedRle { .. })), Some(image)) => {
             let drawn = Mask::from_segmentation(runs, [image.width, image.height]);
             drawn.map(drop).map_err(|problem| format!("annotation {}: {problem}", annotation.id))
         }
@@ -359,14 +409,14 @@ fn coco_category(category: &Category) -> CocoCategory {
     CocoCategory { id: category.id.0, name: category.name.clone(), ..CocoCategory::default() }
 }
 
-fn coco_annotation(metric: Metric, of: Shape, annotation: &Annotation) -> CocoAnnotation {
+fn coco_annotation(metric: Metric, of: Shape, number: u64, annotation: &Annotation) -> CocoAnnotation {
     CocoAnnotation {
-        id: annotation.id.0,
+        id: number,
         image_id: annotation.image_id.0,
         category_id: annotation.category_id.0,
         bbox: Some(annotation.bbox),
         area: Some(annotation.area),
-        segmentation: annotation.segmentation.as_ref().filter(|_| of == Shape::Masks).cloned(),
+        segmentation: annotation.segmentation.drawn().filter(|_| of == Shape::Masks).cloned(),
         iscrowd: is_ignored(metric, annotation),
         ..CocoAnnotation::default()
     }
@@ -668,6 +718,44 @@ mod tests {
     }
 
     #[test]
+    fn detections_are_checked_as_proposals_are() {
+        let json = br#"{"images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}], "categories": [{"id": 5, "name": "owl"}],
+            "annotations": [{"id": 0, "image_id": 1, "category_id": 5, "bbox": [2, 3, 20, 16], "area": 320}]}"#;
+        let annotations = Annotations::parse(json, Path::new("a.json")).unwrap();
+        let classes = ClassSplit { base: vec!["owl".into()], novel: Vec::new() };
+        let judged = |corners: &[([f32; 4], f32)]| {
+            let detection = |(corners, score): &([f32; 4], f32)| Detection {
+                image_id: ImageId(1),
+                category_id: CategoryId(5),
+                xyxy: Xyxy::from(*corners),
+                score: *score,
+                mask: None,
+            };
+            let mut evaluator = Evaluator::new(Metric::Coco, Shape::Boxes, &annotations, &classes).unwrap();
+            evaluator.judge(&corners.iter().map(detection).collect::<Vec<_>>())?;
+            let remarks = evaluator.remarks()?;
+            Ok::<_, String>((remarks, evaluator.finish(None)?.groups["all"].ap))
+        };
+        // The one object has the id 0, which matching would take for none.
+        let right = ([2.0, 3.0, 22.0, 19.0], 0.9);
+        let (remarks, ap) = judged(&[right]).unwrap();
+        assert!(remarks.is_none() && ap.is_some_and(|ap| ap > 0.999), "{ap:?}");
+        let (remarks, _) = judged(&[right, ([-2.0, 3.0, 22.0, 19.0], 0.5), ([70.0, 3.0, 72.0, 19.0], 0.5)]).unwrap();
+        assert_eq!(remarks.unwrap(), "2 of 3 detections reach more than 1 px outside their image; 1 of them lie outside it");
+        for (corners, problem) in [
+            (([2.0, 3.0, 22.0, 19.0], 7.0), "1 of 1 scores are not in [0, 1], that of image 1 is 7"),
+            (([22.0, 3.0, 2.0, 19.0], 0.5), "image 1: a detection [22, 3, 2, 19] is inside out: expected x1, y1, x2, y2"),
+            (([2.0, 3.0, f32::INFINITY, 19.0], 0.5), "image 1: expected finite numbers, found a detection [2, 3, inf, 19], score 0.5"),
+            (
+                ([200.0, 3.0, 220.0, 19.0], 0.5),
+                "1 of 1 detections lie outside their image: they seem to be of other images, or of resized ones",
+            ),
+        ] {
+            assert_eq!(judged(&[corners]).unwrap_err(), problem);
+        }
+    }
+
+    #[test]
     fn masks_that_are_missing_or_do_not_fit_are_named() {
         let (annotations, classes) = (load("coco"), classes());
         let evaluate = |annotations: &Annotations, detections: &[Detection]| {
@@ -688,11 +776,11 @@ mod tests {
         let Annotation { id, image_id, .. } = without.annotations[3];
         let n_objects = without.annotations.iter().filter(|object| !object.is_crowd).count();
         let missing = |what: &str| format!("annotation {id} of image {image_id} has {what}; 1 of {n_objects} annotations have no outline");
-        without.annotations[3].segmentation = None;
+        without.annotations[3].segmentation = Outline::Missing;
         assert_eq!(evaluate(&without, &[]), missing("no `segmentation`"));
-        without.annotations[3].segmentation = Some(Segmentation::Polygon(Vec::new()));
+        without.annotations[3].segmentation = Segmentation::Polygon(Vec::new()).into();
         assert_eq!(evaluate(&without, &[]), missing("an empty list as `segmentation`"));
-        without.annotations[3].segmentation = Some(Segmentation::UncompressedRle { size: [3, 4], counts: vec![12] });
+        without.annotations[3].segmentation = Segmentation::UncompressedRle { size: [3, 4], counts: vec![12] }.into();
         let expected = format!("annotation {}: segmentation: expected run lengths of 400 x 300 px, found 4 x 3", without.annotations[3].id);
         assert_eq!(evaluate(&without, &[]), expected);
     }
@@ -707,7 +795,7 @@ mod tests {
                 .annotations
                 .iter_mut()
                 .filter(|object| is_one(object))
-                .for_each(|object| object.segmentation = Some(Segmentation::Polygon(Vec::new())));
+                .for_each(|object| object.segmentation = Segmentation::Polygon(Vec::new()).into());
             emptied
         };
         let all = emptied(|_| true);

@@ -9,13 +9,14 @@
 use std::{fs, io::Cursor, path::Path};
 
 use image::{
-    DynamicImage, ExtendedColorType, ImageDecoder as _, ImageEncoder as _, ImageReader,
+    DynamicImage, ExtendedColorType, ImageDecoder as _, ImageEncoder as _, ImageReader, Limits,
     codecs::{jpeg::JpegEncoder, png::PngEncoder},
+    metadata::Orientation,
 };
 
 use jpeg_decoder::PixelFormat;
 
-use crate::{Error, Result, resize::bicubic};
+use crate::{Error, Result, content, resize::bicubic};
 
 /// An image in memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,7 +51,7 @@ impl Image {
 
     fn draft(bytes: &[u8], stated: [u32; 2], least_side: u32) -> Option<Self> {
         let shorter = stated[0].min(stated[1]);
-        if shorter < 2 * least_side || !bytes.starts_with(JPEG_START) || !reaches_end(bytes) {
+        if shorter < 2 * least_side || is_too_large(stated) || !bytes.starts_with(JPEG_START) || !reaches_end(bytes) {
             return None;
         }
         let mut decoder = jpeg_decoder::Decoder::new(bytes);
@@ -74,30 +75,56 @@ impl Image {
     }
 
     fn decode_if(bytes: &[u8], path: &Path, stated: Option<[u32; 2]>) -> Result<Self> {
-        let malformed = |problem: String| Error::Malformed {
-            path: path.to_owned(),
-            problem,
-            hint: Some("the file is cut short or damaged: fetch or make it again".into()),
-        };
+        let refused = |problem: String, hint: String| Error::Malformed { path: path.to_owned(), problem, hint: Some(hint) };
+        let malformed = |problem: String| refused(problem, "the file is cut short or damaged: fetch or make it again".into());
+        if !bytes.starts_with(JPEG_START)
+            && !bytes.starts_with(PNG_START)
+            && let Some(found) = content::describe(bytes)
+        {
+            let hint = match content::image_format(bytes) {
+                Some(_) => format!("it is {found} whatever its name says: convert it to JPEG or PNG, or leave it out: `on_bad_item: skip`"),
+                None => "it is no image whatever its name says: fetch it again, or leave it out: `on_bad_item: skip`".into(),
+            };
+            return Err(refused(format!("expected a JPEG or PNG image, found {found}"), hint));
+        }
         // The decoder forgives a JPEG that ends early and fills the rest with grey.
         if bytes.starts_with(JPEG_START) && !reaches_end(bytes) {
             return Err(malformed(format!("a JPEG without its end: {} bytes", bytes.len())));
         }
         let not_an_image = |error: image::ImageError| malformed(format!("expected a JPEG or PNG image: {error}"));
-        let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format();
-        let decoder = reader.map_err(Into::into).and_then(ImageReader::into_decoder).map_err(not_an_image)?;
+        let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| not_an_image(error.into()))?;
+        let mut limits = Limits::default();
+        limits.max_alloc = Some(MAX_PIXELS * MAX_PIXEL_BYTES);
+        reader.limits(limits);
+        let decoder = reader.into_decoder().map_err(not_an_image)?;
         let (width, height) = decoder.dimensions();
+        let size = |[width, height]: [u32; 2]| format!("{width} x {height}");
         if let Some(stated) = stated.filter(|stated| *stated != [width, height]) {
-            let size = |[width, height]: [u32; 2]| format!("{width} x {height}");
             let problem = format!("the annotations say {} px, the image has {}", size(stated), size([width, height]));
-            let hint = Some("use the images the annotations were made for; a resized copy does not fit its boxes".into());
-            return Err(Error::Malformed { path: path.to_owned(), problem, hint });
+            return Err(match (stated == [height, width], orientation(bytes)) {
+                (false, _) => {
+                    refused(problem, "use the images the annotations were made for; a resized copy does not fit its boxes".into())
+                }
+                (true, Some(tag @ 5..=8)) => refused(
+                    format!("{problem}: width and height are exchanged, and the file has the EXIF orientation {tag}, by which viewers turn it"),
+                    "turn the pixels and drop the tag (`mogrify -auto-orient FILE` or `exiftran -ai FILE`): images are taken as they are stored"
+                        .into(),
+                ),
+                (true, _) => refused(
+                    format!("{problem}: width and height are exchanged"),
+                    "use the images the annotations were made for, or exchange `width` and `height` in the annotations".into(),
+                ),
+            });
+        }
+        if is_too_large([width, height]) {
+            let problem = format!("{} px, more than the {MAX_PIXELS} px that an image may have", size([width, height]));
+            return Err(refused(problem, "cut it into smaller images, or leave it out: `on_bad_item: skip`".into()));
         }
         let rgb = to_rgb8(DynamicImage::from_decoder(decoder).map_err(not_an_image)?);
         Ok(Self { width, height, rgb })
     }
 
-    /// Encodes as JPEG, `quality` in 1..=100.
+    /// Encodes as JPEG, `quality` in 1..=100; neither side may be longer than [`MAX_JPEG_SIDE`].
     pub fn to_jpeg(&self, quality: u8) -> Vec<u8> {
         let mut bytes = Vec::new();
         let encoder = JpegEncoder::new_with_quality(&mut bytes, quality);
@@ -148,7 +175,64 @@ impl Image {
     }
 }
 
+/// The longest side of a JPEG, px.
+pub const MAX_JPEG_SIDE: u32 = 65_535;
+
 const JPEG_START: &[u8] = &[0xff, 0xd8];
+const PNG_START: &[u8] = b"\x89PNG\r\n\x1a\n";
+/// The most pixels of an image that is decoded: a file of a few KB may claim any number, and each takes memory.
+const MAX_PIXELS: u64 = 1 << 28;
+/// Of the widest pixels, four numbers of 16 bits.
+const MAX_PIXEL_BYTES: u64 = 8;
+
+fn is_too_large([width, height]: [u32; 2]) -> bool {
+    u64::from(width) * u64::from(height) > MAX_PIXELS
+}
+
+/// Whether a file has an EXIF orientation that moves pixels and not the size of `[width, height]` px, which is therefore not found out by
+/// the size.
+pub fn is_turned_in_place(bytes: &[u8], [width, height]: [u32; 2]) -> bool {
+    match orientation(bytes) {
+        Some(2..=4) => true,
+        Some(5..=8) => width == height,
+        Some(_) | None => false,
+    }
+}
+
+/// The EXIF orientation of a JPEG or PNG, 1 to 8. (CIPA DC-008, tag 274.)
+fn orientation(bytes: &[u8]) -> Option<u8> {
+    let exif = if bytes.starts_with(JPEG_START) {
+        jpeg_segments(bytes).find_map(|(marker, content)| content.strip_prefix(b"Exif\0\0").filter(|_| marker == 0xe1))?
+    } else {
+        png_chunks(bytes.strip_prefix(PNG_START)?).find_map(|(kind, content)| (kind == b"eXIf").then_some(content))?
+    };
+    Orientation::from_exif_chunk(exif).map(Orientation::to_exif)
+}
+
+/// The segments of a JPEG's head, up to the first scan.
+fn jpeg_segments(jpeg: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
+    let mut rest = &jpeg[JPEG_START.len()..];
+    std::iter::from_fn(move || {
+        while let [0xff, 0xff, ..] = rest {
+            rest = &rest[1..];
+        }
+        let &[0xff, marker, high, low, ..] = rest else { return None };
+        let length = usize::from(u16::from_be_bytes([high, low]));
+        let content = rest.get(4..2 + length).filter(|_| marker != 0xda)?;
+        rest = &rest[2 + length..];
+        Some((marker, content))
+    })
+}
+
+/// The chunks of a PNG after its signature, up to its pixels.
+fn png_chunks(mut rest: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    std::iter::from_fn(move || {
+        let length = u32::from_be_bytes(rest.get(..4)?.try_into().ok()?) as usize;
+        let (kind, content) = (rest.get(4..8)?, rest.get(8..8_usize.checked_add(length)?)?);
+        rest = rest.get(8 + length + 4..)?;
+        (kind != b"IDAT").then_some((kind, content))
+    })
+}
 
 /// Whether a JPEG's segments lead to its end marker. A search for the marker's two bytes would also find that of a
 /// thumbnail, and miss it in front of trailing bytes.
@@ -397,6 +481,110 @@ mod tests {
             let error = Image::decode(&bytes[..length], Path::new("cut.jpg")).unwrap_err().to_string();
             assert!(error.starts_with("cut.jpg: "), "{error}");
         }
+    }
+
+    fn refused(bytes: &[u8], stated: Option<[u32; 2]>) -> (String, String) {
+        let error = Image::decode_if(bytes, Path::new("a.jpg"), stated).unwrap_err();
+        (error.to_string(), error.hint().unwrap())
+    }
+
+    #[test]
+    fn images_of_other_formats_and_what_is_none_are_named_by_content() {
+        for (bytes, found, hint) in [
+            (
+                b"RIFF\x10\0\0\0WEBPVP8 ".as_slice(),
+                "a WebP",
+                "it is a WebP whatever its name says: convert it to JPEG or PNG, or leave it out",
+            ),
+            (b"GIF89a", "a GIF", "convert it"),
+            (b"BM\x9a\0\0\0\0\0\0\0\x36", "a BMP", "convert it"),
+            (b"II*\0", "a TIFF", "convert it"),
+            (b"\0\0\0\x1cftypavif", "an AVIF", "convert it"),
+            (b"\0\0\0\x1cftypheic", "a HEIC", "convert it"),
+            (b"\xff\x0a", "a JPEG XL", "convert it"),
+            (b"\0\0\x01\0", "an icon (ICO)", "convert it"),
+            (b"8BPS", "a Photoshop file (PSD)", "convert it"),
+            (b"<svg>", "an SVG", "convert it"),
+            (b"<html>", "a web page", "it is no image whatever its name says: fetch it again"),
+            (b"", "an empty file", "fetch it again"),
+        ] {
+            let (problem, advice) = refused(bytes, None);
+            assert_eq!(problem, format!("a.jpg: expected a JPEG or PNG image, found {found}"));
+            assert!(advice.contains(hint) && advice.contains("`on_bad_item: skip`"), "{advice}");
+        }
+        assert!(refused(b"no picture", None).1.contains("cut short or damaged"));
+    }
+
+    /// A JPEG with an EXIF orientation, as cameras write it.
+    fn turned(image: &Image, tag: u8) -> Vec<u8> {
+        let jpeg = image.to_jpeg(90);
+        let exif = [b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0".as_slice(), &[tag], b"\0\0\0\0\0\0"].concat();
+        [&jpeg[..2], &[0xff, 0xe1], &(exif.len() as u16 + 2).to_be_bytes(), &exif, &jpeg[2..]].concat()
+    }
+
+    #[test]
+    fn an_exif_orientation_is_named_where_it_explains_the_size_and_found_where_it_does_not() {
+        let (wide, square) = (picture(64, 48), picture(48, 48));
+        for tag in 5..=8 {
+            let (problem, hint) = refused(&turned(&wide, tag), Some([48, 64]));
+            let expected = "a.jpg: the annotations say 48 x 64 px, the image has 64 x 48: width and height are exchanged, and the file has the \
+                            EXIF orientation";
+            assert!(problem.starts_with(&format!("{expected} {tag}")), "{problem}");
+            assert!(hint.starts_with("turn the pixels and drop the tag"), "{hint}");
+            assert!(!is_turned_in_place(&turned(&wide, tag), [64, 48]) && is_turned_in_place(&turned(&square, tag), [48, 48]));
+        }
+        for tag in 0..=9 {
+            assert_eq!(is_turned_in_place(&turned(&wide, tag), [64, 48]), (2..=4).contains(&tag), "{tag}");
+            assert_eq!(Image::decode_sized(&turned(&wide, tag), Path::new("a.jpg"), [64, 48]).unwrap().width, 64);
+        }
+        let (problem, hint) = refused(&turned(&wide, 1), Some([48, 64]));
+        assert!(
+            problem.ends_with("the image has 64 x 48: width and height are exchanged") && hint.contains("exchange `width` and `height`")
+        );
+        assert!(refused(&wide.to_jpeg(90), Some([32, 24])).1.contains("a resized copy does not fit"));
+        let png = wide.to_png();
+        let exif = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x03\0\0\0\0\0\0";
+        // Behind the header; its checksum is not looked at here.
+        let png = [&png[..33], &(exif.len() as u32).to_be_bytes(), b"eXIf", exif, &[0; 4], &png[33..]].concat();
+        assert!(is_turned_in_place(&png, [64, 48]) && !is_turned_in_place(&wide.to_png(), [64, 48]) && !is_turned_in_place(b"", [1, 1]));
+        for length in 0..200 {
+            is_turned_in_place(&png[..length], [64, 48]);
+            is_turned_in_place(&turned(&wide, 6)[..length], [64, 48]);
+        }
+    }
+
+    /// Resident memory at its peak, in KiB.
+    fn peak_kib() -> u64 {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok()).unwrap()
+    }
+
+    #[test]
+    fn an_image_that_claims_too_many_pixels_is_refused_before_it_takes_memory() {
+        let side = 65_500_u16.to_be_bytes();
+        // A sound picture whose header is another's.
+        let mut jpeg = picture(64, 48).to_jpeg(90);
+        let frame = jpeg.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
+        jpeg[frame + 5..frame + 9].copy_from_slice(&[side, side].concat());
+        let mut png = picture(64, 48).to_png();
+        let side = 200_000_u32.to_be_bytes();
+        png[16..24].copy_from_slice(&[side, side].concat());
+        let checksum = png[12..29]
+            .iter()
+            .fold(u32::MAX, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 * (crc & 1))));
+        png[29..33].copy_from_slice(&(!checksum).to_be_bytes());
+        let (before, started) = (peak_kib(), std::time::Instant::now());
+        for (bytes, side) in [(&jpeg, 65_500), (&png, 200_000)] {
+            let stated = [side, side];
+            let (problem, hint) = refused(bytes, None);
+            assert_eq!(problem, format!("a.jpg: {side} x {side} px, more than the 268435456 px that an image may have"));
+            assert!(hint.contains("`on_bad_item: skip`"), "{hint}");
+            let draft = Image::decode_draft(bytes, Path::new("a.jpg"), stated, 224).unwrap_err().to_string();
+            let sized = Image::decode_sized(bytes, Path::new("a.jpg"), stated).unwrap_err().to_string();
+            assert_eq!((&draft, &sized), (&problem, &problem));
+        }
+        // Other tests run beside this one.
+        assert!(started.elapsed().as_secs() < 5 && peak_kib() - before < 1 << 20);
     }
 
     #[test]

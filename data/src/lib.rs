@@ -7,9 +7,11 @@ pub mod additions;
 pub mod annotations;
 pub mod boxes;
 pub mod classes;
+pub mod content;
 mod error;
 pub mod evaluate;
 pub mod images;
+pub mod json;
 pub mod masks;
 pub mod proposals;
 mod resize;
@@ -17,7 +19,7 @@ pub mod split;
 pub mod toy;
 pub mod training;
 pub mod views;
-mod warnings;
+pub mod warnings;
 
 pub use error::Error;
 

@@ -7,9 +7,10 @@
 //! corners, zeros outside). Where this differs: a box without area holds nothing, and pixels farther from the box are never looked
 //! at, which changes nothing at a threshold of 0.5.
 
-use std::{fmt, ops::Range, str::FromStr};
+use std::{borrow::Cow, fmt, ops::Range, str::FromStr};
 
 use hotcoco::{Rle, mask};
+use serde_json::Value;
 
 pub use hotcoco::Segmentation;
 
@@ -35,6 +36,55 @@ pub struct PackedMask {
     pub size: [u32; 2],
     /// The run lengths.
     pub counts: Box<str>,
+}
+
+/// What a file says of an object's pixels.
+#[derive(Debug, Clone, Default)]
+pub enum Outline {
+    /// Nothing.
+    #[default]
+    Missing,
+    /// Polygons or run lengths.
+    Drawn(Segmentation),
+    /// Something of another shape, in words; of no use where outlines are, and no harm where they are not.
+    Other(&'static str),
+}
+
+impl From<Segmentation> for Outline {
+    fn from(segmentation: Segmentation) -> Self {
+        match &segmentation {
+            // What some tools write, and a list of polygons by its shape.
+            Segmentation::Polygon(polygons) if polygons.len() > 2 && polygons.iter().all(|polygon| polygon.len() == 2) => {
+                Self::Other("a list of points instead of a list of polygons")
+            }
+            _ => Self::Drawn(segmentation),
+        }
+    }
+}
+
+impl Outline {
+    /// What a json value draws. (Of a shape that is not COCO's.)
+    pub(crate) fn of_json(json: &str) -> Self {
+        if let Ok(segmentation) = serde_json::from_str::<Segmentation>(json) {
+            return segmentation.into();
+        }
+        let is_point = |value: &Value| value.as_object().is_some_and(|point| point.contains_key("x") && point.contains_key("y"));
+        Self::Other(match serde_json::from_str::<Value>(json) {
+            Ok(Value::String(text)) if text.trim().is_empty() => "an empty text",
+            Ok(Value::Object(_)) => "an object without `size` and `counts`",
+            Ok(Value::Array(list)) if list.iter().all(Value::is_number) => "one list of numbers instead of a list of polygons",
+            Ok(Value::Array(list)) if list.iter().all(is_point) => "a list of points instead of a list of polygons",
+            Ok(_) | Err(_) => "something else than a list of polygons or run lengths",
+        })
+    }
+
+    /// Polygons or run lengths.
+    pub fn drawn(&self) -> Option<&Segmentation> {
+        match self {
+            Self::Drawn(segmentation) => Some(segmentation),
+            Self::Missing | Self::Other(_) => None,
+        }
+    }
 }
 
 impl PackedMask {
@@ -193,11 +243,11 @@ impl Mask {
 ///
 /// A missing segmentation is none, and so are polygons all of which have fewer than three corners, and run lengths without a pixel. Other
 /// polygons are not drawn for it: millions would take seconds. Whether run lengths are sound is not checked.
-pub fn check_outlines<'a>(objects: impl Iterator<Item = (AnnotationId, ImageId, Option<&'a Segmentation>)>) -> Result<(), String> {
+pub fn check_outlines<'a>(objects: impl Iterator<Item = (AnnotationId, ImageId, &'a Outline)>) -> Result<(), String> {
     let (mut first, mut n_without, mut n_objects) = (None, 0_usize, 0_usize);
-    for (annotation, image, segmentation) in objects {
+    for (annotation, image, outline) in objects {
         n_objects += 1;
-        if let Some(why) = lack_of_outline(segmentation) {
+        if let Some(why) = lack_of_outline(outline) {
             n_without += 1;
             first.get_or_insert((annotation, image, why));
         }
@@ -206,16 +256,20 @@ pub fn check_outlines<'a>(objects: impl Iterator<Item = (AnnotationId, ImageId, 
     Err(format!("annotation {annotation} of image {image} has {why}; {n_without} of {n_objects} annotations have no outline"))
 }
 
-fn lack_of_outline(segmentation: Option<&Segmentation>) -> Option<&'static str> {
-    let Some(segmentation) = segmentation else { return Some("no `segmentation`") };
+fn lack_of_outline(outline: &Outline) -> Option<Cow<'static, str>> {
+    let segmentation = match outline {
+        Outline::Missing => return Some("no `segmentation`".into()),
+        Outline::Other(found) => return Some(format!("{found} as `segmentation`").into()),
+        Outline::Drawn(segmentation) => segmentation,
+    };
     match segmentation.polygons() {
-        Some(polygons) if polygons.is_empty() => Some("an empty list as `segmentation`"),
+        Some(polygons) if polygons.is_empty() => Some("an empty list as `segmentation`".into()),
         Some(polygons) => {
-            polygons.iter().all(|polygon| polygon.len() < 6).then_some("a `segmentation` of polygons with fewer than three corners")
+            polygons.iter().all(|polygon| polygon.len() < 6).then_some("a `segmentation` of polygons with fewer than three corners".into())
         }
         None => {
             let rle = segmentation.rle_ref().and_then(|runs| runs.to_rle().ok());
-            rle.is_some_and(|rle| mask::area(&rle) == 0).then_some("a `segmentation` of run lengths without a pixel")
+            rle.is_some_and(|rle| mask::area(&rle) == 0).then_some("a `segmentation` of run lengths without a pixel".into())
         }
     }
 }
@@ -428,8 +482,8 @@ mod tests {
         let triangle: &[f64] = &[0.0, 0.0, 3.0, 0.0, 3.0, 2.0];
         let check = |segmentation: Option<Segmentation>| {
             let sound = polygons(&[triangle]);
-            let objects = [&sound, &segmentation, &segmentation].into_iter().zip(1..);
-            check_outlines(objects.map(|(segmentation, id)| (AnnotationId(id), ImageId(7), segmentation.as_ref())))
+            let outlines = [&sound, &segmentation, &segmentation].map(|drawn| drawn.clone().map_or(Outline::Missing, Outline::from));
+            check_outlines(outlines.iter().zip(1..).map(|(outline, id)| (AnnotationId(id), ImageId(7), outline)))
         };
         for sound in [polygons(&[triangle, &[1.0, 1.0]]), runs(&[2, 1, 9]), packed(&[true; 12])] {
             assert_eq!(check(sound), Ok(()));
@@ -446,6 +500,11 @@ mod tests {
         for (segmentation, why) in empty {
             assert_eq!(check(segmentation), Err(format!("annotation 2 of image 7 has {why}; 2 of 3 annotations have no outline")));
         }
+        let other = Outline::of_json("[1, 2, 3, 4, 5, 6]");
+        assert_eq!(
+            check_outlines([(AnnotationId(2), ImageId(7), &other)].into_iter()),
+            Err("annotation 2 of image 7 has one list of numbers instead of a list of polygons as `segmentation`; 1 of 1 annotations have no outline".into())
+        );
     }
 
     #[test]

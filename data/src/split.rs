@@ -4,6 +4,8 @@
 //! it; image ids, annotation ids, boxes, masks, areas and everything this program does not know keep their tokens exactly;
 //! arrays keep the file's order; the top-level keys are `categories`, `annotations`, `images`; no spaces.
 //!
+//! Ids, sizes and `iscrowd` that are written as `1.0`, `"1"` or `false` become plain numbers.
+//!
 //! Different from the reference: nothing in what is said. Python writes numbers and text anew, and this keeps their tokens, so bytes differ
 //! where a file has them in another spelling than Python's: `1.50`, `1e-5` for its `1e-05`, `é` for its `\u00e9`; in names of fields this
 //! writes `é` for either. Files that Python or the COCO tools wrote with ASCII names and shortest numbers come out byte for byte the same.
@@ -22,7 +24,11 @@ use serde::{
 };
 use serde_json::value::RawValue;
 
-use crate::{Error, Result, classes::ClassSplit};
+use crate::{
+    Error, Result,
+    classes::ClassSplit,
+    json::{self, Flag, Whole},
+};
 
 /// Which labels and images stay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +99,18 @@ impl<'a> Fields<'a> {
         self.0.iter().find(|(Key(known), _)| known == key).map(|(_, value)| *value)
     }
 
+    /// Those of some fields that are written otherwise than as plain numbers, `1.0`, `"1"` or `false`, as plain numbers: programs that
+    /// read the file compare ids as they find them.
+    fn plain(&self, fields: &[&'static str]) -> Vec<(&'static str, String)> {
+        let plain = |field: &&'static str| {
+            let token = self.raw(field)?.get();
+            let is_plain = token.bytes().all(|byte| byte.is_ascii_digit());
+            let number = || self.get(field).map(|Whole(number)| number).or_else(|| self.get(field).map(|Flag(is_set)| is_set.into()));
+            Some((*field, if is_plain { return None } else { number()?.to_string() }))
+        };
+        fields.iter().filter_map(plain).collect()
+    }
+
     /// Writes the object without spaces, some values replaced.
     fn write(&self, out: &mut impl Write, replaced: &[(&str, String)]) -> io::Result<()> {
         out.write_all(b"{")?;
@@ -133,11 +151,11 @@ fn write_compact(out: &mut impl Write, json: &str) -> io::Result<()> {
 /// Writes the annotation file of a class list; `path` is for the message.
 ///
 /// Fails when a listed class is not in the file or is there twice, when an LVIS class is not listed (classes of COCO that are
-/// not listed are dropped), when an image's category lists cannot be renumbered, and when an annotation has id 0.
+/// not listed are dropped), and when an image's category lists cannot be renumbered.
 pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, keep: Keep, out: &mut impl Write) -> Result<Counts> {
     let malformed = |problem: String, hint: &str| Error::Malformed { path: path.to_owned(), problem, hint: Some(hint.into()) };
     let again = "check that the download is complete and that this is an `instances` or `lvis_v1` json";
-    let parts: Parts<'_> = serde_json::from_slice(json).map_err(|error| malformed(error.to_string(), again))?;
+    let parts: Parts<'_> = json::parse(json).map_err(|fault| malformed(fault.to_string(), again))?;
     if let Some(twice) = classes.duplicate() {
         return Err(malformed(format!("the class list names `{twice}` twice"), "name each class once"));
     }
@@ -146,7 +164,7 @@ pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, keep: Keep, o
     let mut new_ids: BTreeMap<u64, usize> = BTreeMap::new();
     let mut categories = Vec::new();
     for category in &parts.categories {
-        let (Some(id), Some(name)) = (category.get::<u64>("id"), category.get::<Cow<'_, str>>("name")) else {
+        let (Some(Whole(id)), Some(name)) = (category.get("id"), category.get::<Cow<'_, str>>("name")) else {
             return Err(malformed("categories: expected `id` and `name`".into(), again));
         };
         match place.get(name.as_ref()) {
@@ -182,23 +200,24 @@ pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, keep: Keep, o
     let mut annotations = Vec::new();
     let mut labelled = BTreeSet::new();
     for (row, annotation) in parts.annotations.iter().enumerate() {
-        let ids = (annotation.get::<u64>("id"), annotation.get::<u64>("image_id"), annotation.get::<u64>("category_id"));
-        let (Some(id), Some(image), Some(category)) = ids else {
+        let ids = (annotation.get("id"), annotation.get("image_id"), annotation.get("category_id"));
+        let (Some(Whole(_)), Some(Whole(image)), Some(Whole(category))) = ids else {
             return Err(malformed(format!("annotations[{row}]: expected `id`, `image_id` and `category_id`"), again));
         };
-        if id == 0 {
-            return Err(malformed(format!("annotations[{row}].id: 0, which evaluators take for unmatched"), "number annotations from 1"));
-        }
         if let Some(new_id) = new_ids.get(&category).filter(|new_id| **new_id < n_kept) {
             labelled.insert(image);
             annotations.push((annotation, *new_id));
         }
     }
-    let is_kept = |image: &&Fields<'_>| keep != Keep::AllMin || image.get("id").is_some_and(|id: u64| labelled.contains(&id));
+    let is_kept = |image: &&Fields<'_>| keep != Keep::AllMin || image.get("id").is_some_and(|Whole(id)| labelled.contains(&id));
     let images: Vec<&Fields<'_>> = parts.images.iter().filter(is_kept).collect();
     let lists: Vec<Vec<(&str, String)>> = images
         .iter()
-        .map(|image| renumbered(image, &new_ids))
+        .map(|image| {
+            let mut replaced = image.plain(&["id", "width", "height"]);
+            replaced.extend(renumbered(image, &new_ids)?);
+            Ok(replaced)
+        })
         .collect::<Result<_, String>>()
         .map_err(|problem| malformed(problem, again))?;
 
@@ -212,7 +231,9 @@ pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, keep: Keep, o
         out.write_all(b"],\"annotations\":[")?;
         for (place, (annotation, new_id)) in annotations.iter().enumerate() {
             separate(out, place)?;
-            annotation.write(out, &[("category_id", new_id.to_string())])?;
+            let mut replaced = annotation.plain(&["id", "image_id", "iscrowd"]);
+            replaced.push(("category_id", new_id.to_string()));
+            annotation.write(out, &replaced)?;
         }
         out.write_all(b"],\"images\":[")?;
         for (place, (image, lists)) in images.iter().zip(&lists).enumerate() {
@@ -231,9 +252,10 @@ fn renumbered(image: &Fields<'_>, new_ids: &BTreeMap<u64, usize>) -> Result<Vec<
     let mut lists = Vec::new();
     for key in ["neg_category_ids", "not_exhaustive_category_ids"] {
         let Some(raw) = image.raw(key) else { continue };
-        let old: Vec<u64> = serde_json::from_str(raw.get()).map_err(|error| format!("{}: {key}: {error}", place()))?;
-        let new_id =
-            |id: &u64| new_ids.get(id).copied().ok_or_else(|| format!("{}: {key} names category {id}, which is not a listed one", place()));
+        let old: Vec<Whole> = serde_json::from_str(raw.get()).map_err(|error| format!("{}: {key}: {error}", place()))?;
+        let new_id = |Whole(id): &Whole| {
+            new_ids.get(id).copied().ok_or_else(|| format!("{}: {key} names category {id}, which is not a listed one", place()))
+        };
         let new = old.iter().map(new_id).collect::<Result<Vec<usize>, String>>()?;
         lists.push((key, serde_json::to_string(&new).expect("BUG: a list of numbers is plain JSON")));
     }
@@ -309,7 +331,6 @@ mod tests {
     #[test]
     fn what_cannot_be_renumbered_is_named() {
         let cases = [
-            (split_of(r#"[{"id": 1}]"#, 0, OWL), "annotations[0].id: 0, which evaluators take for unmatched"),
             (
                 split_of(r#"[{"id": 1, "neg_category_ids": [5, 6]}]"#, 1, OWL),
                 "image 1: neg_category_ids names category 6, which is not a listed one",
@@ -324,7 +345,7 @@ mod tests {
             assert!(error.ends_with(words), "{error}");
         }
         let ill_typed = split_of(r#"[{"id": 1, "neg_category_ids": ["owl"]}]"#, 1, OWL).unwrap_err().to_string();
-        assert!(ill_typed.contains("image 1: neg_category_ids: invalid type"), "{ill_typed}");
+        assert!(ill_typed.contains("image 1: neg_category_ids: expected a whole number of 0 or more, found the text"), "{ill_typed}");
     }
 
     #[test]
@@ -333,6 +354,18 @@ mod tests {
             split_of(r#"[{"id": 1, "x": 1.50e+3, "y": {"b": 0.10000000000000001, "a": null}, "\u007a": 12345678901234567890123}]"#, 7, OWL);
         let expected = r#"{"categories":[{"id":0,"name":"owl"}],"annotations":[{"id":7,"image_id":1,"category_id":0}],"images":[{"id":1,"x":1.50e+3,"y":{"b":0.10000000000000001,"a":null},"z":12345678901234567890123}]}"#;
         assert_eq!(written.unwrap(), expected);
+    }
+
+    #[test]
+    fn ids_sizes_and_flags_become_plain_numbers() {
+        let json = "\u{feff}{\"images\": [{\"id\": \"1\", \"width\": 64.0, \"height\": 48}], \"categories\": [{\"id\": 5.0, \"name\": \"owl\"}], \
+            \"annotations\": [{\"id\": 0, \"image_id\": 1.0, \"category_id\": \"5\", \"iscrowd\": true, \"x\": 1.50}, \
+            {\"id\": \"2\", \"image_id\": 1, \"category_id\": 5, \"iscrowd\": false}]}";
+        let mut out = Vec::new();
+        let owls = ClassSplit { base: vec!["owl".into()], novel: vec![] };
+        write_split(json.as_bytes(), Path::new("a.json"), &owls, Keep::AllMin, &mut out).unwrap();
+        let expected = r#"{"categories":[{"id":0,"name":"owl"}],"annotations":[{"id":0,"image_id":1,"category_id":0,"iscrowd":1,"x":1.50},{"id":2,"image_id":1,"category_id":0,"iscrowd":0}],"images":[{"id":1,"width":64,"height":48}]}"#;
+        assert_eq!(String::from_utf8(out).unwrap(), expected);
     }
 
     /// make.py asserts the same of lvis-api on the same files.

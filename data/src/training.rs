@@ -11,7 +11,7 @@ use crate::{
     annotations::{AnnotationId, Annotations, CategoryId, ImageInfo},
     boxes::Xyxy,
     images::Image,
-    masks::{Mask, Segmentation},
+    masks::{Mask, Outline},
     resize::bilinear,
 };
 
@@ -39,7 +39,7 @@ pub struct Object {
     /// Its class, as a place in the list of classes.
     pub class: usize,
     /// Its outline, where there is one.
-    pub segmentation: Option<Segmentation>,
+    pub segmentation: Outline,
 }
 
 /// The images of some annotations that show a class of `classes` and are not tiny, with their objects. Left out are boxes that lie outside
@@ -55,7 +55,7 @@ pub fn samples(annotations: &Annotations, classes: &[CategoryId]) -> Vec<Sample>
         }
         let object = |label: &&crate::annotations::Annotation| {
             let class = *class_of.get(&label.category_id)?;
-            let inside = clipped(&label.xyxy, [info.width, info.height]);
+            let inside = label.xyxy.clipped([info.width, info.height]);
             let [_, _, width, height] = label.bbox;
             let counts = !label.is_crowd && inside.area() > 0.0 && label.area > 0.0 && width >= 1.0 && height >= 1.0;
             counts.then(|| Object { id: label.id, xyxy: label.xyxy, class, segmentation: label.segmentation.clone() })
@@ -128,7 +128,7 @@ impl Placement {
     /// Where a box of the image lies in what is shown, clipped to it.
     pub fn show(&self, xyxy: &Xyxy) -> Xyxy {
         let [x, y] = [0, 1].map(|axis| self.to[axis] as f32 / self.from[axis] as f32);
-        let Xyxy { x1, y1, x2, y2 } = clipped(&Xyxy { x1: xyxy.x1 * x, y1: xyxy.y1 * y, x2: xyxy.x2 * x, y2: xyxy.y2 * y }, self.to);
+        let Xyxy { x1, y1, x2, y2 } = Xyxy { x1: xyxy.x1 * x, y1: xyxy.y1 * y, x2: xyxy.x2 * x, y2: xyxy.y2 * y }.clipped(self.to);
         let width = self.to[0] as f32;
         if self.is_mirrored { Xyxy { x1: width - x2, y1, x2: width - x1, y2 } } else { Xyxy { x1, y1, x2, y2 } }
     }
@@ -138,7 +138,7 @@ impl Placement {
         let width = self.to[0] as f32;
         let Xyxy { x1, y1, x2, y2 } = if self.is_mirrored { Xyxy { x1: width - xyxy.x2, x2: width - xyxy.x1, ..*xyxy } } else { *xyxy };
         let [x, y] = [0, 1].map(|axis| self.from[axis] as f32 / self.to[axis] as f32);
-        clipped(&Xyxy { x1: x1 * x, y1: y1 * y, x2: x2 * x, y2: y2 * y }, self.from)
+        Xyxy { x1: x1 * x, y1: y1 * y, x2: x2 * x, y2: y2 * y }.clipped(self.from)
     }
 
     /// What is shown of the image, packed RGB.
@@ -195,11 +195,6 @@ impl Placement {
         };
         ShownMask { from: [left, top], size: [right - left, bottom - top], pixels: (top..bottom).flat_map(row).collect() }
     }
-}
-
-fn clipped(xyxy: &Xyxy, [width, height]: [u32; 2]) -> Xyxy {
-    let [width, height] = [width as f32, height as f32];
-    Xyxy { x1: xyxy.x1.clamp(0.0, width), y1: xyxy.y1.clamp(0.0, height), x2: xyxy.x2.clamp(0.0, width), y2: xyxy.y2.clamp(0.0, height) }
 }
 
 #[cfg(test)]
@@ -315,7 +310,12 @@ mod tests {
 
     #[test]
     fn a_part_shows_the_classes_that_it_overlaps_at_all() {
-        let object = |id: u64, corners: [f32; 4], class| Object { id: AnnotationId(id), xyxy: corners.into(), class, segmentation: None };
+        let object = |id: u64, corners: [f32; 4], class| Object {
+            id: AnnotationId(id),
+            xyxy: corners.into(),
+            class,
+            segmentation: Outline::Missing,
+        };
         let objects = [
             object(1, [10.0, 10.0, 20.0, 20.0], 5),
             object(2, [19.9, 0.0, 90.0, 9.0], 2),
@@ -347,7 +347,7 @@ mod tests {
                     id: AnnotationId(1),
                     xyxy: Xyxy { x1: 0.0, y1: 0.0, x2: 9.0, y2: 9.0 },
                     class: *class,
-                    segmentation: None,
+                    segmentation: Outline::Missing,
                 })
                 .collect(),
             crowds: Vec::new(),

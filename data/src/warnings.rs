@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// How far a box may reach outside its image before it counts as leaving it, in px.
-const TOLERANCE_PX: f64 = 1.0;
+pub(crate) const TOLERANCE_PX: f64 = 1.0;
 
 /// What to know about an evaluation of some categories. `looked_at`: the images that were searched for objects, where that is known.
 pub(crate) fn warnings(
@@ -74,6 +74,31 @@ pub(crate) fn warnings(
     warnings
 }
 
+/// What to know of annotated boxes before anything is made from them, in words with counts: real data sets have a few that are empty or
+/// leave their image.
+pub fn of_boxes(annotations: &Annotations) -> Option<String> {
+    let (mut n_empty, mut n_outside, mut n_leaving) = (0_usize, 0_usize, 0_usize);
+    let mut first = None;
+    for label in &annotations.annotations {
+        let Some(image) = annotations.image(label.image_id) else { continue };
+        let ([x, y, width, height], [right, bottom]) = (label.bbox, [image.width, image.height].map(f64::from));
+        let is_empty = width <= 0.0 || height <= 0.0;
+        let is_outside = x >= right || y >= bottom || x + width <= 0.0 || y + height <= 0.0;
+        let leaves = x < -TOLERANCE_PX || y < -TOLERANCE_PX || x + width > right + TOLERANCE_PX || y + height > bottom + TOLERANCE_PX;
+        match (is_empty, is_outside, leaves) {
+            (true, _, _) => n_empty += 1,
+            (false, true, _) => n_outside += 1,
+            (false, false, true) => n_leaving += 1,
+            (false, false, false) => continue,
+        }
+        first.get_or_insert(label.id);
+    }
+    let counts = [(n_empty, "have no area"), (n_outside, "lie outside their image"), (n_leaving, "reach more than 1 px outside it")];
+    let counts: Vec<String> = counts.into_iter().filter(|(n, _)| *n > 0).map(|(n, words)| format!("{n} {words}")).collect();
+    let n_labels = annotations.annotations.len();
+    Some(format!("of {n_labels} annotated boxes {} (annotation {} is the first)", counts.join(", "), first?))
+}
+
 /// Whether a box that should be `[x, y, width, height]` lies in its image only as corners.
 fn seem_corners([x, y, width, height]: [f64; 4], image: &ImageInfo) -> bool {
     let [right, bottom] = [image.width, image.height].map(|side| f64::from(side) + TOLERANCE_PX);
@@ -87,6 +112,7 @@ mod tests {
     use crate::{
         annotations::{AnnotationId, Category, Frequency},
         boxes::xywh_to_xyxy,
+        masks::Outline,
     };
 
     /// Two images of 100 x 80 px, each with two owls.
@@ -115,7 +141,7 @@ mod tests {
             area: 300.0,
             has_area: true,
             is_crowd: false,
-            segmentation: None,
+            segmentation: Outline::Missing,
         };
         Annotations {
             images: [1, 2].map(image).into(),
@@ -145,6 +171,26 @@ mod tests {
             // Without objects, too.
             assert!(after(metric, |owls| owls.annotations.clear()).is_empty());
         }
+    }
+
+    #[test]
+    fn boxes_that_are_empty_or_leave_their_image_are_counted() {
+        let said = |change: &dyn Fn(&mut Annotations)| {
+            let mut owls = owls();
+            change(&mut owls);
+            of_boxes(&owls)
+        };
+        assert_eq!(said(&|_| {}), None);
+        // Within a pixel.
+        assert_eq!(said(&|owls| each(owls, 4, |label| label.bbox = [-1.0, -0.5, 102.0, 81.5])), None);
+        let several = |owls: &mut Annotations| {
+            owls.annotations[1].bbox = [5.0, 5.0, 0.0, 9.0];
+            owls.annotations[2].bbox = [100.0, 5.0, 9.0, 9.0];
+            owls.annotations[3].bbox = [95.0, 5.0, 9.0, 9.0];
+        };
+        let expected = "of 4 annotated boxes 1 have no area, 1 lie outside their image, 1 reach more than 1 px outside it (annotation 2 is the \
+                        first)";
+        assert_eq!(said(&several).as_deref(), Some(expected));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use ovenbird_data::{
     classes::ClassSplit,
     proposals::{self, Pickled},
     split::{Keep as KeptLabels, write_split},
+    warnings::of_boxes,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -91,6 +92,9 @@ impl Stage for Split {
                 hint: Some("`lvis-frequency` needs LVIS v1 annotations".into()),
             })?,
         };
+        if let Some(words) = of_boxes(&checked) {
+            cx.note(format!("{words}: they are kept as they are"));
+        }
         drop(checked);
         let keep = match self.keep {
             Keep::All => KeptLabels::All,
@@ -154,7 +158,7 @@ impl Stage for Import {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
-        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load_images()?;
         let pickle = cx.inputs.read(PICKLE)?;
         let Pickled { entries, notes } = pickle.load()?;
         notes.into_iter().for_each(|words| cx.note(words));
@@ -217,7 +221,7 @@ impl Stage for Export {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
-        let mut annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let mut annotations = cx.inputs.read(ANNOTATIONS)?.load_images()?;
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let proposals = cx.inputs.read(PROPOSALS)?;
         let n_entries = proposals.by_image.len();

@@ -117,6 +117,8 @@ pub struct PortInfo {
     pub presence: Presence,
     /// How the names of such files end, in lower case; `/` stands for a folder.
     pub extensions: &'static [&'static str],
+    /// What a file that a user brings must be: see [`Artifact::SHAPE`].
+    pub shape: &'static str,
     /// What exactly is expected or written: shapes, units, order.
     pub doc: &'static str,
 }
@@ -140,12 +142,18 @@ impl<T> Copy for In<T> {}
 impl<T: Artifact> In<T> {
     /// A port that must be given.
     pub const fn required(name: &'static str, doc: &'static str) -> Self {
-        Self { info: PortInfo { name, kind: T::KIND, presence: Presence::Required, extensions: T::EXTENSIONS, doc }, kind: PhantomData }
+        Self {
+            info: PortInfo { name, kind: T::KIND, presence: Presence::Required, extensions: T::EXTENSIONS, shape: T::SHAPE, doc },
+            kind: PhantomData,
+        }
     }
 
     /// A port that may be left out.
     pub const fn optional(name: &'static str, doc: &'static str) -> Self {
-        Self { info: PortInfo { name, kind: T::KIND, presence: Presence::Optional, extensions: T::EXTENSIONS, doc }, kind: PhantomData }
+        Self {
+            info: PortInfo { name, kind: T::KIND, presence: Presence::Optional, extensions: T::EXTENSIONS, shape: T::SHAPE, doc },
+            kind: PhantomData,
+        }
     }
 
     /// The port as the planner sees it.
@@ -172,7 +180,10 @@ impl<T> Copy for Out<T> {}
 impl<T: Artifact> Out<T> {
     /// A port with its documentation.
     pub const fn new(name: &'static str, doc: &'static str) -> Self {
-        Self { info: PortInfo { name, kind: T::KIND, presence: Presence::Required, extensions: T::EXTENSIONS, doc }, kind: PhantomData }
+        Self {
+            info: PortInfo { name, kind: T::KIND, presence: Presence::Required, extensions: T::EXTENSIONS, shape: T::SHAPE, doc },
+            kind: PhantomData,
+        }
     }
 
     /// The port as the planner sees it.
@@ -658,11 +669,11 @@ impl<S: Stage> AnyStage for S {
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
-        Stage::units(self, inputs)
+        Stage::units(self, inputs).map_err(|error| brought(error, inputs, S::INPUTS))
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        Stage::run(self, units, cx)
+        Stage::run(self, units, cx).map_err(|error| brought(error, cx.inputs, S::INPUTS))
     }
 
     fn rides(&self) -> bool {
@@ -670,11 +681,95 @@ impl<S: Stage> AnyStage for S {
     }
 
     fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
-        Stage::rider(self, units, cx)
+        Stage::rider(self, units, cx).map_err(|error| brought(error, cx.inputs, S::INPUTS))
+    }
+}
+
+/// Readers do not know whose files they read: a fault of one that the user brought is the user's to mend, and the home is sound.
+fn brought(error: Error, inputs: &Inputs, ports: &[PortInfo]) -> Error {
+    use ovenbird_cache::Error::{Flipped, Malformed, OtherFormat};
+    let (path, problem) = match &error {
+        Error::Cache(Malformed { path, problem }) => (path, problem.clone()),
+        Error::Cache(Flipped { path, what, .. }) => (path, format!("{what} does not match the digest in the file: it is damaged")),
+        Error::Cache(OtherFormat { path, found, known }) => (path, format!("expected format {known}, found {found}")),
+        _ => return error,
+    };
+    let is_there = |file: &InputFile| file.unit.is_none() && file.path == *path;
+    let port = ports.iter().find(|port| inputs.ports.get(port.name).is_some_and(|files| files.iter().any(is_there)));
+    match port {
+        Some(PortInfo { name, shape, .. }) => {
+            let hint = Some(format!("give `{name}` {shape}"));
+            Error::Data(ovenbird_data::Error::Malformed { path: path.clone(), problem, hint })
+        }
+        None => error,
     }
 }
 
 /// An IO error of a file being written into a draft, in the store's words.
 pub(crate) fn write_error(path: &Path, source: std::io::Error) -> Error {
     Error::Cache(ovenbird_cache::Error::Write { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{STAGES, artifacts};
+
+    fn file(name: &str, unit: Option<Fingerprint>) -> InputFile {
+        InputFile { name: name.into(), path: name.into(), bytes: 0, digest: Digest::of(b""), unit }
+    }
+
+    #[test]
+    fn a_fault_of_a_file_that_the_user_brought_is_none_of_the_home_at_any_port() {
+        let damages: [fn() -> ovenbird_cache::Error; 3] = [
+            || ovenbird_cache::Error::Malformed { path: "file".into(), problem: "expected an object, found a list".into() },
+            || ovenbird_cache::Error::Flipped {
+                path: "file".into(),
+                what: "batch 1".into(),
+                expected: Digest::of(b"a"),
+                found: Digest::of(b"b"),
+            },
+            || ovenbird_cache::Error::OtherFormat { path: "file".into(), found: 2, known: 1 },
+        ];
+        let recipe = Recipe { kind: "a".into(), version: 1, params: Value::Null, inputs: BTreeMap::new() };
+        let unit = Some(recipe.fingerprint());
+        for port in STAGES.iter().flat_map(|stage| stage.inputs) {
+            for damage in damages {
+                let said = |unit| {
+                    let inputs = Inputs { ports: [(port.name.to_owned(), vec![file("other", None), file("file", unit)])].into() };
+                    brought(Error::Cache(damage()), &inputs, &[*port])
+                };
+                let error = said(None);
+                assert!(matches!(error, Error::Data(_)), "{}: {error}", port.name);
+                assert_eq!(error.hint().unwrap(), format!("give `{}` {}", port.name, port.shape));
+                assert!(matches!(said(unit), Error::Cache(_)), "{}", port.name);
+            }
+        }
+    }
+
+    #[test]
+    fn a_class_list_of_another_shape_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("classes.json");
+        let read = |json: &str| {
+            let mut written = tempfile::NamedTempFile::new_in(&folder).unwrap();
+            std::io::Write::write_all(&mut written, json.as_bytes()).unwrap();
+            written.persist(&path).unwrap();
+            let file = InputFile { path: path.clone(), digest: Digest::of(json.as_bytes()), ..file("classes.json", None) };
+            artifacts::Classes::open(&[file]).map(|artifacts::Classes(classes)| classes).map_err(|error| error.to_string())
+        };
+        assert_eq!(read("\u{feff}{\"base\": [\"owl\"], \"novel\": []}").unwrap().base, ["owl"]);
+        for (json, problem) in [
+            (r#"["owl", "wren"]"#, "expected an object, found another value"),
+            (r#"[["owl"], ["wren"]]"#, "expected an object, found another value"),
+            (r#""owl""#, "expected an object, found another value"),
+            (r#"{"seen": ["owl"], "unseen": []}"#, "unknown field `seen`, expected `base` or `novel`"),
+            (r#"{"base": ["owl"]}"#, "expected `novel`, found none"),
+            (r#"{"base": "owl", "novel": []}"#, "base: expected a list, found the text \"owl\""),
+            ("<html>", "expected json, found a web page"),
+        ] {
+            let error = read(json).unwrap_err();
+            assert!(error.contains(problem), "{error}");
+        }
+    }
 }

@@ -5,7 +5,8 @@ use std::{ops::Range, sync::Arc};
 use ovenbird_cache::Digest;
 use ovenbird_data::{
     annotations::{Annotation, Annotations, ImageInfo},
-    images::Image,
+    boxes::Xyxy,
+    images::{Image, MAX_JPEG_SIDE},
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -18,14 +19,14 @@ use crate::{
 
 /// Crops of annotated objects, encoded, in one indexed shard a unit.
 ///
-/// One crop an annotation that is no crowd and at least `min_side` px on both sides, in ascending image id and the file's
-/// order; the box grows by `expand` about its centre and is clipped to the image.
+/// One crop an annotation that is no crowd and of which at least `min_side` px on both sides lie in the image, in ascending image id and
+/// the file's order; the box grows by `expand` about its centre and is clipped to the image.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Objects {
     /// By how much boxes grow on each axis.
     pub expand: f32,
-    /// Smaller objects are left out, in px.
+    /// Objects of which less lies in the image are left out, in px.
     pub min_side: f32,
     /// JPEG quality, 1 to 100.
     pub quality: u8,
@@ -41,23 +42,70 @@ const IMAGES: In<Images> = In::required("images", "The folder that the annotatio
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json.");
 const CROPS: Out<Crops> = Out::new("crops", "By object: `image_id`, `annotation_id`, `category_id` u64, `jpeg` bytes.");
 
+/// Whether an object is cut out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Kept,
+    /// A crowd, or small.
+    NotAsked,
+    /// It misses its image.
+    Outside,
+    /// What lies in the image is too small.
+    Clipped,
+}
+
 impl Objects {
     fn of_images<'a>(&self, annotations: &'a Annotations) -> Vec<(&'a ImageInfo, Vec<&'a Annotation>)> {
         let mut by_image = annotations.by_image();
-        let is_kept = |annotation: &&Annotation| {
-            !annotation.is_crowd && annotation.xyxy.width() >= self.min_side && annotation.xyxy.height() >= self.min_side
-        };
         let of_image = |image: &'a ImageInfo| {
             let objects = by_image.remove(&image.id).unwrap_or_default();
-            (image, objects.into_iter().filter(is_kept).collect())
+            (image, objects.into_iter().filter(|object| self.place(object, image) == Place::Kept).collect())
         };
         annotations.images.iter().map(of_image).collect()
+    }
+
+    fn place(&self, object: &Annotation, image: &ImageInfo) -> Place {
+        let inside = object.xyxy.clipped([image.width, image.height]);
+        let is_large = |xyxy: &Xyxy| xyxy.width() >= self.min_side && xyxy.height() >= self.min_side;
+        if object.is_crowd || !is_large(&object.xyxy) {
+            Place::NotAsked
+        } else if inside.area() <= 0.0 {
+            Place::Outside
+        } else if is_large(&inside) {
+            Place::Kept
+        } else {
+            Place::Clipped
+        }
+    }
+
+    /// Says how many objects are left out because of where they lie.
+    fn note_strays(&self, annotations: &Annotations, cx: &Context<'_>) {
+        let objects = annotations.annotations.iter();
+        let places = objects.filter_map(|object| Some((object.id, self.place(object, annotations.image(object.image_id)?))));
+        let (mut n_outside, mut n_clipped, mut first) = (0_usize, 0_usize, None);
+        for (id, place) in places {
+            match place {
+                Place::Outside => n_outside += 1,
+                Place::Clipped => n_clipped += 1,
+                Place::Kept | Place::NotAsked => continue,
+            }
+            first.get_or_insert(id);
+        }
+        if let Some(first) = first {
+            let n_objects = annotations.annotations.len();
+            cx.note(format!(
+                "{} of {n_objects} annotated boxes are left out: {n_outside} lie outside their image, {n_clipped} are smaller than {} px once \
+                 clipped to it (annotation {first} is the first)",
+                n_outside + n_clipped,
+                self.min_side
+            ));
+        }
     }
 }
 
 impl Stage for Objects {
     const KIND: &'static str = "crops/objects";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[CROPS.info()];
     const RIDES: bool = true;
@@ -89,6 +137,7 @@ impl Stage for Objects {
     fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
         let objects = self.of_images(&annotations).into_iter().map(|(_, objects)| objects.into_iter().cloned().collect()).collect();
+        self.note_strays(&annotations, cx);
         let sight = Box::new(CropSight { stage: self, objects });
         let frames = Frames { images: cx.inputs.read(IMAGES)?, infos: annotations.images };
         Ok(Rider { cx, units, frames, sight, encoder: None, port: CROPS.info().name, rows: RowKind::Crops })
@@ -104,6 +153,16 @@ struct CropSight<'a> {
 impl Sight for CropSight<'_> {
     fn n_views(&self, place: usize, _info: &ImageInfo) -> usize {
         usize::from(!self.objects[place].is_empty())
+    }
+
+    fn refusal(&self, place: usize, info: &ImageInfo) -> Option<(String, &'static str)> {
+        let side = |object: &Annotation| {
+            let [x1, y1, x2, y2] = object.xyxy.expanded(self.stage.expand, [info.width, info.height]);
+            (x2 - x1).max(y2 - y1)
+        };
+        let object = self.objects[place].iter().find(|object| side(object) > i64::from(MAX_JPEG_SIDE))?;
+        let problem = format!("the crop of annotation {} would be longer than {MAX_JPEG_SIDE} px, which no JPEG can be", object.id);
+        Some((problem, "leave the image out: `on_bad_item: skip`, or cut it into smaller ones"))
     }
 
     fn cut(&self, place: usize, _info: &ImageInfo, image: &Arc<Image>, _views: Range<usize>) -> Cut {
@@ -124,8 +183,9 @@ impl Sight for CropSight<'_> {
 
 /// Crops as JPEG files, a folder a class: `CLASS/IMAGE-ANNOTATION.jpg`.
 ///
-/// For tools that read such folders. One unit, and one file a crop: for millions of objects read the shards instead. A class name's
-/// `/` becomes `_`.
+/// For tools that read such folders. One unit, and one file a crop: for millions of objects read the shards instead. In names of classes
+/// `/`, `\`, `%`, control characters and a leading `.` are written as in addresses, `%2F`, so that different classes have different
+/// folders and each is seen; a name that is too long for a folder ends in `%~` and a digest of the whole.
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Folder {}
@@ -136,12 +196,12 @@ const FOLDER: Out<Images> = Out::new("images", "`CLASS/IMAGE-ANNOTATION.jpg`.");
 
 impl Stage for Folder {
     const KIND: &'static str = "crops/folder";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[CROPS_IN.info(), CLASSES.info()];
     const OUTPUTS: &'static [PortInfo] = &[FOLDER.info()];
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        let annotations = cx.inputs.read(CLASSES)?.load()?;
+        let annotations = cx.inputs.read(CLASSES)?.load_categories()?;
         let draft = cx.begin(&units[0])?;
         let mut n_crops = 0_u64;
         for crop in cx.inputs.read(CROPS_IN)?.rows() {
@@ -151,12 +211,102 @@ impl Stage for Folder {
                 problem: format!("no class {category_id}, which annotation {annotation_id} has"),
                 hint: "use the annotations that the crops were made from".into(),
             })?;
-            let class = class.name.replace('/', "_");
+            let class = folder_name(&class.name);
             draft.write(FOLDER, &format!("{class}/{image_id}-{annotation_id}.jpg"), &jpeg)?;
             n_crops += 1;
             cx.tick(1);
             cx.proceed()?;
         }
         cx.commit(draft, [("crops".into(), n_crops.into())].into())
+    }
+}
+
+/// The longest folder name that file systems have, in bytes, less room for a digest.
+const MAX_NAME_BYTES: usize = 200;
+
+/// The folder of a class: its name, as far as folders can have it. Different classes have different ones.
+fn folder_name(class: &str) -> String {
+    let mut name = String::new();
+    for (place, character) in class.char_indices() {
+        let is_plain = !(character.is_control() || matches!(character, '/' | '\\' | '%') || place == 0 && character == '.');
+        if is_plain {
+            name.push(character);
+        } else {
+            let mut bytes = [0; 4];
+            name.extend(character.encode_utf8(&mut bytes).bytes().map(|byte| format!("%{byte:02X}")));
+        }
+    }
+    if name.is_empty() {
+        // Which no character is written as.
+        return "%".into();
+    }
+    if name.len() <= MAX_NAME_BYTES {
+        return name;
+    }
+    let digest = Digest::of(class.as_bytes()).to_string();
+    format!("{}%~{digest}", &name[..name.floor_char_boundary(MAX_NAME_BYTES - 72)])
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_class_has_a_folder_of_its_own_that_is_seen_and_leaves_no_other() {
+        let long = |last: char| format!("{}{last}", "ü".repeat(300));
+        let classes: Vec<String> = [
+            "owl",
+            "cup/mug",
+            "cup_mug",
+            "cup%2Fmug",
+            "cup\\mug",
+            "..",
+            ".",
+            ".hidden",
+            "%2Ehidden",
+            "",
+            "%",
+            "a\0b",
+            "a\nb",
+            "a b",
+            "café",
+            "cafe\u{301}",
+            "...",
+            "a/../b",
+            "/",
+            "//",
+        ]
+        .map(String::from)
+        .into_iter()
+        .chain(['a', 'b'].map(long))
+        .chain([".".repeat(300), "x".repeat(200), "x".repeat(201)])
+        .collect();
+        let folders: BTreeSet<String> = classes.iter().map(|class| folder_name(class)).collect();
+        assert_eq!(folders.len(), classes.len());
+        for folder in &folders {
+            let is_sound = !folder.is_empty() && folder.len() <= 255 && !folder.starts_with('.') && !folder.contains(['/', '\\']);
+            assert!(is_sound && !folder.chars().any(char::is_control), "{folder:?}");
+        }
+        // Ordinary names stay as they are.
+        for class in ["owl", "cup_mug", "a b", "café", "hot dog (food)", "t.v."] {
+            assert_eq!(folder_name(class), class);
+        }
+        assert_eq!(["..", "cup/mug", "50%"].map(folder_name), ["%2E.", "cup%2Fmug", "50%25"]);
+    }
+
+    #[test]
+    fn objects_are_cut_out_where_enough_of_them_lies_in_the_image() {
+        let json = br#"{"images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}], "categories": [{"id": 5, "name": "owl"}],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 5, "bbox": [2, 3, 20, 16]}, {"id": 2, "image_id": 1, "category_id": 5, "bbox": [500, 3, 20, 16]},
+                {"id": 3, "image_id": 1, "category_id": 5, "bbox": [63.6, 3, 20, 16]}, {"id": 4, "image_id": 1, "category_id": 5, "bbox": [-16, 3, 20, 16]},
+                {"id": 5, "image_id": 1, "category_id": 5, "bbox": [2, 3, 20, 3.9]}, {"id": 6, "image_id": 1, "category_id": 5, "bbox": [2, 3, 20, 16], "iscrowd": 1}]}"#;
+        let annotations = Annotations::parse(json, "a.json".as_ref()).unwrap();
+        let stage = Objects::default();
+        let places: Vec<Place> = annotations.annotations.iter().map(|object| stage.place(object, &annotations.images[0])).collect();
+        use Place::{Clipped, Kept, NotAsked, Outside};
+        assert_eq!(places, [Kept, Outside, Clipped, Kept, NotAsked, NotAsked]);
+        assert_eq!(stage.of_images(&annotations)[0].1.len(), 2);
     }
 }

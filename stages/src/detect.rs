@@ -6,6 +6,7 @@ use ovenbird_data::{
     annotations::{Annotations, CategoryId},
     boxes::nms_by_class,
     evaluate::{Detection, Evaluator, Metric, Shape},
+    warnings::of_boxes,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -87,7 +88,7 @@ impl Stage for ZeroShot {
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
         let Classes(classes) = cx.inputs.read(CLASSES)?;
-        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load_categories()?;
         let ids = category_ids(&annotations, classes.all())?;
         let names: Vec<String> = classes.all().cloned().collect();
         let (features, prompts) = (cx.inputs.read(FEATURES)?, cx.inputs.read(PROMPTS)?);
@@ -262,6 +263,12 @@ fn evaluate(units: &[Unit], cx: &Context<'_>, metric: Metric, of: Of) -> Result<
         n_judged += detections.len();
         evaluator.judge(&detections).map_err(port("detections", hint))?;
         cx.proceed()?;
+    }
+    if let Some(words) = evaluator.remarks().map_err(port("detections", hint))? {
+        cx.note(words);
+    }
+    if let Some(words) = of_boxes(&annotations) {
+        cx.note(words);
     }
     if n_judged == 0 && n_stray > 0 {
         return Err(Error::Input {

@@ -62,7 +62,7 @@ impl Stage for Export {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
-        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load_categories()?;
         let detections = cx.inputs.read(DETECTIONS)?;
         let ids = category_ids(&detections, &annotations)?;
         let draft = cx.begin(unit)?;

@@ -156,7 +156,7 @@ impl Stage for ObjectsImport {
 
 /// Units of stages whose items are images with a file each.
 fn file_units(inputs: &Inputs) -> Result<Units> {
-    let items = inputs.read(FILES)?.items(&inputs.read(ANNOTATIONS)?.load()?.images)?;
+    let items = inputs.read(FILES)?.items(&inputs.read(ANNOTATIONS)?.load_images()?.images)?;
     Ok(Units::Independent { items, replaces: vec!["files", "annotations"] })
 }
 
@@ -168,7 +168,7 @@ fn import(
     rows: RowKind,
     read: impl Fn(&ImageInfo) -> Result<Read<Row>> + Sync,
 ) -> Result<()> {
-    let Annotations { images, .. } = cx.inputs.read(ANNOTATIONS)?.load()?;
+    let Annotations { images, .. } = cx.inputs.read(ANNOTATIONS)?.load_images()?;
     let n_others = files.n_others(&images);
     if n_others > 0 {
         cx.note(format!("{n_others} files are of images that the annotations do not have, and are left alone"));

@@ -10,10 +10,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use ovenbird_data::{annotations::ImageInfo, images::Image};
+use ovenbird_data::{Error as DataError, annotations::ImageInfo, images::Image};
 
 use crate::{
-    AnyStage, Context, Result, Unit,
+    AnyStage, Context, Error, Result, Unit,
     artifacts::{Images, Row, RowKind, RowWriter, Shelf},
     clip::encoder::{Encoder, PRECISION, Pending, embedding_problem},
     contract::{Attempted, UnitDraft},
@@ -52,6 +52,10 @@ pub(crate) enum Cut {
 pub(crate) trait Sight: Sync {
     /// How many views an image has. A stage without a network has one.
     fn n_views(&self, place: usize, info: &ImageInfo) -> usize;
+    /// Why an image cannot be shown, by its size alone, in words and with what to do about it. It is then an item that failed.
+    fn refusal(&self, _place: usize, _info: &ImageInfo) -> Option<(String, &'static str)> {
+        None
+    }
     /// Cuts some of them.
     fn cut(&self, place: usize, info: &ImageInfo, image: &Arc<Image>, views: Range<usize>) -> Cut;
     /// Where images need not be decoded at their full size: how long their shorter side has to be, in px. Such a draft is not shared
@@ -70,6 +74,11 @@ pub(crate) struct Frames {
 }
 
 impl Frames {
+    /// The images of a stage's items: of a dry run they are the first.
+    fn infos_of(&self, cx: &Context<'_>) -> &[ImageInfo] {
+        &self.infos[..self.infos.len().min(cx.items.len())]
+    }
+
     fn decode(&self, place: usize) -> Result<Image> {
         let ImageInfo { file_name, width, height, .. } = &self.infos[place];
         self.images.decode_sized(file_name, [*width, *height])
@@ -103,6 +112,9 @@ pub(crate) fn ride(riders: &[Rider<'_>]) -> Result<()> {
     let n_threads = riders.iter().map(|rider| rider.cx.threads).max().unwrap_or(1);
     let frames = &riders[0].frames;
     assert!(riders.iter().all(|rider| rider.frames.infos == frames.infos), "BUG: riders of different images");
+    for rider in riders {
+        rider.frames.images.look_for(rider.frames.infos_of(rider.cx), rider.cx)?;
+    }
     let seats: Vec<Seat<'_>> = riders.iter().map(|rider| Seat::of(rider)).collect();
     let mut desks: Vec<Desk<'_>> = riders.iter().map(Desk::of).collect();
     let mut route =
@@ -119,6 +131,11 @@ pub(crate) fn ride(riders: &[Rider<'_>]) -> Result<()> {
                     None => slot.image(frames, place)?,
                     Some(least_side) => Arc::new(frames.decode_draft(place, least_side)?),
                 };
+                // What the file itself lacks is said first.
+                if let Some((problem, hint)) = sight.refusal(place, &frames.infos[place]) {
+                    let path = frames.images.file(&frames.infos[place].file_name)?.path.clone();
+                    return Err(Error::Data(DataError::Malformed { path, problem, hint: Some(hint.into()) }));
+                }
                 Ok(sight.cut(place, &frames.infos[place], &image, views.clone()))
             });
             Ready::Cut { seat, place, is_first: views.start == 0, cut }
@@ -138,7 +155,11 @@ pub(crate) fn ride(riders: &[Rider<'_>]) -> Result<()> {
             Ready::Cut { seat, place, is_first, cut } => desks[seat].receive(place, is_first, cut, n_ready),
             Ready::Close { seat } => desks[seat].close(),
         },
-    )
+    )?;
+    if let Some(remarks) = frames.images.remarks() {
+        riders.iter().for_each(|rider| rider.cx.note(&remarks));
+    }
+    Ok(())
 }
 
 /// An image that several jobs share, decoded by the first of them.

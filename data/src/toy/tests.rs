@@ -46,10 +46,10 @@ fn coco_labels_have_what_real_ones_have() {
         let image = annotations.image(annotation.image_id).unwrap();
         let Xyxy { x1, y1, x2, y2 } = annotation.xyxy;
         assert!(x1 >= 0.0 && y1 >= 0.0 && x2 <= image.width as f32 && y2 <= image.height as f32 && x1 < x2 && y1 < y2);
-        let mask = annotation.segmentation.as_ref().unwrap().to_rle(image.height, image.width).unwrap();
+        let mask = annotation.segmentation.drawn().unwrap().to_rle(image.height, image.width).unwrap();
         assert!((hotcoco::mask::area(&mask) as f64 - annotation.area).abs() < 1e-9);
     }
-    let is_polygon = |annotation: &&crate::annotations::Annotation| annotation.segmentation.as_ref().unwrap().polygons().is_some();
+    let is_polygon = |annotation: &&crate::annotations::Annotation| annotation.segmentation.drawn().unwrap().polygons().is_some();
     let n_polygons = annotations.annotations.iter().filter(is_polygon).count();
     assert!(n_polygons > 20 && n_polygons < annotations.annotations.len());
 }

@@ -19,6 +19,7 @@ pub struct Curve {
 impl Artifact for Curve {
     const KIND: &'static str = "curve";
     const EXTENSIONS: &'static [&'static str] = &["csv"];
+    const SHAPE: &'static str = "a CSV with a header `step,NAME,...`";
 
     /// Of a training with several checkpoints, the last one's, which is the longest.
     fn open(files: &[InputFile]) -> Result<Self> {

@@ -78,6 +78,7 @@ pub struct FeatureFiles {
 impl Artifact for FeatureFiles {
     const KIND: &'static str = "feature-files";
     const EXTENSIONS: &'static [&'static str] = &["/"];
+    const SHAPE: &'static str = "a folder of `{id:012}.pth` files as OADP keeps them, one an image";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self { by_name: files.iter().map(|file| (file.name.clone(), file.clone())).collect() })

@@ -159,6 +159,7 @@ pub struct ImageFeatures {
 impl Artifact for ImageFeatures {
     const KIND: &'static str = "image-features";
     const EXTENSIONS: &'static [&'static str] = &["arrow", "/"];
+    const SHAPE: &'static str = "embeddings that `clip/globals` or `globals/import` made (Arrow)";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self { shards: files.to_vec() })
@@ -508,6 +509,7 @@ pub struct RegionFeatures {
 impl Artifact for RegionFeatures {
     const KIND: &'static str = "region-features";
     const EXTENSIONS: &'static [&'static str] = &["arrow", "/"];
+    const SHAPE: &'static str = "embeddings that `clip/blocks`, `clip/objects`, `clip/proposals` or an import of these made (Arrow)";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self { shards: files.to_vec() })
@@ -666,6 +668,7 @@ pub struct Crops {
 impl Artifact for Crops {
     const KIND: &'static str = "crops";
     const EXTENSIONS: &'static [&'static str] = &["arrow", "/"];
+    const SHAPE: &'static str = "crops that `crops/objects` made (Arrow)";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self { shards: files.to_vec() })

@@ -20,23 +20,25 @@
 mod curve;
 pub(crate) mod feature_files;
 mod features;
+mod images;
 mod tables;
 
 use std::{collections::BTreeMap, path::Path};
 
-use ovenbird_cache::{
-    Digest,
-    inputs::{self, InputFile},
-};
+use ovenbird_cache::inputs::InputFile;
 use ovenbird_data::{
-    annotations::{Annotations, ImageInfo},
+    annotations::{Annotations, Needs},
     classes::ClassSplit,
+    content,
     evaluate::Evaluation,
-    images::Image,
+    json,
     proposals::{self, Pickled},
 };
 use ovenbird_models::{checkpoint::Checkpoint, detector::classifier::LogitScale};
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{
+    Deserialize, Serialize,
+    de::{DeserializeOwned, IgnoredAny},
+};
 use tch::{Kind, Tensor};
 
 pub use curve::Curve;
@@ -45,6 +47,7 @@ pub(crate) use features::{ByImage, Piece, Places, Row, RowKind, RowWriter, Shelf
 pub use features::{
     Crop, Crops, CropsWriter, ImageFeatures, ImageFeaturesWriter, NumberType, RegionFeatures, RegionFeaturesWriter, Regions,
 };
+pub use images::Images;
 pub use tables::{Detections, Proposals};
 
 use crate::{
@@ -59,6 +62,8 @@ pub trait Artifact: Sized {
     const KIND: &'static str;
     /// How the names of its files end, in lower case; `/` stands for a folder.
     const EXTENSIONS: &'static [&'static str];
+    /// What a file that a user brings must be, as it follows "give".
+    const SHAPE: &'static str;
 
     /// Opens it from the port's files. Large contents are read later, piece by piece.
     fn open(files: &[InputFile]) -> Result<Self>;
@@ -81,85 +86,19 @@ pub(crate) fn last_file<'a>(kind: &'static str, files: &'a [InputFile]) -> Resul
     only_file(kind, &files[files.len().saturating_sub(1)..])
 }
 
+/// Reads an object of json.
 fn read_json<T: DeserializeOwned>(file: &InputFile) -> Result<T> {
-    serde_json::from_slice(&file.read()?).map_err(|error| malformed(&file.path, error.to_string()))
+    let bytes = file.read()?;
+    // Serde would take a list for the fields in their order.
+    if json::parse::<IgnoredAny>(&bytes).is_ok() && !json::without_mark(&bytes).trim_ascii_start().starts_with(b"{") {
+        return Err(malformed(&file.path, "expected an object, found another value"));
+    }
+    json::parse(&bytes).map_err(|fault| malformed(&file.path, fault.to_string()))
 }
 
 /// The weights that a file holds.
 pub(crate) fn read_weights(file: &InputFile) -> Result<Checkpoint> {
     file.read_with(|path| Ok(Checkpoint::open(path)?))
-}
-
-/// A folder of images, by their path below it.
-#[derive(Debug, Clone)]
-pub struct Images {
-    by_name: BTreeMap<String, InputFile>,
-}
-
-impl Artifact for Images {
-    const KIND: &'static str = "images";
-    const EXTENSIONS: &'static [&'static str] = &["/"];
-
-    fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { by_name: files.iter().map(|file| (file.name.clone(), file.clone())).collect() })
-    }
-}
-
-impl Images {
-    /// The content digest of an image. Fails when the folder has no such file.
-    pub fn digest(&self, file_name: &str) -> Result<Digest> {
-        self.file(file_name).map(|file| file.digest)
-    }
-
-    /// The file of an image. Fails when the folder has no such file.
-    pub fn file(&self, file_name: &str) -> Result<&InputFile> {
-        self.by_name.get(file_name).ok_or_else(|| match self.stray(file_name) {
-            Some(what) => Error::Input {
-                port: Self::KIND,
-                problem: format!("the annotations name `{file_name}`, which is {what} and no file"),
-                hint: "put the image there".into(),
-            },
-            None => Error::Input {
-                port: Self::KIND,
-                problem: format!("the annotations name `{file_name}`, which is not in the folder ({} files)", self.by_name.len()),
-                hint: "point `images` at the folder that the annotations' file names are relative to".into(),
-            },
-        })
-    }
-
-    /// What lies at a name that is no file, if something does.
-    fn stray(&self, file_name: &str) -> Option<&'static str> {
-        let (name, file) = self.by_name.first_key_value()?;
-        let folder = file.path.ancestors().nth(Path::new(name).components().count())?;
-        inputs::stray(&folder.join(file_name))
-    }
-
-    /// Decodes an image of any size.
-    pub(crate) fn decode(&self, file_name: &str) -> Result<Image> {
-        let file = self.file(file_name)?;
-        Ok(Image::decode(&file.read()?, &file.path)?)
-    }
-
-    /// Decodes an image and checks it against the size its annotations state, `[width, height]` px.
-    pub(crate) fn decode_sized(&self, file_name: &str, stated: [u32; 2]) -> Result<Image> {
-        let file = self.file(file_name)?;
-        Ok(Image::decode_sized(&file.read()?, &file.path, stated)?)
-    }
-
-    /// As [`Self::decode_sized`], at a part of its size where that leaves its shorter side long enough: see [`Image::decode_draft`].
-    pub(crate) fn decode_draft(&self, file_name: &str, stated: [u32; 2], least_side: u32) -> Result<Image> {
-        let file = self.file(file_name)?;
-        Ok(Image::decode_draft(&file.read()?, &file.path, stated, least_side)?)
-    }
-
-    /// One digest an image of some annotations, in ascending id: of its id, the size that is stated, and its content.
-    pub(crate) fn items(&self, annotations: &Annotations) -> Result<Vec<Digest>> {
-        let item = |image: &ImageInfo| {
-            let stated = format!("{} {}x{}", image.id, image.width, image.height);
-            Ok(Digest::of_list("ovenbird image 1", [(stated.as_str(), self.digest(&image.file_name)?)]))
-        };
-        annotations.images.iter().map(item).collect()
-    }
 }
 
 /// A COCO or LVIS json, not yet read.
@@ -172,6 +111,7 @@ pub struct AnnotationFile {
 impl Artifact for AnnotationFile {
     const KIND: &'static str = "annotations";
     const EXTENSIONS: &'static [&'static str] = &["json"];
+    const SHAPE: &'static str = "a COCO or LVIS json, an object of `images`, `categories` and `annotations`";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self { file: only_file(Self::KIND, files)?.clone() })
@@ -179,9 +119,23 @@ impl Artifact for AnnotationFile {
 }
 
 impl AnnotationFile {
-    /// Reads and checks it.
+    /// Reads and checks it: images, categories and annotations.
     pub fn load(&self) -> Result<Annotations> {
-        Ok(Annotations::parse(&self.file.read()?, &self.file.path)?)
+        self.load_for(Needs::Labels)
+    }
+
+    /// Reads its images and categories alone; the file need not have annotations.
+    pub fn load_categories(&self) -> Result<Annotations> {
+        self.load_for(Needs::Categories)
+    }
+
+    /// Reads its images alone; the file need not have anything else.
+    pub fn load_images(&self) -> Result<Annotations> {
+        self.load_for(Needs::Images)
+    }
+
+    fn load_for(&self, needs: Needs) -> Result<Annotations> {
+        Ok(Annotations::parse_for(&self.file.read()?, &self.file.path, needs)?)
     }
 }
 
@@ -192,6 +146,7 @@ pub struct Classes(pub ClassSplit);
 impl Artifact for Classes {
     const KIND: &'static str = "classes";
     const EXTENSIONS: &'static [&'static str] = &["json"];
+    const SHAPE: &'static str = r#"class names as json, `{"base": ["cat", ...], "novel": ["dog", ...]}`; either list may be empty"#;
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self(read_json(only_file(Self::KIND, files)?)?))
@@ -215,13 +170,20 @@ pub struct Captions(pub Vec<Caption>);
 impl Artifact for Captions {
     const KIND: &'static str = "captions";
     const EXTENSIONS: &'static [&'static str] = &["jsonl"];
+    const SHAPE: &'static str = r#"images with their text, a json object `{"file": "a.jpg", "text": "..."}` a line"#;
 
     fn open(files: &[InputFile]) -> Result<Self> {
         let file = only_file(Self::KIND, files)?;
         let (bytes, path) = (file.read()?, &file.path);
-        let lines = bytes.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty());
-        let parse =
-            |(line_idx, line)| serde_json::from_slice(line).map_err(|error| malformed(path, format!("line {}: {error}", line_idx + 1)));
+        if let Some(found) = content::describe(&bytes).filter(|_| !bytes.trim_ascii().is_empty()) {
+            return Err(malformed(path, format!("expected lines of json, found {found}")));
+        }
+        let lines = json::without_mark(&bytes).split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.trim_ascii().is_empty());
+        let parse = |(line_idx, line): (usize, &[u8])| {
+            let is_object = line.trim_ascii_start().starts_with(b"{");
+            let read = if is_object { json::parse(line).map_err(|fault| fault.to_string()) } else { Err("expected an object".into()) };
+            read.map_err(|problem| malformed(path, format!("line {}: {problem}", line_idx + 1)))
+        };
         lines.map(parse).collect::<Result<_>>().map(Self)
     }
 }
@@ -235,6 +197,7 @@ pub struct MmdetProposals {
 impl Artifact for MmdetProposals {
     const KIND: &'static str = "mmdet-proposals";
     const EXTENSIONS: &'static [&'static str] = &["pkl", "pickle"];
+    const SHAPE: &'static str = "a pickle that mmdet writes, a list over images of float arrays N x 5 (x1, y1, x2, y2, score)";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self { file: only_file(Self::KIND, files)?.clone() })
@@ -268,6 +231,7 @@ pub(crate) const CHECKPOINT_CONFIGS: [&str; 2] = ["config.json", "open_clip_conf
 impl Artifact for CheckpointFile {
     const KIND: &'static str = "checkpoint";
     const EXTENSIONS: &'static [&'static str] = &["pt", "pth", "safetensors", "bin", "ckpt", "/"];
+    const SHAPE: &'static str = "weights in a published layout: `.pt`, `.pth`, `.safetensors` or `.bin`";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         let refused = |problem: String, hint: &str| Err(Error::Input { port: Self::KIND, problem, hint: hint.into() });
@@ -323,6 +287,7 @@ pub struct TrainingState {
 impl Artifact for TrainingState {
     const KIND: &'static str = "training-state";
     const EXTENSIONS: &'static [&'static str] = &["safetensors"];
+    const SHAPE: &'static str = "the state that a training of this program left";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self { file: last_file(Self::KIND, files)?.clone() })
@@ -348,6 +313,7 @@ pub struct Prompts {
 impl Artifact for Prompts {
     const KIND: &'static str = "prompts";
     const EXTENSIONS: &'static [&'static str] = &["safetensors"];
+    const SHAPE: &'static str = "class embeddings that `prompts/ensemble` or `prompts/import` made: a tensor `embeddings` [K, D], and in the metadata `names`, a json list of K names";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         let file = only_file(Self::KIND, files)?;
@@ -368,6 +334,7 @@ pub struct PublishedPrompts {
 impl Artifact for PublishedPrompts {
     const KIND: &'static str = "published-prompts";
     const EXTENSIONS: &'static [&'static str] = &["pth", "pt"];
+    const SHAPE: &'static str = "a `.pth` of a dict with `embeddings` [K, D] and `names`, or of [K, D] alone";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self { file: only_file(Self::KIND, files)?.clone() })
@@ -472,6 +439,7 @@ pub struct EvaluationFile(pub Evaluation);
 impl Artifact for EvaluationFile {
     const KIND: &'static str = "evaluation";
     const EXTENSIONS: &'static [&'static str] = &["json"];
+    const SHAPE: &'static str = "the `evaluation.json` that `eval/coco` or `eval/lvis` made";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self(read_json(only_file(Self::KIND, files)?)?))
@@ -488,6 +456,7 @@ pub struct ResultsFile {
 impl Artifact for ResultsFile {
     const KIND: &'static str = "results";
     const EXTENSIONS: &'static [&'static str] = &["json"];
+    const SHAPE: &'static str = r#"a results file of COCO, a list of `{"image_id", "category_id", "bbox", "score"}`"#;
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self { file: only_file(Self::KIND, files)?.clone() })

@@ -59,6 +59,8 @@ pub struct Proposals {
 impl Artifact for Proposals {
     const KIND: &'static str = "proposals";
     const EXTENSIONS: &'static [&'static str] = &["parquet"];
+    const SHAPE: &'static str =
+        "a table that `proposals/import` or `proposals/oln` made (Parquet); a pickle of mmdet comes in by `proposals/import`";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         let mut by_image: BTreeMap<ImageId, Vec<Proposal>> = BTreeMap::new();
@@ -122,6 +124,7 @@ pub struct Detections {
 impl Artifact for Detections {
     const KIND: &'static str = "detections";
     const EXTENSIONS: &'static [&'static str] = &["parquet"];
+    const SHAPE: &'static str = "a table that `detect/zero-shot` or `detector/test` made (Parquet)";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self { files: files.to_vec() })

@@ -290,6 +290,15 @@ impl Encoder {
         self.clip.config().embed_dim as usize
     }
 
+    /// The least side of an image that it can be shown at its own size, in px.
+    pub(crate) fn least_side(&self) -> u32 {
+        match self.clip.config().image {
+            ImageConfig::Vit { patch, .. } => patch as u32,
+            // Halved five times, the first time rounded up.
+            ImageConfig::ResNet { .. } => 31,
+        }
+    }
+
     /// The side of the grid of object masks; `None` for a ResNet.
     pub(crate) fn object_grid(&self) -> Option<usize> {
         self.clip.object_grid().map(|side| side as usize)
@@ -398,6 +407,33 @@ mod tests {
         let tensors: BTreeMap<String, Tensor> = weights.variables().into_iter().collect();
         let network = clip::Clip::load_as(&config, &tensors, "clip".as_ref(), Device::Cpu, Kind::Float).unwrap();
         Encoder::new(network, Space::of(&tensors), Path::new("clip.pt"), manner, "f32")
+    }
+
+    #[test]
+    fn an_image_of_the_least_side_can_be_shown_and_a_smaller_one_cannot() {
+        let resnet = ImageConfig::ResNet { image_side: 64, width: 8, layers: [1, 1, 1, 1], heads: 4 };
+        let vit = ImageConfig::Vit { image_side: 64, patch: 16, width: 64, depth: 1, heads: 2, mlp_width: 128 };
+        for image in [resnet, vit] {
+            let text = TextConfig { context: 8, vocabulary: 50, width: 32, heads: 1, depth: 1 };
+            let config = Config { embed_dim: 32, image, text, activation: Activation::QuickGelu };
+            let weights = nn::VarStore::new(Device::Cpu);
+            clip::Clip::new(&weights.root(), &config, 3).unwrap();
+            let tensors: BTreeMap<String, Tensor> = weights.variables().into_iter().collect();
+            let network = clip::Clip::load_as(&config, &tensors, "clip".as_ref(), Device::Cpu, Kind::Float).unwrap();
+            let encoder = Encoder::new(network, Space::of(&tensors), Path::new("clip.pt"), Manner::Native, "f32");
+            let least = encoder.least_side();
+            let shown = |[width, height]: [u32; 2]| {
+                let rgb = vec![90; 3 * width as usize * height as usize];
+                let view = View { pixels: Pixels::Ready(Image { width, height, rgb }), background: None };
+                let embed =
+                    || encoder.begin(&encoder.upload(&[view])).map(|pending| pending.rows().iter().all(|number| number.is_finite()));
+                let made = std::panic::catch_unwind(std::panic::AssertUnwindSafe(embed));
+                eprintln!("{width} {height} {made:?}");
+                made.is_ok_and(|made| made.is_ok_and(|is_finite| is_finite))
+            };
+            assert!(shown([least, 70]) && shown([70, least]), "{:?}", config.image);
+            assert!(!shown([least - 1, 70]) && !shown([70, least - 1]), "{:?}", config.image);
+        }
     }
 
     fn embed(encoder: &Encoder, views: &[View]) -> Vec<f32> {

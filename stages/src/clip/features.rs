@@ -39,13 +39,13 @@ const REGIONS: Out<RegionFeatures> =
 
 /// Units of stages whose items are images alone.
 fn image_units(inputs: &Inputs) -> Result<Units> {
-    let items = inputs.read(IMAGES)?.items(&inputs.read(ANNOTATIONS)?.load()?)?;
+    let items = inputs.read(IMAGES)?.items(&inputs.read(ANNOTATIONS)?.load_images()?)?;
     Ok(Units::Independent { items, replaces: vec!["images", "annotations"] })
 }
 
 /// Units of stages whose items are images with their proposals.
 fn region_units(inputs: &Inputs) -> Result<Units> {
-    let annotations = inputs.read(ANNOTATIONS)?.load()?;
+    let annotations = inputs.read(ANNOTATIONS)?.load_images()?;
     let proposals = inputs.read(PROPOSALS)?.of_images(&annotations.images)?;
     let images = inputs.read(IMAGES)?.items(&annotations)?;
     let item = |(image, proposals): (Digest, &Vec<Proposal>)| {
@@ -59,7 +59,7 @@ fn region_units(inputs: &Inputs) -> Result<Units> {
 
 /// The proposals of every image that are large enough on both sides.
 fn kept(inputs: &Inputs, min_side: f32) -> Result<(Annotations, Vec<Vec<Proposal>>)> {
-    let annotations = inputs.read(ANNOTATIONS)?.load()?;
+    let annotations = inputs.read(ANNOTATIONS)?.load_images()?;
     let mut proposals = inputs.read(PROPOSALS)?.of_images(&annotations.images)?;
     for of_image in &mut proposals {
         of_image.retain(|proposal| proposal.xyxy.width() >= min_side && proposal.xyxy.height() >= min_side);
@@ -112,11 +112,20 @@ pub struct Globals {
 struct GlobalSight {
     view: View,
     preprocess: Preprocess,
+    /// Of images that the network sees at their own size, px.
+    least_side: u32,
 }
 
 impl Sight for GlobalSight {
     fn n_views(&self, _place: usize, _info: &ImageInfo) -> usize {
         1
+    }
+
+    fn refusal(&self, _place: usize, info: &ImageInfo) -> Option<(String, &'static str)> {
+        let is_too_small = self.view == View::Native && info.width.min(info.height) < self.least_side;
+        let (width, height, least) = (info.width, info.height, self.least_side);
+        let problem = format!("{width} x {height} px, but the network needs {least} px on both sides of an image at its own size");
+        is_too_small.then_some((problem, "leave it out: `on_bad_item: skip`, or take another view of all images: `with: {view: square}`"))
     }
 
     fn cut(&self, _place: usize, info: &ImageInfo, image: &Arc<Image>, _views: Range<usize>) -> Cut {
@@ -150,13 +159,13 @@ impl Stage for Globals {
     }
 
     fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
-        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load_images()?;
         let manner = match self.view {
             View::Native => Manner::Native,
             View::Square | View::Draft => Manner::Squares,
         };
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, manner, cx)?;
-        let sight = GlobalSight { view: self.view, preprocess: encoder.preprocess };
+        let sight = GlobalSight { view: self.view, preprocess: encoder.preprocess, least_side: encoder.least_side() };
         rider((units, cx), annotations, encoder, sight, GLOBALS.info().name, RowKind::Image(self.stored))
     }
 }
@@ -262,7 +271,7 @@ impl Stage for Blocks {
     }
 
     fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
-        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load_images()?;
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, Manner::Squares, cx)?;
         let sight = BlockSight { whole_box: self.whole_box, preprocess: encoder.preprocess };
         rider((units, cx), annotations, encoder, sight, REGIONS.info().name, RowKind::Regions(self.stored))

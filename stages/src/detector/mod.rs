@@ -115,6 +115,8 @@ pub struct DetectorFile {
 impl Artifact for DetectorFile {
     const KIND: &'static str = "detector";
     const EXTENSIONS: &'static [&'static str] = &["safetensors"];
+    const SHAPE: &'static str =
+        "a detector that `detector/train` or `detector/import` made; one of another program comes in by `detector/import`";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self { file: last_file(Self::KIND, files)?.clone() })
@@ -228,6 +230,14 @@ struct View<'a> {
 const ROOM: usize = 256 << 20;
 
 impl Viewing {
+    /// The images of the ports, which are looked for first.
+    fn of(images: Images, annotations: Annotations, cx: &Context<'_>) -> Result<Self> {
+        // Links of a chain have no items of their own.
+        let n_images = if cx.items.is_empty() { annotations.images.len() } else { cx.items.len() };
+        images.look_for(annotations.images.iter().take(n_images), cx)?;
+        Ok(Self { images, annotations })
+    }
+
     /// Shows the images at some places, one by one, in order, each fitted into a longer and a shorter side (px). One that cannot be read is
     /// left out by the stage's policy.
     fn each(
@@ -256,7 +266,11 @@ impl Viewing {
             cx.flow(1, n_ready);
             cx.tick(1);
             cx.proceed()
-        })
+        })?;
+        if let Some(remarks) = self.images.remarks() {
+            cx.note(remarks);
+        }
+        Ok(())
     }
 }
 

@@ -45,6 +45,7 @@ pub struct OlnFile {
 impl Artifact for OlnFile {
     const KIND: &'static str = "oln";
     const EXTENSIONS: &'static [&'static str] = &["safetensors"];
+    const SHAPE: &'static str = "a network that `oln/train` made";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self { file: last_file(Self::KIND, files)?.clone() })
@@ -173,13 +174,13 @@ impl Stage for OlnPropose {
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
-        let items = inputs.read(IMAGES)?.items(&inputs.read(ANNOTATIONS)?.load()?)?;
+        let items = inputs.read(IMAGES)?.items(&inputs.read(ANNOTATIONS)?.load_images()?)?;
         Ok(Units::Independent { items, replaces: vec!["images", "annotations"] })
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let images = cx.inputs.read(IMAGES)?;
-        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load_images()?;
         let OlnFile { file } = cx.inputs.read(NETWORK)?;
         let (checkpoint, path) = (read_weights(&file)?, &file.path);
         let card: Card = card_of(&checkpoint, CARD_KEY, path)?;
@@ -187,7 +188,7 @@ impl Stage for OlnPropose {
         let network = Oln::blank(&store.root(), &card.config)?;
         layout::load(checkpoint.tensors(), network.parameters(), path)?.require_all(path)?;
         let suppression = Suppression { iou: self.nms_iou, keep: self.most_per_image };
-        let viewing = Viewing { images, annotations };
+        let viewing = Viewing::of(images, annotations, cx)?;
         for unit in units {
             // One that another process or device makes is passed by.
             let Some(draft) = cx.begin_claimed(unit)? else { continue };

@@ -75,6 +75,7 @@ pub struct Checkpoints(Vec<DetectorFile>);
 impl Artifact for Checkpoints {
     const KIND: &'static str = DetectorFile::KIND;
     const EXTENSIONS: &'static [&'static str] = DetectorFile::EXTENSIONS;
+    const SHAPE: &'static str = DetectorFile::SHAPE;
 
     fn open(files: &[InputFile]) -> Result<Self> {
         files.chunks(1).map(DetectorFile::open).collect::<Result<_>>().map(Self)
@@ -111,7 +112,7 @@ impl Stage for Select {
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let Checkpoints(files) = cx.inputs.read(CHECKPOINTS)?;
-        let viewing = Viewing { images: cx.inputs.read(IMAGES)?, annotations };
+        let viewing = Viewing::of(cx.inputs.read(IMAGES)?, annotations, cx)?;
         let n_images = viewing.annotations.images.len();
         cx.total((units.len() * n_images) as u64);
         for unit in units {

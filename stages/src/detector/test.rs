@@ -170,7 +170,7 @@ impl Stage for Test {
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
-        let annotations = inputs.read(ANNOTATIONS)?.load()?;
+        let annotations = inputs.read(ANNOTATIONS)?.load_categories()?;
         let Classes(classes) = inputs.read(CLASSES)?;
         let ids: Vec<u8> = category_ids(&annotations, classes.all())?.iter().flat_map(|id| id.0.to_le_bytes()).collect();
         let ids = Digest::of(&ids);
@@ -180,10 +180,10 @@ impl Stage for Test {
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load_categories()?;
         let observer = Observer::of(self, (DETECTOR.info().name, &cx.inputs.read(DETECTOR)?), &annotations, cx)?;
         let categories: BTreeMap<CategoryId, String> = category_names(&annotations, &observer.ids);
-        let viewing = Viewing { images: cx.inputs.read(IMAGES)?, annotations };
+        let viewing = Viewing::of(cx.inputs.read(IMAGES)?, annotations, cx)?;
         for unit in units {
             // One that another process or device makes is passed by.
             let Some(draft) = cx.begin_claimed(unit)? else { continue };

@@ -7,6 +7,7 @@ use ovenbird_data::{
     boxes::Xyxy,
     masks::{Mask, check_outlines},
     training::{self, Object, Placement, Sample, ShownMask},
+    warnings::of_boxes,
 };
 use ovenbird_models::detector::boxes::ImageSize;
 use rand::{Rng as _, seq::SliceRandom as _};
@@ -119,8 +120,13 @@ impl Course {
         let training = training.in_steps(&annotations, cx.inputs)?;
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let samples = samples(&annotations, cx.inputs)?;
+        let images = cx.inputs.read(IMAGES)?;
+        images.look_for(samples.iter().map(|sample| &sample.info), cx)?;
+        if let Some(words) = of_boxes(&annotations) {
+            cx.note(format!("{words}: boxes that are empty or lie outside their image are not learned from"));
+        }
         Ok(Self {
-            images: cx.inputs.read(IMAGES)?,
+            images,
             copies: training.copies(&samples),
             samples,
             proposals: None,
@@ -170,7 +176,7 @@ impl Course {
     /// The same, with the masks of objects. Fails where an object has no outline.
     pub(in crate::detector) fn with_masks(self) -> Result<Self> {
         let objects = self.samples.iter().flat_map(|sample| sample.objects.iter().map(|object| (sample.info.id, object)));
-        let outlines = objects.map(|(image, object)| (object.id, image, object.segmentation.as_ref()));
+        let outlines = objects.map(|(image, object)| (object.id, image, &object.segmentation));
         check_outlines(outlines).map_err(unusable_masks)?;
         Ok(Self { has_masks: true, ..self })
     }
@@ -268,12 +274,15 @@ impl Course {
                 embedding,
             });
         }
+        if let Some(remarks) = self.images.remarks() {
+            cx.note(remarks);
+        }
         Ok(Batch { step, piece, pixels: Pixels::of(&pictures), images, unreadable })
     }
 }
 
 fn shown_mask(object: &Object, placement: Placement) -> Result<ShownMask> {
-    let segmentation = object.segmentation.as_ref().expect("BUG: `with_masks` checks that every object has an outline");
+    let segmentation = object.segmentation.drawn().expect("BUG: `with_masks` checks that every object has an outline");
     let mask = Mask::from_segmentation(segmentation, placement.from);
     let mask = mask.map_err(|problem| unusable_masks(format!("annotation {}: {problem}", object.id)))?;
     Ok(placement.show_mask(&mask))
