@@ -27,7 +27,7 @@ use crate::{
     plan::{self, Outlook},
     report,
     run::{self, Options},
-    screen::Screen,
+    screen::{Screen, harmless},
     verify::{self, Wish},
 };
 
@@ -58,7 +58,7 @@ enum Command {
     /// Run a pipeline, or continue it; what is already right on disk is not done again
     Run {
         #[command(flatten)]
-        chosen: Chosen,
+        wanted: Wanted,
         #[command(flatten)]
         machine: RunArgs,
         /// Hash every input file again instead of trusting its size and times
@@ -74,7 +74,7 @@ enum Command {
     /// Say what a run would do, stage by stage, and why
     Plan {
         #[command(flatten)]
-        chosen: Chosen,
+        wanted: Wanted,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -93,7 +93,7 @@ enum Command {
     /// Try again what a run with `on_bad_item: skip` left out
     Retry {
         #[command(flatten)]
-        chosen: Chosen,
+        wanted: Wanted,
         #[command(flatten)]
         machine: RunArgs,
         /// The items that failed
@@ -226,9 +226,15 @@ enum CacheCommand {
         /// Remove them
         #[arg(long)]
         delete: bool,
+        /// Remove them also where it takes more than an hour to make them again
+        #[arg(long, requires = "delete")]
+        yes: bool,
         /// Keep what the last N runs used
         #[arg(long, default_value_t = 1, value_name = "N")]
         keep_runs: usize,
+        /// Keep what runs used that began so long ago at most
+        #[arg(long, default_value = "30d", value_name = "TIME", value_parser = time)]
+        keep_for: Duration,
         /// Keep what is younger
         #[arg(long, default_value = "24h", value_name = "TIME", value_parser = time)]
         grace: Duration,
@@ -266,6 +272,13 @@ struct Chosen {
     /// Only this variant of the pipeline, or, given several times, these
     #[arg(long = "variant", value_name = "NAME")]
     variants: Vec<String>,
+}
+
+/// A pipeline, and how much of it.
+#[derive(clap::Args)]
+struct Wanted {
+    #[command(flatten)]
+    chosen: Chosen,
     /// Stop after this stage
     #[arg(long, value_name = "STAGE")]
     until: Option<String>,
@@ -284,8 +297,8 @@ impl FromStr for Setting {
 #[derive(clap::Args)]
 struct RunArgs {
     /// Processor cores for all stages together [default: all]
-    #[arg(long, value_name = "N")]
-    jobs: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    jobs: Option<u16>,
     /// Where networks run: each stage takes one device, or, to share its images among them, all that are free; `cuda` is all that there
     /// are
     #[arg(long, default_value = "cpu", value_name = "cpu|cuda|cuda:N,N")]
@@ -295,7 +308,7 @@ struct RunArgs {
 impl RunArgs {
     fn options(self) -> Options {
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        let cpu = self.jobs.unwrap_or(cores).max(1);
+        let cpu = self.jobs.map_or(cores, usize::from);
         Options { cpu, memory: machine::total_memory(), devices: self.device.0, rehash: false, is_measuring: false }
     }
 }
@@ -334,31 +347,48 @@ fn exit_codes() -> String {
     format!("Exit codes:\n{}", rows.collect::<String>())
 }
 
-/// Runs the program.
-pub(crate) fn main() -> Result<()> {
-    let Cli { home, crash_step, verbose, command } = Cli::parse();
+/// Runs the program; says in which home.
+pub(crate) fn main() -> (PathBuf, Result<()>) {
+    let cli = Cli::parse();
+    (cli.home.clone(), begin(cli))
+}
+
+fn begin(cli: Cli) -> Result<()> {
+    let Cli { home, crash_step, verbose, command } = cli;
+    if home.to_str().is_none() {
+        let problem = format!("{}: the home's path is not UTF-8, and units and reports write it down", home.display());
+        return Err(Error::Usage { problem, hint: "choose another with `--home FOLDER`".into() });
+    }
     let level = ["error", "error,ovenbird=info", "debug"][usize::from(verbose.min(2))];
-    let filter = tracing_subscriber::EnvFilter::try_from_env("OVENBIRD_LOG").unwrap_or_else(|_| level.into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(io::stderr().is_terminal()).with_writer(io::stderr).init();
+    let filter = match std::env::var_os("OVENBIRD_LOG") {
+        None => level.into(),
+        Some(filter) => filter.to_string_lossy().parse::<tracing_subscriber::EnvFilter>().map_err(|error| Error::Usage {
+            problem: format!("OVENBIRD_LOG: {error}"),
+            hint: "write it such as `OVENBIRD_LOG=error,ovenbird=info`, or unset it".into(),
+        })?,
+    };
+    // A terminal that is gone is no reason to end.
+    let log = tracing_subscriber::fmt().with_env_filter(filter).log_internal_errors(false);
+    log.with_ansi(io::stderr().is_terminal()).with_writer(io::stderr).init();
     if let Some(step) = crash_step {
         crash_at(step);
     }
     match command {
-        Command::Run { chosen, machine, rehash, dry_run, estimate } => {
+        Command::Run { wanted, machine, rehash, dry_run, estimate } => {
             let sample = dry_run.map(|n| n as usize).or(estimate.then_some(SAMPLE));
             let options = Options { rehash, is_measuring: estimate, ..machine.options() };
-            let Some(n) = sample else { return run(&home, &chosen, &options, None) };
+            let Some(n) = sample else { return run(&home, &wanted, &options, None) };
             let name = if estimate { "estimate".to_owned() } else { n.to_string() };
             let apart = home.join("dry-run").join(name);
             if estimate {
                 // What is there already would not be measured.
                 Store::open(&apart)?.publisher().remove(&apart)?;
             }
-            run(&apart, &chosen, &options, Some(n))
+            run(&apart, &wanted, &options, Some(n))
         }
-        Command::Plan { chosen, json } => show_plan(&home, &chosen, json),
+        Command::Plan { wanted, json } => show_plan(&home, &wanted, json),
         Command::Explain { chosen, what, json } => explain(&home, &chosen, &what, json),
-        Command::Retry { chosen, machine, failed: _ } => retry(&home, &chosen, &machine.options()),
+        Command::Retry { wanted, machine, failed: _ } => retry(&home, &wanted, &machine.options()),
         Command::Export { chosen, what, folder } => export(&home, &chosen, &what, &folder),
         Command::Status { run, json } => history::status(&home, run.as_deref(), json),
         Command::Log { run, json, follow } => history::log(&home, run.as_deref(), json, follow),
@@ -374,20 +404,20 @@ pub(crate) fn main() -> Result<()> {
         }
         Command::Cache { what } => match what {
             CacheCommand::Du { json } => keep::du(&home, json),
-            CacheCommand::Gc { delete, keep_runs, grace, drop, json } => {
-                keep::gc(&home, &Collection { keep_runs, grace, dropped_kinds: drop, is_real: delete, json })
+            CacheCommand::Gc { delete, yes, keep_runs, keep_for, grace, drop, json } => {
+                keep::gc(&home, &Collection { keep_runs, keep_for, grace, dropped_kinds: drop, is_real: delete, is_sure: yes, json })
             }
             CacheCommand::Rebuild => keep::rebuild(&home),
-            CacheCommand::Pin { run } => keep::pin(&home, &run, true),
-            CacheCommand::Unpin { run } => keep::pin(&home, &run, false),
+            CacheCommand::Pin { run } => keep::pin(&home, &run),
+            CacheCommand::Unpin { run } => keep::unpin(&home, &run),
         },
         Command::Report { run, output, json } => {
             let run = history::chosen(&home, run.as_deref())?;
             if json {
                 return report::numbers(&Store::open(&home)?, &run);
             }
-            let path = report::write(&Store::open(&home)?, &run, output.as_deref())?;
-            print(&format!("{}\n", path.display()))
+            let (path, note) = report::write(&Store::open(&home)?, &run, output.as_deref())?;
+            print(&format!("{}\n{}", path.display(), note.map_or_else(String::new, |note| format!("{note}\n"))))
         }
         Command::Stages { kind, json } => print(&describe::stages(kind.as_deref(), json)?),
         Command::Pipelines { name, json } => pipelines(name.as_deref(), json),
@@ -402,10 +432,10 @@ pub(crate) fn main() -> Result<()> {
     }
 }
 
-/// Prints data to stdout; a reader that has gone away is not an error.
+/// Prints data to stdout, in which nothing drives a terminal; a reader that has gone away is not an error.
 pub(crate) fn print(text: &str) -> Result<()> {
     let mut stdout = io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+    match stdout.write_all(harmless(text).as_bytes()).and_then(|()| stdout.flush()) {
         Err(source) if source.kind() != io::ErrorKind::BrokenPipe => {
             Err(CacheError::Write { path: "standard output".into(), source }.into())
         }
@@ -423,10 +453,12 @@ impl Chosen {
     fn pipeline(&self) -> Result<Pipeline> {
         pipeline::load(&self.pipeline, &self.settings, &self.variants)
     }
+}
 
+impl Wanted {
     /// The pipeline, and the steps that are wanted of it.
     fn load(&self) -> Result<(Pipeline, Vec<usize>)> {
-        let pipeline = self.pipeline()?;
+        let pipeline = self.chosen.pipeline()?;
         let wanted = match &self.until {
             Some(until) => plan::needed(&pipeline, &places(&pipeline, until)?),
             None => (0..pipeline.steps.len()).collect(),
@@ -454,14 +486,15 @@ fn places(pipeline: &Pipeline, name: &str) -> Result<Vec<usize>> {
     Err(Error::Usage { problem: format!("{name}: the pipeline has no such stage"), hint })
 }
 
-fn run(home: &Path, chosen: &Chosen, options: &Options, most_items: Option<usize>) -> Result<()> {
-    let (mut pipeline, wanted) = chosen.load()?;
+fn run(home: &Path, wanted: &Wanted, options: &Options, most_items: Option<usize>) -> Result<()> {
+    let name = &wanted.chosen.pipeline;
+    let (mut pipeline, wanted) = wanted.load()?;
     pipeline.steps.iter_mut().for_each(|step| step.most_items = most_items);
     let store = Store::open(home)?;
     let pipeline = Arc::new(pipeline);
     let mut screen = Screen::new();
     let ended = run::run(&pipeline, &wanted, &store, options, &mut |event| screen.show(event))?;
-    let report = report::write(&store, &ended.run, None)?;
+    let (report, _is_new) = report::write(&store, &ended.run, None)?;
     let mut text = history::tables(&store, &ended.run)?;
     if let Some(error) = ended.error {
         print(&text)?;
@@ -478,7 +511,7 @@ fn run(home: &Path, chosen: &Chosen, options: &Options, most_items: Option<usize
         text.push_str(&estimate::table(home, &ended.run)?);
     }
     text.push_str(&format!("report: {}\n", report.display()));
-    text.push_str(&next_commands(&chosen.pipeline, &pipeline));
+    text.push_str(&next_commands(name, &pipeline));
     print(&text)
 }
 
@@ -498,9 +531,12 @@ fn time(text: &str) -> Result<Duration, String> {
         "s" => 1,
         "m" | "min" => 60,
         "h" => 3600,
-        _ => return Err("expected such as 90s, 30m or 8h".into()),
+        "d" => 86_400,
+        _ => return Err("expected such as 90s, 30m, 8h or 30d".into()),
     };
-    number.parse::<u64>().map(|number| Duration::from_secs(number * seconds)).map_err(|error| error.to_string())
+    let number: u64 = number.parse().map_err(|_| "expected a whole number of s, m, h or d, such as 8h".to_owned())?;
+    // A hundred years are for ever.
+    Ok(Duration::from_secs(number.saturating_mul(seconds).min(100 * 366 * 86_400)))
 }
 
 fn rate(text: &str) -> Result<u64, String> {
@@ -525,8 +561,8 @@ fn next_commands(name: &str, pipeline: &Pipeline) -> String {
     )
 }
 
-fn show_plan(home: &Path, chosen: &Chosen, json: bool) -> Result<()> {
-    let (pipeline, wanted) = chosen.load()?;
+fn show_plan(home: &Path, wanted: &Wanted, json: bool) -> Result<()> {
+    let (pipeline, wanted) = wanted.load()?;
     let store = Store::open(home)?;
     // A home that is not there yet is not made by asking.
     let ledger = home.exists().then(|| Ledger::of(&store));
@@ -617,14 +653,14 @@ fn export(home: &Path, chosen: &Chosen, what: &str, folder: &Path) -> Result<()>
 }
 
 /// Sets the units with failed items aside and runs; the items that did not fail are taken from there.
-fn retry(home: &Path, chosen: &Chosen, options: &Options) -> Result<()> {
-    let (pipeline, _) = chosen.load()?;
+fn retry(home: &Path, wanted: &Wanted, options: &Options) -> Result<()> {
+    let (pipeline, places) = wanted.load()?;
     let store = Store::open(home)?;
-    let n_failed = plan::forget_failed(&pipeline, &store)?;
+    let n_failed = plan::forget_failed(&pipeline, &places, &store)?;
     if n_failed == 0 {
         return print("no item of this pipeline failed\n");
     }
-    run(home, chosen, options, None)
+    run(home, wanted, options, None)
 }
 
 fn pipelines(name: Option<&str>, json: bool) -> Result<()> {

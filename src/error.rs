@@ -2,7 +2,14 @@
 //!
 //! Nothing else in the program renders errors or knows exit codes.
 
-use std::{error::Error as _, fmt::Write as _, time::Duration};
+use std::{
+    error::Error as _,
+    fmt::Write as _,
+    path::{Path, absolute},
+    time::Duration,
+};
+
+use ovenbird_cache::verify::Finding;
 
 use crate::pipeline::{NO_FILE, Problem, matrix::labels, with_line};
 
@@ -24,6 +31,9 @@ pub(crate) enum Error {
     /// What lies in the home is not what was published.
     #[error("{} {}", count(*n_left, "thing"), if *is_fixed { "could not be put right" } else { "found that should not be" })]
     Damage { n_left: usize, is_fixed: bool },
+    /// What says what is to be kept is damaged or gone.
+    #[error("nothing is removed while what says what is to be kept is damaged or gone: {}", found(findings))]
+    Unkept { findings: Vec<Finding> },
     /// A stage gave no sign of life.
     #[error("no sign of life for {} s: it hangs", after.as_secs())]
     Hangs { after: Duration },
@@ -75,16 +85,16 @@ impl ExitCode {
 }
 
 impl Error {
-    /// Which exit code this is.
-    pub(crate) fn exit_code(&self) -> ExitCode {
+    /// Which exit code this is. Whose file it was decides: one that lies in the home is never one that the user brought.
+    pub(crate) fn exit_code(&self, home: &Path) -> ExitCode {
         match self {
             Self::Pipeline { .. } | Self::UnknownPipeline { .. } => ExitCode::Pipeline,
             Self::Usage { .. } => ExitCode::Usage,
             Self::StagesFailed { worst, .. } => *worst,
-            Self::Damage { .. } => ExitCode::Damage,
+            Self::Damage { .. } | Self::Unkept { .. } => ExitCode::Damage,
             Self::Hangs { .. } | Self::LacksDevices { .. } => ExitCode::Stage,
             Self::Interrupted => ExitCode::Interrupted,
-            Self::Stage(error) => stage_exit_code(error),
+            Self::Stage(error) => stage_exit_code(error, home),
         }
     }
 
@@ -103,7 +113,7 @@ impl Error {
     }
 
     /// What the operator can type next.
-    pub(crate) fn hint(&self) -> Option<String> {
+    pub(crate) fn hint(&self, home: &Path) -> Option<String> {
         match self {
             Self::Pipeline { problems, .. } if problems.iter().all(|problem| problem.problem.starts_with(NO_FILE)) => Some(
                 "put the files there, or say where they are: a variable of the pipeline is set by `--set NAME=VALUE`, and \
@@ -122,6 +132,9 @@ impl Error {
                 let skipped = if skipped.is_empty() { String::new() } else { format!("; not run because of it: {}", listed(skipped)) };
                 Some(format!("mend the cause above and type the same command again: it continues where it was{skipped}"))
             }
+            Self::Unkept { .. } => {
+                Some("`ovenbird verify --fix` mends them, or says what is lost; then type the same command again".into())
+            }
             Self::Damage { is_fixed: false, .. } => Some("`ovenbird verify --fix` sets it aside and makes it again".into()),
             Self::Damage { is_fixed: true, .. } => {
                 Some("what is named above was lost with its inputs; bring these back and type the same command again".into())
@@ -131,17 +144,18 @@ impl Error {
             }
             Self::LacksDevices { .. } => Some("type the same command again: a new run begins with all of its devices".into()),
             Self::Interrupted => Some("type the same command again to continue".into()),
+            Self::Stage(ovenbird_stages::Error::Cache(error)) => cache_hint(error, home),
             Self::Stage(error) => error.hint(),
         }
     }
 
     /// The whole message, as printed to stderr.
-    pub(crate) fn render(&self) -> String {
+    pub(crate) fn render(&self, home: &Path) -> String {
         let mut text = match self {
             Self::Pipeline { problems, .. } => format!("error: {self}\n{}", problems.iter().map(with_line).collect::<String>()),
             _ => format!("error: {}\n", self.words()),
         };
-        if let Some(hint) = self.hint() {
+        if let Some(hint) = self.hint(home) {
             let _infallible = writeln!(text, "hint: {hint}");
         }
         text
@@ -149,20 +163,47 @@ impl Error {
 }
 
 /// Which exit code a failed stage asks for.
-fn stage_exit_code(error: &ovenbird_stages::Error) -> ExitCode {
+fn stage_exit_code(error: &ovenbird_stages::Error, home: &Path) -> ExitCode {
     use ovenbird_cache::Error as Cache;
     use ovenbird_data::Error as Data;
     use ovenbird_stages::Error as Stage;
     match error {
-        Stage::Cache(Cache::Read { .. } | Cache::Changed { .. } | Cache::Gone { .. } | Cache::Unsound { .. })
-        | Stage::Data(Data::Read { .. } | Data::Malformed { .. })
-        | Stage::Input { .. }
-        | Stage::TooManyFailed { .. } => ExitCode::Input,
-        Stage::Cache(_) | Stage::Data(Data::Write { .. }) => ExitCode::Store,
-        Stage::Models(ovenbird_models::Error::Torch(_)) => ExitCode::Stage,
-        Stage::Models(_) => ExitCode::Input,
         Stage::Stopped => ExitCode::Interrupted,
+        Stage::Models(ovenbird_models::Error::Torch(_)) => ExitCode::Stage,
+        Stage::Data(Data::Write { .. }) => ExitCode::Store,
+        Stage::Cache(Cache::Changed { .. } | Cache::Gone { .. } | Cache::Unsound { .. }) => ExitCode::Input,
+        _ if error.file().is_some_and(|file| is_below(file, home)) => ExitCode::Store,
+        Stage::Cache(_) | Stage::Data(_) | Stage::Models(_) | Stage::Input { .. } | Stage::TooManyFailed { .. } => ExitCode::Input,
     }
+}
+
+/// What to do about a file, by whose it is.
+fn cache_hint(error: &ovenbird_cache::Error, home: &Path) -> Option<String> {
+    use ovenbird_cache::Error as Cache;
+    let is_ours = error.file().is_some_and(|file| is_below(file, home));
+    match error {
+        Cache::Read { source, .. } if is_ours && source.kind() == std::io::ErrorKind::NotFound => {
+            Some("it was there: `ovenbird verify` says what else is gone; what is gone is made again by the next run".into())
+        }
+        Cache::Flipped { .. } | Cache::Malformed { .. } if !is_ours => Some("mend the file, or make it again from its source".into()),
+        Cache::Write { .. } if !is_ours => {
+            Some("look whether the folder is there and can be written, and whether the disk has room".into())
+        }
+        _ => error.hint(),
+    }
+}
+
+fn is_below(file: &Path, home: &Path) -> bool {
+    let full = |path: &Path| absolute(path).unwrap_or_else(|_| path.to_owned());
+    full(file).starts_with(full(home))
+}
+
+/// Findings in one line; the first few of many.
+fn found(findings: &[Finding]) -> String {
+    const SHOWN: usize = 3;
+    let shown = findings.iter().take(SHOWN).map(|finding| format!("{}: {}", finding.path.display(), finding.problem));
+    let more = (findings.len() > SHOWN).then(|| format!("and {} more", findings.len() - SHOWN));
+    shown.chain(more).collect::<Vec<_>>().join("; ")
 }
 
 /// Steps by their ids, copies of a stage together.

@@ -10,7 +10,10 @@ use std::{
 };
 
 use jiff::Timestamp;
-use ovenbird_cache::{Digest, Fingerprint, Store, publish::Journal};
+use ovenbird_cache::{
+    Digest, Fingerprint, Publisher, Store,
+    journal::{Journal, Lines},
+};
 use serde::{Deserialize, Serialize};
 
 use crate::pipeline::matrix::Matrix;
@@ -36,6 +39,9 @@ pub(crate) enum Event {
         version: u32,
         run: String,
         pipeline: String,
+        /// The pipeline's file, as an absolute path; a named one has none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        file: Option<PathBuf>,
         description: String,
         command: String,
         steps: Vec<StepInfo>,
@@ -134,6 +140,8 @@ pub(crate) enum Outcome {
 
 /// The event log of one run.
 pub(crate) struct EventLog {
+    store: Store,
+    run: String,
     journal: Journal,
     /// Lines for which the disk had no room.
     waiting: Vec<String>,
@@ -142,7 +150,7 @@ pub(crate) struct EventLog {
 impl EventLog {
     /// Creates the log of a run.
     pub(crate) fn create(store: &Store, run: &str) -> ovenbird_cache::Result<Self> {
-        Ok(Self { journal: Journal::open(store.publisher(), &log_path(store.home(), run))?, waiting: Vec::new() })
+        Ok(Self { store: store.clone(), run: run.into(), journal: store.begin_log(&log_place(run))?, waiting: Vec::new() })
     }
 
     /// Appends an event. What ends a step or the run survives a power cut.
@@ -157,15 +165,19 @@ impl EventLog {
             }
         }
         match event.event {
-            Event::StepDone { .. } | Event::StepFailed { .. } | Event::RunEnded { .. } => self.journal.sync(),
+            Event::StepDone { .. } | Event::StepFailed { .. } => self.journal.sync(),
+            Event::RunEnded { .. } => {
+                self.journal.sync()?;
+                self.store.end_log(&log_place(&self.run))
+            }
             _ => Ok(()),
         }
     }
 }
 
-/// Where the log of a run lies.
-pub(crate) fn log_path(home: &Path, run: &str) -> PathBuf {
-    run_folder(home, run).join("events.jsonl")
+/// Where the log of a run lies in the home.
+pub(crate) fn log_place(run: &str) -> String {
+    format!("runs/{run}/events.jsonl")
 }
 
 /// Where everything of a run lies.
@@ -177,15 +189,29 @@ pub(crate) fn run_folder(home: &Path, run: &str) -> PathBuf {
 pub(crate) fn runs(home: &Path) -> Vec<String> {
     let entries = fs::read_dir(home.join("runs")).into_iter().flatten().flatten();
     let mut ids: Vec<String> =
-        entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|id| log_path(home, id).exists()).collect();
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|id| home.join(log_place(id)).exists()).collect();
     ids.sort();
     ids
 }
 
-/// Every event of a run. A torn last line, left by a crash or still being written, is left out; so are lines of events that
-/// this program does not know.
+/// Every event of a run. A torn last line, left by a crash or still being written, is left out; so are damaged lines, of which
+/// [`log_damage`] tells, and lines of events that this program does not know.
 pub(crate) fn read_log(home: &Path, run: &str) -> ovenbird_cache::Result<Vec<Stamped>> {
-    let path = log_path(home, run);
-    let text = fs::read_to_string(&path).map_err(|source| ovenbird_cache::Error::Read { path, source })?;
-    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+    Ok(lines(home, run)?.sound().filter_map(|line| serde_json::from_str(&line).ok()).collect())
+}
+
+/// The first event of a run: what it was started for.
+pub(crate) fn read_start(home: &Path, run: &str) -> ovenbird_cache::Result<Option<Event>> {
+    let first = lines(home, run)?.sound().next();
+    Ok(first.and_then(|line| serde_json::from_str::<Stamped>(&line).ok()).map(|stamped| stamped.event))
+}
+
+/// How many lines of a run's log are damaged.
+pub(crate) fn log_damage(home: &Path, run: &str) -> ovenbird_cache::Result<usize> {
+    Ok(lines(home, run)?.damaged().iter().filter(|line| !line.has_zeros).count())
+}
+
+fn lines(home: &Path, run: &str) -> ovenbird_cache::Result<Lines> {
+    let lines = Lines::read(&Publisher::default(), home, &log_place(run))?;
+    lines.ok_or_else(|| ovenbird_cache::Error::Read { path: home.join(log_place(run)), source: io::ErrorKind::NotFound.into() })
 }

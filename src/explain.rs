@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use ovenbird_cache::{Ledger, Status, Store, unit_name};
+use ovenbird_cache::{FileRecord, Ledger, Status, Store, unit_name};
+use serde::Serialize;
 use serde_json::json;
 
 use crate::{
@@ -17,8 +18,9 @@ pub(crate) fn explain(pipeline: &Pipeline, places: &[usize], unit: Option<usize>
     let ledger = store.home().exists().then(|| Ledger::of(store));
     let seen = plan::look(pipeline, &plan::needed(pipeline, places), store, ledger.as_ref())?;
     if let Some(unit) = unit {
-        let of_step = |place: &usize| explain_unit(&pipeline.steps[*place], &seen[place], unit, store, ledger.as_ref());
-        return places.iter().try_for_each(of_step);
+        let of_step = |place: &usize| UnitTold::of(&pipeline.steps[*place], &seen[place], unit, store, ledger.as_ref());
+        let told = places.iter().map(of_step).collect::<Result<Vec<_>>>()?;
+        return print(&if json { to_json("units", &told) } else { told.iter().map(UnitTold::words).collect() });
     }
     let mut causes = Vec::new();
     places.iter().for_each(|place| chain(pipeline, &seen, *place, 0, &mut causes));
@@ -79,34 +81,69 @@ fn named_source(pipeline: &Pipeline, step: &Step, reason: &str) -> String {
     }
 }
 
-fn explain_unit(step: &Step, seen: &Seen, unit: usize, store: &Store, ledger: Option<&Ledger>) -> Result<()> {
-    let kind = step.entry.kind;
-    let fingerprint = match seen {
-        Seen::There(artifact) => artifact.manifest.units.get(unit).map(|unit| unit.key.fingerprint),
-        Seen::Runs(work) => work.units.get(unit).map(|unit| unit.fingerprint),
-        Seen::Waits { steps, .. } => {
-            return print(&format!("{}: its units are not known before {} ran\n", step.id, steps.join(", ")));
+/// What is said of one unit of a step.
+#[derive(Serialize)]
+struct UnitTold {
+    step: String,
+    /// `KIND/FINGERPRINT`, where that is known.
+    unit: Option<String>,
+    /// `there`, `damaged`, `to be made`, `not known yet`.
+    state: &'static str,
+    /// What is damaged, or which steps have to run before it is known.
+    words: Vec<String>,
+    items: usize,
+    files: Vec<FileTold>,
+    /// When and how closely it was verified last.
+    verified: Option<String>,
+}
+
+#[derive(Serialize)]
+struct FileTold {
+    name: String,
+    bytes: u64,
+    digest: String,
+}
+
+impl UnitTold {
+    fn of(step: &Step, seen: &Seen, unit: usize, store: &Store, ledger: Option<&Ledger>) -> Result<Self> {
+        let kind = step.entry.kind;
+        let mut told =
+            Self { step: step.id.clone(), unit: None, state: "to be made", words: Vec::new(), items: 0, files: Vec::new(), verified: None };
+        let fingerprint = match seen {
+            Seen::There(artifact) => artifact.manifest.units.get(unit).map(|unit| unit.key.fingerprint),
+            Seen::Runs(work) => work.units.get(unit).map(|unit| unit.fingerprint),
+            Seen::Waits { steps, .. } => return Ok(Self { state: "not known yet", words: steps.clone(), ..told }),
+        };
+        let fingerprint = fingerprint.ok_or_else(|| Error::Usage {
+            problem: format!("{}: there is no unit {unit}", step.id),
+            hint: "units are counted from 0".into(),
+        })?;
+        let name = unit_name(kind, &fingerprint);
+        match store.unit(kind, &fingerprint)? {
+            Status::Absent => {}
+            Status::Damaged(findings) => (told.state, told.words) = ("damaged", findings),
+            Status::Valid(record) => {
+                let file = |file: &FileRecord| FileTold { name: file.name.clone(), bytes: file.bytes, digest: file.digest.to_string() };
+                (told.state, told.items) = ("there", store.items_of(&record)?.len());
+                told.files = record.files.iter().map(file).collect();
+                let verified = ledger.and_then(|ledger| ledger.verified().get(&name).copied());
+                let verified = verified.and_then(|was| Some((was.depth, jiff::Timestamp::from_second(was.at).ok()?)));
+                told.verified = verified.map(|(depth, at)| format!("{at} ({})", format!("{depth:?}").to_lowercase()));
+            }
         }
-    };
-    let fingerprint = fingerprint.ok_or_else(|| Error::Usage {
-        problem: format!("{}: there is no unit {unit}", step.id),
-        hint: "units are counted from 0".into(),
-    })?;
-    let name = unit_name(kind, &fingerprint);
-    let of = if step.id == step.plain_id { String::new() } else { format!("{}: ", step.id) };
-    let text = match store.unit(kind, &fingerprint)? {
-        Status::Absent => format!("{of}{name}: has to be made\n"),
-        Status::Damaged(findings) => format!("{of}{name}: is damaged and is made again\n  {}\n", findings.join("\n  ")),
-        Status::Valid(record) => {
-            let n_items = store.items_of(&record)?.len();
-            let files: String =
-                record.files.iter().map(|file| format!("  {}  {} bytes  {}\n", file.name, file.bytes, file.digest)).collect();
-            let verified = ledger.and_then(|ledger| ledger.verified().get(&name).copied());
-            let verified = verified.and_then(|was| Some((was.depth, jiff::Timestamp::from_second(was.at).ok()?)));
-            let verified =
-                verified.map_or_else(|| "never verified".into(), |(depth, at)| format!("last verified {at} ({depth:?})").to_lowercase());
-            format!("{of}{name}: is there, {n_items} items, {verified}\n{files}")
+        Ok(Self { unit: Some(name), ..told })
+    }
+
+    fn words(&self) -> String {
+        let Some(unit) = &self.unit else {
+            return format!("{}: its units are not known before {} ran\n", self.step, self.words.join(", "));
+        };
+        let files = || self.files.iter().map(|file| format!("  {}  {} bytes  {}\n", file.name, file.bytes, file.digest));
+        let verified = self.verified.as_ref().map_or_else(|| "never verified".into(), |when| format!("last verified {when}"));
+        match self.state {
+            "there" => format!("{}: {unit}: is there, {} items, {verified}\n{}", self.step, self.items, files().collect::<String>()),
+            "damaged" => format!("{}: {unit}: is damaged and is made again\n  {}\n", self.step, self.words.join("\n  ")),
+            _ => format!("{}: {unit}: has to be made\n", self.step),
         }
-    };
-    print(&text)
+    }
 }

@@ -193,6 +193,11 @@ pub(crate) fn status(home: &Path, run: Option<&str>, json: bool) -> Result<()> {
         text.push_str(format!("  {:width$}  {:8} {amount}{failed}", step.id, step.state).trim_end());
         text.push('\n');
     }
+    let n_damaged = event::log_damage(home, &run)?;
+    if n_damaged > 0 {
+        let lines = count(n_damaged, "line");
+        text.push_str(&format!("{lines} of the run's log damaged and left out: `ovenbird verify --fix`\n"));
+    }
     text.push_str(&verified_words(&Store::open(home)?)?);
     print(&text)
 }

@@ -3,22 +3,33 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
 use indicatif::HumanBytes;
 use jiff::Timestamp;
-use ovenbird_cache::{Ledger, Manifest, Status, Store, unit_name, verify::Depth};
-use serde::Serialize;
+use ovenbird_cache::{
+    Ledger, Manifest, Status, Store, unit_name,
+    verify::{Class, Depth, Finding},
+};
+use ovenbird_stages::{
+    artifacts::{Artifact as _, EvaluationFile},
+    find,
+};
+use serde::{Deserialize, Serialize};
 
 use crate::{
     cli::{print, to_json},
     error::{Error, Result, count},
-    event, history,
+    event::{self, Event, Stamped},
+    history,
     plan::Last,
-    screen::Phase,
+    screen::{Phase, duration},
 };
+
+/// How much work a collection may throw away unasked, in s.
+const UNASKED_S: f64 = 3600.0;
 
 /// What a kind of stage takes.
 #[derive(Debug, Default, Serialize)]
@@ -37,33 +48,135 @@ fn opened(home: &Path) -> Result<Store> {
     Err(Error::Usage { problem, hint: "name it with `--home FOLDER`".into() })
 }
 
-/// The artifacts that must stay.
+/// A pinned run, as it is written.
+#[derive(Debug, Serialize, Deserialize)]
+struct Pin {
+    run: String,
+    /// The artifacts that it used when it was pinned, by their names of 32 digits.
+    artifacts: BTreeSet<String>,
+}
+
+fn pin_place(run: &str) -> String {
+    format!("pins/{run}.json")
+}
+
+/// What the runs of a home did, told from their logs.
+#[derive(Default)]
+struct Told {
+    /// Of each run, oldest first: its id, its pipeline, when it began, whether it has ended, and the artifacts that it came to.
+    runs: Vec<RunTold>,
+    /// Of each artifact, by its name: the run and step that worked on it last, and for how long all runs did, in s.
+    made: BTreeMap<String, Made>,
+}
+
+struct RunTold {
+    id: String,
+    pipeline: (String, Option<PathBuf>),
+    started: Option<Timestamp>,
+    has_ended: bool,
+    artifacts: BTreeSet<String>,
+}
+
+#[derive(Clone, Default)]
+struct Made {
+    run: String,
+    step: String,
+    /// Where the pipeline keeps what it came to.
+    last: String,
+    worked_s: f64,
+}
+
+impl Told {
+    fn of(store: &Store) -> Result<Self> {
+        let mut told = Self::default();
+        for id in event::runs(store.home()) {
+            let log = event::read_log(store.home(), &id)?;
+            let mut run = RunTold {
+                id,
+                pipeline: Default::default(),
+                started: log.first().map(|first| first.at),
+                has_ended: false,
+                artifacts: BTreeSet::new(),
+            };
+            let mut working: BTreeMap<String, (String, Option<Timestamp>)> = BTreeMap::new();
+            for Stamped { at, event } in &log {
+                match event {
+                    Event::RunStarted { pipeline, file, .. } => run.pipeline = (pipeline.clone(), file.clone()),
+                    Event::StepChecked { step, fingerprint, .. } => {
+                        run.artifacts.insert(fingerprint.short());
+                        working.insert(step.clone(), (fingerprint.short(), None));
+                    }
+                    Event::StepStarted { step } => drop(working.get_mut(step).map(|(_, since)| *since = Some(*at))),
+                    Event::StepDone { step, .. } | Event::StepFailed { step, .. } => {
+                        if let Some((artifact, Some(since))) = working.remove(step) {
+                            told.worked(&run, step, artifact, since, *at);
+                        }
+                    }
+                    Event::RunEnded { .. } => run.has_ended = true,
+                    _ => {}
+                }
+            }
+            // Of a run that was cut off: until the last that was heard of it.
+            let end = log.last().map(|last| last.at);
+            for (step, (artifact, since)) in working {
+                if let (Some(since), Some(end)) = (since, end) {
+                    told.worked(&run, &step, artifact, since, end);
+                }
+            }
+            told.runs.push(run);
+        }
+        Ok(told)
+    }
+
+    fn worked(&mut self, run: &RunTold, step: &str, artifact: String, since: Timestamp, until: Timestamp) {
+        let made = self.made.entry(artifact).or_default();
+        made.worked_s += (until.as_millisecond() - since.as_millisecond()) as f64 / 1e3;
+        (made.run, made.step) = (run.id.clone(), step.to_owned());
+        made.last = Last::place(&run.pipeline.0, run.pipeline.1.as_deref());
+    }
+}
+
+/// The artifacts that must stay, by their names of 32 digits.
 struct Roots {
-    /// Of runs going on and of pinned ones, by their names of 32 digits.
+    /// Of runs going on and of pinned ones.
     in_use: BTreeSet<String>,
-    /// These; of every pipeline as it was last there; of every pipeline's last run; of the last so many runs.
+    /// These; of every pipeline as it was last there; of every pipeline's last run; of the last so many runs and of those of so long.
     all: BTreeSet<String>,
 }
 
-fn roots(store: &Store, n_runs: usize) -> Roots {
-    let last = Last::of_all(store.home()).into_values().flat_map(BTreeMap::into_values);
+/// Which runs are recent.
+struct Recent {
+    n_runs: usize,
+    within: Duration,
+}
+
+fn roots(store: &Store, told: &Told, recent: &Recent) -> Result<Roots> {
+    let last = Last::of_all(store)?.into_iter().flat_map(|last| last.steps.into_values());
     let mut roots = Roots { in_use: BTreeSet::new(), all: last.map(|fingerprint| fingerprint.short()).collect() };
-    let (pinned, runs) = (pins(store), event::runs(store.home()));
-    let mut seen_pipelines = BTreeSet::new();
-    for (age, run) in runs.iter().rev().enumerate() {
-        let state = history::state(&event::read_log(store.home(), run).unwrap_or_default());
-        let is_going_on = state.outcome.is_none() && !store.at_work().is_empty();
-        let is_last = seen_pipelines.insert(state.pipeline.clone());
-        let names = || state.steps.iter().filter_map(|step| step.fingerprint.map(|fingerprint| fingerprint.short()));
-        if is_going_on || pinned.contains(run) {
-            roots.in_use.extend(names());
+    let mut pinned = BTreeSet::new();
+    for place in store.record_places()?.iter().filter(|place| place.starts_with("pins/")) {
+        if let Some(Pin { run, artifacts }) = store.kept(place)? {
+            pinned.insert(run);
+            roots.in_use.extend(artifacts);
         }
-        if age < n_runs || is_last {
-            roots.all.extend(names());
+    }
+    let is_somebody_at_work = !store.at_work().is_empty();
+    let mut seen_pipelines = BTreeSet::new();
+    for (age, run) in told.runs.iter().rev().enumerate() {
+        let is_last = seen_pipelines.insert(&run.pipeline);
+        let is_young = run.started.is_none_or(|started| {
+            let ago_s = Timestamp::now().as_second() - started.as_second();
+            ago_s < i64::try_from(recent.within.as_secs()).unwrap_or(i64::MAX)
+        });
+        if (!run.has_ended && is_somebody_at_work) || pinned.contains(&run.id) {
+            roots.in_use.extend(run.artifacts.iter().cloned());
+        }
+        if age < recent.n_runs || is_young || is_last {
+            roots.all.extend(run.artifacts.iter().cloned());
         }
     }
     roots.all.extend(roots.in_use.iter().cloned());
-    roots
+    Ok(roots)
 }
 
 /// The units of some artifacts, made or in the making, as `KIND/FINGERPRINT`.
@@ -72,36 +185,52 @@ fn units_of(store: &Store, artifacts: &BTreeSet<String>) -> Result<BTreeSet<Stri
     let mut units: BTreeSet<String> = planned.flat_map(|(_, units)| units).collect();
     for manifest in store.manifests()? {
         if artifacts.contains(&manifest.fingerprint.short()) {
-            units.extend(manifest.units.iter().map(|unit| unit_name(&manifest.recipe.kind, &unit.key.fingerprint)));
+            units.extend(names_of_units(&manifest));
         }
     }
     Ok(units)
 }
 
-fn pins(store: &Store) -> BTreeSet<String> {
-    let bytes = fs::read(store.home().join("pins.json")).unwrap_or_default();
-    serde_json::from_slice(&bytes).unwrap_or_default()
+fn names_of_units(manifest: &Manifest) -> impl Iterator<Item = String> {
+    manifest.units.iter().map(|unit| unit_name(&manifest.recipe.kind, &unit.key.fingerprint))
 }
 
 /// `ovenbird cache pin`: what a run used is kept by `gc` until it is unpinned.
-pub(crate) fn pin(home: &Path, run: &str, is_pinned: bool) -> Result<()> {
+pub(crate) fn pin(home: &Path, run: &str) -> Result<()> {
     let store = opened(home)?;
     let run = history::chosen(home, Some(run))?;
-    let mut pins = pins(&store);
-    if is_pinned {
-        pins.insert(run.clone())
-    } else {
-        pins.remove(&run)
-    };
-    let bytes = serde_json::to_vec_pretty(&pins).expect("BUG: a list of names is plain JSON");
-    store.publisher().replace(&home.join("pins.json"), &bytes)?;
-    print(&format!("run {run} is {}\n", if is_pinned { "pinned: `ovenbird cache gc` keeps what it used" } else { "not pinned any more" }))
+    write_pin(&store, &run)?;
+    print(&format!("run {run} is pinned: `ovenbird cache gc` keeps what it used\n"))
+}
+
+/// Writes a pin from a run's log.
+pub(crate) fn write_pin(store: &Store, run: &str) -> Result<()> {
+    let n_damaged = event::log_damage(store.home(), run)?;
+    if n_damaged > 0 {
+        let path = store.home().join(event::log_place(run));
+        let problem = format!("{} damaged: what the run used is not known", count(n_damaged, "line"));
+        return Err(Error::Unkept { findings: vec![Finding { class: Class::Record, unit: None, path, problem }] });
+    }
+    let steps = history::state(&event::read_log(store.home(), run)?).steps;
+    let artifacts = steps.iter().filter_map(|step| step.fingerprint.map(|fingerprint| fingerprint.short())).collect();
+    Ok(store.keep(&pin_place(run), &Pin { run: run.into(), artifacts })?)
+}
+
+/// `ovenbird cache unpin`.
+pub(crate) fn unpin(home: &Path, run: &str) -> Result<()> {
+    let store = opened(home)?;
+    // A pin may outlive its run.
+    let is_pinned = store.home().join(pin_place(run)).exists();
+    let run = if is_pinned { run.to_owned() } else { history::chosen(home, Some(run))? };
+    store.remove_record(&pin_place(&run), "unpinned")?;
+    print(&format!("run {run} is not pinned any more\n"))
 }
 
 /// `ovenbird cache du`.
 pub(crate) fn du(home: &Path, json: bool) -> Result<()> {
     let store = opened(home)?;
-    let needed = units_of(&store, &roots(&store, 0).all)?;
+    let roots = roots(&store, &Told::of(&store)?, &Recent { n_runs: 0, within: Duration::ZERO })?;
+    let needed = units_of(&store, &roots.all)?;
     let mut by_kind: BTreeMap<String, Taken> = BTreeMap::new();
     for name in store.unit_names()? {
         let kind = name.split_once('/').map_or_else(String::new, |(kind, _)| kind.to_owned());
@@ -145,79 +274,176 @@ fn bytes_below(path: &Path) -> u64 {
 pub(crate) struct Collection {
     /// Keep what the last so many runs used.
     pub(crate) keep_runs: usize,
+    /// Keep what runs of so long used.
+    pub(crate) keep_for: Duration,
     /// Keep what is younger.
     pub(crate) grace: Duration,
     /// Kinds of stages of which also the units go that pipelines need, unless they are in use.
     pub(crate) dropped_kinds: Vec<String>,
     /// Remove; otherwise only say what would go.
     pub(crate) is_real: bool,
+    /// Remove also what takes long to make again.
+    pub(crate) is_sure: bool,
     pub(crate) json: bool,
+}
+
+/// An artifact of which units go.
+#[derive(Serialize)]
+struct Going {
+    artifact: String,
+    kind: String,
+    step: Option<String>,
+    run: String,
+    /// What was changed since: the parameters and inputs of the pipeline's step as it was last there.
+    changed: Vec<String>,
+    units: usize,
+    bytes: u64,
+    /// To make it again.
+    hours: f64,
 }
 
 /// `ovenbird cache gc`.
 pub(crate) fn gc(home: &Path, collection: &Collection) -> Result<()> {
     let store = opened(home)?;
-    if let Some(unknown) = collection.dropped_kinds.iter().find(|kind| ovenbird_stages::find(kind).is_none()) {
+    if let Some(unknown) = collection.dropped_kinds.iter().find(|kind| find(kind).is_none()) {
         let hint = "`ovenbird cache du` lists the kinds that are there".into();
         return Err(Error::Usage { problem: format!("--drop {unknown}: there is no such stage"), hint });
     }
-    let roots = roots(&store, collection.keep_runs);
-    let is_dropped = |manifest: &Manifest| {
-        collection.dropped_kinds.contains(&manifest.recipe.kind) && !roots.in_use.contains(&manifest.fingerprint.short())
-    };
-    let dropped: Vec<Manifest> = store.manifests()?.into_iter().filter(is_dropped).collect();
-    let goes: BTreeSet<String> = dropped.iter().map(|manifest| manifest.fingerprint.short()).collect();
-    let kept = roots.all.difference(&goes).cloned().collect();
-    let needed = units_of(&store, &kept)?;
+    refuse_if_damaged(&store)?;
+    let told = Told::of(&store)?;
+    let roots = roots(&store, &told, &Recent { n_runs: collection.keep_runs, within: collection.keep_for })?;
+    let manifests = store.manifests()?;
+    let name = |manifest: &Manifest| manifest.fingerprint.short();
+    let path = |manifest: &Manifest| store.manifest_path(&manifest.recipe.kind, &manifest.fingerprint);
     let is_old = |path: &Path| {
         let age = fs::metadata(path).and_then(|metadata| metadata.modified()).ok().and_then(|time| time.elapsed().ok());
         age.is_some_and(|age| age >= collection.grace)
     };
+    let is_dropped =
+        |manifest: &Manifest| collection.dropped_kinds.contains(&manifest.recipe.kind) && !roots.in_use.contains(&name(manifest));
+    // Numbers are what people compare, and take no room.
+    let is_evaluation = |manifest: &Manifest| {
+        let outputs = find(&manifest.recipe.kind).into_iter().flat_map(|entry| entry.outputs);
+        outputs.into_iter().any(|port| port.kind == EvaluationFile::KIND)
+    };
+    let stays = |manifest: &Manifest| roots.all.contains(&name(manifest)) || is_evaluation(manifest) || !is_old(&path(manifest));
+    let (dropped, rest): (Vec<&Manifest>, Vec<&Manifest>) = manifests.iter().partition(|manifest| is_dropped(manifest));
+    let (kept, forgotten): (Vec<&Manifest>, Vec<&Manifest>) = rest.into_iter().partition(|manifest| stays(manifest));
+    let goes: BTreeSet<String> = dropped.iter().map(|manifest| name(manifest)).collect();
+    let in_the_making = roots.all.difference(&goes).cloned();
+    let needed = units_of(&store, &kept.iter().map(|manifest| name(manifest)).chain(in_the_making).collect())?;
     let mut phase = Phase::new("gc");
-    let (mut going, mut bytes) = (Vec::new(), 0);
-    for (n_done, name) in store.unit_names()?.into_iter().enumerate() {
+    let mut going: BTreeMap<String, u64> = BTreeMap::new();
+    for (n_done, unit) in store.unit_names()?.into_iter().enumerate() {
         phase.tell(n_done as u64, 0, "units");
-        let path = store.unit_path(&name);
-        if !needed.contains(&name) && is_old(&path) {
-            bytes += bytes_below(&path);
-            going.push(name);
+        let path = store.unit_path(&unit);
+        if !needed.contains(&unit) && is_old(&path) {
+            going.insert(unit, bytes_below(&path));
         }
     }
+    let list = listed(&store, &told, &going, dropped.iter().chain(&forgotten).copied())?;
+    let hours: f64 = list.iter().map(|going| going.hours).sum();
     let mut left_alone = 0;
     if collection.is_real {
-        let (_session, _recovered) = store.enter()?;
-        for manifest in dropped {
-            store.let_go(manifest)?;
+        if hours * 3600.0 > UNASKED_S && !collection.is_sure {
+            let problem = format!("what would go took {} to make", duration(hours * 3600.0));
+            return Err(Error::Usage {
+                problem,
+                hint: "look at the list, without `--delete`; add `--yes` to remove it all the same".into(),
+            });
         }
-        for name in &going {
-            match store.lease(name)? {
-                Ok(_lease) => store.remove_unit(name, "removed by `cache gc`")?,
+        let (_session, _recovered) = store.enter()?;
+        // Records first, bytes after: cut off in between, nothing that a record lists is gone.
+        for manifest in dropped {
+            store.let_go(manifest.clone())?;
+        }
+        for manifest in forgotten {
+            store.remove_record(&store.place_of(&path(manifest)), "removed by `cache gc`")?;
+        }
+        for unit in going.keys() {
+            match store.lease(unit)? {
+                Ok(_lease) => store.remove_unit(unit, "removed by `cache gc`")?,
                 Err(_) => left_alone += 1,
             }
         }
-        for path in store.manifest_paths()? {
-            let is_root = path.file_stem().is_some_and(|stem| roots.all.contains(&*stem.to_string_lossy()));
-            if !is_root && is_old(&path) {
-                store.publisher().remove(&path)?;
-            }
-        }
     }
+    let bytes: u64 = going.values().sum();
     if collection.json {
-        return print(&to_json("gc", &serde_json::json!({"removed": collection.is_real, "units": going, "bytes": bytes})));
+        let units: Vec<&String> = going.keys().collect();
+        let report = serde_json::json!({"removed": collection.is_real, "artifacts": list, "units": units, "bytes": bytes, "hours": hours});
+        return print(&to_json("gc", &report));
     }
-    let what = count(going.len(), "unit");
-    let mut text = match (collection.is_real, going.is_empty()) {
-        (_, true) => "nothing to remove\n".to_owned(),
-        (true, false) => format!("{what} removed, {}\n", HumanBytes(bytes)),
-        (false, false) => {
-            let list: String = going.iter().map(|name| format!("{name}\n")).collect();
-            format!("{list}{what} would go, {}; `ovenbird cache gc --delete` removes them\n", HumanBytes(bytes))
+    print(&words(collection, &list, &going, left_alone))
+}
+
+/// Fails where something is damaged or gone that says what is to be kept: what it said would be taken for what nobody needs.
+fn refuse_if_damaged(store: &Store) -> Result<()> {
+    let mut findings = store.verify_records()?;
+    for path in store.manifest_paths()? {
+        findings.extend(store.verify_manifest(&path)?.into_iter().filter(|finding| finding.class == Class::Manifest));
+    }
+    if findings.is_empty() { Ok(()) } else { Err(Error::Unkept { findings }) }
+}
+
+/// The artifacts of which units go, those that took longest first.
+fn listed<'a>(
+    store: &Store,
+    told: &Told,
+    going: &BTreeMap<String, u64>,
+    manifests: impl Iterator<Item = &'a Manifest>,
+) -> Result<Vec<Going>> {
+    let mut list = Vec::new();
+    for manifest in manifests {
+        let units: Vec<u64> = names_of_units(manifest).filter_map(|unit| going.get(&unit).copied()).collect();
+        if units.is_empty() {
+            continue;
         }
-    };
+        let made = told.made.get(&manifest.fingerprint.short());
+        let worked_s = made.map_or(0.0, |made| made.worked_s).max(manifest.made.wall_s);
+        let last = made.and_then(|made| store.kept::<Last>(&made.last).ok()?);
+        let is_now = made.zip(last).and_then(|(made, last)| last.steps.get(&made.step).copied());
+        let now = is_now.and_then(|fingerprint| store.manifest(&manifest.recipe.kind, &fingerprint).ok()?);
+        list.push(Going {
+            artifact: manifest.fingerprint.short(),
+            kind: manifest.recipe.kind.clone(),
+            step: made.map(|made| made.step.clone()),
+            run: manifest.made.run.clone(),
+            changed: now.map_or_else(Vec::new, |now| now.recipe.diff(&manifest.recipe).iter().map(ToString::to_string).collect()),
+            units: units.len(),
+            bytes: units.iter().sum(),
+            hours: worked_s / 3600.0 * units.len() as f64 / manifest.units.len() as f64,
+        });
+    }
+    list.sort_by(|a, b| b.hours.total_cmp(&a.hours).then_with(|| a.artifact.cmp(&b.artifact)));
+    Ok(list)
+}
+
+fn words(collection: &Collection, list: &[Going], going: &BTreeMap<String, u64>, left_alone: usize) -> String {
+    let mut text = String::new();
+    for Going { kind, step, run, changed, units, bytes, hours, .. } in list {
+        let changed = if changed.is_empty() { String::new() } else { format!("; changed since: {}", changed.join("; ")) };
+        text.push_str(&format!(
+            "{} ({kind}) of run {run}: {}, {}, {} to make again{changed}\n",
+            step.as_deref().unwrap_or("a step"),
+            count(*units, "unit"),
+            HumanBytes(*bytes),
+            duration(hours * 3600.0),
+        ));
+    }
+    let n_others = going.len().saturating_sub(list.iter().map(|going| going.units).sum());
+    if n_others > 0 {
+        text.push_str(&format!("{} of no artifact\n", count(n_others, "unit")));
+    }
+    let (what, bytes) = (count(going.len(), "unit"), HumanBytes(going.values().sum()));
+    match (collection.is_real, going.is_empty()) {
+        (_, true) => text.push_str("nothing to remove\n"),
+        (true, false) => text.push_str(&format!("{what} removed, {bytes}\n")),
+        (false, false) => text.push_str(&format!("{what} would go, {bytes}; `ovenbird cache gc --delete` removes them\n")),
+    }
     if left_alone > 0 {
         text.push_str(&format!("{} in use, left alone\n", count(left_alone, "unit")));
     }
-    print(&text)
+    text
 }
 
 /// `ovenbird cache rebuild`: the ledger made anew from what lies on the disk.

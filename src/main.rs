@@ -13,6 +13,7 @@ mod export;
 mod history;
 mod keep;
 mod machine;
+mod mend;
 mod pipeline;
 mod plan;
 mod recompute;
@@ -24,14 +25,14 @@ mod work;
 
 use error::ExitCode;
 
-#[expect(clippy::print_stderr, reason = "the one place where errors are printed")]
 fn main() {
     machine::silence_libtorch();
-    let code = match cli::main() {
+    let (home, result) = cli::main();
+    let code = match result {
         Ok(()) => ExitCode::Success,
         Err(error) => {
-            eprint!("{}", error.render());
-            error.exit_code()
+            screen::say(&error.render(&home));
+            error.exit_code(&home)
         }
     };
     leave(code)

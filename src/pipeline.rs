@@ -88,6 +88,9 @@ pub(crate) struct Pipeline {
 pub(crate) struct Request {
     /// The folder that paths are relative to.
     pub(crate) folder: PathBuf,
+    /// The pipeline's file, as an absolute path; a named one has none.
+    #[serde(default)]
+    pub(crate) file: Option<PathBuf>,
     /// The pipeline file's text.
     pub(crate) text: String,
     pub(crate) settings: Vec<Setting>,
@@ -160,9 +163,9 @@ pub(crate) fn with_line(problem: &Problem) -> String {
 ///
 /// `variants` are the names of those that are chosen; none: all.
 pub(crate) fn load(name: &str, settings: &[Setting], variants: &[String]) -> Result<Pipeline> {
-    let (origin, text) = find(name)?;
+    let (origin, file, text) = find(name)?;
     let folder = std::env::current_dir().unwrap_or_default();
-    read(origin, Request { folder, text, settings: settings.to_vec(), variants: variants.to_vec() })
+    read(origin, Request { folder, file, text, settings: settings.to_vec(), variants: variants.to_vec() })
 }
 
 /// Reads and checks a pipeline again. Relative paths in it are those of the current folder.
@@ -178,19 +181,19 @@ pub(crate) fn read(origin: String, request: Request) -> Result<Pipeline> {
     }
 }
 
-/// A pipeline's text and where it was found.
-fn find(name: &str) -> Result<(String, String)> {
+/// Where a pipeline was found, its file, and its text.
+fn find(name: &str) -> Result<(String, Option<PathBuf>, String)> {
     let is_path = name.contains('/') || name.ends_with(".yaml") || name.ends_with(".yml");
     let path = if is_path { PathBuf::from(name) } else { Path::new("pipelines").join(format!("{name}.yaml")) };
     match fs::read_to_string(&path) {
-        Ok(text) => return Ok((path.display().to_string(), text)),
+        Ok(text) => return Ok((path.display().to_string(), fs::canonicalize(&path).ok().or(Some(path)), text)),
         Err(source) if is_path || source.kind() != io::ErrorKind::NotFound => {
             return Err(ovenbird_cache::Error::Read { path, source }.into());
         }
         Err(_) => {}
     }
     match NAMED.iter().find(|(known, _)| *known == name) {
-        Some((_, text)) => Ok((format!("the pipeline `{name}`"), (*text).to_owned())),
+        Some((_, text)) => Ok((format!("the pipeline `{name}`"), None, (*text).to_owned())),
         None => Err(Error::UnknownPipeline { name: name.into(), nearest: nearest(name, NAMED.iter().map(|(known, _)| *known)) }),
     }
 }
@@ -266,6 +269,9 @@ impl Reader {
             None => self.push("version", format!("missing; write `version: {VERSION}`")),
         }
         let name = self.text("name", file.get("name"));
+        if let Some(name) = name.as_ref().filter(|name| !is_id(name)) {
+            self.push("name", format!("`{name}`: {ID_WORDS}"));
+        }
         let description = file.get("description").map_or(Some(String::new()), |_| self.text("description", file.get("description")));
         let variables = self.variables(file.get("variables"));
         let mut changes = self.changes(&request.settings);
@@ -409,7 +415,7 @@ impl Reader {
         if let Some(id) = &id
             && !is_id(id)
         {
-            self.push(format!("{path}.id"), format!("`{id}`: an id has letters, digits, `-` and `_` only"));
+            self.push(format!("{path}.id"), format!("`{id}`: {ID_WORDS}"));
         }
         for key in ["in", "with", "resources"] {
             if let Some(value) = keys.get_mut(key) {
@@ -701,8 +707,11 @@ fn usual(wanted: &PortInfo) -> String {
 }
 
 /// Whether a text may be an id, or a part of one.
+/// What [`is_id`] asks for.
+const ID_WORDS: &str = "expected letters, digits, `-` and `_` only, 64 at most";
+
 fn is_id(text: &str) -> bool {
-    !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+    (1..=64).contains(&text.len()) && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
 }
 
 fn join(path: &str, key: &str) -> String {

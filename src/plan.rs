@@ -7,12 +7,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ovenbird_cache::{Artifact, Digest, Fingerprint, Ledger, Recipe, Status, Store, UnitRecord, files_digest, inputs, publish, unit_name};
-use ovenbird_stages::{FAILED_FILE, Inputs, OnBadItem, Unit, Units};
+use ovenbird_cache::{Artifact, Digest, Fingerprint, Ledger, Recipe, Status, Store, UnitRecord, files_digest, inputs, unit_name};
+use ovenbird_stages::{FAILED_FILE, Inputs, OnBadItem, Unit, Units, failed_items, refuse_too_many};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     error::Result,
+    event::{self, Event, Stamped, Verdict},
     pipeline::{Pipeline, Source, Step},
 };
 
@@ -101,7 +102,10 @@ pub(crate) fn check(step: &Step, is_demanded: bool, files: &FileInputs, made: &M
             (vec!["its bytes were dropped, and are needed".into()], Some(artifact))
         }
         Status::Valid(artifact) if artifact.manifest.units.iter().all(|unit| is_whole(step, unit)) => {
-            return Ok(Checked::Reused(Box::new(artifact)));
+            match too_many_failed(step, store, &artifact)? {
+                None => return Ok(Checked::Reused(Box::new(artifact))),
+                Some(words) => (vec![words], None),
+            }
         }
         Status::Valid(_) => (vec!["some items failed, which `on_bad_item: fail` does not allow".into()], None),
         Status::Damaged(findings) => (findings.into_iter().map(|finding| format!("damaged: {finding}")).collect(), as_it_was()),
@@ -147,17 +151,27 @@ pub(crate) fn missing(step: &Step, store: &Store, units: &[Unit], is_chain: bool
     Ok(missing)
 }
 
+/// Says so where more items of an artifact failed than the step allows: another pipeline may have made it.
+fn too_many_failed(step: &Step, store: &Store, artifact: &Artifact) -> Result<Option<String>> {
+    let OnBadItem::Skip { max_failed_ratio } = step.on_bad_item else { return Ok(None) };
+    let n_items: u64 = artifact.manifest.units.iter().map(UnitRecord::n_items).sum();
+    let failed = artifact.manifest.units.iter().map(|unit| Ok(failed_items(store, unit)?.len()));
+    let n_failed: usize = if n_items == 0 || artifact.is_dropped { 0 } else { failed.sum::<Result<_>>()? };
+    let is_too_many = refuse_too_many([n_failed, n_items as usize], max_failed_ratio, "").is_err();
+    Ok(is_too_many.then(|| format!("{n_failed} of {n_items} items failed, more than max_failed_ratio {max_failed_ratio} allows")))
+}
+
 /// Whether a published unit is what the step asks for: an item may have failed only where the step allows it.
 pub(crate) fn is_whole(step: &Step, record: &UnitRecord) -> bool {
     step.on_bad_item != OnBadItem::Fail || !record.files.iter().any(|file| file.name == FAILED_FILE)
 }
 
-/// Sets aside the units of a pipeline, as it was last there, in which items failed; says how many. Their artifacts may come
+/// Sets aside the units of some steps of a pipeline, as it was last there, in which items failed; says how many. Their artifacts may come
 /// out different and lose their identity.
-pub(crate) fn forget_failed(pipeline: &Pipeline, store: &Store) -> Result<usize> {
-    let last = Last::read(store.home(), &pipeline.name);
+pub(crate) fn forget_failed(pipeline: &Pipeline, wanted: &[usize], store: &Store) -> Result<usize> {
+    let last = Last::of(store, pipeline)?;
     let mut n_set_aside = 0;
-    for step in &pipeline.steps {
+    for step in wanted.iter().map(|place| &pipeline.steps[*place]) {
         let Some(fingerprint) = last.steps.get(&step.id) else { continue };
         let Some(manifest) = store.manifest(step.entry.kind, fingerprint)? else { continue };
         let failed: Vec<&UnitRecord> =
@@ -193,33 +207,67 @@ fn taken_from(step: &Step, store: &Store, units: &[Unit], items: &[Digest], miss
 /// Which artifact each step of a pipeline came to when it was last there.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Last {
-    steps: BTreeMap<String, Fingerprint>,
+    pub(crate) pipeline: String,
+    /// The pipeline's file; a named one has none. Two of one name are two.
+    pub(crate) file: Option<PathBuf>,
+    pub(crate) steps: BTreeMap<String, Fingerprint>,
+    /// What is wrong with the record, where it was told from the logs instead.
+    #[serde(skip)]
+    pub(crate) damage: Option<String>,
 }
 
 impl Last {
-    fn path(home: &Path, pipeline: &str) -> PathBuf {
-        home.join("pipelines").join(format!("{pipeline}.json"))
+    /// Where it is written in the home.
+    pub(crate) fn place(pipeline: &str, file: Option<&Path>) -> String {
+        let which = file.map(|file| format!("-{}", &Digest::of(file.as_os_str().as_encoded_bytes()).to_hex()[..8]));
+        format!("pipelines/{pipeline}{}.json", which.unwrap_or_default())
     }
 
-    /// Reads what is remembered; nothing, if that cannot be read: it only serves to say why something runs.
-    pub(crate) fn read(home: &Path, pipeline: &str) -> Self {
-        let bytes = std::fs::read(Self::path(home, pipeline)).unwrap_or_default();
-        serde_json::from_slice(&bytes).unwrap_or_default()
+    /// What is remembered of a pipeline; by the logs of its runs where the record is damaged or gone.
+    pub(crate) fn of(store: &Store, pipeline: &Pipeline) -> Result<Self> {
+        let (name, file) = (pipeline.name.as_str(), pipeline.request.file.as_deref());
+        match store.kept(&Self::place(name, file)) {
+            Ok(Some(last)) => Ok(last),
+            Ok(None) => Self::told(store, name, file),
+            Err(error @ (ovenbird_cache::Error::OtherFormat { .. } | ovenbird_cache::Error::Read { .. })) => Err(error.into()),
+            Err(error) => Ok(Self { damage: Some(error.to_string()), ..Self::told(store, name, file)? }),
+        }
     }
 
-    /// What is remembered of every pipeline of a home: its name, then its steps.
-    pub(crate) fn of_all(home: &Path) -> BTreeMap<String, BTreeMap<String, Fingerprint>> {
-        let entries = std::fs::read_dir(home.join("pipelines")).into_iter().flatten().flatten();
-        let names = entries.filter_map(|entry| Some(entry.file_name().to_str()?.strip_suffix(".json")?.to_owned()));
-        names.map(|name| (name.clone(), Self::read(home, &name).steps)).collect()
+    /// What the logs tell of the runs of a pipeline.
+    pub(crate) fn told(store: &Store, name: &str, file: Option<&Path>) -> Result<Self> {
+        let mut last = Self { pipeline: name.into(), file: file.map(Path::to_owned), ..Self::default() };
+        for run in event::runs(store.home()) {
+            match event::read_start(store.home(), &run)? {
+                Some(Event::RunStarted { pipeline, file: of, .. }) if pipeline == name && of.as_deref() == file => {}
+                _ => continue,
+            }
+            for Stamped { event, .. } in event::read_log(store.home(), &run)? {
+                match event {
+                    Event::StepChecked { step, fingerprint, verdict: Verdict::Reused | Verdict::Dropped }
+                    | Event::StepDone { step, fingerprint, .. } => drop(last.steps.insert(step, fingerprint)),
+                    _ => {}
+                }
+            }
+        }
+        Ok(last)
+    }
+
+    /// What is remembered of every pipeline of a home. A record that is damaged is a finding of its own.
+    pub(crate) fn of_all(store: &Store) -> Result<Vec<Self>> {
+        let places = store.record_places()?.into_iter().filter(|place| place.starts_with("pipelines/"));
+        Ok(places.filter_map(|place| store.kept(&place).ok().flatten()).collect())
     }
 
     /// Remembers a step.
-    pub(crate) fn remember(&mut self, home: &Path, pipeline: &str, step: &str, fingerprint: Fingerprint) -> Result<()> {
-        if self.steps.insert(step.to_owned(), fingerprint) != Some(fingerprint) {
-            publish::replace(&Self::path(home, pipeline), &serde_json::to_vec_pretty(self).expect("BUG: a map of text is plain JSON"))?;
+    pub(crate) fn remember(&mut self, store: &Store, step: &str, fingerprint: Fingerprint) -> Result<()> {
+        let place = Self::place(&self.pipeline, self.file.as_deref());
+        let is_new = self.steps.insert(step.to_owned(), fingerprint) != Some(fingerprint);
+        let damage = self.damage.take();
+        if let Some(why) = &damage {
+            store.set_record_aside(&place, why)?;
         }
-        Ok(())
+        if is_new || damage.is_some() { Ok(store.keep(&place, self)?) } else { Ok(()) }
     }
 
     fn reasons(&self, step: &Step, recipe: &Recipe, store: &Store) -> Result<Vec<String>> {
@@ -270,7 +318,7 @@ pub(crate) enum Seen {
 pub(crate) fn look(pipeline: &Pipeline, wanted: &[usize], store: &Store, ledger: Option<&Ledger>) -> Result<BTreeMap<usize, Seen>> {
     let steps: Vec<&Step> = wanted.iter().map(|step| &pipeline.steps[*step]).collect();
     let files = digest_files(&steps, ledger)?;
-    let last = Last::read(store.home(), &pipeline.name);
+    let last = Last::of(store, pipeline)?;
     let mut demanded = ends(pipeline, wanted);
     'again: loop {
         let (mut made, mut seen) = (Made::new(), BTreeMap::new());

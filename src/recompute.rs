@@ -18,7 +18,7 @@ use crate::{
     event, machine,
     plan::{self, Made},
     screen::Phase,
-    verify::{read_request, request_path},
+    verify::read_request,
 };
 
 /// Cosine below which a row is another one. Rounding to f16 and another order of sums cost less than 1e-4.
@@ -63,7 +63,7 @@ impl Audit {
 pub(crate) fn audit(store: &Store, part: f64, device: tch::Device) -> Result<Audit> {
     let mut audit = Audit::default();
     let mut done: Vec<Fingerprint> = Vec::new();
-    for run in event::runs(store.home()).into_iter().rev().filter(|run| request_path(store, run).exists()) {
+    for run in event::runs(store.home()).into_iter().rev() {
         let pipeline = match read_request(store, &run) {
             Ok(pipeline) => pipeline,
             Err(error) => {
@@ -77,7 +77,8 @@ pub(crate) fn audit(store: &Store, part: f64, device: tch::Device) -> Result<Aud
         for place in places.collect::<Vec<_>>() {
             let id = format!("{} of run {run}", pipeline.steps[place].id);
             match audit_step(store, &pipeline, place, part, device, &mut done, &mut audit) {
-                Ok(()) => {}
+                Ok(None) => {}
+                Ok(Some(why)) => drop(audit.skipped.insert(id, why.into())),
                 Err(error) => drop(audit.skipped.insert(id, error.words())),
             }
         }
@@ -85,6 +86,7 @@ pub(crate) fn audit(store: &Store, part: f64, device: tch::Device) -> Result<Aud
     Ok(audit)
 }
 
+/// Computes a part of the rows of a step again. Says why, where it cannot.
 fn audit_step(
     store: &Store,
     pipeline: &crate::pipeline::Pipeline,
@@ -93,7 +95,7 @@ fn audit_step(
     device: tch::Device,
     done: &mut Vec<Fingerprint>,
     audit: &mut Audit,
-) -> Result<()> {
+) -> Result<Option<&'static str>> {
     // Everything upstream, as it lies in the store.
     let needed = plan::needed(pipeline, &[place]);
     let steps: Vec<_> = needed.iter().map(|step| &pipeline.steps[*step]).collect();
@@ -103,18 +105,25 @@ fn audit_step(
     for step in &needed[..needed.len() - 1] {
         match plan::check(&pipeline.steps[*step], true, &files, &made, store, &last)? {
             plan::Checked::Reused(artifact) => drop(made.insert(*step, *artifact)),
-            plan::Checked::Run(_) | plan::Checked::Lacks { .. } => return Ok(()),
+            plan::Checked::Run(_) | plan::Checked::Lacks { .. } => {
+                return Ok(Some("what it is made from is not in the home, or has changed"));
+            }
         }
     }
     let step = &pipeline.steps[place];
     let (recipe, inputs) = plan::identify(step, &files, &made);
-    let Status::Valid(artifact) = store.artifact(step.entry.kind, &recipe.fingerprint())? else { return Ok(()) };
-    if artifact.is_dropped || done.contains(&artifact.manifest.fingerprint) {
-        return Ok(());
+    let Status::Valid(artifact) = store.artifact(step.entry.kind, &recipe.fingerprint())? else {
+        return Ok(Some("it is not in the home, or is damaged"));
+    };
+    if artifact.is_dropped {
+        return Ok(Some("its bytes were dropped"));
+    }
+    if done.contains(&artifact.manifest.fingerprint) {
+        return Ok(None);
     }
     done.push(artifact.manifest.fingerprint);
     let (units, items) = step.stage.units(&inputs)?.of(&recipe);
-    let Some(family) = units.first().and_then(|unit| unit.family) else { return Ok(()) };
+    let Some(family) = units.first().and_then(|unit| unit.family) else { return Ok(Some("it holds no items")) };
     let n_rows = ((items.len() as f64 * part).ceil() as usize).min(items.len());
     // Spread over the list by the artifact's own name: another artifact, other rows; the same audit, the same rows.
     let seed = u64::from_le_bytes(*recipe.fingerprint().as_bytes().first_chunk::<8>().expect("BUG: a fingerprint has 32 bytes"));
@@ -160,7 +169,9 @@ fn audit_step(
     step.stage.run(&samples, &context)?;
     let port = step.entry.outputs[0].name;
     for (sample, item) in samples.iter().zip(&chosen) {
-        let Status::Valid(record) = scratch.unit(step.entry.kind, &sample.fingerprint)? else { continue };
+        let Status::Valid(record) = scratch.unit(step.entry.kind, &sample.fingerprint)? else {
+            return Ok(Some("a row could not be computed again"));
+        };
         let unit = units.iter().find(|unit| unit.items.contains(item)).expect("BUG: every item is in a unit");
         let is_regions = step.entry.outputs[0].kind == RegionFeatures::KIND;
         let again = rows(&scratch.unit_port(&record, port), is_regions)?;
@@ -174,7 +185,7 @@ fn audit_step(
             }
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 /// Embeddings by image; those of an image's regions one after the other.

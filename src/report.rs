@@ -8,6 +8,7 @@ mod gallery;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -48,12 +49,44 @@ struct Gathered {
     unread: Vec<String>,
 }
 
-/// Writes the report of a run and returns where.
-pub(crate) fn write(store: &Store, run: &str, output: Option<&Path>) -> Result<PathBuf> {
+/// Writes the report of a run and returns where. Beside the run's log, one that shows more stays as it is, and that is said.
+pub(crate) fn write(store: &Store, run: &str, output: Option<&Path>) -> Result<(PathBuf, Option<String>)> {
     let gathered = gather(store, &event::read_log(store.home(), run)?)?;
-    let path = output.map_or_else(|| event::run_folder(store.home(), run).join("report.html"), Path::to_owned);
+    if let Some(path) = output {
+        publish::replace(path, render(&gathered).as_bytes())?;
+        return Ok((path.to_owned(), None));
+    }
+    let path = event::run_folder(store.home(), run).join("report.html");
+    let (before, now) = (shown_in(&fs::read_to_string(&path).unwrap_or_default()), gathered.shown());
+    let lost: Vec<&String> = before.difference(&now).collect();
+    if !lost.is_empty() {
+        let lost = lost.iter().map(|part| part.as_str()).collect::<Vec<_>>().join(", ");
+        let words =
+            format!("left as it was: a new one would not show {lost} any more; `ovenbird report {run} -o FILE` writes it elsewhere");
+        return Ok((path, Some(words)));
+    }
     publish::replace(&path, render(&gathered).as_bytes())?;
-    Ok(path)
+    Ok((path, None))
+}
+
+/// How a report says what it shows.
+const SHOWN: &str = "<meta name=\"ovenbird-shown\" content=\"";
+
+/// What a report shows, as it says itself.
+fn shown_in(html: &str) -> BTreeSet<String> {
+    let list = html.split_once(SHOWN).and_then(|(_, rest)| rest.split_once('"')).map_or("", |(list, _)| list);
+    list.split(' ').filter(|part| !part.is_empty()).map(str::to_owned).collect()
+}
+
+impl Gathered {
+    /// The parts that are shown: of which step what.
+    fn shown(&self) -> BTreeSet<String> {
+        let evaluations = self.evaluations.iter().map(|it| format!("{}.{}", it.step, it.port));
+        let trainings = self.trainings.iter().map(|(step, _)| format!("{step}.curve"));
+        let artifacts = self.artifacts.keys().map(|step| format!("{step}.artifact"));
+        let pictures = (!self.pictures.is_empty()).then(|| "pictures".to_owned());
+        evaluations.chain(trainings).chain(artifacts).chain(pictures).collect()
+    }
 }
 
 /// `ovenbird report --json`: the numbers of a run.
@@ -66,8 +99,28 @@ pub(crate) fn numbers(store: &Store, run: &str) -> Result<()> {
     let comparisons = state.matrix.as_ref().map_or_else(Vec::new, |matrix| compare(matrix, &state.steps, &evaluated));
     let as_json = |Evaluated { step, kind, port, evaluation }: &Evaluated| json!({"step": step, "use": kind, "output": port, "of": evaluation.words(), "groups": evaluation.groups, "warnings": evaluation.warnings});
     let evaluations: Vec<_> = evaluated.iter().map(as_json).collect();
-    let report = json!({"run": state.run, "pipeline": state.pipeline, "evaluations": evaluations, "comparisons": comparisons});
+    let not_shown = unread(store, &state)?;
+    let report = json!({"run": state.run, "pipeline": state.pipeline, "evaluations": evaluations, "comparisons": comparisons, "not_shown": not_shown});
     print(&to_json("report", &report))
+}
+
+/// What of a run's results cannot be read, step by step, and what of its log.
+fn unread(store: &Store, run: &RunState) -> Result<Vec<String>> {
+    let mut unread = Vec::new();
+    let n_damaged = event::log_damage(store.home(), &run.run)?;
+    if n_damaged > 0 {
+        unread.push(format!("{} of the run's log damaged", count(n_damaged, "line")));
+    }
+    for step in run.steps.iter().filter(|step| ["done", "reused", "dropped"].contains(&step.state)) {
+        let Some(fingerprint) = &step.fingerprint else { continue };
+        match store.artifact(&step.kind, fingerprint)? {
+            Status::Valid(artifact) if artifact.is_dropped => unread.push(format!("`{}`: its bytes were dropped", step.id)),
+            Status::Valid(_) => {}
+            Status::Damaged(findings) => unread.push(format!("`{}`: {}", step.id, findings.join("; "))),
+            Status::Absent => unread.push(format!("`{}`: what it made is not in the home any more", step.id)),
+        }
+    }
+    Ok(unread)
 }
 
 fn gather(store: &Store, log: &[Stamped]) -> Result<Gathered> {
@@ -93,7 +146,7 @@ fn gather(store: &Store, log: &[Stamped]) -> Result<Gathered> {
         }
     }
     let mut artifacts = BTreeMap::new();
-    let (mut evaluations, mut trainings, mut unread) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut evaluations, mut trainings, mut unread) = (Vec::new(), Vec::new(), unread(store, &run)?);
     for step in &run.steps {
         let Some(fingerprint) = &step.fingerprint else { continue };
         if let Status::Valid(artifact) = store.artifact(&step.kind, fingerprint)? {
@@ -137,14 +190,17 @@ fn render(gathered: &Gathered) -> String {
     let run = &gathered.run;
     put!(
         out,
-        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"><title>{} {}</title><style>{}</style><main>",
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\">{SHOWN}{}\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"><title>{} {}</title><style>{}</style><main>",
+        escape(&gathered.shown().into_iter().collect::<Vec<_>>().join(" ")),
         escape(&run.pipeline),
         escape(&run.run),
         include_str!("report/style.css"),
     );
     header(&mut out, gathered);
     if !gathered.unread.is_empty() {
-        out.push_str("<section><h2>Not shown</h2><p>`ovenbird verify --full --fix` repairs what is damaged.</p><ul>");
+        out.push_str(
+            "<section><h2>Not shown</h2><p>`ovenbird verify --full --fix` repairs what is damaged; a run makes what is gone.</p><ul>",
+        );
         gathered.unread.iter().for_each(|words| put!(out, "<li>{}</li>", escape(words)));
         out.push_str("</ul></section>");
     }

@@ -19,7 +19,7 @@ use std::{
 
 use jiff::Timestamp;
 use ovenbird_cache::{
-    Artifact, Fingerprint, Ledger, Recovered, Session, Status, Store,
+    Artifact, Fingerprint, Ledger, Recovered, Status, Store,
     verify::{Class, Depth},
 };
 use ovenbird_stages::{FailedItem, Progress};
@@ -38,15 +38,13 @@ use crate::{
     machine::{peak_memory, reset_peak_memory},
     pipeline::{Pipeline, Step},
     plan::{self, Checked, FileInputs, Last, Made, Work, upstream},
-    verify::request_path,
+    verify::request_place,
     work::{self, Failure, Shop, Task, guard, lacks_room},
 };
 
 /// How often progress goes into the log and to the screen.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
-/// How often a run says that it lives, to those who wait for what it makes.
-const BEAT_EVERY: Duration = Duration::from_secs(10);
 /// How often steps are checked again because of one file that was found changed, or one unit that was found damaged, while they read it.
 const MAX_RECHECKS: usize = 3;
 /// After how long without any progress the operator is told; [`Step::max_silence`] says when a step is given up.
@@ -84,17 +82,17 @@ pub(crate) fn run(
 ) -> Result<Ended> {
     devices::check(pipeline, wanted, &options.devices)?;
     let run = new_run_id(store, Timestamp::now());
-    let (session, recovered) = store.enter()?;
+    let (_session, recovered) = store.enter()?;
     let ledger = Ledger::of(store).rehashing(options.rehash);
     ledger.begin();
     let log = EventLog::create(store, &run)?;
-    let request = serde_json::to_vec_pretty(&pipeline.request).expect("BUG: text is plain JSON");
-    store.publisher().replace(&request_path(store, &run), &request)?;
-    let mut coordinator = Coordinator::new(pipeline, wanted, store, options, run, log, show);
+    store.keep(&request_place(&run), &pipeline.request)?;
+    let mut coordinator = Coordinator::new(pipeline, wanted, store, options, run, log, show)?;
     coordinator.emit(Event::RunStarted {
         version: event::VERSION,
         run: coordinator.run.clone(),
         pipeline: pipeline.name.clone(),
+        file: pipeline.request.file.clone(),
         description: pipeline.description.clone(),
         command: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
         steps: wanted.iter().map(|step| info(pipeline, &pipeline.steps[*step])).collect(),
@@ -104,9 +102,12 @@ pub(crate) fn run(
         coordinator.emit(Event::Notice { words })?;
     }
     let ledger = ledger.stopped_by(Arc::clone(&coordinator.stop));
+    if let Some(damage) = coordinator.last.damage.clone() {
+        coordinator.emit(Event::Notice { words: format!("{damage}: set aside, and made again from the logs of earlier runs") })?;
+    }
     let clock = Instant::now();
     let steps: Vec<&Step> = wanted.iter().map(|step| &pipeline.steps[*step]).collect();
-    let error = coordinator.work(&steps, &ledger, &session).err();
+    let error = coordinator.work(&steps, &ledger).err();
     let outcome = match &error {
         None => Outcome::Done,
         Some(Error::Interrupted) => Outcome::Interrupted,
@@ -118,11 +119,15 @@ pub(crate) fn run(
 
 /// What was put in order at the start, in one line.
 pub(crate) fn recovery_words(recovered: Recovered) -> Option<String> {
-    let Recovered { swept, adopted } = recovered;
+    let Recovered { swept, adopted, damaged_lines } = recovered;
     let swept = (swept > 0).then(|| format!("{} removed", count(swept, "unfinished file or folder")));
     let adopted = (adopted > 0).then(|| format!("{} adopted", count(adopted, "finished unit")));
     let done: Vec<String> = swept.into_iter().chain(adopted).collect();
-    (!done.is_empty()).then(|| format!("an earlier run was cut off: {}; nothing committed is lost", done.join(", ")))
+    let cut_off = (!done.is_empty()).then(|| format!("an earlier run was cut off: {}; nothing committed is lost", done.join(", ")));
+    let damaged =
+        (damaged_lines > 0).then(|| format!("{} of commits.jsonl damaged: `ovenbird verify --fix` mends it", count(damaged_lines, "line")));
+    let words: Vec<String> = cut_off.into_iter().chain(damaged).collect();
+    (!words.is_empty()).then(|| words.join("; "))
 }
 
 /// `20261121-022350`, or with `-2` where that second has a run already.
@@ -246,9 +251,9 @@ impl<'a> Coordinator<'a> {
         run: String,
         log: EventLog,
         show: &'a mut dyn FnMut(&Stamped),
-    ) -> Self {
+    ) -> Result<Self> {
         let (sender, receiver) = unbounded_channel();
-        Self {
+        Ok(Self {
             pipeline,
             store,
             options,
@@ -262,14 +267,14 @@ impl<'a> Coordinator<'a> {
             pool: DevicePool::new(&options.devices),
             made: Made::new(),
             demanded: plan::ends(pipeline, wanted),
-            last: Last::read(store.home(), &pipeline.name),
+            last: Last::of(store, pipeline)?,
             settled: BTreeMap::new(),
             changed: BTreeSet::new(),
             rechecks: BTreeMap::new(),
             failed: Vec::new(),
             skipped: Vec::new(),
             worst: ExitCode::Success,
-        }
+        })
     }
 
     fn emit(&mut self, event: Event) -> Result<()> {
@@ -284,7 +289,7 @@ impl<'a> Coordinator<'a> {
         self.pipeline.steps[place].id.clone()
     }
 
-    fn work(&mut self, steps: &[&Step], ledger: &Ledger, session: &Session) -> Result<()> {
+    fn work(&mut self, steps: &[&Step], ledger: &Ledger) -> Result<()> {
         let runtime = runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.expect("BUG: a current-thread runtime needs nothing but memory");
         let mut signals = {
@@ -297,7 +302,7 @@ impl<'a> Coordinator<'a> {
             for words in ledger.notices() {
                 self.emit(Event::Notice { words })?;
             }
-            runtime.block_on(self.turn(&Arc::new(files?), session, &mut signals))?;
+            runtime.block_on(self.turn(&Arc::new(files?), &mut signals))?;
             if self.stop.load(Ordering::SeqCst) {
                 return Err(Error::Interrupted);
             }
@@ -343,10 +348,9 @@ impl<'a> Coordinator<'a> {
         }
     }
 
-    async fn turn(&mut self, files: &Arc<FileInputs>, session: &Session, signals: &mut Signals) -> Result<()> {
+    async fn turn(&mut self, files: &Arc<FileInputs>, signals: &mut Signals) -> Result<()> {
         let mut timer = tokio::time::interval(PROGRESS_EVERY);
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut heart = tokio::time::interval(BEAT_EVERY);
         loop {
             self.start_what_can(files)?;
             if !self.states.values().any(|state| matches!(state, State::Checking | State::Running(_))) {
@@ -356,7 +360,6 @@ impl<'a> Coordinator<'a> {
                 Some(message) = self.receiver.recv() => self.learn(message)?,
                 () = signals.recv() => self.interrupt()?,
                 _ = timer.tick() => self.tell_progress()?,
-                _ = heart.tick() => session.beat(),
             }
         }
     }
@@ -579,7 +582,7 @@ impl<'a> Coordinator<'a> {
     }
 
     fn keep(&mut self, place: usize, artifact: Artifact) -> Result<()> {
-        self.last.remember(self.store.home(), &self.pipeline.name, &self.pipeline.steps[place].id, artifact.manifest.fingerprint)?;
+        self.last.remember(self.store, &self.pipeline.steps[place].id, artifact.manifest.fingerprint)?;
         self.states.insert(place, State::Done);
         self.settled.insert(place, artifact.manifest.fingerprint);
         self.made.insert(place, artifact);
@@ -681,7 +684,7 @@ impl<'a> Coordinator<'a> {
         let (error, hint, code) = match failure {
             // The run as a whole says so.
             Failure::Known(Error::Stage(ovenbird_stages::Error::Stopped)) => return Ok(()),
-            Failure::Known(error) => (error.words(), error.hint(), error.exit_code()),
+            Failure::Known(error) => (error.words(), error.hint(self.store.home()), error.exit_code(self.store.home())),
             Failure::Bug(words) => {
                 let hint = "this is a bug of ovenbird: report it with the run's log; what is committed is kept";
                 (words.clone(), Some(hint.to_owned()), ExitCode::Stage)
@@ -993,7 +996,7 @@ mod tests {
         let store = Store::open(home.path()).unwrap();
         let Err(error) = run_on(&CUDA, networks(&[("one", 10, 3), ("two", 10, 2), ("three", 0, 4)], 1).0, &store) else { panic!() };
         let words = "the run has 2 devices, and `one` asks for 3 (`resources.gpu`), `three` asks for 4 (`resources.gpu`)";
-        assert_eq!((error.words(), error.exit_code()), (words.into(), ExitCode::Usage));
+        assert_eq!((error.words(), error.exit_code(store.home())), (words.into(), ExitCode::Usage));
         assert!(event::runs(store.home()).is_empty());
         let ended = run_on(&CUDA, networks(&[("one", 10, 2), ("two", 0, 2)], 1).0, &store).unwrap();
         let Some(Error::StagesFailed { failed, .. }) = ended.error else { panic!("{:?}", ended.error) };

@@ -1,8 +1,9 @@
 //! What an operator sees of a run: bars on a terminal, plain lines elsewhere. A fold over events.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
-    io::IsTerminal as _,
+    io::{IsTerminal as _, Write as _},
     time::{Duration, Instant},
 };
 
@@ -158,12 +159,11 @@ impl Screen {
         self.say(&format!("  {step:width$}  {words}", width = self.width));
     }
 
-    #[expect(clippy::print_stderr, reason = "this is the screen")]
     fn say(&self, line: &str) {
         match &self.bars {
             // A terminal that is gone is no reason to end a run.
-            Some(bars) => drop(bars.println(line)),
-            None => eprintln!("{line}"),
+            Some(bars) => drop(bars.println(cut(&harmless(line)))),
+            None => say(&format!("{line}\n")),
         }
     }
 }
@@ -185,7 +185,6 @@ impl Phase {
     }
 
     /// `total` is 0 while unknown.
-    #[expect(clippy::print_stderr, reason = "this is the screen")]
     pub(crate) fn tell(&mut self, done: u64, total: u64, more: &str) {
         let every = if self.is_terminal { Duration::from_millis(200) } else { PHASE_LINE_EVERY };
         if self.last.elapsed() < every || self.started.elapsed() < Duration::from_secs(1) {
@@ -197,18 +196,54 @@ impl Phase {
         let line = format!("{}: {done}{of}, {rate:.0}/s {more}", self.words);
         if self.is_terminal {
             self.is_shown = true;
-            eprint!("\r\x1b[K{line}");
+            write(&format!("{REWRITE}{}", harmless(&line)));
         } else {
-            eprintln!("{line}");
+            say(&format!("{line}\n"));
         }
     }
 }
 
 impl Drop for Phase {
-    #[expect(clippy::print_stderr, reason = "this is the screen")]
     fn drop(&mut self) {
         if self.is_shown {
-            eprint!("\r\x1b[K");
+            write(REWRITE);
+        }
+    }
+}
+
+/// Has a terminal write the line anew.
+const REWRITE: &str = "\r\x1b[K";
+/// How many characters of one line are shown.
+const LONGEST_LINE: usize = 4000;
+
+/// Says something on stderr: nothing in it drives the terminal, and no line is endless. A terminal that is gone or full is no error.
+pub(crate) fn say(text: &str) {
+    write(&text.split_inclusive('\n').map(|line| cut(&harmless(line)).into_owned()).collect::<String>());
+}
+
+fn write(text: &str) {
+    let mut stderr = std::io::stderr().lock();
+    let _nobody_listens = stderr.write_all(text.as_bytes()).and_then(|()| stderr.flush());
+}
+
+/// Text in which nothing drives a terminal: control characters, and those that turn the order of the others, are written as JSON escapes
+/// them. Line breaks and tabs stay.
+pub(crate) fn harmless(text: &str) -> Cow<'_, str> {
+    let is_harmful = |c: char| (c.is_control() && c != '\n' && c != '\t') || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    if !text.contains(is_harmful) {
+        return Cow::Borrowed(text);
+    }
+    let escaped = |c: char| if is_harmful(c) { format!("\\u{:04x}", u32::from(c)) } else { c.to_string() };
+    Cow::Owned(text.chars().map(escaped).collect())
+}
+
+fn cut(line: &str) -> Cow<'_, str> {
+    match line.char_indices().nth(LONGEST_LINE) {
+        None => Cow::Borrowed(line),
+        Some((end, _)) => {
+            let n_more = line[end..].trim_end_matches('\n').chars().count();
+            let line_end = if line.ends_with('\n') { "\n" } else { "" };
+            Cow::Owned(format!("{} ... ({n_more} more characters){line_end}", &line[..end]))
         }
     }
 }
@@ -240,5 +275,14 @@ mod tests {
     fn durations_read_well_at_every_scale() {
         let shown = [0.04, 9.94, 59.4, 61.0, 11_100.0].map(duration);
         assert_eq!(shown, ["0.0 s", "9.9 s", "59 s", "1 min 1 s", "3 h 5 min"]);
+    }
+
+    #[test]
+    fn nothing_that_is_said_drives_the_terminal_and_no_line_is_endless() {
+        assert_eq!(harmless("a\tb\n"), "a\tb\n");
+        assert_eq!(harmless("\x1b[2J\r\x07 \u{9b}1m \u{202e}gpj"), "\\u001b[2J\\u000d\\u0007 \\u009b1m \\u202egpj");
+        let line = cut(&"é".repeat(LONGEST_LINE + 7)).into_owned();
+        assert!(line.ends_with("é ... (7 more characters)") && line.chars().count() < LONGEST_LINE + 30);
+        assert_eq!(cut("short\n"), "short\n");
     }
 }

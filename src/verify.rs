@@ -2,8 +2,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
-    path::{Path, PathBuf},
+    io::ErrorKind,
+    path::Path,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -16,7 +16,7 @@ use std::{
 use indicatif::HumanBytes;
 use jiff::Timestamp;
 use ovenbird_cache::{
-    Ledger, Manifest, Status, Store, inputs,
+    CURSOR, Fingerprint, Ledger, Manifest, Status, Store, inputs,
     verify::{Class, Depth, Finding},
 };
 use serde::{Deserialize, Serialize};
@@ -26,6 +26,7 @@ use crate::{
     cli::{print, to_json},
     error::{Error, Result, count},
     event::{self, Event},
+    mend::{self, Mended},
     pipeline::{self, Pipeline, Request},
     plan, recompute,
     run::{self, Options},
@@ -91,7 +92,7 @@ pub(crate) fn verify(home: &Path, wish: &Wish) -> Result<()> {
         let problem = format!("{}: there is no home here", home.display());
         return Err(Error::Usage { problem, hint: "name it with `--home FOLDER`".into() });
     }
-    let store = Store::open(&home)?;
+    let store = Store::open_to_repair(&home)?;
     let mut report = scan(&store, wish)?;
     if let Some(part) = wish.recompute {
         let audit = recompute::audit(&store, part, wish.options.devices[0])?;
@@ -136,8 +137,8 @@ fn scan(store: &Store, wish: &Wish) -> Result<Report> {
         let path = store.home().join("ledger");
         report.findings.push(Finding { class: Class::Ledger, unit: None, path, problem: words });
     }
-    let cursor_path = store.home().join("verify.json");
-    let cursor: Option<Cursor> = fs::read(&cursor_path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    // One that is damaged is a finding.
+    let cursor: Option<Cursor> = store.kept(CURSOR).ok().flatten();
     if let Some(cursor) = cursor.filter(|cursor| cursor.depth == wish.depth && cursor.subset == wish.subset) {
         let n_before = units.len();
         units.retain(|unit| *unit > cursor.after);
@@ -196,7 +197,7 @@ fn scan(store: &Store, wish: &Wish) -> Result<Report> {
             if noted.elapsed() > NOTE_EVERY && n_whole > 0 {
                 ledger.note_verified(&std::mem::take(&mut fresh), wish.depth, Timestamp::now().as_second());
                 let cursor = Cursor { depth: wish.depth, subset: wish.subset, after: units[n_whole - 1].clone() };
-                write_cursor(store, &cursor_path, &cursor)?;
+                store.keep(CURSOR, &cursor)?;
                 noted = Instant::now();
             }
             if wish.max_duration.is_some_and(|most| clock.elapsed() > most) {
@@ -209,17 +210,17 @@ fn scan(store: &Store, wish: &Wish) -> Result<Report> {
     report.is_cut_short = n_whole < units.len();
     if report.is_cut_short {
         if n_whole > 0 {
-            write_cursor(store, &cursor_path, &Cursor { depth: wish.depth, subset: wish.subset, after: units[n_whole - 1].clone() })?;
+            store.keep(CURSOR, &Cursor { depth: wish.depth, subset: wish.subset, after: units[n_whole - 1].clone() })?;
         }
-    } else if cursor_path.exists() {
-        store.publisher().remove(&cursor_path)?;
+    } else if report.continued_after > 0 {
+        store.remove_record(CURSOR, "the scan is over")?;
     }
 
     for path in store.manifest_paths()? {
         report.findings.extend(store.verify_manifest(&path)?);
     }
     report.findings.extend(store.verify_house()?);
-    report.findings.extend(lost_manifests(store)?);
+    report.findings.extend(store.verify_records()?);
     if wish.depth == Depth::Deep && !report.is_cut_short {
         let mut phase = Phase::new("inputs");
         let mut n_files = 0;
@@ -231,7 +232,7 @@ fn scan(store: &Store, wish: &Wish) -> Result<Report> {
             }
         });
     }
-    // A unit that is missing shows in the journal and in each manifest that lists it.
+    // A unit that is missing shows in the journal and in each manifest that lists it; what lies in a record's place in two of the above.
     report.findings.sort_by(|a, b| (a.class, &a.unit, &a.path, &a.problem).cmp(&(b.class, &b.unit, &b.path, &b.problem)));
     report.findings.dedup_by(|a, b| a.class == Class::Missing && b.class == Class::Missing && a.unit == b.unit);
     report.bytes_read = bucket.lock().unwrap_or_else(PoisonError::into_inner).1;
@@ -286,35 +287,21 @@ fn names_of_units(manifest: &Manifest) -> impl Iterator<Item = String> {
     manifest.units.iter().map(|listed| ovenbird_cache::unit_name(&manifest.recipe.kind, &listed.key.fingerprint))
 }
 
-/// Artifacts that a pipeline had when it was last there, and whose manifests are gone.
-fn lost_manifests(store: &Store) -> Result<Vec<Finding>> {
-    let paths = store.manifest_paths()?;
-    let there: BTreeSet<_> = paths.iter().filter_map(|path| path.file_stem()?.to_str()).collect();
-    let mut found = Vec::new();
-    for (pipeline, steps) in plan::Last::of_all(store.home()) {
-        for (step, fingerprint) in steps {
-            let name = fingerprint.short();
-            if !there.contains(name.as_str()) {
-                let path = store.home().join("artifacts").join(format!("{name}.json"));
-                found.push(Finding {
-                    class: Class::Manifest,
-                    unit: None,
-                    path,
-                    problem: format!("is gone; `{step}` of `{pipeline}` had it"),
-                });
-            }
-        }
-    }
-    Ok(found)
-}
-
-fn write_cursor(store: &Store, path: &Path, cursor: &Cursor) -> Result<()> {
-    Ok(store.publisher().replace(path, &serde_json::to_vec(cursor).expect("BUG: plain data is plain JSON"))?)
-}
-
 /// Sets aside what is bad, makes it again through its recipe, and looks again. Everything else stays untouched.
 fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
     let manifests = store.manifests()?;
+    let is_record = |finding: &&Finding| finding.class == Class::Record;
+    // The home's format first: nothing else can be entered without.
+    let mut records: Vec<Finding> = report.findings.iter().filter(is_record).cloned().collect();
+    records.sort_by_key(|finding| !finding.path.ends_with("format.json"));
+    for finding in records {
+        let what = finding.path.display().to_string();
+        match mend::mend(store, &finding) {
+            Ok(Mended::Again(how)) => report.repaired.push(format!("{what}: {how}")),
+            Ok(Mended::Lost(why)) => report.lost.push(Lost { what, why }),
+            Err(error) => report.lost.push(Lost { what, why: error.words() }),
+        }
+    }
     let (_session, _swept) = store.enter()?;
     let mut bad_units: BTreeMap<String, Vec<String>> = BTreeMap::new();
     // Folder names of artifacts that have to be there again.
@@ -335,7 +322,7 @@ fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
                 let why = format!("{}; restore the file: it is the only copy", finding.problem);
                 report.lost.push(Lost { what: finding.path.display().to_string(), why });
             }
-            (Class::Damaged | Class::Wrong | Class::Missing | Class::Leftover | Class::Ledger | Class::Suspect, _) => {}
+            (Class::Damaged | Class::Wrong | Class::Missing | Class::Record | Class::Leftover | Class::Ledger | Class::Suspect, _) => {}
         }
     }
     for (unit, problems) in &bad_units {
@@ -417,14 +404,16 @@ fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
 /// The runs that make artifacts again, each with the steps that it had them in: of every pipeline that has an artifact now its latest run
 /// with it; otherwise the latest of any.
 fn runs_of(store: &Store, wanted: &BTreeSet<String>, lost: &mut Vec<Lost>) -> BTreeMap<String, BTreeSet<String>> {
-    let now = plan::Last::of_all(store.home());
+    let last = plan::Last::of_all(store).unwrap_or_default();
+    let now: BTreeMap<String, BTreeMap<String, Fingerprint>> =
+        last.into_iter().map(|last| (plan::Last::place(&last.pipeline, last.file.as_deref()), last.steps)).collect();
     // Of each artifact, the latest first: run, pipeline, step, and whether the pipeline has it there now.
     let mut had: BTreeMap<String, Vec<(String, String, String, bool)>> = BTreeMap::new();
-    for run in event::runs(store.home()).into_iter().rev().filter(|run| request_path(store, run).exists()) {
+    for run in event::runs(store.home()).into_iter().rev().filter(|run| store.home().join(request_place(run)).exists()) {
         let mut pipeline = String::new();
         for stamped in event::read_log(store.home(), &run).unwrap_or_default() {
             match stamped.event {
-                Event::RunStarted { pipeline: name, .. } => pipeline = name,
+                Event::RunStarted { pipeline: name, file, .. } => pipeline = plan::Last::place(&name, file.as_deref()),
                 Event::StepChecked { step, fingerprint, .. } if wanted.contains(&fingerprint.short()) => {
                     let is_now = now.get(&pipeline).and_then(|steps| steps.get(&step)) == Some(&fingerprint);
                     had.entry(fingerprint.short()).or_default().push((run.clone(), pipeline.clone(), step, is_now));
@@ -451,17 +440,16 @@ fn runs_of(store: &Store, wanted: &BTreeSet<String>, lost: &mut Vec<Lost>) -> BT
     runs
 }
 
-/// Where a run keeps what it was asked.
-pub(crate) fn request_path(store: &Store, run: &str) -> PathBuf {
-    event::run_folder(store.home(), run).join("request.json")
+/// Where a run keeps what it was asked, in the home.
+pub(crate) fn request_place(run: &str) -> String {
+    format!("runs/{run}/request.json")
 }
 
 /// Reads the pipeline of a run again, and goes to the folder that its paths are relative to.
 pub(crate) fn read_request(store: &Store, run: &str) -> Result<Pipeline> {
-    let path = request_path(store, run);
-    let bytes = fs::read(&path).map_err(|source| ovenbird_cache::Error::Read { path: path.clone(), source })?;
-    let request: Request = serde_json::from_slice(&bytes)
-        .map_err(|error| ovenbird_cache::Error::Malformed { path: path.clone(), problem: error.to_string() })?;
+    let path = || store.home().join(request_place(run));
+    let request: Option<Request> = store.kept(&request_place(run))?;
+    let request = request.ok_or_else(|| ovenbird_cache::Error::Read { path: path(), source: ErrorKind::NotFound.into() })?;
     std::env::set_current_dir(&request.folder).map_err(|source| ovenbird_cache::Error::Read { path: request.folder.clone(), source })?;
     pipeline::read(format!("the pipeline of run {run}"), request)
 }
@@ -471,6 +459,7 @@ fn how_to_repair(class: Class) -> &'static str {
         Class::Damaged | Class::Missing | Class::Manifest => "`ovenbird verify --fix` sets it aside and makes it again",
         Class::Wrong => "`ovenbird verify --fix` makes it again, and what was made from it",
         Class::Tainted => "`ovenbird verify --fix` makes it again, if what it was made from comes out otherwise",
+        Class::Record => "`ovenbird verify --fix` mends it as other records tell, or says what is lost; `cache gc` removes nothing before",
         Class::Choice => "`ovenbird verify --fix` sets it aside: it is read off the units that are there",
         Class::Foreign => "`ovenbird verify --fix` moves it into the quarantine",
         Class::Leftover => "the next run, or `ovenbird verify --fix`, removes it",

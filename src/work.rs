@@ -15,7 +15,7 @@ use std::{
 use indicatif::HumanBytes;
 use jiff::Timestamp;
 use ovenbird_cache::{Artifact, Claim, Lease, Owner, Provenance, Status, Store, UnitRecord, Watch, unit_name};
-use ovenbird_stages::{AnyStage, Context, Progress, Unit, run_together};
+use ovenbird_stages::{AnyStage, Context, OnBadItem, Progress, Unit, failed_items, refuse_too_many, run_together};
 
 use crate::{
     error::{Error, Result, count},
@@ -139,7 +139,7 @@ fn work_on(making: &[Making<'_>]) -> Result<()> {
         match &due[..] {
             [] if is_waiting => thread::sleep(LOOK_EVERY),
             [] => return Ok(()),
-            [first, ..] => match run_on_devices(&due) {
+            [first, ..] => match due.iter().try_for_each(|share| share.making.count_failed()).and_then(|()| Ok(run_on_devices(&due)))? {
                 Err(error) if error.is_disk_full() => wait_for_room(first.making)?,
                 result => result?,
             },
@@ -232,6 +232,7 @@ impl<'a> Making<'a> {
             report(Progress::Total(n_items as u64));
         }
         let (store, kind) = (self.shop.store, step.entry.kind);
+        self.count_failed()?;
         let family = work.units.first().and_then(|unit| unit.family);
         if let Some(unit_bytes) = store.mean_unit_bytes(kind, family)?
             && let Some(words) = lacks_room(store, work.missing.len(), unit_bytes)
@@ -239,6 +240,22 @@ impl<'a> Making<'a> {
             report(Progress::Note(words));
         }
         Ok(store.write_plan(&work.recipe, &work.units.iter().map(|unit| unit.fingerprint).collect::<Vec<_>>())?)
+    }
+
+    /// Counts the items that failed in published units, whoever made them; fails where they are more than the policy allows.
+    fn count_failed(&self) -> Result<()> {
+        let (Task { step, work, .. }, store) = (self.task, self.shop.store);
+        let OnBadItem::Skip { max_failed_ratio } = step.on_bad_item else { return Ok(()) };
+        let (mut n_failed, mut last) = (0, String::new());
+        for unit in work.units.iter().filter(|unit| unit.family.is_some()) {
+            if let Status::Valid(record) = store.unit(step.entry.kind, &unit.fingerprint)? {
+                let failed = failed_items(store, &record)?;
+                n_failed += failed.len();
+                last = failed.into_iter().next_back().map_or(last, |failed| failed.reason);
+            }
+        }
+        self.n_failed.store(n_failed as u64, Ordering::Relaxed);
+        if n_failed == 0 { Ok(()) } else { Ok(refuse_too_many([n_failed, work.items.len()], max_failed_ratio, &last)?) }
     }
 
     /// What is missing; what is damaged of it is set aside.
@@ -299,6 +316,7 @@ impl<'a> Making<'a> {
     }
 
     fn publish(&self) -> Result<Artifact> {
+        self.count_failed()?;
         let (Task { step, work, .. }, store) = (self.task, self.shop.store);
         let (kind, units) = (step.entry.kind, &work.units);
         let record = |unit: &Unit| -> Result<UnitRecord> {

@@ -12,8 +12,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use ovenbird_cache::Store;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde_json::{Value, json};
 
 use crate::support::{World, copy, until};
 
@@ -35,11 +37,12 @@ fn done() -> &'static World {
 fn copied() -> World {
     let world = World::tiny();
     copy(&done().path(".ovenbird"), &world.path(".ovenbird"));
-    for entry in fs::read_dir(world.path(".ovenbird/runs")).unwrap() {
-        let path = entry.unwrap().path().join("request.json");
-        let text = fs::read_to_string(&path).unwrap();
-        let (from, to) = (done().path(""), world.path(""));
-        fs::write(&path, text.replace(from.to_str().unwrap().trim_end_matches('/'), to.to_str().unwrap().trim_end_matches('/'))).unwrap();
+    let store = Store::open(&world.path(".ovenbird")).unwrap();
+    let (from, to) = (done().path(""), world.path(""));
+    for place in store.record_places().unwrap().into_iter().filter(|place| place.ends_with("request.json")) {
+        let request: Value = store.kept(&place).unwrap().unwrap();
+        let moved = request.to_string().replace(from.to_str().unwrap().trim_end_matches('/'), to.to_str().unwrap().trim_end_matches('/'));
+        store.keep(&place, &serde_json::from_str::<Value>(&moved).unwrap()).unwrap();
     }
     world
 }
@@ -228,7 +231,7 @@ fn kills_at_random_moments_cost_nothing_that_was_published() {
         loop {
             let args: &[&str] = match random.random_range(0..10) {
                 0 | 1 if world.path(".ovenbird").exists() => &["verify", "--full", "--fix"],
-                2 if world.path(".ovenbird").exists() => &["cache", "gc", "--grace", "0s", "--delete"],
+                2 if world.path(".ovenbird").exists() => &["cache", "gc", "--keep-for", "0s", "--grace", "0s", "--delete"],
                 _ => &["run", "./tiny.yaml"],
             };
             is_collected |= args[0] == "cache";
@@ -340,7 +343,7 @@ fn items_that_another_pipeline_has_computed_are_taken_from_there() {
     world.run(["run", "./lvis.yaml"]).success();
     let taken = world.units().into_iter().filter(|(name, _)| name.contains("clip-globals") && name.ends_with("unit.json"));
     let taken: Vec<u64> = taken
-        .map(|(_, bytes)| serde_json::from_slice::<serde_json::Value>(&bytes).unwrap()["metrics"]["taken"].as_u64().unwrap())
+        .map(|(_, bytes)| serde_json::from_slice::<Value>(&bytes).unwrap()["metrics"]["taken"].as_u64().unwrap())
         .collect();
     assert!(taken.contains(&2) && taken.contains(&0), "{taken:?}");
 
@@ -360,7 +363,7 @@ fn verify_can_be_divided_limited_and_read_by_machines() {
     let mut n_units = 0;
     for part in ["1/3", "2/3", "3/3"] {
         let output = world.run(["verify", "--full", "--subset", part, "--json", "--rate", "5GB/s", "--max-duration", "5m"]).success();
-        let report: serde_json::Value = serde_json::from_str(&output.stdout).unwrap();
+        let report: Value = serde_json::from_str(&output.stdout).unwrap();
         assert_eq!(report["version"], 1);
         n_units += report["verify"]["units"].as_u64().unwrap();
     }
@@ -369,7 +372,8 @@ fn verify_can_be_divided_limited_and_read_by_machines() {
     let first = world.units().into_keys().next().unwrap();
     let after = first.trim_start_matches("units/").rsplit_once('/').unwrap().0.to_owned();
     let after = after.split('/').take(2).collect::<Vec<_>>().join("/");
-    world.write(".ovenbird/verify.json", format!(r#"{{"depth": "quick", "subset": null, "after": "{after}"}}"#));
+    let store = Store::open(&world.path(".ovenbird")).unwrap();
+    store.keep("verify.json", &json!({"depth": "quick", "subset": null, "after": after})).unwrap();
     let output = world.run(["verify"]).success();
     assert!(output.stdout.contains("continued after 1 unit"), "{}", output.stdout);
     assert!(!world.path(".ovenbird/verify.json").exists());
@@ -381,14 +385,21 @@ fn what_no_pipeline_needs_may_go_and_what_is_begun_stays() {
     world.run(["run", "./tiny.yaml", "--set", "detect.nms_iou=0.3", "--until", "detect"]).success();
     world.run(["run", "./tiny.yaml"]).success();
     let before = world.units();
-    let plan = world.run(["cache", "gc", "--grace", "0s"]).success();
-    assert!(plan.stdout.contains("detect-zero-shot/") && plan.stdout.contains("would go") && world.units() == before, "{}", plan.stdout);
+    let plan = world.run(["cache", "gc", "--keep-for", "0s", "--grace", "0s"]).success();
+    assert!(
+        plan.stdout.contains("detect (detect/zero-shot) of run")
+            && plan.stdout.contains("changed since: with.nms_iou: 0.3")
+            && plan.stdout.contains("would go")
+            && world.units() == before,
+        "{}",
+        plan.stdout
+    );
     let young = world.run(["cache", "gc", "--delete"]).success();
     assert!(young.stdout.contains("nothing to remove"), "{}", young.stdout);
     let pinned =
         world.path(".ovenbird/runs").read_dir().unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).max().unwrap();
     world.run(["cache", "pin", &pinned]).success();
-    world.run(["cache", "gc", "--grace", "0s", "--delete"]).success();
+    world.run(["cache", "gc", "--keep-for", "0s", "--grace", "0s", "--delete"]).success();
     let after = world.units();
     assert!(after.len() < before.len() && after.iter().all(|(name, bytes)| before.get(name) == Some(bytes)));
     assert!(world.run(["run", "./tiny.yaml"]).success().stdout.contains("nothing to do"));
@@ -402,7 +413,7 @@ fn what_no_pipeline_needs_may_go_and_what_is_begun_stays() {
     running.kill().unwrap();
     running.wait().unwrap();
     let n_units = world.n_units();
-    world.run(["cache", "gc", "--grace", "0s", "--delete"]).success();
+    world.run(["cache", "gc", "--keep-for", "0s", "--grace", "0s", "--delete"]).success();
     assert_eq!(world.n_units(), n_units);
     world.run(["cache", "rebuild"]).success();
     world.run(["verify"]).success();
@@ -416,7 +427,9 @@ fn dropped_bytes_are_made_again_when_something_reads_them_and_not_before() {
         world.units().into_iter().filter(|(name, _)| kinds.iter().any(|kind| name.contains(kind))).collect()
     };
     let before = dropped(&world);
-    world.run(["cache", "gc", "--drop", "toy/world", "--drop", "clip/proposals", "--grace", "0s", "--delete"]).success();
+    world
+        .run(["cache", "gc", "--drop", "toy/world", "--drop", "clip/proposals", "--keep-for", "0s", "--grace", "0s", "--delete"])
+        .success();
     assert!(!before.is_empty() && dropped(&world).is_empty());
     assert!(world.run(["plan", "./tiny.yaml"]).success().stdout.contains("regions    dropped"));
     assert!(world.run(["run", "./tiny.yaml"]).success().stdout.contains("nothing to do"));

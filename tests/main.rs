@@ -13,6 +13,7 @@ mod interchange;
 mod matrix;
 mod prompts;
 mod quickstart;
+mod records;
 mod reports;
 mod soundness;
 mod strays;

@@ -244,3 +244,47 @@ fn a_checkpoint_that_was_unpacked_is_read_once_it_is_packed_as_the_hint_says() {
     world.run(["doctor", "--clip", "packed.pt"]).success();
     assert_eq!(world.run(["doctor", "--clip", "clip.pt"]).code, 4);
 }
+
+#[test]
+fn images_that_are_not_there_fail_a_stage_that_may_not_leave_them_out() {
+    let (world, _) = tried("09-image-not-there-with-skip");
+    let pipeline = fs::read_to_string(world.path("pipeline.yaml")).unwrap();
+    world.write("pipeline.yaml", pipeline.replace("    on_bad_item: skip\n    max_failed_ratio: 0.5\n", ""));
+    let failed = world.run(["run", "./pipeline.yaml"]);
+    assert_eq!(failed.code, 4, "{}", failed.stderr);
+    for words in ["1 of 3 images are not in the folder (2 files): `000002.jpg`", "leave these out: `on_bad_item: skip`"] {
+        assert!(failed.stderr.contains(words), "{}", failed.stderr);
+    }
+}
+
+/// The names of a world's JPEGs below a stage's output, from the class on.
+fn crops(world: &World) -> Vec<String> {
+    let names = world.units().into_keys().filter(|name| name.contains("crops-folder") && name.ends_with(".jpg"));
+    names.map(|name| name.split_once("/images/").unwrap().1.to_owned()).collect()
+}
+
+#[test]
+fn boxes_that_miss_their_image_have_no_crop_and_every_class_has_a_folder() {
+    let (world, output) = tried("07-box-outside-its-image");
+    output.success();
+    let expected = ["crane/1-3", "crane/2-6", "crane/3-9", "owl/3-7", "wren/1-2", "wren/2-5", "wren/3-8"].map(|name| format!("{name}.jpg"));
+    assert_eq!(crops(&world), expected);
+
+    let (world, output) = tried("08-class-names-as-folders");
+    output.success();
+    let mut folders: Vec<String> = crops(&world).iter().map(|name| name.split_once('/').unwrap().0.to_owned()).collect();
+    folders.dedup();
+    assert_eq!(folders, ["%2E.", "%2Ehidden", "cup%2Fmug", "cup_mug"]);
+}
+
+#[test]
+fn what_is_left_out_or_named_before_a_network_sees_it_yields_no_embedding() {
+    for (folder, n_rows) in [("09-image-not-there-with-skip", 2), ("10-image-smaller-than-a-patch", 2), ("12-webp-named-jpg", 0)] {
+        let (world, _) = tried(folder);
+        let rows = world.units().into_iter().filter(|(name, _)| name.contains("clip-globals") && name.ends_with("unit.json"));
+        let rows: Vec<u64> = rows
+            .map(|(_, record)| serde_json::from_slice::<serde_json::Value>(&record).unwrap()["metrics"]["rows"].as_u64().unwrap())
+            .collect();
+        assert_eq!(rows.iter().sum::<u64>(), n_rows, "{folder}");
+    }
+}

@@ -141,7 +141,7 @@ fn an_image_that_the_annotations_name_has_to_be_a_file() {
     fs::rename(world.path("images/000003.jpg"), strange).unwrap();
     let Output { stderr, code, .. } = ended(&world, &["run", "./pipeline.yaml", "--set", "proposals.order=file"]);
     assert!(code == 4 && stderr.contains("a name that is not UTF-8 (00000\u{fffd}.jpg)"), "{stderr}");
-    assert!(stderr.contains("000003.jpg: not in the folder of images"), "{stderr}");
+    assert!(stderr.contains("not in the folder (3 files): `000003.jpg`"), "{stderr}");
 }
 
 /// Whether a process does something of its own on SIGINT, the second bit.

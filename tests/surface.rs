@@ -155,15 +155,16 @@ fn json_forms_are_as_documented() {
     world.run(["run", "./tiny.yaml", "--until", "coco"]).success();
     let run = json(&world, &["status", "--json"])["run"]["run"].as_str().unwrap().to_owned();
     let record = world.find(&["coco-split", "unit.json"]);
-    let forms: [(&str, &[&str]); 12] = [
+    let forms: [(&str, &[&str]); 13] = [
         ("plan PIPELINE", &["plan", "./tiny.yaml", "--until", "lvis", "--set", "detect.nms_iou=0.3", "--json"]),
         ("explain PIPELINE STAGE", &["explain", "./tiny.yaml", "coco", "--set", "detect.nms_iou=0.3", "--json"]),
+        ("explain PIPELINE STAGE/UNIT", &["explain", "./tiny.yaml", "coco/0", "--json"]),
         ("status", &["status", "--json"]),
         ("log", &["log", "--json"]),
         ("log RUN", &["log", &run, "--json"]),
         ("report", &["report", "--json"]),
         ("cache du", &["cache", "du", "--json"]),
-        ("cache gc", &["cache", "gc", "--grace", "0s", "--json"]),
+        ("cache gc", &["cache", "gc", "--keep-for", "0s", "--grace", "0s", "--json"]),
         ("stages", &["stages", "--json"]),
         ("doctor", &["doctor", "--json"]),
         ("pipelines", &["pipelines", "--json"]),

@@ -35,8 +35,8 @@ struct Choice {
 }
 
 impl Sealed for Choice {
-    fn fingerprint(&self) -> &Fingerprint {
-        &self.family
+    fn key(&self) -> [u8; 32] {
+        *self.family.as_bytes()
     }
 
     fn seal_mut(&mut self) -> &mut Digest {

@@ -95,6 +95,20 @@ impl Error {
         Self::Malformed { path: path.to_owned(), problem: problem.into() }
     }
 
+    /// The file that it is about.
+    pub fn file(&self) -> Option<&Path> {
+        match self {
+            Self::Read { path, .. }
+            | Self::Write { path, .. }
+            | Self::Flipped { path, .. }
+            | Self::Changed { path, .. }
+            | Self::Gone { path }
+            | Self::Malformed { path, .. }
+            | Self::OtherFormat { path, .. } => Some(path),
+            Self::Unsound { .. } | Self::Stopped => None,
+        }
+    }
+
     /// What the operator can do next, as an imperative.
     pub fn hint(&self) -> Option<String> {
         Some(match self {

@@ -3,8 +3,7 @@
 //! Two shapes of publishing: [`Draft`], a folder that appears whole or not at all, and [`Publisher::replace`], one file
 //! likewise. Both write under a temporary name in the target's own folder, fsync every file, rename, and fsync the folder. A
 //! reader never sees half a file; a crash at any instruction leaves at most things whose names begin with [`TEMPORARY`] and
-//! end with who was writing, which [`Publisher::sweep`] removes once that process is dead. [`Journal`] is the one kind of
-//! append-only file; its last line may be torn, and its readers know.
+//! end with who was writing, which [`Publisher::sweep`] removes once that process is dead. Append-only files are `journal.rs`'s.
 //!
 //! An fsync that failed is never tried again on the same file: the kernel may have dropped the pages. The draft is lost and
 //! the unit is made again.
@@ -162,11 +161,11 @@ impl Publisher {
         Ok(n_swept)
     }
 
-    /// Names in a folder, ascending, each with whether it is a folder; none where there is no folder.
+    /// Names in a folder, ascending, each with whether it is a folder; none where there is no folder, or a file in its place.
     pub(crate) fn list(&self, folder: &Path) -> Result<Vec<(String, bool)>> {
         match self.disk.list(folder) {
             Ok(entries) => Ok(entries),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(Vec::new()),
             Err(source) => Err(Error::read(folder, source)),
         }
     }
@@ -205,7 +204,7 @@ impl Publisher {
         write().map_err(|source| Error::write(path, source))
     }
 
-    fn sync_dir(&self, folder: &Path) -> Result<()> {
+    pub(crate) fn sync_dir(&self, folder: &Path) -> Result<()> {
         self.disk.sync_dir(folder).map_err(|source| Error::write(folder, source))
     }
 
@@ -340,42 +339,6 @@ impl Write for DraftFile {
     }
 }
 
-/// An append-only file of lines. A line is written in one call, so that a crash tears at most the last one and several
-/// processes may append at once.
-#[derive(Debug)]
-pub struct Journal {
-    path: PathBuf,
-    file: Box<dyn DiskFile>,
-}
-
-impl Journal {
-    /// Opens a journal, creating it where it is missing. A torn last line is ended, so that the next begins a line of its own.
-    pub fn open(publisher: &Publisher, path: &Path) -> Result<Self> {
-        let (parent, _) = parent_and_name(path);
-        publisher.create_dir_all(parent)?;
-        let before = publisher.disk.look(path);
-        let file = publisher.disk.append(path).map_err(|source| Error::write(path, source))?;
-        let mut journal = Self { path: path.to_owned(), file };
-        match before {
-            Err(_) => publisher.sync_dir(parent)?,
-            Ok(Found::File(0)) => {}
-            Ok(_) if !publisher.disk.read(path).map_err(|source| Error::read(path, source))?.ends_with(b"\n") => journal.append("")?,
-            Ok(_) => {}
-        }
-        Ok(journal)
-    }
-
-    /// Appends one line.
-    pub fn append(&mut self, line: &str) -> Result<()> {
-        self.file.write_all(format!("{line}\n").as_bytes()).map_err(|source| Error::write(&self.path, source))
-    }
-
-    /// Makes everything appended so far survive a power cut.
-    pub fn sync(&mut self) -> Result<()> {
-        self.file.sync().map_err(|source| Error::write(&self.path, source))
-    }
-}
-
 pub(crate) fn parent_and_name(path: &Path) -> (&Path, String) {
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -468,14 +431,5 @@ mod tests {
         Publisher::default().remove(&home.path().join("unit")).unwrap();
         Publisher::default().remove(&home.path().join("unit")).unwrap();
         assert_eq!(n_entries(home.path()), 0);
-    }
-
-    #[test]
-    fn a_torn_last_line_does_not_swallow_the_next() {
-        let home = tempfile::tempdir().unwrap();
-        let path = home.path().join("log");
-        replace(&path, b"one\ntw").unwrap();
-        Journal::open(&Publisher::default(), &path).unwrap().append("three").unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "one\ntw\nthree\n");
     }
 }

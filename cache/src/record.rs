@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, path::Path};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Digest, FileRecord, Fingerprint, Recipe, inputs::InputFile};
+use crate::{Digest, FileRecord, Fingerprint, Recipe, inputs::InputFile, store::ITEMS_FILE};
 
 const PORT_DOMAIN: &str = "ovenbird port 1";
 
@@ -85,7 +85,8 @@ pub struct Manifest {
 
 /// A record that says what it is and can be checked against itself.
 pub(crate) trait Sealed: Serialize + Clone {
-    fn fingerprint(&self) -> &Fingerprint;
+    /// Names what it describes.
+    fn key(&self) -> [u8; 32];
     fn seal_mut(&mut self) -> &mut Digest;
 
     fn seal_of(&self) -> Digest {
@@ -93,7 +94,7 @@ pub(crate) trait Sealed: Serialize + Clone {
         *open.seal_mut() = Digest::from(blake3::Hash::from_bytes([0; 32]));
         let mut value = serde_json::to_value(&open).expect("BUG: records are plain JSON");
         value.sort_all_objects();
-        blake3::keyed_hash(self.fingerprint().as_bytes(), value.to_string().as_bytes()).into()
+        blake3::keyed_hash(&self.key(), value.to_string().as_bytes()).into()
     }
 
     fn sealed(mut self) -> Self {
@@ -103,8 +104,8 @@ pub(crate) trait Sealed: Serialize + Clone {
 }
 
 impl Sealed for UnitRecord {
-    fn fingerprint(&self) -> &Fingerprint {
-        &self.key.fingerprint
+    fn key(&self) -> [u8; 32] {
+        *self.key.fingerprint.as_bytes()
     }
 
     fn seal_mut(&mut self) -> &mut Digest {
@@ -113,8 +114,8 @@ impl Sealed for UnitRecord {
 }
 
 impl Sealed for Manifest {
-    fn fingerprint(&self) -> &Fingerprint {
-        &self.fingerprint
+    fn key(&self) -> [u8; 32] {
+        *self.fingerprint.as_bytes()
     }
 
     fn seal_mut(&mut self) -> &mut Digest {
@@ -126,6 +127,11 @@ impl UnitRecord {
     /// Size of all files.
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.bytes).sum()
+    }
+
+    /// How many items it holds.
+    pub fn n_items(&self) -> u64 {
+        self.files.iter().filter(|file| file.name == ITEMS_FILE).map(|file| file.bytes / 32).sum()
     }
 
     /// The files of an output port, sorted by name, where the unit lies in `folder`.

@@ -5,10 +5,8 @@
 //! HOME/units/KIND/FINGERPRINT/unit.json    a unit: its record, and its files below PORT/
 //! HOME/artifacts/KIND/FINGERPRINT.json     an artifact: the manifest that lists its units
 //! HOME/choices/KIND/FAMILY/        what holds for all units of a family: see `choice.rs`
-//! HOME/plans/KIND/FINGERPRINT.json         an artifact in the making: which units it will have
-//! HOME/commits.jsonl                       every unit that was published or went, one line each
+//! HOME/plans/ HOME/pins/ HOME/pipelines/ HOME/runs/ HOME/commits.jsonl    what is to be kept: see `records.rs`
 //! HOME/leases/ HOME/sessions/              who is making what, who is at work
-//! HOME/runs/ID/events.jsonl                what happened
 //! HOME/quarantine/                         what was found damaged, each thing with its reason
 //! HOME/ledger/                             an index that can be lost
 //! ```
@@ -27,23 +25,25 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use crate::{
-    Digest, Draft, Error, FileRecord, Fingerprint, Recipe, Result,
+    Digest, Draft, Error, FileRecord, Fingerprint, Noted, Recipe, Result,
     disk::Found,
     inputs::InputFile,
+    journal::Journal,
     lease::{self, Lease, Owner, Session, Watch},
-    publish::{Journal, Publisher},
+    publish::Publisher,
     record::{Manifest, Provenance, Sealed, UnitKey, UnitRecord, port_digest},
+    records::{CommitLine, plan_place},
 };
 
 /// The one layout this program reads and writes.
-pub(crate) const FORMAT: u32 = 2;
+pub(crate) const FORMAT: u32 = 3;
 pub(crate) const UNIT_FILE: &str = "unit.json";
 /// The digests of a unit's items, 32 bytes each, in order.
-const ITEMS_FILE: &str = "items";
+pub(crate) const ITEMS_FILE: &str = "items";
 
 /// What became of looking something up.
 #[derive(Debug)]
@@ -84,32 +84,7 @@ impl Artifact {
 pub struct Store {
     home: PathBuf,
     publisher: Publisher,
-    commits: Arc<Mutex<Option<Journal>>>,
-}
-
-/// A line of the journal of commits.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum CommitLine {
-    /// A unit was published: `KIND/FINGERPRINT`, as its folder is named.
-    Commit {
-        unit: String,
-        bytes: u64,
-        /// See [`UnitKey::family`].
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        family: Option<Fingerprint>,
-    },
-    /// A unit went, and why.
-    Gone { unit: String, why: String },
-}
-
-/// What the journal of commits says of a unit that is there.
-#[derive(Debug, Clone, Copy)]
-pub struct Noted {
-    /// Size of its files.
-    pub bytes: u64,
-    /// See [`UnitKey::family`].
-    pub family: Option<Fingerprint>,
+    pub(crate) commits: Arc<Mutex<Option<Journal>>>,
 }
 
 /// What became of asking for the right to make a unit.
@@ -130,38 +105,36 @@ pub struct Recovered {
     pub swept: usize,
     /// Published units whose commit had not been noted.
     pub adopted: usize,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct UnitPlan {
-    format: u32,
-    recipe: Recipe,
-    units: Vec<Fingerprint>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct HomeFormat {
-    format: u32,
+    /// Lines of the journal of commits that are damaged.
+    pub damaged_lines: usize,
 }
 
 impl Store {
-    /// Opens a home, which need not be there yet. Nothing is written.
+    /// Opens a home, which need not be there yet. Nothing is written. One whose `format.json` is damaged or gone is refused.
     pub fn open(home: &Path) -> Result<Self> {
         Self::open_on(Publisher::default(), home)
     }
 
     pub(crate) fn open_on(publisher: Publisher, home: &Path) -> Result<Self> {
-        let store = Self { home: home.to_owned(), publisher, commits: Arc::default() };
-        if let Ok(Found::File(_)) = store.publisher.disk().look(home) {
+        let store = Self::open_at(publisher, home)?;
+        store.check_home()?;
+        Ok(store)
+    }
+
+    /// The same to look for damage and to repair it: `format.json` may be damaged or gone.
+    pub fn open_to_repair(home: &Path) -> Result<Self> {
+        let store = Self::open_at(Publisher::default(), home)?;
+        match store.check_home() {
+            Ok(()) | Err(Error::Malformed { .. } | Error::Flipped { .. }) => Ok(store),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn open_at(publisher: Publisher, home: &Path) -> Result<Self> {
+        if let Ok(Found::File(_)) = publisher.disk().look(home) {
             return Err(Error::write(home, io::ErrorKind::NotADirectory.into()));
         }
-        let path = home.join("format.json");
-        if let Some(bytes) = store.read_if_there(&path)? {
-            let HomeFormat { format } = parse(&path, &bytes)?;
-            check_format(&path, format)?;
-        }
-        Ok(store)
+        Ok(Self { home: home.to_owned(), publisher, commits: Arc::default() })
     }
 
     /// The home's folder.
@@ -181,15 +154,6 @@ impl Store {
         Ok((session, self.recover()?))
     }
 
-    /// Makes the home one of this format.
-    pub(crate) fn settle(&self) -> Result<()> {
-        let format = self.home.join("format.json");
-        match self.read_if_there(&format)? {
-            Some(_) => Ok(()),
-            None => self.publisher.replace(&format, &to_json(&HomeFormat { format: FORMAT })),
-        }
-    }
-
     /// The processes at work in this home.
     pub fn at_work(&self) -> Vec<Owner> {
         lease::sessions(&self.home)
@@ -200,8 +164,8 @@ impl Store {
     pub(crate) fn recover(&self) -> Result<Recovered> {
         let is_over = |owner: &Owner| lease::is_over(&self.home, owner);
         let sweep = |folder: &Path| self.publisher.sweep(folder, &is_over);
-        let mut recovered = Recovered { swept: sweep(&self.home)?, adopted: 0 };
-        for top in ["units", "artifacts", "choices", "plans", "pipelines", "runs", "quarantine"] {
+        let mut recovered = Recovered { swept: sweep(&self.home)?, ..Recovered::default() };
+        for top in ["units", "artifacts", "choices", "plans", "pins", "pipelines", "runs", "quarantine"] {
             recovered.swept += sweep(&self.home.join(top))?;
             for (name, is_folder) in self.publisher.list(&self.home.join(top))? {
                 if is_folder {
@@ -209,35 +173,18 @@ impl Store {
                 }
             }
         }
-        let noted = self.noted_units()?;
+        let journal = self.journal()?;
+        recovered.damaged_lines = journal.damaged.len();
         for unit in self.unit_names()? {
-            if !noted.contains_key(&unit)
+            if !journal.units.contains_key(&unit)
                 && let Status::Valid(record) = self.unit_at(&unit)?
             {
-                self.note(&CommitLine::Commit { unit, bytes: record.bytes(), family: record.key.family })?;
+                self.note_unit(&record)?;
                 recovered.adopted += 1;
             }
         }
+        self.adopt_records(&journal)?;
         Ok(recovered)
-    }
-
-    /// The units that the journal of commits says are there, as `KIND/FINGERPRINT`. A line that cannot be read is torn, and says
-    /// nothing.
-    pub fn noted_units(&self) -> Result<BTreeMap<String, Noted>> {
-        let mut noted = BTreeMap::new();
-        let bytes = self.read_if_there(&self.home.join("commits.jsonl"))?.unwrap_or_default();
-        for line in bytes.split(|byte| *byte == b'\n') {
-            match serde_json::from_slice(line) {
-                Ok(CommitLine::Commit { unit, bytes, family }) => {
-                    noted.insert(unit, Noted { bytes, family });
-                }
-                Ok(CommitLine::Gone { unit, .. }) => {
-                    noted.remove(&unit);
-                }
-                Err(_) => {}
-            }
-        }
-        Ok(noted)
     }
 
     /// How large the published units of a kind are on average: those of a family, if there are any.
@@ -264,21 +211,6 @@ impl Store {
     /// Where a unit named by [`Self::unit_names`] lies.
     pub fn unit_path(&self, name: &str) -> PathBuf {
         self.home.join("units").join(name)
-    }
-
-    fn note(&self, line: &CommitLine) -> Result<()> {
-        let mut journal = self.commits.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if journal.is_none() {
-            *journal = Some(Journal::open(&self.publisher, &self.home.join("commits.jsonl"))?);
-        }
-        let opened = journal.as_mut().expect("BUG: it was opened just now");
-        let line = serde_json::to_string(line).expect("BUG: lines are plain JSON");
-        let noted = opened.append(&line).and_then(|()| opened.sync());
-        if noted.is_err() {
-            // Never fsynced again through this handle. What the disk lost of it is adopted by a later start.
-            *journal = None;
-        }
-        noted
     }
 
     /// Looks a unit up: its record is its own, and every file is there with its size.
@@ -390,7 +322,7 @@ impl Store {
         let seal = Digest::of(&[]);
         let record = UnitRecord { format: FORMAT, key, files: draft.files(), metrics, seal }.sealed();
         if draft.commit(UNIT_FILE, &to_json(&record))? {
-            self.note(&CommitLine::Commit { unit: name, bytes: record.bytes(), family: record.key.family })?;
+            self.note_unit(&record)?;
             return Ok(record);
         }
         match self.unit_at(&name)? {
@@ -505,35 +437,6 @@ impl Store {
         Ok(paths)
     }
 
-    /// Writes down which units an artifact will have, before the first is made. It does not depend on who makes them.
-    pub fn write_plan(&self, recipe: &Recipe, units: &[Fingerprint]) -> Result<()> {
-        let path = self.plan_path(&recipe.kind, &recipe.fingerprint());
-        let plan = UnitPlan { format: FORMAT, recipe: recipe.clone(), units: units.to_vec() };
-        let bytes = serde_json::to_vec(&plan).expect("BUG: records are plain JSON");
-        if self.read_if_there(&path)?.as_ref() == Some(&bytes) { Ok(()) } else { self.publisher.replace(&path, &bytes) }
-    }
-
-    /// The units, as `KIND/FINGERPRINT`, of every artifact in the making, by the artifact's name (32 digits). A plan that
-    /// cannot be read is written anew by the run that needs it.
-    pub fn plans(&self) -> Result<BTreeMap<String, Vec<String>>> {
-        let plans = self.home.join("plans");
-        let mut units = BTreeMap::new();
-        for (kind, _) in self.publisher.list(&plans)?.into_iter().filter(|(_, is_folder)| *is_folder) {
-            for (name, _) in self.publisher.list(&plans.join(&kind))? {
-                let bytes = self.read_if_there(&plans.join(&kind).join(&name))?.unwrap_or_default();
-                if let Ok(plan) = serde_json::from_slice::<UnitPlan>(&bytes) {
-                    let names = plan.units.iter().map(|unit| unit_name(&plan.recipe.kind, unit)).collect();
-                    units.insert(plan.recipe.fingerprint().short(), names);
-                }
-            }
-        }
-        Ok(units)
-    }
-
-    fn plan_path(&self, kind: &str, fingerprint: &Fingerprint) -> PathBuf {
-        self.home.join("plans").join(kind_name(kind)).join(format!("{}.json", fingerprint.short()))
-    }
-
     /// Publishes an artifact whose units are published. An artifact that is made again after damage keeps the identity it
     /// was first published with.
     pub fn commit_artifact(&self, recipe: Recipe, ports: &[&str], units: Vec<UnitRecord>, made: Provenance) -> Result<Artifact> {
@@ -551,23 +454,20 @@ impl Store {
         };
         let seal = Digest::of(&[]);
         let manifest = Manifest { format: FORMAT, fingerprint, recipe, ports, units, made, is_dropped: false, seal }.sealed();
-        self.publisher.replace(&path, &to_json(&manifest))?;
-        self.publisher.remove(&self.plan_path(&manifest.recipe.kind, &fingerprint))?;
+        self.put_record(&manifest_place(&manifest.recipe.kind, &fingerprint), &to_json(&manifest))?;
+        self.remove_record(&plan_place(&manifest.recipe.kind, &fingerprint), "the artifact is published")?;
         Ok(Artifact { manifest, is_dropped: false, units_folder })
     }
 
     /// Notes that the units of an artifact may go. What it was made from, and what came out, stays known.
     pub fn let_go(&self, manifest: Manifest) -> Result<()> {
-        let path = self.manifest_path(&manifest.recipe.kind, &manifest.fingerprint);
-        self.publisher.replace(&path, &to_json(&Manifest { is_dropped: true, ..manifest }.sealed()))
+        let place = manifest_place(&manifest.recipe.kind, &manifest.fingerprint);
+        self.put_record(&place, &to_json(&Manifest { is_dropped: true, ..manifest }.sealed()))
     }
 
-    /// Sets a damaged manifest aside with the reason beside it.
+    /// Sets a manifest that is damaged, or of something that is to be made again, aside with the reason beside it.
     pub fn quarantine_manifest(&self, path: &Path, why: &str) -> Result<()> {
-        if let Some(aside) = self.publisher.set_aside(path, &self.home.join("quarantine").join("manifests"))? {
-            self.publisher.replace(&aside.with_extension("reason.txt"), format!("{why}\n").as_bytes())?;
-        }
-        Ok(())
+        self.set_record_aside(&self.place_of(path), why).map(drop)
     }
 
     fn units_folder(&self, kind: &str) -> PathBuf {
@@ -576,10 +476,10 @@ impl Store {
 
     /// Where an artifact's manifest lies.
     pub fn manifest_path(&self, kind: &str, fingerprint: &Fingerprint) -> PathBuf {
-        self.home.join("artifacts").join(kind_name(kind)).join(format!("{}.json", fingerprint.short()))
+        self.home.join(manifest_place(kind, fingerprint))
     }
 
-    fn read_if_there(&self, path: &Path) -> Result<Option<Vec<u8>>> {
+    pub(crate) fn read_if_there(&self, path: &Path) -> Result<Option<Vec<u8>>> {
         match self.publisher.disk().read(path) {
             Ok(bytes) => Ok(Some(bytes)),
             // A file where a folder belongs: nothing of ours is there.
@@ -624,6 +524,11 @@ pub fn unit_name(kind: &str, fingerprint: &Fingerprint) -> String {
     format!("{}/{}", kind_name(kind), fingerprint.short())
 }
 
+/// Where an artifact's manifest lies in the home.
+pub(crate) fn manifest_place(kind: &str, fingerprint: &Fingerprint) -> String {
+    format!("artifacts/{}/{}.json", kind_name(kind), fingerprint.short())
+}
+
 pub(crate) fn kind_name(kind: &str) -> String {
     kind.replace('/', "-")
 }
@@ -632,7 +537,7 @@ pub(crate) fn is_folder_name(name: &str) -> bool {
     name.len() == 32 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-fn check_format(path: &Path, found: u32) -> Result<()> {
+pub(crate) fn check_format(path: &Path, found: u32) -> Result<()> {
     if found == FORMAT { Ok(()) } else { Err(Error::OtherFormat { path: path.to_owned(), found, known: FORMAT }) }
 }
 
@@ -642,7 +547,7 @@ pub(crate) fn to_json<T: Serialize>(value: &T) -> Vec<u8> {
     bytes
 }
 
-fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
+pub(crate) fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|error| Error::malformed(path, error.to_string()))
 }
 
@@ -770,9 +675,9 @@ mod tests {
         let (_home, store, artifact) = store_with_artifact();
         for path in [unit_path(&store, b"0").join("unit.json"), store.manifest_path("clip/globals", &artifact.manifest.fingerprint)] {
             let sound = fs::read_to_string(&path).unwrap();
-            replace(&path, sound.replacen(&format!("\"format\": {FORMAT}"), "\"format\": 3", 1).as_bytes()).unwrap();
+            replace(&path, sound.replacen(&format!("\"format\": {FORMAT}"), "\"format\": 2", 1).as_bytes()).unwrap();
             let Status::Damaged(findings) = status(&store) else { panic!("{}", path.display()) };
-            assert!(findings[0].contains("says format 3, and has the seal of format 2"), "{findings:?}");
+            assert!(findings[0].contains("says format 2, and has the seal of format 3"), "{findings:?}");
             replace(&path, sound.as_bytes()).unwrap();
         }
         assert!(matches!(status(&store), Status::Valid(_)));
@@ -787,7 +692,7 @@ mod tests {
         let (first, torn) = journal.split_once('\n').unwrap();
         replace(&home.path().join("commits.jsonl"), format!("{first}\n{}", &torn[..20]).as_bytes()).unwrap();
         let store = Store::open(store.home()).unwrap();
-        assert_eq!(store.recover().unwrap(), Recovered { swept: 2, adopted: 1 });
+        assert_eq!(store.recover().unwrap(), Recovered { swept: 2, adopted: 1, damaged_lines: 0 });
         assert_eq!(store.recover().unwrap(), Recovered::default());
         assert!(matches!(status(&store), Status::Valid(_)));
         assert_eq!(store.noted_units().unwrap().into_keys().collect::<Vec<_>>(), store.unit_names().unwrap());

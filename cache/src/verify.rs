@@ -20,6 +20,7 @@ use crate::{
     Digest, Manifest, Result, Status, Store, UnitRecord,
     lease::{self, Owner},
     publish::TEMPORARY,
+    records::CURSOR,
     shard::ShardReader,
     stats::senseless,
     store::UNIT_FILE,
@@ -55,6 +56,9 @@ pub enum Class {
     Foreign,
     /// A dead process left it unfinished.
     Leftover,
+    /// What says what is to be kept (a pin, a plan, a run's log or request, what a pipeline came to, the journal, the home's format) is
+    /// damaged or gone.
+    Record,
     /// A choice cannot be read; it is read off the units that are there.
     Choice,
     /// The index that can be lost is damaged.
@@ -222,28 +226,31 @@ impl Store {
             }
             Ok(())
         };
-        const OURS: [&str; 14] = [
+        const FILES: [&str; 3] = ["commits.jsonl", "format.json", CURSOR];
+        const FOLDERS: [&str; 12] = [
             "artifacts",
             "choices",
-            "commits.jsonl",
             "dry-run",
-            "format.json",
             "leases",
             "ledger",
+            "pins",
             "pipelines",
-            "pins.json",
             "plans",
             "quarantine",
             "runs",
             "sessions",
             "units",
         ];
-        look(self.home(), &|name, _| OURS.contains(&name) || name == "verify.json")?;
-        for (top, is_ours) in [
-            ("units", (|name, is_folder| is_folder && crate::store::is_folder_name(name)) as fn(&str, bool) -> bool),
-            ("choices", |name, is_folder| is_folder && crate::store::is_folder_name(name)),
-            ("artifacts", |name, is_folder| !is_folder && name.strip_suffix(".json").is_some_and(crate::store::is_folder_name)),
-        ] {
+        look(self.home(), &|name, is_folder| if is_folder { &FOLDERS[..] } else { &FILES }.contains(&name))?;
+        let is_json = |name: &str, is_folder: bool| !is_folder && name.ends_with(".json");
+        look(&self.home().join("pins"), &is_json)?;
+        look(&self.home().join("pipelines"), &is_json)?;
+        look(&self.home().join("runs"), &|_, is_folder| is_folder)?;
+        let is_record: fn(&str, bool) -> bool =
+            |name, is_folder| !is_folder && name.strip_suffix(".json").is_some_and(crate::store::is_folder_name);
+        let is_folder_of_ours: fn(&str, bool) -> bool = |name, is_folder| is_folder && crate::store::is_folder_name(name);
+        for (top, is_ours) in [("units", is_folder_of_ours), ("choices", is_folder_of_ours), ("artifacts", is_record), ("plans", is_record)]
+        {
             let top = self.home().join(top);
             look(&top, &|_, is_folder| is_folder)?;
             for (kind, _) in self.publisher().list(&top)?.into_iter().filter(|(name, is_folder)| *is_folder && !name.starts_with('.')) {

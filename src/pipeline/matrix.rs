@@ -399,12 +399,12 @@ mod tests {
         let text = format!("version: 1\nname: test\n{text}");
         let settings = settings.iter().map(setting).collect();
         let variants = variants.iter().map(|name| (*name).to_owned()).collect();
-        pipeline::read("test".into(), Request { folder: ".".into(), text, settings, variants })
+        pipeline::read("test".into(), Request { folder: ".".into(), file: None, text, settings, variants })
     }
 
     /// The steps, and below them what each cell has.
     fn shown(head: &str, settings: &[&str], variants: &[&str]) -> String {
-        let pipeline = read(head, settings, variants).unwrap_or_else(|error| panic!("{}", error.render()));
+        let pipeline = read(head, settings, variants).unwrap_or_else(|error| panic!("{}", error.words()));
         let mut text: String = pipeline.steps.iter().map(|step| format!("{}\n", step.id)).collect();
         for Cell { variant, seed, steps } in pipeline.matrix.map_or_else(Vec::new, |matrix| matrix.cells) {
             let steps: Vec<&str> = steps.values().map(String::as_str).collect();
@@ -425,7 +425,7 @@ mod tests {
     fn problems_of(text: &str, settings: &[&str], variants: &[&str]) -> String {
         match read_all(text, settings, variants) {
             Err(Error::Pipeline { problems, .. }) => problems.iter().map(with_line).collect(),
-            Err(error) => panic!("{}", error.render()),
+            Err(error) => panic!("{}", error.words()),
             Ok(_) => String::new(),
         }
     }
@@ -541,7 +541,7 @@ variants:
     fn a_variant_is_stronger_than_the_file_and_the_command_line_than_a_variant() {
         let head = "variables: {seed: 7, steps: 10}\nvariants: {a: {steps: 20, clip.batch: 4, prompts.in.classes: names.classes}}\n";
         let of = |settings: &[&str]| {
-            let pipeline = read(head, settings, &[]).unwrap_or_else(|error| panic!("{}", error.render()));
+            let pipeline = read(head, settings, &[]).unwrap_or_else(|error| panic!("{}", error.words()));
             let step = |id: &str| pipeline.steps.iter().find(|step| step.id == id).unwrap();
             let Source::Step { step: source, .. } = step("prompts").inputs["classes"] else { panic!("a file") };
             let params = step("clip").stage.params();
@@ -557,7 +557,7 @@ variants:
     #[test]
     fn an_input_is_taken_away() {
         let n_inputs = |settings: &[&str]| {
-            let pipeline = read("variables: {seed: 7, steps: 10}\n", settings, &[]).unwrap_or_else(|error| panic!("{}", error.render()));
+            let pipeline = read("variables: {seed: 7, steps: 10}\n", settings, &[]).unwrap_or_else(|error| panic!("{}", error.words()));
             pipeline.steps.iter().find(|step| step.id == "clip").unwrap().inputs.len()
         };
         assert_eq!((n_inputs(&[]), n_inputs(&["clip.in.held_out=null"])), (4, 3));

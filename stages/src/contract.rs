@@ -9,6 +9,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    fs,
     marker::PhantomData,
     ops::Range,
     path::Path,
@@ -21,7 +22,8 @@ use std::{
 };
 
 use ovenbird_cache::{
-    Claim, Digest, Donors, Draft, DraftFile, Fingerprint, Lease, Recipe, Status, Store, UnitKey, Watch, chunk, inputs::InputFile, unit_name,
+    Claim, Digest, Donors, Draft, DraftFile, Fingerprint, Lease, Recipe, Status, Store, UnitKey, UnitRecord, Watch, chunk,
+    inputs::InputFile, unit_name,
 };
 use ovenbird_data::annotations::ImageId;
 use ovenbird_models::checkpoint::{not_finite, write_safetensors};
@@ -397,7 +399,7 @@ pub struct Context<'a> {
     pub threads: usize,
     /// What to do about an item that cannot be read or understood.
     pub on_bad_item: OnBadItem,
-    /// How many items have failed so far.
+    /// How many items have failed so far: of published units, whoever made them, and of those in the making here.
     pub n_failed: &'a AtomicU64,
     /// Watches the processes that make other units of the stage.
     pub watch: &'a Mutex<Watch>,
@@ -407,8 +409,20 @@ pub struct Context<'a> {
     pub report: &'a (dyn Fn(Progress) + Send + Sync),
 }
 
+/// The failed items that a published unit lists.
+pub fn failed_items(store: &Store, record: &UnitRecord) -> Result<Vec<FailedItem>> {
+    let Some(listed) = record.files.iter().find(|file| file.name == FAILED_FILE) else { return Ok(Vec::new()) };
+    let path = store.unit_path(&unit_name(&record.key.kind, &record.key.fingerprint)).join(FAILED_FILE);
+    let bytes = fs::read(&path).map_err(|source| ovenbird_cache::Error::Read { path: path.clone(), source })?;
+    let (expected, found) = (listed.digest, Digest::of(&bytes));
+    if expected != found {
+        return Err(ovenbird_cache::Error::Flipped { path, what: "the list of failed items".into(), expected, found }.into());
+    }
+    serde_json::from_slice(&bytes).map_err(|error| crate::error::malformed(&path, error.to_string()))
+}
+
 /// Fails where more items have failed than a policy allows; `last`: why the last one did.
-fn refuse_too_many([n_failed, n_items]: [usize; 2], max_failed_ratio: f64, last: &str) -> Result<()> {
+pub fn refuse_too_many([n_failed, n_items]: [usize; 2], max_failed_ratio: f64, last: &str) -> Result<()> {
     if n_failed as f64 > max_failed_ratio * n_items as f64 {
         return Err(Error::TooManyFailed { n_failed: n_failed as u64, n_items, max_failed_ratio, last: last.into() });
     }
@@ -498,8 +512,12 @@ impl Context<'_> {
             Ok(prepared) => return Ok(Some(prepared)),
             Err(error) => error,
         };
-        let n_failed = self.n_failed.fetch_add(1, Ordering::Relaxed) + 1;
-        self.left_out(draft, item, error, attempted.attempts, [n_failed as usize, n_items])?;
+        // Links of a chain have no items of their own: each sees all of them.
+        let n_failed = match self.items.is_empty() {
+            true => draft.failed.lock().unwrap_or_else(PoisonError::into_inner).len() + 1,
+            false => self.n_failed.fetch_add(1, Ordering::Relaxed) as usize + 1,
+        };
+        self.left_out(draft, item, error, attempted.attempts, [n_failed, n_items])?;
         self.tick(1);
         Ok(None)
     }
@@ -566,6 +584,14 @@ impl Context<'_> {
         Ok(())
     }
 
+    /// What failed in a published unit: the link before, for a chain.
+    pub(crate) fn failed_before(&self, index: usize) -> Result<Vec<FailedItem>> {
+        match self.store.unit(self.kind, &self.units[index].fingerprint)? {
+            Status::Valid(record) => failed_items(self.store, &record),
+            Status::Damaged(_) | Status::Absent => Ok(Vec::new()),
+        }
+    }
+
     /// The files at an output port of a published unit: the link before, for a chain.
     pub fn published<T: Artifact>(&self, index: usize, port: Out<T>) -> Result<T> {
         let unit = &self.units[index];
@@ -587,6 +613,16 @@ pub struct UnitDraft {
 }
 
 impl UnitDraft {
+    /// Lists items that failed earlier.
+    pub(crate) fn carry(&self, failed: impl IntoIterator<Item = FailedItem>) {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner).extend(failed);
+    }
+
+    /// The items that failed so far.
+    pub(crate) fn failed(&self) -> Vec<FailedItem> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// The unit being made.
     pub fn unit(&self) -> &Unit {
         &self.unit

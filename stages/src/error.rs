@@ -54,6 +54,18 @@ impl Error {
         }
     }
 
+    /// The file that it is about, if it is about one.
+    pub fn file(&self) -> Option<&Path> {
+        use ovenbird_data::Error as Data;
+        use ovenbird_models::Error as Models;
+        match self {
+            Self::Cache(error) => error.file(),
+            Self::Data(Data::Read { path, .. } | Data::Malformed { path, .. })
+            | Self::Models(Models::Read { path, .. } | Models::Malformed { path, .. } | Models::Misfits { path, .. }) => Some(path),
+            Self::Data(Data::Write { .. }) | Self::Models(_) | Self::Input { .. } | Self::TooManyFailed { .. } | Self::Stopped => None,
+        }
+    }
+
     /// Whether there was no room on the disk.
     pub fn is_disk_full(&self) -> bool {
         use std::io::ErrorKind as Kind;
@@ -73,7 +85,10 @@ impl Error {
             return false;
         };
         use std::io::ErrorKind as Kind;
-        !matches!(source.kind(), Kind::NotFound | Kind::PermissionDenied | Kind::IsADirectory | Kind::NotADirectory | Kind::InvalidData)
+        !matches!(
+            source.kind(),
+            Kind::NotFound | Kind::PermissionDenied | Kind::IsADirectory | Kind::NotADirectory | Kind::InvalidData | Kind::InvalidInput
+        )
     }
 
     /// The user's file that is not what it was when the run began, if that is what happened.

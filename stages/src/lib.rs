@@ -26,7 +26,7 @@ pub mod toy;
 
 pub use contract::{
     AnyStage, Context, FAILED_FILE, FailedItem, In, Inputs, OnBadItem, Out, PortInfo, Presence, Problem, Progress, Stage, Unit, UnitDraft,
-    Units,
+    Units, failed_items, refuse_too_many,
 };
 pub use error::Error;
 pub use pass::{Rider, run_together};

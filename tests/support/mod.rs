@@ -166,7 +166,14 @@ pub(crate) fn copy(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
         let (path, target) = (entry.path(), to.join(entry.file_name()));
-        if entry.file_type().unwrap().is_dir() { copy(&path, &target) } else { assert!(fs::copy(path, target).is_ok()) }
+        let kind = entry.file_type().unwrap();
+        if kind.is_dir() {
+            copy(&path, &target);
+        } else if kind.is_symlink() {
+            std::os::unix::fs::symlink(fs::read_link(path).unwrap(), target).unwrap();
+        } else {
+            assert!(fs::copy(path, target).is_ok());
+        }
     }
 }
 

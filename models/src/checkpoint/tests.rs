@@ -303,7 +303,7 @@ fn a_tensor_alone_and_what_stands_beside_tensors_are_read() {
         ("nothing", Saved::Nothing),
     ];
     let dict = write(&Saved::Dict(entries.map(|(name, value)| (name.to_owned(), value)).into()));
-    let expected = [("epoch", "-3"), ("names", r#"["a \"b\"","ä"]"#), ("note", "by hand"), ("rate", "0.1")];
+    let expected = [("epoch", "-3"), ("inner.note", "deeper"), ("names", r#"["a \"b\"","ä"]"#), ("note", "by hand"), ("rate", "0.1")];
     assert_eq!(dict.metadata().iter().map(|(name, text)| (name.as_str(), text.as_str())).collect::<Vec<_>>(), expected);
     assert_eq!(dict.names().collect::<Vec<_>>(), ["rows"]);
 }

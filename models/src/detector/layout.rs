@@ -20,6 +20,8 @@ use crate::{
 const COUNTERS: [&str; 2] = [".num_batches_tracked", "._steps"];
 /// A ResNet that is no detector has it.
 const CLASSIFIER_MARK: &str = "layer4.0.conv1.weight";
+/// A ResNet of CLIP has it, which is another network: its blocks and its stem are others.
+const CLIP_MARK: &str = "attnpool.positional_embedding";
 /// Only torchvision's detectors have it.
 const TORCHVISION_MARK: &str = "roi_heads.box_predictor.cls_score.weight";
 
@@ -113,7 +115,9 @@ fn place(tensors: &BTreeMap<String, Tensor>, parameters: &BTreeMap<String, Tenso
     let most = n_known.values().copied().max().unwrap_or_default();
     // Parts of a network, such as a second head, are no network.
     let whole = n_known.into_iter().filter(|(_, n)| 2 * n > most).map(|(prefix, _)| prefix.to_owned());
-    let candidates: [BTreeSet<String>; 3] = [prefixes(tensors, TORCHVISION_MARK), whole.collect(), prefixes(tensors, CLASSIFIER_MARK)];
+    let classifiers =
+        prefixes(tensors, CLASSIFIER_MARK).into_iter().filter(|prefix| !tensors.contains_key(&format!("{prefix}{CLIP_MARK}")));
+    let candidates: [BTreeSet<String>; 3] = [prefixes(tensors, TORCHVISION_MARK), whole.collect(), classifiers.collect()];
     let places = candidates.into_iter().find(|places| !places.is_empty()).unwrap_or_default();
     let how = "save the one that is meant alone: `torch.save` of its `state_dict()`";
     Ok(Place::choose(&places, None, tensors, origin, "one network", how)?.unwrap_or_default())

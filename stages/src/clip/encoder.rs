@@ -294,8 +294,8 @@ impl Encoder {
     pub(crate) fn least_side(&self) -> u32 {
         match self.clip.config().image {
             ImageConfig::Vit { patch, .. } => patch as u32,
-            // Halved five times, the first time rounded up.
-            ImageConfig::ResNet { .. } => 31,
+            // A cell of the last feature map.
+            ImageConfig::ResNet { .. } => 32,
         }
     }
 
@@ -425,11 +425,7 @@ mod tests {
             let shown = |[width, height]: [u32; 2]| {
                 let rgb = vec![90; 3 * width as usize * height as usize];
                 let view = View { pixels: Pixels::Ready(Image { width, height, rgb }), background: None };
-                let embed =
-                    || encoder.begin(&encoder.upload(&[view])).map(|pending| pending.rows().iter().all(|number| number.is_finite()));
-                let made = std::panic::catch_unwind(std::panic::AssertUnwindSafe(embed));
-                eprintln!("{width} {height} {made:?}");
-                made.is_ok_and(|made| made.is_ok_and(|is_finite| is_finite))
+                encoder.begin(&encoder.upload(&[view])).is_ok()
             };
             assert!(shown([least, 70]) && shown([70, least]), "{:?}", config.image);
             assert!(!shown([least - 1, 70]) && !shown([70, least - 1]), "{:?}", config.image);

@@ -257,8 +257,7 @@ impl Viewing {
             (info, placement, cx.attempt(decode))
         };
         let next = || Ok(places.next().map(|place| (place, bytes(&place))));
-        // Links of a chain have no items of their own: each sees all images.
-        let n_items = if cx.items.is_empty() { self.annotations.images.len() * cx.units.len() } else { cx.items.len() };
+        let n_items = if cx.items.is_empty() { self.annotations.images.len() } else { cx.items.len() };
         stream(cx.threads, ROOM, next, prepare, |(info, placement, pixels), n_ready| {
             let Some(pixels) = cx.kept(draft, &info.file_name, pixels, n_items)? else { return Ok(()) };
             let [width, height] = placement.to.map(i64::from);

@@ -69,6 +69,9 @@ pub struct Select {
     pub test: Test,
 }
 
+/// How many detections are held before they are judged.
+const JUDGED_AT_ONCE: usize = 1 << 16;
+
 /// Every checkpoint of a training, in the order of their steps.
 pub struct Checkpoints(Vec<DetectorFile>);
 
@@ -120,12 +123,6 @@ impl Stage for Select {
             let file = &files[unit.index];
             let step = step_of(file)?;
             let observer = Observer::of(&self.test, (CHECKPOINTS.info().name, file), &viewing.annotations, cx)?;
-            let (mut detections, mut looked_at) = (Vec::new(), BTreeSet::new());
-            viewing.each(0..n_images, observer.fits, &draft, cx, |view| {
-                looked_at.insert(view.info.id);
-                detections.extend(observer.see(&view, cx.threads)?);
-                Ok(())
-            })?;
             let metric = match self.protocol {
                 Protocol::Coco => Metric::Coco,
                 Protocol::Lvis => Metric::Lvis,
@@ -136,6 +133,16 @@ impl Stage for Select {
                 hint: "use the classes and the annotations of the same split".into(),
             };
             let mut evaluator = Evaluator::new(metric, Shape::Boxes, &viewing.annotations, &classes).map_err(refused)?;
+            let (mut detections, mut looked_at) = (Vec::new(), BTreeSet::new());
+            viewing.each(0..n_images, observer.fits, &draft, cx, |view| {
+                looked_at.insert(view.info.id);
+                detections.extend(observer.see(&view, cx.threads)?);
+                if detections.len() >= JUDGED_AT_ONCE {
+                    evaluator.judge(&detections).map_err(refused)?;
+                    detections.clear();
+                }
+                Ok(())
+            })?;
             evaluator.judge(&detections).map_err(refused)?;
             let evaluation = evaluator.finish(Some(&looked_at)).map_err(refused)?;
 

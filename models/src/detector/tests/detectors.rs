@@ -269,6 +269,11 @@ fn a_classifier_of_images_gives_its_backbone() {
     assert_eq!((report.loaded.len(), report.unmatched.len()), (n_tensors, 1));
     assert_eq!(report.missing.len(), network.parameters().len() - n_tensors);
     assert_eq!(network.parameters()["backbone.conv1.weight"], trained.parameters()["backbone.conv1.weight"]);
+    // Within a checkpoint of CLIP there is another kind of ResNet.
+    let mut clip: BTreeMap<String, Tensor> = classifier.into_iter().map(|(name, tensor)| (format!("visual.{name}"), tensor)).collect();
+    assert_eq!(layout::load(&clip, network.parameters(), origin()).unwrap().loaded.len(), n_tensors);
+    clip.insert("visual.attnpool.positional_embedding".into(), field("positions", &[50, 128]));
+    assert!(layout::load(&clip, network.parameters(), origin()).unwrap_err().to_string().contains("no detector that is known"));
 }
 
 #[test]

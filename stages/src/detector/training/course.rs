@@ -120,13 +120,11 @@ impl Course {
         let training = training.in_steps(&annotations, cx.inputs)?;
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let samples = samples(&annotations, cx.inputs)?;
-        let images = cx.inputs.read(IMAGES)?;
-        images.look_for(samples.iter().map(|sample| &sample.info), cx)?;
         if let Some(words) = of_boxes(&annotations) {
             cx.note(format!("{words}: boxes that are empty or lie outside their image are not learned from"));
         }
         Ok(Self {
-            images,
+            images: cx.inputs.read(IMAGES)?,
             copies: training.copies(&samples),
             samples,
             proposals: None,
@@ -179,6 +177,11 @@ impl Course {
         let outlines = objects.map(|(image, object)| (object.id, image, &object.segmentation));
         check_outlines(outlines).map_err(unusable_masks)?;
         Ok(Self { has_masks: true, ..self })
+    }
+
+    /// Looks for the images before the first is decoded: see [`Images::look_for`].
+    pub(super) fn look_for_images(&self, cx: &Context<'_>) -> Result<()> {
+        self.images.look_for(self.samples.iter().map(|sample| &sample.info), cx)
     }
 
     /// How it is trained, its length in steps.

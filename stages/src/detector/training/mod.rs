@@ -7,7 +7,7 @@
 mod course;
 mod descent;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use ovenbird_cache::inputs::InputFile;
 use ovenbird_data::{
@@ -337,6 +337,7 @@ pub(super) fn train<W: NetworkFile>(
     cx: &Context<'_>,
 ) -> Result<()> {
     let Some(first) = units.first() else { return Ok(()) };
+    course.look_for_images(cx)?;
     let training = course.training();
     let mut descent = Descent::begin(training, learner.parameters());
     let mut curve = Curve::default();
@@ -352,8 +353,11 @@ pub(super) fn train<W: NetworkFile>(
     cx.note(format!("an epoch is {} batches of {} images", course.n_batches(), course.n_images()));
     let (mut units, mut draft): (VecDeque<&Unit>, Option<UnitDraft>) = (units.iter().collect(), None);
     let (mut of_unit, mut of_row) = (Means::default(), Means::default());
-    // Images that cannot be read, by name: so far, and in this unit. A training sees them again and again.
-    let (mut unreadable, mut of_unit_unreadable) = (BTreeSet::new(), BTreeSet::new());
+    // Images that could not be read so far: a training sees them again and again, and each link lists all of them.
+    let mut unreadable = match first.index.checked_sub(1) {
+        Some(before) => cx.failed_before(before)?,
+        None => Vec::new(),
+    };
     let mut lessons = course.lessons(steps);
     stream(
         cx.threads,
@@ -362,17 +366,18 @@ pub(super) fn train<W: NetworkFile>(
         |lesson: Lesson| course.batch(lesson, cx),
         |batch, n_ready| {
             if draft.is_none() {
-                draft = Some(cx.begin(units.pop_front().expect("BUG: as many units as their steps"))?);
+                let begun = cx.begin(units.pop_front().expect("BUG: as many units as their steps"))?;
+                begun.carry(unreadable.drain(..));
+                draft = Some(begun);
             }
             let unit = draft.as_ref().expect("BUG: a unit is open");
             let mut batch = batch?;
             let step = batch.step;
             for (name, error, attempts) in batch.unreadable.drain(..) {
-                unreadable.insert(name.clone());
-                if !of_unit_unreadable.insert(name.clone()) {
-                    continue;
+                let known = unit.failed();
+                if !known.iter().any(|failed| failed.item == name) {
+                    cx.left_out(unit, &name, error, attempts, [known.len() + 1, course.n_images()])?;
                 }
-                cx.left_out(unit, &name, error, attempts, [unreadable.len(), course.n_images()])?;
             }
             let mut values = learn(learner, descent.factor(), &batch, course, cx.device)?;
             cx.flow(batch.images.len(), n_ready);
@@ -395,7 +400,7 @@ pub(super) fn train<W: NetworkFile>(
             }
             if is_last {
                 let draft = draft.take().expect("BUG: a unit is open");
-                of_unit_unreadable.clear();
+                unreadable = draft.failed();
                 descent.save(&draft, ports.weights, ports.state, step + 1, metadata)?;
                 draft.write(ports.curve, "curve.csv", curve.to_csv().as_bytes())?;
                 let mut metrics = std::mem::take(&mut of_unit).taken();
