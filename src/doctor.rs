@@ -79,6 +79,8 @@ fn checkpoint(path: &Path) -> Result<(Vec<Line>, Option<StageError>)> {
     let files = inputs::digest_path(path, None, 0)?;
     let file = CheckpointFile::open(&files)?;
     let checkpoint = Checkpoint::open(&file.file.path).map_err(StageError::from)?;
+    let place = layout::place(checkpoint.tensors(), None, &file.file.path).map_err(StageError::from)?;
+    let checkpoint = checkpoint.at(&place);
     let tensors = checkpoint.tensors();
     let normalised = layout::normalise(tensors, &file.file.path).map_err(StageError::from)?;
     let (gelu, activation) = match activation::said(&file, &checkpoint)? {
@@ -125,6 +127,7 @@ fn checkpoint(path: &Path) -> Result<(Vec<Line>, Option<StageError>)> {
             ),
         ),
     ];
+    lines.extend(place.note().into_iter().chain(normalised.notes()).map(|words| line("note", words)));
     let broken: Vec<&str> =
         normalised.tensors.iter().filter(|(_, tensor)| not_finite(tensor).is_some()).map(|(name, _)| name.as_str()).collect();
     let (of_test, failure) = if broken.is_empty() {

@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use ovenbird_cache::inputs;
 use ovenbird_stages::{AnyStage, OnBadItem, PortInfo, Presence, STAGES, StageEntry};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -665,18 +666,17 @@ impl Reader {
 fn source(value: &str, wanted: &PortInfo, drafts: &[Draft], broken: &BTreeSet<String>) -> Result<Source, String> {
     if value.contains('/') {
         let path = PathBuf::from(value);
-        let extension = path.extension().map(|extension| extension.to_string_lossy().to_lowercase()).unwrap_or_default();
-        if !extension.is_empty() && !path.is_dir() && !wanted.extensions.contains(&extension.as_str()) {
-            let expected: Vec<String> = wanted
-                .extensions
-                .iter()
-                .map(|extension| if *extension == "/" { "a folder".into() } else { format!(".{extension}") })
-                .collect();
-            return Err(format!("expected {} ({}), found `{value}`", wanted.kind, expected.join(", ")));
+        if let Some(found) = inputs::stray(&path) {
+            return Err(format!("expected {}, found {found} at `{value}`", usual(wanted)));
         }
-        return match path.exists() {
-            true => Ok(Source::File(path)),
-            false => Err(format!("{NO_FILE} `{value}`")),
+        // What a file is, its content says; a folder can be told by its place.
+        let takes_folders = wanted.extensions.contains(&"/");
+        let takes_files = wanted.extensions != ["/"];
+        return match (path.is_dir(), path.exists()) {
+            (true, _) if !takes_folders => Err(format!("expected {}, found a folder at `{value}`", usual(wanted))),
+            (false, true) if !takes_files => Err(format!("expected {}, found a file at `{value}`", usual(wanted))),
+            (_, true) => Ok(Source::File(path)),
+            (_, false) => Err(format!("{NO_FILE} `{value}`")),
         };
     }
     let Some((id, output)) = value.split_once('.') else {
@@ -698,6 +698,12 @@ fn source(value: &str, wanted: &PortInfo, drafts: &[Draft], broken: &BTreeSet<St
         return Err(format!("expected {}, but `{value}` is {}", wanted.kind, found.kind));
     }
     Ok(Source::Step { step, port: output.to_owned() })
+}
+
+/// A kind, and what its files are usually called.
+fn usual(wanted: &PortInfo) -> String {
+    let extension = |extension: &&str| if *extension == "/" { "a folder".to_owned() } else { format!(".{extension}") };
+    format!("{} ({})", wanted.kind, wanted.extensions.iter().map(extension).collect::<Vec<_>>().join(", "))
 }
 
 /// Whether a text may be an id, or a part of one.

@@ -101,6 +101,7 @@ pub(crate) fn run(
     if let Some(words) = recovery_words(recovered) {
         coordinator.emit(Event::Notice { words })?;
     }
+    let ledger = ledger.stopped_by(Arc::clone(&coordinator.stop));
     if let Some(damage) = coordinator.last.damage.clone() {
         coordinator.emit(Event::Notice { words: format!("{damage}: set aside, and made again from the logs of earlier runs") })?;
     }
@@ -291,13 +292,17 @@ impl<'a> Coordinator<'a> {
     fn work(&mut self, steps: &[&Step], ledger: &Ledger) -> Result<()> {
         let runtime = runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.expect("BUG: a current-thread runtime needs nothing but memory");
+        let mut signals = {
+            let _inside = runtime.enter();
+            Signals::listen()
+        };
         loop {
             ledger.doubt(std::mem::take(&mut self.changed));
-            let files = plan::digest_files(steps, Some(ledger));
+            let files = self.digest(steps, ledger, &runtime, &mut signals);
             for words in ledger.notices() {
                 self.emit(Event::Notice { words })?;
             }
-            runtime.block_on(self.turn(&Arc::new(files?)))?;
+            runtime.block_on(self.turn(&Arc::new(files?), &mut signals))?;
             if self.stop.load(Ordering::SeqCst) {
                 return Err(Error::Interrupted);
             }
@@ -313,6 +318,24 @@ impl<'a> Coordinator<'a> {
         Err(Error::StagesFailed { failed, skipped, worst: self.worst })
     }
 
+    /// Hashes what the steps read, on a thread of its own: it may take long, and the operator may want to stop it.
+    fn digest(&mut self, steps: &[&Step], ledger: &Ledger, runtime: &runtime::Runtime, signals: &mut Signals) -> Result<FileInputs> {
+        let (sender, mut receiver) = unbounded_channel();
+        let files = thread::scope(|scope| {
+            // Nobody listens once the log could not be written.
+            scope.spawn(move || drop(sender.send(plan::digest_files(steps, Some(ledger)))));
+            runtime.block_on(async {
+                loop {
+                    tokio::select! {
+                        files = receiver.recv() => return files.expect("BUG: hashing does not panic"),
+                        () = signals.recv() => self.interrupt()?,
+                    }
+                }
+            })
+        });
+        if self.stop.load(Ordering::SeqCst) { Err(Error::Interrupted) } else { files }
+    }
+
     /// Has every step looked up again that did not fail: what one reads may have changed for others, too.
     fn recheck(&mut self) {
         self.made.clear();
@@ -325,10 +348,7 @@ impl<'a> Coordinator<'a> {
         }
     }
 
-    async fn turn(&mut self, files: &Arc<FileInputs>) -> Result<()> {
-        let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt()), listen(SignalKind::terminate()));
-        // What Slurm sends some time before it ends a job.
-        let mut warning = listen(SignalKind::user_defined1());
+    async fn turn(&mut self, files: &Arc<FileInputs>, signals: &mut Signals) -> Result<()> {
         let mut timer = tokio::time::interval(PROGRESS_EVERY);
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -338,9 +358,7 @@ impl<'a> Coordinator<'a> {
             }
             tokio::select! {
                 Some(message) = self.receiver.recv() => self.learn(message)?,
-                Some(()) = interrupt.recv() => self.interrupt()?,
-                Some(()) = terminate.recv() => self.interrupt()?,
-                Some(()) = warning.recv() => self.interrupt()?,
+                () = signals.recv() => self.interrupt()?,
                 _ = timer.tick() => self.tell_progress()?,
             }
         }
@@ -709,8 +727,28 @@ impl<'a> Coordinator<'a> {
     }
 }
 
-fn listen(kind: SignalKind) -> Signal {
-    signal(kind).expect("BUG: SIGINT and SIGTERM can be listened to")
+/// What asks a run to stop.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    /// What Slurm sends some time before it ends a job.
+    warning: Signal,
+}
+
+impl Signals {
+    fn listen() -> Self {
+        let listen = |kind| signal(kind).expect("BUG: SIGINT, SIGTERM and SIGUSR1 can be listened to");
+        let (interrupt, terminate) = (listen(SignalKind::interrupt()), listen(SignalKind::terminate()));
+        Self { interrupt, terminate, warning: listen(SignalKind::user_defined1()) }
+    }
+
+    async fn recv(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+            _ = self.warning.recv() => {}
+        }
+    }
 }
 
 #[cfg(test)]

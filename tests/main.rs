@@ -16,5 +16,6 @@ mod quickstart;
 mod records;
 mod reports;
 mod soundness;
+mod strays;
 mod surface;
 mod tidy;

@@ -20,12 +20,29 @@ const fn report(folder: &'static str, code: i32, says: &'static [&'static str]) 
 const CHECKPOINTS: &[Report] = &[
     report("02-checkpoint-with-nan", 4, &["clip.pt: visual.proj: expected finite numbers, found 1 of 256 that are not"]),
     report("03-fine-tuned-openai-weights", 4, &["cannot tell which GELU", "`with: {clip: {gelu: quick}}`"]),
+    report("04-weights-under-model_state_dict", 0, &["open_clip's names", "every number is finite"]),
+    report("05-extra-tensor-logit_bias", 0, &["embeddings do not depend on `logit_bias`, which is not used"]),
+    report("23-names-of-checkpoints", 0, &["a  done", "b  ", "c  "]),
+    report("26-checkpoint-without-logit_scale", 4, &["cannot tell which GELU", "`with: {clip: {gelu: quick}}`"]),
+    report("27-prefix-of-a-compiled-model", 4, &["cannot tell which GELU"]),
+    report("28-prefix-of-a-lightning-module", 4, &["cannot tell which GELU"]),
+    report(
+        "29-two-clips-in-one-file",
+        4,
+        &["expected one CLIP, found 2: under `state_dict.model.`, under `state_dict.teacher.`", "prefix"],
+    ),
+    report("43-checkpoint-that-was-unpacked", 4, &["unpacked into a folder", "`cd ./clip.pt && zip -0 -r ../packed.pt archive`"]),
 ];
 
 const PROPOSALS: &[Report] = &[
     report("01-proposals-in-file-order", 4, &["the boxes fit both orders", "`with: {order: file}`", "`with: {order: id}`"]),
+    report("21-image-without-proposals", 0, &["proposals  done"]),
+    report("22-proposals-by-id", 0, &["proposals  done"]),
+    report("22-proposals-by-path", 0, &["proposals  done"]),
     report("25-proposals-in-file-order-other-sizes", 0, &["the boxes fit that order only (`with: {order: file}`)"]),
+    report("40-proposals-array-of-arrays", 0, &["proposals  done"]),
     report("41-image-without-proposals-1d", 0, &["proposals  done"]),
+    report("42-proposals-as-plain-lists", 0, &["proposals  done"]),
 ];
 
 const ANNOTATIONS: &[Report] = &[
@@ -69,6 +86,7 @@ const ANNOTATIONS: &[Report] = &[
 const IMAGES: &[Report] = &[
     report("09-image-not-there-with-skip", 0, &["000002.jpg", "not in the folder of images (2 files)", "1 item left out"]),
     report("10-image-smaller-than-a-patch", 0, &["1.png", "200 x 5 px, but the network needs 8 px on both sides"]),
+    report("11-links-in-the-images-folder", 0, &["left aside what is no file: a dead link (old.jpg), a folder within itself (again)"]),
     report(
         "12-webp-named-jpg",
         4,
@@ -167,6 +185,64 @@ fn annotations_are_read_or_named() {
 #[test]
 fn images_are_read_or_named() {
     check(IMAGES);
+}
+
+#[test]
+fn proposals_in_the_order_that_is_said_find_every_object() {
+    let (world, _) = tried("01-proposals-in-file-order");
+    world.run(["run", "./pipeline.yaml", "--set", "proposals.order=file"]).success();
+    let json: serde_json::Value = serde_json::from_str(&world.run(["report", "--json"]).success().stdout).unwrap();
+    assert_eq!(json["report"]["evaluations"][0]["groups"]["all"]["ar_100"], 1.0, "{json}");
+}
+
+/// A checkpoint that asks something, once the pipeline answers: with which settings, and what is said then.
+const ANSWERED: &[(&str, &[&str], &str)] = &[
+    ("26-checkpoint-without-logit_scale", &["gelu=quick"], "the checkpoint has no `logit_scale`: embeddings do not need it"),
+    ("27-prefix-of-a-compiled-model", &["gelu=quick"], ""),
+    (
+        "28-prefix-of-a-lightning-module",
+        &["gelu=quick"],
+        "the weights are under `state_dict.clipmodel.`; left out of the file: `state_dict.ff_head.weight`",
+    ),
+    (
+        "29-two-clips-in-one-file",
+        &["gelu=quick", "prefix=teacher"],
+        "the weights are under `state_dict.teacher.`; left out of the file: `state_dict.model.",
+    ),
+    (
+        "29-two-clips-in-one-file",
+        &["gelu=quick", "prefix=state_dict.model"],
+        "the weights are under `state_dict.model.`; left out of the file: `state_dict.teacher.",
+    ),
+];
+
+#[test]
+fn a_checkpoint_that_asks_is_read_once_it_has_an_answer() {
+    for (folder, settings, says) in ANSWERED {
+        let (world, asked) = tried(folder);
+        let settings: Vec<String> = settings.iter().map(|setting| format!("prompts.clip.{setting}")).collect();
+        let settings = settings.iter().flat_map(|setting| ["--set", setting]);
+        let output = world.run(["run", "./pipeline.yaml"].into_iter().chain(settings)).success();
+        let said = format!("{}{}", output.stdout, output.stderr);
+        assert!(asked.code == 4 && said.contains(says), "{folder}: {said}");
+        // Nothing is left out of a file that has nothing else.
+        assert_eq!(said.contains("left out"), says.contains("left out"), "{folder}: {said}");
+    }
+}
+
+#[test]
+fn a_checkpoint_that_was_unpacked_is_read_once_it_is_packed_as_the_hint_says() {
+    let (world, output) = tried("43-checkpoint-that-was-unpacked");
+    let (_, command) = output.stderr.split_once("without compression: `").unwrap();
+    let (command, _) = command.split_once('`').unwrap();
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", command]).current_dir(world.path(""));
+    if world.output(shell).code == 127 {
+        crate::support::skip("zip is not installed");
+        return;
+    }
+    world.run(["doctor", "--clip", "packed.pt"]).success();
+    assert_eq!(world.run(["doctor", "--clip", "clip.pt"]).code, 4);
 }
 
 #[test]

@@ -51,6 +51,9 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// The operator asked to stop.
+    #[error("stopped on request")]
+    Stopped,
     /// Something that was made and makes no sense; it is not published.
     #[error("{what}: {problem}: not published")]
     Unsound {
@@ -102,7 +105,7 @@ impl Error {
             | Self::Gone { path }
             | Self::Malformed { path, .. }
             | Self::OtherFormat { path, .. } => Some(path),
-            Self::Unsound { .. } => None,
+            Self::Unsound { .. } | Self::Stopped => None,
         }
     }
 
@@ -110,6 +113,7 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => "check the path".into(),
+            Self::Read { source, .. } if source.kind() == io::ErrorKind::InvalidInput => "name a regular file, or a link to one".into(),
             Self::Read { .. } => "check the permissions of the file".into(),
             Self::Write { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
@@ -122,6 +126,7 @@ impl Error {
             },
             Self::Changed { .. } => "leave the file alone while a run reads it, and type the same command again".into(),
             Self::Gone { .. } => "bring the file back, or leave it out of the annotations, and type the same command again".into(),
+            Self::Stopped => "type the same command again to continue".into(),
             Self::Unsound { .. } => "look at what it was made from: the checkpoint, the learning rate, the images".into(),
             Self::Flipped { .. } | Self::Malformed { .. } => {
                 "`ovenbird verify --full --fix` sets it aside and makes it again; so does `ovenbird run PIPELINE` where a step reads it"

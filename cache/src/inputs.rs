@@ -3,12 +3,15 @@
 //! A file is hashed once and remembered by device, inode, size, mtime and ctime, all files of an input together in one table
 //! of the ledger. As in git, an entry recorded within [`RACY_NS`] of the file's own mtime is not trusted: the file may have
 //! changed again within the clock's grain.
+//!
+//! Inputs are regular files, and links to such, wherever they lead. Nothing else is ever opened: a pipe would keep the reader waiting, and
+//! a device may have no end.
 
 use std::{
-    collections::HashMap,
-    fs::{self, File},
-    io,
-    os::unix::fs::MetadataExt,
+    collections::{BTreeMap, HashMap},
+    fs::{self, File, FileType, OpenOptions},
+    io::{self, Read as _},
+    os::unix::fs::{FileTypeExt as _, MetadataExt, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -22,6 +25,7 @@ use arrow::{
     datatypes::{Int64Type, UInt64Type},
     ipc::{reader::StreamReader, writer::StreamWriter},
 };
+use rustix::{fs::OFlags, io::Errno};
 
 use crate::{Digest, Error, Fingerprint, Ledger, Result, shard::ShardReader};
 
@@ -48,9 +52,17 @@ pub struct InputFile {
 impl InputFile {
     /// Its bytes, hashed as they were read. For a shard see [`Self::shard`].
     pub fn read(&self) -> Result<Vec<u8>> {
-        let bytes = fs::read(&self.path).map_err(|source| self.unreadable(source))?;
+        let bytes = read_file(&self.path).map_err(|source| self.unreadable(source))?;
         self.expect(Digest::of(&bytes))?;
         Ok(bytes)
+    }
+
+    /// How it begins, unchecked: for guesses at what it is.
+    pub fn begin(&self, n_bytes: u64) -> Result<Vec<u8>> {
+        let mut head = Vec::new();
+        let read = open_file(&self.path).and_then(|file| file.take(n_bytes).read_to_end(&mut head));
+        read.map_err(|source| self.unreadable(source))?;
+        Ok(head)
     }
 
     /// What a reader makes of the file, where it wants a path: hashed before, and looked at again after.
@@ -153,18 +165,72 @@ impl From<&fs::Metadata> for Stat {
     }
 }
 
+/// What lies at a path that is neither a file nor a folder, in words: `a named pipe`, `a dead link`. `None` for a file, a folder, or
+/// nothing at all.
+pub fn stray(path: &Path) -> Option<&'static str> {
+    match fs::metadata(path) {
+        Ok(metadata) => other_kind(metadata.file_type()),
+        Err(error) if error.raw_os_error() == Some(Errno::LOOP.raw_os_error()) => Some("a loop of links"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && path.is_symlink() => Some("a dead link"),
+        Err(_) => None,
+    }
+}
+
+fn other_kind(kind: FileType) -> Option<&'static str> {
+    if kind.is_file() || kind.is_dir() {
+        None
+    } else if kind.is_fifo() {
+        Some("a named pipe")
+    } else if kind.is_socket() {
+        Some("a socket")
+    } else {
+        Some("a device")
+    }
+}
+
+/// Opens a regular file. Does not wait, whatever took its place since it was looked at.
+fn open_file(path: &Path) -> io::Result<File> {
+    let refused = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, format!("expected a file, found {what}"));
+    if let Some(what) = stray(path) {
+        return Err(refused(what));
+    }
+    let file = OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
+    match file.metadata()?.file_type() {
+        kind if kind.is_file() => Ok(file),
+        kind => Err(refused(other_kind(kind).unwrap_or("a folder"))),
+    }
+}
+
+fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    open_file(path)?.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// Digests of a file, or of every file below a folder in ascending order of name; hidden files are left out.
 ///
-/// `now_ns` is the time in ns since 1970, for the guard against racy timestamps. Without a ledger everything is hashed.
+/// What lies in the folder and is no file is left aside, and the ledger's notices say so: pipes, devices, sockets, dead links, names that are
+/// not UTF-8, and links to a folder from within itself. All other links are followed. `now_ns` is the time in ns since 1970, for the guard
+/// against racy timestamps. Without a ledger everything is hashed. Fails where the path itself is no file or folder, where a file cannot
+/// be read, and once the ledger is told to stop.
 pub fn digest_path(path: &Path, ledger: Option<&Ledger>, now_ns: i128) -> Result<Vec<InputFile>> {
-    let mut found = Vec::new();
-    if path.is_dir() {
-        walk(path, "", &mut found)?;
+    let go_on = || if ledger.is_some_and(Ledger::is_stopped) { Err(Error::Stopped) } else { Ok(()) };
+    let found = if path.is_dir() {
+        let mut walk = Walk { go_on: &go_on, found: Vec::new(), left_aside: BTreeMap::new(), within: Vec::new() };
+        walk.enter(path, "")?;
+        if let (Some(ledger), Some(words)) = (ledger, walk.words(path)) {
+            ledger.say(words);
+        }
+        walk.found
     } else {
+        open_file(path).map_err(|source| Error::read(path, source))?;
         let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        found.push((name, path.to_owned()));
-    }
-    let stats = in_parallel(found.len(), |file_idx| Stat::of(&found[file_idx].1))?;
+        vec![(name, path.to_owned())]
+    };
+    let stats = in_parallel(found.len(), |file_idx| {
+        go_on()?;
+        Stat::of(&found[file_idx].1)
+    })?;
     let root = path.canonicalize().map_err(|source| Error::read(path, source))?.display().to_string();
     let mut digests = match ledger.filter(|ledger| !ledger.is_rehashing()) {
         Some(ledger) => Table::read(ledger, &root).look_up(&found, &stats),
@@ -172,7 +238,7 @@ pub fn digest_path(path: &Path, ledger: Option<&Ledger>, now_ns: i128) -> Result
     };
     let doubted = ledger.map(Ledger::doubted).unwrap_or_default();
     let unknown: Vec<usize> = (0..found.len()).filter(|idx| digests[*idx].is_none() || doubted.contains(&found[*idx].1)).collect();
-    let hashed = in_parallel(unknown.len(), |place| digest_file(&found[unknown[place]].1))?;
+    let hashed = in_parallel(unknown.len(), |place| digest_while(&found[unknown[place]].1, &go_on))?;
     for (file_idx, digest) in unknown.iter().zip(&hashed) {
         digests[*file_idx] = Some(*digest);
     }
@@ -215,28 +281,73 @@ pub fn verify_remembered(ledger: &Ledger, visit: &mut dyn FnMut(&Path, Option<St
     }
 }
 
-fn walk(folder: &Path, prefix: &str, found: &mut Vec<(String, PathBuf)>) -> Result<()> {
-    let read = |source| Error::read(folder, source);
-    let mut entries = Vec::new();
-    for entry in fs::read_dir(folder).map_err(read)? {
-        let entry = entry.map_err(read)?;
-        let kind = entry.file_type().map_err(read)?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if !name.starts_with('.') {
-            // A link to a folder is a folder.
-            entries.push((name, kind.is_dir() || (kind.is_symlink() && entry.path().is_dir())));
+/// A walk through a folder.
+struct Walk<'a> {
+    go_on: &'a dyn Fn() -> Result<()>,
+    found: Vec<(String, PathBuf)>,
+    /// What is no file: how many of a kind, and the first.
+    left_aside: BTreeMap<&'static str, (usize, String)>,
+    /// Device and inode of the folders that the walk is in.
+    within: Vec<(u64, u64)>,
+}
+
+impl Walk<'_> {
+    fn enter(&mut self, folder: &Path, prefix: &str) -> Result<()> {
+        let read = |source| Error::read(folder, source);
+        let metadata = fs::metadata(folder).map_err(read)?;
+        let this = (metadata.dev(), metadata.ino());
+        if self.within.contains(&this) {
+            self.leave_aside("a folder within itself", prefix.trim_end_matches('/').to_owned());
+            return Ok(());
+        }
+        self.within.push(this);
+        let mut entries = Vec::new();
+        for entry in fs::read_dir(folder).map_err(read)? {
+            (self.go_on)()?;
+            let entry = entry.map_err(read)?;
+            let kind = entry.file_type().map_err(read)?;
+            let lossy = entry.file_name().to_string_lossy().into_owned();
+            if lossy.starts_with('.') {
+                continue;
+            }
+            let is_link = kind.is_symlink();
+            let what = if is_link { stray(&entry.path()) } else { other_kind(kind) };
+            match (what, entry.file_name().into_string()) {
+                (Some(what), _) => self.leave_aside(what, format!("{prefix}{lossy}")),
+                (None, Err(_)) => self.leave_aside("a name that is not UTF-8", format!("{prefix}{lossy}")),
+                // A link to a folder is a folder.
+                (None, Ok(name)) => entries.push((name, kind.is_dir() || (is_link && entry.path().is_dir()))),
+            }
+        }
+        entries.sort_unstable();
+        for (name, is_folder) in entries {
+            let path = folder.join(&name);
+            if is_folder {
+                self.enter(&path, &format!("{prefix}{name}/"))?;
+            } else {
+                self.found.push((format!("{prefix}{name}"), path));
+            }
+        }
+        self.within.pop();
+        Ok(())
+    }
+
+    fn leave_aside(&mut self, what: &'static str, name: String) {
+        let (n, first) = self.left_aside.entry(what).or_insert((0, name.clone()));
+        *n += 1;
+        if name < *first {
+            *first = name;
         }
     }
-    entries.sort_unstable();
-    for (name, is_folder) in entries {
-        let path = folder.join(&name);
-        if is_folder {
-            walk(&path, &format!("{prefix}{name}/"), found)?;
-        } else {
-            found.push((format!("{prefix}{name}"), path));
-        }
+
+    /// What was left aside, if anything was.
+    fn words(&self, folder: &Path) -> Option<String> {
+        let kind = |(what, (n, first)): (&&str, &(usize, String))| {
+            if *n == 1 { format!("{what} ({first})") } else { format!("{n} times {what} (the first: {first})") }
+        };
+        let kinds: Vec<String> = self.left_aside.iter().map(kind).collect();
+        (!kinds.is_empty()).then(|| format!("{}: left aside what is no file: {}", folder.display(), kinds.join(", ")))
     }
-    Ok(())
 }
 
 /// What was remembered of the files below one folder, in the order of [`walk`].
@@ -362,16 +473,30 @@ fn in_parallel<T: Send>(n: usize, ask: impl Fn(usize) -> Result<T> + Sync) -> Re
 
 /// The BLAKE3 of a file's content.
 pub fn digest_file(path: &Path) -> Result<Digest> {
-    let hash = || -> io::Result<Digest> {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(File::open(path)?)?;
-        Ok(hasher.finalize().into())
-    };
-    hash().map_err(|source| Error::read(path, source))
+    digest_while(path, &|| Ok(()))
+}
+
+/// The same, unless it is told to stop meanwhile.
+fn digest_while(path: &Path, go_on: &dyn Fn() -> Result<()>) -> Result<Digest> {
+    let read = |source| Error::read(path, source);
+    let mut file = open_file(path).map_err(read)?;
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = [0; 1 << 16];
+    loop {
+        go_on()?;
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(hasher.finalize().into()),
+            Ok(n_bytes) => drop(hasher.update(&buffer[..n_bytes])),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(read(error)),
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
+
     use super::*;
     use crate::{
         Store,
@@ -393,6 +518,74 @@ mod tests {
         let files = digest_path(home.path(), None, LATER).unwrap();
         let names: Vec<_> = files.iter().map(|file| (file.name.as_str(), file.digest)).collect();
         assert_eq!(names, ["a/1.jpg", "a/2.jpg", "b.jpg"].map(|name| (name, Digest::of(name.as_bytes()))));
+    }
+
+    /// Makes what no reader should open.
+    pub(crate) fn fifo(path: &Path) {
+        rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).unwrap();
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "a scratch folder of a test")]
+    fn what_is_no_file_is_left_aside_aloud_and_an_error_where_it_is_named() {
+        use std::os::unix::{ffi::OsStrExt as _, fs::symlink, net::UnixListener};
+        let home = tempfile::tempdir().unwrap();
+        let (folder, ledger) = (home.path().join("folder"), ledger(home.path()));
+        for name in ["a.jpg", "inner/b.jpg", "elsewhere/c.jpg"] {
+            replace(&home.path().join("folder").join(name), b"content").unwrap();
+        }
+        fs::rename(folder.join("elsewhere"), home.path().join("elsewhere")).unwrap();
+        let at = |name: &str| folder.join(name);
+        fifo(&at("pipe"));
+        fifo(&at(".hidden"));
+        let _socket = UnixListener::bind(at("socket")).unwrap();
+        symlink("/dev/zero", at("zero")).unwrap();
+        symlink("gone.jpg", at("dead")).unwrap();
+        symlink("gone.png", at("also-dead")).unwrap();
+        symlink("loop", at("loop")).unwrap();
+        symlink(".", at("inner/itself")).unwrap();
+        symlink("..", at("inner/above")).unwrap();
+        fs::write(folder.join(std::ffi::OsStr::from_bytes(b"\xff.jpg")), b"content").unwrap();
+        // Links to other files and folders are followed, out of the folder as well.
+        symlink("inner", at("linked")).unwrap();
+        symlink(home.path().join("elsewhere"), at("out")).unwrap();
+        symlink("a.jpg", at("z.jpg")).unwrap();
+
+        let names: Vec<String> = digest_path(&folder, Some(&ledger), LATER).unwrap().into_iter().map(|file| file.name).collect();
+        assert_eq!(names, ["a.jpg", "inner/b.jpg", "linked/b.jpg", "out/c.jpg", "z.jpg"]);
+        let expected = "left aside what is no file: 2 times a dead link (the first: also-dead), a device (zero), \
+                        4 times a folder within itself (the first: inner/above), a loop of links (loop), a name that is not UTF-8 (\u{fffd}.jpg), \
+                        a named pipe (pipe), a socket (socket)";
+        assert_eq!(ledger.notices(), [format!("{}: {expected}", folder.display())]);
+
+        for (name, what) in
+            [("pipe", "a named pipe"), ("zero", "a device"), ("dead", "a dead link"), ("loop", "a loop of links"), ("socket", "a socket")]
+        {
+            assert_eq!(stray(&at(name)), Some(what));
+            let Err(Error::Read { path, source }) = digest_path(&at(name), None, LATER) else { panic!("{name}") };
+            assert_eq!((path, source.to_string()), (at(name), format!("expected a file, found {what}")));
+            assert!(digest_file(&at(name)).is_err(), "{name}");
+        }
+        assert_eq!((stray(&at("a.jpg")), stray(&folder), stray(&at("nothing"))), (None, None, None));
+    }
+
+    #[test]
+    fn hashing_ends_when_it_is_told_to() {
+        let home = tempfile::tempdir().unwrap();
+        replace(&home.path().join("folder/a"), b"one").unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let ledger = ledger(home.path()).stopped_by(Arc::clone(&stop));
+        assert_eq!(digest_path(&home.path().join("folder"), Some(&ledger), LATER).unwrap().len(), 1);
+        stop.store(true, Ordering::SeqCst);
+        for path in ["folder", "folder/a"] {
+            assert!(matches!(digest_path(&home.path().join(path), Some(&ledger), LATER), Err(Error::Stopped)));
+        }
+        // In the middle of a file.
+        let n_reads = AtomicUsize::new(0);
+        let go_on = || if n_reads.fetch_add(1, Ordering::SeqCst) < 2 { Ok(()) } else { Err(Error::Stopped) };
+        replace(&home.path().join("large"), &vec![0; 1 << 20]).unwrap();
+        assert!(matches!(digest_while(&home.path().join("large"), &go_on), Err(Error::Stopped)));
+        assert_eq!(n_reads.load(Ordering::SeqCst), 3);
     }
 
     /// Tells the ledger something else than what the file holds: proof that it is asked.

@@ -9,7 +9,10 @@ use std::{
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     path::PathBuf,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -40,6 +43,7 @@ pub struct Ledger {
     notices: Mutex<Vec<String>>,
     is_rehashing: bool,
     doubted: Mutex<BTreeSet<PathBuf>>,
+    stop: Arc<AtomicBool>,
 }
 
 impl Ledger {
@@ -53,6 +57,7 @@ impl Ledger {
             notices: Mutex::default(),
             is_rehashing: false,
             doubted: Mutex::default(),
+            stop: Arc::default(),
         }
     }
 
@@ -60,6 +65,16 @@ impl Ledger {
     #[must_use]
     pub fn rehashing(self, is_rehashing: bool) -> Self {
         Self { is_rehashing, ..self }
+    }
+
+    /// Has who hashes input files end as soon as this is set.
+    #[must_use]
+    pub fn stopped_by(self, stop: Arc<AtomicBool>) -> Self {
+        Self { stop, ..self }
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
     }
 
     pub(crate) fn is_rehashing(&self) -> bool {
@@ -75,12 +90,12 @@ impl Ledger {
         self.doubted.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What happened to the ledger since the last call, in words.
+    /// What happened to the ledger, and what was left aside of inputs, since the last call, in words.
     pub fn notices(&self) -> Vec<String> {
         std::mem::take(&mut *self.notices.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn say(&self, words: String) {
+    pub(crate) fn say(&self, words: String) {
         self.notices.lock().unwrap_or_else(PoisonError::into_inner).push(words);
     }
 

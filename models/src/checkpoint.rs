@@ -1,15 +1,17 @@
 //! Readers of published weights, recognised by content and not by name, without Python; and writers of two formats that all others read.
 //!
 //! - safetensors;
-//! - `torch.save` archives (zip), and the files it wrote before PyTorch 1.6: the weights are the dict under `state_dict` or
-//!   `model`, or else the top level; dicts inside give dotted names; a tensor that was saved alone is [`BARE_TENSOR`];
+//! - `torch.save` archives (zip), and the files it wrote before PyTorch 1.6: dicts inside give dotted names (`state_dict.visual.proj`);
+//!   a tensor that was saved alone is [`BARE_TENSOR`];
 //! - TorchScript archives as OpenAI publishes CLIP: parameters and buffers by dotted name, read from the module tree in
 //!   `data.pkl`; no code is run.
 //!
 //! A file is read once, one storage after the other, so that memory is about the size of the weights and the largest storage.
 //! Everything that can be checked is checked when a file is opened: checksums, sizes, bounds, names. What does not hold
-//! weights (optimizers, messages) is not read, nor is anything that a model holds in lists; but texts, numbers and lists of texts at the
-//! top level of a dict are.
+//! weights (optimizers, which are dicts with `param_groups`; messages) is not read, nor is anything that a model holds in lists; but texts,
+//! numbers and lists of texts are.
+//!
+//! Where in a file the weights of a network lie, its own names tell: see [`Place`].
 
 use std::{
     collections::BTreeMap,
@@ -22,10 +24,13 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
+mod place;
 mod safetensors;
 mod torch;
 
+pub(crate) use self::place::{list, prefixes};
 pub use self::{
+    place::Place,
     safetensors::write_safetensors,
     torch::{Saved, write_torch},
 };
@@ -115,10 +120,36 @@ impl Checkpoint {
         self.format
     }
 
-    /// What the writer put beside the weights: text (safetensors); text, numbers, and as JSON lists of text, by their keys in the top dict
+    /// What the writer put beside the weights: text (safetensors); text, numbers, and as JSON lists of text, by their dotted names
     /// (`torch.save`).
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
+    }
+
+    /// What lies at a place alone, under its names there. What the writer put beside the weights stays under its whole names as well.
+    #[must_use]
+    pub fn at(self, place: &Place) -> Self {
+        let Self { path, format, mut metadata, tensors } = self;
+        let below = |name: &String| name.strip_prefix(&place.prefix).map(str::to_owned);
+        let inner: Vec<(String, String)> = metadata.iter().filter_map(|(name, text)| Some((below(name)?, text.clone()))).collect();
+        metadata.extend(inner);
+        let tensors = tensors.into_iter().filter_map(|(name, tensor)| Some((below(&name)?, tensor))).collect();
+        Self { path, format, metadata, tensors }
+    }
+
+    /// What lies where the one tensor of this name lies; everything where there is no such tensor. Fails where there are several.
+    pub fn around(self, name: &str) -> Result<Self> {
+        let how = "save the one that is meant alone";
+        let place = Place::choose(&prefixes(&self.tensors, name), None, &self.tensors, &self.path, &format!("one tensor `{name}`"), how)?;
+        Ok(match place {
+            Some(place) => self.at(&place),
+            None => self,
+        })
+    }
+
+    /// Whether a file that begins so may hold weights.
+    pub fn may_begin(head: &[u8]) -> bool {
+        matches!(head, [b'P', b'K', 3, 4, ..] | [_, _, _, _, 0, 0, 0, 0, b'{', ..] | [0x80, ..])
     }
 
     /// The names of the tensors, sorted.

@@ -76,6 +76,10 @@ impl Error {
                 Some("check the path, or download the checkpoint first".into())
             }
             Self::Read { .. } | Self::Torch(_) | Self::Input { .. } => None,
+            Self::Misfits { problems, .. } if problems.iter().all(|problem| problem.expected.is_none()) => Some(
+                "the weights have parts that the network has not, and results may depend on them: if they do not, save the weights without them"
+                    .into(),
+            ),
             Self::Misfits { .. } => Some("check that the checkpoint has a known layout, and that it is the one that was meant".into()),
             Self::Malformed { hint, .. } => hint.clone(),
         }

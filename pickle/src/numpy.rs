@@ -14,6 +14,11 @@ use half::f16;
 
 use crate::{Object, Value};
 
+/// Of numpy 2.
+const MAX_AXES: usize = 64;
+/// How many lists without items an array of Python objects may be.
+const MAX_EMPTY_LISTS: usize = 1_000_000;
+
 /// An array as it lies in a pickle.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NumpyArray {
@@ -29,7 +34,7 @@ pub struct NumpyArray {
 
 impl Value {
     /// The numpy array or numpy scalar this is. Fails, in words, for what is none, for arrays of Python objects, and for
-    /// arrays with more or less data than their shape says.
+    /// arrays with more or less data than their shape says. For arrays of Python objects see [`Self::object_array`].
     pub fn to_array(&self) -> Result<NumpyArray, String> {
         let not_an_array = || format!("expected a numpy array, found {}", self.kind());
         let object = self.as_object().ok_or_else(not_an_array)?;
@@ -49,6 +54,77 @@ impl Value {
             }
             None => Err(format!("a numpy array {:?} of `{}`, which no memory could hold", array.shape, array.dtype)),
         }
+    }
+
+    /// The items of a numpy array of Python objects, as lists within lists where it has several axes; `None` for anything else.
+    pub fn object_array(&self) -> Option<Self> {
+        let object = self.as_object().filter(|object| numpy_function(&object.callable) == Some("multiarray._reconstruct"))?;
+        let [_, shape, dtype, is_fortran, items] = object.state.as_ref()?.as_items()? else { return None };
+        let (shape, items) = (lengths(shape)?, items.as_list()?);
+        let n_items = shape.iter().try_fold(1_usize, |n_items, length| n_items.checked_mul(*length))?;
+        let is_sound = dtype_name(dtype)?.get(1..2) == Some("O") && n_items == items.len() && !shape.is_empty();
+        // Numpy itself keeps objects in C order but for arrays that were transposed.
+        if !is_sound || (is_fortran.as_int()? != 0 && shape.len() > 1) {
+            return None;
+        }
+        // Lists that are empty cost nothing in the file, and might be many.
+        let is_small = if n_items == 0 { shape.len() <= 2 && shape[0] <= MAX_EMPTY_LISTS } else { shape.len() <= MAX_AXES };
+        is_small.then(|| nested(items, &shape))
+    }
+}
+
+impl Value {
+    /// The parts of a numpy array of numbers along its first axis: numbers of an array of one axis, else arrays. `None` for anything else.
+    pub fn array_items(&self) -> Option<Vec<Self>> {
+        let array = self.to_array().ok()?;
+        let (length, inner) = array.shape.split_first()?;
+        if inner.is_empty() {
+            return Some(array.to_f64().ok()?.into_iter().map(Self::Float).collect());
+        }
+        let in_c_order = if array.is_fortran {
+            let axes: Vec<usize> = (0..array.shape.len()).rev().collect();
+            transposed(&NumpyArray { shape: array.shape.iter().rev().copied().collect(), is_fortran: false, ..array.clone() }, &axes)?
+        } else {
+            array.clone()
+        };
+        let step = in_c_order.data.len().checked_div(*length)?;
+        let part = |place: usize| {
+            let data = in_c_order.data[place * step..][..step].into();
+            Self::of_array(&NumpyArray { dtype: array.dtype.clone(), shape: inner.to_vec(), is_fortran: false, data })
+        };
+        (step > 0 || *length <= MAX_EMPTY_LISTS).then(|| (0..*length).map(part).collect())
+    }
+
+    /// An array as pickles have it.
+    fn of_array(NumpyArray { dtype, shape, is_fortran, data }: &NumpyArray) -> Self {
+        let global = |module: &str, name: &str| Self::Global { module: module.into(), name: name.into() };
+        let object = |callable: Self, args: Vec<Self>, state: Vec<Self>| {
+            let (items, entries) = (Arc::default(), Arc::default());
+            Self::Object(Arc::new(Object {
+                callable,
+                args: args.into(),
+                kwargs: None,
+                state: Some(Self::Tuple(state.into())),
+                items,
+                entries,
+            }))
+        };
+        let (order, name) = dtype.split_at(1);
+        let dtype = object(global("numpy", "dtype"), vec![Self::Str(name.into())], vec![Self::Int(3), Self::Str(order.into())]);
+        let shape = Self::Tuple(shape.iter().map(|length| Self::Int(*length as i64)).collect());
+        let state = vec![Self::Int(1), shape, dtype, Self::Bool(*is_fortran), Self::Bytes(Arc::clone(data))];
+        object(global("numpy.core.multiarray", "_reconstruct"), Vec::new(), state)
+    }
+}
+
+/// Items as lists within lists.
+fn nested(items: &[Value], shape: &[usize]) -> Value {
+    match shape {
+        [length, inner @ ..] if !inner.is_empty() => {
+            let step = items.len() / (*length).max(1);
+            Value::List((0..*length).map(|place| nested(&items[place * step..][..step], inner)).collect())
+        }
+        _ => Value::List(items.into()),
     }
 }
 
@@ -141,6 +217,27 @@ fn dtype_name(dtype: &Value) -> Option<String> {
     ["<", ">", "=", "|"].contains(&order).then(|| format!("{order}{name}"))
 }
 
+/// The numbers of an array as they lie, as another type; `None` where they are none.
+macro_rules! numbers_as {
+    ($array:expr, $number:ty) => {
+        match $array.dtype.get(1..).unwrap_or_default() {
+            "f2" => Some($array.numbers(|bytes| f16::from_le_bytes(bytes).to_f32() as $number)),
+            "f4" => Some($array.numbers(|bytes| f32::from_le_bytes(bytes) as $number)),
+            "f8" => Some($array.numbers(|bytes| f64::from_le_bytes(bytes) as $number)),
+            "i1" => Some($array.numbers(|bytes| i8::from_le_bytes(bytes) as $number)),
+            "i2" => Some($array.numbers(|bytes| i16::from_le_bytes(bytes) as $number)),
+            "i4" => Some($array.numbers(|bytes| i32::from_le_bytes(bytes) as $number)),
+            "i8" => Some($array.numbers(|bytes| i64::from_le_bytes(bytes) as $number)),
+            "u1" => Some($array.numbers(|bytes| u8::from_le_bytes(bytes) as $number)),
+            "u2" => Some($array.numbers(|bytes| u16::from_le_bytes(bytes) as $number)),
+            "u4" => Some($array.numbers(|bytes| u32::from_le_bytes(bytes) as $number)),
+            "u8" => Some($array.numbers(|bytes| u64::from_le_bytes(bytes) as $number)),
+            "b1" => Some($array.numbers(|[byte]: [u8; 1]| u8::from(byte != 0) as $number)),
+            _ => None,
+        }
+    };
+}
+
 impl NumpyArray {
     /// The product of the shape, unless no memory could hold as many.
     fn n_items(&self) -> Option<usize> {
@@ -157,21 +254,16 @@ impl NumpyArray {
     /// The numbers as f32 in C order (the last axis fastest), whatever the order in the file. Float64 and large integers are
     /// rounded to the nearest f32; bools are 0 and 1. Fails, in words, for other types.
     pub fn to_f32(&self) -> Result<Vec<f32>, String> {
-        let numbers: Vec<f32> = match self.dtype.get(1..).unwrap_or_default() {
-            "f2" => self.numbers(|bytes| f16::from_le_bytes(bytes).to_f32()),
-            "f4" => self.numbers(f32::from_le_bytes),
-            "f8" => self.numbers(|bytes| f64::from_le_bytes(bytes) as f32),
-            "i1" => self.numbers(|bytes| f32::from(i8::from_le_bytes(bytes))),
-            "i2" => self.numbers(|bytes| f32::from(i16::from_le_bytes(bytes))),
-            "i4" => self.numbers(|bytes| i32::from_le_bytes(bytes) as f32),
-            "i8" => self.numbers(|bytes| i64::from_le_bytes(bytes) as f32),
-            "u1" => self.numbers(|bytes| f32::from(u8::from_le_bytes(bytes))),
-            "u2" => self.numbers(|bytes| f32::from(u16::from_le_bytes(bytes))),
-            "u4" => self.numbers(|bytes| u32::from_le_bytes(bytes) as f32),
-            "u8" => self.numbers(|bytes| u64::from_le_bytes(bytes) as f32),
-            "b1" => self.numbers(|[byte]: [u8; 1]| f32::from(u8::from(byte != 0))),
-            _ => return Err(format!("expected floats or integers, found `{}`", self.dtype)),
-        };
+        self.in_c_order(numbers_as!(self, f32))
+    }
+
+    /// The same as f64; only integers beyond 2^53 are rounded.
+    pub fn to_f64(&self) -> Result<Vec<f64>, String> {
+        self.in_c_order(numbers_as!(self, f64))
+    }
+
+    fn in_c_order<T: Copy>(&self, numbers: Option<Vec<T>>) -> Result<Vec<T>, String> {
+        let numbers = numbers.ok_or_else(|| format!("expected floats or integers, found `{}`", self.dtype))?;
         if self.n_items() != Some(numbers.len()) {
             return Err(format!("expected an array {:?}, found {} numbers", self.shape, numbers.len()));
         }
@@ -183,7 +275,7 @@ impl NumpyArray {
         Ok(places(&self.shape, &steps).map(|place| numbers[place]).collect())
     }
 
-    fn numbers<const N: usize>(&self, from_le_bytes: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+    fn numbers<const N: usize, T>(&self, from_le_bytes: impl Fn([u8; N]) -> T) -> Vec<T> {
         let swaps = self.dtype.starts_with('>') || (self.dtype.starts_with('=') && cfg!(target_endian = "big"));
         let (items, _) = self.data.as_chunks::<N>();
         let number = |item: &[u8; N]| {

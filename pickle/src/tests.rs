@@ -337,3 +337,41 @@ proptest! {
         prop_assert_eq!(bits(&array.to_f32().unwrap()), bits(&numbers));
     }
 }
+
+/// An array of Python objects, or of numbers, of a shape that may be a lie.
+fn array_of(name: &str, shape: &[i64], data: Value) -> Value {
+    let object = |callable: Value, args: Vec<Value>, state: Vec<Value>| {
+        let state = Some(Value::Tuple(state.into()));
+        Value::Object(Object { callable, args: args.into(), kwargs: None, state, items: [].into(), entries: [].into() }.into())
+    };
+    let global = |module: &str, name: &str| Value::Global { module: module.into(), name: name.into() };
+    let dtype = object(global("numpy", "dtype"), vec![Value::Str(name.into())], vec![Value::Int(3), Value::Str("<".into())]);
+    let shape = Value::Tuple(shape.iter().map(|length| Value::Int(*length)).collect());
+    let state = vec![Value::Int(1), shape, dtype, Value::Bool(false), data];
+    object(global("numpy._core.multiarray", "_reconstruct"), Vec::new(), state)
+}
+
+#[test]
+fn arrays_of_objects_are_lists_as_deep_as_their_shape() {
+    let numbers = |n: i64| Value::List((0..n).map(Value::Int).collect());
+    let list = |items: &[Value]| Value::List(items.into());
+    let ints = |items: &[i64]| Value::List(items.iter().copied().map(Value::Int).collect());
+    assert_eq!(array_of("O8", &[3], numbers(3)).object_array(), Some(numbers(3)));
+    assert_eq!(array_of("O8", &[2, 2], numbers(4)).object_array(), Some(list(&[ints(&[0, 1]), ints(&[2, 3])])));
+    assert_eq!(array_of("O8", &[2, 0], numbers(0)).object_array(), Some(list(&[ints(&[]), ints(&[])])));
+    for shape in [&[4][..], &[i64::MAX, 2], &[i64::MAX, 0], &[9, 9, 0], &[-1], &[]] {
+        assert_eq!(array_of("O8", shape, numbers(0)).object_array(), None, "{shape:?}");
+    }
+    assert_eq!(array_of("f4", &[3], numbers(3)).object_array(), None);
+}
+
+#[test]
+fn arrays_of_numbers_come_apart_along_their_first_axis() {
+    let bytes = Value::Bytes((1_i16..=6).flat_map(i16::to_le_bytes).collect());
+    let parts = array_of("i2", &[2, 3], bytes.clone()).array_items().unwrap();
+    let parts: Vec<Vec<f32>> = parts.iter().map(|part| part.to_array().unwrap().to_f32().unwrap()).collect();
+    assert_eq!(parts, [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]);
+    assert_eq!(array_of("i2", &[6], bytes).array_items().unwrap()[5], Value::Float(6.0));
+    assert_eq!(array_of("i2", &[i64::MAX, 0], Value::Bytes([].into())).array_items(), None);
+    assert_eq!(Value::Int(3).array_items(), None);
+}

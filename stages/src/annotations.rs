@@ -5,7 +5,7 @@ use ovenbird_data::{
     Error as DataError,
     annotations::ImageOrder,
     classes::ClassSplit,
-    proposals,
+    proposals::{self, Pickled},
     split::{Keep as KeptLabels, write_split},
     warnings::of_boxes,
 };
@@ -132,12 +132,13 @@ impl Order {
 
 /// Proposals that another program made, matched to images and checked.
 ///
-/// Reads the pickle that mmdet writes (a list over images of float arrays `N x 5`: x1, y1, x2, y2 in px, score), without
-/// Python. Entries have no image ids: there must be as many as images, and boxes must lie in their images.
+/// Reads pickles without Python: of mmdet 1 and 2 (a list over images of float arrays `N x 5`: x1, y1, x2, y2 in px, score), of mmdet 3 (a
+/// dict from image path to `bboxes` and `scores`), of Detectron and detectron2 (a dict of the lists `ids`, `boxes`, and `scores` or
+/// `objectness_logits`). There must be an entry for every image, and boxes must lie in their images. Boxes without scores get a score of 1.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Import {
-    /// The order of the entries. Without it, the order that the boxes fit: boxes must lie in their images. If they fit both orders, the
+    /// The order of entries that do not say which image they are of; it makes no difference to others. Without it, the order that the boxes fit: boxes must lie in their images. If they fit both orders, the
     /// stage fails and asks for this parameter. It makes no difference where the annotations list their images in ascending id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order: Option<Order>,
@@ -146,7 +147,7 @@ pub struct Import {
     pub most_per_image: Option<usize>,
 }
 
-const PICKLE: In<MmdetProposals> = In::required("proposals", "mmdet's pickle.");
+const PICKLE: In<MmdetProposals> = In::required("proposals", "A pickle of mmdet, Detectron or detectron2.");
 const IMPORTED: Out<Proposals> = Out::new("proposals", "Boxes (xyxy, px) and scores by image id, in the file's order.");
 
 impl Stage for Import {
@@ -159,28 +160,36 @@ impl Stage for Import {
         let [unit] = units else { return Ok(()) };
         let annotations = cx.inputs.read(ANNOTATIONS)?.load_images()?;
         let pickle = cx.inputs.read(PICKLE)?;
-        let mut boxes = pickle.load()?;
-        let order = proposals::order(&boxes, &annotations, self.order.map(Order::of_data), pickle.path())?;
-        let order_words = match order {
-            ImageOrder::Id => "id",
-            ImageOrder::File => "file",
+        let Pickled { entries, notes } = pickle.load()?;
+        notes.into_iter().for_each(|words| cx.note(words));
+        let matched = proposals::matched(entries, &annotations, self.order.map(Order::of_data), pickle.path())?;
+        let order_words = match matched.order {
+            Some(ImageOrder::Id) => "id",
+            Some(ImageOrder::File) => "file",
+            None => "named",
         };
-        if self.order.is_none() && !annotations.file_order.is_sorted() {
+        if matched.n_others > 0 {
+            cx.note(format!("entries of {} images that the annotations do not have are left out", matched.n_others));
+        }
+        if self.order.is_none()
+            && !annotations.file_order.is_sorted()
+            && let Some(order) = matched.order
+        {
             let words = match order {
                 ImageOrder::Id => "in ascending image id, and not as the annotations list the images",
                 ImageOrder::File => "as the annotations list the images, and not in ascending image id",
             };
             cx.note(format!("entries are {words}: the boxes fit that order only (`with: {{order: {order_words}}}`)"));
         }
+        let mut by_image = matched.by_image;
         if let Some(most) = self.most_per_image {
-            for of_image in &mut boxes {
+            for of_image in by_image.values_mut() {
                 of_image.sort_by(|a, b| b.score.total_cmp(&a.score));
                 of_image.truncate(most);
             }
         }
-        let n_boxes: usize = boxes.iter().map(Vec::len).sum();
-        let n_images = boxes.len();
-        let by_image = annotations.images_in(order).into_iter().map(|image| image.id).zip(boxes).collect();
+        let n_boxes: usize = by_image.values().map(Vec::len).sum();
+        let n_images = by_image.len();
         let draft = cx.begin(unit)?;
         Proposals { by_image }.write(draft.create(IMPORTED, "proposals.parquet")?)?;
         cx.tick(n_images as u64);

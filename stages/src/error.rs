@@ -85,7 +85,10 @@ impl Error {
             return false;
         };
         use std::io::ErrorKind as Kind;
-        !matches!(source.kind(), Kind::NotFound | Kind::PermissionDenied | Kind::IsADirectory | Kind::NotADirectory | Kind::InvalidData)
+        !matches!(
+            source.kind(),
+            Kind::NotFound | Kind::PermissionDenied | Kind::IsADirectory | Kind::NotADirectory | Kind::InvalidData | Kind::InvalidInput
+        )
     }
 
     /// The user's file that is not what it was when the run began, if that is what happened.

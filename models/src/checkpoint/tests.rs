@@ -12,13 +12,14 @@ use zip::{CompressionMethod, ZipArchive, ZipWriter, write::SimpleFileOptions};
 
 use super::*;
 
-const FILES: [(&str, Format); 6] = [
-    ("nested.pth", Format::Torch),
-    ("model.pth", Format::Torch),
-    ("flat.pth", Format::Torch),
-    ("legacy.pth", Format::TorchLegacy),
-    ("script.pt", Format::TorchScript),
-    ("weights.safetensors", Format::Safetensors),
+/// Where their weights lie.
+const FILES: [(&str, Format, &str); 6] = [
+    ("nested.pth", Format::Torch, "state_dict."),
+    ("model.pth", Format::Torch, "model."),
+    ("flat.pth", Format::Torch, ""),
+    ("legacy.pth", Format::TorchLegacy, "state_dict."),
+    ("script.pt", Format::TorchScript, ""),
+    ("weights.safetensors", Format::Safetensors, ""),
 ];
 
 fn folder() -> PathBuf {
@@ -90,8 +91,11 @@ fn safetensors(header: &str, numbers: &[u8]) -> Vec<u8> {
 #[test]
 fn every_published_layout_is_read_as_its_writer_reads_it() {
     let expected: Json = serde_json::from_slice(&golden("golden.json")).unwrap();
-    for (name, format) in FILES {
+    for (name, format, prefix) in FILES {
+        let place = Place { prefix: prefix.into(), beside: Vec::new() };
         let checkpoint = Checkpoint::open(&folder().join(name)).unwrap();
+        assert!(checkpoint.names().all(|name| name.starts_with(prefix)), "{name}: optimizers are not read");
+        let checkpoint = checkpoint.at(&place);
         assert_eq!(checkpoint.format(), format, "{name}");
         let expected = expected[name].as_object().unwrap();
         assert_eq!(checkpoint.names().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{name}");
@@ -108,7 +112,7 @@ fn every_published_layout_is_read_as_its_writer_reads_it() {
 
 #[test]
 fn tensors_are_contiguous_and_share_no_memory() {
-    for (name, _) in FILES {
+    for (name, ..) in FILES {
         let checkpoint = Checkpoint::open(&folder().join(name)).unwrap();
         let mut ranges: Vec<(usize, usize)> = Vec::new();
         for tensor in checkpoint.tensors().values().filter(|tensor| tensor.numel() > 0) {
@@ -143,7 +147,7 @@ fn a_missing_tensor_is_named() {
 
 #[test]
 fn every_cut_of_every_layout_is_an_error() {
-    for (name, _) in FILES {
+    for (name, ..) in FILES {
         let bytes = golden(name);
         let step = (bytes.len() / 150).max(1);
         for length in (0..bytes.len()).step_by(step).chain([7, 8, 9, bytes.len() - 30, bytes.len() - 1]) {
@@ -155,7 +159,7 @@ fn every_cut_of_every_layout_is_an_error() {
 
 #[test]
 fn flipped_bits_are_survived() {
-    for (name, _) in FILES {
+    for (name, ..) in FILES {
         let bytes = golden(name);
         let step = (bytes.len() / 300).max(1);
         for at in (0..bytes.len()).step_by(step) {
@@ -299,7 +303,7 @@ fn a_tensor_alone_and_what_stands_beside_tensors_are_read() {
         ("nothing", Saved::Nothing),
     ];
     let dict = write(&Saved::Dict(entries.map(|(name, value)| (name.to_owned(), value)).into()));
-    let expected = [("epoch", "-3"), ("names", r#"["a \"b\"","ä"]"#), ("note", "by hand"), ("rate", "0.1")];
+    let expected = [("epoch", "-3"), ("inner.note", "deeper"), ("names", r#"["a \"b\"","ä"]"#), ("note", "by hand"), ("rate", "0.1")];
     assert_eq!(dict.metadata().iter().map(|(name, text)| (name.as_str(), text.as_str())).collect::<Vec<_>>(), expected);
     assert_eq!(dict.names().collect::<Vec<_>>(), ["rows"]);
 }
@@ -424,6 +428,8 @@ fn a_written_archive_is_read_back() {
     assert_eq!(bytes, written(&samples()));
     let read = open(&bytes).unwrap();
     assert_eq!(read.format(), Format::Torch);
+    let read = read.at(&Place { prefix: "state_dict.".into(), beside: Vec::new() });
+    assert_eq!(read.metadata()["meta.steps"], "40000");
     assert_eq!(read.names().collect::<Vec<_>>(), samples().keys().collect::<Vec<_>>());
     for (name, tensor) in samples() {
         assert_eq!(read.dtype(&name).unwrap(), tensor.kind(), "{name}");
@@ -480,7 +486,7 @@ for name, tensor in loaded['state_dict'].items():
 
 #[test]
 fn plain_numbers_are_those_of_tensors_in_every_layout() {
-    for (name, _) in FILES {
+    for (name, ..) in FILES {
         let path = folder().join(name);
         let (tensors, arrays) = (Checkpoint::open(&path).unwrap(), read_arrays(&path).unwrap());
         assert!(arrays.keys().eq(tensors.tensors().keys()), "{name}");

@@ -158,19 +158,32 @@ pub(super) fn from_pickles(mut source: Source<'_>) -> Result<Contents> {
     }
 }
 
-/// Texts, numbers, and as JSON lists of texts, at the top of a dict.
+/// Texts, numbers, and as JSON lists of texts, by dotted name.
 fn plain(value: &Value) -> BTreeMap<String, String> {
-    let text = |value: &Value| match value {
-        Value::Str(text) => Some(text.to_string()),
-        Value::Int(number) => Some(number.to_string()),
-        Value::Float(number) => Some(number.to_string()),
-        list => {
-            let texts = list.as_items()?.iter().map(Value::as_str).collect::<Option<Vec<&str>>>()?;
-            Some(serde_json::to_string(&texts).expect("BUG: texts are plain JSON"))
+    fn add(value: &Value, prefix: &str, found: &mut BTreeMap<String, String>) {
+        for (key, value) in value.as_entries().into_iter().flatten() {
+            let Some(key) = key.as_str() else { continue };
+            let name = format!("{prefix}{key}");
+            match text(value) {
+                Some(text) => drop(found.insert(name, text)),
+                None => add(value, &format!("{name}."), found),
+            }
         }
-    };
-    let entries = value.as_entries().into_iter().flatten();
-    entries.filter_map(|(key, value)| Some((key.as_str()?.to_owned(), text(value)?))).collect()
+    }
+    fn text(value: &Value) -> Option<String> {
+        match value {
+            Value::Str(text) => Some(text.to_string()),
+            Value::Int(number) => Some(number.to_string()),
+            Value::Float(number) => Some(number.to_string()),
+            list => {
+                let texts = list.as_items()?.iter().map(Value::as_str).collect::<Option<Vec<&str>>>()?;
+                Some(serde_json::to_string(&texts).expect("BUG: texts are plain JSON"))
+            }
+        }
+    }
+    let mut found = BTreeMap::new();
+    add(value, "", &mut found);
+    found
 }
 
 /// The value of an old file, the keys of its storages in their order, and where they begin.
@@ -310,16 +323,18 @@ struct Found {
 }
 
 impl Found {
-    /// In the dict of weights of `torch.save`, or the one tensor that takes its place.
+    /// In the dicts of `torch.save`, or the one tensor that takes their place.
     fn in_dict(value: &Value) -> Self {
-        let dict_at = |key: &&str| value.get(key).filter(|inner| inner.as_entries().is_some());
-        let weights = ["state_dict", "model"].iter().find_map(dict_at).unwrap_or(value);
-        let keys: Vec<&str> = weights.as_entries().into_iter().flatten().filter_map(|(key, _)| key.as_str()).take(8).collect();
-        let none = format!("expected a dict of tensors, found {} with the keys {keys:?}", weights.kind());
+        /// An optimizer's tensors are none of a network, and twice as many.
+        fn entries_of_weights(value: &Value) -> Option<&[(Value, Value)]> {
+            value.as_entries().filter(|_| value.get("param_groups").is_none())
+        }
+        let keys: Vec<&str> = value.as_entries().into_iter().flatten().filter_map(|(key, _)| key.as_str()).take(8).collect();
+        let none = format!("expected a dict of tensors, found {} with the keys {keys:?}", value.kind());
         let mut tensors = Vec::new();
         match describe(value) {
             Some(description) => tensors.push((BARE_TENSOR.to_owned(), description)),
-            None => collect(weights, "", Value::as_entries, &mut tensors),
+            None => collect(value, "", entries_of_weights, &mut tensors),
         }
         Self { tensors, none }
     }

@@ -6,8 +6,9 @@
 //! | open_clip | `token_embedding.weight` without them | `text.` of its newer class is taken off |
 //! | Hugging Face | `text_model.embeddings.token_embedding.weight` | names; queries, keys, values are joined; projections are transposed |
 //!
-//! Wrappers that training scripts leave in front of every name (`state_dict.`, `module.`, `model.`) are taken off. Buffers that a network
-//! can make itself (`attn_mask`, `position_ids`, `num_batches_tracked`) are dropped.
+//! The weights may lie anywhere in a file: see [`place`]. Buffers that a network can make itself (`attn_mask`, `position_ids`,
+//! `num_batches_tracked`) are dropped, and so are single numbers beside the towers, such as the `logit_bias` of a sigmoid loss: embeddings do
+//! not depend on them. They may depend on anything else that no rule knows, which is refused when the weights are copied.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,13 +17,19 @@ use std::{
 
 use tch::{Kind, Tensor};
 
-use super::{Activation, Config, ImageConfig, TextConfig, resnet::REDUCTION};
-use crate::{Error, Misfit, Result, checkpoint::not_finite};
+use super::{Activation, Config, ImageConfig, LOGIT_SCALE, TextConfig, resnet::REDUCTION};
+use crate::{
+    Error, Misfit, Result,
+    checkpoint::{Place, list, not_finite, prefixes},
+};
 
 pub(super) const OPENAI_SCALARS: [&str; 3] = ["input_resolution", "context_length", "vocab_size"];
 const HUGGING_FACE_MARK: &str = "text_model.embeddings.token_embedding.weight";
 const OPENAI_MARK: &str = "token_embedding.weight";
-const WRAPPERS: [&str; 3] = ["state_dict.", "module.", "model."];
+/// How open_clip's newer class calls its text tower.
+const TEXT: &str = "text.";
+/// What the names of image towers begin with.
+const IMAGE_MARKS: [&str; 2] = ["visual.", "vision_model."];
 
 /// Who wrote a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,30 +62,75 @@ pub struct Normalised {
     pub layout: Layout,
     /// The parameters; kinds as they were.
     pub tensors: BTreeMap<String, Tensor>,
+    /// The names of single numbers that embeddings do not depend on.
+    pub unused: Vec<String>,
 }
 
-/// Translates a checkpoint in any known layout to OpenAI's names.
+impl Normalised {
+    /// What to know about a checkpoint that is read nevertheless.
+    pub fn notes(&self) -> Vec<String> {
+        let unused = (!self.unused.is_empty())
+            .then(|| format!("of the weights, embeddings do not depend on {}, which is not used", list(&self.unused)));
+        let lacks = !self.tensors.contains_key(LOGIT_SCALE);
+        let scale = lacks.then(|| format!("the checkpoint has no `{LOGIT_SCALE}`: embeddings do not need it"));
+        unused.into_iter().chain(scale).collect()
+    }
+}
+
+/// Where in a file the one CLIP lies, or the one that was `asked` for: the prefix of its names or its end.
+///
+/// Fails where there is none, or more than one and nobody asked.
+pub fn place(tensors: &BTreeMap<String, Tensor>, asked: Option<&str>, origin: &Path) -> Result<Place> {
+    let of_text =
+        prefixes(tensors, OPENAI_MARK).into_iter().filter(|prefix| !format!("{prefix}{OPENAI_MARK}").ends_with(HUGGING_FACE_MARK));
+    let of_open_clip = |prefix: String| match prefix.strip_suffix(TEXT) {
+        Some(rest) if rest.is_empty() || rest.ends_with('.') => rest.to_owned(),
+        _ => prefix,
+    };
+    let with_text: BTreeSet<String> = prefixes(tensors, HUGGING_FACE_MARK).into_iter().chain(of_text.map(of_open_clip)).collect();
+    let has_image = |prefix: &&String| {
+        let begins = |mark: &&str| {
+            tensors.range(format!("{prefix}{mark}")..).next().is_some_and(|(name, _)| name.starts_with(&format!("{prefix}{mark}")))
+        };
+        IMAGE_MARKS.iter().any(begins)
+    };
+    let whole: BTreeSet<String> = with_text.iter().filter(has_image).cloned().collect();
+    let places = if whole.is_empty() { &with_text } else { &whole };
+    let example = places.iter().next_back().map_or_else(String::new, |place| place.trim_end_matches('.').to_owned());
+    let how =
+        format!("say which one in the pipeline, such as `with: {{clip: {{prefix: \"{example}\"}}}}`, or save the one that is meant alone");
+    Place::choose(places, asked, tensors, origin, "one CLIP", &how)?.ok_or_else(|| Error::Malformed {
+        path: origin.to_owned(),
+        problem: format!(
+            "no text tower of a CLIP: expected a tensor {OPENAI_MARK} or {HUGGING_FACE_MARK}, found neither among {} such as {}",
+            tensors.len(),
+            list(tensors.keys())
+        ),
+        hint: Some("give a checkpoint of OpenAI, open_clip or Hugging Face's CLIPModel that holds both towers".into()),
+    })
+}
+
+/// Translates a checkpoint in any known layout to OpenAI's names. Of a file with several CLIPs, take one out first: see [`place`].
 ///
 /// Names that no rule knows are kept, so that they are listed when the weights are copied. Fails if this is no CLIP, or if queries, keys
 /// and values do not belong together.
 pub fn normalise(tensors: &BTreeMap<String, Tensor>, origin: &Path) -> Result<Normalised> {
-    let tensors = unwrap(tensors);
+    let tensors = place(tensors, None, origin)?.tensors(tensors);
     let is_hugging_face = tensors.contains_key(HUGGING_FACE_MARK);
     let is_openai = OPENAI_SCALARS.iter().any(|&name| tensors.contains_key(name));
     let (layout, mut tensors) = if is_hugging_face {
         (Layout::HuggingFace, from_hugging_face(tensors, origin)?)
-    } else if tensors.contains_key(OPENAI_MARK) || tensors.contains_key(&format!("text.{OPENAI_MARK}")) {
-        let tensors = tensors.into_iter().map(|(name, tensor)| (name.strip_prefix("text.").map_or(name.clone(), str::to_owned), tensor));
-        (if is_openai { Layout::OpenAi } else { Layout::OpenClip }, tensors.collect())
     } else {
-        return Err(Error::Malformed {
-            path: origin.to_owned(),
-            problem: format!("no text tower of a CLIP: expected a tensor {OPENAI_MARK} or {HUGGING_FACE_MARK}, found neither"),
-            hint: Some("give a checkpoint of OpenAI, open_clip or Hugging Face's CLIPModel that holds both towers".into()),
-        });
+        let tensors = tensors.into_iter().map(|(name, tensor)| (name.strip_prefix(TEXT).map_or(name.clone(), str::to_owned), tensor));
+        (if is_openai { Layout::OpenAi } else { Layout::OpenClip }, tensors.collect())
     };
     tensors.retain(|name, _| !(OPENAI_SCALARS.contains(&name.as_str()) || name == "attn_mask" || name.ends_with(".num_batches_tracked")));
-    Ok(Normalised { layout, tensors })
+    // Within a tower, a single number may be a gate.
+    let is_unused =
+        |(name, tensor): (&String, &Tensor)| (name != LOGIT_SCALE && !name.contains('.') && tensor.numel() == 1).then(|| name.clone());
+    let unused: Vec<String> = tensors.iter().filter_map(is_unused).collect();
+    tensors.retain(|name, _| !unused.contains(name));
+    Ok(Normalised { layout, tensors, unused })
 }
 
 /// Reads the sizes of a CLIP off the shapes of a checkpoint in any known layout.
@@ -128,13 +180,22 @@ pub fn config(tensors: &BTreeMap<String, Tensor>, origin: &Path, activation: Act
     }
 }
 
-/// Copies the tensors of a checkpoint, in OpenAI's names, over the declared parameters of a network; kinds are cast.
-pub(super) fn copy(tensors: &BTreeMap<String, Tensor>, declared: &BTreeMap<String, Tensor>, origin: &Path) -> Result<()> {
+/// Copies the tensors of a checkpoint, in OpenAI's names, over the declared parameters of a network; kinds are cast. A parameter that is
+/// called `optional` keeps its value where the checkpoint has none.
+pub(super) fn copy(
+    tensors: &BTreeMap<String, Tensor>,
+    declared: &BTreeMap<String, Tensor>,
+    optional: Option<&str>,
+    origin: &Path,
+) -> Result<()> {
     let mut problems = Vec::new();
     for name in declared.keys().chain(tensors.keys()).collect::<BTreeSet<_>>() {
         let (expected, found) = (declared.get(name).map(Tensor::size), tensors.get(name).map(Tensor::size));
         // A scalar is also written as one row of one value.
         let agree = expected == found || (expected == Some(vec![]) && found == Some(vec![1]));
+        if found.is_none() && Some(name.as_str()) == optional {
+            continue;
+        }
         let is_floating = tensors.get(name).is_none_or(|tensor| is_floating(tensor.kind()));
         if !agree {
             problems.push(Misfit { name: name.clone(), expected, found });
@@ -150,11 +211,12 @@ pub(super) fn copy(tensors: &BTreeMap<String, Tensor>, declared: &BTreeMap<Strin
         return Err(Error::Misfits { path: origin.to_owned(), problems });
     }
     for (name, parameter) in declared {
-        if let Some(problem) = not_finite(&tensors[name]) {
+        let Some(tensor) = tensors.get(name) else { continue };
+        if let Some(problem) = not_finite(tensor) {
             let hint = Some("the training that wrote it diverged: take an earlier checkpoint".into());
             return Err(Error::Malformed { path: origin.to_owned(), problem: format!("{name}: {problem}"), hint });
         }
-        let value = tensors[name].reshape(parameter.size());
+        let value = tensor.reshape(parameter.size());
         tch::no_grad(|| parameter.shallow_clone().copy_(&value));
     }
     Ok(())
@@ -162,25 +224,6 @@ pub(super) fn copy(tensors: &BTreeMap<String, Tensor>, declared: &BTreeMap<Strin
 
 fn is_floating(kind: Kind) -> bool {
     matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
-}
-
-/// Takes off what a training script put in front of the names. What lies beside a `state_dict.` (an epoch, an optimizer) is left out.
-fn unwrap(tensors: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
-    let wrapper = tensors.keys().find_map(|name| {
-        let rest = WRAPPERS
-            .iter()
-            .cycle()
-            .take(2 * WRAPPERS.len())
-            .fold(name.as_str(), |rest, wrapper| rest.strip_prefix(wrapper).unwrap_or(rest));
-        let is_mark = rest == HUGGING_FACE_MARK || rest.strip_prefix("text.").unwrap_or(rest) == OPENAI_MARK;
-        is_mark.then(|| &name[..name.len() - rest.len()])
-    });
-    let wrapper = wrapper.unwrap_or_default();
-    tensors
-        .iter()
-        .filter(|(name, _)| name.starts_with(wrapper) || !wrapper.starts_with("state_dict."))
-        .map(|(name, tensor)| (name.strip_prefix(wrapper).unwrap_or(name).to_owned(), tensor.shallow_clone()))
-        .collect()
 }
 
 fn from_hugging_face(tensors: BTreeMap<String, Tensor>, origin: &Path) -> Result<BTreeMap<String, Tensor>> {

@@ -151,6 +151,9 @@ impl Activation {
     }
 }
 
+/// The name of the logit scale's logarithm.
+const LOGIT_SCALE: &str = "logit_scale";
+
 /// The image tower.
 #[derive(Debug)]
 pub enum Image {
@@ -167,8 +170,8 @@ pub struct Clip {
     pub image: Image,
     /// The text tower.
     pub text: Text,
-    /// The natural logarithm of the logit scale, f32 scalar; a trained parameter.
-    pub log_logit_scale: Tensor,
+    /// The natural logarithm of the logit scale, f32 scalar; a trained parameter. `None` where a checkpoint of a frozen CLIP lacks it.
+    pub log_logit_scale: Option<Tensor>,
     config: Config,
     kind: Kind,
     device: Device,
@@ -187,7 +190,7 @@ impl Clip {
     /// Fails with every tensor that is missing, unexpected or of another shape than `config` says.
     pub fn trainable_from(path: &nn::Path<'_>, config: &Config, tensors: &BTreeMap<String, Tensor>, origin: &Path) -> Result<Self> {
         let (clip, declared) = Self::declare(path, config, Fill::Blank)?;
-        layout::copy(&layout::normalise(tensors, origin)?.tensors, &declared, origin)?;
+        layout::copy(&layout::normalise(tensors, origin)?.tensors, &declared, None, origin)?;
         Ok(clip)
     }
 
@@ -205,7 +208,12 @@ impl Clip {
             return Err(Error::Input { what: "kind", expected: "Float, BFloat16 or Half".into(), found: format!("{kind:?}") });
         }
         let mut store = nn::VarStore::new(device);
-        let mut clip = Self::trainable_from(&store.root(), config, tensors, origin)?;
+        let tensors = layout::normalise(tensors, origin)?.tensors;
+        let (mut clip, declared) = Self::declare(&store.root(), config, Fill::Blank)?;
+        layout::copy(&tensors, &declared, Some(LOGIT_SCALE), origin)?;
+        if !tensors.contains_key(LOGIT_SCALE) {
+            clip.log_logit_scale = None;
+        }
         store.freeze();
         clip.cast(kind);
         Ok(clip)
@@ -228,7 +236,8 @@ impl Clip {
         };
         let text = Text::declare(root, &config.text, embed_dim, activation);
         // CLIP, section 2.5: a temperature of 0.07.
-        let log_logit_scale = root.trainable("logit_scale", &[], Init::Constant((1.0_f64 / 0.07).ln()));
+        let log_logit_scale = root.trainable(LOGIT_SCALE, &[], Init::Constant((1.0_f64 / 0.07).ln()));
+        let log_logit_scale = Some(log_logit_scale);
         let clip = Self { image, text, log_logit_scale, config: config.clone(), kind: Kind::Float, device: path.device() };
         Ok((clip, declared.into_inner()))
     }
@@ -332,9 +341,10 @@ impl Clip {
         Ok(to_unit_length(&self.encode_text(tokens)?))
     }
 
-    /// What cosine similarities are multiplied by to become logits, f32 scalar.
-    pub fn logit_scale(&self) -> Tensor {
-        self.log_logit_scale.exp()
+    /// What cosine similarities are multiplied by to become logits, f32 scalar. Fails where the checkpoint has none.
+    pub fn logit_scale(&self) -> Result<Tensor> {
+        let found = || Error::Input { what: LOGIT_SCALE, expected: "a checkpoint that has it".into(), found: "one without".into() };
+        self.log_logit_scale.as_ref().map(Tensor::exp).ok_or_else(found)
     }
 }
 

@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor, nn};
 use super::{Activation, Clip, Config, ImageConfig, TextConfig, layout};
 use crate::{
     Error, Misfit, Phase,
+    checkpoint::Place,
     golden::{error, unit},
 };
 
@@ -277,7 +278,7 @@ fn first_values_have_the_spread_that_openai_gives() {
     ] {
         assert!((spread(name) / expected - 1.0).abs() < 0.05, "{name}: {} {expected}", spread(name));
     }
-    assert!((clip.logit_scale().double_value(&[]) - 1.0 / 0.07).abs() < 1e-4);
+    assert!((clip.logit_scale().unwrap().double_value(&[]) - 1.0 / 0.07).abs() < 1e-4);
 }
 
 #[test]
@@ -302,7 +303,7 @@ fn every_parameter_of_a_new_network_receives_a_gradient() {
         }
         let image = clip.encode_image_features(&images("train", &[3, 3, side, side]), Phase::Train).unwrap();
         let text = clip.encode_text_features(&Tensor::from_slice(&[1_i64, 49, 2, 49, 3, 49]).reshape([3, 2])).unwrap();
-        let logits = image.matmul(&text.tr()) * clip.logit_scale();
+        let logits = image.matmul(&text.tr()) * clip.logit_scale().unwrap();
         logits.cross_entropy_for_logits(&Tensor::from_slice(&[0_i64, 1, 2])).backward();
         let learns = |t: &Tensor| t.grad().defined() && t.grad().abs().max().double_value(&[]) > 0.0;
         let silent: Vec<_> = tensors.iter().filter(|(_, t)| t.requires_grad() && !learns(t)).map(|(name, _)| name).collect();
@@ -336,6 +337,78 @@ fn names_of_other_layouts_load_to_the_same_network() {
 }
 
 #[test]
+fn weights_are_found_wherever_a_file_has_them_and_what_is_left_out_is_said() {
+    let (_store, _, plain) = fresh(&tiny_vit(), 1);
+    let at = |prefix: &str| plain.iter().map(|(name, t)| (format!("{prefix}{name}"), t.shallow_clone())).collect::<BTreeMap<_, _>>();
+    for prefix in ["", "model_state_dict.", "state_dict.module._orig_mod.", "state_dict.clipmodel.", "ema.", "net.text.clip."] {
+        let mut tensors = at(prefix);
+        assert_eq!(layout::place(&tensors, None, origin()).unwrap(), Place { prefix: prefix.into(), beside: Vec::new() });
+        assert_eq!(layout::normalise(&tensors, origin()).unwrap().tensors, plain, "{prefix}");
+        if !prefix.is_empty() {
+            tensors.insert("ff_head.weight".into(), Tensor::zeros([4, 16], (Kind::Float, Device::Cpu)));
+            assert_eq!(layout::place(&tensors, None, origin()).unwrap().beside, ["ff_head.weight"]);
+            load(&tensors, Activation::QuickGelu);
+        }
+    }
+
+    // A text encoder alone is no second CLIP.
+    let mut two = at("model.");
+    two.insert("teacher.token_embedding.weight".into(), Tensor::zeros([49, 64], (Kind::Float, Device::Cpu)));
+    assert_eq!(layout::place(&two, None, origin()).unwrap().prefix, "model.");
+    two.extend(at("teacher."));
+    let error = Clip::load(&two, origin(), Activation::QuickGelu, Device::Cpu, Kind::Float).unwrap_err();
+    assert_eq!(error.to_string(), "clip.pt: expected one CLIP, found 2: under `model.`, under `teacher.`");
+    assert!(error.hint().unwrap().contains("`with: {clip: {prefix: \"teacher\"}}`"));
+    assert_eq!(layout::place(&two, Some("teacher"), origin()).unwrap().beside.len(), plain.len());
+}
+
+#[test]
+fn numbers_that_embeddings_do_not_depend_on_are_left_out_aloud_and_parts_that_they_may_depend_on_are_refused() {
+    let (_store, _, plain) = fresh(&tiny_vit(), 1);
+    let with = |name: &str, shape: &[i64]| {
+        let mut tensors: BTreeMap<_, _> = plain.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect();
+        tensors.insert(name.into(), Tensor::zeros(shape, (Kind::Float, Device::Cpu)));
+        tensors
+    };
+    for (name, shape) in [("logit_bias", &[][..]), ("logit_bias", &[1])] {
+        let normalised = layout::normalise(&with(name, shape), origin()).unwrap();
+        assert_eq!(normalised.notes(), ["of the weights, embeddings do not depend on `logit_bias`, which is not used"]);
+        load(&with(name, shape), Activation::QuickGelu);
+    }
+    let parts: [(&str, &[i64]); 6] = [
+        ("visual.transformer.resblocks.1.adapter.weight", &[8, 64]),
+        ("visual.transformer.resblocks.0.gate", &[]),
+        ("visual.transformer.resblocks.7.ln_1.bias", &[64]),
+        ("transformer.resblocks.0.attn.bias_k", &[1, 1, 64]),
+        ("adapter.weight", &[64, 64]),
+        ("visual.head.proj.weight", &[64, 64]),
+    ];
+    for (name, shape) in parts {
+        let error = Clip::load(&with(name, shape), origin(), Activation::QuickGelu, Device::Cpu, Kind::Float).unwrap_err();
+        assert!(error.to_string().contains("do not fit the network: "), "{name}: {error}");
+        // A block that is not whole is named by what it lacks.
+        assert!(error.to_string().contains(name) || name.contains("blocks.7."), "{name}: {error}");
+        assert!(error.hint().is_some());
+    }
+}
+
+#[test]
+fn embeddings_do_not_need_the_logit_scale_and_training_does() {
+    let (store, _, mut tensors) = fresh(&tiny_vit(), 1);
+    let whole = load(&tensors, Activation::QuickGelu);
+    tensors.remove("logit_scale");
+    let clip = load(&tensors, whole.config().activation);
+    let views = images("scale", &[2, 3, 16, 16]);
+    assert!(clip.encode_image(&views, Phase::Test).unwrap().equal(&whole.encode_image(&views, Phase::Test).unwrap()));
+    assert_eq!(clip.logit_scale().unwrap_err().to_string(), "logit_scale: expected a checkpoint that has it, found one without");
+    assert_eq!(layout::normalise(&tensors, origin()).unwrap().notes(), ["the checkpoint has no `logit_scale`: embeddings do not need it"]);
+    let trainable = nn::VarStore::new(Device::Cpu);
+    let error = Clip::trainable_from(&trainable.root(), whole.config(), &tensors, origin()).unwrap_err();
+    assert_eq!(error.to_string(), "clip.pt: 1 tensors do not fit the network: logit_scale: expected [], found nothing");
+    drop(store);
+}
+
+#[test]
 fn half_precision_weights_are_widened() {
     let (_store, _, tensors) = fresh(&tiny_vit(), 1);
     let halves = tensors.iter().map(|(name, t)| (name.clone(), t.to_kind(Kind::Half))).collect();
@@ -347,13 +420,13 @@ fn half_precision_weights_are_widened() {
 fn all_tensors_that_do_not_fit_are_listed_at_once() {
     let (_store, _, mut tensors) = fresh(&tiny_vit(), 1);
     tensors.remove("visual.ln_post.bias");
-    tensors.insert("logit_bias".into(), Tensor::from(1.0));
+    tensors.insert("adapter".into(), Tensor::zeros([3], (Kind::Float, Device::Cpu)));
     tensors.insert("visual.ln_pre.weight".into(), Tensor::zeros([63], (Kind::Float, Device::Cpu)));
 
     let error = Clip::load(&tensors, origin(), Activation::QuickGelu, Device::Cpu, Kind::Float).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "clip.pt: 3 tensors do not fit the network: logit_bias: expected nothing, found []; \
+        "clip.pt: 3 tensors do not fit the network: adapter: expected nothing, found [3]; \
          visual.ln_post.bias: expected [64], found nothing; visual.ln_pre.weight: expected [64], found [63]"
     );
 }

@@ -3,25 +3,33 @@
 //! The network's own names are mmdet's. torchvision's Mask R-CNN has other names, lists background first among classes where mmdet has it
 //! last, and keeps boxes and masks of background, which nothing reads; both its names before and since version 0.13 are known.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use tch::{Kind, Tensor};
 
 use super::boxes::is_floating;
-use crate::{Error, Misfit, Result, checkpoint::not_finite};
+use crate::{
+    Error, Misfit, Result,
+    checkpoint::{Place, not_finite, prefixes},
+};
 
-/// What training scripts put in front of names.
-const WRAPPERS: [&str; 2] = ["state_dict.", "module."];
 /// Ends the names of counters that mmdet keeps: of batches (batch normalisation) and of warm-up steps (OADP's losses).
 const COUNTERS: [&str; 2] = [".num_batches_tracked", "._steps"];
 /// A ResNet that is no detector has it.
 const CLASSIFIER_MARK: &str = "layer4.0.conv1.weight";
+/// A ResNet of CLIP has it, which is another network: its blocks and its stem are others.
+const CLIP_MARK: &str = "attnpool.positional_embedding";
 /// Only torchvision's detectors have it.
 const TORCHVISION_MARK: &str = "roi_heads.box_predictor.cls_score.weight";
 
 /// What became of the tensors of a checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LoadReport {
+    /// Where in the file the weights lie, and what lies elsewhere.
+    pub place: Place,
     /// Names of parameters that have the checkpoint's values.
     pub loaded: Vec<String>,
     /// Parameters that keep their values, because the checkpoint has no such tensor.
@@ -44,16 +52,17 @@ impl LoadReport {
 
 /// Copies every tensor of a checkpoint that matches a parameter in name and shape; kinds are cast. Everything else is reported.
 ///
-/// `checkpoint`: under mmdet's names, with or without `state_dict.` and `module.` before them, torchvision's Mask R-CNN, or a ResNet that
-/// classifies images, for the backbone. Fails if nothing matches, or if a tensor that does holds no floating numbers.
+/// `checkpoint`: under mmdet's names, with or without something before all of them (see [`Place`]), torchvision's Mask R-CNN, or a ResNet that
+/// classifies images, for the backbone. Fails if nothing matches or if there are several such networks, or if a tensor that does holds no floating numbers.
 pub fn load(checkpoint: &BTreeMap<String, Tensor>, parameters: &BTreeMap<String, Tensor>, origin: &Path) -> Result<LoadReport> {
-    let mut tensors = unwrap(checkpoint, origin)?;
+    let place = place(checkpoint, parameters, origin)?;
+    let mut tensors = place.tensors(checkpoint);
     if tensors.contains_key(TORCHVISION_MARK) {
         tensors = from_torchvision(&tensors, origin)?;
     } else if tensors.contains_key(CLASSIFIER_MARK) {
         tensors = tensors.into_iter().map(|(name, tensor)| (format!("backbone.{name}"), tensor)).collect();
     }
-    let mut report = LoadReport::default();
+    let mut report = LoadReport { place, ..LoadReport::default() };
     let mut matched = Vec::new();
     for (name, tensor) in &tensors {
         match parameters.get(name) {
@@ -94,16 +103,24 @@ fn malformed(origin: &Path, problem: String) -> Error {
     Error::Malformed { path: origin.to_owned(), problem, hint: Some(hint.into()) }
 }
 
-/// Takes off what a training script put in front of the names.
-fn unwrap(tensors: &BTreeMap<String, Tensor>, origin: &Path) -> Result<BTreeMap<String, Tensor>> {
-    let mut bare = BTreeMap::new();
-    for (name, tensor) in tensors {
-        let rest = WRAPPERS.iter().fold(name.as_str(), |rest, wrapper| rest.strip_prefix(wrapper).unwrap_or(rest));
-        if bare.insert(rest.to_owned(), tensor.shallow_clone()).is_some() {
-            return Err(malformed(origin, format!("{rest}: two tensors of this name, with and without a prefix")));
+/// Where a detector lies, or a ResNet where there is none.
+fn place(tensors: &BTreeMap<String, Tensor>, parameters: &BTreeMap<String, Tensor>, origin: &Path) -> Result<Place> {
+    let mut n_known: BTreeMap<&str, usize> = BTreeMap::new();
+    for name in tensors.keys() {
+        let starts = std::iter::once(0).chain(name.match_indices('.').map(|(dot, _)| dot + 1));
+        if let Some(start) = starts.into_iter().find(|start| parameters.contains_key(&name[*start..])) {
+            *n_known.entry(&name[..start]).or_default() += 1;
         }
     }
-    Ok(bare)
+    let most = n_known.values().copied().max().unwrap_or_default();
+    // Parts of a network, such as a second head, are no network.
+    let whole = n_known.into_iter().filter(|(_, n)| 2 * n > most).map(|(prefix, _)| prefix.to_owned());
+    let classifiers =
+        prefixes(tensors, CLASSIFIER_MARK).into_iter().filter(|prefix| !tensors.contains_key(&format!("{prefix}{CLIP_MARK}")));
+    let candidates: [BTreeSet<String>; 3] = [prefixes(tensors, TORCHVISION_MARK), whole.collect(), classifiers.collect()];
+    let places = candidates.into_iter().find(|places| !places.is_empty()).unwrap_or_default();
+    let how = "save the one that is meant alone: `torch.save` of its `state_dict()`";
+    Ok(Place::choose(&places, None, tensors, origin, "one network", how)?.unwrap_or_default())
 }
 
 /// Translates torchvision's Mask R-CNN to mmdet's names and order of classes; names that no rule knows are kept.

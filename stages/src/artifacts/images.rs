@@ -10,7 +10,10 @@ use std::{
     sync::{Mutex, OnceLock, PoisonError},
 };
 
-use ovenbird_cache::{Digest, inputs::InputFile};
+use ovenbird_cache::{
+    Digest,
+    inputs::{self, InputFile},
+};
 use ovenbird_data::{
     Error as DataError,
     annotations::{Annotations, ImageInfo},
@@ -71,10 +74,20 @@ impl Images {
             Found::Same(name) | Found::Meant(name) => Ok(&self.by_name[name]),
             Found::Nothing => Err(Error::Data(DataError::Malformed {
                 path: file_name.into(),
-                problem: format!("not in the folder of images ({} files)", self.by_name.len()),
+                problem: match self.stray(file_name) {
+                    Some(what) => format!("expected an image, found {what}"),
+                    None => format!("not in the folder of images ({} files)", self.by_name.len()),
+                },
                 hint: Some(format!("{FOLDER_HINT}, or leave it out: `on_bad_item: skip`")),
             })),
         }
+    }
+
+    /// What lies at a name and is no file, in words.
+    fn stray(&self, file_name: &str) -> Option<&'static str> {
+        let (name, file) = self.by_name.first_key_value()?;
+        let folder = file.path.ancestors().nth(Path::new(name).components().count())?;
+        inputs::stray(&folder.join(plain_path(file_name)?))
     }
 
     fn find(&self, file_name: &str) -> Result<Found<'_>> {

@@ -6,7 +6,7 @@
 //! | `annotations` | a COCO or LVIS v1 json | [`AnnotationFile`] |
 //! | `classes` | base and novel class names, json | [`Classes`] |
 //! | `captions` | images with alt text, json lines | [`Captions`] |
-//! | `mmdet-proposals` | a Python pickle, list over images of `N x 5` | [`MmdetProposals`] |
+//! | `mmdet-proposals` | a Python pickle of boxes by image, of mmdet or Detectron | [`MmdetProposals`] |
 //! | `proposals`, `detections` | Parquet | [`Proposals`], [`Detections`] |
 //! | `checkpoint` | weights of a CLIP or a detector in any published layout; a folder of one such file and its config files | [`CheckpointFile`] |
 //! | `prompts` | class embeddings, safetensors | [`Prompts`] |
@@ -32,7 +32,7 @@ use ovenbird_data::{
     content,
     evaluate::Evaluation,
     json,
-    proposals::{self, Proposal},
+    proposals::{self, Pickled},
 };
 use ovenbird_models::{checkpoint::Checkpoint, detector::classifier::LogitScale};
 use serde::{
@@ -188,7 +188,7 @@ impl Artifact for Captions {
     }
 }
 
-/// A pickle of proposals as mmdet writes it, not yet read.
+/// A pickle of proposals, not yet read.
 #[derive(Debug, Clone)]
 pub struct MmdetProposals {
     file: InputFile,
@@ -210,9 +210,9 @@ impl MmdetProposals {
         &self.file.path
     }
 
-    /// Reads the proposals of every image, in the file's order.
-    pub fn load(&self) -> Result<Vec<Vec<Proposal>>> {
-        Ok(proposals::read_mmdet(&self.file.read()?, &self.file.path)?)
+    /// Reads the proposals of every image.
+    pub fn load(&self) -> Result<Pickled> {
+        Ok(proposals::read(&self.file.read()?, &self.file.path)?)
     }
 }
 
@@ -230,23 +230,48 @@ pub(crate) const CHECKPOINT_CONFIGS: [&str; 2] = ["config.json", "open_clip_conf
 
 impl Artifact for CheckpointFile {
     const KIND: &'static str = "checkpoint";
-    const EXTENSIONS: &'static [&'static str] = &["pt", "pth", "safetensors", "bin", "/"];
+    const EXTENSIONS: &'static [&'static str] = &["pt", "pth", "safetensors", "bin", "ckpt", "/"];
     const SHAPE: &'static str = "weights in a published layout: `.pt`, `.pth`, `.safetensors` or `.bin`";
 
     fn open(files: &[InputFile]) -> Result<Self> {
-        let is_weights = |file: &&InputFile| {
-            let extension = file.path.extension().map(|extension| extension.to_string_lossy().to_lowercase());
-            extension.is_some_and(|extension| Self::EXTENSIONS.contains(&extension.as_str()))
+        let refused = |problem: String, hint: &str| Err(Error::Input { port: Self::KIND, problem, hint: hint.into() });
+        // Of an archive there is one, and beside it the storages that it describes.
+        let pickle = files.iter().find(|file| file.path.ends_with("data.pkl") && files.len() > 1);
+        if let Some(folder) = pickle.and_then(|pickle| pickle.path.parent())
+            && files.iter().any(|file| file.path.parent() == Some(&folder.join("data")))
+        {
+            let top = folder.parent().unwrap_or(folder);
+            let name = folder.file_name().unwrap_or_default().to_string_lossy();
+            return refused(
+                format!(
+                    "{}: expected a file of torch.save, found one that was unpacked into a folder (data.pkl and data/)",
+                    folder.display()
+                ),
+                &format!("pack it again without compression: `cd {} && zip -0 -r ../packed.pt {name}`, and name that file", top.display()),
+            );
+        }
+        let weights: Vec<&InputFile> = match files {
+            [file] => vec![file],
+            files => {
+                let extension = |file: &InputFile| file.path.extension().map(|extension| extension.to_string_lossy().to_lowercase());
+                let is_called_so =
+                    |file: &&InputFile| extension(file).is_some_and(|extension| Self::EXTENSIONS.contains(&extension.as_str()));
+                let called_so: Vec<&InputFile> = files.iter().filter(is_called_so).collect();
+                // Trainers have names of their own: `model.pth.tar-50`.
+                if called_so.is_empty() {
+                    files.iter().filter(|file| file.begin(64).is_ok_and(|head| Checkpoint::may_begin(&head))).collect()
+                } else {
+                    called_so
+                }
+            }
         };
-        let weights: Vec<&InputFile> = if files.len() == 1 { files.iter().collect() } else { files.iter().filter(is_weights).collect() };
         let [file] = weights[..] else {
             let names = weights.iter().map(|file| file.name.as_str()).collect::<Vec<_>>().join(", ");
             let found = if weights.is_empty() { format!("none among {}", files.len()) } else { names };
-            return Err(Error::Input {
-                port: Self::KIND,
-                problem: format!("expected one file of weights (.pt, .pth, .safetensors, .bin) in the folder, found {found}"),
-                hint: "name the file, or a folder that holds it and its config files alone".into(),
-            });
+            return refused(
+                format!("expected one file of weights (.pt, .pth, .safetensors, .bin) in the folder, found {found}"),
+                "name the file, or a folder that holds it and its config files alone",
+            );
         };
         let configs = files.iter().filter(|file| CHECKPOINT_CONFIGS.contains(&file.name.as_str()) && files.len() > 1);
         Ok(Self { file: file.clone(), configs: configs.cloned().collect() })
@@ -269,6 +294,9 @@ impl Artifact for TrainingState {
     }
 }
 
+/// What files call the rows of class embeddings.
+pub(crate) const EMBEDDINGS: &str = "embeddings";
+
 /// Class embeddings.
 #[derive(Debug)]
 pub struct Prompts {
@@ -289,7 +317,7 @@ impl Artifact for Prompts {
 
     fn open(files: &[InputFile]) -> Result<Self> {
         let file = only_file(Self::KIND, files)?;
-        Self::of(&read_weights(file)?).map_err(|problem| malformed(&file.path, problem))
+        Self::of(&read_weights(file)?.around(EMBEDDINGS)?).map_err(|problem| malformed(&file.path, problem))
     }
 }
 
@@ -341,7 +369,7 @@ impl Prompts {
         let text = |name: &str| checkpoint.metadata().get(name);
         let names = text("names").and_then(|names| serde_json::from_str::<Vec<String>>(names).ok());
         let names = names.ok_or("expected a list of class names under `names`, found none")?;
-        let embeddings = checkpoint.tensors().get("embeddings").ok_or("expected a tensor `embeddings`, found none")?;
+        let embeddings = checkpoint.tensors().get(EMBEDDINGS).ok_or("expected a tensor `embeddings`, found none")?;
         let number = |name: &str| {
             let (number, found) = match (checkpoint.tensors().get(name), text(name)) {
                 (Some(tensor), _) => {
@@ -363,7 +391,7 @@ impl Prompts {
 
     /// Every tensor by the name that files have for it.
     pub(crate) fn tensors(&self) -> BTreeMap<String, Tensor> {
-        let mut tensors = BTreeMap::from([("embeddings".to_owned(), self.embeddings.shallow_clone())]);
+        let mut tensors = BTreeMap::from([(EMBEDDINGS.to_owned(), self.embeddings.shallow_clone())]);
         match self.scale {
             Some(LogitScale::Affine { scaler, bias }) => {
                 tensors.extend([("scaler", scaler), ("bias", bias)].map(|(name, number)| (name.to_owned(), Tensor::from(number as f32))));

@@ -8,7 +8,8 @@ use std::{
 use ovenbird_data::images::{Image, Preprocess};
 use ovenbird_models::{
     Phase,
-    clip::{self, ImageConfig, layout},
+    checkpoint::Checkpoint,
+    clip::{self, Activation, ImageConfig, layout},
     to_unit_length,
 };
 use schemars::JsonSchema;
@@ -64,7 +65,7 @@ impl Precision {
 }
 
 /// How CLIP is run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Clip {
     /// The arithmetic of the image tower; text is always encoded in f32.
@@ -73,6 +74,17 @@ pub struct Clip {
     /// with, embeddings are wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gelu: Option<Gelu>,
+    /// Which CLIP of a checkpoint with several: what the names of its tensors begin with, such as `teacher`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefix: Option<String>,
+}
+
+/// A CLIP's weights, taken out of a checkpoint.
+struct Weights<'a> {
+    file: &'a CheckpointFile,
+    checkpoint: Checkpoint,
+    activation: Activation,
+    space: Space,
 }
 
 /// What a network is shown.
@@ -126,17 +138,18 @@ pub(crate) struct Encoder {
 
 impl Clip {
     /// Loads both towers in f32, for text.
-    pub(crate) fn load_text(self, file: &CheckpointFile, device: Device) -> Result<(clip::Clip, Space)> {
-        self.load_as(file, device, Kind::Float)
+    pub(crate) fn load_text(&self, file: &CheckpointFile, device: Device, cx: &Context<'_>) -> Result<(clip::Clip, Space)> {
+        let weights = self.weights(file, cx)?;
+        Ok((weights.load(device, Kind::Float)?, weights.space))
     }
 
     /// Loads the image tower for a stage.
-    pub(crate) fn load(self, file: &CheckpointFile, manner: Manner, cx: &Context<'_>) -> Result<Encoder> {
+    pub(crate) fn load(&self, file: &CheckpointFile, manner: Manner, cx: &Context<'_>) -> Result<Encoder> {
+        let weights = self.weights(file, cx)?;
         let load = |precision: Precision| -> Result<Encoder> {
             let found = Precision::KINDS.iter().find(|(_, known, _)| *known == precision);
             let (name, _, kind) = found.expect("BUG: `auto` is settled before");
-            let (clip, space) = self.load_as(file, cx.device, *kind)?;
-            Ok(Encoder::new(clip, space, &file.file.path, manner, name))
+            Ok(Encoder::new(weights.load(cx.device, *kind)?, weights.space, &file.file.path, manner, name))
         };
         if self.precision != Precision::Auto {
             return load(self.precision);
@@ -172,11 +185,23 @@ impl Clip {
         }
     }
 
-    fn load_as(self, file: &CheckpointFile, device: Device, kind: Kind) -> Result<(clip::Clip, Space)> {
+    /// The weights that are meant; says what of the file is left out.
+    fn weights<'a>(&self, file: &'a CheckpointFile, cx: &Context<'_>) -> Result<Weights<'a>> {
         let (checkpoint, path) = (read_weights(&file.file)?, &file.file.path);
+        let place = layout::place(checkpoint.tensors(), self.prefix.as_deref(), path)?;
+        let checkpoint = checkpoint.at(&place);
         let activation = activation::settle(self.gelu, file, &checkpoint)?;
-        let clip = clip::Clip::load(checkpoint.tensors(), path, activation, device, kind)?;
-        Ok((clip, Space::of(&layout::normalise(checkpoint.tensors(), path)?.tensors)))
+        let normalised = layout::normalise(checkpoint.tensors(), path)?;
+        for words in place.note().into_iter().chain(normalised.notes()) {
+            cx.note(format!("{}: {words}", path.display()));
+        }
+        Ok(Weights { file, space: Space::of(&normalised.tensors), checkpoint, activation })
+    }
+}
+
+impl Weights<'_> {
+    fn load(&self, device: Device, kind: Kind) -> Result<clip::Clip> {
+        Ok(clip::Clip::load(self.checkpoint.tensors(), &self.file.file.path, self.activation, device, kind)?)
     }
 }
 
@@ -375,7 +400,7 @@ mod tests {
             embed_dim: 32,
             image: ImageConfig::Vit { image_side: 64, patch: 16, width: 64, depth: 2, heads: 2, mlp_width: 128 },
             text: TextConfig { context: 8, vocabulary: 50, width: 32, heads: 1, depth: 1 },
-            activation: clip::Activation::QuickGelu,
+            activation: Activation::QuickGelu,
         };
         let weights = nn::VarStore::new(Device::Cpu);
         clip::Clip::new(&weights.root(), &config, 3).unwrap();
@@ -390,7 +415,7 @@ mod tests {
         let vit = ImageConfig::Vit { image_side: 64, patch: 16, width: 64, depth: 1, heads: 2, mlp_width: 128 };
         for image in [resnet, vit] {
             let text = TextConfig { context: 8, vocabulary: 50, width: 32, heads: 1, depth: 1 };
-            let config = Config { embed_dim: 32, image, text, activation: clip::Activation::QuickGelu };
+            let config = Config { embed_dim: 32, image, text, activation: Activation::QuickGelu };
             let weights = nn::VarStore::new(Device::Cpu);
             clip::Clip::new(&weights.root(), &config, 3).unwrap();
             let tensors: BTreeMap<String, Tensor> = weights.variables().into_iter().collect();

@@ -271,7 +271,7 @@ impl Training {
         let images = to_unit_length(&self.clip.encode_image(&images, Phase::Train)?);
         let texts = to_unit_length(&self.clip.encode_text(&tokens)?);
         // [B, B]: image i against text j.
-        let logits = self.clip.logit_scale() * images.matmul(&texts.tr());
+        let logits = self.clip.logit_scale()? * images.matmul(&texts.tr());
         let same = Tensor::arange(logits.size()[0], (Kind::Int64, device));
         let loss = (logits.cross_entropy_for_logits(&same) + logits.tr().cross_entropy_for_logits(&same)) / 2.0;
         for (_, mut tensor) in named(&self.store) {
@@ -302,8 +302,9 @@ impl Training {
                     let _in_place = tensor.index_copy_(0, &self.used_tokens, &weights);
                 }
             }
-            let mut scale = self.clip.log_logit_scale.shallow_clone();
-            let _in_place = scale.clamp_(0.0, MAX_LOG_SCALE);
+            if let Some(scale) = &self.clip.log_logit_scale {
+                let _in_place = scale.shallow_clone().clamp_(0.0, MAX_LOG_SCALE);
+            }
         });
     }
 

@@ -72,6 +72,7 @@ impl Stage for Import {
         let store = nn::VarStore::new(Device::Cpu);
         let detector = Detector::blank(&store.root(), &card.config)?;
         let report = layout::load(checkpoint.tensors(), detector.parameters(), &file.file.path)?.require_all(&file.file.path)?;
+        report.place.note().into_iter().for_each(|words| cx.note(words));
         if let Some((name, steps)) = report.counters.iter().find(|(name, _)| name.ends_with(LABEL_COUNTER)) {
             let behaviour = if *steps <= 1 { "reference" } else { "fixed" };
             cx.note(format!("it was trained as with `label_warm_up: {behaviour}`: {name} is {steps}"));

@@ -89,6 +89,7 @@ pub(super) fn begin_with_pretrained(parameters: &BTreeMap<String, Tensor>, units
     let report = layout::load(read_weights(&file.file)?.tensors(), parameters, &file.file.path)?;
     let names = |misfits: &[Misfit]| misfits.iter().map(|misfit| misfit.name.as_str()).collect::<Vec<_>>().join(", ");
     cx.note(format!("begins with {} tensors of {}", report.loaded.len(), file.file.path.display()));
+    report.place.note().into_iter().for_each(|words| cx.note(words));
     for (what, misfits) in [
         ("begin without them, which are not in the file", &report.missing),
         ("of the file have no place in the network", &report.unmatched),

@@ -70,7 +70,7 @@ impl Stage for Ensemble {
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
         let Classes(classes) = cx.inputs.read(CLASSES)?;
-        let (clip, space) = self.clip.load_text(&cx.inputs.read(CHECKPOINT)?, Device::Cpu)?;
+        let (clip, space) = self.clip.load_text(&cx.inputs.read(CHECKPOINT)?, Device::Cpu, cx)?;
         let names = names(&classes, cx.inputs.read_if_given(MORE_CLASSES)?.map(|Classes(more)| more).as_ref());
         let (sentences, tokenizer) = (self.templates.sentences(), Tokenizer::new());
         cx.total(names.len() as u64);

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::norms;
 use crate::{
     Context, Error, In, Out, PortInfo, Result, Stage, Unit,
-    artifacts::{AnnotationFile, Prompts, PublishedPrompts},
+    artifacts::{AnnotationFile, EMBEDDINGS, Prompts, PublishedPrompts},
     contract::write_error,
 };
 
@@ -50,7 +50,7 @@ impl Stage for Import {
 }
 
 fn read(path: &Path, annotations: Option<&Annotations>) -> Result<Prompts> {
-    let checkpoint = Checkpoint::open(path)?;
+    let checkpoint = Checkpoint::open(path)?.around(EMBEDDINGS)?;
     let refused = |problem: String, hint: &str| Error::Input { port: ANNOTATIONS.info().name, problem, hint: hint.into() };
     let read = match (checkpoint.tensors().get(BARE_TENSOR), annotations) {
         (None, None) => Prompts::of(&checkpoint),

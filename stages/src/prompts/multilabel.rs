@@ -129,7 +129,7 @@ impl Stage for Multilabel {
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let Some(first) = units.first() else { return Ok(()) };
         let Classes(classes) = cx.inputs.read(CLASSES)?;
-        let (clip, space) = self.clip.load_text(&cx.inputs.read(CHECKPOINT)?, cx.device)?;
+        let (clip, space) = self.clip.load_text(&cx.inputs.read(CHECKPOINT)?, cx.device, cx)?;
         for port in [FEATURES, VAL_FEATURES] {
             let of_features = cx.inputs.read_if_given(port)?.map(|features| features.clip()).transpose()?.flatten();
             space::common(&[(CHECKPOINT.info().name, Some(space)), (port.info().name, of_features)])?;

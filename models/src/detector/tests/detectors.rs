@@ -236,6 +236,27 @@ fn what_a_checkpoint_lacks_has_too_much_or_in_another_shape_is_listed() {
 }
 
 #[test]
+fn a_detector_is_found_wherever_a_file_has_it() {
+    let (_store, network) = detector(&toy(), 1);
+    let at = |prefix: &str| {
+        network.parameters().iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor.copy())).collect::<BTreeMap<_, _>>()
+    };
+    for prefix in ["", "model.", "state_dict.module._orig_mod.", "ema_state_dict.detector."] {
+        let mut file = at(prefix);
+        file.insert("other.weight".into(), field("other", &[3]));
+        let report = layout::load(&file, network.parameters(), origin()).unwrap();
+        assert_eq!(report.loaded.len(), network.parameters().len(), "{prefix}");
+        let (beside, unmatched) = if prefix.is_empty() { (0, 1) } else { (1, 0) };
+        assert_eq!((&report.place.prefix[..], report.place.beside.len(), report.unmatched.len()), (prefix, beside, unmatched));
+    }
+    let mut both = at("state_dict.student.");
+    both.extend(at("state_dict.teacher."));
+    let error = layout::load(&both, network.parameters(), origin()).unwrap_err();
+    assert_eq!(error.to_string(), "detector.pth: expected one network, found 2: under `state_dict.student.`, under `state_dict.teacher.`");
+    assert!(error.hint().is_some());
+}
+
+#[test]
 fn a_classifier_of_images_gives_its_backbone() {
     let (_store, network) = detector(&toy(), 1);
     let (_other, trained) = detector(&toy(), 2);
@@ -248,6 +269,11 @@ fn a_classifier_of_images_gives_its_backbone() {
     assert_eq!((report.loaded.len(), report.unmatched.len()), (n_tensors, 1));
     assert_eq!(report.missing.len(), network.parameters().len() - n_tensors);
     assert_eq!(network.parameters()["backbone.conv1.weight"], trained.parameters()["backbone.conv1.weight"]);
+    // Within a checkpoint of CLIP there is another kind of ResNet.
+    let mut clip: BTreeMap<String, Tensor> = classifier.into_iter().map(|(name, tensor)| (format!("visual.{name}"), tensor)).collect();
+    assert_eq!(layout::load(&clip, network.parameters(), origin()).unwrap().loaded.len(), n_tensors);
+    clip.insert("visual.attnpool.positional_embedding".into(), field("positions", &[50, 128]));
+    assert!(layout::load(&clip, network.parameters(), origin()).unwrap_err().to_string().contains("no detector that is known"));
 }
 
 #[test]
@@ -261,7 +287,7 @@ fn a_checkpoint_of_something_else_is_refused() {
     let bias = || field("bias", &[3]);
     let twice = BTreeMap::from([("rpn_head.rpn_cls.bias".to_owned(), bias()), ("module.rpn_head.rpn_cls.bias".to_owned(), bias())]);
     let refused = layout::load(&twice, network.parameters(), origin()).unwrap_err().to_string();
-    assert_eq!(refused, "detector.pth: rpn_head.rpn_cls.bias: two tensors of this name, with and without a prefix");
+    assert_eq!(refused, "detector.pth: expected one network, found 2: at the top level, under `module.`");
     let kind = refusal("rpn_head.rpn_cls.bias", Tensor::from_slice(&[1_i64, 2, 3]));
     assert_eq!(kind, "detector.pth: rpn_head.rpn_cls.bias: expected a floating kind, found Int64");
 }
