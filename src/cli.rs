@@ -353,6 +353,7 @@ pub(crate) fn main() -> (PathBuf, Result<()>) {
     (cli.home.clone(), begin(cli))
 }
 
+#[expect(clippy::disallowed_methods, reason = "what the operator asks for")]
 fn begin(cli: Cli) -> Result<()> {
     let Cli { home, crash_step, verbose, command } = cli;
     if home.to_str().is_none() {

@@ -77,9 +77,9 @@ impl ExitCode {
         (Self::Stage, "a stage failed for a reason of its own (a bug, memory, a device); the others are kept"),
         (Self::Usage, "the command line is wrong"),
         (Self::Pipeline, "the pipeline file is wrong; nothing was run"),
-        (Self::Input, "a file you brought is missing, damaged or does not fit; what was made before is kept"),
-        (Self::Store, "the home cannot be used: not writable, full, or of another version"),
-        (Self::Damage, "`verify` found something that is not as it was published, and left it so"),
+        (Self::Input, "a file you brought is missing or damaged, or an input does not fit; what was made is kept"),
+        (Self::Store, "the home cannot be used: not writable, full, damaged, gone, or of another version"),
+        (Self::Damage, "`verify` or `cache gc` found something that is not as it was published, and left it so"),
         (Self::Interrupted, "interrupted, resumable (Ctrl-C, SIGTERM, SIGUSR1): type the same command again"),
     ];
 }
@@ -172,7 +172,12 @@ fn stage_exit_code(error: &ovenbird_stages::Error, home: &Path) -> ExitCode {
         Stage::Models(ovenbird_models::Error::Torch(_)) => ExitCode::Stage,
         Stage::Data(Data::Write { .. }) => ExitCode::Store,
         Stage::Cache(Cache::Changed { .. } | Cache::Gone { .. } | Cache::Unsound { .. }) => ExitCode::Input,
-        _ if error.file().is_some_and(|file| is_below(file, home)) => ExitCode::Store,
+        // What was made and is sound, and does not fit where it is used, is no fault of the home: who reads it has compared its digest.
+        Stage::Cache(_) | Stage::Data(Data::Read { .. }) | Stage::Models(ovenbird_models::Error::Read { .. })
+            if error.file().is_some_and(|file| is_below(file, home)) =>
+        {
+            ExitCode::Store
+        }
         Stage::Cache(_) | Stage::Data(_) | Stage::Models(_) | Stage::Input { .. } | Stage::TooManyFailed { .. } => ExitCode::Input,
     }
 }
@@ -185,6 +190,7 @@ fn cache_hint(error: &ovenbird_cache::Error, home: &Path) -> Option<String> {
         Cache::Read { source, .. } if is_ours && source.kind() == std::io::ErrorKind::NotFound => {
             Some("it was there: `ovenbird verify` says what else is gone; what is gone is made again by the next run".into())
         }
+        Cache::Malformed { path, .. } if path == home => Some("look whether its disk is there, and type the same command again".into()),
         Cache::Flipped { .. } | Cache::Malformed { .. } if !is_ours => Some("mend the file, or make it again from its source".into()),
         Cache::Write { .. } if !is_ours => {
             Some("look whether the folder is there and can be written, and whether the disk has room".into())

@@ -202,7 +202,7 @@ pub(crate) fn read_log(home: &Path, run: &str) -> ovenbird_cache::Result<Vec<Sta
 
 /// The first event of a run: what it was started for.
 pub(crate) fn read_start(home: &Path, run: &str) -> ovenbird_cache::Result<Option<Event>> {
-    let first = lines(home, run)?.sound().next();
+    let first = Lines::first(home, &log_place(run))?;
     Ok(first.and_then(|line| serde_json::from_str::<Stamped>(&line).ok()).map(|stamped| stamped.event))
 }
 

@@ -137,6 +137,7 @@ fn audit_step(
     let samples: Vec<Unit> = chosen.iter().enumerate().map(sample).collect();
     let scratch = tempfile::tempdir().map_err(|source| ovenbird_cache::Error::Write { path: std::env::temp_dir(), source })?;
     let scratch = Store::open(scratch.path())?;
+    let (_session, _recovered) = scratch.enter()?;
     // In the arithmetic that the artifact was made in.
     if let Some(precision) = artifact.manifest.units.iter().find_map(|unit| unit.metrics.get(PRECISION)?.as_str()) {
         scratch.choice(step.entry.kind, &family, PRECISION, || Ok::<_, Error>(precision.to_owned()))?;

@@ -56,6 +56,7 @@ pub(crate) fn write(store: &Store, run: &str, output: Option<&Path>) -> Result<(
         publish::replace(path, render(&gathered).as_bytes())?;
         return Ok((path.to_owned(), None));
     }
+    store.check_there()?;
     let path = event::run_folder(store.home(), run).join("report.html");
     let (before, now) = (shown_in(&fs::read_to_string(&path).unwrap_or_default()), gathered.shown());
     let lost: Vec<&String> = before.difference(&now).collect();

@@ -139,7 +139,7 @@ fn work_on(making: &[Making<'_>]) -> Result<()> {
         match &due[..] {
             [] if is_waiting => thread::sleep(LOOK_EVERY),
             [] => return Ok(()),
-            [first, ..] => match due.iter().try_for_each(|share| share.making.count_failed()).and_then(|()| Ok(run_on_devices(&due)))? {
+            [first, ..] => match due.iter().try_for_each(|share| share.making.count_failed()).map(|()| run_on_devices(&due))? {
                 Err(error) if error.is_disk_full() => wait_for_room(first.making)?,
                 result => result?,
             },

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::support::{World, skip};
+use crate::support::{World, skip, until};
 
 /// A pipeline that splits `labels.json` and embeds `images/` with `clip.pt`.
 const BROUGHT: &str = r#"version: 1
@@ -218,4 +218,17 @@ fn a_full_disk_pauses_the_run_until_there_is_room_and_nothing_made_is_harmed() {
     assert!(more.success() && was_waiting && output.status.success(), "{stderr}");
     assert!(stderr.contains("the disk is full: paused") && stderr.contains("continues"), "{stderr}");
     assert_eq!(clean.code, 0, "{}", clean.stdout);
+}
+
+#[test]
+fn a_home_that_vanishes_under_a_run_is_none_of_the_user_s_files() {
+    let world = World::tiny();
+    let mut running = world.command(["run", "./tiny.yaml", "--set", "clip.steps=100000", "--set", "clip.steps_per_unit=200"]);
+    let running = running.spawn().unwrap();
+    until(|| world.n_units() > 2);
+    // What is being written makes it come back in part.
+    until(|| fs::remove_dir_all(world.path(".ovenbird")).is_ok());
+    let output = running.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(5), "{said}");
 }

@@ -342,9 +342,8 @@ fn items_that_another_pipeline_has_computed_are_taken_from_there() {
     assert!(plan.stdout.contains("2 of 3 items taken from clip-globals/"), "{}", plan.stdout);
     world.run(["run", "./lvis.yaml"]).success();
     let taken = world.units().into_iter().filter(|(name, _)| name.contains("clip-globals") && name.ends_with("unit.json"));
-    let taken: Vec<u64> = taken
-        .map(|(_, bytes)| serde_json::from_slice::<Value>(&bytes).unwrap()["metrics"]["taken"].as_u64().unwrap())
-        .collect();
+    let taken: Vec<u64> =
+        taken.map(|(_, bytes)| serde_json::from_slice::<Value>(&bytes).unwrap()["metrics"]["taken"].as_u64().unwrap()).collect();
     assert!(taken.contains(&2) && taken.contains(&0), "{taken:?}");
 
     // The same rows, to the last bit, as where nothing could be taken.
@@ -444,4 +443,36 @@ fn dropped_bytes_are_made_again_when_something_reads_them_and_not_before() {
     assert_eq!(run.steps("done"), ["coco", "detect", "lvis", "regions", "world"], "{}", run.stderr);
     assert_eq!(dropped(&world), before);
     world.run(["verify", "--full"]).success();
+}
+
+/// However often a run is tried, by whichever process, from however many units, and whichever pipeline made what is there.
+#[test]
+fn too_many_failed_items_are_too_many_in_every_run() {
+    let world = World::new();
+    let golden = fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/images/rgb.png")).unwrap();
+    const N: usize = 6000;
+    let images: Vec<String> =
+        (1..=N).map(|id| format!(r#"{{"id": {id}, "file_name": "{}.png", "width": 33, "height": 21}}"#, id % 20)).collect();
+    world.write(
+        "labels.json",
+        format!(r#"{{"images": [{}], "annotations": [], "categories": [{{"id": 1, "name": "cat"}}]}}"#, images.join(", ")),
+    );
+    for name in 0..20 {
+        world.write(&format!("images/{name}.png"), if name < 2 { &golden[..60] } else { &golden[..] });
+    }
+    let policy = |ratio: f64| BAD.replace("POLICY", &format!("on_bad_item: skip\n    max_failed_ratio: {ratio}"));
+    world.write("strict.yaml", policy(0.05));
+    let told = |output: &crate::support::Output| output.code == 4 && output.stderr.contains("more than max_failed_ratio 0.05 allows");
+    for n_try in 1..=4 {
+        let output = world.run(["run", "./strict.yaml"]);
+        assert!(told(&output), "try {n_try}: exit code {}\n{}", output.code, output.stderr);
+    }
+    // One that allows as many makes it; the strict one does not reuse it.
+    world.write("lax.yaml", policy(0.2));
+    world.run(["run", "./lax.yaml"]).success();
+    let plan = world.run(["plan", "./strict.yaml"]).success();
+    assert!(plan.stdout.contains("600 of 6000 items failed, more than max_failed_ratio 0.05 allows"), "{}", plan.stdout);
+    let output = world.run(["run", "./strict.yaml"]);
+    assert!(told(&output), "{}", output.stderr);
+    assert!(world.run(["run", "./lax.yaml"]).success().stdout.contains("nothing to do"));
 }

@@ -168,6 +168,15 @@ fn check(reports: &[Report]) {
 }
 
 #[test]
+fn every_folder_is_tried() {
+    let mut there: Vec<String> = fs::read_dir(folders()).unwrap().map(|it| it.unwrap().file_name().into_string().unwrap()).collect();
+    there.sort();
+    let mut tried: Vec<&str> = [CHECKPOINTS, PROPOSALS, ANNOTATIONS, IMAGES].into_iter().flatten().map(|report| report.folder).collect();
+    tried.sort_unstable();
+    assert_eq!(tried, there);
+}
+
+#[test]
 fn checkpoints_are_read_or_named() {
     check(CHECKPOINTS);
 }

@@ -193,3 +193,46 @@ fn json_forms_are_as_documented() {
         "docs/operating.md should end with\n{text}"
     );
 }
+
+/// What a command does not heed it does not take.
+#[test]
+fn options_are_heeded_or_refused() {
+    let world = World::tiny();
+    world.write("deep.yaml", format!("version: 1\nname: deep\nstages: {}{}\n", "[".repeat(100_000), "]".repeat(100_000)));
+    for (args, code, words) in [
+        (&["explain", "./tiny.yaml", "coco", "--until", "world"][..], 2, "unexpected argument '--until'"),
+        (&["export", "./tiny.yaml", "coco", "out", "--until", "world"], 2, "unexpected argument '--until'"),
+        (&["run", "./tiny.yaml", "--jobs", "0"], 2, "0 is not in 1..=65535"),
+        (&["verify", "--max-duration", "-1h"], 2, "unexpected argument"),
+        (&["verify", "--max-duration", "1w"], 2, "expected such as 90s, 30m, 8h or 30d"),
+        (&["cache", "gc", "--yes"], 2, "--delete"),
+        (&["plan", "./deep.yaml"], 3, "recursion limit exceeded"),
+    ] {
+        let output = world.run(args.iter().copied());
+        assert!(output.code == code && output.stderr.contains(words), "{args:?}: exit code {}\n{}", output.code, output.stderr);
+    }
+    world.run(["run", "./tiny.yaml", "--until", "world"]).success();
+    world.run(["verify", "--max-duration", "99999999999999999h"]).success();
+    let mut filtered = world.command(["status"]);
+    filtered.env("OVENBIRD_LOG", "ovenbird=loud");
+    let filtered = world.output(filtered);
+    assert!(filtered.code == 2 && filtered.stderr.contains("OVENBIRD_LOG: "), "{}", filtered.stderr);
+    let mut home = world.command(["run", "./tiny.yaml"]);
+    home.env("OVENBIRD_HOME", <std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(b"home-\xff"));
+    let home = world.output(home);
+    assert!(home.code == 2 && home.stderr.contains("the home's path is not UTF-8"), "{}", home.stderr);
+}
+
+#[test]
+fn a_terminal_that_is_gone_or_full_ends_nothing() {
+    let world = World::tiny();
+    let closed = "exec \"$0\" run ./tiny.yaml --until world 2>&-";
+    let full = "exec \"$0\" run ./tiny.yaml --until regions -v 2>/dev/full";
+    let wrong = "exec \"$0\" run ./none.yaml 2>/dev/full";
+    for (script, code) in [(closed, 0), (full, 0), (wrong, 4)] {
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", script, env!("CARGO_BIN_EXE_ovenbird")]).current_dir(world.path(""));
+        let status = shell.stdout(std::process::Stdio::null()).status().unwrap();
+        assert_eq!(status.code(), Some(code), "{script}");
+    }
+}

@@ -4,7 +4,12 @@
 //! place in the home. A line is written in one call, so that a crash tears at most the last one and several processes may append at once.
 //! Who opens a journal with a torn last line ends it with a line `{"torn":true,..}`: by that, readers know it from one that was damaged.
 
-use std::{io, ops::Range, path::Path, path::PathBuf};
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader},
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 use crate::{
     Error, Result,
@@ -100,6 +105,15 @@ impl Lines {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(Error::read(&path, source)),
         }
+    }
+
+    /// The first line's object, where it is sound. Of a long journal no more is read.
+    pub fn first(home: &Path, place: &str) -> Result<Option<String>> {
+        let path = home.join(place);
+        let mut line = Vec::new();
+        let read = File::open(&path).and_then(|file| BufReader::new(file).read_until(b'\n', &mut line));
+        read.map_err(|source| Error::read(&path, source))?;
+        Ok(Self::of(&line, place).sound().next())
     }
 
     fn of(bytes: &[u8], place: &str) -> Self {

@@ -140,6 +140,14 @@ impl Store {
         }
     }
 
+    /// Fails where the home is gone that was entered: nothing is to come back of it in part.
+    pub fn check_there(&self) -> Result<()> {
+        match self.publisher().disk().look(&self.home().join(HOME_FORMAT)) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Error::malformed(self.home(), "is gone, or its `format.json` is; it was there before")),
+        }
+    }
+
     /// Makes the home one of this format.
     pub(crate) fn settle(&self) -> Result<()> {
         self.check_home()?;
@@ -170,6 +178,7 @@ impl Store {
     }
 
     pub(crate) fn put_record(&self, place: &str, bytes: &[u8]) -> Result<()> {
+        self.check_there()?;
         let path = self.home().join(place);
         let is_new = self.publisher().disk().look(&path).is_err();
         self.publisher().replace(&path, bytes)?;
@@ -247,6 +256,7 @@ impl Store {
     }
 
     pub(crate) fn note(&self, line: &CommitLine) -> Result<()> {
+        self.check_there()?;
         let mut journal = self.commits.lock().unwrap_or_else(PoisonError::into_inner);
         if journal.is_none() {
             *journal = Some(Journal::open(self.publisher(), self.home(), COMMITS)?);

@@ -309,6 +309,7 @@ impl Store {
 
     /// Opens a draft for a unit.
     pub fn begin_unit(&self, key: &UnitKey) -> Result<Draft> {
+        self.check_there()?;
         self.publisher.begin(&self.unit_path(&unit_name(&key.kind, &key.fingerprint)))
     }
 

@@ -9,6 +9,9 @@ pub(super) struct Lines {
     by_path: BTreeMap<String, usize>,
 }
 
+/// What is nested deeper than this is no pipeline: `serde_yaml` refuses it. A path is as long as its depth.
+const DEEPEST: usize = 128;
+
 enum Frame {
     Mapping { path: String, key: Option<String> },
     Sequence { path: String, next: usize },
@@ -22,6 +25,9 @@ impl Lines {
         let mut stack: Vec<Frame> = Vec::new();
         for event in Parser::new_from_str(text) {
             let Ok((event, span)) = event else { break };
+            if stack.len() > DEEPEST {
+                break;
+            }
             let line = span.start.line();
             match event {
                 Event::MappingStart(..) | Event::SequenceStart(..) => {

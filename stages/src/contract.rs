@@ -9,7 +9,6 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    fs,
     marker::PhantomData,
     ops::Range,
     path::Path,
@@ -413,12 +412,9 @@ pub struct Context<'a> {
 pub fn failed_items(store: &Store, record: &UnitRecord) -> Result<Vec<FailedItem>> {
     let Some(listed) = record.files.iter().find(|file| file.name == FAILED_FILE) else { return Ok(Vec::new()) };
     let path = store.unit_path(&unit_name(&record.key.kind, &record.key.fingerprint)).join(FAILED_FILE);
-    let bytes = fs::read(&path).map_err(|source| ovenbird_cache::Error::Read { path: path.clone(), source })?;
-    let (expected, found) = (listed.digest, Digest::of(&bytes));
-    if expected != found {
-        return Err(ovenbird_cache::Error::Flipped { path, what: "the list of failed items".into(), expected, found }.into());
-    }
-    serde_json::from_slice(&bytes).map_err(|error| crate::error::malformed(&path, error.to_string()))
+    let unit = Some(record.key.fingerprint);
+    let file = InputFile { name: FAILED_FILE.into(), path, bytes: listed.bytes, digest: listed.content(), unit };
+    serde_json::from_slice(&file.read()?).map_err(|error| crate::error::malformed(&file.path, error.to_string()))
 }
 
 /// Fails where more items have failed than a policy allows; `last`: why the last one did.
