@@ -309,7 +309,7 @@ impl RunArgs {
     fn options(self) -> Options {
         let cores = thread::available_parallelism().map_or(1, usize::from);
         let cpu = self.jobs.map_or(cores, usize::from);
-        Options { cpu, memory: machine::total_memory(), devices: self.device.0, rehash: false, is_measuring: false }
+        Options { cpu, memory: machine::total_memory(), devices: self.device.0, rehash: false, is_measuring: false, is_repair: false }
     }
 }
 

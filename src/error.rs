@@ -190,6 +190,9 @@ fn cache_hint(error: &ovenbird_cache::Error, home: &Path) -> Option<String> {
         Cache::Read { source, .. } if is_ours && source.kind() == std::io::ErrorKind::NotFound => {
             Some("it was there: `ovenbird verify` says what else is gone; what is gone is made again by the next run".into())
         }
+        Cache::Read { source, .. } if is_ours && source.kind() != std::io::ErrorKind::PermissionDenied => {
+            Some("`ovenbird verify --fix` sets aside what is no file, and makes it again".into())
+        }
         Cache::Malformed { path, .. } if path == home => Some("look whether its disk is there, and type the same command again".into()),
         Cache::Flipped { .. } | Cache::Malformed { .. } if !is_ours => Some("mend the file, or make it again from its source".into()),
         Cache::Write { .. } if !is_ours => {

@@ -44,6 +44,9 @@ pub(crate) enum Event {
         file: Option<PathBuf>,
         description: String,
         command: String,
+        /// Whether it makes again what was damaged: it says nothing of how the pipeline stands now.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        is_repair: bool,
         steps: Vec<StepInfo>,
         /// Of a pipeline with variants or seeds.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -189,7 +192,7 @@ pub(crate) fn run_folder(home: &Path, run: &str) -> PathBuf {
 pub(crate) fn runs(home: &Path) -> Vec<String> {
     let entries = fs::read_dir(home.join("runs")).into_iter().flatten().flatten();
     let mut ids: Vec<String> =
-        entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|id| home.join(log_place(id)).exists()).collect();
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|id| home.join(log_place(id)).is_file()).collect();
     ids.sort();
     ids
 }

@@ -73,6 +73,8 @@ struct RunTold {
     id: String,
     pipeline: (String, Option<PathBuf>),
     started: Option<Timestamp>,
+    /// Whether it made again what was damaged, as `verify --fix` does.
+    is_repair: bool,
     has_ended: bool,
     artifacts: BTreeSet<String>,
 }
@@ -95,13 +97,16 @@ impl Told {
                 id,
                 pipeline: Default::default(),
                 started: log.first().map(|first| first.at),
+                is_repair: false,
                 has_ended: false,
                 artifacts: BTreeSet::new(),
             };
             let mut working: BTreeMap<String, (String, Option<Timestamp>)> = BTreeMap::new();
             for Stamped { at, event } in &log {
                 match event {
-                    Event::RunStarted { pipeline, file, .. } => run.pipeline = (pipeline.clone(), file.clone()),
+                    Event::RunStarted { pipeline, file, is_repair, .. } => {
+                        (run.pipeline, run.is_repair) = ((pipeline.clone(), file.clone()), *is_repair);
+                    }
                     Event::StepChecked { step, fingerprint, .. } => {
                         run.artifacts.insert(fingerprint.short());
                         working.insert(step.clone(), (fingerprint.short(), None));
@@ -163,7 +168,7 @@ fn roots(store: &Store, told: &Told, recent: &Recent) -> Result<Roots> {
     let is_somebody_at_work = !store.at_work().is_empty();
     let mut seen_pipelines = BTreeSet::new();
     for (age, run) in told.runs.iter().rev().enumerate() {
-        let is_last = seen_pipelines.insert(&run.pipeline);
+        let is_last = !run.is_repair && seen_pipelines.insert(&run.pipeline);
         let is_young = run.started.is_none_or(|started| {
             let ago_s = Timestamp::now().as_second() - started.as_second();
             ago_s < i64::try_from(recent.within.as_secs()).unwrap_or(i64::MAX)
@@ -378,7 +383,11 @@ pub(crate) fn gc(home: &Path, collection: &Collection) -> Result<()> {
 
 /// Fails where something is damaged or gone that says what is to be kept: what it said would be taken for what nobody needs.
 fn refuse_if_damaged(store: &Store) -> Result<()> {
-    let mut findings = store.verify_records()?;
+    let mut findings = store.misplaced()?;
+    if !findings.is_empty() {
+        return Err(Error::Unkept { findings });
+    }
+    findings.extend(store.verify_records()?);
     for path in store.manifest_paths()? {
         findings.extend(store.verify_manifest(&path)?.into_iter().filter(|finding| finding.class == Class::Manifest));
     }

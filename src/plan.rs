@@ -239,7 +239,7 @@ impl Last {
         let mut last = Self { pipeline: name.into(), file: file.map(Path::to_owned), ..Self::default() };
         for run in event::runs(store.home()) {
             match event::read_start(store.home(), &run)? {
-                Some(Event::RunStarted { pipeline, file: of, .. }) if pipeline == name && of.as_deref() == file => {}
+                Some(Event::RunStarted { pipeline, file: of, is_repair: false, .. }) if pipeline == name && of.as_deref() == file => {}
                 _ => continue,
             }
             for Stamped { event, .. } in event::read_log(store.home(), &run)? {

@@ -63,6 +63,8 @@ pub(crate) struct Options {
     pub(crate) rehash: bool,
     /// Whether steps run one after the other, so that each is measured by itself.
     pub(crate) is_measuring: bool,
+    /// Whether it makes again what was damaged of an earlier run: what the pipeline comes to now stays as it is remembered.
+    pub(crate) is_repair: bool,
 }
 
 /// A run that has ended.
@@ -95,6 +97,7 @@ pub(crate) fn run(
         file: pipeline.request.file.clone(),
         description: pipeline.description.clone(),
         command: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
+        is_repair: options.is_repair,
         steps: wanted.iter().map(|step| info(pipeline, &pipeline.steps[*step])).collect(),
         matrix: pipeline.matrix.clone(),
     })?;
@@ -582,7 +585,9 @@ impl<'a> Coordinator<'a> {
     }
 
     fn keep(&mut self, place: usize, artifact: Artifact) -> Result<()> {
-        self.last.remember(self.store, &self.pipeline.steps[place].id, artifact.manifest.fingerprint)?;
+        if !self.options.is_repair {
+            self.last.remember(self.store, &self.pipeline.steps[place].id, artifact.manifest.fingerprint)?;
+        }
         self.states.insert(place, State::Done);
         self.settled.insert(place, artifact.manifest.fingerprint);
         self.made.insert(place, artifact);
@@ -911,7 +916,7 @@ mod tests {
     const CUDA: [tch::Device; 2] = [tch::Device::Cuda(0), tch::Device::Cuda(1)];
 
     fn run_on(devices: &[tch::Device], pipeline: Pipeline, store: &Store) -> Result<Ended> {
-        let options = Options { cpu: 8, memory: 1 << 30, devices: devices.to_vec(), rehash: false, is_measuring: false };
+        let options = Options { cpu: 8, memory: 1 << 30, devices: devices.to_vec(), rehash: false, is_measuring: false, is_repair: false };
         let wanted: Vec<usize> = (0..pipeline.steps.len()).collect();
         run(&Arc::new(pipeline), &wanted, store, &options, &mut |_| {})
     }
@@ -1049,7 +1054,8 @@ mod tests {
     fn a_stage_that_hangs_is_given_up_and_the_others_are_not() {
         let home = tempfile::tempdir().unwrap();
         let store = Store::open(home.path()).unwrap();
-        let options = Options { cpu: 2, memory: 1 << 30, devices: vec![tch::Device::Cpu], rehash: false, is_measuring: false };
+        let options =
+            Options { cpu: 2, memory: 1 << 30, devices: vec![tch::Device::Cpu], rehash: false, is_measuring: false, is_repair: false };
         let mut pipeline = pipeline(&[(1, None, None), (2, None, None), (3, Some(0), None)]);
         pipeline.steps[0].stage = Box::new(Hung);
         pipeline.steps[0].max_silence = Duration::from_secs(1);
@@ -1064,7 +1070,8 @@ mod tests {
     fn of_steps_that_come_to_the_same_one_works_and_the_others_have_it() {
         let home = tempfile::tempdir().unwrap();
         let store = Store::open(home.path()).unwrap();
-        let options = Options { cpu: 4, memory: 1 << 30, devices: vec![tch::Device::Cpu], rehash: false, is_measuring: false };
+        let options =
+            Options { cpu: 4, memory: 1 << 30, devices: vec![tch::Device::Cpu], rehash: false, is_measuring: false, is_repair: false };
         // The sums of 1 and 5 are one number, modulo 4, and what reads them comes to one recipe.
         let pipeline = pipeline(&[(1, None, None), (5, None, None), (2, Some(0), None), (2, Some(1), None), (3, Some(3), None)]);
         let mut started = Vec::new();
@@ -1179,7 +1186,7 @@ mod tests {
         ) {
             let home = tempfile::tempdir().unwrap();
             let store = Store::open(home.path()).unwrap();
-            let options = Options { cpu: 2, memory: 1 << 30, devices: vec![tch::Device::Cpu], rehash: false, is_measuring: false };
+            let options = Options { cpu: 2, memory: 1 << 30, devices: vec![tch::Device::Cpu], rehash: false, is_measuring: false, is_repair: false };
             let mut known = BTreeSet::new();
             let mut nodes = first;
             for edit in std::iter::once(None).chain(edits.into_iter().map(Some)) {

@@ -93,7 +93,23 @@ pub(crate) fn verify(home: &Path, wish: &Wish) -> Result<()> {
         return Err(Error::Usage { problem, hint: "name it with `--home FOLDER`".into() });
     }
     let store = Store::open_to_repair(&home)?;
+    // What is no file or folder where one belongs cannot be looked into: it comes first, and alone.
+    let misplaced = store.misplaced()?;
+    let mut repaired = Vec::new();
+    if wish.fix {
+        for finding in &misplaced {
+            let place = store.home().join("quarantine").join("misplaced");
+            if let Some(aside) = store.publisher().set_aside(&finding.path, &place)? {
+                repaired.push(format!("{}: {}: set aside at {}", finding.path.display(), finding.problem, aside.display()));
+            }
+        }
+    } else if !misplaced.is_empty() {
+        let report = Report { findings: misplaced, ..Report::default() };
+        print(&if wish.json { to_json("verify", &report) } else { words(&report, wish) })?;
+        return Err(Error::Damage { n_left: report.findings.len(), is_fixed: false });
+    }
     let mut report = scan(&store, wish)?;
+    report.repaired = repaired;
     if let Some(part) = wish.recompute {
         let audit = recompute::audit(&store, part, wish.options.devices[0])?;
         report.findings.extend(audit.findings());
@@ -353,7 +369,9 @@ fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
             let places: Vec<usize> = (0..pipeline.steps.len()).filter(|place| steps.contains(&pipeline.steps[*place].id)).collect();
             let needed = plan::needed(&pipeline, &places);
             let mut screen = Screen::new();
-            run::run(&Arc::new(pipeline), &needed, store, &wish.options, &mut |event| screen.show(event))
+            run::run(&Arc::new(pipeline), &needed, store, &Options { is_repair: true, ..wish.options.clone() }, &mut |event| {
+                screen.show(event)
+            })
         });
         match made {
             Ok(ended) => {

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{Command, Stdio},
     sync::OnceLock,
 };
 
@@ -60,16 +60,17 @@ fn records(world: &World) -> Vec<String> {
         if top == "runs" { format!("{top}/{name}") } else { top }
     };
     let mut chosen: Vec<String> = places.into_iter().filter(|place| kinds.insert(kind(place))).collect();
-    let manifest = world.manifests().into_iter().find(|path| path.to_string_lossy().contains("detect-zero-shot")).unwrap();
-    chosen.push(manifest.strip_prefix(world.path(".ovenbird")).unwrap().display().to_string());
+    // Of the pinned run, of the other file's, and of the pipeline as it stands.
+    let detections = world.manifests().into_iter().filter(|path| path.to_string_lossy().contains("detect-zero-shot"));
+    chosen.extend(detections.map(|path| path.strip_prefix(world.path(".ovenbird")).unwrap().display().to_string()));
     chosen.extend(["commits.jsonl", "format.json"].map(str::to_owned));
-    assert_eq!(chosen.len(), 8, "{chosen:?}");
+    assert_eq!(chosen.len(), 10, "{chosen:?}");
     chosen
 }
 
 type Damage = fn(&Path);
 
-const DAMAGES: [(&str, Damage); 5] = [
+const DAMAGES: [(&str, Damage); 8] = [
     ("flip", |path| {
         let mut bytes = fs::read(path).unwrap();
         let middle = bytes.len() / 2;
@@ -83,6 +84,18 @@ const DAMAGES: [(&str, Damage); 5] = [
     ("empty", |path| fs::write(path, b"").unwrap()),
     ("zeros", |path| fs::write(path, vec![0; fs::metadata(path).unwrap().len() as usize]).unwrap()),
     ("delete", |path| fs::remove_file(path).unwrap()),
+    ("folder", |path| {
+        fs::remove_file(path).unwrap();
+        fs::create_dir(path).unwrap();
+    }),
+    ("pipe", |path| {
+        fs::remove_file(path).unwrap();
+        assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
+    }),
+    ("dead link", |path| {
+        fs::remove_file(path).unwrap();
+        std::os::unix::fs::symlink("/nonexistent/record", path).unwrap();
+    }),
 ];
 
 fn said(output: &Output) -> String {
@@ -98,7 +111,7 @@ fn no_damage_of_a_record_makes_the_collector_remove_what_it_kept() {
     let pinned = pinned.file_stem().unwrap().to_string_lossy().into_owned();
     for (record_idx, record) in records(home()).iter().enumerate() {
         for (damage_idx, (damage, hurt)) in DAMAGES.iter().enumerate() {
-            if !is_whole && damage_idx != record_idx % DAMAGES.len() && *damage != "delete" {
+            if !is_whole && damage_idx != record_idx % 5 && damage_idx != 5 + record_idx % 3 && *damage != "delete" {
                 continue;
             }
             let world = copied();
@@ -118,6 +131,12 @@ fn no_damage_of_a_record_makes_the_collector_remove_what_it_kept() {
             if fixed.code == 6 {
                 assert!(fixed.stdout.contains("lost      "), "{what}: {}", said(&fixed));
             }
+            let now = |world: &World| -> Vec<(String, Value)> {
+                let store = Store::open(&world.path(".ovenbird")).unwrap();
+                let places = store.record_places().unwrap().into_iter().filter(|place| place.starts_with("pipelines/"));
+                places.map(|place| (place.clone(), store.kept(&place).unwrap().unwrap())).collect()
+            };
+            assert_eq!(now(&world), now(home()), "{what}: a repair is not how a pipeline stands");
             let clean = world.run(["verify"]);
             assert_eq!(clean.code, 0, "{what}: still: {}\nafter {}", said(&clean), said(&fixed));
             // What is lost of the pinned run was named.

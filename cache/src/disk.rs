@@ -13,6 +13,8 @@ use std::{
     sync::atomic::{AtomicI64, Ordering},
 };
 
+use crate::inputs::read_file;
+
 /// A file system.
 pub(crate) trait Disk: Debug + Send + Sync {
     /// Creates one folder, whose parent is there.
@@ -87,7 +89,7 @@ impl Disk for OsDisk {
     }
 
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        fs::read(path)
+        read_file(path)
     }
 
     fn look(&self, path: &Path) -> io::Result<Found> {

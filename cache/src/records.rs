@@ -15,6 +15,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
     path::{Path, PathBuf},
     sync::PoisonError,
 };
@@ -29,7 +30,7 @@ use crate::{
     record::Sealed,
     store::{FORMAT, kind_name, to_json},
     unit_name,
-    verify::{Class, Finding},
+    verify::{Class, FOLDERS, Finding},
 };
 
 /// The journal of commits.
@@ -341,6 +342,50 @@ impl Store {
             }
         }
         Ok(())
+    }
+
+    /// What lies in the place of a record, or of a folder of the home, and is none: a folder, a pipe, a link to nothing. It is looked for first:
+    /// none of it can be read.
+    pub fn misplaced(&self) -> Result<Vec<Finding>> {
+        let mut found = Vec::new();
+        let mut look = |path: PathBuf, is_expected: fn(&fs::Metadata) -> bool, expected: &str| {
+            let problem = match fs::metadata(&path) {
+                Ok(metadata) if is_expected(&metadata) => return,
+                Ok(metadata) if metadata.is_dir() => format!("expected {expected}, found a folder"),
+                Ok(metadata) if metadata.is_file() => format!("expected {expected}, found a file"),
+                Ok(_) => format!("expected {expected}, found a pipe or a device"),
+                Err(_) if fs::symlink_metadata(&path).is_ok() => format!("expected {expected}, found a link that leads nowhere"),
+                Err(_) => return,
+            };
+            found.push(Finding { class: Class::Record, unit: None, path, problem });
+        };
+        for name in [HOME_FORMAT, COMMITS, CURSOR] {
+            look(self.home().join(name), fs::Metadata::is_file, "a file");
+        }
+        for name in FOLDERS {
+            look(self.home().join(name), fs::Metadata::is_dir, "a folder");
+        }
+        for top in ["pins", "pipelines"] {
+            for (name, _) in self.publisher().list(&self.home().join(top))?.into_iter().filter(|(name, _)| name.ends_with(".json")) {
+                look(self.home().join(top).join(name), fs::Metadata::is_file, "a file");
+            }
+        }
+        for top in ["plans", "artifacts"] {
+            for (kind, _) in self.publisher().list(&self.home().join(top))? {
+                let folder = self.home().join(top).join(kind);
+                for (name, _) in self.publisher().list(&folder)?.into_iter().filter(|(name, _)| name.ends_with(".json")) {
+                    look(folder.join(name), fs::Metadata::is_file, "a file");
+                }
+            }
+        }
+        for (run, _) in self.publisher().list(&self.home().join("runs"))? {
+            let folder = self.home().join("runs").join(&run);
+            look(folder.clone(), fs::Metadata::is_dir, "a folder");
+            for name in ["request.json", &LOG[1..]] {
+                look(folder.join(name), fs::Metadata::is_file, "a file");
+            }
+        }
+        Ok(found)
     }
 
     /// What is damaged or gone of the records, and of the manifests that were noted.

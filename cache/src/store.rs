@@ -126,6 +126,8 @@ impl Store {
         let store = Self::open_at(Publisher::default(), home)?;
         match store.check_home() {
             Ok(()) | Err(Error::Malformed { .. } | Error::Flipped { .. }) => Ok(store),
+            // A folder, or a pipe.
+            Err(Error::Read { source, .. }) if source.kind() == io::ErrorKind::InvalidInput => Ok(store),
             Err(error) => Err(error),
         }
     }

@@ -83,6 +83,10 @@ pub struct Finding {
     pub problem: String,
 }
 
+/// The folders of a home.
+pub(crate) const FOLDERS: [&str; 12] =
+    ["artifacts", "choices", "dry-run", "leases", "ledger", "pins", "pipelines", "plans", "quarantine", "runs", "sessions", "units"];
+
 const BUFFER_BYTES: usize = 1 << 18;
 
 impl Store {
@@ -227,20 +231,6 @@ impl Store {
             Ok(())
         };
         const FILES: [&str; 3] = ["commits.jsonl", "format.json", CURSOR];
-        const FOLDERS: [&str; 12] = [
-            "artifacts",
-            "choices",
-            "dry-run",
-            "leases",
-            "ledger",
-            "pins",
-            "pipelines",
-            "plans",
-            "quarantine",
-            "runs",
-            "sessions",
-            "units",
-        ];
         look(self.home(), &|name, is_folder| if is_folder { &FOLDERS[..] } else { &FILES }.contains(&name))?;
         let is_json = |name: &str, is_folder: bool| !is_folder && name.ends_with(".json");
         look(&self.home().join("pins"), &is_json)?;
