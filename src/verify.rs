@@ -370,7 +370,7 @@ fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
             let needed = plan::needed(&pipeline, &places);
             let mut screen = Screen::new();
             run::run(&Arc::new(pipeline), &needed, store, &Options { is_repair: true, ..wish.options.clone() }, &mut |event| {
-                screen.show(event)
+                screen.show(event);
             })
         });
         match made {
