@@ -10,7 +10,7 @@ use std::{
 use indicatif::HumanBytes;
 use jiff::Timestamp;
 use ovenbird_cache::{
-    Ledger, Manifest, Status, Store, unit_name,
+    Ledger, Manifest, Status, Store,
     verify::{Class, Depth, Finding},
 };
 use ovenbird_stages::{
@@ -190,14 +190,10 @@ fn units_of(store: &Store, artifacts: &BTreeSet<String>) -> Result<BTreeSet<Stri
     let mut units: BTreeSet<String> = planned.flat_map(|(_, units)| units).collect();
     for manifest in store.manifests()? {
         if artifacts.contains(&manifest.fingerprint.short()) {
-            units.extend(names_of_units(&manifest));
+            units.extend(manifest.unit_names());
         }
     }
     Ok(units)
-}
-
-fn names_of_units(manifest: &Manifest) -> impl Iterator<Item = String> {
-    manifest.units.iter().map(|unit| unit_name(&manifest.recipe.kind, &unit.key.fingerprint))
 }
 
 /// `ovenbird cache pin`: what a run used is kept by `gc` until it is unpinned.
@@ -403,7 +399,7 @@ fn listed<'a>(
 ) -> Result<Vec<Going>> {
     let mut list = Vec::new();
     for manifest in manifests {
-        let units: Vec<u64> = names_of_units(manifest).filter_map(|unit| going.get(&unit).copied()).collect();
+        let units: Vec<u64> = manifest.unit_names().filter_map(|unit| going.get(&unit).copied()).collect();
         if units.is_empty() {
             continue;
         }

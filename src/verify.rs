@@ -287,7 +287,7 @@ fn tainted(store: &Store, findings: &[Finding]) -> Result<Vec<Finding>> {
         return Ok(Vec::new());
     }
     let manifests = store.manifests()?;
-    let holds_wrong = |manifest: &&Manifest| names_of_units(manifest).any(|unit| wrong.contains(&unit));
+    let holds_wrong = |manifest: &&Manifest| manifest.unit_names().any(|unit| wrong.contains(&unit));
     let sources: Vec<&Manifest> = manifests.iter().filter(holds_wrong).collect();
     let finding = |manifest: &Manifest| Finding {
         class: Class::Tainted,
@@ -296,11 +296,6 @@ fn tainted(store: &Store, findings: &[Finding]) -> Result<Vec<Finding>> {
         problem: format!("`{}` was made from content that is wrong", manifest.recipe.kind),
     };
     Ok(Store::made_from(&manifests, &sources).into_iter().map(finding).collect())
-}
-
-/// The units of an artifact, as `KIND/FINGERPRINT`.
-fn names_of_units(manifest: &Manifest) -> impl Iterator<Item = String> {
-    manifest.units.iter().map(|listed| ovenbird_cache::unit_name(&manifest.recipe.kind, &listed.key.fingerprint))
 }
 
 /// Sets aside what is bad, makes it again through its recipe, and looks again. Everything else stays untouched.
@@ -355,7 +350,7 @@ fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
                 }
             }
         }
-        for manifest in manifests.iter().filter(|manifest| names_of_units(manifest).any(|listed| listed == *unit)) {
+        for manifest in manifests.iter().filter(|manifest| manifest.unit_names().any(|listed| listed == *unit)) {
             wanted.insert(manifest.fingerprint.short());
             // What is right is other content to those that read it.
             if is_wrong {
@@ -388,7 +383,7 @@ fn fix(store: &Store, wish: &Wish, report: &mut Report) -> Result<()> {
         }
     }
     // Look again, at what was bad and at nothing else.
-    let listed_now: BTreeSet<String> = store.manifests()?.iter().flat_map(names_of_units).collect();
+    let listed_now: BTreeSet<String> = store.manifests()?.iter().flat_map(Manifest::unit_names).collect();
     for unit in bad_units.keys() {
         let listed = manifests.iter().flat_map(|manifest| {
             let kind = &manifest.recipe.kind;

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, path::Path};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Digest, FileRecord, Fingerprint, Recipe, inputs::InputFile, store::ITEMS_FILE};
+use crate::{Digest, FileRecord, Fingerprint, Recipe, inputs::InputFile, store::ITEMS_FILE, unit_name};
 
 const PORT_DOMAIN: &str = "ovenbird port 1";
 
@@ -120,6 +120,13 @@ impl Sealed for Manifest {
 
     fn seal_mut(&mut self) -> &mut Digest {
         &mut self.seal
+    }
+}
+
+impl Manifest {
+    /// Its units, as `KIND/FINGERPRINT`.
+    pub fn unit_names(&self) -> impl Iterator<Item = String> {
+        self.units.iter().map(|unit| unit_name(&self.recipe.kind, &unit.key.fingerprint))
     }
 }
 

@@ -25,6 +25,7 @@ use serde_json::Value;
 
 use crate::{
     Digest, Error, Fingerprint, Recipe, Result, Store, UnitRecord,
+    inputs::stray,
     journal::{DamagedLine, Journal, Lines},
     publish::TEMPORARY,
     record::Sealed,
@@ -353,9 +354,10 @@ impl Store {
                 Ok(metadata) if is_expected(&metadata) => return,
                 Ok(metadata) if metadata.is_dir() => format!("expected {expected}, found a folder"),
                 Ok(metadata) if metadata.is_file() => format!("expected {expected}, found a file"),
-                Ok(_) => format!("expected {expected}, found a pipe or a device"),
-                Err(_) if fs::symlink_metadata(&path).is_ok() => format!("expected {expected}, found a link that leads nowhere"),
-                Err(_) => return,
+                _ => match stray(&path) {
+                    Some(what) => format!("expected {expected}, found {what}"),
+                    None => return,
+                },
             };
             found.push(Finding { class: Class::Record, unit: None, path, problem });
         };
@@ -409,8 +411,8 @@ impl Store {
             find(Class::Record, COMMITS, format!("lines are lost: it does not have {n_unknown} of the units that artifacts list"));
         }
         let places = self.record_places()?;
-        let mut gone = Vec::new();
-        gone.extend(journal.records.keys().filter(|place| self.publisher().disk().look(&self.home().join(place)).is_err()));
+        let is_gone = |place: &&String| self.publisher().disk().look(&self.home().join(place)).is_err();
+        let gone: Vec<&String> = journal.records.keys().filter(is_gone).collect();
         // Asked again, because they may go while we look.
         let still = if gone.is_empty() { NotedRecords::new() } else { self.noted_records()? };
         for place in gone.into_iter().filter(|place| still.contains_key(*place)) {
@@ -439,9 +441,8 @@ impl Store {
     fn n_not_noted(&self, journal: &Commits) -> Result<usize> {
         let mut unknown = BTreeSet::new();
         for manifest in self.manifests()? {
-            let units = manifest.units.iter().map(|unit| unit_name(&manifest.recipe.kind, &unit.key.fingerprint));
             let is_unknown = |unit: &String| !journal.units.contains_key(unit) && self.unit_path(unit).exists();
-            unknown.extend(units.filter(is_unknown));
+            unknown.extend(manifest.unit_names().filter(is_unknown));
         }
         Ok(unknown.len())
     }
