@@ -9,12 +9,12 @@
 //! Whoever publishes it first has chosen for all, on every machine that uses the home. One that is damaged or lost is chosen as the units
 //! tell that are there, or that were set aside.
 
-use std::{ops::ControlFlow, path::PathBuf};
+use std::{ops::ControlFlow, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Digest, Fingerprint, Result, Store,
+    Digest, Fingerprint, Result, Store, Watch,
     record::Sealed,
     store::{FORMAT, kind_name, to_json},
 };
@@ -70,21 +70,37 @@ impl Store {
         Ok(self.chosen(kind, family, name)?.unwrap_or(chosen))
     }
 
-    /// The choice that is written down. What is there and damaged is set aside.
+    /// The choice that is written down. What is there and damaged is set aside, by one process at a time: what the others put in its
+    /// place is sound.
     fn chosen(&self, kind: &str, family: &Fingerprint, name: &str) -> Result<Option<String>> {
-        let folder = self.choice_path(kind, family);
-        let problem = match self.read_choice(&format!("{}/{}", kind_name(kind), family.short())) {
-            Ok(Some(choice)) if choice.name == name => return Ok(Some(choice.chosen)),
-            Ok(Some(choice)) => format!("is a choice of `{}`, expected one of `{name}`", choice.name),
-            Ok(None) => return Ok(None),
-            Err(error @ (crate::Error::OtherFormat { .. } | crate::Error::Read { .. })) => return Err(error),
-            Err(error) => error.to_string(),
+        let place = format!("{}/{}", kind_name(kind), family.short());
+        let look = || match self.read_choice(&place) {
+            Ok(Some(choice)) if choice.name == name => Ok(Ok(Some(choice.chosen))),
+            Ok(Some(choice)) => Ok(Err(format!("is a choice of `{}`, expected one of `{name}`", choice.name))),
+            Ok(None) => Ok(Ok(None)),
+            Err(error @ (crate::Error::OtherFormat { .. } | crate::Error::Read { .. })) => Err(error),
+            Err(error) => Ok(Err(error.to_string())),
         };
-        let place = self.home().join("quarantine").join("choices");
-        if let Some(aside) = self.publisher().set_aside(&folder, &place)? {
-            self.publisher().replace(&aside.with_extension("reason.txt"), format!("{problem}\n").as_bytes())?;
+        let mut watch = Watch::default();
+        loop {
+            if let Ok(chosen) = look()? {
+                return Ok(chosen);
+            }
+            let Ok(_lease) = self.lease_or_break(&format!("choices/{place}"), &mut watch)? else {
+                std::thread::sleep(Duration::from_millis(20));
+                continue;
+            };
+            return match look()? {
+                Ok(chosen) => Ok(chosen),
+                Err(problem) => {
+                    let quarantine = self.home().join("quarantine").join("choices");
+                    if let Some(aside) = self.publisher().set_aside(&self.choice_path(kind, family), &quarantine)? {
+                        self.publisher().replace(&aside.with_extension("reason.txt"), format!("{problem}\n").as_bytes())?;
+                    }
+                    Ok(None)
+                }
+            };
         }
-        Ok(None)
     }
 
     /// What a unit of a family notes, of one that was set aside, too.
@@ -116,15 +132,9 @@ impl Store {
     /// A choice by its folder's name `KIND/FAMILY`; none where there is no folder.
     fn read_choice(&self, place: &str) -> Result<Option<Choice>> {
         let folder = self.home().join("choices").join(place);
-        let path = folder.join(CHOICE_FILE);
-        let Some(choice) = self.read_record::<Choice>(&path)? else {
-            return match self.publisher().disk().look(&folder) {
-                Ok(_) => Err(crate::Error::malformed(&path, "is missing")),
-                Err(_) => Ok(None),
-            };
-        };
+        let Some(choice) = self.read_record_of::<Choice>(&folder, CHOICE_FILE)? else { return Ok(None) };
         let own = format!("{}/{}", kind_name(&choice.kind), choice.family.short());
-        if own == place { Ok(Some(choice)) } else { Err(crate::Error::malformed(&path, format!("is the choice of {own}"))) }
+        if own == place { Ok(Some(choice)) } else { Err(crate::Error::malformed(&folder, format!("is the choice of {own}"))) }
     }
 
     fn choice_path(&self, kind: &str, family: &Fingerprint) -> PathBuf {
@@ -134,7 +144,10 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, fs};
+    use std::{
+        collections::{BTreeMap, BTreeSet},
+        fs,
+    };
 
     use super::*;
     use crate::{Error, UnitKey, publish::replace};
@@ -159,8 +172,20 @@ mod tests {
         let (_home, store) = store();
         assert_eq!(choose(&store, "bf16"), "bf16");
         assert_eq!(choose(&store, "f32"), "bf16");
-        let all = std::thread::scope(|scope| {
+        for hurt in [false, true].repeat(10) {
             let (_home, store) = self::store();
+            if hurt {
+                choose(&store, "lost");
+                replace(&store.choice_path("clip/globals", &family()).join(CHOICE_FILE), b"{").unwrap();
+            }
+            assert_eq!(of_many(&store).len(), 1, "{hurt}");
+            assert!(store.verify_house().unwrap().is_empty(), "{hurt}");
+        }
+    }
+
+    /// What those have who choose at once.
+    fn of_many(store: &Store) -> BTreeSet<String> {
+        std::thread::scope(|scope| {
             let threads: Vec<_> = (0..16)
                 .map(|n| {
                     scope.spawn({
@@ -169,9 +194,8 @@ mod tests {
                     })
                 })
                 .collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<std::collections::BTreeSet<_>>()
-        });
-        assert_eq!(all.len(), 1);
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
     }
 
     #[test]

@@ -223,11 +223,9 @@ impl Store {
     /// As [`Self::unit`], by the folder's name `KIND/FINGERPRINT`.
     pub fn unit_at(&self, name: &str) -> Result<Status<UnitRecord>> {
         let folder = self.unit_path(name);
-        let path = folder.join(UNIT_FILE);
-        let record: UnitRecord = match self.read_record(&path) {
+        let record: UnitRecord = match self.read_record_of(&folder, UNIT_FILE) {
             Ok(Some(record)) => record,
-            Ok(None) if self.publisher.disk().look(&folder).is_err() => return Ok(Status::Absent),
-            Ok(None) => return Ok(Status::Damaged(vec![format!("{}: expected a record, found none", path.display())])),
+            Ok(None) => return Ok(Status::Absent),
             Err(error @ (Error::OtherFormat { .. } | Error::Read { .. })) => return Err(error),
             Err(error) => return Ok(Status::Damaged(vec![error.to_string()])),
         };
@@ -259,14 +257,9 @@ impl Store {
         if let Status::Valid(record) = self.unit_at(&name)? {
             return Ok(Claim::Made(record));
         }
-        let lease = match self.lease(&name)? {
+        let lease = match self.lease_or_break(&name, watch)? {
             Ok(lease) => lease,
-            Err(holder) => {
-                if watch.is_silent(&self.home, &holder) {
-                    lease::break_lease(&self.home.join("leases").join(name.replace('/', ".")), &holder);
-                }
-                return Ok(Claim::Held(holder));
-            }
+            Err(holder) => return Ok(Claim::Held(holder)),
         };
         // The holder before may just have published it.
         match self.unit_at(&name)? {
@@ -279,7 +272,22 @@ impl Store {
 
     /// Takes the lease on a unit, or says who has it.
     pub fn lease(&self, name: &str) -> Result<Result<Lease, Owner>> {
-        Lease::take(&self.home.join("leases").join(name.replace('/', ".")))
+        Lease::take(&self.lease_path(name))
+    }
+
+    /// As [`Self::lease`]; breaks the lease of one that has been silent for so long that it counts as dead.
+    pub(crate) fn lease_or_break(&self, name: &str, watch: &mut Watch) -> Result<Result<Lease, Owner>> {
+        let taken = self.lease(name)?;
+        if let Err(holder) = &taken
+            && watch.is_silent(&self.home, holder)
+        {
+            lease::break_lease(&self.lease_path(name), holder);
+        }
+        Ok(taken)
+    }
+
+    fn lease_path(&self, name: &str) -> PathBuf {
+        self.home.join("leases").join(name.replace('/', "."))
     }
 
     /// Notes that a unit is gone for good.
@@ -488,6 +496,24 @@ impl Store {
             // A file where a folder belongs: nothing of ours is there.
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
             Err(source) => Err(Error::read(path, source)),
+        }
+    }
+
+    /// Reads the record of a published folder; `None` where there is no folder. Such a folder appears and goes as a whole: it is looked
+    /// at before the record, so that one published in between is not taken for one without a record, and again after it, for one removed.
+    pub(crate) fn read_record_of<T: DeserializeOwned + Sealed>(&self, folder: &Path, name: &str) -> Result<Option<T>> {
+        let is_there = || match self.publisher.disk().look(folder) {
+            Ok(_) => Ok(true),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
+            Err(source) => Err(Error::read(folder, source)),
+        };
+        if !is_there()? {
+            return Ok(None);
+        }
+        let path = folder.join(name);
+        match self.read_record(&path)? {
+            None if is_there()? => Err(Error::malformed(&path, "is missing")),
+            record => Ok(record),
         }
     }
 
