@@ -101,7 +101,7 @@ fn main() {
             let whole = (n_images * views) as f64 / end_to_end(folder, &[(stage, &params)], precision, n_images, PROPOSALS);
             let after = bare(&clip, shown, Duration::from_secs(4));
             let bare = f64::midpoint(before, after);
-            let view = params.get("view").and_then(Value::as_str).unwrap_or("");
+            let view = params.get("resize").and_then(Value::as_str).unwrap_or("");
             println!(
                 "{precision} {stage} {view}: {whole:.1} views/s of {n_images} images, bare network {bare:.1} ({before:.1}, {after:.1}), fraction {:.3}",
                 whole / bare

@@ -24,7 +24,7 @@ use ovenbird_cache::{Digest, Provenance, Recipe, Store, UnitKey, UnitRecord, fil
 use ovenbird_data::annotations::ImageId;
 use ovenbird_stages::{
     Units,
-    artifacts::{ImageFeaturesWriter, NumberType},
+    artifacts::{Dtype, ImageFeaturesWriter},
     find,
 };
 use rand::{Rng, SeedableRng};
@@ -116,7 +116,7 @@ fn made(folder: &Path, store: &Store, n_items: usize) -> (Vec<UnitRecord>, f64) 
         let key = UnitKey { kind: recipe.kind.clone(), fingerprint, family };
         let draft = store.begin_unit(&key).unwrap();
         let mut shard =
-            ImageFeaturesWriter::new(draft.create("features/globals.arrow").unwrap(), &fingerprint, NumberType::F16, DIM, None).unwrap();
+            ImageFeaturesWriter::new(draft.create("features/globals.arrow").unwrap(), &fingerprint, Dtype::F16, DIM, None).unwrap();
         for item in first..first + items.len() {
             row.rotate_right(1);
             shard.push(ImageId(item as u64), &row).unwrap();
@@ -290,7 +290,8 @@ fn small_files(n_files: usize) {
 /// How long the program takes from its start after a kill to the first unit it adds, in a home of 100,000 other units.
 fn after_a_kill(folder: &Path) {
     let pipeline = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines/quickstart.yaml")).unwrap();
-    let small = pipeline.replace("with: {seed: \"${seed}\"}", "with: {seed: \"${seed}\", steps: 100000, steps_per_unit: 1, batch: 8}");
+    let small =
+        pipeline.replace("with: {seed: \"${seed}\"}", "with: {seed: \"${seed}\", steps: 100000, checkpoint_every: 1, batch_size: 8}");
     fs::write(folder.join("kill.yaml"), small).unwrap();
     let n_links = || fs::read_dir(folder.join("empty/units/clip-pretrain")).map_or(0, Iterator::count);
     let start = || {

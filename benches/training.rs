@@ -74,7 +74,7 @@ fn step(folder: &Path, images: &str, [width, height]: [u32; 2]) -> f64 {
     let entry = find("detector/train").unwrap();
     let steps = N_IMAGES / BATCH;
     let params = json!({"training": {
-        "steps": steps, "steps_per_unit": steps, "batch": BATCH, "longer_side": [SHOWN[0], SHOWN[0]], "shorter_side": [SHOWN[1], SHOWN[1]],
+        "steps": steps, "checkpoint_every": steps, "batch": BATCH, "max_size": [SHOWN[0], SHOWN[0]], "min_size": [SHOWN[1], SHOWN[1]],
     }});
     let stage = (entry.parse)(&params).map_err(|problem| problem.problem).unwrap();
     let mut inputs = Inputs::default();

@@ -426,7 +426,9 @@ impl Reader {
         let (id, kind) = (id?, kind?);
         let Some(entry) = ovenbird_stages::find(&kind) else {
             self.broken.insert(id);
-            self.push(format!("{path}.use"), format!("no stage `{kind}`{}", suggestion(&kind, STAGES.iter().map(|entry| entry.kind))));
+            let renamed = ovenbird_stages::renamed_kind(&kind).map(|new| format!(": it is now called `{new}`"));
+            let hint = renamed.unwrap_or_else(|| suggestion(&kind, STAGES.iter().map(|entry| entry.kind)));
+            self.push(format!("{path}.use"), format!("no stage `{kind}`{hint}"));
             return None;
         };
         let with = keys.get("with").cloned().unwrap_or(Yaml::Null);

@@ -29,7 +29,7 @@ stages:
   - id: clip
     use: clip/pretrain
     in: {images: world.web_images, captions: world.captions}
-    with: {seed: 7, steps: 2, steps_per_unit: 2, batch: 8, architecture: vit}
+    with: {seed: 7, steps: 2, checkpoint_every: 2, batch_size: 8, architecture: vit}
 "#;
 
 /// A world with a trained CLIP, and its weights as a state dict of `torch.save`, without the scalars: `bare/clip.pt`.
@@ -56,7 +56,7 @@ fn globals(world: &World, checkpoint: &str, gelu: &str) -> Result<Vec<(ImageId, 
         "  - id: globals
     use: clip/globals
     in: {{images: world.images, annotations: world.val, checkpoint: {checkpoint}}}
-    with: {{view: square, clip: {{precision: f32{gelu}}}}}
+    with: {{resize: square, clip: {{precision: f32{gelu}}}}}
 "
     );
     world.write("globals.yaml", format!("{TRAINED}{step}"));
@@ -138,17 +138,17 @@ stages:
     use: toy/world
     with: {seed: 7, train_images: 10, val_images: 4, web_images: 40, held_out_images: 60, side_px: 160}
   - id: train
-    use: coco/split
+    use: annotations/split
     in: {annotations: world.train, classes: world.classes}
     with: {keep: base}
   - id: clip
     use: clip/pretrain
     in: {images: world.web_images, captions: world.captions}
-    with: {seed: 7, steps: 2, steps_per_unit: 2, batch: 8}
+    with: {seed: 7, steps: 2, checkpoint_every: 2, batch_size: 8}
   - id: other
     use: clip/pretrain
     in: {images: world.web_images, captions: world.captions}
-    with: {seed: 8, steps: 2, steps_per_unit: 2, batch: 8}
+    with: {seed: 8, steps: 2, checkpoint_every: 2, batch_size: 8}
   - id: prompts
     use: prompts/ensemble
     in: {checkpoint: clip.checkpoint, classes: train.classes}
@@ -169,7 +169,7 @@ stages:
     in: {images: world.images, annotations: train.annotations, classes: train.classes, prompts: prompts.prompts}
     with:
       network: toy
-      training: {steps: 1, steps_per_unit: 1, batch: 2, longer_side: [96, 128], shorter_side: [96, 128]}
+      training: {steps: 1, checkpoint_every: 1, batch_size: 2, max_size: [96, 128], min_size: [96, 128]}
 "#;
 
 /// Every stage that reads what two CLIPs may have made, with inputs of both: its id, its kind, the two ports, and what it reads besides.
@@ -204,14 +204,14 @@ const MIXED: [(&str, &str, [&str; 2], &str); 6] = [
         "detector/train",
         ["prompts", "features"],
         "in: {images: world.images, annotations: train.annotations, classes: train.classes, prompts: others.prompts, features: regions.features}
-    with: {network: toy, training: {steps: 1, steps_per_unit: 1, batch: 2, longer_side: [96, 128], shorter_side: [96, 128]}}",
+    with: {network: toy, training: {steps: 1, checkpoint_every: 1, batch_size: 2, max_size: [96, 128], min_size: [96, 128]}}",
     ),
     (
         "learned",
         "prompts/multilabel",
         ["checkpoint", "features"],
         "in: {checkpoint: other.checkpoint, classes: train.classes, features: blocks.features, annotations: train.annotations}
-    with: {epochs: 1, batch: 4}",
+    with: {epochs: 1, batch_size: 4}",
     ),
 ];
 

@@ -10,19 +10,19 @@ use crate::support::{World, python, until};
 /// A detector of almost nothing, in seconds.
 const SMALL: &str = r#"version: 1
 name: small
-variables: {rate: 0.005}
+variables: {lr_mult: 0.005}
 stages:
   - id: world
     use: toy/world
     with: {seed: 7, train_images: 10, val_images: 6, web_images: 40, held_out_images: 60, side_px: 160}
   - id: train
-    use: coco/split
+    use: annotations/split
     in: {annotations: world.train, classes: world.classes}
     with: {keep: base}
   - id: clip
     use: clip/pretrain
     in: {images: world.web_images, captions: world.captions}
-    with: {seed: 7, steps: 2, steps_per_unit: 2, batch: 8}
+    with: {seed: 7, steps: 2, checkpoint_every: 2, batch_size: 8}
   - id: prompts
     use: prompts/ensemble
     in: {checkpoint: clip.checkpoint, classes: train.classes}
@@ -38,7 +38,7 @@ stages:
   - id: globals
     use: clip/globals
     in: {images: world.images, annotations: train.annotations, checkpoint: clip.checkpoint}
-    with: {view: square}
+    with: {resize: square}
   - id: detector
     use: detector/train
     in: {images: world.images, annotations: train.annotations, classes: train.classes, prompts: prompts.prompts, features: regions.features, blocks: blocks.features, globals: globals.features}
@@ -47,24 +47,24 @@ stages:
       masks: true
       training:
         steps: 6
-        steps_per_unit: 1
-        checkpoints: 2
-        batch: 2
-        accumulate: 2
+        checkpoint_every: 1
+        keep_checkpoints: 2
+        batch_size: 2
+        accumulation_steps: 2
         optimizer: adamw
-        learning_rate: "${rate}"
-        warm_up_steps: 2
-        decay: cosine
-        groups: {roi_head: {rate: 0.5}, bn: {decay: 0.0}}
-        most_gradient: 5.0
-        average: 0.5
-        longer_side: [96, 128]
-        shorter_side: [96, 128]
+        lr: "${rate}"
+        warmup_steps: 2
+        lr_schedule: cosine
+        groups: {roi_head: {lr_mult: 0.5}, bn: {decay_mult: 0.0}}
+        clip_grad_norm: 5.0
+        ema_decay: 0.5
+        max_size: [96, 128]
+        min_size: [96, 128]
         repeat_threshold: 0.2
   - id: test
     use: detector/test
     in: {images: world.images, annotations: world.val, classes: train.classes, prompts: prompts.prompts, detector: detector.detector}
-    with: {most_per_image: 20}
+    with: {max_per_image: 20}
   - id: coco
     use: eval/coco
     in: {annotations: world.val, detections: test.detections, classes: train.classes}
@@ -74,30 +74,30 @@ stages:
   - id: imported
     use: detector/import
     in: {checkpoint: exported.checkpoint}
-    with: {network: toy, test_temperature: 0.007, multilabel_prompts: false, fits: [128, 128]}
+    with: {network: toy, test_temperature: 0.007, multilabel_prompts: false, max_size: 128, min_size: 128}
   - id: test-again
     use: detector/test
     in: {images: world.images, annotations: world.val, classes: train.classes, prompts: prompts.prompts, detector: imported.detector}
-    with: {most_per_image: 20}
+    with: {max_per_image: 20}
   - id: coco-again
     use: eval/coco
     in: {annotations: world.val, detections: test-again.detections, classes: train.classes}
   - id: masks
     use: eval/coco
     in: {annotations: world.val, detections: test.detections, classes: train.classes}
-    with: {of: masks}
+    with: {iou_type: masks}
   - id: select
     use: detector/select
     in: {images: world.images, annotations: world.val, classes: train.classes, prompts: prompts.prompts, checkpoints: detector.detector}
-    with: {group: all, test: {most_per_image: 20}}
+    with: {group: all, test: {max_per_image: 20}}
   - id: oln
     use: oln/train
     in: {images: world.images, annotations: train.annotations, classes: train.classes}
-    with: {network: toy, training: {steps: 2, steps_per_unit: 1, batch: 2, longer_side: [96, 128], shorter_side: [96, 128]}}
+    with: {network: toy, training: {steps: 2, checkpoint_every: 1, batch_size: 2, max_size: [96, 128], min_size: [96, 128]}}
   - id: found
     use: proposals/oln
     in: {images: world.images, annotations: world.val, network: oln.network}
-    with: {most_per_image: 10}
+    with: {max_per_image: 10}
 "#;
 
 /// Reads an exported checkpoint and writes it with what the reference's hold besides.
@@ -187,7 +187,7 @@ fn a_training_that_is_killed_ends_with_the_same_bytes() {
         assert!(saved.status.success(), "{}", String::from_utf8_lossy(&saved.stderr));
         let imported = undisturbed.run(["run", "./small.yaml", "--set", "imported.in.checkpoint=./theirs.pth"]).success();
         assert_eq!(imported.steps("done"), ["imported"], "{}", imported.stderr);
-        let behaviour = "it was trained as with `label_warm_up: reference`: _global_head._loss._weight._steps is 1";
+        let behaviour = "it was trained as with `label_warmup: reference`: _global_head._loss._weight._steps is 1";
         assert!(imported.stderr.contains(behaviour), "{}", imported.stderr);
     }
 
@@ -205,7 +205,7 @@ fn three_images_are_learned_by_heart_and_a_fourth_is_left_out() {
     world.run(["run", "./made.yaml", "--until", "train"]).success();
     crate::support::copy(world.find(&["toy-world", "images/train"]).parent().unwrap(), &world.path("images/train"));
     for name in ["annotations", "classes"] {
-        std::fs::copy(world.find(&["coco-split", name]), world.path(&format!("{name}.json"))).unwrap();
+        std::fs::copy(world.find(&["annotations-split", name]), world.path(&format!("{name}.json"))).unwrap();
     }
     let broken = std::fs::read_dir(world.path("images/train")).unwrap().flatten().map(|file| file.path()).max().unwrap();
     std::fs::write(&broken, "no picture").unwrap();
@@ -218,7 +218,7 @@ stages:
     with:
       network: toy
       train_temperature: 0.05
-      training: {steps: 300, steps_per_unit: 300, batch: 1, optimizer: adamw, learning_rate: 0.001, warm_up_steps: 10, decay: cosine, longer_side: [96, 96], shorter_side: [96, 96]}
+      training: {steps: 300, checkpoint_every: 300, batch_size: 1, optimizer: adamw, lr: 0.001, warmup_steps: 10, lr_schedule: cosine, max_size: [96, 96], min_size: [96, 96]}
     resources: {cpu: 2}
 "#;
     world.write("heart.yaml", heart);
@@ -287,8 +287,8 @@ fn published_pipelines_run_on_the_published_layout() {
         "coco=./coco",
         &format!("clip={clip}"),
         "soco=./soco.safetensors",
-        "detector.training.longer_side=[160, 160]",
-        "detector.training.shorter_side=[96, 96]",
+        "detector.training.max_size=[160, 160]",
+        "detector.training.min_size=[96, 96]",
         "detector.training.precision=f32",
     ];
     let dry_run = |name: &'static str, sets: &[&str]| {
@@ -361,8 +361,10 @@ fn what_a_training_cannot_use_is_said_in_words() {
     let left: Vec<u64> = annotations["images"].as_array().unwrap().iter().map(|image| image["id"].as_u64().unwrap()).collect();
     annotations["annotations"].as_array_mut().unwrap().retain(|label| left.contains(&label["image_id"].as_u64().unwrap()));
     world.write("some.json", annotations.to_string());
-    let of_some = SMALL
-        .replace("train.annotations, checkpoint: clip.checkpoint}\n    with: {view: square}", "./some.json, checkpoint: clip.checkpoint}");
+    let of_some = SMALL.replace(
+        "train.annotations, checkpoint: clip.checkpoint}\n    with: {resize: square}",
+        "./some.json, checkpoint: clip.checkpoint}",
+    );
     assert!(of_some.contains("./some.json"), "the pipeline changed");
     let policy = |ratio: &str| {
         let policy = format!("use: detector/train\n    on_bad_item: skip\n    max_failed_ratio: {ratio}\n");

@@ -9,7 +9,7 @@ const BROUGHT: &str = r#"version: 1
 name: brought
 stages:
   - id: split
-    use: coco/split
+    use: annotations/split
     in: {annotations: ./labels.json}
     with: {classes: coco-48-17}
   - id: globals
@@ -61,8 +61,8 @@ fn json_that_is_cut_is_named_with_its_line() {
 #[test]
 fn devices_that_a_stage_cannot_have_are_named_with_what_to_type() {
     let world = brought();
-    world.write("brought.yaml", BROUGHT.replace("use: coco/split\n", "use: coco/split\n    resources: {gpu: 1}\n"));
-    check(&world, 3, &["line 6: stages.split.resources.gpu: `coco/split` runs no network: leave `gpu` out"]);
+    world.write("brought.yaml", BROUGHT.replace("use: annotations/split\n", "use: annotations/split\n    resources: {gpu: 1}\n"));
+    check(&world, 3, &["line 6: stages.split.resources.gpu: `annotations/split` runs no network: leave `gpu` out"]);
     world.write("brought.yaml", BROUGHT.replace("use: clip/globals\n", "use: clip/globals\n    resources: {gpu: 2}\n"));
     check(&world, 2, &["the run has 1 device, and `globals` asks for 2 (`resources.gpu`)", "such as `--device cuda:0,1`"]);
     assert!(!world.path(".ovenbird/runs").exists());
@@ -137,7 +137,7 @@ stages:
   - id: world
     use: toy/wrld
   - id: split
-    use: coco/split
+    use: annotations/split
     in: {annotations: wolrd.train}
     with: {kep: base}
   - id: detect
@@ -170,7 +170,7 @@ fn a_circle_is_named() {
     let world = World::new();
     world.write(
         "circle.yaml",
-        "version: 1\nname: circle\nstages:\n  - {id: a, use: coco/split, in: {annotations: b.annotations}, with: {classes: coco-48-17}}\n  - {id: b, use: coco/split, in: {annotations: a.annotations}, with: {classes: coco-48-17}}\n",
+        "version: 1\nname: circle\nstages:\n  - {id: a, use: annotations/split, in: {annotations: b.annotations}, with: {classes: coco-48-17}}\n  - {id: b, use: annotations/split, in: {annotations: a.annotations}, with: {classes: coco-48-17}}\n",
     );
     let output = world.run(["plan", "./circle.yaml"]);
     assert!(output.code == 3 && output.stderr.contains("wait for each other in a circle: a, b"), "{}", output.stderr);
@@ -223,7 +223,7 @@ fn a_full_disk_pauses_the_run_until_there_is_room_and_nothing_made_is_harmed() {
 #[test]
 fn a_home_that_vanishes_under_a_run_is_none_of_the_user_s_files() {
     let world = World::tiny();
-    let mut running = world.command(["run", "./tiny.yaml", "--set", "clip.steps=100000", "--set", "clip.steps_per_unit=200"]);
+    let mut running = world.command(["run", "./tiny.yaml", "--set", "clip.steps=100000", "--set", "clip.checkpoint_every=200"]);
     let running = running.spawn().unwrap();
     until(|| world.n_units() > 2);
     // What is being written makes it come back in part.

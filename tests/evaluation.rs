@@ -35,20 +35,20 @@ stages:
     use: toy/world
     with: {seed: 7, train_images: 6, val_images: 12, web_images: 40, held_out_images: 60, side_px: 160}
   - id: split
-    use: coco/split
+    use: annotations/split
     in: {annotations: world.val, classes: world.classes}
   - id: lvis-split
-    use: coco/split
+    use: annotations/split
     in: {annotations: world.lvis_val}
     with: {classes: lvis-frequency}
   - id: coco
     use: eval/coco
     in: {annotations: split.annotations, detections: ./detections.parquet, classes: split.classes}
-    with: {of: "${of}"}
+    with: {iou_type: "${of}"}
   - id: lvis
     use: eval/lvis
     in: {annotations: lvis-split.annotations, detections: ./detections.parquet, classes: lvis-split.classes}
-    with: {of: "${of}"}
+    with: {iou_type: "${of}"}
   - id: export
     use: detections/export
     in: {detections: ./detections.parquet, annotations: split.annotations}
@@ -151,7 +151,7 @@ fn python_says_the_same_of_the_exported_detections() {
 
 /// The annotations of the world's images as a data set has them.
 fn annotations(world: &World, metric: &str) -> PathBuf {
-    let is_one = |name: &&String| name.contains("coco-split") && name.ends_with("annotations.json");
+    let is_one = |name: &&String| name.contains("annotations-split") && name.ends_with("annotations.json");
     let units = world.units();
     // LVIS says which classes are absent.
     let is_lvis = |name: &&String| String::from_utf8_lossy(&units[*name]).contains("neg_category_ids");
@@ -212,7 +212,11 @@ fn masks_that_are_not_there_are_named_with_what_to_do() {
     let world = world_with(Masks::None);
     let refused = world.run(["run", "./evaluation.yaml", "--until", "coco", "--set", "of=masks"]);
     assert!(refused.code == 4 && refused.stderr.contains("a detection without a mask"), "{}", refused.stderr);
-    assert!(refused.stderr.contains("whose detector has a mask head") && refused.stderr.contains("`of: boxes`"), "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("whose detector has a mask head") && refused.stderr.contains("`iou_type: boxes`"),
+        "{}",
+        refused.stderr
+    );
     let unknown = world.run(["plan", "./evaluation.yaml", "--set", "of=pixels"]);
     assert!(unknown.code == 3 && unknown.stderr.contains("pixels"), "{}", unknown.stderr);
 
@@ -242,7 +246,7 @@ fn a_detector_with_a_mask_head_writes_masks_of_the_original_images() {
     let world = World::new();
     world.write("detector.safetensors", untrained_detector());
     let pipeline = PIPELINE.replace("./detections.parquet", "test.detections").replace("variables: {of: boxes}", "variables: {of: masks}");
-    let test = "  - {id: test, use: detector/test, in: {images: world.images, annotations: split.annotations, classes: split.classes, detector: ./detector.safetensors}, with: {most_per_image: 12}}\n";
+    let test = "  - {id: test, use: detector/test, in: {images: world.images, annotations: split.annotations, classes: split.classes, detector: ./detector.safetensors}, with: {max_per_image: 12}}\n";
     world.write("masks.yaml", pipeline + test);
     world.run(["run", "./masks.yaml"]).success();
 
@@ -271,15 +275,15 @@ stages:
   - id: coco
     use: eval/coco
     in: {annotations: ./brought.json, detections: ./detections.parquet, classes: ./classes.json}
-    with: {of: "${of}"}
+    with: {iou_type: "${of}"}
   - id: lvis
     use: eval/lvis
     in: {annotations: ./brought.json, detections: ./detections.parquet, classes: ./classes.json}
-    with: {of: "${of}"}
+    with: {iou_type: "${of}"}
   - id: train
     use: detector/train
     in: {images: ./images, annotations: ./brought.json, classes: ./classes.json}
-    with: {network: toy, masks: true, training: {steps: 2, steps_per_unit: 2, batch: 1, longer_side: [96, 96], shorter_side: [96, 96]}}
+    with: {network: toy, masks: true, training: {steps: 2, checkpoint_every: 2, batch_size: 1, max_size: [96, 96], min_size: [96, 96]}}
 "#;
 
 /// A world whose annotations are brought, after a change to their json.
@@ -287,7 +291,7 @@ fn brought(world: &World, change: impl Fn(&mut Value)) {
     let mut json: Value = serde_json::from_slice(&fs::read(annotations(world, "coco")).unwrap()).unwrap();
     change(&mut json);
     world.write("brought.json", json.to_string());
-    world.write("classes.json", fs::read(world.find(&["coco-split", "classes.json"])).unwrap());
+    world.write("classes.json", fs::read(world.find(&["annotations-split", "classes.json"])).unwrap());
     world.write("brought.yaml", BROUGHT);
     fs::create_dir_all(world.path("images")).unwrap();
 }
@@ -402,7 +406,7 @@ fn images_that_the_detector_never_saw_are_said_at_the_table() {
     let n_objects = loaded.annotations.iter().filter(|object| object.image_id == broken.id && !object.is_crowd).count();
     let pipeline = BROUGHT.replace("./detections.parquet", "test.detections");
     let test = "  - id: test\n    use: detector/test\n    in: {images: ./images, annotations: ./brought.json, classes: ./classes.json, detector: ./detector.safetensors}\n    \
-                with: {most_per_image: 5}\n    on_bad_item: skip\n    max_failed_ratio: 0.2\n";
+                with: {max_per_image: 5}\n    on_bad_item: skip\n    max_failed_ratio: 0.2\n";
     world.write("brought.yaml", pipeline.clone() + test);
     assert_eq!(warnings(&world), Vec::<String>::new());
     world.write(&format!("images/{}", broken.file_name), "broken");
@@ -412,7 +416,7 @@ fn images_that_the_detector_never_saw_are_said_at_the_table() {
     assert!(n_objects > 0);
     assert_eq!(warnings(&world), std::slice::from_ref(&expected));
     // An image in which nothing is found was looked at nevertheless.
-    world.write("brought.yaml", pipeline + &test.replace("most_per_image: 5", "score_threshold: 0.999"));
+    world.write("brought.yaml", pipeline + &test.replace("max_per_image: 5", "score_threshold: 0.999"));
     assert_eq!(warnings(&world), [expected]);
     assert!(read_table(&world.find(&["detector-test", "detections.parquet"])).len() <= 55);
 }
@@ -435,8 +439,8 @@ fn a_results_file_has_the_category_ids_of_the_json_that_was_brought() {
 name: gaps
 stages:
   - {id: world, use: toy/world, with: {seed: 7, train_images: 6, val_images: 12, web_images: 40, held_out_images: 60, side_px: 160}}
-  - {id: split, use: coco/split, in: {annotations: ./brought.json, classes: ./classes.json}}
-  - {id: test, use: detector/test, in: {images: world.images, annotations: split.annotations, classes: split.classes, detector: ./detector.safetensors}, with: {most_per_image: 12}}
+  - {id: split, use: annotations/split, in: {annotations: ./brought.json, classes: ./classes.json}}
+  - {id: test, use: detector/test, in: {images: world.images, annotations: split.annotations, classes: split.classes, detector: ./detector.safetensors}, with: {max_per_image: 12}}
   - {id: export, use: detections/export, in: {detections: test.detections, annotations: ./brought.json}}
 "#;
     world.write("gaps.yaml", pipeline);

@@ -14,7 +14,7 @@ macro_rules! small_vit {
   - id: clip
     use: clip/pretrain
     in: {images: world.web_images, captions: world.captions}
-    with: {seed: 7, steps: 2, steps_per_unit: 2, batch: 8, architecture: vit}
+    with: {seed: 7, steps: 2, checkpoint_every: 2, batch_size: 8, architecture: vit}
 "#
     };
 }

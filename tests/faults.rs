@@ -101,7 +101,7 @@ fn classes(world: &World) -> Vec<(&'static str, PathBuf)> {
         ("detections", world.find(&["detect-zero-shot", ".parquet"])),
         ("checkpoint", world.find(&["prompts-ensemble", "prompts"])),
         ("evaluation", world.find(&["eval-coco", "evaluation.json"])),
-        ("annotations", world.find(&["coco-split", "annotations"])),
+        ("annotations", world.find(&["annotations-split", "annotations"])),
         ("list of items", world.find(&["clip-proposals", "items"])),
         ("unit record", world.find(&["clip-globals", "unit.json"])),
         ("manifest", world.manifests().into_iter().find(|path| path.to_string_lossy().contains("detect-zero-shot")).unwrap()),
@@ -179,14 +179,14 @@ fn what_cannot_be_made_again_is_named_with_what_is_lost() {
     world.write("labels.json", fs::read(val).unwrap());
     world.write(
         "own.yaml",
-        "version: 1\nname: own\nstages:\n  - {id: split, use: coco/split, in: {annotations: ./labels.json}, with: {classes: coco-48-17, keep: all}}\n",
+        "version: 1\nname: own\nstages:\n  - {id: split, use: annotations/split, in: {annotations: ./labels.json}, with: {classes: coco-48-17, keep: all}}\n",
     );
     let run = world.run(["run", "./own.yaml"]);
     if run.code != 0 {
         // The toy world's classes are its own.
         world.write(
             "own.yaml",
-            "version: 1\nname: own\nstages:\n  - {id: split, use: coco/split, in: {annotations: ./labels.json}, with: {classes: lvis-frequency}}\n",
+            "version: 1\nname: own\nstages:\n  - {id: split, use: annotations/split, in: {annotations: ./labels.json}, with: {classes: lvis-frequency}}\n",
         );
         let lvis = world.find(&["toy-world", "lvis_val"]);
         world.write("labels.json", fs::read(lvis).unwrap());
@@ -195,7 +195,7 @@ fn what_cannot_be_made_again_is_named_with_what_is_lost() {
     let name = world.logs().lines().rfind(|line| line.contains("step_checked") && line.contains("\"split\"")).unwrap().to_owned();
     assert!(!name.is_empty());
     fs::remove_file(world.path("labels.json")).unwrap();
-    let newest = world.units().into_keys().filter(|name| name.contains("coco-split") && !name.ends_with("unit.json"));
+    let newest = world.units().into_keys().filter(|name| name.contains("annotations-split") && !name.ends_with("unit.json"));
     let newest = newest.max_by_key(|name| fs::metadata(world.path(".ovenbird").join(name)).unwrap().modified().unwrap()).unwrap();
     fs::write(world.path(".ovenbird").join(newest), b"garbage").unwrap();
     let fixed = world.run(["verify", "--full", "--fix"]);
@@ -273,11 +273,11 @@ stages:
   - id: clip
     use: clip/pretrain
     in: {images: world.web_images, captions: world.captions}
-    with: {seed: 7, steps: 2, steps_per_unit: 2, batch: 8}
+    with: {seed: 7, steps: 2, checkpoint_every: 2, batch_size: 8}
   - id: globals
     use: clip/globals
     in: {images: ./images, annotations: ./labels.json, checkpoint: clip.checkpoint}
-    with: {view: square}
+    with: {resize: square}
     POLICY
 "#;
 

@@ -31,7 +31,7 @@ stages:
   - id: clip
     use: clip/pretrain
     in: {images: world.web_images, captions: world.captions}
-    with: {seed: 7, steps: 2, steps_per_unit: 2, batch: 8, architecture: vit}
+    with: {seed: 7, steps: 2, checkpoint_every: 2, batch_size: 8, architecture: vit}
   - id: proposals
     use: proposals/import
     in: {proposals: world.val_proposals, annotations: world.val}
@@ -202,7 +202,7 @@ new = {c["id"]: names.index(c["name"]) for c in source["categories"] if c["name"
 kept = len(classes["base"] if keep == "base" else names)
 annotations = [a | {"category_id": new[a["category_id"]]} for a in source["annotations"] if new.get(a["category_id"], kept) < kept]
 labelled = {a["image_id"] for a in annotations}
-images = [i for i in source["images"] if keep != "all-min" or i["id"] in labelled]
+images = [i for i in source["images"] if keep != "all-annotated" or i["id"] in labelled]
 for image in images:
     for key in ("neg_category_ids", "not_exhaustive_category_ids"):
         if key in image:
@@ -219,10 +219,10 @@ fn python_splits_annotations_into_the_same_bytes() {
     let Some(python) = python("json") else { return };
     let world = World::new();
     for (name, port) in [("coco", "val"), ("lvis", "lvis_val")] {
-        for keep in ["all", "base", "all-min"] {
+        for keep in ["all", "base", "all-annotated"] {
             let pipeline = BOTH_WAYS.split_once("  - id: clip\n").unwrap().0.replace("val_images: 6", "val_images: 30");
             let split = format!(
-                "  - {{id: split, use: coco/split, in: {{annotations: world.{port}, classes: world.classes}}, with: {{keep: {keep}}}}}\n"
+                "  - {{id: split, use: annotations/split, in: {{annotations: world.{port}, classes: world.classes}}, with: {{keep: {keep}}}}}\n"
             );
             world.write("split.yaml", pipeline + &split);
             world.run(["run", "./split.yaml"]).success();
@@ -230,7 +230,7 @@ fn python_splits_annotations_into_the_same_bytes() {
             let target = world.path("python.json");
             say(&python, SPLIT, &[&input, &world.find(&["toy-world", "classes.json"]), Path::new(keep), &target]);
             let expected = fs::read(target).unwrap();
-            let is_equal = |(name, bytes): (&String, &Vec<u8>)| name.contains("coco-split") && *bytes == expected;
+            let is_equal = |(name, bytes): (&String, &Vec<u8>)| name.contains("annotations-split") && *bytes == expected;
             assert!(world.units().iter().any(is_equal), "{name} {keep}");
         }
     }
@@ -368,7 +368,7 @@ const PSEUDO: &str = r#"  - id: prompts
     use: prompts/ensemble
     in: {checkpoint: clip.checkpoint, classes: world.classes}
   - id: base
-    use: coco/split
+    use: annotations/split
     in: {annotations: world.val, classes: world.classes}
     with: {keep: base}
   - id: pseudo
@@ -380,7 +380,7 @@ const PSEUDO: &str = r#"  - id: prompts
     in: {images: world.images, annotations: pseudo.annotations, classes: pseudo.classes}
     with:
       network: toy
-      training: {steps: 1, steps_per_unit: 1, batch: 2, longer_side: [96, 96], shorter_side: [96, 96]}
+      training: {steps: 1, checkpoint_every: 1, batch_size: 2, max_size: [96, 96], min_size: [96, 96]}
 "#;
 
 #[test]
@@ -389,9 +389,9 @@ fn pseudo_labels_are_annotations_that_a_detector_learns_from() {
     world.write("pseudo.yaml", format!("{BOTH_WAYS}{PSEUDO}"));
     let run = world.run(["run", "./pseudo.yaml", "--until", "detector"]).success();
     assert!(run.steps("done").contains(&"detector".to_owned()), "{}", run.stderr);
-    let was = fs::read_to_string(world.find(&["coco-split", "annotations.json"])).unwrap();
+    let was = fs::read_to_string(world.find(&["annotations-split", "annotations.json"])).unwrap();
     let is = world.find(&["annotations-pseudo-labels", "annotations.json"]);
-    let [before, after] = [&world.find(&["coco-split", "annotations.json"]), &is].map(|path| Annotations::load(path).unwrap());
+    let [before, after] = [&world.find(&["annotations-split", "annotations.json"]), &is].map(|path| Annotations::load(path).unwrap());
     let n_before = before.annotations.len();
     let added = &after.annotations[n_before..];
     assert!(added.len() > 6, "{}", added.len());
@@ -415,7 +415,7 @@ const ORDERED: &str = r#"version: 1
 name: ordered
 stages:
   - id: split
-    use: coco/split
+    use: annotations/split
     in: {annotations: ./labels.json, classes: ./classes.json}
   - id: proposals
     use: proposals/import

@@ -25,18 +25,18 @@ stages:
   - id: clip
     use: clip/pretrain
     in: {images: world.web_images, captions: world.captions}
-    with: {seed: "${seed}", steps: 2, steps_per_unit: 1, batch: 8}
+    with: {seed: "${seed}", steps: 2, checkpoint_every: 1, batch_size: 8}
   - id: val
-    use: coco/split
+    use: annotations/split
     in: {annotations: world.val, classes: world.classes}
-    with: {keep: all-min}
+    with: {keep: all-annotated}
   - id: prompts
     use: prompts/ensemble
     in: {checkpoint: clip.checkpoint, classes: val.classes}
   - id: proposals
     use: proposals/import
     in: {proposals: world.val_proposals, annotations: val.annotations}
-    with: {most_per_image: 5}
+    with: {max_per_image: 5}
   - id: regions
     use: clip/proposals
     in: {images: world.images, annotations: val.annotations, proposals: proposals.proposals, checkpoint: clip.checkpoint}

@@ -20,7 +20,7 @@ stages:
   - id: clip
     use: clip/pretrain
     in: {images: world.web_images, captions: world.captions}
-    with: {architecture: vit, seed: 7, steps: 2, steps_per_unit: 2, batch: 8}
+    with: {architecture: vit, seed: 7, steps: 2, checkpoint_every: 2, batch_size: 8}
   - id: blocks
     use: clip/blocks
     in: {images: world.images, annotations: world.train, checkpoint: clip.checkpoint}
@@ -36,7 +36,7 @@ stages:
       annotations: world.train
       val_features: val-blocks.features
       val_annotations: world.val
-    with: {epochs: 12, batch: 4, steps_per_unit: 3}
+    with: {epochs: 12, batch_size: 4, checkpoint_every: 3}
   - id: exported
     use: prompts/export
     in: {prompts: learned.prompts}
@@ -123,7 +123,7 @@ fn rows_without_names_get_those_of_the_annotations() {
 name: rows
 stages:
   - id: split
-    use: coco/split
+    use: annotations/split
     in: {{annotations: ./lvis.json}}
     with: {{classes: lvis-frequency}}
   - id: imported
@@ -165,8 +165,8 @@ fn what_prompts_cannot_be_learned_from_is_said_in_words() {
     );
     let half = refused("      val_annotations: world.val\n", "");
     assert!(half.contains("val_annotations: missing, but `val_features` is given"), "{half}");
-    let exploded = refused("steps_per_unit: 3}", "steps_per_unit: 3, learning_rate: 1.0e+30}");
-    assert!(exploded.contains("learning_rate: the loss is NaN at step "), "{exploded}");
+    let exploded = refused("checkpoint_every: 3}", "checkpoint_every: 3, lr: 1.0e+30}");
+    assert!(exploded.contains("lr: the loss is NaN at step "), "{exploded}");
 
     // A class whose name leaves no room for the context.
     let mut classes: Value = serde_json::from_slice(&fs::read(world.find(&["toy-world", "classes.json"])).unwrap()).unwrap();
@@ -185,11 +185,11 @@ fn what_prompts_cannot_be_learned_from_is_said_in_words() {
         long.stderr
     );
 
-    let never = PIPELINE.replace("epochs: 12, batch: 4, steps_per_unit: 3", "epochs: 0, batch: 0, loss_weight: -1.0");
+    let never = PIPELINE.replace("epochs: 12, batch_size: 4, checkpoint_every: 3", "epochs: 0, batch_size: 0, loss_weight: -1.0");
     world.write("bad.yaml", never);
     let checked = world.run(["plan", "./bad.yaml"]);
     for problem in
-        ["with.epochs: expected from 1 to 1000", "with.batch: expected at least 1", "with.loss_weight: expected a number above 0"]
+        ["with.epochs: expected from 1 to 1000", "with.batch_size: expected at least 1", "with.loss_weight: expected a number above 0"]
     {
         assert!(checked.stderr.contains(problem), "{}", checked.stderr);
     }

@@ -11,7 +11,7 @@ use ovenbird_cache::{Digest, Error as CacheError, Manifest, Status, Store, input
 use ovenbird_data::annotations::ImageId;
 use ovenbird_stages::{
     Context, Error, Inputs, OnBadItem, STAGES,
-    artifacts::{Artifact as _, ImageFeaturesWriter, NumberType, RegionFeatures, RegionFeaturesWriter},
+    artifacts::{Artifact as _, Dtype, ImageFeaturesWriter, RegionFeatures, RegionFeaturesWriter},
     find,
 };
 use serde_json::{Value, json};
@@ -27,13 +27,13 @@ stages:
     use: toy/world
     with: {seed: 7, train_images: 6, val_images: 5, web_images: 40, held_out_images: 60, side_px: 160}
   - id: split
-    use: coco/split
+    use: annotations/split
     in: {annotations: world.train, classes: world.classes}
     with: {keep: all}
   - id: clip
     use: clip/pretrain
     in: {images: world.web_images, captions: world.captions, held_out_images: world.held_out_images, held_out: world.held_out}
-    with: {seed: 7, steps: 4, steps_per_unit: 2, batch: 8, architecture: vit}
+    with: {seed: 7, steps: 4, checkpoint_every: 2, batch_size: 8, architecture: vit}
   - id: crops
     use: crops/objects
     in: {images: world.images, annotations: split.annotations}
@@ -99,7 +99,7 @@ stages:
       annotations: split.annotations
       val_features: val-blocks.features
       val_annotations: world.val
-    with: {epochs: 2, batch: 4, steps_per_unit: 2}
+    with: {epochs: 2, batch_size: 4, checkpoint_every: 2}
   - id: prompts-out
     use: prompts/export
     in: {prompts: learned.prompts}
@@ -115,11 +115,11 @@ stages:
   - id: oln
     use: oln/train
     in: {images: world.images, annotations: split.annotations, classes: split.classes, pretrained: detector-out.checkpoint}
-    with: {network: toy, training: {steps: 3, steps_per_unit: 1, checkpoints: 1, batch: 2, longer_side: [96, 128], shorter_side: [96, 128]}}
+    with: {network: toy, training: {steps: 3, checkpoint_every: 1, keep_checkpoints: 1, batch_size: 2, max_size: [96, 128], min_size: [96, 128]}}
   - id: found
     use: proposals/oln
     in: {images: world.images, annotations: world.val, network: oln.network}
-    with: {most_per_image: 10}
+    with: {max_per_image: 10}
   - id: detector
     use: detector/train
     in:
@@ -133,28 +133,28 @@ stages:
       globals: globals.features
     with:
       network: toy
-      training: {steps: 4, steps_per_unit: 1, checkpoints: 2, batch: 2, longer_side: [96, 128], shorter_side: [96, 128]}
+      training: {steps: 4, checkpoint_every: 1, keep_checkpoints: 2, batch_size: 2, max_size: [96, 128], min_size: [96, 128]}
   - id: test
     use: detector/test
     in: {images: world.images, annotations: world.val, classes: split.classes, prompts: ensemble.prompts, multilabel_prompts: learned.prompts, detector: detector.detector}
-    with: {most_per_image: 20}
+    with: {max_per_image: 20}
   - id: select
     use: detector/select
     in: {images: world.images, annotations: world.val, classes: split.classes, prompts: ensemble.prompts, multilabel_prompts: learned.prompts, checkpoints: detector.detector}
-    with: {group: all, test: {most_per_image: 20}}
+    with: {group: all, test: {max_per_image: 20}}
   - id: detector-out
     use: detector/export
     in: {detector: detector.detector}
   - id: detector-in
     use: detector/import
     in: {checkpoint: detector-out.checkpoint}
-    with: {network: toy, test_temperature: 0.007, multilabel_prompts: false, fits: [128, 128]}
+    with: {network: toy, test_temperature: 0.007, multilabel_prompts: false, max_size: 128, min_size: 128}
   - id: tuned
     use: detector/train
     in: {images: world.images, annotations: split.annotations, classes: split.classes, pretrained: detector-out.checkpoint}
     with:
       network: toy
-      training: {steps: 1, steps_per_unit: 1, checkpoints: 1, batch: 2, longer_side: [96, 128], shorter_side: [96, 128]}
+      training: {steps: 1, checkpoint_every: 1, keep_checkpoints: 1, batch_size: 2, max_size: [96, 128], min_size: [96, 128]}
   - id: coco
     use: eval/coco
     in: {annotations: world.val, detections: test.detections, classes: split.classes}
@@ -340,11 +340,11 @@ stages:
   - id: clip
     use: clip/pretrain
     in: {images: world.web_images, captions: world.captions}
-    with: {seed: 7, steps: 40, steps_per_unit: 4, batch: 8}
+    with: {seed: 7, steps: 40, checkpoint_every: 4, batch_size: 8}
   - id: globals
     use: clip/globals
     in: {images: ./images, annotations: ./labels.json, checkpoint: clip.checkpoint}
-    with: {view: square, clip: {precision: f32}}
+    with: {resize: square, clip: {precision: f32}}
 "#;
     world.write("own.yaml", text);
     world.write(
@@ -402,7 +402,7 @@ fn what_was_made_from_wrong_content_is_listed_and_made_again() {
         let draft = store.begin_unit(&unit.key).unwrap();
         let file = draft.create("features/regions.arrow").unwrap();
         let dim = rows[0].embeddings.len() / rows[0].boxes.len();
-        let mut shard = RegionFeaturesWriter::new(file, &unit.key.fingerprint, NumberType::F16, dim, clip).unwrap();
+        let mut shard = RegionFeaturesWriter::new(file, &unit.key.fingerprint, Dtype::F16, dim, clip).unwrap();
         for row in &rows {
             let mut wrong = row.clone();
             wrong.embeddings.rotate_left(dim);
@@ -457,7 +457,7 @@ fn features_that_are_no_directions_are_not_published() {
         };
         let draft = store.begin_unit(&key).unwrap();
         let file = draft.create("features/globals.arrow").unwrap();
-        let mut shard = ImageFeaturesWriter::new(file, &key.fingerprint, NumberType::F16, 2, None).unwrap();
+        let mut shard = ImageFeaturesWriter::new(file, &key.fingerprint, Dtype::F16, 2, None).unwrap();
         shard.push(ImageId(1), &embedding).unwrap();
         let refused = shard.finish().unwrap_err().to_string();
         assert!(refused.contains(words) && refused.contains("not published"), "{refused}");
@@ -558,11 +558,11 @@ stages:
   - id: clip
     use: clip/pretrain
     in: {{images: world.web_images, captions: world.captions}}
-    with: {{seed: 7, steps: 2, steps_per_unit: 2, batch: 8, architecture: vit}}
+    with: {{seed: 7, steps: 2, checkpoint_every: 2, batch_size: 8, architecture: vit}}
   - id: proposals
     use: proposals/import
     in: {{proposals: world.val_proposals, annotations: world.val}}
-    with: {{most_per_image: {n}}}
+    with: {{max_per_image: {n}}}
   - id: globals
     use: clip/globals
     in: {{images: world.images, annotations: world.val, checkpoint: clip.checkpoint}}

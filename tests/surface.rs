@@ -49,7 +49,7 @@ fn the_schema_knows_every_stage_and_its_parameters() {
 #[test]
 fn a_stage_is_documented_from_its_types() {
     let page = World::new().run(["stages", "detect/zero-shot"]).success().stdout;
-    for words in ["detect/zero-shot (version 2)", "features: region-features", "nms_iou: number = 0.5", "A box falls when it overlaps"] {
+    for words in ["detect/zero-shot (version 3)", "features: region-features", "nms_iou: number = 0.5", "A box falls when it overlaps"] {
         assert!(page.contains(words), "expected `{words}` in\n{page}");
     }
     let output = World::new().run(["stages", "detect/zeroshot"]);
@@ -154,7 +154,7 @@ fn json_forms_are_as_documented() {
     let world = World::tiny();
     world.run(["run", "./tiny.yaml", "--until", "coco"]).success();
     let run = json(&world, &["status", "--json"])["run"]["run"].as_str().unwrap().to_owned();
-    let record = world.find(&["coco-split", "unit.json"]);
+    let record = world.find(&["annotations-split", "unit.json"]);
     let forms: [(&str, &[&str]); 13] = [
         ("plan PIPELINE", &["plan", "./tiny.yaml", "--until", "lvis", "--set", "detect.nms_iou=0.3", "--json"]),
         ("explain PIPELINE STAGE", &["explain", "./tiny.yaml", "coco", "--set", "detect.nms_iou=0.3", "--json"]),

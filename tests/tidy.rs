@@ -119,18 +119,18 @@ fn parameters(pipeline: &str, id: &str) -> Value {
 /// Tables of OADP's specification, sections 6.1, 6.4, 6.5 and 6.6: how ViLD and OADP were trained, and are asked.
 #[test]
 fn published_pipelines_have_the_published_numbers() {
-    let weight = |gain: f64, warm_up_steps: u32| json!({"gain": gain, "warm_up_steps": warm_up_steps});
+    let weight = |weight: f64, warmup_steps: u32| json!({"weight": weight, "warmup_steps": warmup_steps});
     let pyramid = json!({
-        "objects": weight(256.0, 200), "blocks": weight(128.0, 200), "relations": weight(8.0, 200), "globals": weight(0.5, 200),
-        "block_labels": weight(16.0, 1000), "global_labels": weight(4.0, 2000), "label_warm_up": "reference", "images_per_group": 2,
+        "objects": weight(256.0, 200), "blocks": weight(128.0, 200), "relation_loss": weight(8.0, 200), "globals": weight(0.5, 200),
+        "block_labels": weight(16.0, 1000), "global_labels": weight(4.0, 2000), "label_warmup": "reference", "images_per_group": 2,
     });
     let common = json!({
-        "seed": 3407, "batch": 16, "accumulate": 1, "longer_side": [1330, 1333], "shorter_side": [640, 800], "precision": "f16",
-        "optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.02, "warm_up_steps": 500, "decay": "steps", "weight_decay": 2.5e-5,
+        "seed": 3407, "batch_size": 16, "accumulation_steps": 1, "max_size": [1330, 1333], "min_size": [640, 800], "precision": "f16",
+        "optimizer": "sgd", "momentum": 0.9, "lr": 0.02, "warmup_steps": 500, "lr_schedule": "steps", "weight_decay": 2.5e-5,
     });
-    let coco = json!({"steps": 40_000, "decay_steps": [30_000], "checkpoints": 20, "repeat_threshold": 0.0});
-    let lvis = json!({"epochs": 24, "decay_epochs": [16, 19], "repeat_threshold": 0.001});
-    let half = json!({"groups": {"bbox_head": {"rate": 0.5, "decay": 1.0}}});
+    let coco = json!({"steps": 40_000, "lr_steps": [30_000], "keep_checkpoints": 20, "repeat_threshold": 0.0});
+    let lvis = json!({"epochs": 24, "lr_epochs": [16, 19], "repeat_threshold": 0.001});
+    let half = json!({"groups": {"bbox_head": {"lr_mult": 0.5, "decay_mult": 1.0}}});
     let all = json!({"groups": {}});
     let assert_holds = |found: &Value, expected: &Value, place: &str| {
         for (field, value) in expected.as_object().unwrap() {
@@ -154,10 +154,10 @@ fn published_pipelines_have_the_published_numbers() {
             assert_holds(&detector["distillation"], &pyramid, pipeline);
         }
         assert_eq!(detector["distillation"]["objects"], weight(256.0, 200), "{pipeline}");
-        let asked = json!({"heads": "both", "proposals": 1000, "nms_iou": 0.5, "score_threshold": 0.0, "most_per_image": 300});
+        let asked = json!({"heads": "both", "proposals": 1000, "nms_iou": 0.5, "score_threshold": 0.0, "max_per_image": 300});
         assert_holds(&parameters(pipeline, "test"), &asked, pipeline);
     }
-    let learned = json!({"epochs": 3, "batch": 16, "learning_rate": 0.05, "weight_decay": 0.001, "loss_weight": 640.0});
+    let learned = json!({"epochs": 3, "batch_size": 16, "lr": 0.05, "weight_decay": 0.001, "loss_weight": 640.0});
     assert_holds(&parameters("oadp-ov-coco", "multilabel"), &learned, "oadp-ov-coco");
 }
 

@@ -38,7 +38,7 @@ pub enum Keep {
     /// Base classes only, every image; the category list stays whole: `.48`, `.866`.
     Base,
     /// Every listed class, but only images with at least one of their annotations: `.65.min`.
-    AllMin,
+    AllAnnotated,
 }
 
 /// What was written.
@@ -194,7 +194,7 @@ pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, keep: Keep, o
     categories.sort_by_key(|(new_id, _)| *new_id);
 
     let n_kept = match keep {
-        Keep::All | Keep::AllMin => classes.base.len() + classes.novel.len(),
+        Keep::All | Keep::AllAnnotated => classes.base.len() + classes.novel.len(),
         Keep::Base => classes.base.len(),
     };
     let mut annotations = Vec::new();
@@ -209,7 +209,7 @@ pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, keep: Keep, o
             annotations.push((annotation, *new_id));
         }
     }
-    let is_kept = |image: &&Fields<'_>| keep != Keep::AllMin || image.get("id").is_some_and(|Whole(id)| labelled.contains(&id));
+    let is_kept = |image: &&Fields<'_>| keep != Keep::AllAnnotated || image.get("id").is_some_and(|Whole(id)| labelled.contains(&id));
     let images: Vec<&Fields<'_>> = parts.images.iter().filter(is_kept).collect();
     let lists: Vec<Vec<(&str, String)>> = images
         .iter()
@@ -294,7 +294,7 @@ mod tests {
     #[test]
     fn every_file_is_equal_to_the_one_that_python_writes() {
         for (input, name) in [("coco.json", "coco"), ("lvis.json", "lvis")] {
-            for (keep, suffix) in [(Keep::All, "all"), (Keep::Base, "base"), (Keep::AllMin, "all-min")] {
+            for (keep, suffix) in [(Keep::All, "all"), (Keep::Base, "base"), (Keep::AllAnnotated, "all-annotated")] {
                 let expected = fs::read_to_string(golden(&format!("{name}.{suffix}.json"))).unwrap();
                 assert_eq!(split(input, &classes(), keep).unwrap(), expected, "{name} {suffix}");
             }
@@ -363,7 +363,7 @@ mod tests {
             {\"id\": \"2\", \"image_id\": 1, \"category_id\": 5, \"iscrowd\": false}]}";
         let mut out = Vec::new();
         let owls = ClassSplit { base: vec!["owl".into()], novel: vec![] };
-        write_split(json.as_bytes(), Path::new("a.json"), &owls, Keep::AllMin, &mut out).unwrap();
+        write_split(json.as_bytes(), Path::new("a.json"), &owls, Keep::AllAnnotated, &mut out).unwrap();
         let expected = r#"{"categories":[{"id":0,"name":"owl"}],"annotations":[{"id":0,"image_id":1,"category_id":0,"iscrowd":1,"x":1.50},{"id":2,"image_id":1,"category_id":0,"iscrowd":0}],"images":[{"id":1,"width":64,"height":48}]}"#;
         assert_eq!(String::from_utf8(out).unwrap(), expected);
     }

@@ -54,7 +54,7 @@ impl Key {
         }
     }
 
-    /// Whether it is of a field of a stage's parameters, such as `training.longer_side[0]`, or of what holds that field.
+    /// Whether it is of a field of a stage's parameters, such as `training.max_size[0]`, or of what holds that field.
     pub(super) fn holds(&self, id: &str, field: &str) -> bool {
         let Self::Parameter { stage, path } = self else { return false };
         stage == id && field.strip_prefix(path).is_some_and(|below| below.is_empty() || below.starts_with(['.', '[']))

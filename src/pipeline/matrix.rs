@@ -371,15 +371,15 @@ mod tests {
     in: {images: world.web_images, captions: world.captions, held_out_images: world.held_out_images, held_out: world.held_out}
     with: {seed: 7, steps: \"${steps}\"}
   - id: val
-    use: coco/split
+    use: annotations/split
     in: {annotations: world.val, classes: world.classes}
-    with: {keep: all-min}
+    with: {keep: all-annotated}
   - id: names
-    use: coco/split
+    use: annotations/split
     in: {annotations: world.val, classes: world.classes}
     with: {keep: base}
   - id: lvis
-    use: coco/split
+    use: annotations/split
     in: {annotations: world.lvis_val}
     with: {classes: lvis-frequency}
   - id: prompts
@@ -539,7 +539,7 @@ variants:
 
     #[test]
     fn a_variant_is_stronger_than_the_file_and_the_command_line_than_a_variant() {
-        let head = "variables: {seed: 7, steps: 10}\nvariants: {a: {steps: 20, clip.batch: 4, prompts.in.classes: names.classes}}\n";
+        let head = "variables: {seed: 7, steps: 10}\nvariants: {a: {steps: 20, clip.batch_size: 4, prompts.in.classes: names.classes}}\n";
         let of = |settings: &[&str]| {
             let pipeline = read(head, settings, &[]).unwrap_or_else(|error| panic!("{}", error.words()));
             let step = |id: &str| pipeline.steps.iter().find(|step| step.id == id).unwrap();
@@ -549,9 +549,9 @@ variants:
         };
         assert_eq!(of(&[]), (20, 4, "names".into()));
         assert_eq!(of(&["steps=30"]), (30, 4, "names".into()));
-        assert_eq!(of(&["clip.steps=40", "clip.batch=5", "prompts.in.classes=val.classes"]), (40, 5, "val".into()));
+        assert_eq!(of(&["clip.steps=40", "clip.batch_size=5", "prompts.in.classes=val.classes"]), (40, 5, "val".into()));
         // Variables within a change.
-        assert_eq!(of(&["clip.batch=${seed}"]), (20, 7, "names".into()));
+        assert_eq!(of(&["clip.batch_size=${seed}"]), (20, 7, "names".into()));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `coco/split` and `proposals/import`: what others made, checked and in the form that every later stage reads; `proposals/export`: the
+//! `annotations/split` and `proposals/import`: what others made, checked and in the form that every later stage reads; `proposals/export`: the
 //! way back.
 
 use ovenbird_data::{
@@ -42,7 +42,7 @@ pub enum Keep {
     /// Labels of base classes, every image (`.48`, `.866`).
     Base,
     /// Every listed class, images with at least one label (`.65.min`).
-    AllMin,
+    AllAnnotated,
 }
 
 /// Annotations for open-vocabulary detection: classes renumbered as base ++ novel, novel labels kept or dropped.
@@ -66,7 +66,7 @@ const SPLIT: Out<AnnotationFile> = Out::new("annotations", "The renumbered json:
 const LIST: Out<Classes> = Out::new("classes", "The class names; a class's new id is its place in base ++ novel.");
 
 impl Stage for Split {
-    const KIND: &'static str = "coco/split";
+    const KIND: &'static str = "annotations/split";
     const VERSION: u32 = 1;
     const INPUTS: &'static [PortInfo] = &[ANNOTATIONS.info(), CLASSES.info()];
     const OUTPUTS: &'static [PortInfo] = &[SPLIT.info(), LIST.info()];
@@ -99,7 +99,7 @@ impl Stage for Split {
         let keep = match self.keep {
             Keep::All => KeptLabels::All,
             Keep::Base => KeptLabels::Base,
-            Keep::AllMin => KeptLabels::AllMin,
+            Keep::AllAnnotated => KeptLabels::AllAnnotated,
         };
         let draft = cx.begin(unit)?;
         let mut file = draft.create(SPLIT, "annotations.json")?;
@@ -144,7 +144,7 @@ pub struct Import {
     pub order: Option<Order>,
     /// Keeps at most this many proposals an image, best first; all without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub most_per_image: Option<usize>,
+    pub max_per_image: Option<usize>,
 }
 
 const PICKLE: In<MmdetProposals> = In::required("proposals", "A pickle of mmdet, Detectron or detectron2.");
@@ -152,7 +152,7 @@ const IMPORTED: Out<Proposals> = Out::new("proposals", "Boxes (xyxy, px) and sco
 
 impl Stage for Import {
     const KIND: &'static str = "proposals/import";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = &[PICKLE.info(), ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[IMPORTED.info()];
 
@@ -182,7 +182,7 @@ impl Stage for Import {
             cx.note(format!("entries are {words}: the boxes fit that order only (`with: {{order: {order_words}}}`)"));
         }
         let mut by_image = matched.by_image;
-        if let Some(most) = self.most_per_image {
+        if let Some(most) = self.max_per_image {
             for of_image in by_image.values_mut() {
                 of_image.sort_by(|a, b| b.score.total_cmp(&a.score));
                 of_image.truncate(most);

@@ -21,7 +21,7 @@ use crate::{
 /// Detection without a detector: every proposal gets the class whose text is nearest.
 ///
 /// Class probability = softmax of cosines / temperature over all classes; score = probability^(1 - w) * objectness^w with w =
-/// `objectness_weight`. Then NMS within each class, and the best `most_per_image`.
+/// `objectness_weight`. Then NMS within each class, and the best `max_per_image`.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ZeroShot {
@@ -34,12 +34,12 @@ pub struct ZeroShot {
     /// A box falls when it overlaps a better one of its class by more.
     pub nms_iou: f32,
     /// Detections kept an image.
-    pub most_per_image: usize,
+    pub max_per_image: usize,
 }
 
 impl Default for ZeroShot {
     fn default() -> Self {
-        Self { temperature: 0.01, objectness_weight: 0.5, score_threshold: 0.01, nms_iou: 0.5, most_per_image: 300 }
+        Self { temperature: 0.01, objectness_weight: 0.5, score_threshold: 0.01, nms_iou: 0.5, max_per_image: 300 }
     }
 }
 
@@ -71,7 +71,7 @@ pub(crate) fn category_names(annotations: &Annotations, ids: &[CategoryId]) -> B
 
 impl Stage for ZeroShot {
     const KIND: &'static str = "detect/zero-shot";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = &[FEATURES.info(), PROMPTS.info(), CLASSES.info(), ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[DETECTIONS.info()];
 
@@ -81,7 +81,7 @@ impl Stage for ZeroShot {
             ("objectness_weight", (0.0..=1.0).contains(&self.objectness_weight), "a number from 0 to 1"),
             ("score_threshold", (0.0..1.0).contains(&self.score_threshold), "a number from 0 to below 1"),
             ("nms_iou", (0.0..=1.0).contains(&self.nms_iou), "a number from 0 to 1"),
-            ("most_per_image", self.most_per_image > 0, "at least 1"),
+            ("max_per_image", self.max_per_image > 0, "at least 1"),
         ])
     }
 
@@ -150,7 +150,7 @@ impl ZeroShot {
             score: scores[kept],
             mask: None,
         };
-        Ok(kept.into_iter().take(self.most_per_image).map(detection).collect())
+        Ok(kept.into_iter().take(self.max_per_image).map(detection).collect())
     }
 }
 
@@ -184,7 +184,7 @@ pub struct Coco {
     // A default that is not written has to be spelled out for the schema.
     #[serde(default, skip_serializing_if = "Of::is_boxes")]
     #[schemars(extend("default" = "boxes"))]
-    pub of: Of,
+    pub iou_type: Of,
 }
 
 /// LVIS evaluation of boxes or masks: federated, 300 detections an image; APr, APc, APf and novel / base.
@@ -198,30 +198,30 @@ pub struct Lvis {
     // A default that is not written has to be spelled out for the schema.
     #[serde(default, skip_serializing_if = "Of::is_boxes")]
     #[schemars(extend("default" = "boxes"))]
-    pub of: Of,
+    pub iou_type: Of,
 }
 
 const EVAL_INPUTS: &[PortInfo] = &[ANNOTATIONS.info(), FOUND.info(), CLASSES.info()];
 
 impl Stage for Coco {
     const KIND: &'static str = "eval/coco";
-    const VERSION: u32 = 2;
-    const INPUTS: &'static [PortInfo] = EVAL_INPUTS;
-    const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
-
-    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        evaluate(units, cx, Metric::Coco, self.of)
-    }
-}
-
-impl Stage for Lvis {
-    const KIND: &'static str = "eval/lvis";
     const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = EVAL_INPUTS;
     const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        evaluate(units, cx, Metric::Lvis, self.of)
+        evaluate(units, cx, Metric::Coco, self.iou_type)
+    }
+}
+
+impl Stage for Lvis {
+    const KIND: &'static str = "eval/lvis";
+    const VERSION: u32 = 4;
+    const INPUTS: &'static [PortInfo] = EVAL_INPUTS;
+    const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        evaluate(units, cx, Metric::Lvis, self.iou_type)
     }
 }
 
@@ -236,14 +236,14 @@ fn evaluate(units: &[Unit], cx: &Context<'_>, metric: Metric, of: Of) -> Result<
     let port = |port: &'static str, hint: &'static str| move |problem: String| Error::Input { port, problem, hint: hint.into() };
     let hint = match of {
         Of::Boxes => "use the classes and the annotations of the same split",
-        Of::Masks => "masks need annotations with the outlines of all objects; otherwise evaluate `of: boxes`",
+        Of::Masks => "masks need annotations with the outlines of all objects; otherwise evaluate `iou_type: boxes`",
     };
     let mut evaluator = Evaluator::new(metric, shape, &annotations, &classes).map_err(port("annotations", hint))?;
     let hint = match of {
         Of::Boxes => "evaluate detections against the annotations they were made for",
         Of::Masks => {
             "evaluate detections of a `detector/test` whose detector has a mask head, against the annotations they were made for; \
-             otherwise evaluate `of: boxes`"
+             otherwise evaluate `iou_type: boxes`"
         }
     };
     cx.total(annotations.images.len() as u64);

@@ -23,7 +23,7 @@ use crate::{
 ///
 /// A list of `{"image_id", "category_id", "bbox": [x, y, width, height], "score"}`, with `"segmentation"` (packed run lengths) where there
 /// are masks; a line each, in the detections' order. Category ids are those of the annotations given here, found by name, numbers the
-/// shortest decimals of f32. `coco/split` renumbers categories: give the json that the results will be evaluated with. Who evaluates masks with pycocotools or lvis-api takes `bbox` out first, as mmdet does: otherwise small, medium and
+/// shortest decimals of f32. `annotations/split` renumbers categories: give the json that the results will be evaluated with. Who evaluates masks with pycocotools or lvis-api takes `bbox` out first, as mmdet does: otherwise small, medium and
 /// large go by boxes.
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]

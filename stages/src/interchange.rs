@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Result, Stage, Unit, UnitDraft, Units,
     artifacts::{
-        AnnotationFile, FeatureFiles, ImageFeatures, NumberType, Piece, Places, RegionFeatures, Regions, Row, RowKind, RowWriter,
+        AnnotationFile, Dtype, FeatureFiles, ImageFeatures, Piece, Places, RegionFeatures, Regions, Row, RowKind, RowWriter,
         feature_files::{Holds, Read, box_problem, file_name, slack_px, write_global, write_regions},
     },
     clip::WholeBox,
@@ -51,7 +51,7 @@ impl Stage for GlobalsImport {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let files = cx.inputs.read(FILES)?;
-        import(units, cx, &files, RowKind::Image(NumberType::F16), |image| {
+        import(units, cx, &files, RowKind::Image(Dtype::F16), |image| {
             let Read { row, dim } = files.global(image)?;
             Ok(Read { row: Row::Image(image.id, row), dim })
         })
@@ -83,7 +83,7 @@ impl Stage for BlocksImport {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let files = cx.inputs.read(FILES)?;
-        import(units, cx, &files, RowKind::Regions(NumberType::F16), |image| {
+        import(units, cx, &files, RowKind::Regions(Dtype::F16), |image| {
             let Read { mut row, dim } = files.regions(image, Holds::Blocks)?;
             self.check_boxes(&mut row, image, &files)?;
             Ok(Read { row: Row::Regions(row), dim })
@@ -143,7 +143,7 @@ impl Stage for ObjectsImport {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let files = cx.inputs.read(FILES)?;
-        import(units, cx, &files, RowKind::Regions(NumberType::F16), |image| {
+        import(units, cx, &files, RowKind::Regions(Dtype::F16), |image| {
             let Read { row, dim } = files.regions(image, Holds::Objects)?;
             if let Some(problem) = box_problem(&row.boxes, 0, row.size_px) {
                 let hint = "these objects seem to be of another image: give the annotations that they were extracted for";

@@ -19,6 +19,7 @@ mod pass;
 pub mod prompts;
 pub mod pseudo_labels;
 mod registry;
+mod renamed;
 #[cfg(test)]
 #[path = "../../tests/support/skip.rs"]
 mod skip;
@@ -31,6 +32,7 @@ pub use contract::{
 pub use error::Error;
 pub use pass::{Rider, run_together};
 pub use registry::{STAGES, StageEntry, find};
+pub use renamed::renamed_kind;
 
 /// What every function of this crate returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -22,7 +22,7 @@ use crate::{
 
 /// Annotations with what CLIP takes proposals for, so that a detector learns novel classes from boxes that nobody drew.
 ///
-/// Of the `most_per_image` proposals with the greatest objectness, each gets its likeliest class, base or novel: probability = softmax of
+/// Of the `max_per_image` proposals with the greatest objectness, each gets its likeliest class, base or novel: probability = softmax of
 /// logits / temperature over all classes, logits = cosine * scaler - bias with the prompts' learned scale, or else the cosine itself;
 /// score = probability^`probability_power` * objectness^`objectness_power`. Those above `score_threshold` that NMS within each class keeps
 /// are added with new ids, the box's area, their score, `iscrowd` 0 and no outline: masks cannot be learned from them. The defaults are
@@ -43,13 +43,13 @@ pub struct PseudoLabels {
     /// Objects must score above.
     pub score_threshold: f32,
     /// Proposals looked at in an image.
-    pub most_per_image: usize,
+    pub max_per_image: usize,
 }
 
 impl Default for PseudoLabels {
     fn default() -> Self {
         let (probability_power, objectness_power) = (0.306, 0.758);
-        Self { temperature: None, probability_power, objectness_power, nms_iou: 0.49705, score_threshold: 0.5, most_per_image: 100 }
+        Self { temperature: None, probability_power, objectness_power, nms_iou: 0.49705, score_threshold: 0.5, max_per_image: 100 }
     }
 }
 
@@ -63,7 +63,7 @@ const ALL: Out<Classes> =
 
 impl Stage for PseudoLabels {
     const KIND: &'static str = "annotations/pseudo-labels";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[FEATURES.info(), PROMPTS.info(), CLASSES.info(), ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[MORE.info(), ALL.info()];
 
@@ -75,7 +75,7 @@ impl Stage for PseudoLabels {
             ("objectness_power", is_power(self.objectness_power), "a number from 0 to 1"),
             ("nms_iou", (0.0..=1.0).contains(&self.nms_iou), "a number from 0 to 1"),
             ("score_threshold", (0.0..1.0).contains(&self.score_threshold), "a number from 0 to below 1"),
-            ("most_per_image", self.most_per_image > 0, "at least 1"),
+            ("max_per_image", self.max_per_image > 0, "at least 1"),
         ])
     }
 
@@ -165,7 +165,7 @@ impl Labeller<'_> {
         }
         let mut order: Vec<usize> = (0..n_regions).collect();
         order.sort_by(|a, b| regions.objectness[*b].total_cmp(&regions.objectness[*a]));
-        order.truncate(self.stage.most_per_image);
+        order.truncate(self.stage.max_per_image);
         // A box without an area is no object.
         order.retain(|region| regions.boxes[*region].width() > 0.0 && regions.boxes[*region].height() > 0.0);
         if order.is_empty() {

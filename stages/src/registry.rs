@@ -6,7 +6,9 @@ use serde_json::Value;
 use crate::{
     annotations, clip,
     contract::{AnyStage, PortInfo, Problem, Stage},
-    crops, detect, detector, export, interchange, prompts, pseudo_labels, toy,
+    crops, detect, detector, export, interchange, prompts, pseudo_labels,
+    renamed::renamed_parameter,
+    toy,
 };
 
 /// Every stage, in the order `ovenbird stages` lists them.
@@ -86,6 +88,9 @@ impl StageEntry {
 }
 
 fn parse<S: Stage>(params: &Value) -> Result<Box<dyn AnyStage>, Problem> {
+    if let Some(problem) = renamed_parameter(params) {
+        return Err(problem);
+    }
     match serde_path_to_error::deserialize::<_, S>(params) {
         Ok(stage) => Ok(Box::new(stage)),
         Err(error) => {
@@ -124,7 +129,7 @@ mod tests {
         // `prompts/ensemble` encodes texts on the CPU: they take seconds.
         let others = [
             "toy/world",
-            "coco/split",
+            "annotations/split",
             "proposals/import",
             "proposals/export",
             "crops/objects",

@@ -65,7 +65,7 @@ impl World {
             .replace("val_images: 120", "val_images: 12")
             .replace("web_images: 4000", "web_images: 40")
             .replace("web_images: \"${web_images}\"}", "web_images: \"${web_images}\", held_out_images: 60, side_px: 160}")
-            .replace("with: {seed: \"${seed}\"}", "with: {seed: \"${seed}\", steps: 6, steps_per_unit: 2, batch: 8}")
+            .replace("with: {seed: \"${seed}\"}", "with: {seed: \"${seed}\", steps: 6, checkpoint_every: 2, batch_size: 8}")
             .replace("name: quickstart", "name: tiny");
         assert!(small.contains("steps: 6") && small.contains("side_px: 160"), "the quickstart pipeline changed");
         world.write("tiny.yaml", &small);

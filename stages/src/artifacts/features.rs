@@ -51,7 +51,7 @@ const BF16_KEY: &str = "ovenbird.bf16";
 /// How embeddings are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum NumberType {
+pub enum Dtype {
     /// IEEE half precision: unit-norm embeddings keep three digits.
     #[default]
     F16,
@@ -61,7 +61,7 @@ pub enum NumberType {
     F32,
 }
 
-impl NumberType {
+impl Dtype {
     fn field(self, name: &str) -> Field {
         match self {
             Self::F16 => Field::new(name, DataType::Float16, false),
@@ -83,7 +83,7 @@ impl NumberType {
     }
 }
 
-/// Widens stored numbers; `None` for a type that is no [`NumberType`].
+/// Widens dtype numbers; `None` for a type that is no [`Dtype`].
 fn widened(array: &dyn Array) -> Option<Vec<f32>> {
     if let Some(halves) = array.as_primitive_opt::<Float16Type>() {
         let mut numbers = vec![0.0; halves.len()];
@@ -107,7 +107,7 @@ fn vector_array(item: Field, dim: usize, values: ArrayRef) -> FixedSizeListArray
 /// Writes `image-features`.
 pub struct ImageFeaturesWriter {
     shard: ShardWriter,
-    stored: NumberType,
+    dtype: Dtype,
     dim: usize,
     image_ids: Vec<u64>,
     values: Vec<f32>,
@@ -115,14 +115,14 @@ pub struct ImageFeaturesWriter {
 
 impl ImageFeaturesWriter {
     /// Begins the shard of a unit with embeddings of `dim` numbers, of a space that may be unknown.
-    pub fn new(file: DraftFile, unit: &Fingerprint, stored: NumberType, dim: usize, clip: Option<Space>) -> Result<Self> {
+    pub fn new(file: DraftFile, unit: &Fingerprint, dtype: Dtype, dim: usize, clip: Option<Space>) -> Result<Self> {
         let schema = Schema::new(vec![
             Field::new("image_id", DataType::UInt64, false),
-            Field::new("embedding", vectors(stored.field("item"), dim), false),
+            Field::new("embedding", vectors(dtype.field("item"), dim), false),
         ])
         .with_metadata(clip.map(Space::entry).into_iter().collect());
         let shard = ShardWriter::new(file, &schema, unit, Compression::None)?;
-        Ok(Self { shard, stored, dim, image_ids: Vec::new(), values: Vec::new() })
+        Ok(Self { shard, dtype, dim, image_ids: Vec::new(), values: Vec::new() })
     }
 
     /// Appends one image.
@@ -138,7 +138,7 @@ impl ImageFeaturesWriter {
             return Ok(());
         }
         let ids: ArrayRef = Arc::new(UInt64Array::from(std::mem::take(&mut self.image_ids)));
-        let embeddings = vector_array(self.stored.field("item"), self.dim, self.stored.array(&std::mem::take(&mut self.values)));
+        let embeddings = vector_array(self.dtype.field("item"), self.dim, self.dtype.array(&std::mem::take(&mut self.values)));
         let columns = [("image_id", ids), ("embedding", Arc::new(embeddings) as ArrayRef)];
         Ok(self.shard.write(&RecordBatch::try_from_iter(columns).expect("BUG: columns of equal length"))?)
     }
@@ -282,9 +282,9 @@ pub(crate) enum Row {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RowKind {
     /// [`Row::Image`].
-    Image(NumberType),
+    Image(Dtype),
     /// [`Row::Regions`].
-    Regions(NumberType),
+    Regions(Dtype),
     /// [`Row::Crops`].
     Crops,
 }
@@ -311,8 +311,8 @@ impl RowWriter {
     /// Begins the shard of a unit with embeddings of `dim` numbers, where its rows have any, of a space that may be unknown.
     pub(crate) fn new(kind: RowKind, file: DraftFile, unit: &Fingerprint, dim: usize, clip: Option<Space>) -> Result<Self> {
         Ok(match kind {
-            RowKind::Image(stored) => Self::Image(ImageFeaturesWriter::new(file, unit, stored, dim, clip)?),
-            RowKind::Regions(stored) => Self::Regions(RegionFeaturesWriter::new(file, unit, stored, dim, clip)?),
+            RowKind::Image(dtype) => Self::Image(ImageFeaturesWriter::new(file, unit, dtype, dim, clip)?),
+            RowKind::Regions(dtype) => Self::Regions(RegionFeaturesWriter::new(file, unit, dtype, dim, clip)?),
             RowKind::Crops => Self::Crops(CropsWriter::new(file, unit)?),
         })
     }
@@ -424,25 +424,25 @@ pub struct Regions {
 /// Writes `region-features`.
 pub struct RegionFeaturesWriter {
     shard: ShardWriter,
-    stored: NumberType,
+    dtype: Dtype,
     dim: usize,
     rows: Vec<Regions>,
 }
 
 impl RegionFeaturesWriter {
     /// Begins the shard of a unit with embeddings of `dim` numbers, of a space that may be unknown.
-    pub fn new(file: DraftFile, unit: &Fingerprint, stored: NumberType, dim: usize, clip: Option<Space>) -> Result<Self> {
+    pub fn new(file: DraftFile, unit: &Fingerprint, dtype: Dtype, dim: usize, clip: Option<Space>) -> Result<Self> {
         let schema = Schema::new(vec![
             Field::new("image_id", DataType::UInt64, false),
             Field::new("width_px", DataType::UInt32, false),
             Field::new("height_px", DataType::UInt32, false),
-            list_field("embedding", embedding_field(stored, dim)),
+            list_field("embedding", embedding_field(dtype, dim)),
             list_field("xyxy", box_field()),
             list_field("objectness", score_field()),
         ])
         .with_metadata(clip.map(Space::entry).into_iter().collect());
         let shard = ShardWriter::new(file, &schema, unit, Compression::None)?;
-        Ok(Self { shard, stored, dim, rows: Vec::new() })
+        Ok(Self { shard, dtype, dim, rows: Vec::new() })
     }
 
     /// Appends one image, which may have no regions.
@@ -460,19 +460,19 @@ impl RegionFeaturesWriter {
         let offsets = OffsetBuffer::<i32>::from_lengths(rows.iter().map(|row| row.boxes.len()));
         let list = |item: FieldRef, values: ArrayRef| -> ArrayRef { Arc::new(ListArray::new(item, offsets.clone(), values, None)) };
         let flat = |values: fn(&Regions) -> &[f32]| rows.iter().map(values).collect::<Vec<_>>().concat();
-        let embeddings = self.stored.array(&flat(|row| &row.embeddings));
-        let embeddings = vector_array(self.stored.field("item"), self.dim, embeddings);
+        let embeddings = self.dtype.array(&flat(|row| &row.embeddings));
+        let embeddings = vector_array(self.dtype.field("item"), self.dim, embeddings);
         let corners = |xyxy: &Xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2];
         let corners: Vec<f32> = rows.iter().flat_map(|row| row.boxes.iter().flat_map(corners)).collect();
-        let boxes = vector_array(NumberType::F32.field("item"), 4, NumberType::F32.array(&corners));
+        let boxes = vector_array(Dtype::F32.field("item"), 4, Dtype::F32.array(&corners));
         let side = |axis: usize| -> ArrayRef { Arc::new(UInt32Array::from_iter_values(rows.iter().map(|row| row.size_px[axis]))) };
         let columns: [(&str, ArrayRef); 6] = [
             ("image_id", Arc::new(UInt64Array::from_iter_values(rows.iter().map(|row| row.image_id.0)))),
             ("width_px", side(0)),
             ("height_px", side(1)),
-            ("embedding", list(embedding_field(self.stored, self.dim), Arc::new(embeddings))),
+            ("embedding", list(embedding_field(self.dtype, self.dim), Arc::new(embeddings))),
             ("xyxy", list(box_field(), Arc::new(boxes))),
-            ("objectness", list(score_field(), NumberType::F32.array(&flat(|row| &row.objectness)))),
+            ("objectness", list(score_field(), Dtype::F32.array(&flat(|row| &row.objectness)))),
         ];
         Ok(self.shard.write(&RecordBatch::try_from_iter(columns).expect("BUG: columns of equal length"))?)
     }
@@ -488,16 +488,16 @@ fn list_field(name: &str, item: FieldRef) -> Field {
     Field::new(name, DataType::List(item), false)
 }
 
-fn embedding_field(stored: NumberType, dim: usize) -> FieldRef {
-    Arc::new(Field::new("item", vectors(stored.field("item"), dim), false))
+fn embedding_field(dtype: Dtype, dim: usize) -> FieldRef {
+    Arc::new(Field::new("item", vectors(dtype.field("item"), dim), false))
 }
 
 fn box_field() -> FieldRef {
-    embedding_field(NumberType::F32, 4)
+    embedding_field(Dtype::F32, 4)
 }
 
 fn score_field() -> FieldRef {
-    Arc::new(NumberType::F32.field("item"))
+    Arc::new(Dtype::F32.field("item"))
 }
 
 /// Embeddings of the regions of each image.

@@ -44,9 +44,7 @@ use tch::{Kind, Tensor};
 pub use curve::Curve;
 pub use feature_files::FeatureFiles;
 pub(crate) use features::{ByImage, Piece, Places, Row, RowKind, RowWriter, Shelf};
-pub use features::{
-    Crop, Crops, CropsWriter, ImageFeatures, ImageFeaturesWriter, NumberType, RegionFeatures, RegionFeaturesWriter, Regions,
-};
+pub use features::{Crop, Crops, CropsWriter, Dtype, ImageFeatures, ImageFeaturesWriter, RegionFeatures, RegionFeaturesWriter, Regions};
 pub use images::Images;
 pub use tables::{Detections, Proposals};
 

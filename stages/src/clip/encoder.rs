@@ -455,7 +455,7 @@ mod tests {
         assert!(n_levels > 0, "the decoders agree: this test shows nothing");
     }
 
-    /// Cosines are those of the documentation of `view: draft`, 0.98 at the least. Processors add the products of a patch and a filter in
+    /// Cosines are those of the documentation of `resize: draft`, 0.98 at the least. Processors add the products of a patch and a filter in
     /// other orders: 16 x 16 x 3 summands, so some 768 x 2^-24 = 5e-5 of an embedding, and less than 1e-3 of a cosine after both blocks.
     /// Another scene has to be further away than that.
     #[test]

@@ -21,8 +21,7 @@ use super::encoder::{Clip, Cutter, Encoder, Manner};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Rider, Stage, Unit, Units,
     artifacts::{
-        AnnotationFile, CheckpointFile, ImageFeatures, Images, NumberType, Proposals as ProposalTable, RegionFeatures, Regions, Row,
-        RowKind,
+        AnnotationFile, CheckpointFile, Dtype, ImageFeatures, Images, Proposals as ProposalTable, RegionFeatures, Regions, Row, RowKind,
     },
     pass::{self, Cut, Frames, Pixels, Sight},
 };
@@ -83,7 +82,7 @@ fn rider<'a>(
 /// What the network sees of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub enum View {
+pub enum Resize {
     /// The whole image at its own size; positions are interpolated (OADP's adaptive preprocessing).
     #[default]
     Native,
@@ -104,13 +103,13 @@ pub struct Globals {
     /// How CLIP is run.
     pub clip: Clip,
     /// What the network sees of an image.
-    pub view: View,
+    pub resize: Resize,
     /// How embeddings are stored.
-    pub stored: NumberType,
+    pub dtype: Dtype,
 }
 
 struct GlobalSight {
-    view: View,
+    resize: Resize,
     preprocess: Preprocess,
     /// Of images that the network sees at their own size, px.
     least_side: u32,
@@ -122,23 +121,23 @@ impl Sight for GlobalSight {
     }
 
     fn refusal(&self, _place: usize, info: &ImageInfo) -> Option<(String, &'static str)> {
-        let is_too_small = self.view == View::Native && info.width.min(info.height) < self.least_side;
+        let is_too_small = self.resize == Resize::Native && info.width.min(info.height) < self.least_side;
         let (width, height, least) = (info.width, info.height, self.least_side);
         let problem = format!("{width} x {height} px, but the network needs {least} px on both sides of an image at its own size");
-        is_too_small.then_some((problem, "leave it out: `on_bad_item: skip`, or take another view of all images: `with: {view: square}`"))
+        is_too_small.then_some((problem, "leave it out: `on_bad_item: skip`, or resize all images to squares: `with: {resize: square}`"))
     }
 
     fn cut(&self, _place: usize, info: &ImageInfo, image: &Arc<Image>, _views: Range<usize>) -> Cut {
-        let pixels = match self.view {
-            View::Native => Image::clone(image),
-            View::Square => self.preprocess.square(image),
-            View::Draft => self.preprocess.square_of_draft(image, [info.width, info.height]),
+        let pixels = match self.resize {
+            Resize::Native => Image::clone(image),
+            Resize::Square => self.preprocess.square(image),
+            Resize::Draft => self.preprocess.square_of_draft(image, [info.width, info.height]),
         };
         Cut::Views(vec![pass::View { pixels: Pixels::Ready(pixels), background: None }])
     }
 
     fn draft_side(&self) -> Option<u32> {
-        (self.view == View::Draft).then_some(self.preprocess.side_px)
+        (self.resize == Resize::Draft).then_some(self.preprocess.side_px)
     }
 
     fn row(&self, _place: usize, info: &ImageInfo, embeddings: &[f32], _dim: usize) -> Row {
@@ -148,7 +147,7 @@ impl Sight for GlobalSight {
 
 impl Stage for Globals {
     const KIND: &'static str = "clip/globals";
-    const VERSION: u32 = 3;
+    const VERSION: u32 = 4;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[GLOBALS.info()];
     const USES_DEVICE: bool = true;
@@ -160,13 +159,13 @@ impl Stage for Globals {
 
     fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
         let annotations = cx.inputs.read(ANNOTATIONS)?.load_images()?;
-        let manner = match self.view {
-            View::Native => Manner::Native,
-            View::Square | View::Draft => Manner::Squares,
+        let manner = match self.resize {
+            Resize::Native => Manner::Native,
+            Resize::Square | Resize::Draft => Manner::Squares,
         };
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, manner, cx)?;
-        let sight = GlobalSight { view: self.view, preprocess: encoder.preprocess, least_side: encoder.least_side() };
-        rider((units, cx), annotations, encoder, sight, GLOBALS.info().name, RowKind::Image(self.stored))
+        let sight = GlobalSight { resize: self.resize, preprocess: encoder.preprocess, least_side: encoder.least_side() };
+        rider((units, cx), annotations, encoder, sight, GLOBALS.info().name, RowKind::Image(self.dtype))
     }
 }
 
@@ -204,7 +203,7 @@ pub struct Blocks {
     /// The first row's box.
     pub whole_box: WholeBox,
     /// How embeddings are stored.
-    pub stored: NumberType,
+    pub dtype: Dtype,
 }
 
 struct BlockSight {
@@ -260,7 +259,7 @@ impl Sight for BlockSight {
 
 impl Stage for Blocks {
     const KIND: &'static str = "clip/blocks";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
     const USES_DEVICE: bool = true;
@@ -274,7 +273,7 @@ impl Stage for Blocks {
         let annotations = cx.inputs.read(ANNOTATIONS)?.load_images()?;
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, Manner::Squares, cx)?;
         let sight = BlockSight { whole_box: self.whole_box, preprocess: encoder.preprocess };
-        rider((units, cx), annotations, encoder, sight, REGIONS.info().name, RowKind::Regions(self.stored))
+        rider((units, cx), annotations, encoder, sight, REGIONS.info().name, RowKind::Regions(self.dtype))
     }
 }
 
@@ -305,12 +304,12 @@ pub struct Objects {
     /// Proposals smaller than this on either side are left out, in px.
     pub min_side: f32,
     /// How embeddings are stored.
-    pub stored: NumberType,
+    pub dtype: Dtype,
 }
 
 impl Default for Objects {
     fn default() -> Self {
-        Self { clip: Clip::default(), square: Square::default(), min_side: 4.0, stored: NumberType::default() }
+        Self { clip: Clip::default(), square: Square::default(), min_side: 4.0, dtype: Dtype::default() }
     }
 }
 
@@ -356,7 +355,7 @@ fn regions(info: &ImageInfo, proposals: &[Proposal], embeddings: Vec<f32>) -> Re
 
 impl Stage for Objects {
     const KIND: &'static str = "clip/objects";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), PROPOSALS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
     const USES_DEVICE: bool = true;
@@ -376,7 +375,7 @@ impl Stage for Objects {
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, Manner::Objects, cx)?;
         let grid = object_grid(&encoder)?;
         let sight = ObjectSight { square: self.square, cutter: encoder.cutter(), grid, proposals };
-        rider((units, cx), annotations, encoder, sight, REGIONS.info().name, RowKind::Regions(self.stored))
+        rider((units, cx), annotations, encoder, sight, REGIONS.info().name, RowKind::Regions(self.dtype))
     }
 }
 
@@ -403,12 +402,12 @@ pub struct Proposals {
     /// Proposals smaller than this on either side are left out, in px.
     pub min_side: f32,
     /// How embeddings are stored.
-    pub stored: NumberType,
+    pub dtype: Dtype,
 }
 
 impl Default for Proposals {
     fn default() -> Self {
-        Self { clip: Clip::default(), expand: vec![1.0], min_side: 4.0, stored: NumberType::default() }
+        Self { clip: Clip::default(), expand: vec![1.0], min_side: 4.0, dtype: Dtype::default() }
     }
 }
 
@@ -440,7 +439,7 @@ impl Sight for ProposalSight<'_> {
 
 impl Stage for Proposals {
     const KIND: &'static str = "clip/proposals";
-    const VERSION: u32 = 3;
+    const VERSION: u32 = 4;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), PROPOSALS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
     const USES_DEVICE: bool = true;
@@ -465,7 +464,7 @@ impl Stage for Proposals {
         let (annotations, proposals) = kept(cx.inputs, self.min_side)?;
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, Manner::Squares, cx)?;
         let sight = ProposalSight { expand: &self.expand, cutter: encoder.cutter(), proposals };
-        rider((units, cx), annotations, encoder, sight, REGIONS.info().name, RowKind::Regions(self.stored))
+        rider((units, cx), annotations, encoder, sight, REGIONS.info().name, RowKind::Regions(self.dtype))
     }
 }
 

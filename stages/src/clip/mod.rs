@@ -8,6 +8,6 @@ mod pretrain;
 pub(crate) mod space;
 
 pub use encoder::{Clip, PRECISION, Precision};
-pub use features::{Blocks, Globals, Objects, Proposals, View, WholeBox};
+pub use features::{Blocks, Globals, Objects, Proposals, Resize, WholeBox};
 pub use pretrain::{Architecture, Pretrain};
 pub use space::Space;

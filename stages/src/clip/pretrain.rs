@@ -61,13 +61,13 @@ pub struct Pretrain {
     /// Steps of the optimizer.
     pub steps: u32,
     /// Pictures of a step.
-    pub batch: usize,
+    pub batch_size: usize,
     /// Peak learning rate.
-    pub learning_rate: f64,
+    pub lr: f64,
     /// Decay of matrices.
     pub weight_decay: f64,
     /// Steps between checkpoints.
-    pub steps_per_unit: u32,
+    pub checkpoint_every: u32,
 }
 
 impl Default for Pretrain {
@@ -76,10 +76,10 @@ impl Default for Pretrain {
             architecture: Architecture::Resnet,
             seed: 7,
             steps: 600,
-            batch: 64,
-            learning_rate: 2e-3,
+            batch_size: 64,
+            lr: 2e-3,
             weight_decay: 0.05,
-            steps_per_unit: 100,
+            checkpoint_every: 100,
         }
     }
 }
@@ -94,7 +94,7 @@ const STATE: Out<TrainingState> =
 
 impl Stage for Pretrain {
     const KIND: &'static str = "clip/pretrain";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), CAPTIONS.info(), HELD_OUT_IMAGES.info(), HELD_OUT.info()];
     const OUTPUTS: &'static [PortInfo] = &[CHECKPOINT.info(), STATE.info()];
     const USES_DEVICE: bool = true;
@@ -102,15 +102,15 @@ impl Stage for Pretrain {
     fn check(&self) -> Vec<Problem> {
         Problem::unless(&[
             ("steps", self.steps > 0, "at least 1"),
-            ("steps_per_unit", self.steps_per_unit > 0, "at least 1"),
-            ("batch", self.batch > 1, "at least 2: a contrastive loss needs others"),
-            ("learning_rate", self.learning_rate > 0.0 && self.learning_rate < 1.0, "a number between 0 and 1"),
+            ("checkpoint_every", self.checkpoint_every > 0, "at least 1"),
+            ("batch_size", self.batch_size > 1, "at least 2: a contrastive loss needs others"),
+            ("lr", self.lr > 0.0 && self.lr < 1.0, "a number between 0 and 1"),
             ("weight_decay", (0.0..1.0).contains(&self.weight_decay), "a number from 0 to below 1"),
         ])
     }
 
     fn units(&self, _inputs: &Inputs) -> Result<Units> {
-        Ok(Units::Chain { links: self.steps.div_ceil(self.steps_per_unit), steps: self.steps, stay: Vec::new() })
+        Ok(Units::Chain { links: self.steps.div_ceil(self.checkpoint_every), steps: self.steps, stay: Vec::new() })
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
@@ -121,9 +121,9 @@ impl Stage for Pretrain {
         let large = Preprocess::clip((64.0 * MARGIN).round() as u32);
         let decode = |index: usize| Ok(large.square(&images.decode(&captions[index].file)?));
         let pictures = in_parallel(captions.len(), cx.threads, decode)?;
-        if pictures.len() < self.batch {
-            let problem = format!("{} captioned pictures for batches of {}", pictures.len(), self.batch);
-            return Err(Error::Input { port: "captions", problem, hint: "lower `batch`, or give more pictures".into() });
+        if pictures.len() < self.batch_size {
+            let problem = format!("{} captioned pictures for batches of {}", pictures.len(), self.batch_size);
+            return Err(Error::Input { port: "captions", problem, hint: "lower `batch_size`, or give more pictures".into() });
         }
         let texts: Vec<&str> = captions.iter().map(|caption| caption.text.as_str()).collect();
 
@@ -141,28 +141,24 @@ impl Stage for Pretrain {
             // Every picture is seen once before any is seen twice, within a unit.
             let mut order: Vec<usize> = Vec::new();
             for _ in 0..steps_of(unit) {
-                if order.len() < self.batch {
+                if order.len() < self.batch_size {
                     order = (0..pictures.len()).collect();
                     order.shuffle(&mut random);
                 }
-                let chosen = order.split_off(order.len() - self.batch);
+                let chosen = order.split_off(order.len() - self.batch_size);
                 let pixels = augmented(&pictures, &chosen, &preprocess, &mut random);
                 let texts: Vec<&str> = chosen.iter().map(|index| texts[*index]).collect();
                 let loss = training.step(self, &pixels, &texts)?;
                 if !loss.is_finite() {
                     let problem = format!("the loss is {loss} at step {}", training.steps_done);
-                    return Err(Error::Input {
-                        port: "learning_rate",
-                        problem,
-                        hint: "lower `learning_rate`; the last checkpoint is kept".into(),
-                    });
+                    return Err(Error::Input { port: "lr", problem, hint: "lower `lr`; the last checkpoint is kept".into() });
                 }
                 loss_sum += loss;
                 of_row.push(loss);
                 if of_row.len() == ROW_STEPS {
                     let mean = of_row.drain(..).sum::<f64>() / ROW_STEPS as f64;
-                    let rate = self.rate_at(training.steps_done - 1);
-                    cx.measured(training.steps_done as u64, &[("loss.contrastive".into(), mean), ("learning_rate".into(), rate)].into());
+                    let rate = self.lr_at(training.steps_done - 1);
+                    cx.measured(training.steps_done as u64, &[("loss.contrastive".into(), mean), ("lr".into(), rate)].into());
                 }
                 cx.tick(1);
                 cx.proceed()?;
@@ -183,19 +179,19 @@ impl Stage for Pretrain {
 
 impl Pretrain {
     fn steps_of(&self, unit: &Unit) -> u32 {
-        let before = unit.index as u32 * self.steps_per_unit;
-        self.steps_per_unit.min(self.steps - before)
+        let before = unit.index as u32 * self.checkpoint_every;
+        self.checkpoint_every.min(self.steps - before)
     }
 
     /// Linear warm-up over the first tenth, then half a cosine to zero.
-    fn rate_at(&self, step: i64) -> f64 {
+    fn lr_at(&self, step: i64) -> f64 {
         let (step, steps) = (step as f64, f64::from(self.steps));
         let warm_up = (steps / 10.0).max(1.0);
         if step < warm_up {
-            return self.learning_rate * (step + 1.0) / warm_up;
+            return self.lr * (step + 1.0) / warm_up;
         }
         let part = (step - warm_up) / (steps - warm_up).max(1.0);
-        self.learning_rate * 0.5 * (1.0 + (std::f64::consts::PI * part).cos())
+        self.lr * 0.5 * (1.0 + (std::f64::consts::PI * part).cos())
     }
 
     fn config(&self) -> Config {
@@ -284,7 +280,7 @@ impl Training {
 
     /// Gains, biases and the logit scale do not decay.
     fn update(&mut self, stage: &Pretrain) {
-        let rate = stage.rate_at(self.steps_done);
+        let rate = stage.lr_at(self.steps_done);
         self.steps_done += 1;
         no_grad(|| {
             for (name, mut tensor) in named(&self.store) {

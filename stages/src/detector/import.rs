@@ -33,13 +33,15 @@ pub struct Import {
     pub test_temperature: f64,
     /// Whether the heads that learned CLIP's embeddings are asked with `multilabel_prompts`.
     pub multilabel_prompts: bool,
-    /// Longer and shorter side that images are fitted into, in px.
-    pub fits: [u32; 2],
+    /// The longer side that images are resized to at most, in px.
+    pub max_size: u32,
+    /// The shorter side that images are resized to, in px.
+    pub min_size: u32,
 }
 
 impl Default for Import {
     fn default() -> Self {
-        Self { network: Network::R50, test_temperature: 0.01, multilabel_prompts: true, fits: [1333, 800] }
+        Self { network: Network::R50, test_temperature: 0.01, multilabel_prompts: true, max_size: 1333, min_size: 800 }
     }
 }
 
@@ -52,7 +54,7 @@ const LABEL_COUNTER: &str = "_loss._weight._steps";
 
 impl Stage for Import {
     const KIND: &'static str = "detector/import";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[DETECTOR.info()];
 
@@ -60,7 +62,7 @@ impl Stage for Import {
         let is_temperature = self.test_temperature > 0.0 && self.test_temperature.is_finite();
         Problem::unless(&[
             ("test_temperature", is_temperature, "a number above 0"),
-            ("fits", self.fits[0] >= self.fits[1] && self.fits[1] >= 32, "the longer side, then the shorter one, from 32 px on"),
+            ("min_size", (32..=self.max_size).contains(&self.min_size), "from 32 px to `max_size`"),
         ])
     }
 
@@ -75,7 +77,7 @@ impl Stage for Import {
         report.place.note().into_iter().for_each(|words| cx.note(words));
         if let Some((name, steps)) = report.counters.iter().find(|(name, _)| name.ends_with(LABEL_COUNTER)) {
             let behaviour = if *steps <= 1 { "reference" } else { "fixed" };
-            cx.note(format!("it was trained as with `label_warm_up: {behaviour}`: {name} is {steps}"));
+            cx.note(format!("it was trained as with `label_warmup: {behaviour}`: {name} is {steps}"));
         }
         let draft = cx.begin(unit)?;
         let card = serde_json::to_string(&card).expect("BUG: a card is plain JSON");
@@ -102,7 +104,7 @@ impl Import {
             config: self.network.config(embed_dim, heads),
             has_prompts: true,
             has_multilabel_prompts: self.multilabel_prompts,
-            fits: self.fits,
+            fits: [self.max_size, self.min_size],
             // Nothing is trained by it any more.
             scale: LogitScale::Temperature { train: self.test_temperature, test: self.test_temperature },
             clip: None,

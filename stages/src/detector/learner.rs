@@ -207,7 +207,7 @@ impl OpenLearner {
         let wrong = self.over_groups(asymmetric_loss, [&logits, &labels], &n_rows)?;
         let weights = &self.distillation;
         assessment.losses.push(("blocks", apart * weights.blocks.at(batch.step + 1)));
-        assessment.losses.push(("relations", askew * weights.relations.at(batch.step + 1)));
+        assessment.losses.push(("relations", askew * weights.relation_loss.at(batch.step + 1)));
         assessment.losses.push(("block_labels", wrong * weights.of_labels(weights.block_labels, batch.step + 1)));
         assessment.measures.push(("recall.blocks", recall(&logits, &labels, BLOCK_BEST)));
         Ok(())

@@ -74,9 +74,9 @@ impl Default for OlnTrain {
     fn default() -> Self {
         let training = Training {
             steps: 58_640,
-            decay_steps: vec![43_980, 51_310],
-            longer_side: [1333, 1333],
-            shorter_side: [800, 800],
+            lr_steps: vec![43_980, 51_310],
+            max_size: [1333, 1333],
+            min_size: [800, 800],
             weight_decay: 1e-4,
             ..Training::default()
         };
@@ -91,7 +91,7 @@ const PORTS: Ports<OlnFile> = Ports::new(Out::new(
 
 impl Stage for OlnTrain {
     const KIND: &'static str = "oln/train";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PRETRAINED.info()];
     const OUTPUTS: &'static [PortInfo] = &[PORTS.weights.info(), PORTS.state.info(), PORTS.curve.info()];
     const USES_DEVICE: bool = true;
@@ -147,12 +147,12 @@ pub struct OlnPropose {
     /// A box falls when it overlaps a better one by more.
     pub nms_iou: f32,
     /// Proposals kept an image.
-    pub most_per_image: usize,
+    pub max_per_image: usize,
 }
 
 impl Default for OlnPropose {
     fn default() -> Self {
-        Self { nms_iou: 0.7, most_per_image: 1500 }
+        Self { nms_iou: 0.7, max_per_image: 1500 }
     }
 }
 
@@ -161,7 +161,7 @@ const PROPOSALS: Out<Proposals> = Out::new("proposals", "Boxes (xyxy, px) and sc
 
 impl Stage for OlnPropose {
     const KIND: &'static str = "proposals/oln";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), NETWORK.info()];
     const OUTPUTS: &'static [PortInfo] = &[PROPOSALS.info()];
     const USES_DEVICE: bool = true;
@@ -169,7 +169,7 @@ impl Stage for OlnPropose {
     fn check(&self) -> Vec<Problem> {
         Problem::unless(&[
             ("nms_iou", (0.0..=1.0).contains(&self.nms_iou), "a number from 0 to 1"),
-            ("most_per_image", self.most_per_image > 0, "at least 1"),
+            ("max_per_image", self.max_per_image > 0, "at least 1"),
         ])
     }
 
@@ -187,7 +187,7 @@ impl Stage for OlnPropose {
         let store = nn::VarStore::new(cx.device);
         let network = Oln::blank(&store.root(), &card.config)?;
         layout::load(checkpoint.tensors(), network.parameters(), path)?.require_all(path)?;
-        let suppression = Suppression { iou: self.nms_iou, keep: self.most_per_image };
+        let suppression = Suppression { iou: self.nms_iou, keep: self.max_per_image };
         let viewing = Viewing::of(images, annotations, cx)?;
         for unit in units {
             // One that another process or device makes is passed by.

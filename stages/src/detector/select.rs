@@ -44,7 +44,7 @@ pub enum ClassGroup {
 /// Which number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Number {
+pub enum BestBy {
     /// Mean over IoU 0.50 to 0.95.
     Ap,
     /// At IoU 0.50.
@@ -52,7 +52,7 @@ pub enum Number {
     Ap50,
 }
 
-/// Tests every checkpoint that a training left (`training.checkpoints`), and reports the last and the best.
+/// Tests every checkpoint that a training left (`training.keep_checkpoints`), and reports the last and the best.
 ///
 /// The best is chosen by a number on these very annotations, so it flatters; the last one's does not. The work is a chain: one checkpoint
 /// a unit. (OADP, section 6.7: its published 31.3 is the best of 20.)
@@ -64,7 +64,7 @@ pub struct Select {
     /// Of which classes.
     pub group: ClassGroup,
     /// Which number is to be greatest; of equals the later checkpoint wins.
-    pub number: Number,
+    pub metric: BestBy,
     /// How a checkpoint detects.
     pub test: Test,
 }
@@ -93,7 +93,7 @@ const CURVE: Out<Curve> = Out::new("curve", "AP and AP50 of base and novel class
 
 impl Stage for Select {
     const KIND: &'static str = "detector/select";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] =
         &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), MULTILABEL_PROMPTS.info(), CHECKPOINTS.info()];
     const OUTPUTS: &'static [PortInfo] = &[BEST.info(), BEST_EVALUATION.info(), LAST_EVALUATION.info(), CURVE.info()];
@@ -183,17 +183,17 @@ impl Select {
             ClassGroup::Novel => "novel",
         };
         let summary = evaluation.groups.get(group)?;
-        match self.number {
-            Number::Ap => summary.ap,
-            Number::Ap50 => summary.ap50,
+        match self.metric {
+            BestBy::Ap => summary.ap,
+            BestBy::Ap50 => summary.ap50,
         }
     }
 
     fn words(&self) -> String {
         let group = format!("{:?}", self.group).to_lowercase();
-        match self.number {
-            Number::Ap => format!("{group} AP"),
-            Number::Ap50 => format!("{group} AP50"),
+        match self.metric {
+            BestBy::Ap => format!("{group} AP"),
+            BestBy::Ap50 => format!("{group} AP50"),
         }
     }
 }

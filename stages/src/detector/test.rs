@@ -12,7 +12,7 @@ use ovenbird_data::{
 use ovenbird_models::detector::{
     Detector, TestRule, Vocabularies,
     boxes::{Suppression, corners},
-    classifier::{self, Ensemble, Shares},
+    classifier::{self, Shares},
     heads::DetectionRule,
     layout,
     rpn::ProposalRule,
@@ -33,27 +33,27 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Heads {
-    /// The box head and, where the detector has one, the object head, joined as `joined` says.
+    /// The box head and, where the detector has one, the object head, combined as `ensemble` says.
     #[default]
     Both,
     /// The box head alone.
     Box,
 }
 
-/// What a head's logits of some classes contribute to a joined score.
+/// What a head's logits of some classes contribute to a combined score.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Share {
+pub struct HeadWeight {
     /// Multiplies the logits before the softmax.
     pub scale: f64,
     /// Of the probability.
     pub exponent: f64,
 }
 
-/// What becomes of a region whose joined scores sum to more than 1.
+/// What becomes of a region whose combined scores sum to more than 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub enum Overfull {
+pub enum SumAboveOne {
     /// It is detected by its scores. (The reference's defect 3, mended.)
     #[default]
     Fixed,
@@ -65,39 +65,46 @@ pub enum Overfull {
 /// base classes and a third for novel ones. (ViLD, equation 5; OADP, section 6.6, whose tuned scores are other numbers here.)
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
-pub struct Joined {
+pub struct Ensemble {
     /// Of the box head, for base classes.
-    pub box_base: Share,
+    pub box_base: HeadWeight,
     /// Of the box head, for novel classes.
-    pub box_novel: Share,
+    pub box_novel: HeadWeight,
     /// Of the object head, for base classes.
-    pub object_base: Share,
+    pub object_base: HeadWeight,
     /// Of the object head, for novel classes.
-    pub object_novel: Share,
+    pub object_novel: HeadWeight,
     /// The exponent of the proposal's objectness; 0 leaves it out.
     pub objectness: f64,
-    /// What becomes of a region whose joined scores sum to more than 1.
-    pub overfull: Overfull,
+    /// What becomes of a region whose combined scores sum to more than 1.
+    pub sum_above_one: SumAboveOne,
 }
 
-impl Default for Joined {
+impl Default for Ensemble {
     fn default() -> Self {
-        let share = |exponent| Share { scale: 1.0, exponent };
-        let (most, least) = (share(2.0 / 3.0), share(1.0 / 3.0));
-        Self { box_base: most, box_novel: least, object_base: least, object_novel: most, objectness: 0.0, overfull: Overfull::default() }
+        let weight = |exponent| HeadWeight { scale: 1.0, exponent };
+        let (most, least) = (weight(2.0 / 3.0), weight(1.0 / 3.0));
+        Self {
+            box_base: most,
+            box_novel: least,
+            object_base: least,
+            object_novel: most,
+            objectness: 0.0,
+            sum_above_one: SumAboveOne::default(),
+        }
     }
 }
 
-impl Joined {
-    fn ensemble(&self) -> Ensemble {
-        let share = |Share { scale, exponent }| classifier::Share { scale, exponent };
-        Ensemble {
-            bbox: Shares { base: share(self.box_base), novel: share(self.box_novel) },
-            object: Shares { base: share(self.object_base), novel: share(self.object_novel) },
+impl Ensemble {
+    fn build(&self) -> classifier::Ensemble {
+        let weight = |HeadWeight { scale, exponent }| classifier::Share { scale, exponent };
+        classifier::Ensemble {
+            bbox: Shares { base: weight(self.box_base), novel: weight(self.box_novel) },
+            object: Shares { base: weight(self.object_base), novel: weight(self.object_novel) },
             objectness: self.objectness,
-            overfull: match self.overfull {
-                Overfull::Fixed => classifier::Overfull::Kept,
-                Overfull::Reference => classifier::Overfull::Dropped,
+            overfull: match self.sum_above_one {
+                SumAboveOne::Fixed => classifier::Overfull::Kept,
+                SumAboveOne::Reference => classifier::Overfull::Dropped,
             },
         }
     }
@@ -114,7 +121,7 @@ pub struct Test {
     /// Which heads say what a region is.
     pub heads: Heads,
     /// How the scores of both heads become one.
-    pub joined: Joined,
+    pub ensemble: Ensemble,
     /// Proposals of each pyramid level before NMS, and of an image after it.
     pub proposals: usize,
     /// A proposal falls when it overlaps a better one of its level by more.
@@ -124,19 +131,19 @@ pub struct Test {
     /// A box falls when it overlaps a better one of its class by more.
     pub nms_iou: f32,
     /// Detections kept an image.
-    pub most_per_image: usize,
+    pub max_per_image: usize,
 }
 
 impl Default for Test {
     fn default() -> Self {
         Self {
             heads: Heads::Both,
-            joined: Joined::default(),
+            ensemble: Ensemble::default(),
             proposals: 1000,
             proposal_iou: 0.7,
             score_threshold: 0.0,
             nms_iou: 0.5,
-            most_per_image: 300,
+            max_per_image: 300,
         }
     }
 }
@@ -147,25 +154,25 @@ const DETECTIONS: Out<Detections> =
 
 impl Stage for Test {
     const KIND: &'static str = "detector/test";
-    const VERSION: u32 = 4;
+    const VERSION: u32 = 5;
     const INPUTS: &'static [PortInfo] =
         &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), MULTILABEL_PROMPTS.info(), DETECTOR.info()];
     const OUTPUTS: &'static [PortInfo] = &[DETECTIONS.info()];
     const USES_DEVICE: bool = true;
 
     fn check(&self) -> Vec<Problem> {
-        let Joined { box_base, box_novel, object_base, object_novel, objectness, overfull: _ } = self.joined;
+        let Ensemble { box_base, box_novel, object_base, object_novel, objectness, sum_above_one: _ } = self.ensemble;
         let is_positive = |number: f64| number >= 0.0 && number.is_finite();
-        let are_shares = [box_base, box_novel, object_base, object_novel]
+        let are_weights = [box_base, box_novel, object_base, object_novel]
             .iter()
-            .all(|share| share.scale > 0.0 && share.scale.is_finite() && is_positive(share.exponent));
+            .all(|weight| weight.scale > 0.0 && weight.scale.is_finite() && is_positive(weight.exponent));
         Problem::unless(&[
-            ("joined", are_shares && is_positive(objectness), "scales above 0, exponents from 0 on"),
+            ("ensemble", are_weights && is_positive(objectness), "scales above 0, exponents from 0 on"),
             ("proposals", self.proposals > 0, "at least 1"),
             ("proposal_iou", (0.0..=1.0).contains(&self.proposal_iou), "a number from 0 to 1"),
             ("score_threshold", (0.0..1.0).contains(&self.score_threshold), "a number from 0 to below 1"),
             ("nms_iou", (0.0..=1.0).contains(&self.nms_iou), "a number from 0 to 1"),
-            ("most_per_image", self.most_per_image > 0, "at least 1"),
+            ("max_per_image", self.max_per_image > 0, "at least 1"),
         ])
     }
 
@@ -281,10 +288,10 @@ fn masks(logits: &Tensor, boxes: &[Xyxy], size: [u32; 2], n_threads: usize) -> R
 impl Test {
     fn rule(&self) -> TestRule {
         let proposals = Suppression { iou: self.proposal_iou, keep: self.proposals };
-        let detections = Suppression { iou: self.nms_iou, keep: self.most_per_image };
+        let detections = Suppression { iou: self.nms_iou, keep: self.max_per_image };
         TestRule {
             proposals: ProposalRule { per_level: self.proposals, suppression: proposals, least_side: 0.0 },
-            ensemble: self.joined.ensemble(),
+            ensemble: self.ensemble.build(),
             detections: DetectionRule { threshold: self.score_threshold, suppression: detections },
         }
     }

@@ -36,26 +36,26 @@ pub enum Network {
 #[serde(deny_unknown_fields)]
 pub struct LossWeight {
     /// The factor in the end.
-    pub gain: f64,
+    pub weight: f64,
     /// After how many steps; 0 for at once.
-    pub warm_up_steps: u32,
+    pub warmup_steps: u32,
 }
 
 impl LossWeight {
     /// At a step, counted from 1. (OADP, section 6.4.)
     pub(super) fn at(self, step: u32) -> f64 {
-        self.gain * (f64::from(step) / f64::from(self.warm_up_steps.max(1))).min(1.0)
+        self.weight * (f64::from(step) / f64::from(self.warmup_steps.max(1))).min(1.0)
     }
 }
 
 /// How the weights of label losses warm up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub enum LabelWarmUp {
+pub enum LabelWarmup {
     /// As written down: they grow with the steps. (The reference's defect 1, mended.)
     #[default]
     Fixed,
-    /// They stay at the first step's, a thousandth or less of the gain: published OADP was trained so.
+    /// They stay at the first step's, a thousandth or less of the weight: published OADP was trained so.
     Reference,
 }
 
@@ -80,7 +80,7 @@ pub struct Distillation {
     /// The same of the block head's of blocks.
     pub blocks: LossWeight,
     /// Weighs the mean squared difference between the cosines of blocks among each other, as the head has them and as CLIP does.
-    pub relations: LossWeight,
+    pub relation_loss: LossWeight,
     /// Weighs the asymmetric loss of the base classes that blocks show.
     pub block_labels: LossWeight,
     /// Weighs the summed squared difference between the global head's embeddings of images and CLIP's.
@@ -88,7 +88,7 @@ pub struct Distillation {
     /// Weighs the asymmetric loss of the base classes that images show.
     pub global_labels: LossWeight,
     /// How the weights of both label losses warm up.
-    pub label_warm_up: LabelWarmUp,
+    pub label_warmup: LabelWarmup,
     /// Divides cosines of whole images in training, where there are no `multilabel_prompts`.
     pub global_temperature: f64,
     /// Images that are taken together: all their blocks are related, and what is summed is summed over them; the groups of a batch are
@@ -98,15 +98,15 @@ pub struct Distillation {
 
 impl Default for Distillation {
     fn default() -> Self {
-        let weight = |gain, warm_up_steps| LossWeight { gain, warm_up_steps };
+        let weight = |weight, warmup_steps| LossWeight { weight, warmup_steps };
         Self {
             objects: weight(256.0, 200),
             blocks: weight(128.0, 200),
-            relations: weight(8.0, 200),
+            relation_loss: weight(8.0, 200),
             block_labels: weight(16.0, 1000),
             globals: weight(0.5, 200),
             global_labels: weight(4.0, 2000),
-            label_warm_up: LabelWarmUp::default(),
+            label_warmup: LabelWarmup::default(),
             global_temperature: 0.007,
             images_per_group: 2,
         }
@@ -115,15 +115,15 @@ impl Default for Distillation {
 
 impl Distillation {
     fn check(&self) -> Vec<Problem> {
-        let is_weight = |weight: LossWeight| weight.gain >= 0.0 && weight.gain.is_finite();
+        let is_weight = |weight: LossWeight| weight.weight >= 0.0 && weight.weight.is_finite();
         let is_temperature = self.global_temperature > 0.0 && self.global_temperature.is_finite();
         Problem::unless(&[
-            ("distillation.objects", is_weight(self.objects), "a gain from 0 on"),
-            ("distillation.blocks", is_weight(self.blocks), "a gain from 0 on"),
-            ("distillation.relations", is_weight(self.relations), "a gain from 0 on"),
-            ("distillation.block_labels", is_weight(self.block_labels), "a gain from 0 on"),
-            ("distillation.globals", is_weight(self.globals), "a gain from 0 on"),
-            ("distillation.global_labels", is_weight(self.global_labels), "a gain from 0 on"),
+            ("distillation.objects", is_weight(self.objects), "a weight from 0 on"),
+            ("distillation.blocks", is_weight(self.blocks), "a weight from 0 on"),
+            ("distillation.relation_loss", is_weight(self.relation_loss), "a weight from 0 on"),
+            ("distillation.block_labels", is_weight(self.block_labels), "a weight from 0 on"),
+            ("distillation.globals", is_weight(self.globals), "a weight from 0 on"),
+            ("distillation.global_labels", is_weight(self.global_labels), "a weight from 0 on"),
             ("distillation.global_temperature", is_temperature, "a number above 0"),
             ("distillation.images_per_group", self.images_per_group > 0, "at least 1"),
         ])
@@ -131,9 +131,9 @@ impl Distillation {
 
     /// The weight of a label loss at a step, counted from 1.
     pub(super) fn of_labels(&self, loss: LossWeight, step: u32) -> f64 {
-        match self.label_warm_up {
-            LabelWarmUp::Fixed => loss.at(step),
-            LabelWarmUp::Reference => loss.at(1),
+        match self.label_warmup {
+            LabelWarmup::Fixed => loss.at(step),
+            LabelWarmup::Reference => loss.at(1),
         }
     }
 }
@@ -190,7 +190,7 @@ const PORTS: Ports<DetectorFile> = Ports::new(Out::new(
 
 impl Stage for Train {
     const KIND: &'static str = "detector/train";
-    const VERSION: u32 = 4;
+    const VERSION: u32 = 5;
     const INPUTS: &'static [PortInfo] = &[
         IMAGES.info(),
         ANNOTATIONS.info(),
@@ -306,12 +306,12 @@ mod tests {
             assert!((fixed.objects.at(step) - weight).abs() < 1e-9, "{step}");
         }
         // Published OADP's label losses never left their first step (defect 1).
-        let reference = Distillation { label_warm_up: LabelWarmUp::Reference, ..Distillation::default() };
+        let reference = Distillation { label_warmup: LabelWarmup::Reference, ..Distillation::default() };
         for (loss, stuck, in_the_end) in [(fixed.block_labels, 0.016, 16.0), (fixed.global_labels, 0.002, 4.0)] {
             assert!((fixed.of_labels(loss, 5000) - in_the_end).abs() < 1e-12);
             assert!((reference.of_labels(loss, 5000) - stuck).abs() < 1e-12);
         }
-        let at_once = LossWeight { gain: 3.0, warm_up_steps: 0 };
+        let at_once = LossWeight { weight: 3.0, warmup_steps: 0 };
         assert!((at_once.at(1) - 3.0).abs() < 1e-12);
     }
 

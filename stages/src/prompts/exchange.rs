@@ -58,7 +58,7 @@ fn read(path: &Path, annotations: Option<&Annotations>) -> Result<Prompts> {
             // A split counts from 0, base classes first: rows would get each other's names.
             if let Some(category) = annotations.categories.first().filter(|category| category.id.0 == 0) {
                 let problem = format!("expected ids from 1 on, as data sets have them, found 0: `{}`", category.name);
-                return Err(refused(problem, "give the data set's own annotations, not what `coco/split` made of them"));
+                return Err(refused(problem, "give the data set's own annotations, not what `annotations/split` made of them"));
             }
             Prompts::new(annotations.categories.iter().map(|category| category.name.clone()).collect(), rows, None)
         }

@@ -60,28 +60,20 @@ pub struct Multilabel {
     /// How often every image is seen. The reference's embeddings are those after three epochs of four, at a constant learning rate.
     pub epochs: u32,
     /// Images of a step.
-    pub batch: usize,
+    pub batch_size: usize,
     /// Learning rate of Adam.
-    pub learning_rate: f64,
+    pub lr: f64,
     /// Added to gradients, times what is learned (L2, as `torch.optim.Adam`; not AdamW's).
     pub weight_decay: f64,
     /// Factor of the loss.
     pub loss_weight: f64,
     /// Steps between units: a training that is killed loses at most these.
-    pub steps_per_unit: u32,
+    pub checkpoint_every: u32,
 }
 
 impl Default for Multilabel {
     fn default() -> Self {
-        Self {
-            clip: Clip::default(),
-            epochs: 3,
-            batch: 16,
-            learning_rate: 5e-2,
-            weight_decay: 1e-3,
-            loss_weight: 640.0,
-            steps_per_unit: 1000,
-        }
+        Self { clip: Clip::default(), epochs: 3, batch_size: 16, lr: 5e-2, weight_decay: 1e-3, loss_weight: 640.0, checkpoint_every: 1000 }
     }
 }
 
@@ -99,7 +91,7 @@ const STATE: Out<TrainingState> = Out::new("state", "What the next unit continue
 
 impl Stage for Multilabel {
     const KIND: &'static str = "prompts/multilabel";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] =
         &[CHECKPOINT.info(), CLASSES.info(), FEATURES.info(), ANNOTATIONS.info(), VAL_FEATURES.info(), VAL_ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[PROMPTS.info(), STATE.info()];
@@ -109,11 +101,11 @@ impl Stage for Multilabel {
         let is_positive = |number: f64| number > 0.0 && number.is_finite();
         Problem::unless(&[
             ("epochs", (1..=1000).contains(&self.epochs), "from 1 to 1000"),
-            ("batch", self.batch > 0, "at least 1"),
-            ("learning_rate", is_positive(self.learning_rate), "a number above 0"),
+            ("batch_size", self.batch_size > 0, "at least 1"),
+            ("lr", is_positive(self.lr), "a number above 0"),
             ("weight_decay", (0.0..1.0).contains(&self.weight_decay), "a number from 0 to below 1"),
             ("loss_weight", is_positive(self.loss_weight), "a number above 0"),
-            ("steps_per_unit", self.steps_per_unit > 0, "at least 1"),
+            ("checkpoint_every", self.checkpoint_every > 0, "at least 1"),
         ])
     }
 
@@ -123,7 +115,7 @@ impl Stage for Multilabel {
             let (problem, hint) = ("expected images, found none".into(), "give the annotations of the images to learn from".into());
             return Err(Error::Input { port: ANNOTATIONS.info().name, problem, hint });
         }
-        Ok(Units::Chain { links: steps.div_ceil(self.steps_per_unit), steps, stay: Vec::new() })
+        Ok(Units::Chain { links: steps.div_ceil(self.checkpoint_every), steps, stay: Vec::new() })
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
@@ -154,8 +146,8 @@ impl Stage for Multilabel {
             learning.restore(&cx.published(before, STATE)?)?;
         }
         let steps_of = |unit: &Unit| {
-            let begin = unit.index as u32 * self.steps_per_unit;
-            let steps = begin..self.n_steps(shown.n_annotated).min(begin + self.steps_per_unit);
+            let begin = unit.index as u32 * self.checkpoint_every;
+            let steps = begin..self.n_steps(shown.n_annotated).min(begin + self.checkpoint_every);
             steps.start..steps.end.min(cx.most_items.map_or(u32::MAX, |most| begin + most as u32))
         };
         cx.total(units.iter().map(|unit| steps_of(unit).len() as u64).sum());
@@ -168,15 +160,11 @@ impl Stage for Multilabel {
                 if place == 0 || step == steps.start {
                     order = order_of(epoch, shown.n_images(), cx);
                 }
-                let chosen = &order[place * self.batch..order.len().min((place + 1) * self.batch)];
+                let chosen = &order[place * self.batch_size..order.len().min((place + 1) * self.batch_size)];
                 let loss = learning.step(self, &shown, chosen)?;
                 if !loss.is_finite() {
                     let problem = format!("the loss is {loss} at step {step}");
-                    return Err(Error::Input {
-                        port: "learning_rate",
-                        problem,
-                        hint: "lower `learning_rate`; the last unit is kept".into(),
-                    });
+                    return Err(Error::Input { port: "lr", problem, hint: "lower `lr`; the last unit is kept".into() });
                 }
                 of_unit.push(loss);
                 of_row.push(loss);
@@ -211,12 +199,12 @@ impl Stage for Multilabel {
 
 impl Multilabel {
     fn n_steps(&self, n_images: usize) -> u32 {
-        self.epochs.saturating_mul(u32::try_from(n_images.div_ceil(self.batch)).unwrap_or(u32::MAX))
+        self.epochs.saturating_mul(u32::try_from(n_images.div_ceil(self.batch_size)).unwrap_or(u32::MAX))
     }
 
     /// The epoch of a step, and its place among the epoch's batches.
     fn place(&self, step: u32, n_images: usize) -> (u64, usize) {
-        let n_batches = n_images.div_ceil(self.batch);
+        let n_batches = n_images.div_ceil(self.batch_size);
         ((step as usize / n_batches) as u64, step as usize % n_batches)
     }
 }
@@ -398,7 +386,7 @@ impl<'a> Learning<'a> {
             for (tensor, moments) in self.learned.iter_mut().zip(&mut self.moments) {
                 // Adam is AdamW whose decay is part of the gradient.
                 let gradient = tensor.grad() + &*tensor * stage.weight_decay;
-                OPTIMIZER.step(self.steps_done, stage.learning_rate, 0.0, tensor, &gradient, moments);
+                OPTIMIZER.step(self.steps_done, stage.lr, 0.0, tensor, &gradient, moments);
             }
         });
         Ok(loss.double_value(&[]))

@@ -35,7 +35,7 @@ for n in (160, 0, 70):
 
 
 def find(boxes, objectness, embeddings, scale, with_):
-    order = np.argsort(-objectness)[: with_["most_per_image"]]
+    order = np.argsort(-objectness)[: with_["max_per_image"]]
     boxes, objectness = boxes[order], objectness[order].astype(np.float64)
     if not len(order):
         return []
@@ -56,14 +56,14 @@ def find(boxes, objectness, embeddings, scale, with_):
     return [(boxes[k].tolist(), int(classes[k]), float(scores[k])) for k in kept]
 
 
-COCO = {"probability_power": 0.306, "objectness_power": 0.758, "nms_iou": 0.49705, "score_threshold": 0.5, "most_per_image": 100}
+COCO = {"probability_power": 0.306, "objectness_power": 0.758, "nms_iou": 0.49705, "score_threshold": 0.5, "max_per_image": 100}
 LVIS = {
     "temperature": 0.40192,
     "probability_power": 0.71821,
     "objectness_power": 0.74209,
     "nms_iou": 0.674,
     "score_threshold": 0.2,
-    "most_per_image": 100,
+    "max_per_image": 100,
 }
 cases = []
 for scale, with_ in (((20.0, 4.0), COCO), (None, LVIS), ((18.5, 3.25), COCO | {"temperature": 2.0})):

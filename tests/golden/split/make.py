@@ -72,7 +72,7 @@ def build(source, n_kept, is_min):
 
 
 for name, source, api in (("coco", coco, COCO), ("lvis", lvis, LVIS)):
-    for suffix, n_kept, is_min in (("all", 4, False), ("base", 2, False), ("all-min", 4, True)):
+    for suffix, n_kept, is_min in (("all", 4, False), ("base", 2, False), ("all-annotated", 4, True)):
         path = HERE / f"{name}.{suffix}.json"
         path.write_text(json.dumps(build(source, n_kept, is_min), separators=(",", ":")))
         loaded = api(str(path))

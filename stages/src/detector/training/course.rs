@@ -195,13 +195,13 @@ impl Course {
 
     /// How many batches an epoch has.
     pub(super) fn n_batches(&self) -> usize {
-        self.copies.len().div_ceil(self.training.batch)
+        self.copies.len().div_ceil(self.training.batch_size)
     }
 
     /// Random numbers for something: no two things share any.
     pub(super) fn random(&self, of: Random) -> ChaCha8Rng {
         let mut random = self.random.clone();
-        let batch = |step: u32, piece: u32| u64::from(step) * u64::from(self.training.accumulate) + u64::from(piece);
+        let batch = |step: u32, piece: u32| u64::from(step) * u64::from(self.training.accumulation_steps) + u64::from(piece);
         random.set_stream(match of {
             Random::Placements(step, piece) => 2 * batch(step, piece),
             Random::Samples(step, piece) => 2 * batch(step, piece) + 1,
@@ -215,13 +215,13 @@ impl Course {
         let mut order = self.copies.clone();
         order.shuffle(&mut self.random(Random::Order(epoch)));
         let is_tall = |place: usize| self.samples[place].info.height > self.samples[place].info.width;
-        training::batches(&order, is_tall, self.training.batch)
+        training::batches(&order, is_tall, self.training.batch_size)
     }
 
     /// What the batches of some steps show, with the bytes that each will have.
     pub(super) fn lessons(&self, steps: Range<u32>) -> impl Iterator<Item = (Lesson, usize)> + Send {
-        let all = (0..).flat_map(|epoch| self.epoch(epoch)).skip(steps.start as usize * self.training.accumulate as usize);
-        let pieces = steps.flat_map(|step| (0..self.training.accumulate).map(move |piece| (step, piece)));
+        let all = (0..).flat_map(|epoch| self.epoch(epoch)).skip(steps.start as usize * self.training.accumulation_steps as usize);
+        let pieces = steps.flat_map(|step| (0..self.training.accumulation_steps).map(move |piece| (step, piece)));
         pieces.zip(all).map(|((step, piece), places)| {
             let mut random = self.random(Random::Placements(step, piece));
             let images: Vec<(usize, Placement)> = places.into_iter().map(|place| (place, self.placement(place, &mut random))).collect();
@@ -232,7 +232,7 @@ impl Course {
 
     fn placement(&self, place: usize, random: &mut ChaCha8Rng) -> Placement {
         let info = &self.samples[place].info;
-        let [longer, shorter] = [self.training.longer_side, self.training.shorter_side].map(|[low, high]| random.random_range(low..=high));
+        let [longer, shorter] = [self.training.max_size, self.training.min_size].map(|[low, high]| random.random_range(low..=high));
         let placement = Placement::fitting([info.width, info.height], longer, shorter);
         if random.random_bool(0.5) { placement.mirrored() } else { placement }
     }

@@ -57,14 +57,14 @@ impl<'a> Descent<'a> {
             training,
             parameters,
             moments: trained(parameters).map(|(name, tensor)| (name.clone(), zeros(tensor))).collect(),
-            averages: training.average.map(|_| trained(parameters).map(average).collect()).unwrap_or_default(),
+            averages: training.ema_decay.map(|_| trained(parameters).map(average).collect()).unwrap_or_default(),
             progress: Progress { n_descents: 0, scale, n_fine: 0 },
         }
     }
 
     /// What a batch's loss is multiplied by before gradients are taken.
     pub(super) fn factor(&self) -> f64 {
-        self.progress.scale / f64::from(self.training.accumulate)
+        self.progress.scale / f64::from(self.training.accumulation_steps)
     }
 
     /// Goes a step, counted from 0, down the gradients that have added up, and forgets them. Returns their length before it was shortened.
@@ -80,7 +80,7 @@ impl<'a> Descent<'a> {
             let lengths: Vec<Tensor> = gradients.iter().map(|(.., gradient)| gradient.norm()).collect();
             let length = Tensor::stack(&lengths, 0).to_kind(Kind::Double).norm().double_value(&[]) / self.progress.scale;
             if length.is_finite() {
-                let shortening = self.training.most_gradient.map_or(1.0, |most| (most / (length + 1e-6)).min(1.0));
+                let shortening = self.training.clip_grad_norm.map_or(1.0, |most| (most / (length + 1e-6)).min(1.0));
                 self.progress.n_descents += 1;
                 for (name, tensor, gradient) in &gradients {
                     self.descend(name, tensor, &(gradient * (shortening / self.progress.scale)), step);
@@ -93,11 +93,7 @@ impl<'a> Descent<'a> {
                 (self.progress.scale, self.progress.n_fine) = (self.progress.scale / SCALE_FACTOR, 0);
             } else {
                 let problem = format!("the gradient's length is {length} at step {step}");
-                return Err(Error::Input {
-                    port: "learning_rate",
-                    problem,
-                    hint: "lower `learning_rate`; the last checkpoint is kept".into(),
-                });
+                return Err(Error::Input { port: "lr", problem, hint: "lower `lr`; the last checkpoint is kept".into() });
             }
             for (_, tensor, _) in gradients {
                 tensor.shallow_clone().zero_grad();
@@ -109,7 +105,7 @@ impl<'a> Descent<'a> {
     fn descend(&mut self, name: &str, tensor: &Tensor, gradient: &Tensor, step: u32) {
         let training = self.training;
         let group = group_of(&training.groups, name);
-        let (rate, decay) = (training.rate_at(step) * group.rate, training.weight_decay * group.decay);
+        let (rate, decay) = (training.lr_at(step) * group.lr_mult, training.weight_decay * group.decay_mult);
         let mut weights = tensor.shallow_clone();
         match self.moments.get_mut(name).expect("BUG: every trained parameter has moments").as_mut_slice() {
             [velocity] => Sgd { momentum: training.momentum }.step(rate, decay, &mut weights, gradient, velocity),
@@ -119,7 +115,7 @@ impl<'a> Descent<'a> {
                 optimizer.step(self.progress.n_descents as i32, rate, decay, &mut weights, gradient, moments);
             }
         }
-        if let (Some(stays), Some(average)) = (training.average, self.averages.get_mut(name)) {
+        if let (Some(stays), Some(average)) = (training.ema_decay, self.averages.get_mut(name)) {
             // As PyTorch's AveragedModel: the average begins with the weights of the first step.
             let stays = if self.progress.n_descents == 1 { 0.0 } else { stays };
             *average *= stays;
@@ -223,9 +219,9 @@ mod tests {
         let parameters = parameters();
         let mut descent = Descent::begin(training, &parameters);
         for (step, expected) in serde_json::from_str::<Vec<Expected>>(expected).unwrap().into_iter().enumerate() {
-            assert!((training.rate_at(step as u32) - expected.rate).abs() < 1e-12);
+            assert!((training.lr_at(step as u32) - expected.rate).abs() < 1e-12);
             // Gradients add up, and are scaled, without a trace.
-            for _ in 0..training.accumulate {
+            for _ in 0..training.accumulation_steps {
                 (loss(&parameters) * descent.factor()).backward();
             }
             descent.step(step as u32).unwrap();
@@ -239,20 +235,20 @@ mod tests {
 
     #[test]
     fn steps_are_those_of_torch() {
-        let training = Training { learning_rate: 0.1, warm_up_steps: 0, decay_steps: vec![2], ..Training::default() };
-        let sgd = Training { weight_decay: 0.01, most_gradient: Some(2.0), ..training.clone() };
+        let training = Training { lr: 0.1, warmup_steps: 0, lr_steps: vec![2], ..Training::default() };
+        let sgd = Training { weight_decay: 0.01, clip_grad_norm: Some(2.0), ..training.clone() };
         follow(&sgd, include_str!("../../../../tests/golden/training/sgd.json"));
-        let adamw = Training { optimizer: Optimizer::Adamw, betas: [0.9, 0.98], weight_decay: 0.05, average: Some(0.9), ..training };
+        let adamw = Training { optimizer: Optimizer::Adamw, betas: [0.9, 0.98], weight_decay: 0.05, ema_decay: Some(0.9), ..training };
         follow(&adamw, include_str!("../../../../tests/golden/training/adamw.json"));
         follow(
-            &Training { accumulate: 3, precision: TrainPrecision::F16, ..sgd },
+            &Training { accumulation_steps: 3, precision: TrainPrecision::F16, ..sgd },
             include_str!("../../../../tests/golden/training/sgd.json"),
         );
     }
 
     #[test]
     fn a_gradient_that_overflows_costs_a_step_and_half_the_scale() {
-        let training = Training { precision: TrainPrecision::F16, warm_up_steps: 0, ..Training::default() };
+        let training = Training { precision: TrainPrecision::F16, warmup_steps: 0, ..Training::default() };
         let parameters = parameters();
         let mut descent = Descent::begin(&training, &parameters);
         (loss(&parameters) * f64::INFINITY).backward();
@@ -278,7 +274,7 @@ mod tests {
     /// Of OADP for COCO, the box head learns at half the rate of the others: parity check D7 of its specification.
     #[test]
     fn groups_are_found_by_the_longest_part_of_a_name() {
-        let rate = |rate: f64| Group { rate, decay: 1.0 };
+        let rate = |lr_mult: f64| Group { lr_mult, decay_mult: 1.0 };
         let groups =
             BTreeMap::from([("bbox_head".into(), rate(0.5)), ("roi_head.bbox_head.fc_reg".into(), rate(0.25)), ("fc".into(), rate(2.0))]);
         for (name, expected) in [
@@ -289,14 +285,14 @@ mod tests {
             ("roi_head._object_head.shared_convs.0.conv.weight", 1.0),
             ("rpn_head.rpn_conv.weight", 1.0),
         ] {
-            assert!((group_of(&groups, name).rate - expected).abs() < 1e-12, "{name}");
+            assert!((group_of(&groups, name).lr_mult - expected).abs() < 1e-12, "{name}");
         }
     }
 
     #[test]
     fn a_group_goes_at_its_own_rate() {
-        let groups = BTreeMap::from([("a".into(), Group { rate: 0.0, decay: 1.0 })]);
-        let training = Training { warm_up_steps: 0, groups, ..Training::default() };
+        let groups = BTreeMap::from([("a".into(), Group { lr_mult: 0.0, decay_mult: 1.0 })]);
+        let training = Training { warmup_steps: 0, groups, ..Training::default() };
         let parameters = parameters();
         let mut descent = Descent::begin(&training, &parameters);
         loss(&parameters).backward();

@@ -52,8 +52,8 @@ pub enum Optimizer {
 /// How the learning rate falls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Decay {
-    /// To a tenth at each of `decay_steps`.
+pub enum LrSchedule {
+    /// To a tenth at each of `lr_steps`.
     #[default]
     Steps,
     /// Along half a cosine, to 0 at the end.
@@ -89,14 +89,14 @@ impl TrainPrecision {
 #[serde(deny_unknown_fields, default)]
 pub struct Group {
     /// Factor of the learning rate.
-    pub rate: f64,
+    pub lr_mult: f64,
     /// Factor of the weight decay.
-    pub decay: f64,
+    pub decay_mult: f64,
 }
 
 impl Default for Group {
     fn default() -> Self {
-        Self { rate: 1.0, decay: 1.0 }
+        Self { lr_mult: 1.0, decay_mult: 1.0 }
     }
 }
 
@@ -112,18 +112,18 @@ pub struct Training {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub epochs: Option<u32>,
     /// Steps between units: a training that is killed loses at most these.
-    pub steps_per_unit: u32,
+    pub checkpoint_every: u32,
     /// How many units, evenly spaced, stay to choose from (`detector/select`), the last one among them; of `epochs`
     /// all where there are not more.
-    pub checkpoints: u32,
+    pub keep_checkpoints: u32,
     /// Images that a network sees at once.
-    pub batch: usize,
+    pub batch_size: usize,
     /// Batches whose gradients a step adds up (their mean is what it descends along).
-    pub accumulate: u32,
+    pub accumulation_steps: u32,
     /// Images are fitted into a longer side drawn from here, from the first to the last, in px; detection takes the last.
-    pub longer_side: [u32; 2],
+    pub max_size: [u32; 2],
     /// And into a shorter side drawn from here.
-    pub shorter_side: [u32; 2],
+    pub min_size: [u32; 2],
     /// Images of classes in less than this part of the images are seen more often (LVIS: 0.001); 0 for none.
     pub repeat_threshold: f64,
     /// In which numbers the network computes.
@@ -135,27 +135,27 @@ pub struct Training {
     /// Of AdamW: of the moving averages of gradients and of their squares.
     pub betas: [f64; 2],
     /// Peak learning rate.
-    pub learning_rate: f64,
+    pub lr: f64,
     /// Steps over which the learning rate grows from a thousandth of the peak.
-    pub warm_up_steps: u32,
+    pub warmup_steps: u32,
     /// How the learning rate falls.
-    pub decay: Decay,
+    pub lr_schedule: LrSchedule,
     /// At these steps the learning rate falls to a tenth.
-    pub decay_steps: Vec<u32>,
-    /// Instead of `decay_steps`, where there are `epochs`: after these it falls.
+    pub lr_steps: Vec<u32>,
+    /// Instead of `lr_steps`, where there are `epochs`: after these it falls.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub decay_epochs: Vec<u32>,
-    /// Decay of every parameter.
+    pub lr_epochs: Vec<u32>,
+    /// LrSchedule of every parameter.
     pub weight_decay: f64,
     /// Parameters whose names hold a key differ so from the others; the longest key counts.
     pub groups: BTreeMap<String, Group>,
     /// Gradients are shortened to this length all together.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub most_gradient: Option<f64>,
+    pub clip_grad_norm: Option<f64>,
     /// The network in the end has weights averaged over the steps: after each, this part of the average stays. Running statistics are
     /// those of the last step.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub average: Option<f64>,
+    pub ema_decay: Option<f64>,
 }
 
 impl Default for Training {
@@ -164,26 +164,26 @@ impl Default for Training {
             seed: 3407,
             steps: 40_000,
             epochs: None,
-            steps_per_unit: 1000,
-            checkpoints: 1,
-            batch: 16,
-            accumulate: 1,
-            longer_side: [1330, 1333],
-            shorter_side: [640, 800],
+            checkpoint_every: 1000,
+            keep_checkpoints: 1,
+            batch_size: 16,
+            accumulation_steps: 1,
+            max_size: [1330, 1333],
+            min_size: [640, 800],
             repeat_threshold: 0.0,
             precision: TrainPrecision::F32,
             optimizer: Optimizer::Sgd,
             momentum: 0.9,
             betas: [0.9, 0.999],
-            learning_rate: 0.02,
-            warm_up_steps: 500,
-            decay: Decay::Steps,
-            decay_steps: vec![30_000],
-            decay_epochs: Vec::new(),
+            lr: 0.02,
+            warmup_steps: 500,
+            lr_schedule: LrSchedule::Steps,
+            lr_steps: vec![30_000],
+            lr_epochs: Vec::new(),
             weight_decay: 2.5e-5,
             groups: BTreeMap::new(),
-            most_gradient: None,
-            average: None,
+            clip_grad_norm: None,
+            ema_decay: None,
         }
     }
 }
@@ -199,27 +199,31 @@ impl Training {
         Problem::unless(&[
             ("training.steps", self.steps > 0, "at least 1"),
             ("training.epochs", self.epochs.is_none_or(|epochs| (1..=1000).contains(&epochs)), "from 1 to 1000"),
-            ("training.decay_epochs", self.decay_epochs.is_empty() || self.epochs.is_some(), "none without `epochs`"),
-            ("training.steps_per_unit", self.steps_per_unit > 0, "at least 1"),
+            ("training.lr_epochs", self.lr_epochs.is_empty() || self.epochs.is_some(), "none without `epochs`"),
+            ("training.checkpoint_every", self.checkpoint_every > 0, "at least 1"),
             // How many units epochs make, the images say.
-            ("training.checkpoints", (1..=most_checkpoints).contains(&self.checkpoints), "from 1 to the number of units"),
-            ("training.batch", self.batch > 0, "at least 1"),
-            ("training.accumulate", self.accumulate > 0, "at least 1"),
-            ("training.longer_side", is_range(self.longer_side), "two sides from 32 px on, the smaller first"),
-            ("training.shorter_side", is_range(self.shorter_side), "two sides from 32 px on, the smaller first"),
+            ("training.keep_checkpoints", (1..=most_checkpoints).contains(&self.keep_checkpoints), "from 1 to the number of units"),
+            ("training.batch_size", self.batch_size > 0, "at least 1"),
+            ("training.accumulation_steps", self.accumulation_steps > 0, "at least 1"),
+            ("training.max_size", is_range(self.max_size), "two sides from 32 px on, the smaller first"),
+            ("training.min_size", is_range(self.min_size), "two sides from 32 px on, the smaller first"),
             ("training.repeat_threshold", is_part(self.repeat_threshold), "a number from 0 to below 1"),
             ("training.momentum", is_part(self.momentum), "a number from 0 to below 1"),
             ("training.betas", self.betas.into_iter().all(is_part), "two numbers from 0 to below 1"),
-            ("training.learning_rate", is_positive(self.learning_rate), "a number above 0"),
+            ("training.lr", is_positive(self.lr), "a number above 0"),
             ("training.weight_decay", is_part(self.weight_decay), "a number from 0 to below 1"),
-            ("training.groups", self.groups.values().all(|group| is_factor(group.rate) && is_factor(group.decay)), "factors from 0 on"),
-            ("training.most_gradient", self.most_gradient.is_none_or(is_positive), "a number above 0"),
-            ("training.average", self.average.is_none_or(is_part), "a number from 0 to below 1"),
+            (
+                "training.groups",
+                self.groups.values().all(|group| is_factor(group.lr_mult) && is_factor(group.decay_mult)),
+                "factors from 0 on",
+            ),
+            ("training.clip_grad_norm", self.clip_grad_norm.is_none_or(is_positive), "a number above 0"),
+            ("training.ema_decay", self.ema_decay.is_none_or(is_part), "a number from 0 to below 1"),
         ])
     }
 
     fn n_links(&self) -> u32 {
-        self.steps.div_ceil(self.steps_per_unit.max(1))
+        self.steps.div_ceil(self.checkpoint_every.max(1))
     }
 
     /// The chain of a training on the images at the ports `annotations` and `classes`.
@@ -239,10 +243,11 @@ impl Training {
     }
 
     fn of_epochs(&self, epochs: u32, n_images: usize) -> Self {
-        let n_batches = n_images.div_ceil(self.batch);
-        let steps = |epochs: u32| u32::try_from((epochs as usize * n_batches).div_ceil(self.accumulate as usize)).unwrap_or(u32::MAX);
-        let decay_steps = self.decay_epochs.iter().map(|epochs| steps(*epochs)).collect();
-        Self { steps: steps(epochs), epochs: None, decay_steps, decay_epochs: Vec::new(), ..self.clone() }
+        let n_batches = n_images.div_ceil(self.batch_size);
+        let steps =
+            |epochs: u32| u32::try_from((epochs as usize * n_batches).div_ceil(self.accumulation_steps as usize)).unwrap_or(u32::MAX);
+        let lr_steps = self.lr_epochs.iter().map(|epochs| steps(*epochs)).collect();
+        Self { steps: steps(epochs), epochs: None, lr_steps, lr_epochs: Vec::new(), ..self.clone() }
     }
 
     /// Places in some samples: each once, those with rare classes more often.
@@ -257,27 +262,27 @@ impl Training {
     /// Of a length in steps.
     fn chain(&self) -> Units {
         let links = self.n_links();
-        let n = self.checkpoints.min(links);
+        let n = self.keep_checkpoints.min(links);
         let stay = (1..n).map(|place| (links * place).div_ceil(n) - 1).collect();
         Units::Chain { links, steps: self.steps, stay }
     }
 
     /// The longer and the shorter side that a trained network's images are fitted into, px.
     pub(super) fn fits(&self) -> [u32; 2] {
-        [self.longer_side[1], self.shorter_side[1]]
+        [self.max_size[1], self.min_size[1]]
     }
 
     /// The learning rate of a step, counted from 0. (mmdet; OADP, section 6.5; the cosine of Loshchilov and Hutter 2017, equation 5.)
-    fn rate_at(&self, step: u32) -> f64 {
+    fn lr_at(&self, step: u32) -> f64 {
         let part = |of: u32, all: u32| f64::from(of) / f64::from(all);
-        if step < self.warm_up_steps {
-            return self.learning_rate * (0.001 + 0.999 * part(step, self.warm_up_steps));
+        if step < self.warmup_steps {
+            return self.lr * (0.001 + 0.999 * part(step, self.warmup_steps));
         }
-        self.learning_rate
-            * match self.decay {
-                Decay::Steps => 0.1_f64.powi(self.decay_steps.iter().filter(|at| step >= **at).count() as i32),
-                Decay::Cosine => {
-                    let done = part(step - self.warm_up_steps, self.steps.saturating_sub(self.warm_up_steps).max(1));
+        self.lr
+            * match self.lr_schedule {
+                LrSchedule::Steps => 0.1_f64.powi(self.lr_steps.iter().filter(|at| step >= **at).count() as i32),
+                LrSchedule::Cosine => {
+                    let done = part(step - self.warmup_steps, self.steps.saturating_sub(self.warmup_steps).max(1));
                     0.5 * (1.0 + (std::f64::consts::PI * done).cos())
                 }
             }
@@ -346,7 +351,7 @@ pub(super) fn train<W: NetworkFile>(
         curve = cx.published(before, ports.curve)?;
     }
     let last = units[units.len() - 1].index as u32;
-    let steps = first.index as u32 * training.steps_per_unit..training.steps.min((last + 1) * training.steps_per_unit);
+    let steps = first.index as u32 * training.checkpoint_every..training.steps.min((last + 1) * training.checkpoint_every);
     let end = cx.most_items.map_or(steps.end, |most| steps.end.min(steps.start + most as u32));
     let steps = steps.start..end;
     cx.total(steps.len() as u64);
@@ -381,7 +386,7 @@ pub(super) fn train<W: NetworkFile>(
             }
             let mut values = learn(learner, descent.factor(), &batch, course, cx.device)?;
             cx.flow(batch.images.len(), n_ready);
-            let is_whole = batch.piece + 1 == training.accumulate;
+            let is_whole = batch.piece + 1 == training.accumulation_steps;
             if is_whole {
                 values.push(("gradient", descent.step(step)?));
             }
@@ -391,10 +396,10 @@ pub(super) fn train<W: NetworkFile>(
                 return cx.proceed();
             }
             cx.tick(1);
-            let is_last = (step + 1) % training.steps_per_unit == 0 || step + 1 == end;
+            let is_last = (step + 1) % training.checkpoint_every == 0 || step + 1 == end;
             if (step + 1) % ROW_STEPS == 0 || is_last {
                 let mut row = std::mem::take(&mut of_row).taken();
-                row.insert("learning_rate".into(), training.rate_at(step));
+                row.insert("lr".into(), training.lr_at(step));
                 cx.measured(u64::from(step) + 1, &row);
                 curve.rows.push((u64::from(step) + 1, row));
             }
@@ -404,7 +409,7 @@ pub(super) fn train<W: NetworkFile>(
                 descent.save(&draft, ports.weights, ports.state, step + 1, metadata)?;
                 draft.write(ports.curve, "curve.csv", curve.to_csv().as_bytes())?;
                 let mut metrics = std::mem::take(&mut of_unit).taken();
-                metrics.insert("learning_rate".into(), training.rate_at(step));
+                metrics.insert("lr".into(), training.lr_at(step));
                 cx.commit(draft, metrics.into_iter().map(|(name, value)| (name, value.into())).collect())?;
             }
             cx.proceed()
@@ -428,9 +433,9 @@ fn learn(learner: &impl Learner, factor: f64, batch: &Batch, course: &Course, de
     if !total.is_finite() || total > MOST_LOSS {
         let images: Vec<String> = batch.images.iter().map(|image| image.id.to_string()).collect();
         return Err(Error::Input {
-            port: "learning_rate",
+            port: "lr",
             problem: format!("the loss is {total} at step {}, on images {}", batch.step, images.join(", ")),
-            hint: "lower `learning_rate`, or look at these images; the last checkpoint is kept".into(),
+            hint: "lower `lr`, or look at these images; the last checkpoint is kept".into(),
         });
     }
     (all.narrow(0, 0, losses.len() as i64).sum(Kind::Float) * factor).backward();
@@ -465,38 +470,41 @@ mod tests {
     fn rates_are_those_of_the_specification() {
         let training = Training::default();
         for (step, rate) in [(0, 2e-5), (250, 0.010_01), (499, 0.019_960_04), (500, 0.02), (29_999, 0.02), (30_000, 0.002)] {
-            assert!((training.rate_at(step) - rate).abs() < 1e-12, "{step}: {}", training.rate_at(step));
+            assert!((training.lr_at(step) - rate).abs() < 1e-12, "{step}: {}", training.lr_at(step));
         }
     }
 
     #[test]
     fn a_cosine_is_torch_s() {
-        let training = Training { steps: 9, warm_up_steps: 0, decay: Decay::Cosine, ..Training::default() };
+        let training = Training { steps: 9, warmup_steps: 0, lr_schedule: LrSchedule::Cosine, ..Training::default() };
         let expected: Vec<f64> = serde_json::from_str(include_str!("../../../../tests/golden/training/cosine.json")).unwrap();
         for (step, rate) in expected.into_iter().enumerate() {
-            assert!((training.rate_at(step as u32) - rate).abs() < 1e-12, "{step}");
+            assert!((training.lr_at(step as u32) - rate).abs() < 1e-12, "{step}");
         }
-        assert!((Training { warm_up_steps: 5, ..training }.rate_at(5) - 0.02).abs() < 1e-12);
+        assert!((Training { warmup_steps: 5, ..training }.lr_at(5) - 0.02).abs() < 1e-12);
     }
 
     #[test]
     fn epochs_are_as_long_as_their_images_are_many() {
-        let training = Training { epochs: Some(24), decay_epochs: vec![16, 19], ..Training::default() };
+        let training = Training { epochs: Some(24), lr_epochs: vec![16, 19], ..Training::default() };
         let counted = |training: &Training| {
-            let Training { steps, decay_steps, .. } = training.of_epochs(24, 2001);
-            (steps, decay_steps)
+            let Training { steps, lr_steps, .. } = training.of_epochs(24, 2001);
+            (steps, lr_steps)
         };
         // 2,001 images in batches of 16 are 126.
         assert_eq!(counted(&training), (24 * 126, vec![16 * 126, 19 * 126]));
-        assert_eq!(counted(&Training { accumulate: 2, ..training }), (12 * 126, vec![8 * 126, 1197]));
-        let without = Training { decay_epochs: vec![3], ..Training::default() };
-        assert_eq!(without.check().into_iter().map(|problem| problem.field).collect::<Vec<_>>(), ["training.decay_epochs"]);
+        assert_eq!(counted(&Training { accumulation_steps: 2, ..training }), (12 * 126, vec![8 * 126, 1197]));
+        let without = Training { lr_epochs: vec![3], ..Training::default() };
+        assert_eq!(without.check().into_iter().map(|problem| problem.field).collect::<Vec<_>>(), ["training.lr_epochs"]);
     }
 
     #[test]
     fn checkpoints_that_stay_are_evenly_spaced() {
         let stay = |steps, checkpoints| {
-            let Units::Chain { links, stay, .. } = (Training { steps, checkpoints, ..Training::default() }).chain() else { panic!() };
+            let Units::Chain { links, stay, .. } = (Training { steps, keep_checkpoints: checkpoints, ..Training::default() }).chain()
+            else {
+                panic!()
+            };
             (links, stay)
         };
         assert_eq!(stay(40_000, 20), (40, (0..19).map(|place| 2 * place + 1).collect()));
@@ -508,8 +516,8 @@ mod tests {
     #[test]
     fn the_defaults_are_parameters_that_pass_their_own_check() {
         assert!(Training::default().check().is_empty());
-        let wrong = Training { batch: 0, shorter_side: [800, 640], momentum: 1.0, checkpoints: 41, ..Training::default() };
+        let wrong = Training { batch_size: 0, min_size: [800, 640], momentum: 1.0, keep_checkpoints: 41, ..Training::default() };
         let fields: Vec<String> = wrong.check().into_iter().map(|problem| problem.field).collect();
-        assert_eq!(fields, ["training.checkpoints", "training.batch", "training.shorter_side", "training.momentum"]);
+        assert_eq!(fields, ["training.keep_checkpoints", "training.batch_size", "training.min_size", "training.momentum"]);
     }
 }

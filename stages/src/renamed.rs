@@ -1,0 +1,117 @@
+//! Names of parameters and stages before 0.1.0, so that an old pipeline file is refused with the new name.
+
+use serde_json::Value;
+
+use crate::Problem;
+
+/// Old and new names of parameters. `groups.*.` stands for the parameters of one group.
+const PARAMETERS: &[(&str, &str)] = &[
+    ("accumulate", "accumulation_steps"),
+    ("average", "ema_decay"),
+    ("batch", "batch_size"),
+    ("checkpoints", "keep_checkpoints"),
+    ("decay", "lr_schedule"),
+    ("decay_epochs", "lr_epochs"),
+    ("decay_steps", "lr_steps"),
+    ("fits", "max_size` and `min_size"),
+    ("gain", "weight"),
+    ("groups.*.decay", "decay_mult"),
+    ("groups.*.rate", "lr_mult"),
+    ("joined", "ensemble"),
+    ("label_warm_up", "label_warmup"),
+    ("learning_rate", "lr"),
+    ("longer_side", "max_size"),
+    ("most_gradient", "clip_grad_norm"),
+    ("most_per_image", "max_per_image"),
+    ("number", "metric"),
+    ("of", "iou_type"),
+    ("overfull", "sum_above_one"),
+    ("relations", "relation_loss"),
+    ("shorter_side", "min_size"),
+    ("steps_per_unit", "checkpoint_every"),
+    ("stored", "dtype"),
+    ("view", "resize"),
+    ("warm_up_steps", "warmup_steps"),
+];
+
+/// Old and new values of parameters, by the parameter's name.
+const VALUES: &[(&str, &str, &str)] = &[("keep", "all-min", "all-annotated")];
+
+/// Old and new kinds of stages.
+const KINDS: &[(&str, &str)] = &[("coco/split", "annotations/split")];
+
+/// The kind that a stage of this old kind has now.
+pub fn renamed_kind(old: &str) -> Option<&'static str> {
+    KINDS.iter().find(|(kind, _)| *kind == old).map(|(_, new)| *new)
+}
+
+/// The first parameter, or value of one, that still has its old name.
+pub(crate) fn renamed_parameter(parameters: &Value) -> Option<Problem> {
+    find(parameters, "", false)
+}
+
+/// Looks below `path`. `are_groups`: the keys of `value` are names that the user chose.
+fn find(value: &Value, path: &str, are_groups: bool) -> Option<Problem> {
+    value.as_object()?.iter().find_map(|(key, value)| {
+        let field = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+        let in_group = path.rsplit('.').nth(1) == Some("groups");
+        let pattern = if in_group { format!("groups.*.{key}") } else { key.clone() };
+        if !are_groups && let Some((_, new)) = PARAMETERS.iter().find(|(old, _)| *old == pattern) {
+            return Some(Problem::new(field, format!("is now called `{new}`")));
+        }
+        if let Some((_, old, new)) = VALUES.iter().find(|(parameter, old, _)| parameter == key && value == old) {
+            return Some(Problem::new(field, format!("the value `{old}` is now called `{new}`")));
+        }
+        find(value, &field, key == "groups")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::STAGES;
+
+    /// Every field of a stage's parameters, at any depth.
+    fn fields(schema: &Value, found: &mut Vec<String>) {
+        match schema {
+            Value::Object(object) => {
+                found.extend(object.get("properties").and_then(Value::as_object).into_iter().flatten().map(|(name, _)| name.clone()));
+                object.values().for_each(|value| fields(value, found));
+            }
+            Value::Array(list) => list.iter().for_each(|value| fields(value, found)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn no_stage_has_an_old_name_and_every_new_name_is_one_of_a_stage() {
+        let mut all = Vec::new();
+        STAGES.iter().for_each(|stage| fields((stage.schema)().as_value(), &mut all));
+        for (old, new) in PARAMETERS {
+            assert!(!all.iter().any(|field| field == old), "{old}");
+            assert!(new.split("` and `").all(|new| all.iter().any(|field| field == new)), "{new}");
+        }
+        for (old, new) in KINDS {
+            assert!(crate::find(old).is_none() && crate::find(new).is_some(), "{old}");
+        }
+    }
+
+    #[test]
+    fn old_names_are_refused_with_the_new_ones() {
+        for (kind, parameters, field, new) in [
+            ("clip/globals", json!({"view": "native"}), "view", "`resize`"),
+            ("detector/train", json!({"training": {"decay": "cosine"}}), "training.decay", "`lr_schedule`"),
+            ("detector/train", json!({"training": {"groups": {"view": {"decay": 0.5}}}}), "training.groups.view.decay", "`decay_mult`"),
+            ("detector/import", json!({"fits": [1333, 800]}), "fits", "`max_size` and `min_size`"),
+            ("annotations/split", json!({"keep": "all-min"}), "keep", "`all-annotated`"),
+        ] {
+            let problem = (crate::find(kind).unwrap().parse)(&parameters).err().unwrap();
+            assert_eq!(problem.field, field);
+            assert!(problem.problem.ends_with(&format!("is now called {new}")), "{}", problem.problem);
+        }
+        let group = json!({"training": {"groups": {"view": {"decay_mult": 0.5}}}});
+        assert!((crate::find("detector/train").unwrap().parse)(&group).is_ok());
+    }
+}
