@@ -1,13 +1,10 @@
 //! Variants and seeds: one graph, common stages once, and all of it side by side.
 
-use std::{collections::BTreeSet, process::Stdio};
+use std::process::Stdio;
 
 use serde_json::Value;
 
-use crate::{
-    support::{World, until},
-    surface::paths,
-};
+use crate::support::{World, until};
 
 const MATRIX: &str = "seeds: [7, 8]
 variants:
@@ -74,7 +71,8 @@ const STEPS: [&str; 21] = [
     "world",
 ];
 
-fn small() -> World {
+/// A small pipeline with three variants and two seeds, `./matrix.yaml`.
+pub(crate) fn small() -> World {
     let world = World::new();
     world.write("matrix.yaml", SMALL.replace("stages:\n", &format!("{MATRIX}stages:\n")));
     world.write("plain.yaml", SMALL);
@@ -217,22 +215,4 @@ fn a_matrix_that_is_killed_continues_and_is_repaired_by_what_it_was_asked() {
     let fixed = killed.run(["verify", "--full", "--fix"]).success();
     assert!(fixed.stdout.contains("made again, with the same digests"), "{}", fixed.stdout);
     assert!(killed.units() == undisturbed.units());
-}
-
-/// `docs/operating.md` lists what a matrix adds to the forms; this is what keeps it true.
-#[test]
-fn json_forms_of_a_matrix_are_as_documented() {
-    let world = small();
-    world.run(["run", "./matrix.yaml"]).success();
-    let report = world.run(["report", "--json"]).success().stdout;
-    let report: Value = serde_json::from_str(&report).unwrap();
-    let run = report["report"]["run"].as_str().unwrap();
-    let log = world.run(["log", run, "--json"]).success().stdout;
-    let mut found = BTreeSet::new();
-    paths(&serde_json::from_str(log.lines().next().unwrap()).unwrap(), "", &mut found);
-    paths(&report, "", &mut found);
-    found.retain(|path| path.starts_with(".event.run_started.matrix.") || path.starts_with(".report.comparisons[]."));
-    let lines: String = found.iter().map(|path| format!("    {}\n", path.trim_start_matches('.'))).collect();
-    let document = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/operating.md")).unwrap();
-    assert!(document.contains(&lines), "docs/operating.md should have\n{lines}");
 }

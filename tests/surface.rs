@@ -1,7 +1,5 @@
 //! Everything else the command line offers.
 
-use std::collections::BTreeSet;
-
 use serde_json::Value;
 
 use crate::support::World;
@@ -116,82 +114,6 @@ fn a_log_is_followed_while_its_run_goes_on() {
     let mut stderr = String::new();
     std::io::Read::read_to_string(&mut running.stderr.take().unwrap(), &mut stderr).unwrap();
     assert!(status.success() && stderr.contains("step_done") && stderr.contains("run="), "{stderr}");
-}
-
-/// Where values are in a JSON document, with their types: `plan[].outlook.run.reasons[]: string`.
-pub(crate) fn paths(value: &Value, path: &str, found: &mut BTreeSet<String>) {
-    let kind = match value {
-        Value::Object(fields) => {
-            if path.ends_with(".parameters") {
-                found.insert(format!("{path}: a JSON Schema"));
-                return;
-            }
-            for (name, value) in fields {
-                // Names that data choose.
-                let is_chosen = [".kinds", ".ports", ".groups", ".steps"].iter().any(|of| path.ends_with(of));
-                let name = if is_chosen { "NAME" } else { name };
-                paths(value, &format!("{path}.{name}"), found);
-            }
-            return;
-        }
-        Value::Array(values) => {
-            if values.is_empty() {
-                found.insert(format!("{path}[]"));
-            }
-            return values.iter().for_each(|value| paths(value, &format!("{path}[]"), found));
-        }
-        Value::Null => "null",
-        Value::Bool(_) => "true or false",
-        Value::Number(_) => "number",
-        Value::String(_) => "text",
-    };
-    found.insert(format!("{path}: {kind}"));
-}
-
-/// `docs/operating.md` lists every form; this is what keeps it true.
-#[test]
-fn json_forms_are_as_documented() {
-    let world = World::tiny();
-    world.run(["run", "./tiny.yaml", "--until", "coco"]).success();
-    let run = json(&world, &["status", "--json"])["run"]["run"].as_str().unwrap().to_owned();
-    let record = world.find(&["annotations-split", "unit.json"]);
-    let forms: [(&str, &[&str]); 13] = [
-        ("plan PIPELINE", &["plan", "./tiny.yaml", "--until", "lvis", "--set", "detect.nms_iou=0.3", "--json"]),
-        ("explain PIPELINE STAGE", &["explain", "./tiny.yaml", "coco", "--set", "detect.nms_iou=0.3", "--json"]),
-        ("explain PIPELINE STAGE/UNIT", &["explain", "./tiny.yaml", "coco/0", "--json"]),
-        ("status", &["status", "--json"]),
-        ("log", &["log", "--json"]),
-        ("log RUN", &["log", &run, "--json"]),
-        ("report", &["report", "--json"]),
-        ("cache du", &["cache", "du", "--json"]),
-        ("cache gc", &["cache", "gc", "--keep-for", "0s", "--grace", "0s", "--json"]),
-        ("stages", &["stages", "--json"]),
-        ("doctor", &["doctor", "--json"]),
-        ("pipelines", &["pipelines", "--json"]),
-        ("verify", &["verify", "--full", "--json"]),
-    ];
-    let mut text = String::new();
-    for (name, args) in forms {
-        if name == "verify" {
-            std::fs::write(&record, "{").unwrap();
-        }
-        let output = world.run(args.iter().copied());
-        let mut found = BTreeSet::new();
-        if name == "log RUN" {
-            output.stdout.lines().for_each(|line| paths(&serde_json::from_str(line).unwrap(), "", &mut found));
-            // These come when there is something to say.
-            found.retain(|path| !["notice", "step_note", "step_progress"].iter().any(|event| path.starts_with(&format!(".event.{event}"))));
-        } else {
-            paths(&serde_json::from_str(&output.stdout).unwrap(), "", &mut found);
-        }
-        let lines: String = found.iter().map(|path| format!("    {}\n", path.trim_start_matches('.'))).collect();
-        text.push_str(&format!("`{name} --json`:\n\n{lines}\n"));
-    }
-    let document = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/operating.md")).unwrap();
-    assert!(
-        document.ends_with(text.trim_end_matches('\n').trim_start()) || document.trim_end().ends_with(text.trim_end()),
-        "docs/operating.md should end with\n{text}"
-    );
 }
 
 /// What a command does not heed it does not take.
