@@ -277,8 +277,8 @@ fn end_to_end(folder: &Path, stages: &[(&str, &Value)], precision: &str, n_image
         })
         .collect();
     let clock = Instant::now();
-    let riders = made.iter().zip(&contexts).map(|((_, stage, _, units, _), context)| (&**stage, &units[..], context));
-    run_together(&riders.collect::<Vec<_>>()).unwrap();
+    let stages = made.iter().zip(&contexts).map(|((entry, stage, _, units, _), context)| (*entry, &**stage, &units[..], context));
+    run_together(&stages.collect::<Vec<_>>()).unwrap();
     clock.elapsed().as_secs_f64()
 }
 

@@ -5,10 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ovenbird_data::evaluate::{Evaluation, Metric, Summary};
-use ovenbird_stages::{
-    artifacts::{Artifact as _, EvaluationFile},
-    find,
-};
+use ovenbird_stages::{Artifact as _, artifacts::EvaluationFile, find};
 use serde::Serialize;
 
 use crate::{

@@ -14,8 +14,8 @@ use ovenbird_models::{
     },
 };
 use ovenbird_stages::{
-    Error as StageError,
-    artifacts::{Artifact as _, CheckpointFile},
+    Artifact as _, Error as StageError,
+    artifacts::CheckpointFile,
     clip::activation::{self, Gelu, Said},
 };
 use serde::Serialize;

@@ -6,8 +6,8 @@ use jiff::Timestamp;
 use ovenbird_cache::{Artifact, Ledger, Status, Store};
 use ovenbird_data::evaluate::{Evaluation, Shape};
 use ovenbird_stages::{
-    PortInfo, StageEntry,
-    artifacts::{Artifact as _, Curve, EvaluationFile},
+    Artifact as _, PortInfo, StageEntry,
+    artifacts::{Curve, EvaluationFile},
     find,
 };
 use serde::Serialize;

@@ -13,10 +13,7 @@ use ovenbird_cache::{
     Ledger, Manifest, Status, Store,
     verify::{Class, Depth, Finding},
 };
-use ovenbird_stages::{
-    artifacts::{Artifact as _, EvaluationFile},
-    find,
-};
+use ovenbird_stages::{Artifact as _, artifacts::EvaluationFile, find};
 use serde::{Deserialize, Serialize};
 
 use crate::{

@@ -7,8 +7,8 @@ use ovenbird_cache::{
     verify::{Class, Finding},
 };
 use ovenbird_stages::{
-    Context, OnBadItem, Unit,
-    artifacts::{Artifact as _, ImageFeatures, RegionFeatures},
+    Artifact as _, Context, OnBadItem, Unit,
+    artifacts::{ImageFeatures, RegionFeatures},
     clip::PRECISION,
 };
 use serde::Serialize;

@@ -14,10 +14,7 @@ use std::{
 
 use ovenbird_cache::{Artifact, Status, Store, publish};
 use ovenbird_data::evaluate::{Evaluation, Summary};
-use ovenbird_stages::{
-    artifacts::{Artifact as _, Curve},
-    find,
-};
+use ovenbird_stages::{Artifact as _, artifacts::Curve, find};
 use serde_json::json;
 
 use crate::{

@@ -490,7 +490,11 @@ impl<'a> Coordinator<'a> {
     fn share_a_pass(&self, one: usize, other: usize) -> bool {
         let [one, other] = [one, other].map(|place| &self.pipeline.steps[place]);
         let is_alike = |port: &str| one.inputs.get(port) == other.inputs.get(port);
-        !self.options.is_measuring && one.stage.rides() && other.stage.rides() && is_alike("images") && is_alike("annotations")
+        !self.options.is_measuring
+            && one.entry.consumer.is_some()
+            && other.entry.consumer.is_some()
+            && is_alike("images")
+            && is_alike("annotations")
     }
 
     /// The queued steps that share a pass with a queued step, itself included.
@@ -786,6 +790,7 @@ mod tests {
         uses_device: false,
         schema: || schemars::schema_for!(u8),
         parse: |_| Ok(Box::new(Sum { number: 0 })),
+        consumer: None,
     };
 
     /// Adds its number and its inputs, modulo 4: small, so that a changed input often comes to the same.

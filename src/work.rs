@@ -162,8 +162,11 @@ fn run_on_devices(due: &[Share<'_>]) -> Result<(), ovenbird_stages::Error> {
         let result = match (due, &contexts[..]) {
             ([share], [context]) => share.making.task.step.stage.run(&share.units, context),
             _ => {
-                let stages = due.iter().zip(&contexts).map(|(share, context)| (&*share.making.task.step.stage, &share.units[..], context));
-                run_together(&stages.collect::<Vec<(&dyn AnyStage, _, _)>>())
+                let stages = due
+                    .iter()
+                    .zip(&contexts)
+                    .map(|(Share { making, units, .. }, context)| (making.task.step.entry, &*making.task.step.stage, &units[..], context));
+                run_together(&stages.collect::<Vec<(_, &dyn AnyStage, _, _)>>())
             }
         };
         if result.is_err() {

@@ -12,8 +12,8 @@ use ovenbird_models::{
     clip::layout,
 };
 use ovenbird_stages::{
-    STAGES,
-    artifacts::{Artifact, CheckpointFile, ImageFeatures, Prompts, RegionFeatures},
+    Artifact, STAGES,
+    artifacts::{CheckpointFile, ImageFeatures, Prompts, RegionFeatures},
 };
 use tch::Tensor;
 

@@ -18,7 +18,7 @@ use ovenbird_models::{
     checkpoint::write_safetensors,
     detector::{Config, Detector, MaskConfig, heads::MaskHeadConfig, roi_align::RoiAlign},
 };
-use ovenbird_stages::artifacts::{Artifact as _, Detections};
+use ovenbird_stages::{Artifact as _, artifacts::Detections};
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};

@@ -343,7 +343,7 @@ fn items_that_another_pipeline_has_computed_are_taken_from_there() {
     world.run(["run", "./lvis.yaml"]).success();
     let taken = world.units().into_iter().filter(|(name, _)| name.contains("clip-globals") && name.ends_with("unit.json"));
     let taken: Vec<u64> =
-        taken.map(|(_, bytes)| serde_json::from_slice::<Value>(&bytes).unwrap()["metrics"]["taken"].as_u64().unwrap()).collect();
+        taken.map(|(_, bytes)| serde_json::from_slice::<Value>(&bytes).unwrap()["metrics"]["reused"].as_u64().unwrap()).collect();
     assert!(taken.contains(&2) && taken.contains(&0), "{taken:?}");
 
     // The same rows, to the last bit, as where nothing could be taken.

@@ -14,7 +14,10 @@ use ovenbird_data::{
     views,
 };
 use ovenbird_models::checkpoint::{Saved, write_torch};
-use ovenbird_stages::artifacts::{Artifact, ImageFeatures, Proposals, RegionFeatures, Regions};
+use ovenbird_stages::{
+    Artifact,
+    artifacts::{ImageFeatures, Proposals, RegionFeatures, Regions},
+};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fs};
 
 use ovenbird_cache::inputs;
 use ovenbird_models::checkpoint::{Saved, write_torch};
-use ovenbird_stages::artifacts::{Artifact as _, Prompts};
+use ovenbird_stages::{Artifact as _, artifacts::Prompts};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 

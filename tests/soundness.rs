@@ -10,8 +10,8 @@ use std::{
 use ovenbird_cache::{Digest, Error as CacheError, Manifest, Status, Store, inputs::InputFile};
 use ovenbird_data::annotations::ImageId;
 use ovenbird_stages::{
-    Context, Error, Inputs, OnBadItem, STAGES,
-    artifacts::{Artifact as _, Dtype, ImageFeaturesWriter, RegionFeatures, RegionFeaturesWriter},
+    Artifact as _, Context, Error, Inputs, OnBadItem, STAGES,
+    artifacts::{Dtype, ImageFeaturesWriter, RegionFeatures, RegionFeaturesWriter},
     find,
 };
 use serde_json::{Value, json};

@@ -65,7 +65,7 @@ fn stages_read_files_through_their_digests() {
         }
     }
     // Weights and published prompts by `read_with`, tables by `check`; numbers of goldens in tests.
-    let expected = ["artifacts/mod.rs", "artifacts/tables.rs", "prompts/exchange.rs", "prompts/golden.rs"];
+    let expected = ["artifacts.rs", "artifacts/tables.rs", "prompts/golden.rs", "prompts/published.rs"];
     assert_eq!(found, expected.map(String::from).into());
 }
 

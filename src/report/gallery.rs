@@ -10,7 +10,8 @@ use ovenbird_data::{
     evaluate::Detection,
 };
 use ovenbird_stages::{
-    artifacts::{AnnotationFile, Artifact as _, Classes, Detections, Images},
+    Artifact as _,
+    artifacts::{AnnotationFile, Classes, Detections, Images},
     find,
 };
 

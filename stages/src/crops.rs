@@ -12,9 +12,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Rider, Stage, Unit, Units,
+    Context, Error, ImageConsumer, ImageStage, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{AnnotationFile, Crop, Crops, Images, Row, RowKind},
-    pass::{Cut, Frames, Sight},
+    contract::run_alone,
+    pass::{Cut, ImageList, Views},
 };
 
 /// Crops of annotated objects, encoded, in one indexed shard a unit.
@@ -108,7 +109,6 @@ impl Stage for Objects {
     const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[CROPS.info()];
-    const RIDES: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
@@ -134,23 +134,29 @@ impl Stage for Objects {
         Ok(Units::Independent { items, replaces: vec!["images", "annotations"] })
     }
 
-    fn rider<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<Rider<'a>> {
-        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
-        let objects = self.of_images(&annotations).into_iter().map(|(_, objects)| objects.into_iter().cloned().collect()).collect();
-        self.note_strays(&annotations, cx);
-        let sight = Box::new(CropSight { stage: self, objects });
-        let frames = Frames { images: cx.inputs.read(IMAGES)?, infos: annotations.images };
-        Ok(Rider { cx, units, frames, sight, encoder: None, port: CROPS.info().name, rows: RowKind::Crops })
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        run_alone(self, units, cx)
     }
 }
 
-struct CropSight<'a> {
+impl ImageStage for Objects {
+    fn consumer<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<ImageConsumer<'a>> {
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
+        let objects = self.of_images(&annotations).into_iter().map(|(_, objects)| objects.into_iter().cloned().collect()).collect();
+        self.note_strays(&annotations, cx);
+        let views = Box::new(CropViews { stage: self, objects });
+        let list = ImageList { images: cx.inputs.read(IMAGES)?, infos: annotations.images };
+        Ok(ImageConsumer { cx, units, list, views, encoder: None, port: CROPS.info().name, rows: RowKind::Crops })
+    }
+}
+
+struct CropViews<'a> {
     stage: &'a Objects,
     /// By image.
     objects: Vec<Vec<Annotation>>,
 }
 
-impl Sight for CropSight<'_> {
+impl Views for CropViews<'_> {
     fn n_views(&self, place: usize, _info: &ImageInfo) -> usize {
         usize::from(!self.objects[place].is_empty())
     }
@@ -172,7 +178,7 @@ impl Sight for CropSight<'_> {
             category_id: object.category_id,
             jpeg: image.crop(object.xyxy.expanded(self.stage.expand, [image.width, image.height])).to_jpeg(self.stage.quality),
         };
-        Cut::Whole(Row::Crops(self.objects[place].iter().map(crop).collect()))
+        Cut::Row(Row::Crops(self.objects[place].iter().map(crop).collect()))
     }
 
     fn row(&self, _place: usize, _info: &ImageInfo, _embeddings: &[f32], _dim: usize) -> Row {

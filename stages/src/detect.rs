@@ -1,20 +1,15 @@
-//! `detect/zero-shot`, `eval/coco` and `eval/lvis`: region features against class embeddings, and how good that is.
+//! `detect/zero-shot`: region features against class embeddings.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
-use ovenbird_data::{
-    annotations::{Annotations, CategoryId},
-    boxes::nms_by_class,
-    evaluate::{Detection, Evaluator, Metric, Shape},
-    warnings::of_boxes,
-};
+use ovenbird_data::{annotations::CategoryId, boxes::nms_by_class, evaluate::Detection};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::{
     Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
-    artifacts::{AnnotationFile, Classes, Detections, EvaluationFile, Prompts, RegionFeatures, Regions},
+    artifacts::{AnnotationFile, Classes, Detections, Prompts, RegionFeatures, Regions, category_names},
     clip::space,
 };
 
@@ -48,26 +43,6 @@ const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings of the sa
 const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "The labels of the same images: category ids are taken from there.");
 const DETECTIONS: Out<Detections> = Out::new("detections", "Boxes (xyxy, px), categories and scores by image, best first.");
-const EVALUATION: Out<EvaluationFile> =
-    Out::new("evaluation", "AP and AR of all, base and novel classes, of every class, PR curves, and warnings.");
-
-/// Category ids of some classes, by name.
-pub(crate) fn category_ids<'a>(annotations: &Annotations, classes: impl Iterator<Item = &'a String>) -> Result<Vec<CategoryId>> {
-    let id = |name: &String| {
-        let found = annotations.categories.iter().find(|category| category.name == *name);
-        found.map(|category| category.id).ok_or_else(|| Error::Input {
-            port: "classes",
-            problem: format!("the annotations have no class `{name}`"),
-            hint: "use the classes and the annotations of the same split".into(),
-        })
-    };
-    classes.map(id).collect()
-}
-
-/// The names of some categories.
-pub(crate) fn category_names(annotations: &Annotations, ids: &[CategoryId]) -> BTreeMap<CategoryId, String> {
-    ids.iter().filter_map(|id| Some((*id, annotations.category(*id)?.name.clone()))).collect()
-}
 
 impl Stage for ZeroShot {
     const KIND: &'static str = "detect/zero-shot";
@@ -89,7 +64,7 @@ impl Stage for ZeroShot {
         let [unit] = units else { return Ok(()) };
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let annotations = cx.inputs.read(ANNOTATIONS)?.load_categories()?;
-        let ids = category_ids(&annotations, classes.all())?;
+        let ids = Classes::category_ids(&annotations, classes.all())?;
         let names: Vec<String> = classes.all().cloned().collect();
         let (features, prompts) = (cx.inputs.read(FEATURES)?, cx.inputs.read(PROMPTS)?);
         space::common(&[(FEATURES.info().name, features.clip()?), (PROMPTS.info().name, prompts.clip)])?;
@@ -152,139 +127,4 @@ impl ZeroShot {
         };
         Ok(kept.into_iter().take(self.max_per_image).map(detection).collect())
     }
-}
-
-const FOUND: In<Detections> = In::required("detections", "Detections in the same images.");
-
-/// What of an object has to lie in the right place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Of {
-    /// Its box.
-    #[default]
-    Boxes,
-    /// Its pixels: detections need masks, and annotations a `segmentation`. Sizes are those of masks.
-    Masks,
-}
-
-impl Of {
-    fn is_boxes(&self) -> bool {
-        *self == Self::Boxes
-    }
-}
-
-/// COCO evaluation of boxes or masks: all, base and novel classes by slices of one accumulation.
-///
-/// AP over at most 100 detections an image; AP50, AP75, sizes and AR over at most 1,000. All classes compete. (pycocotools;
-/// OADP, section 6.6.)
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Coco {
-    /// What of an object has to lie in the right place.
-    // A default that is not written has to be spelled out for the schema.
-    #[serde(default, skip_serializing_if = "Of::is_boxes")]
-    #[schemars(extend("default" = "boxes"))]
-    pub iou_type: Of,
-}
-
-/// LVIS evaluation of boxes or masks: federated, 300 detections an image; APr, APc, APf and novel / base.
-///
-/// Images say which classes are absent for certain and which are not labelled exhaustively; everything else is not judged.
-/// (lvis-api 0.5.3.)
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Lvis {
-    /// What of an object has to lie in the right place.
-    // A default that is not written has to be spelled out for the schema.
-    #[serde(default, skip_serializing_if = "Of::is_boxes")]
-    #[schemars(extend("default" = "boxes"))]
-    pub iou_type: Of,
-}
-
-const EVAL_INPUTS: &[PortInfo] = &[ANNOTATIONS.info(), FOUND.info(), CLASSES.info()];
-
-impl Stage for Coco {
-    const KIND: &'static str = "eval/coco";
-    const VERSION: u32 = 3;
-    const INPUTS: &'static [PortInfo] = EVAL_INPUTS;
-    const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
-
-    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        evaluate(units, cx, Metric::Coco, self.iou_type)
-    }
-}
-
-impl Stage for Lvis {
-    const KIND: &'static str = "eval/lvis";
-    const VERSION: u32 = 4;
-    const INPUTS: &'static [PortInfo] = EVAL_INPUTS;
-    const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
-
-    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        evaluate(units, cx, Metric::Lvis, self.iou_type)
-    }
-}
-
-fn evaluate(units: &[Unit], cx: &Context<'_>, metric: Metric, of: Of) -> Result<()> {
-    let [unit] = units else { return Ok(()) };
-    let Classes(classes) = cx.inputs.read(CLASSES)?;
-    let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
-    let shape = match of {
-        Of::Boxes => Shape::Boxes,
-        Of::Masks => Shape::Masks,
-    };
-    let port = |port: &'static str, hint: &'static str| move |problem: String| Error::Input { port, problem, hint: hint.into() };
-    let hint = match of {
-        Of::Boxes => "use the classes and the annotations of the same split",
-        Of::Masks => "masks need annotations with the outlines of all objects; otherwise evaluate `iou_type: boxes`",
-    };
-    let mut evaluator = Evaluator::new(metric, shape, &annotations, &classes).map_err(port("annotations", hint))?;
-    let hint = match of {
-        Of::Boxes => "evaluate detections against the annotations they were made for",
-        Of::Masks => {
-            "evaluate detections of a `detector/test` whose detector has a mask head, against the annotations they were made for; \
-             otherwise evaluate `iou_type: boxes`"
-        }
-    };
-    cx.total(annotations.images.len() as u64);
-    let table = cx.inputs.read(FOUND)?;
-    for (id, name) in table.categories()?.into_iter().flatten() {
-        if let Some(category) = annotations.category(id).filter(|category| category.name != name) {
-            let problem = format!("category {id} is `{name}`, but `{}` in the annotations", category.name);
-            return Err(port("detections", "evaluate detections against the annotations they were made for")(problem));
-        }
-    }
-    let (mut n_judged, mut n_stray) = (0, 0);
-    for detections in table.pieces() {
-        let mut detections = detections?;
-        let n_found = detections.len();
-        detections.retain(|detection| annotations.image(detection.image_id).is_some());
-        n_stray += n_found - detections.len();
-        n_judged += detections.len();
-        evaluator.judge(&detections).map_err(port("detections", hint))?;
-        cx.proceed()?;
-    }
-    if let Some(words) = evaluator.remarks().map_err(port("detections", hint))? {
-        cx.note(words);
-    }
-    if let Some(words) = of_boxes(&annotations) {
-        cx.note(words);
-    }
-    if n_judged == 0 && n_stray > 0 {
-        return Err(Error::Input {
-            port: "detections",
-            problem: format!("none of {n_stray} is in an image of the annotations"),
-            hint: "evaluate detections against annotations of the same images".into(),
-        });
-    }
-    if n_stray > 0 {
-        cx.note(format!("{n_stray} detections in images that the annotations leave out are not judged"));
-    }
-    let evaluation = evaluator.finish(table.looked_at()?.as_ref()).map_err(port("detections", hint))?;
-    let metrics = evaluation.groups.iter().map(|(group, summary)| (format!("{group}.ap50"), summary.ap50.into()));
-    let metrics = metrics.collect();
-    let draft = cx.begin(unit)?;
-    draft.write(EVALUATION, "evaluation.json", &serde_json::to_vec(&evaluation).expect("BUG: numbers are plain JSON"))?;
-    cx.tick(annotations.images.len() as u64);
-    cx.commit(draft, metrics)
 }

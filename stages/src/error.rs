@@ -114,3 +114,8 @@ impl Error {
 pub(crate) fn malformed(path: &Path, problem: impl Into<String>) -> Error {
     Error::Cache(ovenbird_cache::Error::Malformed { path: path.to_owned(), problem: problem.into() })
 }
+
+/// An IO error of a file being written into a draft, in the store's words.
+pub(crate) fn write_error(path: &Path, source: std::io::Error) -> Error {
+    Error::Cache(ovenbird_cache::Error::Write { path: path.to_owned(), source })
+}

@@ -2,37 +2,47 @@
 //!
 //! A stage is where files ([`ovenbird_data`]), networks ([`ovenbird_models`]) and the store ([`ovenbird_cache`]) meet. It
 //! knows nothing of pipelines: the graph, the plan and the run loop are the program's.
+//!
+//! The file of the stage `a/b-c` is `a/b_c.rs`, or `a.rs` where the family is small. No stage reads another stage's file: what several
+//! stages need is in a file that defines none.
 
 pub mod annotations;
 pub mod artifacts;
+pub mod blocks;
 pub mod clip;
+mod context;
 mod contract;
 pub mod crops;
 pub mod detect;
+pub mod detections;
 pub mod detector;
 mod error;
-pub mod export;
+pub mod eval;
+mod exchange;
 mod feed;
-pub mod interchange;
+pub mod globals;
+pub mod objects;
 mod optimizer;
 mod pass;
+mod ports;
 pub mod prompts;
-pub mod pseudo_labels;
+pub mod proposals;
 mod registry;
 mod renamed;
 #[cfg(test)]
 #[path = "../../tests/support/skip.rs"]
 mod skip;
 pub mod toy;
+mod units;
 
-pub use contract::{
-    AnyStage, Context, FAILED_FILE, FailedItem, In, Inputs, OnBadItem, Out, PortInfo, Presence, Problem, Progress, Stage, Unit, UnitDraft,
-    Units, failed_items, refuse_too_many,
-};
+pub use context::{Context, FAILED_FILE, FailedItem, OnBadItem, Progress, UnitDraft, failed_items, refuse_too_many};
+pub use contract::{AnyStage, ImageStage, Problem, Stage};
 pub use error::Error;
-pub use pass::{Rider, run_together};
-pub use registry::{STAGES, StageEntry, find};
+pub use pass::ImageConsumer;
+pub use ports::{Artifact, In, Inputs, Out, PortInfo, Presence};
+pub use registry::{STAGES, StageEntry, find, run_together};
 pub use renamed::renamed_kind;
+pub use units::{Unit, Units};
 
 /// What every function of this crate returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

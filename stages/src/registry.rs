@@ -4,37 +4,42 @@ use schemars::{Schema, schema_for};
 use serde_json::Value;
 
 use crate::{
-    annotations, clip,
-    contract::{AnyStage, PortInfo, Problem, Stage},
-    crops, detect, detector, export, interchange, prompts, pseudo_labels,
+    Result, annotations, blocks, clip,
+    context::Context,
+    contract::{AnyStage, ImageStage, Problem, Stage, consumer},
+    crops, detect, detections, detector, eval, exchange, globals, objects,
+    pass::{self, ImageConsumer},
+    ports::PortInfo,
+    prompts, proposals,
     renamed::renamed_parameter,
     toy,
+    units::Unit,
 };
 
 /// Every stage, in the order `ovenbird stages` lists them.
 pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<toy::World>(),
-    StageEntry::of::<annotations::Split>(),
-    StageEntry::of::<annotations::Import>(),
-    StageEntry::of::<annotations::Export>(),
-    StageEntry::of::<crops::Objects>(),
+    StageEntry::of::<annotations::split::Split>(),
+    StageEntry::of::<proposals::import::Import>(),
+    StageEntry::of::<proposals::export::Export>(),
+    StageEntry::of_images::<crops::Objects>(),
     StageEntry::of::<crops::Folder>(),
     StageEntry::of::<clip::Pretrain>(),
-    StageEntry::of::<prompts::Ensemble>(),
+    StageEntry::of::<prompts::ensemble::Ensemble>(),
     StageEntry::of::<prompts::Multilabel>(),
-    StageEntry::of::<prompts::Import>(),
-    StageEntry::of::<prompts::Export>(),
-    StageEntry::of::<clip::Globals>(),
-    StageEntry::of::<clip::Blocks>(),
-    StageEntry::of::<clip::Objects>(),
-    StageEntry::of::<clip::Proposals>(),
-    StageEntry::of::<interchange::GlobalsImport>(),
-    StageEntry::of::<interchange::BlocksImport>(),
-    StageEntry::of::<interchange::ObjectsImport>(),
-    StageEntry::of::<interchange::GlobalsExport>(),
-    StageEntry::of::<interchange::BlocksExport>(),
-    StageEntry::of::<interchange::ObjectsExport>(),
-    StageEntry::of::<pseudo_labels::PseudoLabels>(),
+    StageEntry::of::<prompts::import::Import>(),
+    StageEntry::of::<prompts::export::Export>(),
+    StageEntry::of_images::<clip::globals::Globals>(),
+    StageEntry::of_images::<clip::blocks::Blocks>(),
+    StageEntry::of_images::<clip::objects::Objects>(),
+    StageEntry::of_images::<clip::proposals::Proposals>(),
+    StageEntry::of::<exchange::Import<globals::FromFiles>>(),
+    StageEntry::of::<exchange::Import<blocks::FromFiles>>(),
+    StageEntry::of::<exchange::Import<objects::FromFiles>>(),
+    StageEntry::of::<exchange::Export<globals::ToFiles>>(),
+    StageEntry::of::<exchange::Export<blocks::ToFiles>>(),
+    StageEntry::of::<exchange::Export<objects::ToFiles>>(),
+    StageEntry::of::<annotations::pseudo_labels::PseudoLabels>(),
     StageEntry::of::<detect::ZeroShot>(),
     StageEntry::of::<detector::OlnTrain>(),
     StageEntry::of::<detector::OlnPropose>(),
@@ -43,21 +48,21 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<detector::Select>(),
     StageEntry::of::<detector::Export>(),
     StageEntry::of::<detector::Import>(),
-    StageEntry::of::<detect::Coco>(),
-    StageEntry::of::<detect::Lvis>(),
-    StageEntry::of::<export::Export>(),
+    StageEntry::of::<eval::Coco>(),
+    StageEntry::of::<eval::Lvis>(),
+    StageEntry::of::<detections::Export>(),
 ];
 
 /// What the program knows of a stage without running it.
 #[derive(Debug, Clone, Copy)]
 pub struct StageEntry {
-    /// How pipelines name it.
+    /// Its name in pipelines.
     pub kind: &'static str,
     /// Raised when the same recipe would give other results.
     pub version: u32,
-    /// What it reads.
+    /// The input ports.
     pub inputs: &'static [PortInfo],
-    /// What it writes.
+    /// The output ports.
     pub outputs: &'static [PortInfo],
     /// See [`Stage::USES_DEVICE`].
     pub uses_device: bool,
@@ -65,7 +70,12 @@ pub struct StageEntry {
     pub schema: fn() -> Schema,
     /// Reads its parameters; each problem names the field.
     pub parse: fn(&Value) -> Result<Box<dyn AnyStage>, Problem>,
+    /// Of an [`ImageStage`]: prepares its part in a pass over images.
+    pub consumer: Option<MakeConsumer>,
 }
+
+/// [`ImageStage::consumer`] of a stage that the entry parsed.
+type MakeConsumer = for<'a> fn(&'a dyn AnyStage, &'a [Unit], &'a Context<'a>) -> Result<ImageConsumer<'a>>;
 
 impl StageEntry {
     /// The entry of a stage.
@@ -78,13 +88,30 @@ impl StageEntry {
             uses_device: S::USES_DEVICE,
             schema: || schema_for!(S),
             parse: parse::<S>,
+            consumer: None,
         }
     }
 
-    /// The first sentence or two of the stage's documentation, and the rest.
+    /// The entry of a stage that can share a pass over images.
+    pub const fn of_images<S: ImageStage>() -> Self {
+        Self { consumer: Some(consumer::<S>), ..Self::of::<S>() }
+    }
+
+    /// The stage's documentation; its first line is a summary.
     pub fn doc(&self) -> String {
         (self.schema)().get("description").and_then(Value::as_str).unwrap_or_default().to_owned()
     }
+}
+
+/// Makes units of several [`ImageStage`]s, whose ports `images` and `annotations` are equal, in one pass. Each publishes what it would
+/// publish alone.
+pub fn run_together(stages: &[(&StageEntry, &dyn AnyStage, &[Unit], &Context<'_>)]) -> Result<()> {
+    let mut consumers = Vec::new();
+    for (entry, stage, units, cx) in stages {
+        let consumer = entry.consumer.unwrap_or_else(|| panic!("BUG: `{}` cannot share a pass over images", entry.kind));
+        consumers.push(consumer(*stage, units, cx)?);
+    }
+    pass::run(&consumers)
 }
 
 fn parse<S: Stage>(params: &Value) -> Result<Box<dyn AnyStage>, Problem> {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Context, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft,
     artifacts::{AnnotationFile, Caption, Captions, Classes, Images, MmdetProposals},
-    contract::write_error,
+    error::write_error,
     feed::in_parallel,
 };
 

@@ -4,8 +4,7 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use ovenbird_cache::inputs::InputFile;
 
-use super::Artifact;
-use crate::{Result, error::malformed};
+use crate::{Artifact, Result, error::malformed};
 
 /// Named numbers over the steps of a training.
 ///

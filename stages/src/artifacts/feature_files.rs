@@ -20,8 +20,8 @@ use ovenbird_data::{
 use ovenbird_models::checkpoint::{Array, BARE_TENSOR, Saved, read_arrays, write_torch};
 use tch::Kind;
 
-use super::{Artifact, Regions};
-use crate::{Error, Result};
+use super::features::Regions;
+use crate::{Artifact, Error, Result};
 
 /// By how much the norm of an embedding may differ from 1: f16 has three digits.
 const NORM_TOLERANCE: f64 = 2e-3;

@@ -33,13 +33,13 @@ use ovenbird_cache::{
 use ovenbird_data::{
     annotations::{AnnotationId, CategoryId, ImageId, ImageInfo},
     boxes::Xyxy,
+    views,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Artifact;
 use crate::{
-    Error, Result,
+    Artifact, Error, Result,
     clip::space::{SPACE_KEY, Space},
     error::malformed,
 };
@@ -349,7 +349,7 @@ impl Row {
 }
 
 /// Rows of single images that other units hold already, read when they are asked for.
-pub(crate) struct Shelf {
+pub(crate) struct ReusedRows {
     kind: RowKind,
     shards: Vec<(PathBuf, ShardReader)>,
     /// By item: shard and record batch, of batches that are sound.
@@ -357,12 +357,12 @@ pub(crate) struct Shelf {
     open: Option<((usize, usize), HashMap<ImageId, Row>)>,
 }
 
-impl Shelf {
-    /// Looks through the donors of some items. What cannot be read is not on the shelf.
+impl ReusedRows {
+    /// Looks through the donors of some items. What cannot be read is not on the reused.
     pub(crate) fn new(kind: RowKind, donors: &Donors, items: &[Digest], images: &[ImageInfo], port: &str) -> Self {
-        let mut shelf = Self { kind, shards: Vec::new(), places: HashMap::new(), open: None };
+        let mut reused = Self { kind, shards: Vec::new(), places: HashMap::new(), open: None };
         if kind == RowKind::Crops {
-            return shelf;
+            return reused;
         }
         let mut wanted: BTreeMap<usize, HashMap<ImageId, Digest>> = BTreeMap::new();
         for (item, image) in items.iter().zip(images) {
@@ -376,12 +376,12 @@ impl Shelf {
                 for batch_idx in 0..shard.n_batches() {
                     let ids = shard.batch(batch_idx).ok().and_then(|batch| u64_column(&file.path, &batch, "image_id").ok());
                     let found = ids.into_iter().flatten().filter_map(|id| wanted.get(&ImageId(id)));
-                    shelf.places.extend(found.map(|item| (*item, (shelf.shards.len(), batch_idx))));
+                    reused.places.extend(found.map(|item| (*item, (reused.shards.len(), batch_idx))));
                 }
-                shelf.shards.push((file.path, shard));
+                reused.shards.push((file.path, shard));
             }
         }
-        shelf
+        reused
     }
 
     /// Whether an item is there.
@@ -419,6 +419,27 @@ pub struct Regions {
     pub objectness: Vec<f32>,
     /// `[N, D]`, row by row.
     pub embeddings: Vec<f32>,
+}
+
+/// The box of the first block, which is the whole image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum WholeBox {
+    /// The centre square that the network sees. (The reference's defect 2, mended.)
+    #[default]
+    Fixed,
+    /// Left, top, side, side of it: what the reference stores as xyxy.
+    Reference,
+}
+
+impl WholeBox {
+    /// The box of an image of `[width, height]` px.
+    pub(crate) fn of(self, size: [u32; 2]) -> Xyxy {
+        match self {
+            Self::Fixed => views::whole_box(size),
+            Self::Reference => views::reference_whole_box(size),
+        }
+    }
 }
 
 /// Writes `region-features`.

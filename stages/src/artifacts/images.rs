@@ -21,8 +21,7 @@ use ovenbird_data::{
 };
 use unicode_normalization::UnicodeNormalization as _;
 
-use super::Artifact;
-use crate::{Context, Error, OnBadItem, Result};
+use crate::{Artifact, Context, Error, OnBadItem, Result};
 
 /// Names in a message; the others are counted.
 const MAX_NAMED: usize = 3;

@@ -39,8 +39,10 @@ use parquet::{
     file::{metadata::KeyValue, properties::WriterProperties},
 };
 
-use super::Artifact;
-use crate::{Error, Result, contract::write_error, error::malformed};
+use crate::{
+    Artifact, Error, Result,
+    error::{malformed, write_error},
+};
 
 const FORMAT_KEY: &str = "ovenbird.table";
 const PROPOSALS_FORMAT: u32 = 1;

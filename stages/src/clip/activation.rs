@@ -206,7 +206,7 @@ mod tests {
     use tch::Tensor;
 
     use super::*;
-    use crate::artifacts::Artifact as _;
+    use crate::Artifact as _;
 
     #[test]
     fn config_files_say_what_their_libraries_read_there() {

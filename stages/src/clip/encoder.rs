@@ -24,7 +24,6 @@ use super::{
 use crate::{
     Context, Error, Result,
     artifacts::{CheckpointFile, read_weights},
-    pass::{Pixels, View},
 };
 
 /// Squares of a forward pass. Part of the results: libtorch may sum in another order for another shape, so the last batch of a
@@ -87,9 +86,9 @@ struct Weights<'a> {
     space: Space,
 }
 
-/// What a network is shown.
+/// The shape of a network's input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Manner {
+pub(crate) enum InputMode {
     /// Squares of the network's size, many at once.
     Squares,
     /// Images of any size, one by one: their shapes differ.
@@ -98,7 +97,22 @@ pub(crate) enum Manner {
     Objects,
 }
 
-/// Views that are on the device, or on their way.
+/// What a network is given at once: an image, a crop, or a square with the mask of an object.
+pub(crate) struct View {
+    pub(crate) pixels: Pixels,
+    /// Of an object: the patches that are not of the object, see [`ovenbird_data::views::background`].
+    pub(crate) background: Option<Vec<u8>>,
+}
+
+/// The pixels of a view.
+pub(crate) enum Pixels {
+    /// Decoded and cut: at the network's size, or of any size in [`InputMode::Native`].
+    Ready(Image),
+    /// The square of a rectangle, to be cut where the network runs: see [`Preprocess::square_of`].
+    Square(Arc<Image>, [i64; 4]),
+}
+
+/// Views on the device, or on their way there.
 pub(crate) struct Batch {
     n_views: usize,
     /// `[B, H, W, 3]`.
@@ -128,7 +142,7 @@ pub(crate) struct Encoder {
     /// Which space its embeddings are of.
     pub(crate) space: Space,
     pub(crate) preprocess: Preprocess,
-    manner: Manner,
+    mode: InputMode,
     /// What it computes in.
     pub(crate) precision: &'static str,
     /// `[1, 3, 1, 1]`, f32, on the device.
@@ -144,12 +158,12 @@ impl Clip {
     }
 
     /// Loads the image tower for a stage.
-    pub(crate) fn load(&self, file: &CheckpointFile, manner: Manner, cx: &Context<'_>) -> Result<Encoder> {
+    pub(crate) fn load(&self, file: &CheckpointFile, mode: InputMode, cx: &Context<'_>) -> Result<Encoder> {
         let weights = self.weights(file, cx)?;
         let load = |precision: Precision| -> Result<Encoder> {
             let found = Precision::KINDS.iter().find(|(_, known, _)| *known == precision);
             let (name, _, kind) = found.expect("BUG: `auto` is settled before");
-            Ok(Encoder::new(weights.load(cx.device, *kind)?, weights.space, &file.file.path, manner, name))
+            Ok(Encoder::new(weights.load(cx.device, *kind)?, weights.space, &file.file.path, mode, name))
         };
         if self.precision != Precision::Auto {
             return load(self.precision);
@@ -227,7 +241,7 @@ fn least_cosine(one: &Encoder, other: &Encoder) -> Result<f64> {
     };
     let (exact, rounded) = (embed(one)?, embed(other)?);
     if let Some(problem) = embedding_problem(&exact, one.dim()) {
-        return Err(one.senseless(&format!("a test pattern: {problem}")));
+        return Err(one.unsound(&format!("a test pattern: {problem}")));
     }
     let cosine = |(a, b): (&[f32], &[f32])| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
     let cosines = exact.chunks_exact(one.dim()).zip(rounded.chunks_exact(one.dim())).map(cosine);
@@ -247,13 +261,13 @@ pub(crate) fn embedding_problem(embeddings: &[f32], dim: usize) -> Option<String
 
 /// How squares are cut out of images for a network.
 #[derive(Clone, Copy)]
-pub(crate) struct Cutter {
+pub(crate) struct Cropper {
     preprocess: Preprocess,
     /// Whether an accelerator does it: it has the image then, and threads only say where.
     is_on_device: bool,
 }
 
-impl Cutter {
+impl Cropper {
     /// The square of a rectangle: see [`Preprocess::square_of`].
     pub(crate) fn square(&self, image: &Arc<Image>, rectangle: [i64; 4]) -> Pixels {
         if self.is_on_device {
@@ -265,24 +279,24 @@ impl Cutter {
 }
 
 impl Encoder {
-    fn new(clip: clip::Clip, space: Space, origin: &Path, manner: Manner, precision: &'static str) -> Self {
+    fn new(clip: clip::Clip, space: Space, origin: &Path, mode: InputMode, precision: &'static str) -> Self {
         let (ImageConfig::Vit { image_side, .. } | ImageConfig::ResNet { image_side, .. }) = clip.config().image;
         let preprocess = Preprocess::clip(image_side as u32);
         let channels = |numbers: &[f32; 3]| Tensor::from_slice(numbers).view([1, 3, 1, 1]).to_device(clip.device());
         let (mean, std) = (channels(&preprocess.mean), channels(&preprocess.std));
-        Self { clip, origin: origin.to_owned(), space, preprocess, manner, precision, mean, std }
+        Self { clip, origin: origin.to_owned(), space, preprocess, mode, precision, mean, std }
     }
 
     /// That embeddings came out as none.
-    pub(crate) fn senseless(&self, problem: &str) -> Error {
+    pub(crate) fn unsound(&self, problem: &str) -> Error {
         let hint = "look at the checkpoint and at the image: `ovenbird doctor --clip FILE` tests the checkpoint".into();
         let problem = format!("{problem}; computed in {}", self.precision);
         ovenbird_models::Error::Malformed { path: self.origin.clone(), problem, hint: Some(hint) }.into()
     }
 
     /// How squares are cut for it.
-    pub(crate) fn cutter(&self) -> Cutter {
-        Cutter { preprocess: self.preprocess, is_on_device: self.clip.device() != Device::Cpu }
+    pub(crate) fn cropper(&self) -> Cropper {
+        Cropper { preprocess: self.preprocess, is_on_device: self.clip.device() != Device::Cpu }
     }
 
     /// The dimension D of embeddings.
@@ -306,10 +320,10 @@ impl Encoder {
 
     /// How many views go through the network at once.
     pub(crate) fn batch(&self) -> usize {
-        match self.manner {
-            Manner::Squares => SQUARES,
-            Manner::Native => 1,
-            Manner::Objects => OBJECTS,
+        match self.mode {
+            InputMode::Squares => SQUARES,
+            InputMode::Native => 1,
+            InputMode::Objects => OBJECTS,
         }
     }
 
@@ -318,7 +332,7 @@ impl Encoder {
         no_grad(|| Batch {
             n_views: views.len(),
             levels: self.levels(views),
-            backgrounds: (self.manner == Manner::Objects).then(|| self.backgrounds(views)),
+            backgrounds: (self.mode == InputMode::Objects).then(|| self.backgrounds(views)),
         })
     }
 
@@ -395,7 +409,7 @@ mod tests {
 
     use super::*;
 
-    fn encoder(manner: Manner) -> Encoder {
+    fn encoder(mode: InputMode) -> Encoder {
         let config = Config {
             embed_dim: 32,
             image: ImageConfig::Vit { image_side: 64, patch: 16, width: 64, depth: 2, heads: 2, mlp_width: 128 },
@@ -406,7 +420,7 @@ mod tests {
         clip::Clip::new(&weights.root(), &config, 3).unwrap();
         let tensors: BTreeMap<String, Tensor> = weights.variables().into_iter().collect();
         let network = clip::Clip::load_as(&config, &tensors, "clip".as_ref(), Device::Cpu, Kind::Float).unwrap();
-        Encoder::new(network, Space::of(&tensors), Path::new("clip.pt"), manner, "f32")
+        Encoder::new(network, Space::of(&tensors), Path::new("clip.pt"), mode, "f32")
     }
 
     #[test]
@@ -420,7 +434,7 @@ mod tests {
             clip::Clip::new(&weights.root(), &config, 3).unwrap();
             let tensors: BTreeMap<String, Tensor> = weights.variables().into_iter().collect();
             let network = clip::Clip::load_as(&config, &tensors, "clip".as_ref(), Device::Cpu, Kind::Float).unwrap();
-            let encoder = Encoder::new(network, Space::of(&tensors), Path::new("clip.pt"), Manner::Native, "f32");
+            let encoder = Encoder::new(network, Space::of(&tensors), Path::new("clip.pt"), InputMode::Native, "f32");
             let least = encoder.least_side();
             let shown = |[width, height]: [u32; 2]| {
                 let rgb = vec![90; 3 * width as usize * height as usize];
@@ -440,7 +454,7 @@ mod tests {
     #[test]
     fn what_decoders_differ_by_does_not_change_embeddings() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/images");
-        let encoder = encoder(Manner::Squares);
+        let encoder = encoder(InputMode::Squares);
         let mut n_levels = 0;
         for name in ["half.jpg", "full.jpg", "progressive.jpg", "grey.jpg", "cmyk.jpg", "exif.jpg"] {
             let ours = Image::open(&folder.join(name)).unwrap();
@@ -460,7 +474,7 @@ mod tests {
     /// Another scene has to be further away than that.
     #[test]
     fn drafts_keep_what_embeddings_say() {
-        let encoder = encoder(Manner::Squares);
+        let encoder = encoder(InputMode::Squares);
         let world = World { seed: 5, side_px: 320 };
         let mut views = Vec::new();
         for index in 0..5 {
@@ -492,15 +506,15 @@ mod tests {
     /// The path that accelerators take, on the CPU.
     #[test]
     fn objects_cut_on_the_device_are_those_cut_by_threads() {
-        let encoder = encoder(Manner::Objects);
+        let encoder = encoder(InputMode::Objects);
         let rgb =
             (0..150 * 90 * 3_u32).map(|index| (index.wrapping_mul(2_654_435_761) >> 24) as u8 / 4 + (index / 450 % 3 * 60) as u8).collect();
         let image = Arc::new(Image { width: 150, height: 90, rgb });
         let views = |is_on_device: bool| -> Vec<View> {
-            let cutter = Cutter { preprocess: encoder.preprocess, is_on_device };
+            let cropper = Cropper { preprocess: encoder.preprocess, is_on_device };
             let rectangles = [[0, 0, 90, 90], [-20, -30, 120, 110], [100, 40, 131, 71]];
             let view = |(n, rectangle): (usize, [i64; 4])| View {
-                pixels: cutter.square(&image, rectangle),
+                pixels: cropper.square(&image, rectangle),
                 background: Some((0..64).map(|cell| u8::from(cell % (n + 2) > 0)).collect()),
             };
             rectangles.into_iter().enumerate().map(view).collect()

@@ -23,7 +23,7 @@ use crate::{
     artifacts::{Captions, CheckpointFile, Images, TrainingState, read_weights},
     feed::in_parallel,
     optimizer::AdamW,
-    prompts::ensemble,
+    prompts::texts::mean_embedding,
 };
 
 /// Adam's constants (Kingma and Ba 2015), with CLIP's second moment.
@@ -313,7 +313,8 @@ impl Training {
         let mut names: Vec<&String> = held_out.iter().map(|picture| &picture.text).collect();
         names.sort();
         names.dedup();
-        let row = |name: &&String| ensemble(&self.clip, &self.tokenizer, &[format!("a photo of a {name}"), format!("This is a {name}")]);
+        let row =
+            |name: &&String| mean_embedding(&self.clip, &self.tokenizer, &[format!("a photo of a {name}"), format!("This is a {name}")]);
         let classes = to_unit_length(&Tensor::stack(&names.iter().map(row).collect::<Result<Vec<_>>>()?, 0));
         let mut n_right = 0;
         for pictures in held_out.chunks(128) {

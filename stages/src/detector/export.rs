@@ -10,7 +10,7 @@ use super::{Card, DetectorFile};
 use crate::{
     Context, In, Out, PortInfo, Result, Stage, Unit,
     artifacts::{CheckpointFile, read_weights},
-    contract::write_error,
+    error::write_error,
 };
 
 /// A trained detector as mmdet keeps its own: a `.pth` file that `torch.load` reads, with `state_dict` and `meta`.

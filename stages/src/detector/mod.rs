@@ -46,11 +46,12 @@ pub use self::{
     training::Training,
 };
 use crate::{
-    Context, Error, In, Inputs, Result, UnitDraft,
-    artifacts::{AnnotationFile, Artifact, CheckpointFile, Classes, Images, Prompts, last_file},
+    Artifact, Context, Error, In, Inputs, Result, UnitDraft,
+    artifacts::{AnnotationFile, CheckpointFile, Classes, Images, Prompts},
     clip::{Space, space},
     error::malformed,
     feed::stream,
+    ports::last_file,
 };
 
 const IMAGES: In<Images> = In::required("images", "The folder that the annotations' file names are relative to.");
@@ -259,7 +260,7 @@ impl Viewing {
         let next = || Ok(places.next().map(|place| (place, bytes(&place))));
         let n_items = if cx.items.is_empty() { self.annotations.images.len() } else { cx.items.len() };
         stream(cx.threads, ROOM, next, prepare, |(info, placement, pixels), n_ready| {
-            let Some(pixels) = cx.kept(draft, &info.file_name, pixels, n_items)? else { return Ok(()) };
+            let Some(pixels) = cx.accept_or_skip(draft, &info.file_name, pixels, n_items)? else { return Ok(()) };
             let [width, height] = placement.to.map(i64::from);
             see(View { info, placement, size: ImageSize { width, height }, pixels: pixels.on(cx.device) })?;
             cx.flow(1, n_ready);

@@ -21,8 +21,9 @@ use super::{
     training::{Assessment, Batch, Course, Learner, NetworkFile, Ports, Training, train},
 };
 use crate::{
-    Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{Artifact, Proposals, last_file, read_weights},
+    Artifact, Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
+    artifacts::{Proposals, read_weights},
+    ports::last_file,
 };
 
 /// Under which key of a file's metadata its [`Card`] is.

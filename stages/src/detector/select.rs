@@ -12,8 +12,8 @@ use super::{
     test::{Observer, Test},
 };
 use crate::{
-    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{Artifact, Classes, Curve, EvaluationFile, read_weights},
+    Artifact, Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
+    artifacts::{Classes, Curve, EvaluationFile, read_weights},
     error::malformed,
 };
 

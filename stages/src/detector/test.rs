@@ -24,8 +24,7 @@ use tch::{Device, Kind, Tensor, nn};
 use super::{ANNOTATIONS, CLASSES, ClassTables, DetectorFile, IMAGES, MULTILABEL_PROMPTS, PROMPTS, View, Viewing, class_embeddings};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{Classes, Detections, read_weights},
-    detect::{category_ids, category_names},
+    artifacts::{Classes, Detections, category_names, read_weights},
     feed::in_parallel,
 };
 
@@ -179,7 +178,7 @@ impl Stage for Test {
     fn units(&self, inputs: &Inputs) -> Result<Units> {
         let annotations = inputs.read(ANNOTATIONS)?.load_categories()?;
         let Classes(classes) = inputs.read(CLASSES)?;
-        let ids: Vec<u8> = category_ids(&annotations, classes.all())?.iter().flat_map(|id| id.0.to_le_bytes()).collect();
+        let ids: Vec<u8> = Classes::category_ids(&annotations, classes.all())?.iter().flat_map(|id| id.0.to_le_bytes()).collect();
         let ids = Digest::of(&ids);
         let images = inputs.read(IMAGES)?.items(&annotations)?;
         let item = |image: Digest| Digest::of_list("ovenbird detection 1", [("image", image), ("categories", ids)]);
@@ -241,7 +240,7 @@ impl Observer {
             asks_object_head: test.heads == Heads::Both && detector.object_head.is_some(),
             detector,
             rule: test.rule(),
-            ids: category_ids(annotations, classes.all())?,
+            ids: Classes::category_ids(annotations, classes.all())?,
             fits: card.fits,
             _store: store,
         })

@@ -3,18 +3,12 @@
 use std::collections::BTreeSet;
 
 use ovenbird_data::classes::ClassSplit;
-use ovenbird_models::{
-    clip::{
-        self,
-        tokenizer::{Overlong, Padding, Tokenizer},
-    },
-    to_unit_length,
-};
+use ovenbird_models::{clip::tokenizer::Tokenizer, to_unit_length};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Tensor};
 
-use super::{Templates, norms};
+use super::{templates::Templates, texts::mean_embedding};
 use crate::{
     Context, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{CheckpointFile, Classes, Prompts},
@@ -79,7 +73,7 @@ impl Stage for Ensemble {
             cx.proceed()?;
             let name = if self.spaces { name.replace('_', " ") } else { name.clone() };
             let texts: Vec<String> = sentences.iter().map(|sentence| sentence.replace("{}", &name)).collect();
-            rows.push(ensemble(&clip, &tokenizer, &texts)?);
+            rows.push(mean_embedding(&clip, &tokenizer, &texts)?);
             cx.tick(1);
         }
         let mut embeddings = Tensor::stack(&rows, 0);
@@ -89,7 +83,7 @@ impl Stage for Ensemble {
         let draft = cx.begin(unit)?;
         let prompts = Prompts { names, embeddings, scale: None, clip: Some(space) };
         prompts.write(&draft, PROMPTS)?;
-        cx.commit(draft, norms(&prompts.embeddings))
+        cx.commit(draft, prompts.norms())
     }
 }
 
@@ -101,17 +95,12 @@ fn names(classes: &ClassSplit, more: Option<&ClassSplit>) -> Vec<String> {
     }
 }
 
-/// The mean of the normalised embeddings of some texts, f32 `[D]`.
-pub(crate) fn ensemble(clip: &clip::Clip, tokenizer: &Tokenizer, texts: &[String]) -> Result<Tensor> {
-    let tokens = tokenizer.batch(texts, Padding::Longest, Overlong::Refuse)?;
-    no_grad(|| Ok(to_unit_length(&clip.encode_text(&tokens)?.to_kind(Kind::Float)).mean_dim(0, false, Kind::Float)))
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
-    use ovenbird_models::clip::{Activation, Config, ImageConfig, TextConfig};
+    use ovenbird_models::clip::{self, Activation, Config, ImageConfig, TextConfig};
+    use tch::Kind;
 
     use super::*;
     use crate::prompts::golden;
@@ -131,7 +120,7 @@ mod tests {
         let (tokenizer, mut norms) = (Tokenizer::new(), Vec::new());
         for (name, row) in golden::names(&expected["names"]).iter().zip(expected["rows"].as_array().unwrap()) {
             let texts: Vec<String> = Templates::Vild74.sentences().iter().map(|sentence| sentence.replace("{}", name)).collect();
-            let (found, expected) = (ensemble(&clip, &tokenizer, &texts).unwrap(), golden::tensor(row, &[48]));
+            let (found, expected) = (mean_embedding(&clip, &tokenizer, &texts).unwrap(), golden::tensor(row, &[48]));
             let (apart, normalised) = (golden::error(&found, &expected), to_unit_length(&found.unsqueeze(0)).squeeze());
             println!("{name}: {apart:.1e}");
             assert!(apart < 1e-5, "{name}: {apart}");

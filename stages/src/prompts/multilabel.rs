@@ -28,7 +28,6 @@ use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft, Units,
     artifacts::{AnnotationFile, CheckpointFile, Classes, Prompts, RegionFeatures, Regions, TrainingState, read_weights},
     clip::{Clip, space},
-    detect::category_ids,
     optimizer::AdamW,
 };
 
@@ -255,9 +254,9 @@ impl Shown {
         }
         let missing: Vec<ImageId> = asked.into_iter().filter(|image| !rows.contains_key(image)).collect();
         let hint = "make them for these annotations: `clip/blocks` with the same `annotations`";
-        cx.leave_out_missing(features.info(), &missing, n_annotated, hint)?;
+        cx.skip_missing(features.info(), &missing, n_annotated, hint)?;
         annotations.images.retain(|image| rows.contains_key(&image.id));
-        let labels = labels(&annotations, &category_ids(&annotations, classes.iter())?);
+        let labels = labels(&annotations, &Classes::category_ids(&annotations, classes.iter())?);
         let flat = annotations.images.iter().flat_map(|image| &rows[&image.id]).copied().collect::<Vec<f32>>();
         let [n_images, dim, n_classes] = [annotations.images.len(), dim, classes.len()].map(|n| n as i64);
         Ok(Self {

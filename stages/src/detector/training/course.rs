@@ -15,9 +15,8 @@ use rand_chacha::ChaCha8Rng;
 
 use super::Training;
 use crate::{
-    Context, Error, In, Inputs, Result,
-    artifacts::{Artifact, ByImage, Classes, ImageFeatures, Images, RegionFeatures, Regions},
-    detect::category_ids,
+    Artifact, Context, Error, In, Inputs, Result,
+    artifacts::{ByImage, Classes, ImageFeatures, Images, RegionFeatures, Regions},
     detector::{ANNOTATIONS, CLASSES, IMAGES, Pixels},
 };
 
@@ -104,7 +103,7 @@ pub(in crate::detector) struct ShownRegions {
 /// The images of some annotations that show a base class of the port `classes`.
 pub(super) fn samples(annotations: &Annotations, inputs: &Inputs) -> Result<Vec<Sample>> {
     let Classes(classes) = inputs.read(CLASSES)?;
-    let samples = training::samples(annotations, &category_ids(annotations, classes.base.iter())?);
+    let samples = training::samples(annotations, &Classes::category_ids(annotations, classes.base.iter())?);
     if samples.is_empty() {
         let problem = format!("none of {} images shows a base class and is at least 32 px wide and high", annotations.images.len());
         let hint = "use the annotations and the classes of the same split".into();
@@ -163,7 +162,7 @@ impl Course {
         let by_image = by_image(&features)?;
         let missing: Vec<ImageId> = self.samples.iter().map(|sample| sample.info.id).filter(|image| !by_image.has(*image)).collect();
         let hint = format!("make them for these annotations: `{maker}` with the same `annotations`");
-        cx.leave_out_missing(port.info(), &missing, self.samples.len(), &hint)?;
+        cx.skip_missing(port.info(), &missing, self.samples.len(), &hint)?;
         if !missing.is_empty() {
             self.samples.retain(|sample| by_image.has(sample.info.id));
             self.copies = self.training.copies(&self.samples);

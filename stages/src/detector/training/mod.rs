@@ -25,8 +25,8 @@ use self::{
     descent::Descent,
 };
 use crate::{
-    Context, Error, Inputs, Out, Problem, Result, Unit, UnitDraft, Units,
-    artifacts::{Artifact, Curve, TrainingState},
+    Artifact, Context, Error, Inputs, Out, Problem, Result, Unit, UnitDraft, Units,
+    artifacts::{Curve, TrainingState},
     detector::ANNOTATIONS,
     feed::stream,
 };
@@ -381,7 +381,7 @@ pub(super) fn train<W: NetworkFile>(
             for (name, error, attempts) in batch.unreadable.drain(..) {
                 let known = unit.failed();
                 if !known.iter().any(|failed| failed.item == name) {
-                    cx.left_out(unit, &name, error, attempts, [known.len() + 1, course.n_images()])?;
+                    cx.skip(unit, &name, error, attempts, [known.len() + 1, course.n_images()])?;
                 }
             }
             let mut values = learn(learner, descent.factor(), &batch, course, cx.device)?;

@@ -1,13 +1,16 @@
 //! Stages that run CLIP: training a small one, features of images and regions.
 
 pub mod activation;
+pub mod blocks;
 pub(crate) mod encoder;
 mod features;
+pub mod globals;
+pub mod objects;
 mod on_device;
 mod pretrain;
+pub mod proposals;
 pub(crate) mod space;
 
 pub use encoder::{Clip, PRECISION, Precision};
-pub use features::{Blocks, Globals, Objects, Proposals, Resize, WholeBox};
 pub use pretrain::{Architecture, Pretrain};
 pub use space::Space;

@@ -17,7 +17,6 @@ use crate::{
     Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{AnnotationFile, Classes, Prompts, RegionFeatures, Regions},
     clip::space,
-    detect::category_ids,
 };
 
 /// Annotations with what CLIP takes proposals for, so that a detector learns novel classes from boxes that nobody drew.
@@ -84,7 +83,7 @@ impl Stage for PseudoLabels {
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let file = cx.inputs.read(ANNOTATIONS)?;
         let annotations = file.load()?;
-        let ids = category_ids(&annotations, classes.all())?;
+        let ids = Classes::category_ids(&annotations, classes.all())?;
         let (features, prompts) = (cx.inputs.read(FEATURES)?, cx.inputs.read(PROMPTS)?);
         space::common(&[(FEATURES.info().name, features.clip()?), (PROMPTS.info().name, prompts.clip)])?;
         let labeller = self.labeller(&prompts, &classes.all().cloned().collect::<Vec<_>>(), ids)?;
@@ -102,8 +101,8 @@ impl Stage for PseudoLabels {
         }
         let missing: Vec<ImageId> = waiting.into_iter().collect();
         let hint = "make them for these annotations: `clip/objects` or `objects/import` with the same `annotations`";
-        cx.leave_out_missing(FEATURES.info(), &missing, images.len(), hint)?;
-        let base = category_ids(&annotations, classes.base.iter())?;
+        cx.skip_missing(FEATURES.info(), &missing, images.len(), hint)?;
+        let base = Classes::category_ids(&annotations, classes.base.iter())?;
         let n_base = added.iter().filter(|object| base.contains(&object.category_id)).count();
         let draft = cx.begin(unit)?;
         let mut json = draft.create(MORE, "annotations.json")?;

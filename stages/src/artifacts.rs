@@ -27,7 +27,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use ovenbird_cache::inputs::InputFile;
 use ovenbird_data::{
-    annotations::{Annotations, Needs},
+    annotations::{Annotations, CategoryId, Needs},
     classes::ClassSplit,
     content,
     evaluate::Evaluation,
@@ -39,50 +39,24 @@ use serde::{
     Deserialize, Serialize,
     de::{DeserializeOwned, IgnoredAny},
 };
+use serde_json::Value;
 use tch::{Kind, Tensor};
 
 pub use curve::Curve;
 pub use feature_files::FeatureFiles;
-pub(crate) use features::{ByImage, Piece, Places, Row, RowKind, RowWriter, Shelf};
-pub use features::{Crop, Crops, CropsWriter, Dtype, ImageFeatures, ImageFeaturesWriter, RegionFeatures, RegionFeaturesWriter, Regions};
+pub(crate) use features::{ByImage, Piece, Places, ReusedRows, Row, RowKind, RowWriter};
+pub use features::{
+    Crop, Crops, CropsWriter, Dtype, ImageFeatures, ImageFeaturesWriter, RegionFeatures, RegionFeaturesWriter, Regions, WholeBox,
+};
 pub use images::Images;
 pub use tables::{Detections, Proposals};
 
 use crate::{
-    Error, Out, Result, UnitDraft,
+    Artifact, Error, Out, Result, UnitDraft,
     clip::space::{SPACE_KEY, Space},
     error::malformed,
+    ports::{last_file, only_file},
 };
-
-/// What a stage reads at a port.
-pub trait Artifact: Sized {
-    /// How the planner names the kind.
-    const KIND: &'static str;
-    /// How the names of its files end, in lower case; `/` stands for a folder.
-    const EXTENSIONS: &'static [&'static str];
-    /// What a file that a user brings must be, as it follows "give".
-    const SHAPE: &'static str;
-
-    /// Opens it from the port's files. Large contents are read later, piece by piece.
-    fn open(files: &[InputFile]) -> Result<Self>;
-}
-
-/// The one file of a port that must hold exactly one.
-pub(crate) fn only_file<'a>(kind: &'static str, files: &'a [InputFile]) -> Result<&'a InputFile> {
-    match files {
-        [file] => Ok(file),
-        _ => Err(Error::Input {
-            port: kind,
-            problem: format!("expected one file, found {}", files.len()),
-            hint: "name a file, not a folder, in the pipeline".into(),
-        }),
-    }
-}
-
-/// The last of the files of a training's checkpoints, in the order of their steps.
-pub(crate) fn last_file<'a>(kind: &'static str, files: &'a [InputFile]) -> Result<&'a InputFile> {
-    only_file(kind, &files[files.len().saturating_sub(1)..])
-}
 
 /// Reads an object of json.
 fn read_json<T: DeserializeOwned>(file: &InputFile) -> Result<T> {
@@ -149,6 +123,26 @@ impl Artifact for Classes {
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self(read_json(only_file(Self::KIND, files)?)?))
     }
+}
+
+impl Classes {
+    /// Category ids of some classes, by name.
+    pub(crate) fn category_ids<'a>(annotations: &Annotations, classes: impl Iterator<Item = &'a String>) -> Result<Vec<CategoryId>> {
+        let id = |name: &String| {
+            let found = annotations.categories.iter().find(|category| category.name == *name);
+            found.map(|category| category.id).ok_or_else(|| Error::Input {
+                port: "classes",
+                problem: format!("the annotations have no class `{name}`"),
+                hint: "use the classes and the annotations of the same split".into(),
+            })
+        };
+        classes.map(id).collect()
+    }
+}
+
+/// The names of some categories.
+pub(crate) fn category_names(annotations: &Annotations, ids: &[CategoryId]) -> BTreeMap<CategoryId, String> {
+    ids.iter().filter_map(|id| Some((*id, annotations.category(*id)?.name.clone()))).collect()
 }
 
 /// One image of a web set with the text found beside it.
@@ -400,6 +394,14 @@ impl Prompts {
         tensors
     }
 
+    /// The least, mean and greatest norm of the rows, as metrics.
+    pub(crate) fn norms(&self) -> BTreeMap<String, Value> {
+        let norms = self.embeddings.norm_scalaropt_dim(2.0, [-1], false);
+        let metrics = [("min_norm", norms.min()), ("mean_norm", norms.mean(Kind::Float)), ("max_norm", norms.max())];
+        metrics.map(|(name, norm)| (name.to_owned(), norm.double_value(&[]).into())).into()
+    }
+
+    /// Writes them as safetensors. Fails where a row is zero or a number is not finite.
     pub(crate) fn write(&self, draft: &UnitDraft, port: Out<Self>) -> Result<()> {
         if let Some(name) = zero_row(&self.names, &self.embeddings) {
             let problem = "expected a direction, found zeros alone".into();

@@ -1,57 +1,20 @@
-//! `prompts/import` and `prompts/export`: class embeddings from and for other programs.
+//! Files of class embeddings as OADP and DetPro publish them.
 
 use std::{io, path::Path};
 
 use ovenbird_data::annotations::Annotations;
 use ovenbird_models::checkpoint::{BARE_TENSOR, Checkpoint, Saved, write_torch};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
-use super::norms;
 use crate::{
-    Context, Error, In, Out, PortInfo, Result, Stage, Unit,
-    artifacts::{AnnotationFile, EMBEDDINGS, Prompts, PublishedPrompts},
-    contract::write_error,
+    Error, Result,
+    artifacts::{EMBEDDINGS, Prompts},
 };
 
-/// Class embeddings that another program made, checked.
-///
-/// OADP's `.pth` dicts name their rows. DetPro publishes the rows alone, in the order of LVIS's ids: their names are those of the original
-/// `annotations`, in ascending id, spelled as there. Rows are taken as they are: nothing is normalised; their lengths are reported.
-/// (OADP, sections 5.2 and 5.3.)
-#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Import {}
-
-const FILE: In<PublishedPrompts> = In::required("file", "A dict of `embeddings`, `names` and maybe `scaler` and `bias`, or rows alone.");
-const ANNOTATIONS: In<AnnotationFile> =
-    In::optional("annotations", "The data set's own json, not split: names the rows of a file that does not, in ascending category id.");
-const IMPORTED: Out<Prompts> = Out::new(
-    "prompts",
-    "safetensors: `embeddings` f32 [K, D], `scaler` and `bias` where the file has them; metadata `names`, in its order.",
-);
-
-impl Stage for Import {
-    const KIND: &'static str = "prompts/import";
-    const VERSION: u32 = 1;
-    const INPUTS: &'static [PortInfo] = &[FILE.info(), ANNOTATIONS.info()];
-    const OUTPUTS: &'static [PortInfo] = &[IMPORTED.info()];
-
-    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        let [unit] = units else { return Ok(()) };
-        let PublishedPrompts { file } = cx.inputs.read(FILE)?;
-        let annotations = cx.inputs.read_if_given(ANNOTATIONS)?.map(|file| file.load()).transpose()?;
-        let prompts = file.read_with(|path| read(path, annotations.as_ref()))?;
-        cx.tick(1);
-        let draft = cx.begin(unit)?;
-        prompts.write(&draft, IMPORTED)?;
-        cx.commit(draft, norms(&prompts.embeddings))
-    }
-}
-
-fn read(path: &Path, annotations: Option<&Annotations>) -> Result<Prompts> {
+/// Reads class embeddings. `annotations` names the rows of a file that does not, in ascending category id; fails where both or neither
+/// have names.
+pub(super) fn read(path: &Path, annotations: Option<&Annotations>) -> Result<Prompts> {
     let checkpoint = Checkpoint::open(path)?.around(EMBEDDINGS)?;
-    let refused = |problem: String, hint: &str| Error::Input { port: ANNOTATIONS.info().name, problem, hint: hint.into() };
+    let refused = |problem: String, hint: &str| Error::Input { port: "annotations", problem, hint: hint.into() };
     let read = match (checkpoint.tensors().get(BARE_TENSOR), annotations) {
         (None, None) => Prompts::of(&checkpoint),
         (Some(rows), Some(annotations)) => {
@@ -77,37 +40,8 @@ fn read(path: &Path, annotations: Option<&Annotations>) -> Result<Prompts> {
     })
 }
 
-/// Class embeddings for other programs: the `.pth` dict that OADP reads, and `prompts/import`.
-#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Export {}
-
-const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings.");
-const EXPORTED: Out<PublishedPrompts> = Out::new(
-    "file",
-    "`prompts.pth`: a dict of `embeddings` f32 [K, D], `names` (a list), and where they were learned `scaler` and `bias`, f32 [].",
-);
-
-impl Stage for Export {
-    const KIND: &'static str = "prompts/export";
-    const VERSION: u32 = 1;
-    const INPUTS: &'static [PortInfo] = &[PROMPTS.info()];
-    const OUTPUTS: &'static [PortInfo] = &[EXPORTED.info()];
-
-    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        let [unit] = units else { return Ok(()) };
-        let prompts = cx.inputs.read(PROMPTS)?;
-        let draft = cx.begin(unit)?;
-        let mut file = draft.create(EXPORTED, "prompts.pth")?;
-        let path = file.path().to_owned();
-        write(&prompts, &mut file).map_err(|source| write_error(&path, source))?;
-        file.finish()?;
-        cx.tick(1);
-        cx.commit(draft, [("classes".into(), prompts.names.len().into())].into())
-    }
-}
-
-fn write(prompts: &Prompts, out: impl io::Write) -> io::Result<()> {
+/// Writes a `.pth` dict of class embeddings.
+pub(super) fn write(prompts: &Prompts, out: impl io::Write) -> io::Result<()> {
     let tensors = prompts.tensors();
     let names = Saved::List(prompts.names.iter().cloned().map(Saved::Text).collect());
     let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), Saved::Tensor(tensor)));

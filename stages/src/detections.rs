@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Context, Error, In, Out, PortInfo, Result, Stage, Unit,
     artifacts::{AnnotationFile, Detections, ResultsFile},
-    contract::write_error,
+    error::write_error,
 };
 
 /// Detections as one results file of COCO and LVIS, which pycocotools' `loadRes` and lvis-api's `LVISResults` read.

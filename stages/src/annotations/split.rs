@@ -1,0 +1,108 @@
+//! `annotations/split`: a data set's annotations with its classes divided into base and novel.
+
+use ovenbird_data::{
+    Error as DataError,
+    classes::ClassSplit,
+    split::{Keep as KeptLabels, write_split},
+    warnings::of_boxes,
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Context, Error, In, Out, PortInfo, Result, Stage, Unit,
+    artifacts::{AnnotationFile, Classes},
+};
+
+/// Which classes are base and which are novel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ClassList {
+    /// From the `classes` input.
+    #[default]
+    Input,
+    /// The 48 base and 17 novel classes of COCO.
+    #[serde(rename = "coco-48-17")]
+    Coco4817,
+    /// LVIS: frequent and common classes are base, rare ones novel.
+    LvisFrequency,
+}
+
+/// Which labels and images stay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Keep {
+    /// Every listed class, every image (`.65`, `.1203`).
+    #[default]
+    All,
+    /// Labels of base classes, every image (`.48`, `.866`).
+    Base,
+    /// Every listed class, images with at least one label (`.65.min`).
+    AllAnnotated,
+}
+
+/// Annotations for open-vocabulary detection: classes renumbered as base ++ novel, novel labels kept or dropped.
+///
+/// New ids count from 0. Image and annotation ids, boxes, masks, areas and unknown fields keep their tokens exactly. LVIS
+/// files must be covered by the class list; classes of COCO that are not listed are dropped. (OADP, annotation building.)
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Split {
+    /// Where the class list comes from.
+    #[serde(default)]
+    pub classes: ClassList,
+    /// Which labels and images stay.
+    #[serde(default)]
+    pub keep: Keep,
+}
+
+const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS v1 json.");
+const CLASSES: In<Classes> = In::optional("classes", "Base and novel class names, for `classes: input`.");
+const SPLIT: Out<AnnotationFile> = Out::new("annotations", "The renumbered json: `categories`, `annotations`, `images`, no spaces.");
+const LIST: Out<Classes> = Out::new("classes", "The class names; a class's new id is its place in base ++ novel.");
+
+impl Stage for Split {
+    const KIND: &'static str = "annotations/split";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = &[ANNOTATIONS.info(), CLASSES.info()];
+    const OUTPUTS: &'static [PortInfo] = &[SPLIT.info(), LIST.info()];
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let [unit] = units else { return Ok(()) };
+        let annotations = cx.inputs.read(ANNOTATIONS)?;
+        // Contradictions are found before anything is built on the file.
+        let checked = annotations.load()?;
+        let classes = match self.classes {
+            ClassList::Input => {
+                let given = cx.inputs.read_if_given(CLASSES)?.map(|Classes(classes)| classes);
+                given.ok_or_else(|| Error::Input {
+                    port: "classes",
+                    problem: "missing, but `classes: input` takes the class list from there".into(),
+                    hint: "give `in: {classes: ...}`, or `with: {classes: coco-48-17}` or `lvis-frequency`".into(),
+                })?
+            }
+            ClassList::Coco4817 => ClassSplit::coco_48_17(),
+            ClassList::LvisFrequency => ClassSplit::by_frequency(&checked).ok_or_else(|| DataError::Malformed {
+                path: annotations.file.path.clone(),
+                problem: "a category without `frequency`".into(),
+                hint: Some("`lvis-frequency` needs LVIS v1 annotations".into()),
+            })?,
+        };
+        if let Some(words) = of_boxes(&checked) {
+            cx.note(format!("{words}: they are kept as they are"));
+        }
+        drop(checked);
+        let keep = match self.keep {
+            Keep::All => KeptLabels::All,
+            Keep::Base => KeptLabels::Base,
+            Keep::AllAnnotated => KeptLabels::AllAnnotated,
+        };
+        let draft = cx.begin(unit)?;
+        let mut file = draft.create(SPLIT, "annotations.json")?;
+        let counts = write_split(&annotations.file.read()?, &annotations.file.path, &classes, keep, &mut file)?;
+        file.finish()?;
+        draft.write(LIST, "classes.json", &serde_json::to_vec(&classes).expect("BUG: names are plain JSON"))?;
+        cx.tick(counts.images as u64);
+        cx.commit(draft, [("images".into(), counts.images.into()), ("annotations".into(), counts.annotations.into())].into())
+    }
+}

@@ -1,0 +1,395 @@
+//! What a running stage may use: its inputs, its device, drafts of its units, the policy for items that fail, and progress.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use ovenbird_cache::{
+    Claim, Digest, Donors, Draft, DraftFile, Lease, Status, Store, UnitKey, UnitRecord, Watch, inputs::InputFile, unit_name,
+};
+use ovenbird_data::annotations::ImageId;
+use ovenbird_models::checkpoint::{not_finite, write_safetensors};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tch::Tensor;
+
+use crate::{
+    Error, Result,
+    error::{malformed, write_error},
+    ports::{Artifact, Inputs, Out, PortInfo},
+    units::Unit,
+};
+
+/// What a stage says while it works.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Progress {
+    /// How many items there are to do in this execution, once that is known.
+    Total(u64),
+    /// Some more items are done.
+    Tick(u64),
+    /// Something the operator should read: a skipped item and why, a measurement.
+    Note(String),
+    /// It waits for something outside: another process, room on the disk.
+    Waiting,
+    /// The network has worked on a batch.
+    Flow {
+        /// Crops or images in it.
+        views: u64,
+        /// Pieces of work that were ready when it began: 0 means that the network waits for decoding and cutting.
+        ready: u64,
+    },
+    /// What was measured at a step of a training.
+    Measured {
+        /// Counted from 1.
+        step: u64,
+        /// By name: losses, learning rate.
+        values: BTreeMap<String, f64>,
+    },
+    /// An item could not be read or understood, and is left out.
+    Failed(FailedItem),
+    /// A unit is published.
+    Committed {
+        /// Its place among the units of its stage.
+        unit: usize,
+        /// Size of its files.
+        bytes: u64,
+    },
+}
+
+/// An item that has no result, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FailedItem {
+    /// Its name: an image's file.
+    pub item: String,
+    /// What was expected and what was found.
+    pub reason: String,
+    /// How often it was tried.
+    pub attempts: u32,
+}
+
+/// What to do about an item that cannot be read or understood.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum OnBadItem {
+    /// The stage fails.
+    #[default]
+    Fail,
+    /// The item is left out and noted with its unit, unless more than this part of a stage's items fails.
+    Skip {
+        /// From 0 to 1.
+        max_failed_ratio: f64,
+    },
+}
+
+/// The file of a unit that lists its failed items; there only if there are some.
+pub const FAILED_FILE: &str = "failed.json";
+
+/// How many links of a chain stay before the one that was made last: what there is to go on from when that one is damaged.
+const SPARE_LINKS: usize = 2;
+/// How often something is tried that may go well the next time.
+const ATTEMPTS: u32 = 4;
+/// How long to wait before the second time; four times as long before each further one.
+const BACK_OFF: Duration = Duration::from_millis(100);
+
+/// What a stage may use besides its parameters.
+pub struct Context<'a> {
+    /// Where units are published.
+    pub store: &'a Store,
+    /// The stage's kind.
+    pub kind: &'static str,
+    /// Every unit of the stage, the published ones too.
+    pub units: &'a [Unit],
+    /// Every item of the stage; units hold ranges of them.
+    pub items: &'a [Digest],
+    /// What the stage reads.
+    pub inputs: &'a Inputs,
+    /// How many items of each stage a dry run makes: of the others there is nothing to read. A chain has one link then, of as many steps.
+    pub most_items: Option<usize>,
+    /// Where networks run: see [`Stage::USES_DEVICE`].
+    pub device: tch::Device,
+    /// Whether that device has instructions for bf16.
+    pub has_bf16: bool,
+    /// How many threads the stage may keep busy besides the network's own.
+    pub threads: usize,
+    /// What to do about an item that cannot be read or understood.
+    pub on_bad_item: OnBadItem,
+    /// How many items have failed so far: of published units, whoever made them, and of those in the making here.
+    pub n_failed: &'a AtomicU64,
+    /// Watches the processes that make other units of the stage.
+    pub watch: &'a Mutex<Watch>,
+    /// Whether the stage should stop where it is.
+    pub is_stopped: &'a (dyn Fn() -> bool + Sync),
+    /// Receives progress.
+    pub report: &'a (dyn Fn(Progress) + Send + Sync),
+}
+
+/// The failed items that a published unit lists.
+pub fn failed_items(store: &Store, record: &UnitRecord) -> Result<Vec<FailedItem>> {
+    let Some(listed) = record.files.iter().find(|file| file.name == FAILED_FILE) else { return Ok(Vec::new()) };
+    let path = store.unit_path(&unit_name(&record.key.kind, &record.key.fingerprint)).join(FAILED_FILE);
+    let unit = Some(record.key.fingerprint);
+    let file = InputFile { name: FAILED_FILE.into(), path, bytes: listed.bytes, digest: listed.content(), unit };
+    serde_json::from_slice(&file.read()?).map_err(|error| malformed(&file.path, error.to_string()))
+}
+
+/// Fails where more items have failed than a policy allows; `last`: why the last one did.
+pub fn refuse_too_many([n_failed, n_items]: [usize; 2], max_failed_ratio: f64, last: &str) -> Result<()> {
+    if n_failed as f64 > max_failed_ratio * n_items as f64 {
+        return Err(Error::TooManyFailed { n_failed: n_failed as u64, n_items, max_failed_ratio, last: last.into() });
+    }
+    Ok(())
+}
+
+impl Context<'_> {
+    /// Random numbers of a unit: the same in every run, on every machine.
+    pub fn rng(&self, unit: &Unit) -> ChaCha8Rng {
+        ChaCha8Rng::from_seed(*unit.fingerprint.as_bytes())
+    }
+
+    /// Says how many items there are to do in this execution.
+    pub fn total(&self, n_items: u64) {
+        (self.report)(Progress::Total(n_items));
+    }
+
+    /// Says that more items are done.
+    pub fn tick(&self, n_items: u64) {
+        (self.report)(Progress::Tick(n_items));
+    }
+
+    /// Says that the network has worked on some more views, and how many pieces of work were ready for it.
+    pub(crate) fn flow(&self, n_views: usize, n_ready: usize) {
+        (self.report)(Progress::Flow { views: n_views as u64, ready: n_ready as u64 });
+    }
+
+    /// Says what was measured at a step of a training, counted from 1.
+    pub(crate) fn measured(&self, step: u64, values: &BTreeMap<String, f64>) {
+        (self.report)(Progress::Measured { step, values: values.clone() });
+    }
+
+    /// Says something that the operator should read.
+    pub fn note(&self, words: impl Into<String>) {
+        (self.report)(Progress::Note(words.into()));
+    }
+
+    /// Fails with [`Error::Stopped`] once the stage should stop. Asked at every [`Self::begin`]; a stage asks by
+    /// itself where a unit takes long and can be cut short.
+    pub fn proceed(&self) -> Result<()> {
+        if (self.is_stopped)() { Err(Error::Stopped) } else { Ok(()) }
+    }
+
+    /// Opens the draft of a unit that holds no items. Dropping it loses the unit, and nothing else.
+    pub fn begin(&self, unit: &Unit) -> Result<UnitDraft> {
+        self.proceed()?;
+        Ok(UnitDraft { draft: self.store.begin_unit(&self.key(unit))?, unit: unit.clone(), failed: Mutex::default(), _lease: None })
+    }
+
+    /// Opens the draft of a unit that holds items; none where another process makes it meanwhile: several share the work of a
+    /// stage unit by unit.
+    pub(crate) fn begin_claimed(&self, unit: &Unit) -> Result<Option<UnitDraft>> {
+        self.proceed()?;
+        match self.store.claim(self.kind, &unit.fingerprint, &mut self.watch.lock().unwrap_or_else(PoisonError::into_inner))? {
+            Claim::Made(_) | Claim::Held(_) => Ok(None),
+            Claim::Mine(lease) => {
+                let draft = self.store.begin_unit(&self.key(unit))?;
+                Ok(Some(UnitDraft { draft, unit: unit.clone(), failed: Mutex::default(), _lease: Some(lease) }))
+            }
+        }
+    }
+
+    /// Units of the store that already hold items of this unit; `made_with`: a metric's name and the value that such a unit must have.
+    pub(crate) fn donors(&self, draft: &UnitDraft, made_with: Option<(&str, &str)>) -> Result<Donors> {
+        let Some(family) = draft.unit.family else { return Ok(Donors::default()) };
+        let wanted: HashSet<Digest> = self.items[draft.unit.items.clone()].iter().copied().collect();
+        Ok(self.store.donors(self.kind, &family, &wanted, made_with)?)
+    }
+
+    /// Prepares an item; what may go well the next time (a network file system that does not answer) is tried again.
+    pub(crate) fn attempt<T>(&self, prepare: impl Fn() -> Result<T>) -> Attempted<T> {
+        let mut pause = BACK_OFF;
+        for attempts in 1.. {
+            match prepare() {
+                Err(error) if attempts < ATTEMPTS && error.is_transient() && self.proceed().is_ok() => thread::sleep(pause),
+                result => return Attempted { result, attempts },
+            }
+            pause *= 4;
+        }
+        unreachable!("the last attempt returns")
+    }
+
+    /// A prepared item of a unit, or `None` for one that failed and is left out by the stage's policy; `n_items`: how many the stage prepares
+    /// in all.
+    pub(crate) fn accept_or_skip<T>(&self, draft: &UnitDraft, item: &str, attempted: Attempted<T>, n_items: usize) -> Result<Option<T>> {
+        let error = match attempted.result {
+            Ok(prepared) => return Ok(Some(prepared)),
+            Err(error) => error,
+        };
+        // Links of a chain have no items of their own: each sees all of them.
+        let n_failed = match self.items.is_empty() {
+            true => draft.failed.lock().unwrap_or_else(PoisonError::into_inner).len() + 1,
+            false => self.n_failed.fetch_add(1, Ordering::Relaxed) as usize + 1,
+        };
+        self.skip(draft, item, error, attempted.attempts, [n_failed, n_items])?;
+        self.tick(1);
+        Ok(None)
+    }
+
+    /// Notes an item that failed with its unit, unless the stage's policy does not allow it; `counts`: how many have failed so far, and of how many.
+    pub(crate) fn skip(&self, draft: &UnitDraft, item: &str, error: Error, attempts: u32, counts: [usize; 2]) -> Result<()> {
+        let OnBadItem::Skip { max_failed_ratio } = self.on_bad_item else { return Err(error) };
+        use ovenbird_cache::Error::Read as Unreadable;
+        use ovenbird_models::Error::{Malformed, Read};
+        let (Error::Data(_) | Error::Cache(Unreadable { .. }) | Error::Models(Read { .. } | Malformed { .. })) = &error else {
+            return Err(error);
+        };
+        let failed = FailedItem { item: item.into(), reason: with_sources(&error), attempts };
+        refuse_too_many(counts, max_failed_ratio, &failed.reason)?;
+        (self.report)(Progress::Failed(failed.clone()));
+        draft.failed.lock().unwrap_or_else(PoisonError::into_inner).push(failed);
+        Ok(())
+    }
+
+    /// Has images left out for which a port has nothing, by the stage's policy: says of how many of `n_images`, and names the first.
+    pub(crate) fn skip_missing(&self, port: PortInfo, missing: &[ImageId], n_images: usize, hint: &str) -> Result<()> {
+        let Some(first) = missing.first() else { return Ok(()) };
+        let problem = format!("none for {} of {n_images} images, image {first} among them", missing.len());
+        match self.on_bad_item {
+            OnBadItem::Fail => {
+                let hint = format!("{hint}; or leave these images out: `on_bad_item: skip`");
+                Err(Error::Input { port: port.name, problem, hint })
+            }
+            OnBadItem::Skip { max_failed_ratio } => {
+                refuse_too_many([missing.len(), n_images], max_failed_ratio, &format!("image {first} has no `{}`", port.name))?;
+                if missing.len() == n_images {
+                    return Err(Error::Input { port: port.name, problem, hint: hint.into() });
+                }
+                self.note(format!("{}: {problem}: left out", port.name));
+                Ok(())
+            }
+        }
+    }
+
+    fn key(&self, unit: &Unit) -> UnitKey {
+        UnitKey { kind: self.kind.into(), fingerprint: unit.fingerprint, family: unit.family }
+    }
+
+    /// Publishes a unit. Of the links of a chain that do not stay, the last few before it are kept.
+    pub fn commit(&self, draft: UnitDraft, metrics: BTreeMap<String, Value>) -> Result<()> {
+        let UnitDraft { draft, unit, failed, _lease } = draft;
+        let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if !failed.is_empty() {
+            draft.write(FAILED_FILE, &serde_json::to_vec_pretty(&failed).expect("BUG: names and reasons are plain JSON"))?;
+        }
+        let record = self.store.commit_unit(draft, self.key(&unit), &self.items[unit.items.clone()], metrics)?;
+        (self.report)(Progress::Committed { unit: unit.index, bytes: record.bytes() });
+        if unit.family.is_some() { Ok(()) } else { self.prune(&self.units[..unit.index]) }
+    }
+
+    /// Removes the links of a chain that later ones have made superfluous.
+    fn prune(&self, links: &[Unit]) -> Result<()> {
+        for link in links.iter().rev().skip(SPARE_LINKS).filter(|link| !link.stays) {
+            let name = unit_name(self.kind, &link.fingerprint);
+            if self.store.unit_path(&name).exists() {
+                self.store.remove_unit(&name, "the training went on from later links")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What failed in a published unit: the link before, for a chain.
+    pub(crate) fn failed_before(&self, index: usize) -> Result<Vec<FailedItem>> {
+        match self.store.unit(self.kind, &self.units[index].fingerprint)? {
+            Status::Valid(record) => failed_items(self.store, &record),
+            Status::Damaged(_) | Status::Absent => Ok(Vec::new()),
+        }
+    }
+
+    /// The files at an output port of a published unit: the link before, for a chain.
+    pub fn published<T: Artifact>(&self, index: usize, port: Out<T>) -> Result<T> {
+        let unit = &self.units[index];
+        let Status::Valid(record) = self.store.unit(self.kind, &unit.fingerprint)? else {
+            let problem = format!("unit {index} was published, but is no longer whole");
+            return Err(Error::Input { port: port.info().name, problem, hint: "type the same command again: it is made again".into() });
+        };
+        T::open(&self.store.unit_port(&record, port.info().name))
+    }
+}
+
+/// A unit in the making.
+pub struct UnitDraft {
+    draft: Draft,
+    unit: Unit,
+    failed: Mutex<Vec<FailedItem>>,
+    /// Let go after the draft.
+    _lease: Option<Lease>,
+}
+
+impl UnitDraft {
+    /// Lists items that failed earlier.
+    pub(crate) fn carry(&self, failed: impl IntoIterator<Item = FailedItem>) {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner).extend(failed);
+    }
+
+    /// The items that failed so far.
+    pub(crate) fn failed(&self) -> Vec<FailedItem> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The unit being made.
+    pub fn unit(&self) -> &Unit {
+        &self.unit
+    }
+
+    /// Opens a file at an output port; several may be open at once.
+    pub fn create<T>(&self, port: Out<T>, name: &str) -> Result<DraftFile> {
+        Ok(self.draft.create(&format!("{}/{name}", port.info().name))?)
+    }
+
+    /// As [`Self::create`], by the port's name.
+    pub(crate) fn create_at(&self, port: &str, name: &str) -> Result<DraftFile> {
+        Ok(self.draft.create(&format!("{port}/{name}"))?)
+    }
+
+    /// Writes tensors and text as safetensors at an output port. Fails where a number is none.
+    pub(crate) fn write_tensors<T>(
+        &self,
+        port: Out<T>,
+        name: &str,
+        tensors: &BTreeMap<String, Tensor>,
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<()> {
+        for (tensor, numbers) in tensors {
+            if let Some(problem) = not_finite(numbers) {
+                let what = format!("tensor `{tensor}` of {}/{name}", port.info().name);
+                return Err(ovenbird_cache::Error::Unsound { what, problem }.into());
+            }
+        }
+        let mut file = self.create(port, name)?;
+        let path = file.path().to_owned();
+        write_safetensors(tensors, metadata, &mut file).map_err(|source| write_error(&path, source))?;
+        Ok(file.finish()?)
+    }
+
+    /// Writes a whole file at an output port.
+    pub fn write<T>(&self, port: Out<T>, name: &str, bytes: &[u8]) -> Result<()> {
+        Ok(self.draft.write(&format!("{}/{name}", port.info().name), bytes)?)
+    }
+}
+
+/// What came of preparing an item.
+pub(crate) struct Attempted<T> {
+    pub(crate) result: Result<T>,
+    pub(crate) attempts: u32,
+}
+
+fn with_sources(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

@@ -1,0 +1,5 @@
+//! Stages that make proposals, and carry them in and out.
+
+pub mod export;
+pub mod import;
+pub(crate) mod order;

@@ -1,0 +1,58 @@
+//! `proposals/export`: proposals for other programs.
+
+use ovenbird_data::{annotations::ImageOrder, proposals};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::order::Order;
+use crate::{
+    Context, In, Out, PortInfo, Result, Stage, Unit,
+    artifacts::{AnnotationFile, MmdetProposals, Proposals},
+    error::write_error,
+};
+
+/// Proposals as the pickle that mmdet reads, without Python.
+///
+/// A list over the images of the annotations of float32 arrays `N x 5`: x1, y1, x2, y2 in px, score; in the order of the proposals.
+/// Readers match entries with images by their places alone, so give the annotations that they will be read with.
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Export {
+    /// The order of the entries; `id` without it, with a note where the annotations list their images in another order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub order: Option<Order>,
+}
+
+const PROPOSALS: In<Proposals> = In::required("proposals", "Boxes (xyxy, px) and scores by image id.");
+const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS v1 json.");
+const EXPORTED: Out<MmdetProposals> = Out::new("proposals", "mmdet's pickle.");
+
+impl Stage for Export {
+    const KIND: &'static str = "proposals/export";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = &[PROPOSALS.info(), ANNOTATIONS.info()];
+    const OUTPUTS: &'static [PortInfo] = &[EXPORTED.info()];
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let [unit] = units else { return Ok(()) };
+        let mut annotations = cx.inputs.read(ANNOTATIONS)?.load_images()?;
+        annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
+        let proposals = cx.inputs.read(PROPOSALS)?;
+        let n_entries = proposals.by_image.len();
+        if self.order.is_none() && !annotations.file_order.is_sorted() {
+            cx.note("entries are in ascending image id, but the annotations list the images in another order: mmdet needs `with: {order: file}`");
+        }
+        let boxes = proposals.of_images(annotations.images_in(self.order.map_or(ImageOrder::Id, Order::of_data)))?;
+        if n_entries > boxes.len() {
+            cx.note(format!("proposals of {} images that the annotations do not have are left out", n_entries - boxes.len()));
+        }
+        let draft = cx.begin(unit)?;
+        let mut pickle = draft.create(EXPORTED, "proposals.pkl")?;
+        let path = pickle.path().to_owned();
+        proposals::write_mmdet(&boxes, &mut pickle).map_err(|source| write_error(&path, source))?;
+        pickle.finish()?;
+        cx.tick(boxes.len() as u64);
+        let n_boxes: usize = boxes.iter().map(Vec::len).sum();
+        cx.commit(draft, [("images".into(), boxes.len().into()), ("proposals".into(), n_boxes.into())].into())
+    }
+}

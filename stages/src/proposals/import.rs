@@ -1,0 +1,83 @@
+//! `proposals/import`: proposals that another program made.
+
+use ovenbird_data::{
+    annotations::ImageOrder,
+    proposals::{self, Pickled},
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::order::Order;
+use crate::{
+    Context, In, Out, PortInfo, Result, Stage, Unit,
+    artifacts::{AnnotationFile, MmdetProposals, Proposals},
+};
+
+/// Proposals that another program made, matched to images and checked.
+///
+/// Reads pickles without Python: of mmdet 1 and 2 (a list over images of float arrays `N x 5`: x1, y1, x2, y2 in px, score), of mmdet 3 (a
+/// dict from image path to `bboxes` and `scores`), of Detectron and detectron2 (a dict of the lists `ids`, `boxes`, and `scores` or
+/// `objectness_logits`). There must be an entry for every image, and boxes must lie in their images. Boxes without scores get a score of 1.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Import {
+    /// The order of entries that do not say which image they are of; it makes no difference to others. Without it, the order that the boxes fit: boxes must lie in their images. If they fit both orders, the
+    /// stage fails and asks for this parameter. It makes no difference where the annotations list their images in ascending id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order: Option<Order>,
+    /// Keeps at most this many proposals an image, best first; all without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_per_image: Option<usize>,
+}
+
+const PICKLE: In<MmdetProposals> = In::required("proposals", "A pickle of mmdet, Detectron or detectron2.");
+const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS v1 json.");
+const IMPORTED: Out<Proposals> = Out::new("proposals", "Boxes (xyxy, px) and scores by image id, in the file's order.");
+
+impl Stage for Import {
+    const KIND: &'static str = "proposals/import";
+    const VERSION: u32 = 3;
+    const INPUTS: &'static [PortInfo] = &[PICKLE.info(), ANNOTATIONS.info()];
+    const OUTPUTS: &'static [PortInfo] = &[IMPORTED.info()];
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let [unit] = units else { return Ok(()) };
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load_images()?;
+        let pickle = cx.inputs.read(PICKLE)?;
+        let Pickled { entries, notes } = pickle.load()?;
+        notes.into_iter().for_each(|words| cx.note(words));
+        let matched = proposals::matched(entries, &annotations, self.order.map(Order::of_data), pickle.path())?;
+        let order_words = match matched.order {
+            Some(ImageOrder::Id) => "id",
+            Some(ImageOrder::File) => "file",
+            None => "named",
+        };
+        if matched.n_others > 0 {
+            cx.note(format!("entries of {} images that the annotations do not have are left out", matched.n_others));
+        }
+        if self.order.is_none()
+            && !annotations.file_order.is_sorted()
+            && let Some(order) = matched.order
+        {
+            let words = match order {
+                ImageOrder::Id => "in ascending image id, and not as the annotations list the images",
+                ImageOrder::File => "as the annotations list the images, and not in ascending image id",
+            };
+            cx.note(format!("entries are {words}: the boxes fit that order only (`with: {{order: {order_words}}}`)"));
+        }
+        let mut by_image = matched.by_image;
+        if let Some(most) = self.max_per_image {
+            for of_image in by_image.values_mut() {
+                of_image.sort_by(|a, b| b.score.total_cmp(&a.score));
+                of_image.truncate(most);
+            }
+        }
+        let n_boxes: usize = by_image.values().map(Vec::len).sum();
+        let n_images = by_image.len();
+        let draft = cx.begin(unit)?;
+        Proposals { by_image }.write(draft.create(IMPORTED, "proposals.parquet")?)?;
+        cx.tick(n_images as u64);
+        let metrics = [("images", n_images.into()), ("proposals", n_boxes.into()), ("order", order_words.into())];
+        cx.commit(draft, metrics.map(|(name, value)| (name.to_owned(), value)).into())
+    }
+}

@@ -1,0 +1,24 @@
+//! The order of proposals in a file that does not name images.
+
+use ovenbird_data::annotations::ImageOrder;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// The order of the entries of a file that has one an image and no ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// Ascending image id.
+    Id,
+    /// As the annotations' file lists the images, which is what mmdet reads and writes.
+    File,
+}
+
+impl Order {
+    pub(crate) fn of_data(self) -> ImageOrder {
+        match self {
+            Self::Id => ImageOrder::Id,
+            Self::File => ImageOrder::File,
+        }
+    }
+}
