@@ -165,18 +165,18 @@ mod tests {
     }
 
     #[test]
-    fn the_first_to_choose_has_chosen_for_all() {
+    fn the_first_choice_holds_for_all() {
         let (_home, store) = store();
         assert_eq!(choose(&store, "bf16"), "bf16");
         assert_eq!(choose(&store, "f32"), "bf16");
-        for hurt in [false, true].repeat(10) {
+        for is_damaged in [false, true].repeat(10) {
             let (_home, store) = self::store();
-            if hurt {
+            if is_damaged {
                 choose(&store, "lost");
                 replace(&store.choice_path("clip/globals", &family()).join(CHOICE_FILE), b"{").unwrap();
             }
-            assert_eq!(chosen_at_once(&store).len(), 1, "{hurt}");
-            assert!(store.verify_house().unwrap().is_empty(), "{hurt}");
+            assert_eq!(chosen_at_once(&store).len(), 1, "{is_damaged}");
+            assert!(store.verify_house().unwrap().is_empty(), "{is_damaged}");
         }
     }
 
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_choice_that_is_damaged_or_lost_is_read_off_the_units() {
+    fn a_damaged_or_lost_choice_is_read_from_the_units() {
         let (_home, store) = store();
         assert_eq!(choose(&store, "bf16"), "bf16");
         let key = UnitKey { kind: "clip/globals".into(), fingerprint: blake3::hash(b"unit").into(), family: Some(family()) };
@@ -204,12 +204,12 @@ mod tests {
         store.commit_unit(draft, key, &[], BTreeMap::from([("precision".into(), "bf16".into())])).unwrap();
         let path = store.choice_path("clip/globals", &family()).join(CHOICE_FILE);
         let sound = fs::read_to_string(&path).unwrap();
-        for (hurt, words) in [
+        for (damaged, words) in [
             (sound.replace("bf16", "fp32"), "the record does not match its digest"),
             (String::new(), "EOF"),
             (sound.replace(&family().to_hex(), &Fingerprint::from(blake3::hash(b"other")).to_hex()), "the record does not match"),
         ] {
-            replace(&path, hurt.as_bytes()).unwrap();
+            replace(&path, damaged.as_bytes()).unwrap();
             let found = store.verify_house().unwrap();
             assert!(found.len() == 1 && found[0].problem.contains(words), "{found:?}");
             assert_eq!(choose(&store, "f32"), "bf16");

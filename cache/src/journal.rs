@@ -201,9 +201,9 @@ mod tests {
         let length = sound.len() / 3;
         for byte in length..2 * length {
             for bit in 0..8 {
-                let mut hurt = sound.clone();
-                hurt[byte] ^= 1 << bit;
-                let lines = Lines::of(&hurt, PLACE);
+                let mut damaged = sound.clone();
+                damaged[byte] ^= 1 << bit;
+                let lines = Lines::of(&damaged, PLACE);
                 assert!(!lines.damaged().is_empty() && lines.sound().count() < 3, "byte {byte}, bit {bit}");
             }
         }

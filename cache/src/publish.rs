@@ -398,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_dead_left_is_swept_and_what_the_living_write_is_not() {
+    fn unfinished_files_of_dead_processes_are_swept_and_those_of_running_ones_are_not() {
         let home = tempfile::tempdir().unwrap();
         let dead = Publisher::new(Arc::new(OsDisk), Owner::dead(1));
         std::mem::forget(dead.begin(&home.path().join("lost")).unwrap());
@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_set_aside_is_moved_not_deleted_even_twice() {
+    fn files_set_aside_are_moved_not_deleted_even_twice() {
         let home = tempfile::tempdir().unwrap();
         let (thing, place) = (home.path().join("thing"), home.path().join("quarantine"));
         for content in [b"1", b"2"] {
@@ -424,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_removed_is_gone_whole() {
+    fn a_removed_folder_leaves_nothing() {
         let home = tempfile::tempdir().unwrap();
         replace(&home.path().join("unit/features/a"), b"a").unwrap();
         Publisher::default().remove(&home.path().join("unit")).unwrap();

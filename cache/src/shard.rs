@@ -475,9 +475,9 @@ mod tests {
         let reader = ShardReader::open(&path, None).unwrap();
         let (offset, length) = extent(&reader.blocks[1]).unwrap();
         for at in offset..offset + length {
-            let mut hurt = sound.clone();
-            hurt[at] ^= 0x10;
-            let reader = ShardReader::from_bytes(&path, &Buffer::from(hurt)).unwrap();
+            let mut damaged = sound.clone();
+            damaged[at] ^= 0x10;
+            let reader = ShardReader::from_bytes(&path, &Buffer::from(damaged)).unwrap();
             assert!(reader.batch(0).is_ok());
             assert!(matches!(reader.batch(1), Err(Error::Flipped { .. })), "byte {at}");
         }
@@ -496,9 +496,9 @@ mod tests {
         let last = blocks.iter().filter_map(extent).map(|(offset, length)| offset + length).max().unwrap();
         let mut n_found = 0;
         for bit in last * 8..sound.len() * 8 {
-            let mut hurt = sound.clone();
-            hurt[bit / 8] ^= 1 << (bit % 8);
-            match ShardReader::from_bytes(&path, &Buffer::from(hurt)) {
+            let mut damaged = sound.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            match ShardReader::from_bytes(&path, &Buffer::from(damaged)) {
                 Err(Error::Flipped { .. } | Error::Malformed { .. }) => n_found += 1,
                 Err(error) => panic!("bit {bit}: {error}"),
                 Ok(reader) => {

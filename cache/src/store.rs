@@ -648,8 +648,8 @@ mod tests {
 
     #[test]
     fn missing_truncated_swapped_and_unreadable_parts_are_damage_never_absence() {
-        type Hurt = fn(&Store, &Path);
-        let hurts: [(&str, Hurt); 6] = [
+        type Damage = fn(&Store, &Path);
+        let damages: [(&str, Damage); 6] = [
             ("expected 4 bytes, found 2", |_, unit| replace(&unit.join("features/0.arrow"), b"ze").unwrap()),
             ("missing", |store, unit| store.publisher().remove(&unit.join("features/0.arrow")).unwrap()),
             ("unit.json", |_, unit| replace(&unit.join("unit.json"), b"{").unwrap()),
@@ -663,9 +663,9 @@ mod tests {
             }),
             ("is missing", |store, unit| store.publisher().remove(unit).unwrap()),
         ];
-        for (expected, hurt) in hurts {
+        for (expected, damage) in damages {
             let (_home, store, _) = store_with_artifact();
-            hurt(&store, &unit_path(&store, b"0"));
+            damage(&store, &unit_path(&store, b"0"));
             let Status::Damaged(findings) = status(&store) else { panic!("{expected}: not damaged") };
             assert!(findings.len() == 1 && findings[0].contains(expected), "{expected}: {findings:?}");
         }
@@ -684,7 +684,7 @@ mod tests {
     }
 
     #[test]
-    fn one_process_makes_a_unit_and_a_damaged_one_is_set_aside_first() {
+    fn one_process_makes_a_unit_after_a_damaged_one_is_moved_to_quarantine() {
         let (_home, store, _) = store_with_artifact();
         let (fingerprint, mut watch) = (key(b"0").fingerprint, Watch::default());
         let mut claim = || store.claim("clip/globals", &fingerprint, &mut watch).unwrap();
@@ -723,7 +723,7 @@ mod tests {
     }
 
     #[test]
-    fn the_start_sweeps_what_the_dead_left_and_adopts_what_they_had_finished() {
+    fn recovery_sweeps_unfinished_files_of_dead_processes_and_notes_their_finished_units() {
         let (home, store, _) = store_with_artifact();
         replace(&home.path().join(".tmp-format.json-1"), b"").unwrap();
         fs::create_dir(home.path().join(format!("units/clip-globals/.tmp-unit-{}-0", Owner::dead(7)))).unwrap();
@@ -738,7 +738,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_the_store_knows_its_unit() {
+    fn the_unit_of_a_file_is_found_by_its_path() {
         let (_home, store, artifact) = store_with_artifact();
         let name = store.unit_of(&artifact.port("features")[1].path).unwrap();
         assert_eq!(name, unit_name("clip/globals", &key(b"1").fingerprint));
