@@ -1,13 +1,13 @@
-//! What is chosen once for all units of a family, before the first is made: in which arithmetic a network computes, say.
+//! A choice that holds for all units with the same item key, such as the precision of a network.
 //!
-//! The choice is not in the recipe, so it is written down where every process that makes such units finds it:
+//! It is made once, before the first of these units. It is not part of the recipe, so all processes read it from one file:
 //!
 //! ```text
-//! HOME/choices/KIND/FAMILY/choice.json
+//! HOME/choices/KIND/ITEM_KEY/choice.json
 //! ```
 //!
-//! Whoever publishes it first has chosen for all, on every machine that uses the home. One that is damaged or lost is chosen as the units
-//! tell that are there, or that were set aside.
+//! The first process to publish it decides for all processes and machines that use the home. Units record the choice among their metrics: a
+//! damaged or lost choice is read from them, also from units in quarantine.
 
 use std::{ops::ControlFlow, path::PathBuf, time::Duration};
 
@@ -21,14 +21,14 @@ use crate::{
 
 pub(crate) const CHOICE_FILE: &str = "choice.json";
 
-/// A choice as it is written.
+/// A choice on disk.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Choice {
     format: u32,
     kind: String,
     family: Fingerprint,
-    /// Under which name units note it among their metrics.
+    /// The metric under which units record it.
     name: String,
     chosen: String,
     seal: Digest,
@@ -45,7 +45,7 @@ impl Sealed for Choice {
 }
 
 impl Store {
-    /// What was chosen for a family; otherwise what `choose` says, which then holds for all. Units note it under `name` among their metrics.
+    /// The choice for an item key; if there is none yet, calls `choose` and publishes the result. Units record it as the metric `name`.
     pub fn choice<E: From<crate::Error>>(
         &self,
         kind: &str,
@@ -56,7 +56,7 @@ impl Store {
         if let Some(chosen) = self.chosen(kind, family, name)? {
             return Ok(chosen);
         }
-        let chosen = match self.noted_by_units(kind, family, name)? {
+        let chosen = match self.chosen_by_units(kind, family, name)? {
             Some(chosen) => chosen,
             None => choose()?,
         };
@@ -70,13 +70,13 @@ impl Store {
         Ok(self.chosen(kind, family, name)?.unwrap_or(chosen))
     }
 
-    /// The choice that is written down. What is there and damaged is set aside, by one process at a time: what the others put in its
-    /// place is sound.
+    /// Reads the published choice. A damaged one is moved to quarantine under a lease, so that no process moves the sound one that another
+    /// has published in the meantime.
     fn chosen(&self, kind: &str, family: &Fingerprint, name: &str) -> Result<Option<String>> {
         let place = format!("{}/{}", kind_name(kind), family.short());
         let look = || match self.read_choice(&place) {
             Ok(Some(choice)) if choice.name == name => Ok(Ok(Some(choice.chosen))),
-            Ok(Some(choice)) => Ok(Err(format!("is a choice of `{}`, expected one of `{name}`", choice.name))),
+            Ok(Some(choice)) => Ok(Err(format!("is a choice of `{}`, expected a choice of `{name}`", choice.name))),
             Ok(None) => Ok(Ok(None)),
             Err(error @ (crate::Error::OtherFormat { .. } | crate::Error::Read { .. })) => Err(error),
             Err(error) => Ok(Err(error.to_string())),
@@ -93,18 +93,15 @@ impl Store {
             return match look()? {
                 Ok(chosen) => Ok(chosen),
                 Err(problem) => {
-                    let quarantine = self.home().join("quarantine").join("choices");
-                    if let Some(aside) = self.publisher().set_aside(&self.choice_path(kind, family), &quarantine)? {
-                        self.publisher().replace(&aside.with_extension("reason.txt"), format!("{problem}\n").as_bytes())?;
-                    }
+                    self.set_aside(&self.choice_path(kind, family), "choices", &problem)?;
                     Ok(None)
                 }
             };
         }
     }
 
-    /// What a unit of a family notes, of one that was set aside, too.
-    fn noted_by_units(&self, kind: &str, family: &Fingerprint, name: &str) -> Result<Option<String>> {
+    /// The choice that a unit recorded among its metrics, also a unit in quarantine.
+    fn chosen_by_units(&self, kind: &str, family: &Fingerprint, name: &str) -> Result<Option<String>> {
         let mut found = None;
         self.each_of_family(kind, family, &mut |record, _folder| {
             found = record.metrics.get(name).and_then(|chosen| chosen.as_str()).map(str::to_owned);
@@ -113,7 +110,7 @@ impl Store {
         Ok(found)
     }
 
-    /// Checks every choice; names what is wrong with those that are not sound.
+    /// Checks all choices; returns the folder and the problem of each damaged one.
     pub(crate) fn unsound_choices(&self) -> Result<Vec<(PathBuf, String)>> {
         let (choices, mut found) = (self.home().join("choices"), Vec::new());
         for (kind, _) in self.publisher().list(&choices)?.into_iter().filter(|(name, is_folder)| *is_folder && !name.starts_with('.')) {
@@ -129,7 +126,7 @@ impl Store {
         Ok(found)
     }
 
-    /// A choice by its folder's name `KIND/FAMILY`; none where there is no folder.
+    /// Reads a choice by its folder's name `KIND/ITEM_KEY`; `None` if there is no folder.
     fn read_choice(&self, place: &str) -> Result<Option<Choice>> {
         let folder = self.home().join("choices").join(place);
         let Some(choice) = self.read_record_of::<Choice>(&folder, CHOICE_FILE)? else { return Ok(None) };
@@ -168,23 +165,23 @@ mod tests {
     }
 
     #[test]
-    fn the_first_to_choose_has_chosen_for_all() {
+    fn the_first_choice_holds_for_all() {
         let (_home, store) = store();
         assert_eq!(choose(&store, "bf16"), "bf16");
         assert_eq!(choose(&store, "f32"), "bf16");
-        for hurt in [false, true].repeat(10) {
+        for is_damaged in [false, true].repeat(10) {
             let (_home, store) = self::store();
-            if hurt {
+            if is_damaged {
                 choose(&store, "lost");
                 replace(&store.choice_path("clip/globals", &family()).join(CHOICE_FILE), b"{").unwrap();
             }
-            assert_eq!(of_many(&store).len(), 1, "{hurt}");
-            assert!(store.verify_house().unwrap().is_empty(), "{hurt}");
+            assert_eq!(chosen_at_once(&store).len(), 1, "{is_damaged}");
+            assert!(store.verify_house().unwrap().is_empty(), "{is_damaged}");
         }
     }
 
-    /// What those have who choose at once.
-    fn of_many(store: &Store) -> BTreeSet<String> {
+    /// The results of 16 threads that choose at the same time.
+    fn chosen_at_once(store: &Store) -> BTreeSet<String> {
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..16)
                 .map(|n| {
@@ -199,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_choice_that_is_damaged_or_lost_is_read_off_the_units() {
+    fn a_damaged_or_lost_choice_is_read_from_the_units() {
         let (_home, store) = store();
         assert_eq!(choose(&store, "bf16"), "bf16");
         let key = UnitKey { kind: "clip/globals".into(), fingerprint: blake3::hash(b"unit").into(), family: Some(family()) };
@@ -207,12 +204,12 @@ mod tests {
         store.commit_unit(draft, key, &[], BTreeMap::from([("precision".into(), "bf16".into())])).unwrap();
         let path = store.choice_path("clip/globals", &family()).join(CHOICE_FILE);
         let sound = fs::read_to_string(&path).unwrap();
-        for (hurt, words) in [
+        for (damaged, words) in [
             (sound.replace("bf16", "fp32"), "the record does not match its digest"),
             (String::new(), "EOF"),
             (sound.replace(&family().to_hex(), &Fingerprint::from(blake3::hash(b"other")).to_hex()), "the record does not match"),
         ] {
-            replace(&path, hurt.as_bytes()).unwrap();
+            replace(&path, damaged.as_bytes()).unwrap();
             let found = store.verify_house().unwrap();
             assert!(found.len() == 1 && found[0].problem.contains(words), "{found:?}");
             assert_eq!(choose(&store, "f32"), "bf16");
@@ -221,7 +218,7 @@ mod tests {
         let forget = || store.publisher().remove(&store.choice_path("clip/globals", &family())).unwrap();
         forget();
         assert_eq!(choose(&store, "f32"), "bf16");
-        // A unit that is to be made again is to be the same.
+        // The unit is recomputed with the same choice.
         forget();
         store.quarantine(&store.unit_names().unwrap()[0], &["damaged".into()]).unwrap();
         assert_eq!(choose(&store, "f32"), "bf16");

@@ -1,27 +1,28 @@
 //! Item lists cut into units by content, so that adding, removing or changing a few items changes a few units.
 //!
-//! A unit ends after an item whose digest, read as a little-endian u64 from its first eight bytes, is greater than those of
-//! the [`WINDOW`] items before it and of the [`WINDOW`] items after it. Where fewer follow or precede, no unit ends. So
-//! - whether a unit ends at an item is decided by its neighbours alone, wherever the list begins: after k items are inserted,
-//!   removed or changed, at most 2k + 1 units are new (moving an item is removing and inserting it);
-//! - units hold `2 * WINDOW + 1` = 1,025 items in the mean, and none but the only one fewer than [`MIN`];
-//! - a run of more than [`MAX`] items without an end (one unit in thousands, or digests that repeat) is cut at its greatest
-//!   item that leaves [`MIN`] on both sides, until none is longer.
+//! A unit ends after an item whose digest, its first eight bytes read as a little-endian u64, is greater than those of the
+//! [`WINDOW`] items before it and of the [`WINDOW`] items after it. No unit ends at an item with fewer neighbours on one side.
+//! Therefore:
+//! - Whether a unit ends at an item depends only on its neighbours, not on where the list begins: after k items are inserted,
+//!   deleted or changed, at most 2k + 1 units are new (moving an item counts as deleting and inserting it).
+//! - Units have `2 * WINDOW + 1` = 1,025 items on average, and at least [`MIN`] unless there is only one unit.
+//! - More than [`MAX`] items without an end (one unit in thousands, or equal digests) are cut after the item with the greatest
+//!   digest that leaves [`MIN`] items on both sides; repeated until no unit is longer.
 //!
-//! The numbers are part of every unit's identity: they are pinned by a test and never change.
+//! These numbers are part of the identity of every unit: a test pins them, and they never change.
 
 use std::{collections::VecDeque, ops::Range};
 
 use crate::recipe::Digest;
 
-/// How many neighbours on each side an item must exceed for its unit to end there.
+/// The number of neighbours on each side that an item must exceed for a unit to end after it.
 const WINDOW: usize = 512;
-/// No unit is smaller, unless it is the only one.
+/// The least number of items in a unit, unless it is the only one.
 pub const MIN: usize = WINDOW;
-/// No unit is larger.
+/// The greatest number of items in a unit.
 pub const MAX: usize = 4096;
 
-/// Cuts a list of items, given by their digests, into consecutive ranges that cover it. An empty list has no units.
+/// Cuts a list of item digests into consecutive index ranges that cover it, one per unit; none for an empty list.
 pub fn cut(items: &[Digest]) -> Vec<Range<usize>> {
     let heads: Vec<u64> = items.iter().map(head).collect();
     let mut units = Vec::new();
@@ -37,11 +38,11 @@ fn head(item: &Digest) -> u64 {
     u64::from_le_bytes(*item.as_bytes().first_chunk::<8>().expect("BUG: a digest has 32 bytes"))
 }
 
-/// The items that exceed all of [`WINDOW`] neighbours on each side, ascending.
+/// The indices of the items that exceed all [`WINDOW`] neighbours on each side, ascending.
 fn peaks(heads: &[u64]) -> Vec<usize> {
     const SPAN: usize = 2 * WINDOW + 1;
     let mut peaks = Vec::new();
-    // Places within the last SPAN items, their heads falling; of equal heads the earlier is kept.
+    // Indices within the last SPAN items, with descending heads; equal heads in their order in the list.
     let mut falling: VecDeque<usize> = VecDeque::new();
     for (place, head) in heads.iter().enumerate() {
         while falling.back().is_some_and(|last| heads[*last] < *head) {
@@ -52,7 +53,7 @@ fn peaks(heads: &[u64]) -> Vec<usize> {
             falling.pop_front();
         }
         let is_peak = place + 1 >= SPAN && falling[0] + WINDOW == place;
-        // An equal head later in the span does not exceed, nor is it exceeded.
+        // Two equal heads in the span: neither exceeds the other.
         if is_peak && falling.get(1).is_none_or(|second| heads[*second] < heads[falling[0]]) {
             peaks.push(falling[0]);
         }
@@ -60,13 +61,13 @@ fn peaks(heads: &[u64]) -> Vec<usize> {
     peaks
 }
 
-/// Appends a range, cut further while it is longer than [`MAX`].
+/// Appends a range, cut into parts of at most [`MAX`] items.
 fn divide(heads: &[u64], range: Range<usize>, units: &mut Vec<Range<usize>>) {
     if range.len() <= MAX {
         units.push(range);
         return;
     }
-    // An end leaves its item on the left. Of equal heads the first.
+    // The item at an end belongs to the left part. The first of equal heads is taken.
     let ends = range.start + MIN..=range.end - MIN;
     let end = ends.max_by_key(|end| (heads[end - 1], usize::MAX - end)).expect("BUG: the range is longer than twice MIN");
     divide(heads, range.start..end, units);
@@ -92,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn peaks_are_what_their_definition_says() {
+    fn peaks_agree_with_their_definition() {
         let heads: Vec<u64> = items(6_000).iter().map(head).map(|head| head % 5_000).collect();
         let exceeds = |place: usize| {
             let window = place.checked_sub(WINDOW).map(|first| first..place + WINDOW + 1).filter(|window| window.end <= heads.len());
@@ -158,7 +159,7 @@ mod tests {
             let contents = |items: &[Digest]| -> Vec<Vec<Digest>> { cut(items).into_iter().map(|unit| items[unit].to_vec()).collect() };
             let known: HashSet<Vec<Digest>> = contents(&before).into_iter().collect();
             let n_new = contents(&after).iter().filter(|unit| !known.contains(*unit)).count();
-            // To move an item is to delete it and to insert it.
+            // Moving an item counts as deleting and inserting it.
             let n_edits: usize = edits.iter().map(|edit| if matches!(edit, Edit::Move(..)) { 2 } else { 1 }).sum();
             prop_assert!(n_new <= 2 * n_edits + 1, "{n_new} new units after {n_edits} edits");
         }

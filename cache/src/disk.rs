@@ -1,7 +1,7 @@
-//! What the store asks of a file system, and nothing more: the seam at which crashes and failures are simulated.
+//! The file-system calls that the store uses, as a trait, so that tests can simulate crashes and errors.
 //!
-//! [`OsDisk`] is the operating system's. Tests put a recorder in its place that can say what a disk may hold after a power
-//! cut at any moment, and one that fails at every call in turn.
+//! [`OsDisk`] is the operating system's file system. `simulation.rs` has one in memory, which gives every state that a power
+//! cut may leave on a disk, and which can let any call fail.
 #![expect(clippy::disallowed_methods, reason = "this is the module that creates, renames and removes")]
 
 use std::{
@@ -17,38 +17,38 @@ use crate::inputs::read_file;
 
 /// A file system.
 pub(crate) trait Disk: Debug + Send + Sync {
-    /// Creates one folder, whose parent is there.
+    /// Creates one folder, whose parent exists.
     fn create_dir(&self, folder: &Path) -> io::Result<()>;
-    /// Creates a file that must not be there.
+    /// Creates a file; fails if it exists.
     fn create_new(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
-    /// Opens a file for appending, creating it where it is missing.
+    /// Opens a file for appending; creates it if it is missing.
     fn append(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
-    /// Reads a file whole.
+    /// Reads a whole file.
     fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
-    /// What lies at a path.
+    /// The kind of the entry at a path, and a file's size; fails with `NotFound` if there is none.
     fn look(&self, path: &Path) -> io::Result<Found>;
-    /// Names in a folder, ascending, each with whether it is a folder.
+    /// The entries of a folder in ascending order: name, and whether it is a folder.
     fn list(&self, folder: &Path) -> io::Result<Vec<(String, bool)>>;
-    /// Renames a file or folder; a file replaces a file.
+    /// Renames a file or folder; an existing file is replaced.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Removes a file.
     fn remove_file(&self, path: &Path) -> io::Result<()>;
     /// Removes an empty folder.
     fn remove_dir(&self, folder: &Path) -> io::Result<()>;
-    /// Makes the entries of a folder survive a power cut.
+    /// Fsyncs a folder, so that its entries survive a power cut.
     fn sync_dir(&self, folder: &Path) -> io::Result<()>;
 }
 
 /// An open file of a [`Disk`].
 pub(crate) trait DiskFile: Write + Debug + Send + Sync {
-    /// Makes what was written survive a power cut.
+    /// Fsyncs the file, so that all bytes written survive a power cut.
     fn sync(&mut self) -> io::Result<()>;
 }
 
-/// What lies at a path.
+/// The kind of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Found {
-    /// A file of so many bytes.
+    /// A file, with its size in bytes.
     File(u64),
     /// A folder.
     Folder,
@@ -58,10 +58,10 @@ pub(crate) enum Found {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct OsDisk;
 
-/// Counts down at every step that changes the disk; the process aborts when it reaches zero. Negative: never.
+/// Changes of the disk until the process aborts. Negative: it never does.
 static CRASH_IN: AtomicI64 = AtomicI64::new(-1);
 
-/// Lets the process die, as by `kill -9`, just before the `step`-th change of the disk from here on (0: the next one). For
+/// Aborts the process, as `kill -9` would, just before the `step`-th change of the disk from now on (0: the next one). For
 /// tests of crash safety.
 pub fn crash_at(step: u32) {
     CRASH_IN.store(i64::from(step), Ordering::SeqCst);

@@ -1,5 +1,5 @@
-//! Results of single items that are in the store already: in other units of the same family, or in the sound part of a
-//! damaged one.
+//! Reusable items: results of single items in other units with the same item key, or in the undamaged part of a unit in
+//! quarantine.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -13,7 +13,7 @@ use crate::{
     store::{UNIT_FILE, kind_name},
 };
 
-/// Units that hold items someone needs.
+/// Units with items that can be reused, and the unit of each item.
 #[derive(Debug, Default)]
 pub struct Donors {
     units: Vec<Donor>,
@@ -27,17 +27,17 @@ struct Donor {
 }
 
 impl Donors {
-    /// Which unit holds an item's result.
+    /// The index of the unit that has an item's result; `None` if no unit has it.
     pub fn of(&self, item: &Digest) -> Option<usize> {
         self.by_item.get(item).copied()
     }
 
-    /// How many of the items are there.
+    /// The number of `items` that can be reused.
     pub fn count(&self, items: &[Digest]) -> usize {
         items.iter().filter(|item| self.by_item.contains_key(*item)).count()
     }
 
-    /// The units, as `KIND/FINGERPRINT`, or the place in the quarantine.
+    /// The names of the units, `KIND/FINGERPRINT`; of units in quarantine the last two parts of their path.
     pub fn names(&self) -> impl Iterator<Item = String> {
         self.units.iter().map(|donor| {
             let parts: Vec<_> = donor.folder.iter().rev().take(2).map(|part| part.to_string_lossy()).collect();
@@ -45,7 +45,7 @@ impl Donors {
         })
     }
 
-    /// The files of an output port of a unit.
+    /// The files of an output port of a unit, by its index.
     pub fn port(&self, unit: usize, port: &str) -> Vec<InputFile> {
         let Donor { record, folder } = &self.units[unit];
         record.port_in(folder, port)
@@ -61,10 +61,10 @@ impl Donors {
 }
 
 impl Store {
-    /// Looks for the wanted items of a family among published units, then among those set aside as damaged.
+    /// Finds wanted items with an item key in published units, then in units in quarantine.
     ///
-    /// Whoever takes an item's result checks what it reads: what is damaged is made like anything else. `alike`: what a unit has to note among
-    /// its metrics, if it notes such a thing at all.
+    /// The caller checks the bytes that it reads; items that turn out damaged are computed like the others. `alike` is a metric and the value
+    /// that a unit must have if it has this metric.
     pub fn donors(&self, kind: &str, family: &Fingerprint, wanted: &HashSet<Digest>, alike: Option<(&str, &str)>) -> Result<Donors> {
         let mut donors = Donors::default();
         let is_alike = |record: &UnitRecord| {
@@ -84,7 +84,7 @@ impl Store {
         Ok(donors)
     }
 
-    /// Visits the units of a family, as far as their records are sound: the published ones, then those set aside as damaged, the latest first.
+    /// Visits the units with an item key whose records are sound: first the published ones, then those in quarantine, the latest first.
     pub(crate) fn each_of_family(
         &self,
         kind: &str,

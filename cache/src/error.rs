@@ -1,52 +1,52 @@
-//! Why something cannot be kept or cannot be trusted.
+//! The crate's error type.
 
 use std::{io, path::Path, path::PathBuf};
 
 use crate::recipe::Digest;
 
-/// Why something cannot be kept or cannot be trusted.
+/// Why a file cannot be read, written or trusted.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The operating system refused to read.
+    /// The operating system could not read.
     #[error("{}: cannot read", path.display())]
     Read {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// The operating system refused to write.
+    /// The operating system could not write.
     #[error("{}: cannot write", path.display())]
     Write {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// Bytes are not what was committed.
+    /// A published file has other bytes than when it was published.
     #[error("{}: {what} does not match its digest: expected {expected}, found {found}", path.display())]
     Flipped {
         /// The file.
         path: PathBuf,
-        /// Which part of it.
+        /// The part of the file: `content`, `batch 3`, `the footer`.
         what: String,
-        /// The committed digest.
+        /// The published digest.
         expected: Digest,
-        /// The digest of what lies there.
+        /// The digest of the bytes on disk.
         found: Digest,
     },
-    /// A file that the user brings is not what it was when the run began.
+    /// A file of the user changed after the run began.
     #[error("{}: changed after it was hashed: expected {expected}, found {found}", path.display())]
     Changed {
         /// The file.
         path: PathBuf,
-        /// The digest that was taken.
+        /// The digest when the run began.
         expected: Digest,
-        /// The digest of what was read.
+        /// The digest of the bytes now.
         found: Digest,
     },
-    /// A file that the user brings was there when the run began.
-    #[error("{}: is gone; it was there when the run began", path.display())]
+    /// A file of the user was deleted after the run began.
+    #[error("{}: no longer exists; it was there when the run began", path.display())]
     Gone {
         /// The file.
         path: PathBuf,
@@ -54,30 +54,30 @@ pub enum Error {
     /// The operator asked to stop.
     #[error("stopped on request")]
     Stopped,
-    /// Something that was made and makes no sense; it is not published.
+    /// A new result with invalid values, such as NaN; it is not published.
     #[error("{what}: {problem}: not published")]
     Unsound {
-        /// What was made.
+        /// The result, in words.
         what: String,
-        /// What was expected and what was found.
+        /// The expected and the found values.
         problem: String,
     },
-    /// A file of ours cannot be understood.
+    /// A file of the home cannot be parsed.
     #[error("{}: {problem}", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What was expected and what was found.
+        /// The expected and the found content.
         problem: String,
     },
-    /// A file of ours has another format.
+    /// A file of the home has another format version.
     #[error("{}: written by {} version (format {found}, this program reads {known})", path.display(), if found > known { "a newer" } else { "an older" })]
     OtherFormat {
         /// The file.
         path: PathBuf,
-        /// Its format.
+        /// The file's format.
         found: u32,
-        /// The format this program knows.
+        /// The format that this program reads.
         known: u32,
     },
 }
@@ -95,7 +95,7 @@ impl Error {
         Self::Malformed { path: path.to_owned(), problem: problem.into() }
     }
 
-    /// The file that it is about.
+    /// The file or folder that the error is about.
     pub fn file(&self) -> Option<&Path> {
         match self {
             Self::Read { path, .. }
@@ -109,7 +109,7 @@ impl Error {
         }
     }
 
-    /// What the operator can do next, as an imperative.
+    /// The next thing to do, as an imperative.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => "check the path".into(),
@@ -124,18 +124,18 @@ impl Error {
                 }
                 _ => "type the same command again; everything committed so far is kept".into(),
             },
-            Self::Changed { .. } => "leave the file alone while a run reads it, and type the same command again".into(),
-            Self::Gone { .. } => "bring the file back, or leave it out of the annotations, and type the same command again".into(),
+            Self::Changed { .. } => "do not change the file while a run reads it, and type the same command again".into(),
+            Self::Gone { .. } => "restore the file, or remove it from the annotations, and type the same command again".into(),
             Self::Stopped => "type the same command again to continue".into(),
-            Self::Unsound { .. } => "look at what it was made from: the checkpoint, the learning rate, the images".into(),
+            Self::Unsound { .. } => "check the inputs: the checkpoint, the learning rate, the images".into(),
             Self::Flipped { .. } | Self::Malformed { .. } => {
-                "`ovenbird verify --full --fix` sets it aside and makes it again; so does `ovenbird run PIPELINE` where a step reads it"
+                "`ovenbird verify --full --fix` moves it to `quarantine/` and recomputes it; `ovenbird run PIPELINE` does so if a step reads it"
                     .into()
             }
             Self::OtherFormat { found, known, .. } if found > known => {
                 "update ovenbird, or choose another home with `--home FOLDER`".into()
             }
-            Self::OtherFormat { .. } => "choose another home with `--home FOLDER`: what the older version made is made again there".into(),
+            Self::OtherFormat { .. } => "choose another home with `--home FOLDER`; results of the older version are recomputed there".into(),
         })
     }
 }

@@ -1,11 +1,11 @@
-//! Content digests of the files a user brings.
+//! Content digests of the user's files.
 //!
-//! A file is hashed once and remembered by device, inode, size, mtime and ctime, all files of an input together in one table
-//! of the ledger. As in git, an entry recorded within [`RACY_NS`] of the file's own mtime is not trusted: the file may have
-//! changed again within the clock's grain.
+//! A file is hashed once; the ledger stores its digest with device, inode, size, mtime and ctime, in one table per input. As in
+//! git, the digest is not stored if the file was hashed within [`RACY_NS`] after its last change: it may have changed again
+//! within the resolution of the clock.
 //!
-//! Inputs are regular files, and links to such, wherever they lead. Nothing else is ever opened: a pipe would keep the reader waiting, and
-//! a device may have no end.
+//! Inputs are regular files and links to regular files anywhere. Nothing else is opened: reading a pipe may block, and a device may have
+//! no end.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -29,35 +29,35 @@ use rustix::{fs::OFlags, io::Errno};
 
 use crate::{Digest, Error, Fingerprint, Ledger, Result, shard::ShardReader};
 
-/// How long after its last change a file must have been hashed for the digest to be remembered, in ns.
+/// The least time between the last change of a file and its hashing for the ledger to store the digest, in ns.
 const RACY_NS: i128 = 2_000_000_000;
-/// Files of one value of the ledger: what a changed file rewrites.
+/// The number of files in one value of the ledger, which is rewritten if one of them changes.
 const FILES_PER_VALUE: usize = 8192;
 
 /// One file of an input.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InputFile {
-    /// Path below the input's folder, with `/`; the file's own name for a single file.
+    /// Path below the input's folder, with `/`; for a single file its file name.
     pub name: String,
-    /// Where it lies.
+    /// Path on disk.
     pub path: PathBuf,
     /// Size.
     pub bytes: u64,
     /// BLAKE3 of its content.
     pub digest: Digest,
-    /// The unit it was published with; `None` for a file that the user brings.
+    /// The unit that it belongs to; `None` for a file of the user.
     pub unit: Option<Fingerprint>,
 }
 
 impl InputFile {
-    /// Its bytes, hashed as they were read. For a shard see [`Self::shard`].
+    /// Reads the file and checks its digest. For shards see [`Self::shard`].
     pub fn read(&self) -> Result<Vec<u8>> {
         let bytes = read_file(&self.path).map_err(|source| self.unreadable(source))?;
         self.expect(Digest::of(&bytes))?;
         Ok(bytes)
     }
 
-    /// How it begins, unchecked: for guesses at what it is.
+    /// Reads the first `n_bytes` without a check, to guess the file's format.
     pub fn begin(&self, n_bytes: u64) -> Result<Vec<u8>> {
         let mut head = Vec::new();
         let read = open_file(&self.path).and_then(|file| file.take(n_bytes).read_to_end(&mut head));
@@ -65,7 +65,7 @@ impl InputFile {
         Ok(head)
     }
 
-    /// What a reader makes of the file, where it wants a path: hashed before, and looked at again after.
+    /// Calls a reader that needs a path; hashes the file before, and checks after that it did not change.
     pub fn read_with<T, E: From<Error>>(&self, read: impl FnOnce(&Path) -> Result<T, E>) -> Result<T, E> {
         let checked = self.check()?;
         let made = read(&self.path);
@@ -73,7 +73,7 @@ impl InputFile {
         made
     }
 
-    /// Hashes the file, which is then read piece by piece; [`Checked::still`] says whether it stayed the same until then.
+    /// Hashes the file before it is read in parts; [`Checked::still`] checks afterwards that it did not change.
     pub fn check(&self) -> Result<Checked<'_>> {
         let stat = self.stat()?;
         self.expect(self.hash()?)?;
@@ -113,7 +113,7 @@ impl InputFile {
         }
     }
 
-    /// A file that was hashed and is not there any more: of ours it was lost, of the user it changed.
+    /// The error of a file that was hashed and can no longer be read; a missing file of the home is damage, one of the user is not.
     fn unreadable(&self, source: io::Error) -> Error {
         match self.unit {
             Some(_) if source.kind() == io::ErrorKind::NotFound => Error::malformed(&self.path, "is missing"),
@@ -123,7 +123,7 @@ impl InputFile {
     }
 }
 
-/// A file that was as it was hashed when reading began.
+/// A file whose digest was checked before reading.
 #[derive(Debug)]
 pub struct Checked<'a> {
     file: &'a InputFile,
@@ -131,7 +131,7 @@ pub struct Checked<'a> {
 }
 
 impl Checked<'_> {
-    /// Fails where the file was replaced or written to meanwhile.
+    /// Fails if the file changed since the check.
     pub fn still(&self) -> Result<()> {
         if self.file.stat()? == self.stat { Ok(()) } else { self.file.check().map(drop) }
     }
@@ -165,8 +165,8 @@ impl From<&fs::Metadata> for Stat {
     }
 }
 
-/// What lies at a path that is neither a file nor a folder, in words: `a named pipe`, `a dead link`. `None` for a file, a folder, or
-/// nothing at all.
+/// The type of an entry that is neither a file nor a folder, in words: `a named pipe`, `a dead link`. `None` for files, folders, and
+/// paths that do not exist.
 pub fn stray(path: &Path) -> Option<&'static str> {
     match fs::metadata(path) {
         Ok(metadata) => other_kind(metadata.file_type()),
@@ -188,7 +188,7 @@ fn other_kind(kind: FileType) -> Option<&'static str> {
     }
 }
 
-/// Opens a regular file. Does not wait, whatever took its place since it was looked at.
+/// Opens a regular file. Never blocks, even if a pipe takes its place after the check.
 fn open_file(path: &Path) -> io::Result<File> {
     let refused = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, format!("expected a file, found {what}"));
     if let Some(what) = stray(path) {
@@ -201,26 +201,26 @@ fn open_file(path: &Path) -> io::Result<File> {
     }
 }
 
-/// Reads a regular file. Does not wait, whatever lies there.
+/// Reads a regular file; never blocks.
 pub(crate) fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     open_file(path)?.read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
-/// Digests of a file, or of every file below a folder in ascending order of name; hidden files are left out.
+/// The digests of a file, or of all files below a folder in ascending order of name; hidden files are not read.
 ///
-/// What lies in the folder and is no file is left aside, and the ledger's notices say so: pipes, devices, sockets, dead links, names that are
-/// not UTF-8, and links to a folder from within itself. All other links are followed. `now_ns` is the time in ns since 1970, for the guard
-/// against racy timestamps. Without a ledger everything is hashed. Fails where the path itself is no file or folder, where a file cannot
-/// be read, and once the ledger is told to stop.
+/// Entries of a folder that are not files are skipped, with a notice of the ledger: pipes, devices, sockets, dead links, names that are not
+/// UTF-8, and links to a folder that contains them. All other links are followed. `now_ns` is the time in ns since 1970, to recognise files
+/// that changed just now. Without a ledger everything is hashed. Fails if the path is neither a file nor a folder, if a file cannot be
+/// read, and when the ledger is told to stop.
 pub fn digest_path(path: &Path, ledger: Option<&Ledger>, now_ns: i128) -> Result<Vec<InputFile>> {
-    let go_on = || if ledger.is_some_and(Ledger::is_stopped) { Err(Error::Stopped) } else { Ok(()) };
+    let check_stop = || if ledger.is_some_and(Ledger::is_stopped) { Err(Error::Stopped) } else { Ok(()) };
     let found = if path.is_dir() {
-        let mut walk = Walk { go_on: &go_on, found: Vec::new(), left_aside: BTreeMap::new(), within: Vec::new() };
+        let mut walk = Walk { check_stop: &check_stop, found: Vec::new(), skipped: BTreeMap::new(), within: Vec::new() };
         walk.enter(path, "")?;
-        if let (Some(ledger), Some(words)) = (ledger, walk.words(path)) {
-            ledger.say(words);
+        if let (Some(ledger), Some(notice)) = (ledger, walk.notice(path)) {
+            ledger.say(notice);
         }
         walk.found
     } else {
@@ -229,7 +229,7 @@ pub fn digest_path(path: &Path, ledger: Option<&Ledger>, now_ns: i128) -> Result
         vec![(name, path.to_owned())]
     };
     let stats = in_parallel(found.len(), |file_idx| {
-        go_on()?;
+        check_stop()?;
         Stat::of(&found[file_idx].1)
     })?;
     let root = path.canonicalize().map_err(|source| Error::read(path, source))?.display().to_string();
@@ -239,11 +239,11 @@ pub fn digest_path(path: &Path, ledger: Option<&Ledger>, now_ns: i128) -> Result
     };
     let doubted = ledger.map(Ledger::doubted).unwrap_or_default();
     let unknown: Vec<usize> = (0..found.len()).filter(|idx| digests[*idx].is_none() || doubted.contains(&found[*idx].1)).collect();
-    let hashed = in_parallel(unknown.len(), |place| digest_while(&found[unknown[place]].1, &go_on))?;
+    let hashed = in_parallel(unknown.len(), |place| digest_unless_stopped(&found[unknown[place]].1, &check_stop))?;
     for (file_idx, digest) in unknown.iter().zip(&hashed) {
         digests[*file_idx] = Some(*digest);
     }
-    let digests: Vec<Digest> = digests.into_iter().map(|digest| digest.expect("BUG: what was unknown was hashed")).collect();
+    let digests: Vec<Digest> = digests.into_iter().map(|digest| digest.expect("BUG: every unknown file was hashed")).collect();
     if let Some(ledger) = ledger
         && !unknown.is_empty()
     {
@@ -253,8 +253,8 @@ pub fn digest_path(path: &Path, ledger: Option<&Ledger>, now_ns: i128) -> Result
     Ok(files.map(|(((name, path), stat), digest)| InputFile { name, path, bytes: stat.size, digest, unit: None }).collect())
 }
 
-/// Hashes every remembered file whose size and times are as remembered, and names those whose content is not: what rots on
-/// the disk of the inputs. `visit` is told each file and what was found.
+/// Hashes every file in the ledger whose size and times are unchanged, to find input files that rotted on disk. Calls `visit`
+/// with each file and its problem, if it has one.
 pub fn verify_remembered(ledger: &Ledger, visit: &mut dyn FnMut(&Path, Option<String>)) {
     let roots = ledger.with(|db| db.scan_prefix(b"inputs:").keys().collect::<sled::Result<Vec<_>>>()).unwrap_or_default();
     let root =
@@ -267,7 +267,7 @@ pub fn verify_remembered(ledger: &Ledger, visit: &mut dyn FnMut(&Path, Option<St
             for row in 0..batch.num_rows() {
                 let (name, was, digest) = Table::row(&batch, row);
                 let path = if is_folder { Path::new(&root).join(name) } else { PathBuf::from(&root) };
-                // One that changed aloud is hashed again by the next run.
+                // Other files changed visibly; the next run hashes them again.
                 if Stat::of(&path).is_ok_and(|stat| stat == was) {
                     let found = digest_file(&path).map_err(|error| error.to_string());
                     let problem = match found {
@@ -284,11 +284,11 @@ pub fn verify_remembered(ledger: &Ledger, visit: &mut dyn FnMut(&Path, Option<St
 
 /// A walk through a folder.
 struct Walk<'a> {
-    go_on: &'a dyn Fn() -> Result<()>,
+    check_stop: &'a dyn Fn() -> Result<()>,
     found: Vec<(String, PathBuf)>,
-    /// What is no file: how many of a kind, and the first.
-    left_aside: BTreeMap<&'static str, (usize, String)>,
-    /// Device and inode of the folders that the walk is in.
+    /// Skipped entries by type: their number, and the first name.
+    skipped: BTreeMap<&'static str, (usize, String)>,
+    /// Device and inode of the current folder and those above it.
     within: Vec<(u64, u64)>,
 }
 
@@ -298,13 +298,13 @@ impl Walk<'_> {
         let metadata = fs::metadata(folder).map_err(read)?;
         let this = (metadata.dev(), metadata.ino());
         if self.within.contains(&this) {
-            self.leave_aside("a folder within itself", prefix.trim_end_matches('/').to_owned());
+            self.skip("a folder within itself", prefix.trim_end_matches('/').to_owned());
             return Ok(());
         }
         self.within.push(this);
         let mut entries = Vec::new();
         for entry in fs::read_dir(folder).map_err(read)? {
-            (self.go_on)()?;
+            (self.check_stop)()?;
             let entry = entry.map_err(read)?;
             let kind = entry.file_type().map_err(read)?;
             let lossy = entry.file_name().to_string_lossy().into_owned();
@@ -314,9 +314,9 @@ impl Walk<'_> {
             let is_link = kind.is_symlink();
             let what = if is_link { stray(&entry.path()) } else { other_kind(kind) };
             match (what, entry.file_name().into_string()) {
-                (Some(what), _) => self.leave_aside(what, format!("{prefix}{lossy}")),
-                (None, Err(_)) => self.leave_aside("a name that is not UTF-8", format!("{prefix}{lossy}")),
-                // A link to a folder is a folder.
+                (Some(what), _) => self.skip(what, format!("{prefix}{lossy}")),
+                (None, Err(_)) => self.skip("a name that is not UTF-8", format!("{prefix}{lossy}")),
+                // Links to folders are followed.
                 (None, Ok(name)) => entries.push((name, kind.is_dir() || (is_link && entry.path().is_dir()))),
             }
         }
@@ -333,25 +333,25 @@ impl Walk<'_> {
         Ok(())
     }
 
-    fn leave_aside(&mut self, what: &'static str, name: String) {
-        let (n, first) = self.left_aside.entry(what).or_insert((0, name.clone()));
+    fn skip(&mut self, what: &'static str, name: String) {
+        let (n, first) = self.skipped.entry(what).or_insert((0, name.clone()));
         *n += 1;
         if name < *first {
             *first = name;
         }
     }
 
-    /// What was left aside, if anything was.
-    fn words(&self, folder: &Path) -> Option<String> {
+    /// The notice about skipped entries, if there are any.
+    fn notice(&self, folder: &Path) -> Option<String> {
         let kind = |(what, (n, first)): (&&str, &(usize, String))| {
-            if *n == 1 { format!("{what} ({first})") } else { format!("{n} times {what} (the first: {first})") }
+            if *n == 1 { format!("{what} ({first})") } else { format!("{what} ({first} and {} more)", n - 1) }
         };
-        let kinds: Vec<String> = self.left_aside.iter().map(kind).collect();
-        (!kinds.is_empty()).then(|| format!("{}: left aside what is no file: {}", folder.display(), kinds.join(", ")))
+        let kinds: Vec<String> = self.skipped.iter().map(kind).collect();
+        (!kinds.is_empty()).then(|| format!("{}: skipped {}", folder.display(), kinds.join(", ")))
     }
 }
 
-/// What was remembered of the files below one folder, in the order of [`walk`].
+/// The ledger's table for one input, in the order of [`Walk`].
 struct Table {
     /// Columns: name, dev, ino, size, mtime, ctime, digest.
     batches: Vec<RecordBatch>,
@@ -362,18 +362,18 @@ impl Table {
         [b"inputs:", root.as_bytes(), b"\0"].concat()
     }
 
-    /// What cannot be read is not remembered.
+    /// Reads the table; values that cannot be parsed are ignored.
     fn read(ledger: &Ledger, root: &str) -> Self {
         let values = ledger.with(|db| db.scan_prefix(Self::prefix(root)).values().collect::<sled::Result<Vec<_>>>());
         let batch = |value: &sled::IVec| StreamReader::try_new(&value[..], None).ok()?.next()?.ok();
         Self { batches: values.unwrap_or_default().iter().filter_map(batch).collect() }
     }
 
-    /// The digest of every file that is as it was remembered.
+    /// The digest of each file whose size and times are unchanged; `None` for the others.
     fn look_up(&self, found: &[(String, PathBuf)], stats: &[Stat]) -> Vec<Option<Digest>> {
         let rows = || self.batches.iter().flat_map(|batch| (0..batch.num_rows()).map(move |row| Self::row(batch, row)));
         let mut by_name: Option<HashMap<&str, (Stat, Digest)>> = None;
-        // Both lists are in the same order; only once they differ are names looked up.
+        // Both lists are in the same order; names are looked up only after the first difference.
         let mut in_order = rows();
         let known = |((name, _), stat): (&(String, PathBuf), &Stat)| {
             let (was, digest) = match in_order.next().filter(|(was, ..)| by_name.is_none() && was == name) {
@@ -398,11 +398,11 @@ impl Table {
     }
 
     fn write(ledger: &Ledger, root: &str, found: &[(String, PathBuf)], stats: &[Stat], digests: &[Digest], now_ns: i128) {
-        let is_calm = |stat: &Stat| now_ns - i128::from(stat.mtime_ns.max(stat.ctime_ns)) > RACY_NS;
-        let calm: Vec<usize> = (0..found.len()).filter(|file_idx| is_calm(&stats[*file_idx])).collect();
-        let values: Vec<Vec<u8>> = calm.chunks(FILES_PER_VALUE).map(|rows| encode(rows, found, stats, digests)).collect();
+        let is_old_enough = |stat: &Stat| now_ns - i128::from(stat.mtime_ns.max(stat.ctime_ns)) > RACY_NS;
+        let rows: Vec<usize> = (0..found.len()).filter(|file_idx| is_old_enough(&stats[*file_idx])).collect();
+        let values: Vec<Vec<u8>> = rows.chunks(FILES_PER_VALUE).map(|rows| encode(rows, found, stats, digests)).collect();
         let prefix = Self::prefix(root);
-        // The ledger may always be lost, so a failed write costs a hash, not a run.
+        // If this fails, the files are hashed again.
         let _lost = ledger.with(|db| {
             for (value_idx, value) in values.iter().enumerate() {
                 let key = [&prefix[..], &(value_idx as u32).to_be_bytes()].concat();
@@ -445,8 +445,8 @@ fn encode(rows: &[usize], found: &[(String, PathBuf)], stats: &[Stat], digests: 
     bytes
 }
 
-/// Asks for every index below `n` on all cores; answers are in order.
-fn in_parallel<T: Send>(n: usize, ask: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+/// Calls `work` for every index below `n` on all cores; the results are in order.
+fn in_parallel<T: Send>(n: usize, work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
     const SPAN: usize = 64;
     let n_threads = thread::available_parallelism().map_or(1, usize::from).min(n.div_ceil(SPAN)).max(1);
     let next = AtomicUsize::new(0);
@@ -457,7 +457,7 @@ fn in_parallel<T: Send>(n: usize, ask: impl Fn(usize) -> Result<T> + Sync) -> Re
             if first >= n {
                 return Ok(spans);
             }
-            spans.push((first, (first..n.min(first + SPAN)).map(&ask).collect::<Result<_>>()?));
+            spans.push((first, (first..n.min(first + SPAN)).map(&work).collect::<Result<_>>()?));
         }
     };
     let mut spans = thread::scope(|scope| {
@@ -469,22 +469,22 @@ fn in_parallel<T: Send>(n: usize, ask: impl Fn(usize) -> Result<T> + Sync) -> Re
     .flatten()
     .collect::<Vec<_>>();
     spans.sort_by_key(|(first, _)| *first);
-    Ok(spans.into_iter().flat_map(|(_, answers)| answers).collect())
+    Ok(spans.into_iter().flat_map(|(_, results)| results).collect())
 }
 
 /// The BLAKE3 of a file's content.
 pub fn digest_file(path: &Path) -> Result<Digest> {
-    digest_while(path, &|| Ok(()))
+    digest_unless_stopped(path, &|| Ok(()))
 }
 
-/// The same, unless it is told to stop meanwhile.
-fn digest_while(path: &Path, go_on: &dyn Fn() -> Result<()>) -> Result<Digest> {
+/// As [`digest_file`]; ends with the error of `check_stop`, which is called before each read.
+fn digest_unless_stopped(path: &Path, check_stop: &dyn Fn() -> Result<()>) -> Result<Digest> {
     let read = |source| Error::read(path, source);
     let mut file = open_file(path).map_err(read)?;
     let mut hasher = blake3::Hasher::new();
     let mut buffer = [0; 1 << 16];
     loop {
-        go_on()?;
+        check_stop()?;
         match file.read(&mut buffer) {
             Ok(0) => return Ok(hasher.finalize().into()),
             Ok(n_bytes) => drop(hasher.update(&buffer[..n_bytes])),
@@ -521,14 +521,14 @@ mod tests {
         assert_eq!(names, ["a/1.jpg", "a/2.jpg", "b.jpg"].map(|name| (name, Digest::of(name.as_bytes()))));
     }
 
-    /// Makes what no reader should open.
+    /// Creates a named pipe.
     pub(crate) fn fifo(path: &Path) {
         rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).unwrap();
     }
 
     #[test]
     #[expect(clippy::disallowed_methods, reason = "a scratch folder of a test")]
-    fn what_is_no_file_is_left_aside_aloud_and_an_error_where_it_is_named() {
+    fn entries_that_are_not_files_are_skipped_with_a_notice_and_are_errors_as_inputs() {
         use std::os::unix::{ffi::OsStrExt as _, fs::symlink, net::UnixListener};
         let home = tempfile::tempdir().unwrap();
         let (folder, ledger) = (home.path().join("folder"), ledger(home.path()));
@@ -547,16 +547,15 @@ mod tests {
         symlink(".", at("inner/itself")).unwrap();
         symlink("..", at("inner/above")).unwrap();
         fs::write(folder.join(std::ffi::OsStr::from_bytes(b"\xff.jpg")), b"content").unwrap();
-        // Links to other files and folders are followed, out of the folder as well.
+        // Links to other files and folders are followed, also out of the folder.
         symlink("inner", at("linked")).unwrap();
         symlink(home.path().join("elsewhere"), at("out")).unwrap();
         symlink("a.jpg", at("z.jpg")).unwrap();
 
         let names: Vec<String> = digest_path(&folder, Some(&ledger), LATER).unwrap().into_iter().map(|file| file.name).collect();
         assert_eq!(names, ["a.jpg", "inner/b.jpg", "linked/b.jpg", "out/c.jpg", "z.jpg"]);
-        let expected = "left aside what is no file: 2 times a dead link (the first: also-dead), a device (zero), \
-                        4 times a folder within itself (the first: inner/above), a loop of links (loop), a name that is not UTF-8 (\u{fffd}.jpg), \
-                        a named pipe (pipe), a socket (socket)";
+        let expected = "skipped a dead link (also-dead and 1 more), a device (zero), a folder within itself (inner/above and 3 more), \
+                        a loop of links (loop), a name that is not UTF-8 (\u{fffd}.jpg), a named pipe (pipe), a socket (socket)";
         assert_eq!(ledger.notices(), [format!("{}: {expected}", folder.display())]);
 
         for (name, what) in
@@ -571,7 +570,7 @@ mod tests {
     }
 
     #[test]
-    fn hashing_ends_when_it_is_told_to() {
+    fn hashing_stops_on_request() {
         let home = tempfile::tempdir().unwrap();
         replace(&home.path().join("folder/a"), b"one").unwrap();
         let stop = Arc::new(AtomicBool::new(false));
@@ -583,36 +582,36 @@ mod tests {
         }
         // In the middle of a file.
         let n_reads = AtomicUsize::new(0);
-        let go_on = || if n_reads.fetch_add(1, Ordering::SeqCst) < 2 { Ok(()) } else { Err(Error::Stopped) };
+        let check_stop = || if n_reads.fetch_add(1, Ordering::SeqCst) < 2 { Ok(()) } else { Err(Error::Stopped) };
         replace(&home.path().join("large"), &vec![0; 1 << 20]).unwrap();
-        assert!(matches!(digest_while(&home.path().join("large"), &go_on), Err(Error::Stopped)));
+        assert!(matches!(digest_unless_stopped(&home.path().join("large"), &check_stop), Err(Error::Stopped)));
         assert_eq!(n_reads.load(Ordering::SeqCst), 3);
     }
 
-    /// Tells the ledger something else than what the file holds: proof that it is asked.
-    fn lie(ledger: &Ledger, path: &Path) -> Digest {
+    /// Stores a wrong digest in the ledger, to show that the ledger is used.
+    fn store_wrong_digest(ledger: &Ledger, path: &Path) -> Digest {
         let root = path.canonicalize().unwrap().display().to_string();
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-        Table::write(ledger, &root, &[(name, path.to_owned())], &[Stat::of(path).unwrap()], &[Digest::of(b"a lie")], LATER);
-        Digest::of(b"a lie")
+        Table::write(ledger, &root, &[(name, path.to_owned())], &[Stat::of(path).unwrap()], &[Digest::of(b"wrong")], LATER);
+        Digest::of(b"wrong")
     }
 
     #[test]
-    fn a_remembered_digest_is_used_until_the_file_changes_or_all_is_forgotten() {
+    fn a_stored_digest_is_used_until_the_file_changes_or_all_are_hashed_again() {
         let home = tempfile::tempdir().unwrap();
         let (path, ledger) = (home.path().join("file"), ledger(home.path()));
         let digest = |ledger: &Ledger| digest_path(&path, Some(ledger), LATER).unwrap()[0].digest;
         replace(&path, b"one").unwrap();
         assert_eq!(digest(&ledger), Digest::of(b"one"));
-        let lie = lie(&ledger, &path);
-        assert_eq!(digest(&ledger), lie);
+        let wrong = store_wrong_digest(&ledger, &path);
+        assert_eq!(digest(&ledger), wrong);
         assert_eq!(digest(&ledger.rehashing(true)), Digest::of(b"one"));
         replace(&path, b"two").unwrap();
         assert_eq!(digest(&self::ledger(home.path())), Digest::of(b"two"));
     }
 
     #[test]
-    fn a_file_changed_just_now_is_not_remembered() {
+    fn the_digest_of_a_file_that_changed_just_now_is_not_stored() {
         let home = tempfile::tempdir().unwrap();
         let (path, ledger) = (home.path().join("file"), ledger(home.path()));
         replace(&path, b"one").unwrap();
@@ -623,7 +622,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_reader_gets_is_what_was_hashed() {
+    fn a_reader_gets_the_bytes_that_were_hashed() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("file");
         replace(&path, b"one").unwrap();
@@ -644,7 +643,7 @@ mod tests {
         assert!(matches!(file.read_with(during), Err(Error::Changed { .. })));
         assert!(matches!(file.read(), Err(Error::Changed { .. })));
         assert!(matches!(file.read_with(text), Err(Error::Changed { .. })));
-        // A reader that fails because of the change is not to blame.
+        // If the reader fails because of the change, the change is reported.
         replace(&path, b"one").unwrap();
         let during = |path: &Path| {
             replace(path, b"two").unwrap();
@@ -680,20 +679,20 @@ mod tests {
     }
 
     #[test]
-    fn a_doubted_file_is_hashed_whatever_is_remembered() {
+    fn a_file_found_changed_is_hashed_again_despite_the_ledger() {
         let home = tempfile::tempdir().unwrap();
         let (path, ledger) = (home.path().join("file"), ledger(home.path()));
         replace(&path, b"one").unwrap();
-        let lie = lie(&ledger, &path);
+        let wrong = store_wrong_digest(&ledger, &path);
         let digest = |ledger: &Ledger| digest_path(&path, Some(ledger), LATER).unwrap()[0].digest;
-        assert_eq!(digest(&ledger), lie);
+        assert_eq!(digest(&ledger), wrong);
         ledger.doubt([path.clone()]);
         assert_eq!(digest(&ledger), Digest::of(b"one"));
         assert_eq!(digest(&self::ledger(home.path())), Digest::of(b"one"));
     }
 
     #[test]
-    fn many_files_are_remembered_and_one_that_changes_or_goes_costs_only_itself() {
+    fn a_file_that_changes_or_disappears_does_not_affect_the_digests_of_others() {
         let home = tempfile::tempdir().unwrap();
         let (folder, ledger) = (home.path().join("folder"), ledger(home.path()));
         for file in 0..300 {

@@ -1,8 +1,8 @@
 //! Append-only files of sealed lines: the journal of commits, and the logs of runs.
 //!
 //! Each line is a JSON object whose last field is `"seal"`: 32 hexadecimal digits of the BLAKE3 of the text before it, keyed by the file's
-//! place in the home. A line is written in one call, so that a crash tears at most the last one and several processes may append at once.
-//! Who opens a journal with a torn last line ends it with a line `{"torn":true,..}`: by that, readers know it from one that was damaged.
+//! path in the home. A line is written in one call, so that a crash can tear only the last line and several processes may append at once.
+//! A process that opens a journal with a torn last line appends `{"torn":true,..}` after it, which tells readers that the line was not damaged.
 
 use std::{
     fs::File,
@@ -27,12 +27,12 @@ pub struct Journal {
     path: PathBuf,
     key: [u8; 32],
     file: Box<dyn DiskFile>,
-    /// A line was written in part: for want of room, say.
+    /// Whether the last line was written in part, as on a full disk.
     is_torn: bool,
 }
 
 impl Journal {
-    /// Opens a journal, creating it where it is missing. `place` is its path in the home.
+    /// Opens a journal; creates it if it is missing. `place` is its path in the home.
     pub fn open(publisher: &Publisher, home: &Path, place: &str) -> Result<Self> {
         let path = home.join(place);
         let (parent, _) = parent_and_name(&path);
@@ -48,7 +48,7 @@ impl Journal {
         Ok(Self { path, key: key(place), file, is_torn })
     }
 
-    /// Appends a line: a JSON object.
+    /// Appends a JSON object as a line.
     pub fn append(&mut self, object: &str) -> Result<()> {
         let end = if self.is_torn { format!("\n{}", sealed(TORN, &self.key)) } else { String::new() };
         let written = self.file.write_all(format!("{end}{}", sealed(object, &self.key)).as_bytes());
@@ -56,7 +56,7 @@ impl Journal {
         written.map_err(|source| Error::write(&self.path, source))
     }
 
-    /// Makes everything appended so far survive a power cut.
+    /// Fsyncs all lines appended so far.
     pub fn sync(&mut self) -> Result<()> {
         self.file.sync().map_err(|source| Error::write(&self.path, source))
     }
@@ -75,29 +75,29 @@ fn sealed(object: &str, key: &[u8; 32]) -> String {
     format!("{open}{SEAL}{}\"}}\n", seal(open, key))
 }
 
-/// What is written in a journal.
+/// The lines of a journal, each either sound or damaged.
 #[derive(Debug, Default)]
 pub struct Lines {
     key: [u8; 32],
     text: String,
-    /// Each without its seal.
+    /// Where each sound line lies in `text`, without its seal.
     sound: Vec<Range<usize>>,
     damaged: Vec<DamagedLine>,
     /// Size of the file.
     bytes: u64,
 }
 
-/// A line that is not as it was written.
+/// A line whose seal does not fit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DamagedLine {
-    /// From 1.
+    /// Line number, from 1.
     pub number: usize,
-    /// Whether it holds bytes that were never written, as a power cut leaves them.
+    /// Whether it contains zero bytes, as after a power cut.
     pub has_zeros: bool,
 }
 
 impl Lines {
-    /// Reads a journal; none where there is no file.
+    /// Reads a journal; `None` if there is no file.
     pub fn read(publisher: &Publisher, home: &Path, place: &str) -> Result<Option<Self>> {
         let path = home.join(place);
         match publisher.disk().read(&path) {
@@ -107,7 +107,7 @@ impl Lines {
         }
     }
 
-    /// The first line's object, where it is sound. Of a long journal no more is read.
+    /// The object of the first line if it is sound. Only this line is read.
     pub fn first(home: &Path, place: &str) -> Result<Option<String>> {
         let path = home.join(place);
         let mut line = Vec::new();
@@ -118,7 +118,7 @@ impl Lines {
 
     fn of(bytes: &[u8], place: &str) -> Self {
         let key = key(place);
-        // What is no text has no sound seal.
+        // A replaced byte breaks the seal of its line.
         let text = String::from_utf8_lossy(bytes).into_owned();
         let mut lines = Self { key, bytes: bytes.len() as u64, ..Self::default() };
         let (mut start, mut suspect) = (0, None);
@@ -139,28 +139,28 @@ impl Lines {
                 }
             }
         }
-        // The last line may be torn, or is being written.
+        // A last line without an end may be torn, or is being written now.
         lines.damaged.extend(suspect.filter(|_| text.ends_with('\n')));
         lines.text = text;
         lines
     }
 
-    /// The objects of the lines that are as they were written, in order.
+    /// The objects of the lines whose seal fits, in order.
     pub fn sound(&self) -> impl Iterator<Item = String> {
         self.sound.iter().map(|line| format!("{}}}", &self.text[line.clone()]))
     }
 
-    /// Those that are not.
+    /// The lines whose seal does not fit.
     pub fn damaged(&self) -> &[DamagedLine] {
         &self.damaged
     }
 
-    /// Size of the file.
+    /// The size of the file.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// A journal that holds the sound lines alone.
+    /// The bytes of a journal with only the sound lines.
     pub fn mended(&self) -> Vec<u8> {
         self.sound().map(|line| sealed(&line, &self.key)).collect::<String>().into_bytes()
     }
@@ -168,7 +168,7 @@ impl Lines {
 
 const TORN_OPEN: &str = "{\"torn\":true";
 
-/// A sealed line without its seal; none where that does not fit.
+/// A line without its seal; `None` if the seal does not fit.
 fn open_of<'a>(line: &'a str, key: &[u8; 32]) -> Option<&'a str> {
     let (open, rest) = line.rsplit_once(SEAL)?;
     (rest.strip_suffix("\"}")? == seal(open, key)).then_some(open)
@@ -201,9 +201,9 @@ mod tests {
         let length = sound.len() / 3;
         for byte in length..2 * length {
             for bit in 0..8 {
-                let mut hurt = sound.clone();
-                hurt[byte] ^= 1 << bit;
-                let lines = Lines::of(&hurt, PLACE);
+                let mut damaged = sound.clone();
+                damaged[byte] ^= 1 << bit;
+                let lines = Lines::of(&damaged, PLACE);
                 assert!(!lines.damaged().is_empty() && lines.sound().count() < 3, "byte {byte}, bit {bit}");
             }
         }

@@ -1,11 +1,11 @@
-//! Who is at work: names of processes, and leases on units in the making.
+//! Processes at work in a home, and their leases on the units that they make.
 //!
-//! A lease is a symbolic link `HOME/leases/KIND.FINGERPRINT` whose target is the holder's name: one system call takes it, and
-//! it never lies half written. It is broken only when its holder is dead: one of the same boot and process namespace when that process, by
-//! pid and start time, is over; any other when its session file has not been touched for [`SILENCE`]. Names of machines prove nothing: two
-//! may have the same. Losing a lease wrongly costs time, never results: a unit is published by one rename, and who comes second takes what
-//! is there.
-#![expect(clippy::disallowed_methods, reason = "leases are not results: they need no fsync and die with the machine")]
+//! A lease is a symbolic link `HOME/leases/KIND.FINGERPRINT` whose target identifies the holder: it is taken by one system call and is
+//! never half written. It is broken only if its holder is dead. A process of the same boot and process namespace is dead if no process with
+//! its pid and start time runs; any other counts as dead if its session file has not been touched for [`SILENCE`]. Host names are not used:
+//! two machines may have the same. A lease that is broken wrongly costs time, never results: units are published by one rename, and the
+//! second process uses the unit of the first.
+#![expect(clippy::disallowed_methods, reason = "leases are not results: they need no fsync and end with the machine")]
 
 use std::{
     collections::HashMap,
@@ -24,22 +24,22 @@ use std::{
 
 use crate::{Error, Result};
 
-/// How long the session of a process that cannot be looked at must have been silent before its leases are broken.
+/// After this time without a heartbeat, the leases of a process on another machine or of another boot are broken.
 const SILENCE: Duration = Duration::from_secs(300);
-/// How long it must have been watched meanwhile: clocks may be set.
+/// For at least this time the process must have been watched, because clocks may be changed.
 const WATCHED: Duration = Duration::from_secs(30);
-/// How long it must have been silent before what it left unfinished is removed.
+/// After this time without a heartbeat, the unfinished files of such a process are removed.
 const LONG_SILENCE: Duration = Duration::from_secs(12 * 300);
-/// How often a process says that it lives.
+/// The interval of the heartbeat.
 const BEAT_EVERY: Duration = Duration::from_secs(10);
 
-/// The name of a process: boot and process namespace, pid and start time. No two processes ever share one.
+/// Identifies a process by boot, process namespace, pid and start time; unique over all machines and times.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Owner {
-    /// Of the boot's id, which no two machines share, and the process namespace, which containers do not.
+    /// Digest of the boot id, which differs between machines, and of the process namespace, which differs between containers.
     boot: String,
     pid: u32,
-    /// In clock ticks since the boot.
+    /// Start time in clock ticks since the boot.
     start: u64,
 }
 
@@ -56,23 +56,23 @@ impl Owner {
         })
     }
 
-    /// Whether this process could see that one.
-    fn is_near(&self) -> bool {
+    /// Whether it is of the same boot and process namespace as this process, so that `/proc` shows it.
+    fn is_visible(&self) -> bool {
         self.boot == Self::me().boot
     }
 
-    /// Whether the process is over for certain. Of another boot's or another machine's nothing is certain.
+    /// Whether the process has certainly ended. False for processes of another boot or machine, which cannot be checked.
     pub fn is_dead(&self) -> bool {
-        self.is_near() && start_of(self.pid) != Some(self.start)
+        self.is_visible() && start_of(self.pid) != Some(self.start)
     }
 
-    /// For people: `process 4711`, or where it is when it is elsewhere.
+    /// A description for messages: `process 4711`, with its origin if it is of another machine or boot.
     pub fn words(&self) -> String {
-        let elsewhere = if self.is_near() { "" } else { " of another machine, or of this one before it was started again" };
-        format!("process {}{elsewhere}", self.pid)
+        let origin = if self.is_visible() { "" } else { " of another machine, or of this machine before its last restart" };
+        format!("process {}{origin}", self.pid)
     }
 
-    /// One of this boot that is over.
+    /// A process of this boot that has ended.
     #[cfg(test)]
     pub(crate) fn dead(pid: u32) -> Self {
         Self { start: u64::MAX, pid, ..Self::me().clone() }
@@ -97,10 +97,10 @@ impl FromStr for Owner {
     }
 }
 
-/// When a living process began, in clock ticks since the boot; `None` for one that is over or only waits to be reaped.
+/// The start time of a running process, in clock ticks since the boot; `None` if it has ended or is a zombie.
 fn start_of(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name, in parentheses, may hold anything.
+    // The command name, in parentheses, may contain any character.
     let mut fields = stat[stat.rfind(')')? + 1..].split_ascii_whitespace();
     if matches!(fields.next()?, "Z" | "X") {
         return None;
@@ -108,14 +108,14 @@ fn start_of(pid: u32) -> Option<u64> {
     fields.nth(18)?.parse().ok()
 }
 
-/// The right to make a unit, until it is dropped.
+/// The right to make a unit; dropping it gives it back.
 #[derive(Debug)]
 pub struct Lease {
     path: PathBuf,
 }
 
 impl Lease {
-    /// Takes a lease, or says who has it.
+    /// Takes a lease, or returns its holder.
     pub(crate) fn take(path: &Path) -> Result<Result<Self, Owner>> {
         loop {
             let error = match symlink(Owner::me().to_string(), path) {
@@ -132,7 +132,7 @@ impl Lease {
                 _ => return Err(Error::write(path, error)),
             }
             match holder(path) {
-                // Let go in this moment.
+                // Given back just now.
                 None => {}
                 Some(holder) if holder.is_dead() => break_lease(path, &holder),
                 Some(holder) => return Ok(Err(holder)),
@@ -149,17 +149,17 @@ impl Drop for Lease {
     }
 }
 
-/// Who holds a lease. What is no lease of ours counts as a dead process's.
+/// The holder of a lease; `None` if the lease is free. Anything else in its place counts as the lease of a dead process.
 fn holder(path: &Path) -> Option<Owner> {
-    let nobody = || Owner { start: u64::MAX, ..Owner::me().clone() };
+    let dead = || Owner { start: u64::MAX, ..Owner::me().clone() };
     match fs::read_link(path) {
-        Ok(target) => Some(target.to_string_lossy().parse().unwrap_or_else(|()| nobody())),
+        Ok(target) => Some(target.to_string_lossy().parse().unwrap_or_else(|()| dead())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(_) => Some(nobody()),
+        Err(_) => Some(dead()),
     }
 }
 
-/// Removes a dead process's lease. Of several who try, one succeeds; a lease taken anew in between is put back.
+/// Removes the lease of a dead process. If several processes try, one succeeds; a lease that was taken in the meantime is restored.
 pub(crate) fn break_lease(path: &Path, dead: &Owner) {
     let aside = path.with_extension(format!("broken-by-{}", Owner::me()));
     if fs::rename(path, &aside).is_err() {
@@ -174,12 +174,12 @@ pub(crate) fn break_lease(path: &Path, dead: &Owner) {
     let _already_gone = fs::remove_file(&aside);
 }
 
-/// A process that is at work in a home; a thread says so every few seconds, whatever the process does meanwhile.
+/// Marks this process as at work in a home: a thread touches its session file every few seconds.
 #[derive(Debug)]
 pub struct Session {
     path: PathBuf,
-    /// Dropping it stops the heart.
-    heart: Option<(Sender<()>, JoinHandle<()>)>,
+    /// The thread of the heartbeat; dropping the sender stops it.
+    heartbeat: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
 impl Session {
@@ -194,19 +194,19 @@ impl Session {
             let mut n_beats = 1;
             while stop.recv_timeout(BEAT_EVERY) == Err(RecvTimeoutError::Timeout) {
                 n_beats += 1;
-                // A beat that is lost is followed by another. Other bytes each time: on some file systems nothing written is no change.
+                // If it fails, the next beat follows. The bytes differ each time: some file systems keep the time if the content is the same.
                 let _lost = fs::write(&place, format!("{n_beats}"));
             }
         };
-        Ok(Self { path, heart: Some((alive, thread::spawn(beat))) })
+        Ok(Self { path, heartbeat: Some((alive, thread::spawn(beat))) })
     }
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if let Some((alive, heart)) = self.heart.take() {
+        if let Some((alive, thread)) = self.heartbeat.take() {
             drop(alive);
-            let _beats_no_more = heart.join();
+            let _stopped = thread.join();
         }
         let _already_gone = fs::remove_file(&self.path);
     }
@@ -216,25 +216,26 @@ fn session_path(home: &Path, owner: &Owner) -> PathBuf {
     home.join("sessions").join(owner.to_string())
 }
 
-/// The processes at work in a home, as far as can be known. Session files of those that are over are removed.
+/// The processes at work in a home, as far as can be known. Session files of ended processes are removed.
 pub(crate) fn sessions(home: &Path) -> Vec<Owner> {
     let entries = fs::read_dir(home.join("sessions")).into_iter().flatten().flatten();
     let owners = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<Owner>().ok());
-    let (over, living): (Vec<Owner>, Vec<Owner>) = owners.partition(|owner| is_over(home, owner));
+    let (over, running): (Vec<Owner>, Vec<Owner>) = owners.partition(|owner| is_over(home, owner));
     for owner in over {
-        // One that lives nevertheless writes it again.
+        // If the process runs after all, its next beat writes the file again.
         let _already_gone = fs::remove_file(session_path(home, &owner));
     }
-    living
+    running
 }
 
-/// Whether what a process left unfinished may be removed: it is dead, or it is elsewhere and has no session or was silent for long.
+/// Whether the unfinished files of a process may be removed: it is dead, or it cannot be checked and has no session file or one that was
+/// not touched for [`LONG_SILENCE`].
 pub(crate) fn is_over(home: &Path, owner: &Owner) -> bool {
-    owner.is_dead() || (!owner.is_near() && silence_of(home, owner).is_none_or(|silence| silence >= LONG_SILENCE))
+    owner.is_dead() || (!owner.is_visible() && silence_of(home, owner).is_none_or(|silence| silence >= LONG_SILENCE))
 }
 
-/// How long ago a session was touched; none where it has no file. By the file system's clock where this process has a session, too: it
-/// touches its own every few seconds.
+/// The time since a session file was touched; `None` if there is none. If this process has a session in the home, the time is measured by
+/// the file system's clock, from the last touch of its own session file.
 fn silence_of(home: &Path, owner: &Owner) -> Option<Duration> {
     let now = touched(home, Owner::me()).unwrap_or_else(SystemTime::now);
     Some(now.duration_since(touched(home, owner)?).unwrap_or_default())
@@ -244,16 +245,17 @@ fn touched(home: &Path, owner: &Owner) -> Option<SystemTime> {
     fs::metadata(session_path(home, owner)).and_then(|metadata| metadata.modified()).ok()
 }
 
-/// Watches processes elsewhere while waiting for them.
+/// Watches the heartbeats of processes on other machines while this process waits for their leases.
 #[derive(Debug, Default)]
 pub struct Watch {
+    /// The time of the last heartbeat, and when this process first saw it.
     seen: HashMap<Owner, (Option<SystemTime>, Instant)>,
 }
 
 impl Watch {
-    /// Whether a holder that cannot be looked at has been silent for so long that it counts as dead.
+    /// Whether a process of another machine or boot has been silent for so long that it counts as dead.
     pub(crate) fn is_silent(&mut self, home: &Path, owner: &Owner) -> bool {
-        if owner.is_near() {
+        if owner.is_visible() {
             return false;
         }
         let touched = touched(home, owner);
@@ -270,8 +272,8 @@ impl Watch {
 mod tests {
     use super::*;
 
-    /// One that cannot be looked at.
-    fn elsewhere() -> Owner {
+    /// A process of another machine.
+    fn of_another_machine() -> Owner {
         Owner { boot: "elsewhere".into(), pid: 1, start: 7 }
     }
 
@@ -283,17 +285,17 @@ mod tests {
     }
 
     #[test]
-    fn owners_survive_text_and_this_one_lives() {
+    fn owners_can_be_parsed_and_this_process_is_alive() {
         let me = Owner::me();
         assert_eq!(me.to_string().parse().as_ref(), Ok(me));
         assert!(!me.is_dead() && me.start > 0);
-        assert!(Owner { start: me.start + 1, ..me.clone() }.is_dead(), "a pid that was given away again");
-        assert!(!Owner { boot: "other".into(), ..me.clone() }.is_dead(), "one that nobody here can look at");
+        assert!(Owner { start: me.start + 1, ..me.clone() }.is_dead(), "a reused pid");
+        assert!(!Owner { boot: "other".into(), ..me.clone() }.is_dead(), "a process of another boot");
         assert!("host.boot.1.2".parse::<Owner>().is_err());
     }
 
     #[test]
-    fn a_process_that_waits_to_be_reaped_is_dead() {
+    fn a_zombie_is_dead() {
         let mut child = process::Command::new("true").spawn().unwrap();
         let started = Instant::now();
         while start_of(child.id()).is_some() {
@@ -304,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_belongs_to_one_until_it_lets_go() {
+    fn a_lease_belongs_to_one_process_until_it_is_dropped() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("leases/unit");
         let lease = Lease::take(&path).unwrap().unwrap();
@@ -314,19 +316,19 @@ mod tests {
         assert!(fs::symlink_metadata(&path).is_err());
     }
 
-    /// Whatever the machines are called: nothing of a name is looked at.
+    /// Host names play no part.
     #[test]
-    fn a_lease_of_one_that_cannot_be_looked_at_is_broken_by_silence_alone() {
+    fn a_lease_of_another_machine_is_broken_after_silence_only() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("unit");
         symlink(Owner::dead(1).to_string(), &path).unwrap();
         drop(Lease::take(&path).unwrap().unwrap());
-        let owner = elsewhere();
+        let owner = of_another_machine();
         symlink(owner.to_string(), &path).unwrap();
         assert_eq!(Lease::take(&path).unwrap().unwrap_err(), owner);
         let mut watch = Watch::default();
         let is_silent = |watch: &mut Watch| watch.is_silent(home.path(), &owner);
-        // It is looked at for a while whatever its file says, and for long where that is young.
+        // It is watched for a minimum time whatever the age of its file, and for the whole silence if the file is young.
         for (ago, watched, expected) in
             [(0, 0, false), (0, 299, false), (0, 301, true), (299, 31, false), (400, 0, false), (400, 31, true), (86_400, 29, false)]
         {
@@ -338,14 +340,14 @@ mod tests {
         }
         let me = Owner::me();
         watch.seen.insert(me.clone(), (None, Instant::now().checked_sub(Duration::from_secs(900)).unwrap()));
-        assert!(!watch.is_silent(home.path(), me), "one that lives where it can be seen, however busy");
+        assert!(!watch.is_silent(home.path(), me), "a running process of this machine, however busy");
     }
 
     #[test]
-    fn what_is_unfinished_stays_as_long_as_its_process_may_live() {
+    fn unfinished_files_stay_as_long_as_their_process_may_run() {
         let home = tempfile::tempdir().unwrap();
         assert!(is_over(home.path(), &Owner::dead(1)) && !is_over(home.path(), Owner::me()));
-        let owner = elsewhere();
+        let owner = of_another_machine();
         assert!(is_over(home.path(), &owner), "without a session");
         for (ago, expected) in [(0, false), (600, false), (4000, true)] {
             touch(home.path(), &owner, Duration::from_secs(ago));
@@ -355,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn sessions_list_who_is_at_work() {
+    fn sessions_list_the_processes_at_work() {
         let home = tempfile::tempdir().unwrap();
         let session = Session::begin(home.path()).unwrap();
         fs::write(session_path(home.path(), &Owner::dead(1)), b"").unwrap();

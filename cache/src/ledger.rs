@@ -1,8 +1,9 @@
-//! An index that can be lost: digests of input files that were hashed before, and when units were last verified.
+//! The ledger: an index that can be deleted, with the digests of input files and the time when each unit was last verified.
 //!
-//! Kept in sled 0.34, which belongs to one process at a time: it is opened for a moment, under a lease, and closed again,
-//! so that any number of processes share it. It is never the truth. A damaged ledger is set aside and begun anew, aloud;
-//! the price is hashing the inputs once more. Whoever cannot get at it in time goes without.
+//! It is a database of sled 0.34, which only one process at a time can open: each access opens it for a moment under a lease
+//! and closes it again, so that any number of processes can share it. No result depends on it. A damaged ledger is moved to
+//! quarantine and recreated, with a notice; then the inputs are hashed once more. A process that cannot open it in time works
+//! without it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,15 +22,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Lease, Result, Store, publish::Publisher, verify::Depth};
 
-/// How long to wait for other processes that have the ledger open.
+/// The longest wait for other processes that have the ledger open.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// That a unit was verified.
+/// The last verification of a unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verified {
-    /// How closely.
+    /// The depth of the check.
     pub depth: Depth,
-    /// When, in s since 1970.
+    /// The time, in s since 1970.
     pub at: i64,
 }
 
@@ -47,7 +48,7 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// The ledger of a store, which is created when it is first written.
+    /// The ledger of a store; it is created at the first write.
     pub fn of(store: &Store) -> Self {
         Self {
             folder: store.home().join("ledger"),
@@ -61,13 +62,13 @@ impl Ledger {
         }
     }
 
-    /// Forgets what is remembered of input files: each is hashed again.
+    /// With `true`, every input file is hashed again, whether the ledger has its digest or not.
     #[must_use]
     pub fn rehashing(self, is_rehashing: bool) -> Self {
         Self { is_rehashing, ..self }
     }
 
-    /// Has who hashes input files end as soon as this is set.
+    /// Hashing of input files stops as soon as `stop` is set.
     #[must_use]
     pub fn stopped_by(self, stop: Arc<AtomicBool>) -> Self {
         Self { stop, ..self }
@@ -81,7 +82,7 @@ impl Ledger {
         self.is_rehashing
     }
 
-    /// Has some input files hashed again whatever is remembered of them: they were found changed.
+    /// Input files at these paths are hashed again, even if the ledger has their digest: they were found changed.
     pub fn doubt(&self, paths: impl IntoIterator<Item = PathBuf>) {
         self.doubted.lock().unwrap_or_else(PoisonError::into_inner).extend(paths);
     }
@@ -90,7 +91,7 @@ impl Ledger {
         self.doubted.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What happened to the ledger, and what was left aside of inputs, since the last call, in words.
+    /// The notices since the last call: damage of the ledger, skipped entries of input folders.
     pub fn notices(&self) -> Vec<String> {
         std::mem::take(&mut *self.notices.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -99,14 +100,14 @@ impl Ledger {
         self.notices.lock().unwrap_or_else(PoisonError::into_inner).push(words);
     }
 
-    /// Begins a ledger where there is none.
+    /// Creates the ledger if it is missing.
     pub fn begin(&self) {
         if !self.folder.exists() {
             let _without = self.with(|_| Ok(()));
         }
     }
 
-    /// Throws the ledger away.
+    /// Deletes the ledger.
     pub fn forget(&self) -> Result<()> {
         let started = Instant::now();
         while started.elapsed() < PATIENCE {
@@ -118,7 +119,7 @@ impl Ledger {
         Err(Error::malformed(&self.folder, "is in use by another process"))
     }
 
-    /// Notes that units were verified, at a time in s since 1970.
+    /// Records that units were verified at a time `at` in s since 1970.
     pub fn note_verified(&self, units: &[String], depth: Depth, at: i64) {
         let value = serde_json::to_vec(&Verified { depth, at }).expect("BUG: plain data is plain JSON");
         let _lost = self.with(|db| {
@@ -129,7 +130,7 @@ impl Ledger {
         });
     }
 
-    /// When units were last verified, as far as that is known.
+    /// The last verification of each unit, by name, as far as the ledger knows it.
     pub fn verified(&self) -> BTreeMap<String, Verified> {
         let read = |db: &sled::Db| db.scan_prefix("verified:").collect::<sled::Result<Vec<_>>>();
         let entry = |(key, value): (sled::IVec, sled::IVec)| {
@@ -138,8 +139,8 @@ impl Ledger {
         self.with(read).unwrap_or_default().into_iter().filter_map(entry).collect()
     }
 
-    /// Does something with the open ledger. `None`: it could not be had; what was to be read counts as unknown, and what was
-    /// to be written is lost.
+    /// Opens the ledger and calls `work` with it. `None` if it cannot be opened: then nothing is known, and what should have
+    /// been written is lost.
     pub(crate) fn with<T>(&self, work: impl Fn(&sled::Db) -> sled::Result<T>) -> Option<T> {
         let started = Instant::now();
         let _lease = loop {
@@ -147,15 +148,15 @@ impl Ledger {
                 Ok(Ok(lease)) => break lease,
                 Ok(Err(_)) if started.elapsed() < PATIENCE => thread::sleep(Duration::from_millis(5)),
                 Ok(Err(holder)) => {
-                    self.say(format!("{} keeps the ledger: inputs are hashed anew", holder.words()));
+                    self.say(format!("{} has had the ledger open for {} s: inputs are hashed again", holder.words(), PATIENCE.as_secs()));
                     return None;
                 }
-                // A home that cannot be written has no ledger.
+                // The home is read-only: work without a ledger.
                 Err(_) => return None,
             }
         };
         for is_second_try in [false, true] {
-            // sled panics on some damage.
+            // sled panics on some kinds of damage.
             let worked = catch_unwind(AssertUnwindSafe(|| {
                 let db = sled::Config::new().path(&self.folder).cache_capacity(256 << 20).flush_every_ms(None).open()?;
                 let result = work(&db)?;
@@ -165,12 +166,12 @@ impl Ledger {
             match worked {
                 Ok(Ok(result)) => return Some(result),
                 Ok(Err(sled::Error::Io(error))) if is_the_disk_s(&error) => {
-                    self.say(format!("{}: {error}: inputs are hashed anew", self.folder.display()));
+                    self.say(format!("{}: {error}: inputs are hashed again", self.folder.display()));
                     return None;
                 }
                 _ if is_second_try => {}
                 _ => match self.publisher.set_aside(&self.folder, &self.quarantine) {
-                    Ok(Some(aside)) => self.say(format!("the ledger was damaged and is begun anew; the old one is at {}", aside.display())),
+                    Ok(Some(aside)) => self.say(format!("the ledger was damaged and is recreated; the old one is at {}", aside.display())),
                     Ok(None) => {}
                     Err(_) => return None,
                 },
@@ -180,7 +181,7 @@ impl Ledger {
     }
 }
 
-/// Whether an error is none of the ledger's: beginning it anew would not help.
+/// Whether an error is one of the disk and not damage of the ledger, so that a new ledger would not help.
 fn is_the_disk_s(error: &io::Error) -> bool {
     use io::ErrorKind as Kind;
     matches!(error.kind(), Kind::StorageFull | Kind::QuotaExceeded | Kind::PermissionDenied | Kind::ReadOnlyFilesystem)
@@ -202,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn values_survive_and_several_share_the_ledger() {
+    fn values_are_kept_and_several_users_share_the_ledger() {
         let home = tempfile::tempdir().unwrap();
         let store = Store::open(home.path()).unwrap();
         let (one, two) = (Ledger::of(&store), Ledger::of(&store));
@@ -214,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_ledger_is_set_aside_aloud() {
+    fn a_damaged_ledger_is_moved_to_quarantine_and_recreated() {
         for name in ["db", "conf"] {
             let home = tempfile::tempdir().unwrap();
             let ledger = Ledger::of(&Store::open(home.path()).unwrap());
@@ -222,7 +223,7 @@ mod tests {
             let path = home.path().join("ledger").join(name);
             let length = fs::metadata(&path).unwrap().len() as usize;
             replace(&path, &b"garbage!".repeat(length.div_ceil(8))[..length.max(8)]).unwrap();
-            // Whatever sled makes of it: the ledger works again, and what it says is true or unknown.
+            // However sled reacts: the ledger works again, and its answers are true or unknown.
             assert!(matches!(read(&ledger), Some(None)), "{name}");
             write(&ledger);
             assert_eq!(read(&ledger), Some(Some(b"7".to_vec())), "{name}");
@@ -230,12 +231,12 @@ mod tests {
     }
 
     #[test]
-    fn a_file_in_the_ledger_s_place_is_damage_like_any_other() {
+    fn a_file_in_the_place_of_the_ledger_is_damage_like_any_other() {
         let home = tempfile::tempdir().unwrap();
         let ledger = Ledger::of(&Store::open(home.path()).unwrap());
         replace(&home.path().join("ledger"), b"this is not a folder").unwrap();
         write(&ledger);
-        assert!(ledger.notices()[0].contains("begun anew"));
+        assert!(ledger.notices()[0].contains("is recreated"));
         assert!(home.path().join("quarantine/ledger").exists());
     }
 }

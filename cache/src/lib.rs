@@ -1,21 +1,21 @@
-//! Fingerprints, feature shards, the artifact store and the ledger: what makes work survive.
+//! Fingerprints, feature shards, the artifact store and the ledger: results that survive crashes and damage.
 //!
 //! ```text
-//! recipe.rs    identity as data: Recipe -> Fingerprint, and the difference between two recipes in words
-//! disk.rs      what is asked of a file system; the only code that creates, renames or removes files
-//! publish.rs   how everything that lasts gets there: temporary name, fsync, rename, fsync of the folder
+//! recipe.rs    Recipe -> Fingerprint, and the fields in which two recipes differ
+//! disk.rs      the file-system calls that the store uses; the only code that creates, renames or removes files
+//! publish.rs   atomic writes: temporary name, fsync, rename, fsync of the folder
 //! journal.rs   append-only files of sealed lines
-//! lease.rs     which process is making what
+//! lease.rs     the right of one process to make a unit; the processes at work in a home
 //! shard.rs     feature shards: Arrow IPC files with a BLAKE3 per record batch, read through a memory map
-//! stats.rs     what a shard's rows look like, for its footer
-//! record.rs    what is written of units and artifacts
-//! records.rs   what is to be kept: pins, pipelines, plans, requests, logs, and the journal that knows of all of it
-//! store.rs     where units and artifacts lie on disk; what is valid, damaged or absent
-//! choice.rs    what is chosen once for all units of a family
-//! donors.rs    results of single items that other units hold already
-//! verify.rs    whether what lies in a home is what was published
-//! ledger.rs    sled: an index that can be lost (digests of input files)
-//! inputs.rs    content digests of the files a user brings
+//! stats.rs     statistics of a shard's rows, for its footer
+//! record.rs    the records of units and artifacts (`unit.json`, manifests)
+//! records.rs   the records that garbage collection relies on: pins, pipelines, plans, requests, logs, the journal of commits
+//! store.rs     the layout of a home; units and artifacts, each valid, damaged or absent
+//! choice.rs    a choice that holds for all units with the same item key
+//! donors.rs    results of single items that can be reused from other units
+//! verify.rs    checks of units, manifests and the folders of a home
+//! ledger.rs    sled: an index that can be deleted (digests of input files)
+//! inputs.rs    content digests of the user's files
 //! chunk.rs     item lists cut into units by content
 //! ```
 //!
@@ -53,5 +53,5 @@ pub use records::{CURSOR, Noted};
 pub use stats::{Stats, VectorStats};
 pub use store::{Artifact, Claim, Recovered, Status, Store, unit_name};
 
-/// What every function of this crate returns.
+/// The result type of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

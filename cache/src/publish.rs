@@ -1,12 +1,12 @@
-//! How everything that lasts gets onto the disk.
+//! Atomic writes: every file and folder of a home is published by this module.
 //!
-//! Two shapes of publishing: [`Draft`], a folder that appears whole or not at all, and [`Publisher::replace`], one file
-//! likewise. Both write under a temporary name in the target's own folder, fsync every file, rename, and fsync the folder. A
-//! reader never sees half a file; a crash at any instruction leaves at most things whose names begin with [`TEMPORARY`] and
-//! end with who was writing, which [`Publisher::sweep`] removes once that process is dead. Append-only files are `journal.rs`'s.
+//! [`Draft`] publishes a folder and [`Publisher::replace`] a single file; each appears whole or not at all. Both write under a
+//! temporary name in the target's parent folder, fsync every file, rename, and fsync the parent. A reader never sees half a
+//! file. A crash leaves only entries whose names begin with [`TEMPORARY`] and contain the writing process;
+//! [`Publisher::sweep`] removes them once that process is dead. Append-only files are in `journal.rs`.
 //!
-//! An fsync that failed is never tried again on the same file: the kernel may have dropped the pages. The draft is lost and
-//! the unit is made again.
+//! An fsync that failed is never retried on the same file: the kernel may have dropped the pages. The draft is discarded and
+//! the unit recomputed.
 
 use std::{
     io::{self, BufWriter, Write},
@@ -25,7 +25,7 @@ use crate::{
     lease::Owner,
 };
 
-/// How the name of everything unfinished begins.
+/// The prefix of the names of unfinished files and folders.
 pub const TEMPORARY: &str = ".tmp-";
 
 /// One published file.
@@ -36,34 +36,34 @@ pub struct FileRecord {
     pub name: String,
     /// Size.
     pub bytes: u64,
-    /// BLAKE3 of every byte, for integrity.
+    /// BLAKE3 of all bytes, to find damage.
     pub digest: Digest,
-    /// BLAKE3 of what the file means to a reader, where that leaves out bytes that say who wrote it (a shard carries the
+    /// BLAKE3 of the content that downstream recipes depend on, if some bytes do not belong to it (a shard contains the
     /// fingerprint of its unit). `None`: the same as `digest`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content: Option<Digest>,
 }
 
 impl FileRecord {
-    /// The digest by which readers downstream know this file.
+    /// The digest that goes into the recipes of downstream stages.
     pub fn content(&self) -> Digest {
         self.content.unwrap_or(self.digest)
     }
 }
 
-/// Writes one file whole, replacing what was there.
+/// Writes a file atomically, replacing an existing one.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     Publisher::default().replace(path, bytes)
 }
 
-/// A disk, and the process that writes to it.
+/// Writes to a disk in the name of a process.
 #[derive(Debug, Clone)]
 pub struct Publisher {
     disk: Arc<dyn Disk>,
     owner: Owner,
 }
 
-/// The operating system's disk, and this process.
+/// Writes to the operating system's file system in the name of this process.
 impl Default for Publisher {
     fn default() -> Self {
         Self { disk: Arc::new(OsDisk), owner: Owner::me().clone() }
@@ -71,7 +71,7 @@ impl Default for Publisher {
 }
 
 impl Publisher {
-    /// Another disk, and another process: for simulations.
+    /// Uses another disk and another process, for simulations.
     #[cfg(test)]
     pub(crate) fn new(disk: Arc<dyn Disk>, owner: Owner) -> Self {
         Self { disk, owner }
@@ -81,7 +81,7 @@ impl Publisher {
         &*self.disk
     }
 
-    /// Opens a draft that will appear at `target`.
+    /// Opens a draft of the folder `target`.
     pub fn begin(&self, target: &Path) -> Result<Draft> {
         let (parent, name) = parent_and_name(target);
         self.create_dir_all(parent)?;
@@ -90,7 +90,7 @@ impl Publisher {
         Ok(Draft { publisher: self.clone(), folder, target: target.to_owned(), files: Arc::default(), is_committed: false })
     }
 
-    /// Writes one file whole, replacing what was there.
+    /// Writes a file atomically, replacing an existing one.
     pub fn replace(&self, path: &Path, bytes: &[u8]) -> Result<()> {
         let (parent, name) = parent_and_name(path);
         self.create_dir_all(parent)?;
@@ -105,8 +105,7 @@ impl Publisher {
         self.sync_dir(parent)
     }
 
-    /// Moves something out of the way, never deleting it. `place` is a folder of such things. `None`: it is not there (any
-    /// more).
+    /// Moves a file or folder into the folder `place`, under a free name, and returns its new path; `None` if it does not exist.
     pub fn set_aside(&self, path: &Path, place: &Path) -> Result<Option<PathBuf>> {
         self.create_dir_all(place)?;
         let (parent, name) = parent_and_name(path);
@@ -121,14 +120,14 @@ impl Publisher {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(Error::write(path, source)),
         }
-        // First where it is, then where it is not: a power cut in between shows it twice, never nowhere.
+        // The new folder first: after a power cut in between, the entry may be in both folders, but never in neither.
         self.sync_dir(place)?;
         self.sync_dir(parent)?;
         Ok(Some(target))
     }
 
-    /// Removes a file, or a folder with all that it holds. It is renamed to a temporary name first, so that no reader finds
-    /// half of it and a crash leaves only what [`Self::sweep`] removes.
+    /// Removes a file, or a folder with its content. It is renamed to a temporary name first, so that no reader sees half of
+    /// the folder and [`Self::sweep`] removes the rest after a crash.
     pub fn remove(&self, path: &Path) -> Result<()> {
         let (parent, name) = parent_and_name(path);
         let temporary = parent.join(self.temporary(&name));
@@ -141,18 +140,18 @@ impl Publisher {
         self.remove_tree(&temporary).map_err(|source| Error::write(&temporary, source))
     }
 
-    /// Removes what is unfinished in a folder and whose writer `is_over`; returns how many things that were.
+    /// Removes the unfinished entries of a folder whose writing process `is_over`; returns their number.
     pub fn sweep(&self, folder: &Path, is_over: &dyn Fn(&Owner) -> bool) -> Result<usize> {
         let mut n_swept = 0;
         for (name, _) in self.list(folder)? {
             let Some(rest) = name.strip_prefix(TEMPORARY) else { continue };
-            // A name without an owner is of an earlier version.
+            // Names without an owner were written by an earlier version.
             let owner = rest.rsplit('-').nth(1).and_then(|owner| owner.parse::<Owner>().ok());
             if owner.is_none_or(|owner| is_over(&owner)) {
                 let path = folder.join(&name);
                 match self.remove_tree(&path) {
                     Ok(()) => n_swept += 1,
-                    // Another process swept it.
+                    // Another process removed it.
                     Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                     Err(source) => return Err(Error::write(&path, source)),
                 }
@@ -161,7 +160,7 @@ impl Publisher {
         Ok(n_swept)
     }
 
-    /// Names in a folder, ascending, each with whether it is a folder; none where there is no folder, or a file in its place.
+    /// The entries of a folder in ascending order: name, and whether it is a folder. Empty if the folder is missing or is a file.
     pub(crate) fn list(&self, folder: &Path) -> Result<Vec<(String, bool)>> {
         match self.disk.list(folder) {
             Ok(entries) => Ok(entries),
@@ -170,7 +169,7 @@ impl Publisher {
         }
     }
 
-    /// Creates a folder and those above it, each of which survives a power cut.
+    /// Creates a folder and its missing parents, and fsyncs each.
     pub fn create_dir_all(&self, folder: &Path) -> Result<()> {
         match self.disk.look(folder) {
             Ok(Found::Folder) => return Ok(()),
@@ -183,7 +182,7 @@ impl Publisher {
         }
         match self.disk.create_dir(folder) {
             Ok(()) => {}
-            // Another process was first; its entry must survive all the same.
+            // Another process created it, and may not have fsynced it yet.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(source) => return Err(Error::write(folder, source)),
         }
@@ -208,7 +207,7 @@ impl Publisher {
         self.disk.sync_dir(folder).map_err(|source| Error::write(folder, source))
     }
 
-    /// Fsyncs a folder and the folders below it; their files have been fsynced one by one.
+    /// Fsyncs a folder and its subfolders; their files are fsynced already.
     fn sync_tree(&self, folder: &Path) -> Result<()> {
         for (name, is_folder) in self.list(folder)? {
             if is_folder {
@@ -229,19 +228,19 @@ impl Publisher {
     }
 }
 
-/// A folder in the making. Dropping it aborts: nothing of it stays.
+/// A folder that is being written. Dropping it before [`Draft::commit`] deletes it.
 #[derive(Debug)]
 pub struct Draft {
     publisher: Publisher,
     folder: PathBuf,
     target: PathBuf,
-    /// Filled by `DraftFile::finish`, possibly from several threads; held for the push alone.
+    /// `DraftFile::finish` appends to it, possibly from several threads; the lock is held only for that.
     files: Arc<Mutex<Vec<FileRecord>>>,
     is_committed: bool,
 }
 
 impl Draft {
-    /// Opens a file of the draft, `name` being its path inside the folder. May be called from several threads.
+    /// Creates a file of the draft; `name` is its path inside the folder. May be called from several threads.
     pub fn create(&self, name: &str) -> Result<DraftFile> {
         let path = self.folder.join(name);
         if let Some(parent) = path.parent() {
@@ -252,7 +251,7 @@ impl Draft {
         Ok(DraftFile { files: Arc::clone(&self.files), name: name.into(), path, writer, hasher: blake3::Hasher::new(), bytes: 0 })
     }
 
-    /// Writes a whole file of the draft.
+    /// Writes a file of the draft.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let mut file = self.create(name)?;
         file.write_all(bytes).map_err(|source| Error::write(&file.path, source))?;
@@ -266,9 +265,9 @@ impl Draft {
         files
     }
 
-    /// Publishes the folder with one more file, the record that describes it.
+    /// Adds the record that describes the folder, and publishes the folder.
     ///
-    /// False: the target is there already (another process made the same thing); this draft is dropped and the target stays.
+    /// Returns false if another process published the same target; this draft is then deleted and the target stays.
     pub fn commit(mut self, record_name: &str, record: &[u8]) -> Result<bool> {
         let publisher = self.publisher.clone();
         publisher.write_synced(&self.folder.join(record_name), record)?;
@@ -286,16 +285,16 @@ impl Draft {
 impl Drop for Draft {
     fn drop(&mut self) {
         if !self.is_committed {
-            // What cannot be removed here is swept at the start of a later run.
+            // If this fails, a later run sweeps it.
             let _swept_later = self.publisher.remove_tree(&self.folder);
         }
     }
 }
 
-/// A file of a [`Draft`], hashed as it is written. Dropping it without [`DraftFile::finish`] leaves it out of the record.
+/// A file of a [`Draft`], hashed while it is written. If it is dropped without [`DraftFile::finish`], the record does not list it.
 #[derive(Debug)]
 pub struct DraftFile {
-    /// The draft's.
+    /// The list of its draft.
     files: Arc<Mutex<Vec<FileRecord>>>,
     name: String,
     path: PathBuf,
@@ -305,17 +304,17 @@ pub struct DraftFile {
 }
 
 impl DraftFile {
-    /// Where the file lies for now, for messages.
+    /// The temporary path, for messages.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Flushes, fsyncs, and records the file.
+    /// Flushes and fsyncs the file, and adds it to the draft's record.
     pub fn finish(self) -> Result<()> {
         self.finish_with(None)
     }
 
-    /// As [`Self::finish`], for a file whose meaning is less than its bytes.
+    /// As [`Self::finish`]; `content` is the digest for downstream recipes (see [`FileRecord::content`]).
     pub fn finish_with(self, content: Option<Digest>) -> Result<()> {
         let Self { files, name, path, writer, hasher, bytes } = self;
         let mut file = writer.into_inner().map_err(|error| Error::write(&path, error.into_error()))?;
@@ -399,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_dead_left_is_swept_and_what_the_living_write_is_not() {
+    fn unfinished_files_of_dead_processes_are_swept_and_those_of_running_ones_are_not() {
         let home = tempfile::tempdir().unwrap();
         let dead = Publisher::new(Arc::new(OsDisk), Owner::dead(1));
         std::mem::forget(dead.begin(&home.path().join("lost")).unwrap());
@@ -412,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_set_aside_is_moved_not_deleted_even_twice() {
+    fn files_set_aside_are_moved_not_deleted_even_twice() {
         let home = tempfile::tempdir().unwrap();
         let (thing, place) = (home.path().join("thing"), home.path().join("quarantine"));
         for content in [b"1", b"2"] {
@@ -425,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_removed_is_gone_whole() {
+    fn a_removed_folder_leaves_nothing() {
         let home = tempfile::tempdir().unwrap();
         replace(&home.path().join("unit/features/a"), b"a").unwrap();
         Publisher::default().remove(&home.path().join("unit")).unwrap();

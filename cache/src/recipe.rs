@@ -1,15 +1,15 @@
-//! Identity as data: what a result is made from, its fingerprint, and the difference between two recipes in words.
+//! Recipes, their fingerprints, and the fields in which two recipes differ.
 //!
 //! A fingerprint is the BLAKE3 of a domain tag and the recipe's canonical JSON: keys sorted at every level, no spaces,
-//! numbers as `serde_json` writes them. Canonical JSON is also what the manifest shows and what [`Recipe::diff`] compares,
-//! so there is one encoding to keep stable; a test pins it.
+//! numbers as `serde_json` writes them. The manifest shows the same JSON and [`Recipe::diff`] compares it, so there is one
+//! encoding to keep stable; a test pins it.
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-/// Separates fingerprints of recipes from every other use of BLAKE3. Raised only together with a migration.
+/// Separates fingerprints of recipes from other uses of BLAKE3. Changing it requires a migration of all homes.
 const RECIPE_DOMAIN: &str = "ovenbird recipe 1";
 
 macro_rules! hash_newtype {
@@ -36,7 +36,7 @@ macro_rules! hash_newtype {
             }
         }
 
-        /// The first 12 hexadecimal digits, for people.
+        /// The first 12 hexadecimal digits, for messages.
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str(&self.to_hex()[..12])
@@ -72,22 +72,22 @@ macro_rules! hash_newtype {
 }
 
 hash_newtype! {
-    /// Names something to be made: the BLAKE3 of a recipe.
+    /// Identifies a result by the BLAKE3 of its recipe, before it exists.
     Fingerprint
 }
 
 hash_newtype! {
-    /// Names something that exists: the BLAKE3 of content.
+    /// Identifies existing content by its BLAKE3.
     Digest
 }
 
 impl Fingerprint {
-    /// Its first 32 hexadecimal digits: the name on disk of what it names.
+    /// The first 32 hexadecimal digits: the name of the file or folder on disk.
     pub fn short(&self) -> String {
         self.to_hex()[..32].to_owned()
     }
 
-    /// Names a part of what this names: a link of a chain, the unit that holds certain items.
+    /// Derives the fingerprint of a part: a checkpoint of a training, the unit that holds certain items.
     pub fn part(&self, domain: &str, which: &[u8]) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(domain.as_bytes()).update(&[0]).update(&self.0).update(which);
@@ -96,12 +96,12 @@ impl Fingerprint {
 }
 
 impl Digest {
-    /// The digest of some bytes.
+    /// The digest of bytes.
     pub fn of(bytes: &[u8]) -> Self {
         blake3::hash(bytes).into()
     }
 
-    /// The digest of a list of named digests: of a folder, a port, a unit's items. Order and names count.
+    /// The digest of a list of named digests: a folder, a port, a unit's items. It depends on the names and their order.
     pub fn of_list<'a>(domain: &str, entries: impl IntoIterator<Item = (&'a str, Self)>) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(domain.as_bytes()).update(&[0]);
@@ -112,9 +112,9 @@ impl Digest {
     }
 }
 
-/// What a result is made from, and all of it: two equal recipes name the same result.
+/// Everything that a result depends on: equal recipes give the same result.
 ///
-/// Stored whole in the manifest, hashed for look-up, and compared field by field to say *why* something must run again.
+/// The manifest holds the whole recipe. It is hashed for look-up, and compared field by field to say *why* a step must run again.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
@@ -124,22 +124,22 @@ pub struct Recipe {
     pub version: u32,
     /// The typed parameters with every default filled in.
     pub params: Value,
-    /// Content digest of each input, under its port's name: roles matter.
+    /// Content digest of each input by port.
     pub inputs: BTreeMap<String, Digest>,
 }
 
 impl Recipe {
-    /// The name of what this recipe makes.
+    /// The fingerprint of the result.
     pub fn fingerprint(&self) -> Fingerprint {
         let mut value = serde_json::to_value(self).expect("BUG: a recipe is plain JSON");
-        // Another crate of the build may switch on serde_json's `preserve_order`.
+        // Another crate in the build may enable serde_json's `preserve_order`.
         value.sort_all_objects();
         let mut hasher = blake3::Hasher::new();
         hasher.update(RECIPE_DOMAIN.as_bytes()).update(&[0]).update(value.to_string().as_bytes());
         hasher.finalize().into()
     }
 
-    /// What is different from an earlier recipe, one entry a field, in a fixed order; empty when they are equal.
+    /// The fields that differ from an earlier recipe, in a fixed order; empty if the recipes are equal.
     pub fn diff(&self, was: &Self) -> Vec<Change> {
         let mut changes = Vec::new();
         if self.kind != was.kind {
@@ -167,11 +167,11 @@ impl Recipe {
 /// One field in which two recipes differ.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Change {
-    /// Where: `with.expand`, `in.proposals`, `stage version`.
+    /// The field's path: `with.expand`, `in.proposals`, `stage version`.
     pub field: String,
-    /// The earlier value, if there was one.
+    /// The earlier value; `None` if the field was absent.
     pub was: Option<String>,
-    /// The value asked for, if there is one.
+    /// The new value; `None` if the field is absent.
     pub is: Option<String>,
 }
 
@@ -217,7 +217,7 @@ mod tests {
         }
     }
 
-    /// Every artifact on every disk is found by these: they change only in a commit that says so.
+    /// Existing artifacts are found by these fingerprints: they change only in a commit that says so.
     #[test]
     fn recipes_keep_their_fingerprints() {
         let empty = Recipe { kind: "toy/world".into(), version: 1, params: json!({}), inputs: BTreeMap::new() };

@@ -1,5 +1,6 @@
-//! What is written of units and artifacts: records as plain data, sealed with the fingerprint of what they describe, so that
-//! one that lies in a wrong place does not pass.
+//! The records of units and artifacts: plain data with a seal.
+//!
+//! A seal is a BLAKE3 keyed by the fingerprint of the unit or artifact, so that a record in the wrong place is found as damaged.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -10,16 +11,16 @@ use crate::{Digest, FileRecord, Fingerprint, Recipe, inputs::InputFile, store::I
 
 const PORT_DOMAIN: &str = "ovenbird port 1";
 
-/// What a unit is, before it is made.
+/// The identity of a unit; it is known before the unit is computed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct UnitKey {
     /// The stage's kind.
     pub kind: String,
-    /// Its name.
+    /// The fingerprint of its recipe and items.
     pub fingerprint: Fingerprint,
-    /// Of units that hold items: the name of everything that an item's result depends on besides the item. An item that is
-    /// in two units of one family has the same result in both.
+    /// The item key, for units with items: a fingerprint of everything except the item that an item's result depends on. An
+    /// item has the same result in all units with the same key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub family: Option<Fingerprint>,
 }
@@ -28,19 +29,19 @@ pub struct UnitKey {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct UnitRecord {
-    /// Version of the layout.
+    /// Format version.
     pub format: u32,
-    /// What it is.
+    /// The unit's identity.
     pub key: UnitKey,
     /// Its files, sorted by name.
     pub files: Vec<FileRecord>,
-    /// What the stage measured while making it, by name.
+    /// The stage's metrics for this unit, by name.
     pub metrics: BTreeMap<String, Value>,
     /// BLAKE3 of all the above, keyed by the fingerprint.
     pub seal: Digest,
 }
 
-/// Where and how something was made. Never part of identity.
+/// How and where an artifact was computed. It is not part of its identity.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Provenance {
@@ -48,44 +49,44 @@ pub struct Provenance {
     pub program: String,
     /// The run that finished it.
     pub run: String,
-    /// The machine.
+    /// Host name of the machine.
     pub host: String,
-    /// Processor or accelerator the networks ran on.
+    /// The processor or accelerator on which the networks ran.
     pub device: String,
     /// Version of libtorch.
     pub libtorch: String,
     /// When the stage began, RFC 3339.
     pub started: String,
-    /// How long the stage worked in that run, in s. Units taken from the store cost nothing.
+    /// Run time of the stage in that run, in s; reused units add nothing.
     pub wall_s: f64,
 }
 
-/// Everything about an artifact but its bytes.
+/// The record of an artifact: its recipe, ports and units.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// Version of the layout.
+    /// Format version.
     pub format: u32,
-    /// The name of `recipe`.
+    /// The fingerprint of `recipe`.
     pub fingerprint: Fingerprint,
-    /// What it was made from.
+    /// Its recipe.
     pub recipe: Recipe,
-    /// Content digest of each output port, settled when the artifact was first published.
+    /// Content digest of each output port, fixed when the artifact is first published.
     pub ports: BTreeMap<String, Digest>,
     /// Its units in order.
     pub units: Vec<UnitRecord>,
-    /// How it was made.
+    /// How and where it was computed.
     pub made: Provenance,
-    /// Whether its units may be gone because the operator let them go; whoever needs them makes them again.
+    /// Whether the operator allowed its units to be deleted (`cache gc --drop`); they are recomputed when a step reads them.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_dropped: bool,
     /// BLAKE3 of all the above, keyed by the fingerprint.
     pub seal: Digest,
 }
 
-/// A record that says what it is and can be checked against itself.
+/// A record with a seal over all its other fields.
 pub(crate) trait Sealed: Serialize + Clone {
-    /// Names what it describes.
+    /// The key of the seal, derived from what the record describes.
     fn key(&self) -> [u8; 32];
     fn seal_mut(&mut self) -> &mut Digest;
 
@@ -124,29 +125,29 @@ impl Sealed for Manifest {
 }
 
 impl Manifest {
-    /// Its units, as `KIND/FINGERPRINT`.
+    /// The names of its units, `KIND/FINGERPRINT`.
     pub fn unit_names(&self) -> impl Iterator<Item = String> {
         self.units.iter().map(|unit| unit_name(&self.recipe.kind, &unit.key.fingerprint))
     }
 }
 
 impl UnitRecord {
-    /// Size of all files.
+    /// The size of all files.
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.bytes).sum()
     }
 
-    /// How many items it holds.
+    /// The number of items.
     pub fn n_items(&self) -> u64 {
         self.files.iter().filter(|file| file.name == ITEMS_FILE).map(|file| file.bytes / 32).sum()
     }
 
-    /// The files of an output port, sorted by name, where the unit lies in `folder`.
+    /// The files of an output port, sorted by name; `folder` is the unit's.
     pub(crate) fn port_in(&self, folder: &Path, port: &str) -> Vec<InputFile> {
         self.records_in(folder, port).into_iter().map(|(file, _)| file).collect()
     }
 
-    /// The same with their records.
+    /// As [`Self::port_in`], with the files' records.
     pub(crate) fn records_in(&self, folder: &Path, port: &str) -> Vec<(InputFile, &FileRecord)> {
         let input = |name: &str, file: &FileRecord| InputFile {
             name: name.into(),
@@ -159,17 +160,17 @@ impl UnitRecord {
     }
 }
 
-/// The files of an output port by the names that they have there.
+/// The files of an output port with their names inside the port.
 fn port_files<'a>(unit: &'a UnitRecord, port: &str) -> impl Iterator<Item = (&'a str, &'a FileRecord)> {
     unit.files.iter().filter_map(move |file| Some((file.name.strip_prefix(port)?.strip_prefix('/')?, file)))
 }
 
-/// The content digest of an output port over its units in order.
+/// The content digest of an output port: of its files in the order of `units`.
 pub(crate) fn port_digest(units: &[UnitRecord], port: &str) -> Digest {
     Digest::of_list(PORT_DOMAIN, units.iter().flat_map(|unit| port_files(unit, port)).map(|(name, file)| (name, file.content())))
 }
 
-/// The content digest of an input that a user brings: the same rule as for an artifact's port.
+/// The content digest of the user's files as an input, by the same rule as for an artifact's port.
 pub fn files_digest(files: &[InputFile]) -> Digest {
     Digest::of_list(PORT_DOMAIN, files.iter().map(|file| (file.name.as_str(), file.digest)))
 }

@@ -1,17 +1,17 @@
-//! What is to be kept, and what was there: the records that a garbage collection stands on.
+//! The records that garbage collection relies on: pins, pipelines, plans, requests, logs, and the journal of commits.
 //!
 //! ```text
-//! HOME/commits.jsonl                  every unit, manifest and record that was published or went, one sealed line each
-//! HOME/pins/RUN.json                  a pinned run, with what it used
-//! HOME/pipelines/NAME.json            what each step of a pipeline came to when it was last there
-//! HOME/plans/KIND/FINGERPRINT.json    an artifact in the making: which units it will have
-//! HOME/runs/ID/request.json           what a run was asked
-//! HOME/runs/ID/events.jsonl           what happened in it, one sealed line each
+//! HOME/commits.jsonl                  the journal: each unit, manifest and record that was published or removed, one sealed line each
+//! HOME/pins/RUN.json                  a pinned run and the artifacts that it used
+//! HOME/pipelines/NAME.json            the artifact of each step of a pipeline in its last run
+//! HOME/plans/KIND/FINGERPRINT.json    an unfinished artifact: the units that it will have
+//! HOME/runs/ID/request.json           the command line and pipeline of a run
+//! HOME/runs/ID/events.jsonl           the log of a run, one sealed line per event
 //! ```
 //!
-//! A record's *place* is its path in the home, and its seal is keyed by that. The journal of commits tells what was lost from what never
-//! was, and of a log that ended how long it is. It comes after the thing itself where something is published, and before it where
-//! something goes: cut off in between, a thing is there and not noted, and the next start adopts it.
+//! A record's *place* is its path in the home; its seal is keyed by the place. The journal of commits shows whether something was lost or
+//! never existed, and how long a finished log is. Publications are noted after they happened, removals before: after a crash in between,
+//! something exists that is not noted, and the next start notes it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -36,18 +36,18 @@ use crate::{
 
 /// The journal of commits.
 const COMMITS: &str = "commits.jsonl";
-/// Says of which format a home is.
+/// Holds the format version of the home.
 const HOME_FORMAT: &str = "format.json";
-/// The folders of a home that show that it is in use.
+/// Entries that only a home in use has.
 const IN_USE: [&str; 4] = ["units", "artifacts", "runs", COMMITS];
-/// How the name of a run's log ends.
+/// The end of the place of a run's log.
 const LOG: &str = "/events.jsonl";
 
 /// A line of the journal of commits.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum CommitLine {
-    /// A unit was published: `KIND/FINGERPRINT`, as its folder is named.
+    /// A unit was published; `unit` is its name `KIND/FINGERPRINT`.
     Commit {
         unit: String,
         bytes: u64,
@@ -55,19 +55,19 @@ pub(crate) enum CommitLine {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         family: Option<Fingerprint>,
     },
-    /// A unit went, and why.
+    /// A unit was removed.
     Gone { unit: String, why: String },
-    /// A record was published, or a log was begun or has ended.
+    /// A record was published, or a log began or ended.
     Kept {
         record: String,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         ended: Option<Ended>,
     },
-    /// A record went, and why.
+    /// A record was removed.
     Removed { record: String, why: String },
 }
 
-/// What the journal of commits says of a unit that is there.
+/// The journal's entry for a published unit.
 #[derive(Debug, Clone, Copy)]
 pub struct Noted {
     /// Size of its files.
@@ -76,28 +76,28 @@ pub struct Noted {
     pub family: Option<Fingerprint>,
 }
 
-/// How long a log is that nobody appends to any more.
+/// The length of a finished log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Ended {
     bytes: u64,
-    /// Those that are sound.
+    /// The number of sound lines.
     lines: usize,
 }
 
-/// Records that are there by the journal of commits: their places, and of logs how they ended.
+/// The records that the journal of commits lists: place, and the length of a finished log.
 type NotedRecords = BTreeMap<String, Option<Ended>>;
 
-/// What the journal of commits says is there.
+/// The units and records that the journal of commits lists.
 #[derive(Debug, Default)]
 pub(crate) struct Commits {
-    /// As `KIND/FINGERPRINT`.
+    /// By name, `KIND/FINGERPRINT`.
     pub(crate) units: BTreeMap<String, Noted>,
     pub(crate) records: NotedRecords,
     pub(crate) damaged: Vec<DamagedLine>,
     is_there: bool,
 }
 
-/// A record as it is written.
+/// A record on disk.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Record {
@@ -124,33 +124,33 @@ struct UnitPlan {
     units: Vec<Fingerprint>,
 }
 
-/// Where the plan of an artifact in the making lies in the home.
+/// The place of the plan of an unfinished artifact.
 pub(crate) fn plan_place(kind: &str, fingerprint: &Fingerprint) -> String {
     format!("plans/{}/{}.json", kind_name(kind), fingerprint.short())
 }
 
 impl Store {
-    /// Fails where `format.json` is damaged, of another format, or gone from a home that is in use.
+    /// Fails if `format.json` is damaged or of another format, or if it is missing in a home that is in use.
     pub(crate) fn check_home(&self) -> Result<()> {
         let path = self.home().join(HOME_FORMAT);
         if self.kept::<Value>(HOME_FORMAT)?.is_some() {
             return Ok(());
         }
         match IN_USE.iter().find(|name| self.publisher().disk().look(&self.home().join(name)).is_ok()) {
-            Some(name) => Err(Error::malformed(&path, format!("is missing, and the home has a `{name}`"))),
+            Some(name) => Err(Error::malformed(&path, format!("is missing, although the home has a `{name}`"))),
             None => Ok(()),
         }
     }
 
-    /// Fails where the home is gone that was entered: nothing is to come back of it in part.
+    /// Fails if the home was removed after it was entered, so that no write recreates a part of it.
     pub fn check_there(&self) -> Result<()> {
         match self.publisher().disk().look(&self.home().join(HOME_FORMAT)) {
             Ok(_) => Ok(()),
-            Err(_) => Err(Error::malformed(self.home(), "is gone, or its `format.json` is; it was there before")),
+            Err(_) => Err(Error::malformed(self.home(), "the home or its `format.json` was removed during the run")),
         }
     }
 
-    /// Makes the home one of this format.
+    /// Creates `format.json` if it is missing; checks it otherwise.
     pub(crate) fn settle(&self) -> Result<()> {
         self.check_home()?;
         match self.read_if_there(&self.home().join(HOME_FORMAT))? {
@@ -163,7 +163,7 @@ impl Store {
         self.publisher().replace(&self.home().join(HOME_FORMAT), &sealed(HOME_FORMAT, &Value::Null))
     }
 
-    /// Writes `format.json` anew where what lies in the home shows that it is of this format; says whether it does.
+    /// Rewrites `format.json` if the home has journal lines or manifests of this format; returns whether it has.
     pub fn mend_home_format(&self) -> Result<bool> {
         let has_lines = Lines::read(self.publisher(), self.home(), COMMITS)?.is_some_and(|lines| lines.sound().next().is_some());
         if !has_lines && self.manifests()?.is_empty() {
@@ -174,7 +174,7 @@ impl Store {
         Ok(true)
     }
 
-    /// Writes a record, replacing what was there.
+    /// Writes a record, replacing an existing one.
     pub fn keep<T: Serialize>(&self, place: &str, content: &T) -> Result<()> {
         self.put_record(place, &sealed(place, content))
     }
@@ -187,7 +187,7 @@ impl Store {
         if is_new { self.note(&CommitLine::Kept { record: place.into(), ended: None }) } else { Ok(()) }
     }
 
-    /// Reads a record; none where there is no file.
+    /// Reads a record; `None` if there is no file.
     pub fn kept<T: DeserializeOwned>(&self, place: &str) -> Result<Option<T>> {
         let path = self.home().join(place);
         let Some(record) = self.read_record::<Record>(&path)? else { return Ok(None) };
@@ -197,7 +197,7 @@ impl Store {
         serde_json::from_value(record.content).map(Some).map_err(|error| Error::malformed(&path, error.to_string()))
     }
 
-    /// Removes a record for good.
+    /// Deletes a record.
     pub fn remove_record(&self, place: &str, why: &str) -> Result<()> {
         let path = self.home().join(place);
         if self.publisher().disk().look(&path).is_err() {
@@ -207,21 +207,19 @@ impl Store {
         self.publisher().remove(&path)
     }
 
-    /// Notes that a record is gone for good.
+    /// Notes in the journal of commits that a record was removed.
     pub fn note_removed(&self, place: &str, why: &str) -> Result<()> {
         self.note(&CommitLine::Removed { record: place.into(), why: why.into() })
     }
 
-    /// Sets a record aside with the reason beside it. `None`: it is not there.
+    /// Moves a record to quarantine. Returns its new path; `None` if it does not exist.
     pub fn set_record_aside(&self, place: &str, why: &str) -> Result<Option<PathBuf>> {
-        let path = self.home().join(place);
         let folder = Path::new(place).parent().unwrap_or(Path::new("")).to_string_lossy().replace('/', ".");
-        let Some(aside) = self.publisher().set_aside(&path, &self.home().join("quarantine").join(format!("records.{folder}")))? else {
-            return Ok(None);
-        };
-        self.publisher().replace(&aside.with_extension("reason.txt"), format!("{why}\n").as_bytes())?;
-        self.note_removed(place, why)?;
-        Ok(Some(aside))
+        let aside = self.set_aside(&self.home().join(place), &format!("records.{folder}"), why)?;
+        if aside.is_some() {
+            self.note_removed(place, why)?;
+        }
+        Ok(aside)
     }
 
     /// The place of a path in this home.
@@ -236,24 +234,21 @@ impl Store {
         Ok(log)
     }
 
-    /// Notes how long the log of a run is, to which nobody appends any more.
+    /// Notes the length of a run's log; no more lines are appended to it.
     pub fn end_log(&self, place: &str) -> Result<()> {
         let lines = Lines::read(self.publisher(), self.home(), place)?;
         let ended = lines.map(|lines| Ended { bytes: lines.bytes(), lines: lines.sound().count() });
         self.note(&CommitLine::Kept { record: place.into(), ended })
     }
 
-    /// Keeps the sound lines of a journal alone; the whole of it is set aside.
+    /// Moves a damaged journal to quarantine and writes a new one with its sound lines.
     pub fn mend_journal(&self, place: &str, why: &str) -> Result<()> {
         let Some(lines) = Lines::read(self.publisher(), self.home(), place)? else { return Ok(()) };
         let path = self.home().join(place);
-        // Appended to by nobody: opened anew below.
+        // The open handle is of the old file; the next note opens the new one.
         *self.commits.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        let aside = self.publisher().set_aside(&path, &self.home().join("quarantine").join("records"))?;
+        self.set_aside(&path, "records", why)?;
         self.publisher().replace(&path, &lines.mended())?;
-        if let Some(aside) = aside {
-            self.publisher().replace(&aside.with_extension("reason.txt"), format!("{why}\n").as_bytes())?;
-        }
         if place == COMMITS { Ok(()) } else { self.end_log(place) }
     }
 
@@ -267,7 +262,7 @@ impl Store {
         let line = serde_json::to_string(line).expect("BUG: lines are plain JSON");
         let noted = opened.append(&line).and_then(|()| opened.sync());
         if noted.is_err() {
-            // Never fsynced again through this handle. What the disk lost of it is adopted by a later start.
+            // This handle is never fsynced again. A later start notes again what the disk may have lost.
             *journal = None;
         }
         noted
@@ -278,7 +273,7 @@ impl Store {
         self.note(&CommitLine::Commit { unit, bytes: record.bytes(), family: record.key.family })
     }
 
-    /// What the journal of commits says. A line that is damaged says nothing.
+    /// Reads the journal of commits; damaged lines are listed and otherwise ignored.
     pub(crate) fn journal(&self) -> Result<Commits> {
         let mut commits = Commits::default();
         let Some(lines) = Lines::read(self.publisher(), self.home(), COMMITS)? else { return Ok(commits) };
@@ -290,14 +285,14 @@ impl Store {
                 Ok(CommitLine::Gone { unit, .. }) => drop(commits.units.remove(&unit)),
                 Ok(CommitLine::Kept { record, ended }) => drop(commits.records.insert(record, ended)),
                 Ok(CommitLine::Removed { record, .. }) => drop(commits.records.remove(&record)),
-                // Of a later version.
+                // A line of a later version.
                 Err(_) => {}
             }
         }
         Ok(commits)
     }
 
-    /// The units that the journal of commits says are there, as `KIND/FINGERPRINT`.
+    /// The units that the journal of commits lists, by name `KIND/FINGERPRINT`.
     pub fn noted_units(&self) -> Result<BTreeMap<String, Noted>> {
         Ok(self.journal()?.units)
     }
@@ -306,27 +301,27 @@ impl Store {
         Ok(self.journal()?.records)
     }
 
-    /// The places of all records that are there, ascending.
+    /// The places of all records on disk, except manifests and the journal of commits.
     pub fn record_places(&self) -> Result<Vec<String>> {
         let mut places = Vec::new();
         let list = |top: &str| self.publisher().list(&self.home().join(top));
-        let is_sound = |name: &str| !name.starts_with(TEMPORARY);
+        let is_finished = |name: &str| !name.starts_with(TEMPORARY);
         for top in ["pins", "pipelines"] {
-            let names = list(top)?.into_iter().filter(|(name, is_folder)| !is_folder && is_sound(name));
+            let names = list(top)?.into_iter().filter(|(name, is_folder)| !is_folder && is_finished(name));
             places.extend(names.map(|(name, _)| format!("{top}/{name}")));
         }
         for (kind, _) in list("plans")?.into_iter().filter(|(_, is_folder)| *is_folder) {
-            let names = list(&format!("plans/{kind}"))?.into_iter().filter(|(name, _)| is_sound(name));
+            let names = list(&format!("plans/{kind}"))?.into_iter().filter(|(name, _)| is_finished(name));
             places.extend(names.map(|(name, _)| format!("plans/{kind}/{name}")));
         }
-        for (run, _) in list("runs")?.into_iter().filter(|(name, is_folder)| *is_folder && is_sound(name)) {
+        for (run, _) in list("runs")?.into_iter().filter(|(name, is_folder)| *is_folder && is_finished(name)) {
             let names = list(&format!("runs/{run}"))?.into_iter().filter(|(name, _)| ["request.json", &LOG[1..]].contains(&name.as_str()));
             places.extend(names.map(|(name, _)| format!("runs/{run}/{name}")));
         }
         Ok(places)
     }
 
-    /// Notes records that are there and were not noted; and, where nobody else is at work, how long the logs are of runs that were cut off.
+    /// Notes records that the journal lacks. If no other process is at work, also notes the lengths of the logs of interrupted runs.
     pub(crate) fn adopt_records(&self, journal: &Commits) -> Result<()> {
         let manifests = self.manifest_paths()?.into_iter().map(|path| self.place_of(&path));
         for place in self.record_places()?.into_iter().chain(manifests) {
@@ -345,8 +340,8 @@ impl Store {
         Ok(())
     }
 
-    /// What lies in the place of a record, or of a folder of the home, and is none: a folder, a pipe, a link to nothing. It is looked for first:
-    /// none of it can be read.
+    /// Finds entries of the wrong type in the place of a record or of a folder of the home: a folder, a pipe, a dead link. Checked before
+    /// anything else, because such an entry cannot be read.
     pub fn misplaced(&self) -> Result<Vec<Finding>> {
         let mut found = Vec::new();
         let mut look = |path: PathBuf, is_expected: fn(&fs::Metadata) -> bool, expected: &str| {
@@ -390,7 +385,7 @@ impl Store {
         Ok(found)
     }
 
-    /// What is damaged or gone of the records, and of the manifests that were noted.
+    /// Checks the records and the journal of commits; also finds noted manifests that are missing.
     pub fn verify_records(&self) -> Result<Vec<Finding>> {
         let mut found = Vec::new();
         let mut find = |class, place: &str, problem: String| {
@@ -401,23 +396,23 @@ impl Store {
         }
         let journal = self.journal()?;
         if !journal.is_there && IN_USE[..3].iter().any(|name| self.publisher().disk().look(&self.home().join(name)).is_ok()) {
-            find(Class::Record, COMMITS, "is missing: what was there and is lost is not known".into());
+            find(Class::Record, COMMITS, "is missing: lost units and records cannot be found without it".into());
         }
-        if let Some(problem) = words(&journal.damaged) {
+        if let Some(problem) = list_damaged(&journal.damaged) {
             find(Class::Record, COMMITS, problem);
         }
         let n_unknown = if journal.is_there { self.n_not_noted(&journal)? } else { 0 };
         if n_unknown > 0 {
-            find(Class::Record, COMMITS, format!("lines are lost: it does not have {n_unknown} of the units that artifacts list"));
+            find(Class::Record, COMMITS, format!("has lost lines: {n_unknown} units that artifacts list are not in it"));
         }
         let places = self.record_places()?;
         let is_gone = |place: &&String| self.publisher().disk().look(&self.home().join(place)).is_err();
         let gone: Vec<&String> = journal.records.keys().filter(is_gone).collect();
-        // Asked again, because they may go while we look.
+        // Read again, because records may be removed during the check.
         let still = if gone.is_empty() { NotedRecords::new() } else { self.noted_records()? };
         for place in gone.into_iter().filter(|place| still.contains_key(*place)) {
             let class = if place.starts_with("artifacts/") { Class::Manifest } else { Class::Record };
-            find(class, place, "was there and is gone".into());
+            find(class, place, "was published and is missing".into());
         }
         for place in &places {
             let problem = match place.ends_with(LOG) {
@@ -437,7 +432,7 @@ impl Store {
         Ok(found)
     }
 
-    /// How many units that are there, and that artifacts list, were never noted: each was noted before its artifact was published.
+    /// The number of published units that artifacts list and the journal lacks. Each was noted before its artifact was published.
     fn n_not_noted(&self, journal: &Commits) -> Result<usize> {
         let mut unknown = BTreeSet::new();
         for manifest in self.manifests()? {
@@ -447,7 +442,7 @@ impl Store {
         Ok(unknown.len())
     }
 
-    /// What is damaged of a run's log. What a power cut leaves of one that had not ended is none.
+    /// The damage of a run's log, if any. Zero bytes, as a power cut leaves them in an unfinished log, are not damage.
     fn log_problem(&self, place: &str, ended: Option<Ended>) -> Result<Option<String>> {
         let lines = Lines::read(self.publisher(), self.home(), place)?.unwrap_or_default();
         let damaged: Vec<DamagedLine> = lines.damaged().iter().filter(|line| !line.has_zeros).copied().collect();
@@ -455,11 +450,11 @@ impl Store {
         Ok(match ended {
             Some(Ended { bytes, .. }) if bytes != lines.bytes() => Some(format!("expected {bytes} bytes, found {}", lines.bytes())),
             Some(Ended { lines, .. }) if lines != n_sound => Some(format!("expected {lines} sound lines, found {n_sound}")),
-            _ => words(&damaged),
+            _ => list_damaged(&damaged),
         })
     }
 
-    /// Writes down which units an artifact will have, before the first is made. It does not depend on who makes them.
+    /// Records the units that an artifact will have, before the first is made. They are the same for every process.
     pub fn write_plan(&self, recipe: &Recipe, units: &[Fingerprint]) -> Result<()> {
         let place = plan_place(&recipe.kind, &recipe.fingerprint());
         let plan = UnitPlan { recipe: recipe.clone(), units: units.to_vec() };
@@ -472,8 +467,8 @@ impl Store {
         self.keep(&place, &plan)
     }
 
-    /// The units, as `KIND/FINGERPRINT`, of every artifact in the making, by the artifact's name (32 digits). A plan that is damaged is a
-    /// finding of [`Self::verify_records`].
+    /// The unit names `KIND/FINGERPRINT` of each unfinished artifact, by the artifact's fingerprint (32 digits). Damaged plans are left out;
+    /// [`Self::verify_records`] finds them.
     pub fn plans(&self) -> Result<BTreeMap<String, Vec<String>>> {
         let mut units = BTreeMap::new();
         for place in self.record_places()?.iter().filter(|place| place.starts_with("plans/")) {
@@ -486,7 +481,7 @@ impl Store {
     }
 }
 
-/// How far an earlier scan of the home came: see `ovenbird verify --max-duration`.
+/// The place where `ovenbird verify --max-duration` records how far it came.
 pub const CURSOR: &str = "verify.json";
 
 fn sealed<T: Serialize>(place: &str, content: &T) -> Vec<u8> {
@@ -494,7 +489,7 @@ fn sealed<T: Serialize>(place: &str, content: &T) -> Vec<u8> {
     to_json(&Record { format: FORMAT, place: place.into(), content, seal: Digest::of(&[]) }.sealed())
 }
 
-/// An error's words without the file, which a finding names.
+/// An error's message without the path, which the finding has.
 fn problem_of(error: &Error) -> String {
     match error {
         Error::Malformed { problem, .. } => problem.clone(),
@@ -506,7 +501,7 @@ fn problem_of(error: &Error) -> String {
 }
 
 /// `line 17 is damaged, and 2 more`.
-fn words(damaged: &[DamagedLine]) -> Option<String> {
+fn list_damaged(damaged: &[DamagedLine]) -> Option<String> {
     let first = damaged.first()?;
     let more = if damaged.len() > 1 { format!(", and {} more", damaged.len() - 1) } else { String::new() };
     Some(format!("line {} is damaged{more}", first.number))

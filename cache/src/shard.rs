@@ -1,18 +1,17 @@
-//! Feature shards: Arrow IPC files whose every record batch carries a BLAKE3, read through a memory map without copying.
+//! Feature shards: Arrow IPC files with a BLAKE3 for each record batch, read through a memory map without copying.
 //!
 //! Layout: an ordinary Arrow IPC file (any Arrow reader opens it).
-//! - Schema metadata: `ovenbird.shard` = format version, `ovenbird.unit` = fingerprint of the unit, 64 hexadecimal digits; and what
-//!   the writer says of all rows.
-//! - Footer metadata: `ovenbird.digests` = JSON list with the BLAKE3 of each record batch, taken over its message and body
-//!   exactly as they lie in the file; `ovenbird.stats` = [`Stats`] as JSON; `ovenbird.root` = BLAKE3, keyed by the unit's
-//!   fingerprint, of the columns with the writer's metadata, the digests and the stats.
+//! - Schema metadata: `ovenbird.shard` = format version, `ovenbird.unit` = fingerprint of the unit, 64 hexadecimal digits; and the
+//!   writer's own entries, which hold for all rows.
+//! - Footer metadata: `ovenbird.digests` = JSON list with the BLAKE3 of each record batch, over the bytes of its message and body
+//!   in the file; `ovenbird.stats` = [`Stats`] as JSON; `ovenbird.root` = BLAKE3, keyed by the unit's fingerprint, of the columns
+//!   with the writer's metadata, the digests and the stats.
 //!
-//! The unit's fingerprint is that of its recipe, which holds the digests of its items: a sound shard in the wrong place, or
-//! from another model, does not match. (The place of a unit among others is not in it: data sets share units.) Offsets are
-//! u64.
+//! The unit's fingerprint depends on the recipe and on the digests of its items: a valid shard in the wrong place, or of another
+//! model, does not match. (The index of a unit in a list is not part of it: data sets share units.) Offsets are u64.
 //!
-//! The *content* digest of a shard covers its columns, the writer's metadata and its batches, not the unit's fingerprint: two
-//! recipes that come to the same features are the same input downstream.
+//! The *content* digest of a shard covers its columns, the writer's metadata and its batches, but not the unit's fingerprint: equal
+//! features of two recipes are the same input for downstream stages.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -38,10 +37,10 @@ use arrow::{
 
 use crate::{
     Digest, DraftFile, Error, Fingerprint, Result,
-    stats::{Stats, StatsBuilder, senseless},
+    stats::{Stats, StatsBuilder, invalid_values},
 };
 
-/// The one format this program reads and writes.
+/// The format version that this program reads and writes.
 pub const FORMAT: u32 = 2;
 const FORMAT_KEY: &str = "ovenbird.shard";
 const UNIT_KEY: &str = "ovenbird.unit";
@@ -53,16 +52,16 @@ const HEADER_BYTES: usize = 8;
 /// Length of the footer (i32) and `ARROW1`.
 const TRAILER_BYTES: usize = 10;
 
-/// How batches lie in the file. On unit-norm CLIP features zstd saves 8 %.
+/// The compression of batches. zstd saves 8 % on unit-norm CLIP features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
-    /// As they are in memory: readers map them.
+    /// Uncompressed: readers use the memory map without copying.
     None,
-    /// zstd, buffer by buffer: readers copy.
+    /// zstd for each buffer: readers decompress into memory.
     Zstd,
 }
 
-/// A shard being written into a draft.
+/// Writes a shard into a draft.
 pub struct ShardWriter {
     writer: FileWriter<Tee>,
     unit: Fingerprint,
@@ -72,7 +71,7 @@ pub struct ShardWriter {
     path: PathBuf,
 }
 
-/// Hashes what passes through since the last mark.
+/// Writes to a file, and hashes the bytes since the last mark.
 struct Tee {
     file: DraftFile,
     since_mark: blake3::Hasher,
@@ -91,7 +90,7 @@ impl Write for Tee {
 }
 
 impl ShardWriter {
-    /// Begins a shard of a unit. `schema` must not use dictionaries.
+    /// Starts a shard of a unit. `schema` must not use dictionaries.
     pub fn new(file: DraftFile, schema: &Schema, unit: &Fingerprint, compression: Compression) -> Result<Self> {
         let path = file.path().to_owned();
         let mut metadata: HashMap<String, String> = schema.metadata().clone();
@@ -113,7 +112,7 @@ impl ShardWriter {
         Ok(shard)
     }
 
-    /// Appends one group of rows.
+    /// Appends a record batch.
     pub fn write(&mut self, batch: &RecordBatch) -> Result<()> {
         self.writer.write(batch).map_err(|error| from_arrow(&self.path, error))?;
         let digest = self.mark();
@@ -122,12 +121,12 @@ impl ShardWriter {
         Ok(())
     }
 
-    /// Writes the footer, fsyncs, and records the file in its draft. Fails where what the rows say makes no sense.
+    /// Writes the footer, fsyncs, and adds the file to its draft. Fails with [`Error::Unsound`] if values are invalid.
     pub fn finish(mut self) -> Result<()> {
         let digests = serde_json::to_string(&self.digests).expect("BUG: a list of strings is plain JSON");
         let stats = self.stats.finish();
-        // What `verify` would find wrong is not published.
-        if let Some(problem) = senseless(&stats).into_iter().next() {
+        // The same check as in `verify`.
+        if let Some(problem) = invalid_values(&stats).into_iter().next() {
             return Err(Error::Unsound { what: format!("a shard of unit {}", self.unit), problem });
         }
         let stats = serde_json::to_string(&stats).expect("BUG: numbers are plain JSON");
@@ -146,7 +145,7 @@ impl ShardWriter {
     }
 }
 
-/// A line a column: its name, type and whether it may be null. Then a line an entry of the writer's metadata, by key.
+/// The columns as text: one line per column with name, type and nullability, then one line per entry of the writer's metadata, by key.
 fn columns(schema: &Schema) -> String {
     let columns = schema.fields().iter().map(|field| format!("{} {} {}\n", field.name(), field.data_type(), field.is_nullable()));
     let metadata = schema.metadata().iter().filter(|(key, _)| ![FORMAT_KEY, UNIT_KEY].contains(&key.as_str()));
@@ -154,7 +153,7 @@ fn columns(schema: &Schema) -> String {
     columns.chain(metadata.into_iter().map(|(key, value)| format!("{key} = {value}\n"))).collect()
 }
 
-/// The content digest: see the top of this file.
+/// The content digest, as described at the top of this file.
 fn content(columns: &str, digests: &[Digest]) -> Digest {
     let mut hasher = blake3::Hasher::new();
     hasher.update(columns.as_bytes());
@@ -179,7 +178,7 @@ fn from_arrow(path: &Path, error: ArrowError) -> Error {
     }
 }
 
-/// An open shard. Batches share the memory map and live as long as anyone holds them.
+/// An open shard. Its batches share the memory map, which is freed with the last of them.
 #[derive(Debug)]
 pub struct ShardReader {
     path: PathBuf,
@@ -193,15 +192,15 @@ pub struct ShardReader {
 }
 
 impl ShardReader {
-    /// Opens a shard and checks its footer; batches are checked one by one as they are read. A shard of a store must belong
-    /// to the `unit` that it lies in.
+    /// Opens a shard and checks its footer; each batch is checked when it is read. Fails if the shard belongs to another unit than
+    /// `unit`; `None` accepts any.
     pub fn open(path: &Path, unit: Option<&Fingerprint>) -> Result<Self> {
         let file = File::open(path).map_err(|source| Error::read(path, source))?;
         let bytes = map(&file).map_err(|source| Error::read(path, source))?;
         let shard = Self::from_bytes(path, &bytes)?;
         match unit {
             Some(unit) if *unit != shard.unit => {
-                Err(Error::malformed(path, format!("is a shard of unit {}, expected one of unit {unit}", shard.unit)))
+                Err(Error::malformed(path, format!("is a shard of unit {}, expected a shard of unit {unit}", shard.unit)))
             }
             _ => Ok(shard),
         }
@@ -210,7 +209,7 @@ impl ShardReader {
     fn from_bytes(path: &Path, bytes: &Buffer) -> Result<Self> {
         let malformed = |problem: String| Error::malformed(path, problem);
         if bytes.len() < HEADER_BYTES + TRAILER_BYTES || &bytes[..6] != b"ARROW1" {
-            return Err(malformed(format!("expected a feature shard, found {} bytes that do not begin with ARROW1", bytes.len())));
+            return Err(malformed(format!("expected a feature shard, found {} bytes that do not start with ARROW1", bytes.len())));
         }
         let body = bytes.len() - TRAILER_BYTES;
         let trailer = bytes[body..].try_into().expect("BUG: the trailer has ten bytes");
@@ -236,7 +235,7 @@ impl ShardReader {
         let expected: Digest = expected.parse().map_err(|_| malformed(format!("expected a digest at `{ROOT_KEY}`")))?;
         match (version == FORMAT, expected == found) {
             (true, _) => {}
-            (false, true) => return Err(malformed(format!("says format {version}, and has the digest of format {FORMAT}"))),
+            (false, true) => return Err(malformed(format!("says format {version}, but its digest is that of format {FORMAT}"))),
             (false, false) => return Err(other_format),
         }
         if expected != found {
@@ -260,27 +259,27 @@ impl ShardReader {
         Ok(Self { path: path.to_owned(), bytes: bytes.clone(), decoder, blocks, digests, schema, unit, stats })
     }
 
-    /// The columns, with the writer's metadata.
+    /// The schema, with the writer's metadata.
     pub fn schema(&self) -> &SchemaRef {
         &self.schema
     }
 
-    /// The unit it belongs to.
+    /// The unit that the shard belongs to.
     pub fn unit(&self) -> Fingerprint {
         self.unit
     }
 
-    /// Digest of its rows, whoever's they are, as its footer tells.
+    /// The content digest, from the footer; it does not depend on the unit.
     pub fn content(&self) -> Digest {
         content(&columns(&self.schema), &self.digests)
     }
 
-    /// Its rows in numbers.
+    /// The statistics of the rows.
     pub fn stats(&self) -> &Stats {
         &self.stats
     }
 
-    /// How many record batches there are.
+    /// The number of record batches.
     pub fn n_batches(&self) -> usize {
         self.blocks.len()
     }
@@ -298,13 +297,13 @@ impl ShardReader {
         batch.ok_or_else(|| Error::malformed(&self.path, format!("batch {batch_idx} is empty")))
     }
 
-    /// Every record batch in order, each checked as it is reached.
+    /// All record batches in order, each checked when it is read.
     pub fn batches(&self) -> impl Iterator<Item = Result<RecordBatch>> {
         (0..self.n_batches()).map(|batch_idx| self.batch(batch_idx))
     }
 }
 
-/// Whether a column is of a type that shards have. Arrow's conversion panics at what it does not know, and a footer may be damaged.
+/// Whether shards have columns of this type. Arrow's conversion panics at types that it does not know, and a footer may be damaged.
 fn is_known(field: &arrow::ipc::Field<'_>) -> bool {
     use arrow::ipc::{Precision, Type};
     let has_known_child = || field.children().is_some_and(|children| children.len() == 1 && is_known(&children.get(0)));
@@ -328,10 +327,10 @@ fn extent(block: &Block) -> Option<(usize, usize)> {
     Some((usize::try_from(block.offset()).ok()?, length))
 }
 
-#[expect(unsafe_code, reason = "a memory map is only sound while nobody truncates the file: published files are immutable")]
+#[expect(unsafe_code, reason = "a memory map is sound only while the file is not truncated: published files are immutable")]
 fn map(file: &File) -> std::io::Result<Buffer> {
-    // SAFETY: shards are renamed into place whole and never written again; replacing one makes a new inode, which leaves
-    // this map untouched.
+    // SAFETY: shards are renamed into place whole and never written again; replacing a shard creates a new inode and does not
+    // change this map.
     let map = unsafe { memmap2::Mmap::map(file)? };
     Ok(Buffer::from(bytes::Bytes::from_owner(map)))
 }
@@ -400,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shard_gives_back_what_was_written_with_its_unit() {
+    fn a_shard_returns_the_rows_and_the_unit_it_was_written_with() {
         let home = tempfile::tempdir().unwrap();
         for (compression, unit) in [(Compression::None, unit()), (Compression::Zstd, blake3::hash(b"zstd").into())] {
             let (path, _) = written(home.path(), &two_batches(), unit, compression);
@@ -416,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn the_content_digest_ignores_whose_shard_it_is_and_sees_every_value() {
+    fn the_content_digest_depends_on_every_value_and_not_on_the_unit() {
         let home = tempfile::tempdir().unwrap();
         let (_, first) = written(home.path(), &two_batches(), unit(), Compression::None);
         let (_, other_unit) = written(home.path(), &two_batches(), blake3::hash(b"other").into(), Compression::None);
@@ -429,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_writer_says_of_all_rows_is_content_and_is_sealed() {
+    fn the_writers_metadata_are_content_and_are_sealed() {
         let home = tempfile::tempdir().unwrap();
         let with = |value: &str| {
             let schema = schema().with_metadata(HashMap::from([("who".to_owned(), value.to_owned())]));
@@ -476,15 +475,15 @@ mod tests {
         let reader = ShardReader::open(&path, None).unwrap();
         let (offset, length) = extent(&reader.blocks[1]).unwrap();
         for at in offset..offset + length {
-            let mut hurt = sound.clone();
-            hurt[at] ^= 0x10;
-            let reader = ShardReader::from_bytes(&path, &Buffer::from(hurt)).unwrap();
+            let mut damaged = sound.clone();
+            damaged[at] ^= 0x10;
+            let reader = ShardReader::from_bytes(&path, &Buffer::from(damaged)).unwrap();
             assert!(reader.batch(0).is_ok());
             assert!(matches!(reader.batch(1), Err(Error::Flipped { .. })), "byte {at}");
         }
     }
 
-    /// Arrow's conversion of a schema panics at types that it does not know, such as a flipped bit makes of ours.
+    /// Arrow's conversion of a schema panics at types that it does not know; a flipped bit may create such a type.
     #[test]
     fn a_flipped_bit_of_a_footer_is_found_or_changes_nothing_and_never_panics() {
         let home = tempfile::tempdir().unwrap();
@@ -497,9 +496,9 @@ mod tests {
         let last = blocks.iter().filter_map(extent).map(|(offset, length)| offset + length).max().unwrap();
         let mut n_found = 0;
         for bit in last * 8..sound.len() * 8 {
-            let mut hurt = sound.clone();
-            hurt[bit / 8] ^= 1 << (bit % 8);
-            match ShardReader::from_bytes(&path, &Buffer::from(hurt)) {
+            let mut damaged = sound.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            match ShardReader::from_bytes(&path, &Buffer::from(damaged)) {
                 Err(Error::Flipped { .. } | Error::Malformed { .. }) => n_found += 1,
                 Err(error) => panic!("bit {bit}: {error}"),
                 Ok(reader) => {
@@ -525,7 +524,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_format_is_refused_in_words() {
+    fn a_newer_format_is_refused_with_both_versions() {
         let home = tempfile::tempdir().unwrap();
         let (path, _) = written(home.path(), &two_batches(), unit(), Compression::None);
         let mut bytes = fs::read(&path).unwrap();
@@ -538,10 +537,10 @@ mod tests {
                 }
             }
         }
-        // Of that format alone the number is other: a flipped bit.
+        // Only the number differs: a flipped bit.
         let problem = ShardReader::from_bytes(&path, &Buffer::from(bytes.clone())).unwrap_err();
         assert!(matches!(problem, Error::Malformed { .. }) && problem.to_string().contains("says format 9"), "{problem}");
-        // A real one has more that is other.
+        // A real newer format differs in more.
         let rows = bytes.windows(7).position(|window| window == b"\"rows\":").unwrap() + 7;
         bytes[rows] = b'7';
         let problem = ShardReader::from_bytes(&path, &Buffer::from(bytes)).unwrap_err();

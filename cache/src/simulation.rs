@@ -1,8 +1,8 @@
-//! Every state that a power cut may leave on a disk, and every call that may fail: the store's promises checked on each.
+//! Simulated power cuts and failing calls: the store's guarantees, checked on every state that they may leave on a disk.
 //!
-//! The store runs on a disk in memory that records what it is asked. After each prefix of that record, what was fsynced is
-//! there; of the rest any subset is, in any order, and a write may be torn or be zeros. This is harsher than file systems
-//! are. What it cannot show is a device that lies about its fsync.
+//! The store runs on a disk in memory that records all operations. After each prefix of the operations, everything fsynced is
+//! on the disk; of the other operations any subset is, and one write may be torn or zeros. File systems leave fewer states than
+//! this. A device that ignores fsync is not simulated.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -27,12 +27,12 @@ const HOME: &str = "/home";
 
 #[derive(Debug, Clone, PartialEq)]
 enum Node {
-    /// Shared between images until one writes.
+    /// Shared between images until one of them changes it.
     File(Arc<Vec<u8>>),
     Folder(BTreeMap<String, usize>),
 }
 
-/// An entry of a folder: the folder's node, and the name in it.
+/// An entry of a folder: the folder's node, and the entry's name.
 type Entry = (usize, String);
 
 #[derive(Debug, Clone)]
@@ -54,7 +54,7 @@ enum Op {
     },
     Remove(Entry),
     SyncFolder(usize),
-    /// Something returned, or is about to begin: no operation of the disk.
+    /// Not an operation: a call of the store returned or is about to begin.
     Mark(Mark),
 }
 
@@ -65,7 +65,7 @@ enum Mark {
     SetAside(String),
 }
 
-/// What lies on a disk: nodes, of which the first is the root.
+/// The content of a disk; the first node is the root.
 #[derive(Debug, Clone)]
 struct Image {
     nodes: Vec<Node>,
@@ -102,7 +102,7 @@ impl Image {
         }
     }
 
-    /// Does an operation as far as it is possible on what is there.
+    /// Applies an operation; does nothing where its entries or files do not exist.
     fn apply(&mut self, op: &Op) {
         match op {
             Op::Create { at: (folder, name), node } => drop(self.folder(*folder).insert(name.clone(), *node)),
@@ -160,7 +160,7 @@ enum Failure {
     Broken,
     /// ENOSPC.
     Full,
-    /// A write takes only half of what it is given, which is no error.
+    /// A write takes only half of its bytes and reports that, without an error.
     Short,
 }
 
@@ -168,10 +168,10 @@ enum Failure {
 struct Inner {
     image: Image,
     log: Vec<Op>,
-    /// Changing calls so far.
+    /// The number of changing calls so far.
     n_calls: usize,
     fail: Option<(usize, Failure)>,
-    /// Files whose fsync has failed.
+    /// Files whose fsync failed.
     lost: HashSet<usize>,
 }
 
@@ -183,7 +183,7 @@ struct SimDisk(Arc<Mutex<Inner>>);
 struct SimFile {
     disk: SimDisk,
     node: usize,
-    /// A journal: it stays one file for ever, and is not the truth.
+    /// Whether it is a journal, which is never replaced and may lose lines.
     is_appended: bool,
 }
 
@@ -196,7 +196,7 @@ impl SimDisk {
         self.0.lock().unwrap().fail = Some((call, failure));
     }
 
-    /// Takes part in a changing call: counts it, lets it fail if it is its turn, and records what it did.
+    /// Makes a changing call: counts it, and fails if it is the chosen one.
     fn call<T>(&self, change: impl FnOnce(&mut Inner) -> io::Result<T>) -> io::Result<T> {
         let mut inner = self.0.lock().unwrap();
         let turn = inner.n_calls;
@@ -351,14 +351,14 @@ impl DiskFile for SimFile {
     }
 }
 
-/// What the store is made to do.
+/// The work that the store does in a simulation.
 #[derive(Debug, Clone, Copy)]
 struct Scenario {
     n_units: u8,
     n_files: u8,
-    /// Whether the first unit is set aside and made again.
+    /// Whether the first unit is moved to quarantine and made again.
     with_quarantine: bool,
-    /// Whether the last unit is removed for good.
+    /// Whether the last unit is deleted and made again.
     with_removal: bool,
 }
 
@@ -385,7 +385,7 @@ impl Scenario {
         store.commit_unit(draft, key(unit), &[Digest::of(&[unit])], BTreeMap::new())
     }
 
-    /// Makes what is missing, as a run does. Doing it again does nothing.
+    /// Makes everything that is missing, as a run does.
     fn finish(self, store: &Store, mark: &dyn Fn(Mark)) -> Result<()> {
         store.settle()?;
         store.write_plan(&Self::recipe(), &(0..self.n_units).map(|unit| key(unit).fingerprint).collect::<Vec<_>>())?;
@@ -410,7 +410,7 @@ impl Scenario {
         Ok(())
     }
 
-    /// Everything, from an empty disk.
+    /// Does the whole work on an empty disk.
     fn run(self, store: &Store, mark: &dyn Fn(Mark)) -> Result<()> {
         self.finish(store, mark)?;
         if self.with_quarantine {
@@ -440,13 +440,13 @@ fn home() -> Image {
     image
 }
 
-/// The results on a disk: units and artifacts, without journal, plans and quarantine.
+/// The files of units and artifacts on a disk, without journal, plans and quarantine.
 fn results(image: &Image) -> BTreeMap<PathBuf, Vec<u8>> {
     let is_result = |path: &PathBuf| path.starts_with("/home/units") || path.starts_with("/home/artifacts");
     image.files().into_iter().filter(|(path, _)| is_result(path)).collect()
 }
 
-/// Calls back with every state that a power cut after the first `n_done` operations may leave.
+/// Calls `visit` with every state that a power cut after the first `n_done` operations may leave, and the operations lost in it.
 fn crash_states(base: &Image, log: &[Op], n_done: usize, nodes: &[Node], random: &mut ChaCha8Rng, visit: &mut dyn FnMut(Image, &[usize])) {
     let done = &log[..n_done];
     let synced_after = |place: usize, is_sync: &dyn Fn(&Op) -> bool| done[place + 1..].iter().any(is_sync);
@@ -464,7 +464,7 @@ fn crash_states(base: &Image, log: &[Op], n_done: usize, nodes: &[Node], random:
         Node::File(_) => Node::File(Arc::default()),
         Node::Folder(_) => Node::Folder(BTreeMap::new()),
     }));
-    // What comes before everything that is pending is the same in all states.
+    // Operations before the first pending one are the same in all states.
     let n_same = pending.first().copied().unwrap_or(n_done);
     done[..n_same].iter().for_each(|op| start.apply(op));
     const MOST: u32 = 10;
@@ -474,7 +474,7 @@ fn crash_states(base: &Image, log: &[Op], n_done: usize, nodes: &[Node], random:
         let chosen: u64 = if n_pending <= MOST { subset } else { random.random() };
         let lost: Vec<usize> = pending.iter().enumerate().filter(|(bit, _)| chosen >> bit & 1 == 0).map(|(_, place)| *place).collect();
         let torn = pending.iter().rev().find(|place| !lost.contains(place) && matches!(done[**place], Op::Write { .. }));
-        // Whole, half, the first sector, zeros.
+        // The whole write, half of it, its full sectors, zeros.
         for tear in 0..if torn.is_some() { 4 } else { 1 } {
             let mut image = start.clone();
             for (place, op) in done.iter().enumerate().skip(n_same).filter(|(place, _)| !lost.contains(place)) {
@@ -496,9 +496,9 @@ fn crash_states(base: &Image, log: &[Op], n_done: usize, nodes: &[Node], random:
     }
 }
 
-/// The promises, on one state.
+/// Checks the guarantees on one state.
 ///
-/// With `to_the_end` the work is finished on it and compared with `expected`. Returns the disk as recovery left it.
+/// With `to_the_end` the work is then finished and the results compared with `expected`. Returns a disk with the operations of the recovery.
 fn check(
     scenario: Scenario,
     image: &Image,
@@ -510,7 +510,7 @@ fn check(
     let disk = SimDisk::new(image.clone());
     let store = store_on(&disk, Owner::me().clone());
     store.recover().unwrap();
-    // What recovery does is looked at by itself, before the work goes on.
+    // The operations of the recovery, before the work continues.
     let recovery = SimDisk(Arc::new(Mutex::new(Inner {
         image: image.clone(),
         log: disk.0.lock().unwrap().log.clone(),
@@ -518,16 +518,16 @@ fn check(
         fail: None,
         lost: HashSet::new(),
     })));
-    assert_eq!(store.recover().unwrap(), Recovered::default(), "recovery again does something: {}", said());
+    assert_eq!(store.recover().unwrap(), Recovered::default(), "a second recovery changes something: {}", said());
     let now = disk.0.lock().unwrap().image.clone();
     let files = now.files();
-    assert!(!files.keys().any(|path| path.to_string_lossy().contains(TEMPORARY)), "something unfinished stays: {}", said());
+    assert!(!files.keys().any(|path| path.to_string_lossy().contains(TEMPORARY)), "an unfinished file stays: {}", said());
     let mut valid = BTreeSet::new();
     for unit in store.unit_names().unwrap() {
         if let Ok(Status::Valid(_)) = store.unit_at(&unit) {
             let folder = store.unit_path(&unit);
             for (path, bytes) in files.iter().filter(|(path, _)| path.starts_with(&folder)) {
-                assert_eq!(expected.get(path), Some(bytes), "{} is reported done and wrong: {}", path.display(), said());
+                assert_eq!(expected.get(path), Some(bytes), "{} is reported valid and is wrong: {}", path.display(), said());
             }
             valid.insert(unit);
         }
@@ -539,21 +539,21 @@ fn check(
             Mark::WillGo(unit) => drop(returned.remove(unit)),
             Mark::SetAside(unit) => {
                 let place = Path::new(HOME).join("quarantine").join(unit.replace('/', "."));
-                assert!(files.keys().any(|path| path.starts_with(&place)), "what was set aside is gone: {}", said());
+                assert!(files.keys().any(|path| path.starts_with(&place)), "a unit in quarantine is lost: {}", said());
             }
         }
     }
-    assert!(returned.is_subset(&valid), "a commit returned and its unit is not there: {}", said());
+    assert!(returned.is_subset(&valid), "a commit returned and its unit is missing: {}", said());
     let noted: BTreeSet<String> = store.noted_units().unwrap().into_keys().collect();
-    assert!(valid.is_subset(&noted), "a unit is there and not noted: {}", said());
+    assert!(valid.is_subset(&noted), "a unit exists and is not noted: {}", said());
     if to_the_end {
         scenario.finish(&store, &|_| {}).unwrap();
-        assert!(results(&disk.0.lock().unwrap().image) == *expected, "other results than a run left alone: {}", said());
+        assert!(results(&disk.0.lock().unwrap().image) == *expected, "other results than an undisturbed run: {}", said());
     }
     recovery
 }
 
-/// Every crash state of a scenario; returns how many there are, and of how many crashes during recovery.
+/// Checks every crash state of a scenario; returns the number of states, and of states after a second crash during recovery.
 fn crash_everywhere(scenario: Scenario) -> (usize, usize) {
     let base = home();
     let disk = SimDisk::new(base.clone());
@@ -580,7 +580,7 @@ fn crash_everywhere(scenario: Scenario) -> (usize, usize) {
             };
             let recovery = check(scenario, &image, &marks, &expected, n_checked % 4 == 0, &said);
             if n_checked % 1500 == 0 {
-                // The recovery is cut off as well.
+                // The recovery crashes as well.
                 let inner = recovery.0.lock().unwrap();
                 let mut nodes = image.nodes.clone();
                 let n_new = inner.log.iter().filter(|op| matches!(op, Op::Create { .. })).count();
@@ -598,7 +598,7 @@ fn crash_everywhere(scenario: Scenario) -> (usize, usize) {
 }
 
 #[test]
-fn whatever_a_power_cut_leaves_the_promises_hold() {
+fn the_guarantees_hold_after_a_power_cut_at_any_moment() {
     let scenarios = [
         Scenario { n_units: 4, n_files: 3, with_quarantine: true, with_removal: true },
         Scenario { n_units: 2, n_files: 1, with_quarantine: true, with_removal: true },
@@ -617,7 +617,7 @@ fn whatever_a_power_cut_leaves_the_promises_hold() {
 }
 
 #[test]
-fn whatever_call_fails_nothing_is_wrong_and_the_work_can_go_on() {
+fn if_any_call_fails_no_result_is_wrong_and_the_work_can_continue() {
     let scenario = Scenario { n_units: 2, n_files: 2, with_quarantine: true, with_removal: true };
     let undisturbed = SimDisk::new(home());
     scenario.run(&store_on(&undisturbed, Owner::me().clone()), &|_| {}).unwrap();
@@ -632,7 +632,7 @@ fn whatever_call_fails_nothing_is_wrong_and_the_work_can_go_on() {
             let store = store_on(&disk, Owner::me().clone());
             let ended = scenario.run(&store, &|_| {});
             n_errors += usize::from(ended.is_err());
-            // What could not be removed when it failed is a dead process's later on.
+            // A later process removes what this one could not.
             let later = store_on(&disk, Owner::me().clone());
             later.recover().unwrap();
             for unit in later.unit_names().unwrap() {
@@ -646,9 +646,9 @@ fn whatever_call_fails_nothing_is_wrong_and_the_work_can_go_on() {
             scenario.finish(&later, &|_| {}).unwrap();
             let found = results(&disk.0.lock().unwrap().image);
             let found: BTreeMap<_, _> = found.into_iter().filter(|(path, _)| !path.to_string_lossy().contains(TEMPORARY)).collect();
-            assert!(found == expected, "{failure:?} at call {call}: other results than a run left alone");
+            assert!(found == expected, "{failure:?} at call {call}: other results than an undisturbed run");
         }
     }
-    println!("{n_calls} calls, each failing three ways; {n_errors} errors said");
+    println!("{n_calls} calls, each failing in three ways; {n_errors} errors");
     assert!(n_errors >= n_calls);
 }

@@ -1,4 +1,4 @@
-//! What a shard's rows look like, kept in its footer: empty or senseless features show without reading them.
+//! Statistics of a shard's rows, stored in its footer: they show empty or invalid features without reading the rows.
 
 use std::collections::BTreeMap;
 
@@ -11,41 +11,41 @@ use serde::{Deserialize, Serialize};
 
 use crate::Digest;
 
-/// A shard's rows in numbers.
+/// Statistics of a shard.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Stats {
-    /// How many.
+    /// Number of rows.
     pub rows: u64,
-    /// BLAKE3 of the first column, where that is u64: the ids, each as 8 little-endian bytes.
+    /// BLAKE3 of the first column if its type is u64: the ids, each as 8 little-endian bytes.
     pub ids: Option<Digest>,
-    /// By column: the vectors in it, one or many a row.
+    /// Statistics of each column that has vectors, one or several per row.
     pub vectors: BTreeMap<String, VectorStats>,
 }
 
-/// The vectors of one column in numbers.
+/// Statistics of the vectors of a column.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VectorStats {
     /// `f16`, `bf16` or `f32`.
     pub dtype: String,
-    /// Numbers a vector.
+    /// Length of a vector.
     pub dim: usize,
-    /// How many vectors.
+    /// Number of vectors.
     pub vectors: u64,
-    /// How many numbers are NaN or infinite. Norms leave their vectors out.
+    /// Number of values that are NaN or infinite. The norms do not count their vectors.
     pub not_finite: u64,
-    /// How many vectors are all zero.
+    /// Number of vectors that are all zero.
     pub zero: u64,
-    /// Least Euclidean norm; 0 where there is no vector.
+    /// Least Euclidean norm; 0 without vectors.
     pub min_norm: f64,
-    /// Mean Euclidean norm; 0 where there is no vector.
+    /// Mean Euclidean norm; 0 without vectors.
     pub mean_norm: f64,
-    /// Greatest Euclidean norm; 0 where there is no vector.
+    /// Greatest Euclidean norm; 0 without vectors.
     pub max_norm: f64,
 }
 
-/// Gathers [`Stats`] batch by batch.
+/// Computes [`Stats`] batch by batch.
 #[derive(Debug, Default)]
 pub(crate) struct StatsBuilder {
     rows: u64,
@@ -62,7 +62,7 @@ struct Sum {
     zero: u64,
     finite: u64,
     sum: f64,
-    /// Least and greatest.
+    /// The least and the greatest norm.
     norms: Option<(f64, f64)>,
 }
 
@@ -99,7 +99,7 @@ impl StatsBuilder {
 impl Sum {
     fn add(&mut self, vector: &[f32]) {
         self.vectors += 1;
-        // Eight sums side by side; one f64 sum would be several times slower.
+        // Eight sums in parallel; a single f64 sum is several times slower.
         let mut lanes = [0.0_f32; 8];
         let (eights, rest) = vector.as_chunks::<8>();
         for eight in eights {
@@ -120,7 +120,7 @@ impl Sum {
     }
 }
 
-/// The numbers of a column of vectors, or of lists of vectors, with their type and length; `None` for any other column.
+/// The dtype, vector length and values of a column of vectors, or of lists of vectors; `None` for other columns.
 fn vectors(column: &ArrayRef) -> Option<(&'static str, usize, Vec<f32>)> {
     match column.data_type() {
         DataType::List(_) => {
@@ -146,10 +146,12 @@ fn vectors(column: &ArrayRef) -> Option<(&'static str, usize, Vec<f32>)> {
         _ => None,
     }
 }
-/// Norms of CLIP embeddings may differ from 1 by this much once they are rounded to bf16.
+
+/// The greatest difference from 1 of an embedding's norm; rounding to bf16 changes norms.
 const NORM_TOLERANCE: f64 = 0.02;
-/// What a footer's numbers say against its rows.
-pub(crate) fn senseless(stats: &Stats) -> Vec<String> {
+
+/// The problems that the statistics show, in words: values that are not finite, zero embeddings, norms other than 1.
+pub(crate) fn invalid_values(stats: &Stats) -> Vec<String> {
     let mut problems = Vec::new();
     for (column, vectors) in &stats.vectors {
         if vectors.not_finite > 0 {

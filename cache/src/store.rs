@@ -1,22 +1,22 @@
-//! Where units and artifacts lie, and what is valid, damaged or absent.
+//! The layout of a home, and the status of units and artifacts: valid, damaged or absent.
 //!
 //! ```text
 //! HOME/format.json                         version of this layout
 //! HOME/units/KIND/FINGERPRINT/unit.json    a unit: its record, and its files below PORT/
 //! HOME/artifacts/KIND/FINGERPRINT.json     an artifact: the manifest that lists its units
-//! HOME/choices/KIND/FAMILY/        what holds for all units of a family: see `choice.rs`
-//! HOME/plans/ HOME/pins/ HOME/pipelines/ HOME/runs/ HOME/commits.jsonl    what is to be kept: see `records.rs`
-//! HOME/leases/ HOME/sessions/              who is making what, who is at work
-//! HOME/quarantine/                         what was found damaged, each thing with its reason
-//! HOME/ledger/                             an index that can be lost
+//! HOME/choices/KIND/ITEM_KEY/              a choice that holds for all units with an item key: see `choice.rs`
+//! HOME/plans/ HOME/pins/ HOME/pipelines/ HOME/runs/ HOME/commits.jsonl    records: see `records.rs`
+//! HOME/leases/ HOME/sessions/              the right to make a unit, processes at work: see `lease.rs`
+//! HOME/quarantine/                         damaged files and folders, each with its reason
+//! HOME/ledger/                             an index that can be deleted: see `ledger.rs`
 //! ```
 //!
-//! `KIND` is the stage's kind with `-` for `/`; `FINGERPRINT` is its first 32 hexadecimal digits. Units are what is
-//! shared: two artifacts that hold a unit with the same fingerprint name the same folder.
+//! `KIND` is the stage's kind with `-` for `/`; `FINGERPRINT` is the first 32 hexadecimal digits. Artifacts share units: two
+//! artifacts that list a unit with the same fingerprint refer to the same folder.
 //!
-//! A unit is there once its folder has its name: everything in it was fsynced before. The journal of commits comes after;
-//! it tells a unit that was lost from one that never was. Any number of processes may use a home at once: readers need no
-//! permission, and who makes a unit holds its [`Lease`].
+//! A unit is published by renaming its folder, after everything in it was fsynced; then a line in the journal of commits
+//! notes it, so that a lost unit can be told from one that was never made. Any number of processes may use a home at once:
+//! readers need no lock, and a process that makes a unit holds its [`Lease`].
 
 use std::{
     collections::BTreeMap,
@@ -39,20 +39,20 @@ use crate::{
     records::{CommitLine, plan_place},
 };
 
-/// The one layout this program reads and writes.
+/// The version of the layout that this program reads and writes.
 pub(crate) const FORMAT: u32 = 3;
 pub(crate) const UNIT_FILE: &str = "unit.json";
 /// The digests of a unit's items, 32 bytes each, in order.
 pub(crate) const ITEMS_FILE: &str = "items";
 
-/// What became of looking something up.
+/// The status of a unit or artifact.
 #[derive(Debug)]
 pub enum Status<T> {
-    /// It is there and its files have the committed sizes.
+    /// Its record is valid and its files have the published sizes.
     Valid(T),
-    /// It was committed, but is no longer what was committed: each entry says what was expected and what was found.
+    /// It differs from what was published; each entry names the file, what was expected and what was found.
     Damaged(Vec<String>),
-    /// It was never made.
+    /// It does not exist.
     Absent,
 }
 
@@ -61,25 +61,25 @@ pub enum Status<T> {
 pub struct Artifact {
     /// Its manifest.
     pub manifest: Manifest,
-    /// Whether some of its units were let go: what it is, is known; it cannot be read.
+    /// Whether units were deleted by `cache gc --drop`: its digests are known, but it cannot be read.
     pub is_dropped: bool,
     units_folder: PathBuf,
 }
 
 impl Artifact {
-    /// The files of an output port: units in order, names sorted within a unit.
+    /// The files of an output port in the order of the units, sorted by name within a unit.
     pub fn port(&self, port: &str) -> Vec<InputFile> {
         self.records(port).into_iter().map(|(file, _)| file).collect()
     }
 
-    /// The same with what was recorded of each.
+    /// As [`Self::port`], with the files' records.
     pub fn records(&self, port: &str) -> Vec<(InputFile, &FileRecord)> {
         let files = |unit| UnitRecord::records_in(unit, &self.units_folder.join(unit.key.fingerprint.short()), port);
         self.manifest.units.iter().flat_map(files).collect()
     }
 }
 
-/// All state of one home.
+/// The units, artifacts and records of a home.
 #[derive(Debug, Clone)]
 pub struct Store {
     home: PathBuf,
@@ -87,30 +87,30 @@ pub struct Store {
     pub(crate) commits: Arc<Mutex<Option<Journal>>>,
 }
 
-/// What became of asking for the right to make a unit.
+/// The answer to [`Store::claim`].
 #[derive(Debug)]
 pub enum Claim {
-    /// It is there.
+    /// The unit is published.
     Made(UnitRecord),
-    /// Make it.
+    /// The caller has the lease and makes the unit.
     Mine(Lease),
-    /// That process is making it.
+    /// Another process is making the unit.
     Held(Owner),
 }
 
-/// What the start found to put in order.
+/// What [`Store::enter`] recovered from dead processes.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Recovered {
-    /// Unfinished files and folders that were removed.
+    /// The number of unfinished files and folders removed.
     pub swept: usize,
-    /// Published units whose commit had not been noted.
+    /// The number of published units that were missing in the journal of commits and are now noted.
     pub adopted: usize,
-    /// Lines of the journal of commits that are damaged.
+    /// The number of damaged lines in the journal of commits.
     pub damaged_lines: usize,
 }
 
 impl Store {
-    /// Opens a home, which need not be there yet. Nothing is written. One whose `format.json` is damaged or gone is refused.
+    /// Opens a home, which may not exist yet; writes nothing. Fails if `format.json` is damaged or missing.
     pub fn open(home: &Path) -> Result<Self> {
         Self::open_on(Publisher::default(), home)
     }
@@ -121,12 +121,12 @@ impl Store {
         Ok(store)
     }
 
-    /// The same to look for damage and to repair it: `format.json` may be damaged or gone.
+    /// Opens a home to verify or repair it: `format.json` may be damaged or missing.
     pub fn open_to_repair(home: &Path) -> Result<Self> {
         let store = Self::open_at(Publisher::default(), home)?;
         match store.check_home() {
             Ok(()) | Err(Error::Malformed { .. } | Error::Flipped { .. }) => Ok(store),
-            // A folder, or a pipe.
+            // A folder or a pipe in its place.
             Err(Error::Read { source, .. }) if source.kind() == io::ErrorKind::InvalidInput => Ok(store),
             Err(error) => Err(error),
         }
@@ -144,12 +144,12 @@ impl Store {
         &self.home
     }
 
-    /// What writes to the home.
+    /// The publisher that writes to the home.
     pub fn publisher(&self) -> &Publisher {
         &self.publisher
     }
 
-    /// Begins to work in a home, which is created if need be, and puts in order what dead processes left.
+    /// Begins a session in the home, which is created if it is missing, and recovers from dead processes.
     pub fn enter(&self) -> Result<(Session, Recovered)> {
         self.settle()?;
         let session = Session::begin(&self.home)?;
@@ -161,8 +161,8 @@ impl Store {
         lease::sessions(&self.home)
     }
 
-    /// Removes what dead processes left unfinished and notes commits that were not noted. Doing it again, or being cut off
-    /// while doing it, changes nothing.
+    /// Removes unfinished files and folders of dead processes, and notes published units and records that the journal of
+    /// commits lacks. It may be interrupted and repeated.
     pub(crate) fn recover(&self) -> Result<Recovered> {
         let is_over = |owner: &Owner| lease::is_over(&self.home, owner);
         let sweep = |folder: &Path| self.publisher.sweep(folder, &is_over);
@@ -189,7 +189,7 @@ impl Store {
         Ok(recovered)
     }
 
-    /// How large the published units of a kind are on average: those of a family, if there are any.
+    /// The mean size of the published units with an item key; of all units of the kind if there are none. `None` without units.
     pub fn mean_unit_bytes(&self, kind: &str, family: Option<Fingerprint>) -> Result<Option<u64>> {
         let prefix = format!("{}/", kind_name(kind));
         let of_kind: Vec<Noted> =
@@ -199,7 +199,7 @@ impl Store {
         Ok(like.iter().map(|noted| noted.bytes).sum::<u64>().checked_div(like.len() as u64))
     }
 
-    /// Every unit's folder, as `KIND/FINGERPRINT`, ascending.
+    /// The names of all units, `KIND/FINGERPRINT`, ascending.
     pub fn unit_names(&self) -> Result<Vec<String>> {
         let units = self.home.join("units");
         let mut names = Vec::new();
@@ -210,17 +210,17 @@ impl Store {
         Ok(names)
     }
 
-    /// Where a unit named by [`Self::unit_names`] lies.
+    /// The folder of a unit, by its name `KIND/FINGERPRINT`.
     pub fn unit_path(&self, name: &str) -> PathBuf {
         self.home.join("units").join(name)
     }
 
-    /// Looks a unit up: its record is its own, and every file is there with its size.
+    /// The status of a unit, by its record and the sizes of its files.
     pub fn unit(&self, kind: &str, fingerprint: &Fingerprint) -> Result<Status<UnitRecord>> {
         self.unit_at(&unit_name(kind, fingerprint))
     }
 
-    /// As [`Self::unit`], by the folder's name `KIND/FINGERPRINT`.
+    /// As [`Self::unit`], by the unit's name `KIND/FINGERPRINT`.
     pub fn unit_at(&self, name: &str) -> Result<Status<UnitRecord>> {
         let folder = self.unit_path(name);
         let record: UnitRecord = match self.read_record_of(&folder, UNIT_FILE) {
@@ -231,7 +231,7 @@ impl Store {
         };
         let own_name = unit_name(&record.key.kind, &record.key.fingerprint);
         if own_name != name {
-            return Ok(Status::Damaged(vec![format!("{}: holds unit {own_name}", folder.display())]));
+            return Ok(Status::Damaged(vec![format!("{}: contains unit {own_name}", folder.display())]));
         }
         let findings = self.missing_or_resized(&folder, &record);
         Ok(if findings.is_empty() { Status::Valid(record) } else { Status::Damaged(findings) })
@@ -251,7 +251,7 @@ impl Store {
         record.files.iter().filter_map(check).collect()
     }
 
-    /// Asks for the right to make a unit. What is damaged is set aside first.
+    /// Takes the lease on a unit unless it is published; a damaged unit is moved to quarantine first.
     pub fn claim(&self, kind: &str, fingerprint: &Fingerprint, watch: &mut Watch) -> Result<Claim> {
         let name = unit_name(kind, fingerprint);
         if let Status::Valid(record) = self.unit_at(&name)? {
@@ -261,7 +261,7 @@ impl Store {
             Ok(lease) => lease,
             Err(holder) => return Ok(Claim::Held(holder)),
         };
-        // The holder before may just have published it.
+        // The previous holder may have published it in the meantime.
         match self.unit_at(&name)? {
             Status::Valid(record) => return Ok(Claim::Made(record)),
             Status::Damaged(findings) => drop(self.quarantine(&name, &findings)?),
@@ -270,12 +270,12 @@ impl Store {
         Ok(Claim::Mine(lease))
     }
 
-    /// Takes the lease on a unit, or says who has it.
+    /// Takes the lease on a unit, or returns its holder.
     pub fn lease(&self, name: &str) -> Result<Result<Lease, Owner>> {
         Lease::take(&self.lease_path(name))
     }
 
-    /// As [`Self::lease`]; breaks the lease of one that has been silent for so long that it counts as dead.
+    /// As [`Self::lease`]; if the holder has been silent for too long (see [`Watch`]), its lease is broken for the next call.
     pub(crate) fn lease_or_break(&self, name: &str, watch: &mut Watch) -> Result<Result<Lease, Owner>> {
         let taken = self.lease(name)?;
         if let Err(holder) = &taken
@@ -290,7 +290,7 @@ impl Store {
         self.home.join("leases").join(name.replace('/', "."))
     }
 
-    /// Notes that a unit is gone for good.
+    /// Notes in the journal of commits that a unit was removed.
     pub fn note_gone(&self, name: &str, why: &str) -> Result<()> {
         self.note(&CommitLine::Gone { unit: name.into(), why: why.into() })
     }
@@ -300,7 +300,7 @@ impl Store {
         record.port_in(&self.unit_path(&unit_name(&record.key.kind, &record.key.fingerprint)), port)
     }
 
-    /// The digests of the items of a published unit, in order; none for one that holds no items.
+    /// The digests of a published unit's items, in order; empty for a unit without items.
     pub fn items_of(&self, record: &UnitRecord) -> Result<Vec<Digest>> {
         self.items_in(&self.unit_path(&unit_name(&record.key.kind, &record.key.fingerprint)), record)
     }
@@ -323,7 +323,7 @@ impl Store {
         self.publisher.begin(&self.unit_path(&unit_name(&key.kind, &key.fingerprint)))
     }
 
-    /// Publishes a unit's draft. Who comes second gets the record of who came first.
+    /// Publishes a unit's draft and returns its record. If another process published the unit first, returns that record.
     pub fn commit_unit(&self, draft: Draft, key: UnitKey, items: &[Digest], metrics: BTreeMap<String, Value>) -> Result<UnitRecord> {
         let name = unit_name(&key.kind, &key.fingerprint);
         if !items.is_empty() {
@@ -339,28 +339,38 @@ impl Store {
         match self.unit_at(&name)? {
             Status::Valid(winner) => Ok(winner),
             Status::Damaged(findings) => Err(Error::malformed(&self.unit_path(&name), findings.join("; "))),
-            Status::Absent => Err(Error::malformed(&self.unit_path(&name), "was published by another process, and is gone again")),
+            Status::Absent => Err(Error::malformed(&self.unit_path(&name), "was published by another process and then removed")),
         }
     }
 
-    /// Sets a damaged unit aside with the reason beside it, so that it is made again; what of it is sound is taken from there. `None`: it is
-    /// not there any more.
+    /// Moves a damaged unit to quarantine, so that it is recomputed; its undamaged items can be reused from there. Returns the new
+    /// path; `None` if the unit no longer exists.
     pub fn quarantine(&self, name: &str, findings: &[String]) -> Result<Option<PathBuf>> {
         self.set_unit_aside(name, &name.replace('/', "."), findings)
     }
 
-    /// The same with a unit whose content is wrong: nothing is taken from it.
+    /// As [`Self::quarantine`], for a unit with wrong content: none of its items are reused.
     pub fn condemn(&self, name: &str, findings: &[String]) -> Result<Option<PathBuf>> {
         self.set_unit_aside(name, &format!("wrong.{}", name.replace('/', ".")), findings)
     }
 
-    fn set_unit_aside(&self, name: &str, aside: &str, findings: &[String]) -> Result<Option<PathBuf>> {
-        let place = self.home.join("quarantine").join(aside);
-        let Some(aside) = self.publisher.set_aside(&self.unit_path(name), &place)? else { return Ok(None) };
+    fn set_unit_aside(&self, name: &str, folder: &str, findings: &[String]) -> Result<Option<PathBuf>> {
         let why = findings.join("\n");
-        self.publisher.replace(&aside.with_extension("reason.txt"), format!("{why}\n").as_bytes())?;
-        self.note(&CommitLine::Gone { unit: name.into(), why })?;
-        Ok(Some(aside))
+        let aside = self.set_aside(&self.unit_path(name), folder, &why)?;
+        if aside.is_some() {
+            self.note(&CommitLine::Gone { unit: name.into(), why })?;
+        }
+        Ok(aside)
+    }
+
+    /// Moves a file or folder to `quarantine/FOLDER/` and writes the reason into a file beside it. Returns the new path; `None` if
+    /// `path` does not exist.
+    pub(crate) fn set_aside(&self, path: &Path, folder: &str, why: &str) -> Result<Option<PathBuf>> {
+        let aside = self.publisher.set_aside(path, &self.home.join("quarantine").join(folder))?;
+        if let Some(aside) = &aside {
+            self.publisher.replace(&aside.with_extension("reason.txt"), format!("{why}\n").as_bytes())?;
+        }
+        Ok(aside)
     }
 
     /// The folders of the damaged units of a kind, the latest first.
@@ -376,21 +386,21 @@ impl Store {
         Ok(folders)
     }
 
-    /// Removes a unit for good, as the garbage collection does.
+    /// Deletes a unit, as garbage collection does.
     pub fn remove_unit(&self, name: &str, why: &str) -> Result<()> {
-        // Noted first: a unit that is noted as gone and is still there is adopted again, the other way round it would be lost.
+        // Noted first: after a crash in between, the next start notes the unit again. In the other order `verify` would report it as lost.
         self.note(&CommitLine::Gone { unit: name.into(), why: why.into() })?;
         self.publisher.remove(&self.unit_path(name))
     }
 
-    /// The unit, as `KIND/FINGERPRINT`, that a file belongs to, if it lies in this store.
+    /// The name `KIND/FINGERPRINT` of the unit that a file belongs to; `None` for files outside `units/`.
     pub fn unit_of(&self, path: &Path) -> Option<String> {
         let mut parts = path.strip_prefix(self.home.join("units")).ok()?.components();
         let (kind, folder) = (parts.next()?, parts.next()?);
         Some(format!("{}/{}", kind.as_os_str().to_str()?, folder.as_os_str().to_str()?))
     }
 
-    /// Looks an artifact up: its manifest is its own, and every unit is valid or was let go.
+    /// The status of an artifact: valid if its manifest is, and if each unit is valid or was deleted by `cache gc --drop`.
     pub fn artifact(&self, kind: &str, fingerprint: &Fingerprint) -> Result<Status<Artifact>> {
         let manifest = match self.manifest(kind, fingerprint) {
             Ok(Some(manifest)) => manifest,
@@ -402,7 +412,7 @@ impl Store {
         for (unit_idx, unit) in manifest.units.iter().enumerate() {
             match self.unit(kind, &unit.key.fingerprint)? {
                 Status::Valid(record) if record.files == unit.files => {}
-                // Made again for another artifact that shares it. This one is published anew, from what is there.
+                // Recomputed for another artifact that shares it. This artifact is published again from the units on disk.
                 Status::Valid(_) => findings.push(format!("unit {unit_idx} ({}) has other files than listed", unit.key.fingerprint)),
                 Status::Damaged(found) => findings.extend(found),
                 Status::Absent if manifest.is_dropped => is_dropped = true,
@@ -416,18 +426,18 @@ impl Store {
         }
     }
 
-    /// An artifact whose units are gone or damaged, as its manifest tells: made again, it is the same to those that read it.
+    /// An artifact whose units are missing or damaged, read from its manifest: after recomputation its ports have the same digests.
     pub fn artifact_as_it_was(&self, kind: &str, fingerprint: &Fingerprint) -> Option<Artifact> {
         let manifest = self.manifest(kind, fingerprint).ok()??;
         Some(Artifact { manifest, is_dropped: true, units_folder: self.units_folder(kind) })
     }
 
-    /// An artifact's manifest, whatever became of its units.
+    /// An artifact's manifest, whatever the status of its units; `None` if there is none.
     pub fn manifest(&self, kind: &str, fingerprint: &Fingerprint) -> Result<Option<Manifest>> {
         self.manifest_at(&self.manifest_path(kind, fingerprint))
     }
 
-    /// Reads a manifest and checks that it is what its place says.
+    /// Reads a manifest and checks that it belongs at this path.
     pub(crate) fn manifest_at(&self, path: &Path) -> Result<Option<Manifest>> {
         let Some(manifest) = self.read_record::<Manifest>(path)? else { return Ok(None) };
         let recipe = manifest.recipe.fingerprint();
@@ -437,7 +447,7 @@ impl Store {
         Ok(Some(manifest))
     }
 
-    /// Every manifest's file, ascending.
+    /// The paths of all manifests, ascending.
     pub fn manifest_paths(&self) -> Result<Vec<PathBuf>> {
         let artifacts = self.home.join("artifacts");
         let mut paths = Vec::new();
@@ -448,8 +458,8 @@ impl Store {
         Ok(paths)
     }
 
-    /// Publishes an artifact whose units are published. An artifact that is made again after damage keeps the identity it
-    /// was first published with.
+    /// Publishes an artifact whose units are published. An artifact that was published before keeps the port digests of its
+    /// first publication.
     pub fn commit_artifact(&self, recipe: Recipe, ports: &[&str], units: Vec<UnitRecord>, made: Provenance) -> Result<Artifact> {
         let fingerprint = recipe.fingerprint();
         let units_folder = self.units_folder(&recipe.kind);
@@ -470,13 +480,13 @@ impl Store {
         Ok(Artifact { manifest, is_dropped: false, units_folder })
     }
 
-    /// Notes that the units of an artifact may go. What it was made from, and what came out, stays known.
+    /// Notes in the manifest that the units of an artifact may be deleted; its recipe and port digests stay known.
     pub fn let_go(&self, manifest: Manifest) -> Result<()> {
         let place = manifest_place(&manifest.recipe.kind, &manifest.fingerprint);
         self.put_record(&place, &to_json(&Manifest { is_dropped: true, ..manifest }.sealed()))
     }
 
-    /// Sets a manifest that is damaged, or of something that is to be made again, aside with the reason beside it.
+    /// Moves a manifest to quarantine: it is damaged, or its artifact is to be recomputed.
     pub fn quarantine_manifest(&self, path: &Path, why: &str) -> Result<()> {
         self.set_record_aside(&self.place_of(path), why).map(drop)
     }
@@ -485,7 +495,7 @@ impl Store {
         self.home.join("units").join(kind_name(kind))
     }
 
-    /// Where an artifact's manifest lies.
+    /// The path of an artifact's manifest.
     pub fn manifest_path(&self, kind: &str, fingerprint: &Fingerprint) -> PathBuf {
         self.home.join(manifest_place(kind, fingerprint))
     }
@@ -493,14 +503,14 @@ impl Store {
     pub(crate) fn read_if_there(&self, path: &Path) -> Result<Option<Vec<u8>>> {
         match self.publisher.disk().read(path) {
             Ok(bytes) => Ok(Some(bytes)),
-            // A file where a folder belongs: nothing of ours is there.
+            // `NotADirectory`: a file in the place of a folder, which holds no records.
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
             Err(source) => Err(Error::read(path, source)),
         }
     }
 
-    /// Reads the record of a published folder; `None` where there is no folder. Such a folder appears and goes as a whole: it is looked
-    /// at before the record, so that one published in between is not taken for one without a record, and again after it, for one removed.
+    /// Reads the record of a published folder; `None` if there is no folder. A folder without its record is an error. Folders appear and
+    /// disappear as a whole, so the folder is looked up before the record (it may be published in between) and again after (or removed).
     pub(crate) fn read_record_of<T: DeserializeOwned + Sealed>(&self, folder: &Path, name: &str) -> Result<Option<T>> {
         let is_there = || match self.publisher.disk().look(folder) {
             Ok(_) => Ok(true),
@@ -517,15 +527,15 @@ impl Store {
         }
     }
 
-    /// Reads a record that carries its format and its seal; `None` where there is no file.
+    /// Reads a record and checks its format and its seal; `None` if there is no file.
     pub(crate) fn read_record<T: DeserializeOwned + Sealed>(&self, path: &Path) -> Result<Option<T>> {
         let Some(bytes) = self.read_if_there(path)? else { return Ok(None) };
-        // The format is looked at first: a record of another version may have fields that this program does not know.
+        // The format is checked first: a record of another version may have fields that this program does not know.
         let value: Value = parse(path, &bytes)?;
         if let Some(format) = value.get("format").and_then(Value::as_u64) {
             let checked = check_format(path, u32::try_from(format).unwrap_or(u32::MAX));
             if checked.is_err() && is_sealed_as_ours::<T>(&value) {
-                return Err(Error::malformed(path, format!("says format {format}, and has the seal of format {FORMAT}")));
+                return Err(Error::malformed(path, format!("says format {format}, but its seal is that of format {FORMAT}")));
             }
             checked?;
         }
@@ -538,7 +548,7 @@ impl Store {
     }
 }
 
-/// Whether a record that says another format is one of this format all the same: the number alone is damaged.
+/// Whether the seal of a record with another format number fits this format: then only the number is damaged.
 fn is_sealed_as_ours<T: DeserializeOwned + Sealed>(value: &Value) -> bool {
     let mut value = value.clone();
     value["format"] = FORMAT.into();
@@ -548,12 +558,12 @@ fn is_sealed_as_ours<T: DeserializeOwned + Sealed>(value: &Value) -> bool {
     })
 }
 
-/// `KIND/FINGERPRINT`, as a unit's folder is named.
+/// The name of a unit, `KIND/FINGERPRINT`: its folder below `units/`.
 pub fn unit_name(kind: &str, fingerprint: &Fingerprint) -> String {
     format!("{}/{}", kind_name(kind), fingerprint.short())
 }
 
-/// Where an artifact's manifest lies in the home.
+/// The path of an artifact's manifest in the home.
 pub(crate) fn manifest_place(kind: &str, fingerprint: &Fingerprint) -> String {
     format!("artifacts/{}/{}.json", kind_name(kind), fingerprint.short())
 }
@@ -638,8 +648,8 @@ mod tests {
 
     #[test]
     fn missing_truncated_swapped_and_unreadable_parts_are_damage_never_absence() {
-        type Hurt = fn(&Store, &Path);
-        let hurts: [(&str, Hurt); 6] = [
+        type Damage = fn(&Store, &Path);
+        let damages: [(&str, Damage); 6] = [
             ("expected 4 bytes, found 2", |_, unit| replace(&unit.join("features/0.arrow"), b"ze").unwrap()),
             ("missing", |store, unit| store.publisher().remove(&unit.join("features/0.arrow")).unwrap()),
             ("unit.json", |_, unit| replace(&unit.join("unit.json"), b"{").unwrap()),
@@ -647,15 +657,15 @@ mod tests {
                 let text = fs::read_to_string(unit.join("unit.json")).unwrap();
                 replace(&unit.join("unit.json"), text.replacen("\"bytes\": 4", "\"bytes\": 5", 1).as_bytes()).unwrap();
             }),
-            ("holds unit", |store, unit| {
+            ("contains unit", |store, unit| {
                 let other = fs::read(unit_path(store, b"1").join("unit.json")).unwrap();
                 replace(&unit.join("unit.json"), &other).unwrap();
             }),
             ("is missing", |store, unit| store.publisher().remove(unit).unwrap()),
         ];
-        for (expected, hurt) in hurts {
+        for (expected, damage) in damages {
             let (_home, store, _) = store_with_artifact();
-            hurt(&store, &unit_path(&store, b"0"));
+            damage(&store, &unit_path(&store, b"0"));
             let Status::Damaged(findings) = status(&store) else { panic!("{expected}: not damaged") };
             assert!(findings.len() == 1 && findings[0].contains(expected), "{expected}: {findings:?}");
         }
@@ -674,7 +684,7 @@ mod tests {
     }
 
     #[test]
-    fn one_process_makes_a_unit_and_a_damaged_one_is_set_aside_first() {
+    fn one_process_makes_a_unit_after_a_damaged_one_is_moved_to_quarantine() {
         let (_home, store, _) = store_with_artifact();
         let (fingerprint, mut watch) = (key(b"0").fingerprint, Watch::default());
         let mut claim = || store.claim("clip/globals", &fingerprint, &mut watch).unwrap();
@@ -698,7 +708,7 @@ mod tests {
         }
     }
 
-    /// The number alone is damaged: its seal tells it from a record of another version.
+    /// Only the number is damaged: the seal shows that it is not a record of another version.
     #[test]
     fn a_flipped_digit_of_a_format_is_damage() {
         let (_home, store, artifact) = store_with_artifact();
@@ -706,14 +716,14 @@ mod tests {
             let sound = fs::read_to_string(&path).unwrap();
             replace(&path, sound.replacen(&format!("\"format\": {FORMAT}"), "\"format\": 2", 1).as_bytes()).unwrap();
             let Status::Damaged(findings) = status(&store) else { panic!("{}", path.display()) };
-            assert!(findings[0].contains("says format 2, and has the seal of format 3"), "{findings:?}");
+            assert!(findings[0].contains("says format 2, but its seal is that of format 3"), "{findings:?}");
             replace(&path, sound.as_bytes()).unwrap();
         }
         assert!(matches!(status(&store), Status::Valid(_)));
     }
 
     #[test]
-    fn the_start_sweeps_what_the_dead_left_and_adopts_what_they_had_finished() {
+    fn recovery_sweeps_unfinished_files_of_dead_processes_and_notes_their_finished_units() {
         let (home, store, _) = store_with_artifact();
         replace(&home.path().join(".tmp-format.json-1"), b"").unwrap();
         fs::create_dir(home.path().join(format!("units/clip-globals/.tmp-unit-{}-0", Owner::dead(7)))).unwrap();
@@ -728,7 +738,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_the_store_knows_its_unit() {
+    fn the_unit_of_a_file_is_found_by_its_path() {
         let (_home, store, artifact) = store_with_artifact();
         let name = store.unit_of(&artifact.port("features")[1].path).unwrap();
         assert_eq!(name, unit_name("clip/globals", &key(b"1").fingerprint));

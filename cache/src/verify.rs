@@ -1,7 +1,7 @@
-//! Whether what lies in a home is what was published: quick (presence, sizes, seals, footers), full (every byte), deep (also
-//! what the bytes mean).
+//! Checks of a home against what was published: quick (presence, sizes, seals, footers), full (every byte), deep (also the
+//! meaning of the rows).
 //!
-//! Nothing here writes; a unit that goes while it is looked at is not a finding.
+//! Nothing is written. A unit that is removed during the check is not a finding.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -22,11 +22,11 @@ use crate::{
     publish::TEMPORARY,
     records::CURSOR,
     shard::ShardReader,
-    stats::senseless,
+    stats::invalid_values,
     store::UNIT_FILE,
 };
 
-/// How closely to look.
+/// The depth of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Depth {
@@ -34,52 +34,52 @@ pub enum Depth {
     Quick,
     /// Also the digest of every file.
     Full,
-    /// Also what rows mean: counts, finite values, norms, ids, boxes, rows that repeat.
+    /// Also the meaning of the rows: counts, finite values, norms, ids, boxes, repeated rows.
     Deep,
 }
 
-/// What kind of thing is wrong.
+/// The kind of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Class {
-    /// A unit is not what was published.
+    /// A unit differs from what was published.
     Damaged,
-    /// A unit is what was published, and what it says is wrong.
+    /// A unit is as published, but its content is wrong.
     Wrong,
-    /// An artifact that was made from one that is wrong.
+    /// An artifact was computed from one with wrong content.
     Tainted,
-    /// A unit was published and is gone.
+    /// A published unit is missing.
     Missing,
     /// A manifest cannot be read, or disagrees with its units.
     Manifest,
-    /// Something lies where nothing of ours does.
+    /// A file or folder that ovenbird did not write.
     Foreign,
-    /// A dead process left it unfinished.
+    /// An unfinished file or folder of a dead process.
     Leftover,
-    /// What says what is to be kept (a pin, a plan, a run's log or request, what a pipeline came to, the journal, the home's format) is
-    /// damaged or gone.
+    /// A record that garbage collection relies on is damaged or missing: a pin, a plan, a run's log or request, the last run of a
+    /// pipeline, the journal, the home's format.
     Record,
-    /// A choice cannot be read; it is read off the units that are there.
+    /// A choice cannot be read; the units know it.
     Choice,
-    /// The index that can be lost is damaged.
+    /// The ledger is damaged.
     Ledger,
     /// An input file changed although its size and times did not.
     Input,
-    /// Nothing is damaged, but someone should look: two images with the same embedding, a box that reaches out of its image.
+    /// Not damage, but worth a look: two images with the same embedding, a box outside its image.
     Suspect,
 }
 
-/// Something that is not as it should be.
+/// A problem found by a check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
-    /// What kind.
+    /// The kind of problem.
     pub class: Class,
-    /// The unit, as `KIND/FINGERPRINT`, where it is one.
+    /// The name of the unit, `KIND/FINGERPRINT`, if the finding is about one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unit: Option<String>,
     /// The file or folder.
     pub path: PathBuf,
-    /// What was expected and what was found.
+    /// The problem in words: what was expected and what was found.
     pub problem: String,
 }
 
@@ -90,7 +90,8 @@ pub(crate) const FOLDERS: [&str; 12] =
 const BUFFER_BYTES: usize = 1 << 18;
 
 impl Store {
-    /// Checks one unit, named as by [`Store::unit_names`]. `read` is told how many bytes were read, and may wait.
+    /// Checks a unit by its name (see [`Store::unit_names`]). `read` is called with the number of bytes read, and may block to limit
+    /// the rate.
     pub fn verify_unit(&self, name: &str, depth: Depth, read: &dyn Fn(u64)) -> Result<Vec<Finding>> {
         let folder = self.unit_path(name);
         let finding = |class, path: &Path, problem: String| Finding { class, unit: Some(name.into()), path: path.to_owned(), problem };
@@ -108,7 +109,7 @@ impl Store {
                 .strip_prefix(&folder)
                 .is_ok_and(|name| name == Path::new(UNIT_FILE) || record.files.iter().any(|file| Path::new(&file.name) == name));
             if !known {
-                found.push(finding(Class::Foreign, &path, "is not among the unit's files".into()));
+                found.push(finding(Class::Foreign, &path, "is not one of the unit's files".into()));
             }
         }
         for file in &record.files {
@@ -143,7 +144,7 @@ impl Store {
     }
 
     fn verify_shard(&self, record: &UnitRecord, shard: &ShardReader, depth: Depth) -> Result<Vec<(Class, String)>> {
-        let mut problems: Vec<_> = senseless(shard.stats()).into_iter().map(|problem| (Class::Wrong, problem)).collect();
+        let mut problems: Vec<_> = invalid_values(shard.stats()).into_iter().map(|problem| (Class::Wrong, problem)).collect();
         if depth < Depth::Deep || shard.schema().column_with_name("embedding").is_none() {
             return Ok(problems);
         }
@@ -165,10 +166,10 @@ impl Store {
                 if let Some(embedding) = bytes_of_row(&batch, row)
                     && let Some(other) = seen.insert(embedding, *id)
                 {
-                    problems.push((Class::Suspect, format!("images {other} and {id} have the same embedding to the last bit")));
+                    problems.push((Class::Suspect, format!("images {other} and {id} have exactly the same embedding")));
                 }
             }
-            problems.extend(senseless_boxes(&batch).map(|problem| (Class::Wrong, problem)));
+            problems.extend(invalid_box(&batch).map(|problem| (Class::Wrong, problem)));
             problems.extend(box_outside(&batch).map(|problem| (Class::Suspect, problem)));
         }
         Ok(problems)
@@ -183,7 +184,7 @@ impl Store {
         Ok(files)
     }
 
-    /// Checks one manifest against itself and against the records of its units.
+    /// Checks a manifest: its seal, and its list of units against their records.
     pub fn verify_manifest(&self, path: &Path) -> Result<Vec<Finding>> {
         let finding = |problem: String| Finding { class: Class::Manifest, unit: None, path: path.to_owned(), problem };
         let manifest: Manifest = match self.manifest_at(path) {
@@ -197,7 +198,7 @@ impl Store {
             match self.unit_at(&name) {
                 Ok(Status::Valid(record)) if record.files == listed.files => {}
                 Ok(Status::Valid(_)) => found.push(finding(format!("lists other files of unit {name} than the unit itself"))),
-                // The unit is a finding of its own.
+                // Checking the unit itself reports this.
                 Ok(Status::Damaged(_)) | Err(_) => {}
                 Ok(Status::Absent) if manifest.is_dropped => {}
                 Ok(Status::Absent) => found.push(Finding {
@@ -211,56 +212,56 @@ impl Store {
         Ok(found)
     }
 
-    /// What lies about: unfinished things of dead processes, things that are none of ours, units that were lost.
+    /// Checks the folders of the home: unfinished files of dead processes, foreign files, damaged choices, lost units.
     pub fn verify_house(&self) -> Result<Vec<Finding>> {
         let mut found = Vec::new();
-        let mut look = |folder: &Path, is_ours: &dyn Fn(&str, bool) -> bool| -> Result<()> {
+        let mut check = |folder: &Path, is_ours: &dyn Fn(&str, bool) -> bool| -> Result<()> {
             for (name, is_folder) in self.publisher().list(folder)? {
                 let path = folder.join(&name);
                 if let Some(rest) = name.strip_prefix(TEMPORARY) {
                     let owner = rest.rsplit('-').nth(1).and_then(|owner| owner.parse::<Owner>().ok());
                     if owner.is_none_or(|owner| lease::is_over(self.home(), &owner)) {
-                        let problem = "was left unfinished by a process that is dead".into();
+                        let problem = "was left unfinished by a dead process".into();
                         found.push(Finding { class: Class::Leftover, unit: None, path, problem });
                     }
                 } else if !is_ours(&name, is_folder) {
-                    let problem = "is none of ovenbird's".into();
+                    let problem = "was not written by ovenbird".into();
                     found.push(Finding { class: Class::Foreign, unit: None, path, problem });
                 }
             }
             Ok(())
         };
         const FILES: [&str; 3] = ["commits.jsonl", "format.json", CURSOR];
-        look(self.home(), &|name, is_folder| if is_folder { &FOLDERS[..] } else { &FILES }.contains(&name))?;
+        check(self.home(), &|name, is_folder| if is_folder { &FOLDERS[..] } else { &FILES }.contains(&name))?;
         let is_json = |name: &str, is_folder: bool| !is_folder && name.ends_with(".json");
-        look(&self.home().join("pins"), &is_json)?;
-        look(&self.home().join("pipelines"), &is_json)?;
-        look(&self.home().join("runs"), &|_, is_folder| is_folder)?;
+        check(&self.home().join("pins"), &is_json)?;
+        check(&self.home().join("pipelines"), &is_json)?;
+        check(&self.home().join("runs"), &|_, is_folder| is_folder)?;
         let is_record: fn(&str, bool) -> bool =
             |name, is_folder| !is_folder && name.strip_suffix(".json").is_some_and(crate::store::is_folder_name);
         let is_folder_of_ours: fn(&str, bool) -> bool = |name, is_folder| is_folder && crate::store::is_folder_name(name);
         for (top, is_ours) in [("units", is_folder_of_ours), ("choices", is_folder_of_ours), ("artifacts", is_record), ("plans", is_record)]
         {
             let top = self.home().join(top);
-            look(&top, &|_, is_folder| is_folder)?;
+            check(&top, &|_, is_folder| is_folder)?;
             for (kind, _) in self.publisher().list(&top)?.into_iter().filter(|(name, is_folder)| *is_folder && !name.starts_with('.')) {
-                look(&top.join(kind), &is_ours)?;
+                check(&top.join(kind), &is_ours)?;
             }
         }
         for (path, problem) in self.unsound_choices()? {
             found.push(Finding { class: Class::Choice, unit: None, path, problem });
         }
         for unit in self.noted_units()?.into_keys() {
-            // Asked again, because it may go while we look.
+            // Read again, because the unit may be removed during the check.
             if matches!(self.unit_at(&unit), Ok(Status::Absent)) && self.noted_units()?.contains_key(&unit) {
                 let path = self.unit_path(&unit);
-                found.push(Finding { class: Class::Missing, unit: Some(unit), path, problem: "was published and is gone".into() });
+                found.push(Finding { class: Class::Missing, unit: Some(unit), path, problem: "was published and is missing".into() });
             }
         }
         Ok(found)
     }
 
-    /// Everything that was made from what artifacts hold, directly or through others: theirs, among `manifests`.
+    /// Those of `manifests` whose artifacts were computed from `artifacts`, directly or through others.
     pub fn made_from<'a>(manifests: &'a [Manifest], artifacts: &[&Manifest]) -> Vec<&'a Manifest> {
         let mut outputs: BTreeSet<Digest> = artifacts.iter().flat_map(|manifest| manifest.ports.values().copied()).collect();
         let mut found: Vec<&Manifest> = Vec::new();
@@ -280,7 +281,7 @@ impl Store {
         }
     }
 
-    /// Every manifest that can be read. One that cannot is a finding of [`Self::verify_manifest`].
+    /// All manifests that can be read; [`Self::verify_manifest`] reports the others.
     pub fn manifests(&self) -> Result<Vec<Manifest>> {
         Ok(self.manifest_paths()?.iter().filter_map(|path| self.manifest_at(path).ok().flatten()).collect())
     }
@@ -300,7 +301,7 @@ fn hash(path: &Path, read: &dyn Fn(u64)) -> io::Result<Digest> {
     }
 }
 
-/// The digest of one embedding as it is stored; `None` where a row has many.
+/// The digest of the bytes of a row's embedding; `None` if a row has several embeddings.
 fn bytes_of_row(batch: &RecordBatch, row: usize) -> Option<Digest> {
     let vectors = batch.column_by_name("embedding")?.as_fixed_size_list_opt()?;
     let data = vectors.value(row).to_data();
@@ -309,7 +310,7 @@ fn bytes_of_row(batch: &RecordBatch, row: usize) -> Option<Digest> {
     Some(Digest::of(&data.buffers()[0].as_slice()[start..start + data.len() * width]))
 }
 
-/// A box that reaches out of its image by more than rounding explains.
+/// The first box that extends more than 1 px beyond its image, in words.
 fn box_outside(batch: &RecordBatch) -> Option<String> {
     let boxes = batch.column_by_name("xyxy")?.as_list_opt::<i32>()?;
     let side = |name: &str| batch.column_by_name(name)?.as_primitive_opt::<UInt32Type>();
@@ -320,17 +321,17 @@ fn box_outside(batch: &RecordBatch) -> Option<String> {
         let (corners, _) = numbers.values().as_chunks::<4>();
         let [width, height] = [widths.value(row) as f32, heights.value(row) as f32];
         let outside = corners.iter().find(|[x1, y1, x2, y2]| *x1 < -1.0 || *y1 < -1.0 || *x2 > width + 1.0 || *y2 > height + 1.0)?;
-        Some(format!("image {}: box {outside:?} reaches out of {width} x {height} px", ids.value(row)))
+        Some(format!("image {}: box {outside:?} extends beyond {width} x {height} px", ids.value(row)))
     };
     (0..batch.num_rows()).find_map(of_row)
 }
 
-/// Boxes that are none: with corners in the wrong order, or that are no numbers.
-fn senseless_boxes(batch: &RecordBatch) -> Option<String> {
+/// The first box with swapped corners or with a coordinate that is not finite, in words.
+fn invalid_box(batch: &RecordBatch) -> Option<String> {
     let boxes = batch.column_by_name("xyxy")?.as_list_opt::<i32>()?.values().as_fixed_size_list_opt()?;
     let numbers = boxes.values().as_primitive_opt::<Float32Type>()?;
     let (corners, _) = numbers.values().as_chunks::<4>();
     let wrong =
         corners.iter().find(|[x1, y1, x2, y2]| !(x2 >= x1 && y2 >= y1 && [x1, y1, x2, y2].into_iter().all(|side| side.is_finite())))?;
-    Some(format!("`xyxy`: {wrong:?} is no box"))
+    Some(format!("`xyxy`: {wrong:?} is not a box: expected finite x1 <= x2 and y1 <= y2"))
 }
