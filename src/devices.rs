@@ -152,6 +152,17 @@ mod tests {
     }
 
     #[test]
+    fn of_two_cpus_two_trainings_have_one_each_and_an_extraction_what_is_left() {
+        let mut pool = DevicePool::new(&[Cpu, Cpu]);
+        let (one, two) = (pool.take(ONE).unwrap(), pool.take(ONE).unwrap());
+        assert_eq!((&one.places[..], &two.places[..]), (&[0][..], &[1][..]));
+        assert_eq!((pool.take(ONE), pool.take(ALL)), (None, None));
+        pool.give_back(&two);
+        let extraction = pool.take(ALL).unwrap();
+        assert_eq!((&extraction.devices[..], &extraction.places[..]), (&[Cpu][..], &[1][..]));
+    }
+
+    #[test]
     fn what_a_hanging_step_holds_is_lost_until_it_returns() {
         let mut pool = DevicePool::new(&[Cuda(0), Cuda(1)]);
         let hung = pool.take(ONE).unwrap();
@@ -168,8 +179,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_device_is_held_twice_and_all_come_back(n_devices in 1..5_usize, turns in prop::collection::vec((0..4_usize, 1..4_usize, any::<bool>()), 0..40)) {
-            let devices: Vec<_> = (0..n_devices).map(Cuda).collect();
+        fn no_device_is_held_twice_and_all_come_back(n_devices in 2..5_usize, are_cpus in any::<bool>(), turns in prop::collection::vec((0..4_usize, 1..4_usize, any::<bool>()), 0..40)) {
+            let devices: Vec<_> = (0..n_devices).map(|place| if are_cpus { Cpu } else { Cuda(place) }).collect();
             let (mut pool, mut held) = (DevicePool::new(&devices), Vec::<Grant>::new());
             for (least, more, gives_back) in turns {
                 if gives_back && !held.is_empty() {

@@ -845,10 +845,13 @@ mod tests {
         by_step: BTreeMap<String, BTreeSet<String>>,
         /// Two at work on one device.
         clashes: Vec<String>,
+        /// How many are at work now, and how many were at most.
+        n_busy: usize,
+        most_busy: usize,
     }
 
     impl Floor {
-        /// Works on a device until some steps have worked on so many devices, all together.
+        /// Works on a device until some steps have worked on so many devices, all together, or so many at the same time: CPUs have one name.
         fn work(&self, step: &str, device: tch::Device, n_devices: usize) {
             let device = format!("{device:?}");
             let mut seen = self.seen.lock().unwrap();
@@ -856,11 +859,15 @@ mod tests {
                 seen.clashes.push(format!("{step} and {other} on {device}"));
             }
             seen.by_step.entry(step.into()).or_default().insert(device.clone());
+            seen.n_busy += 1;
+            seen.most_busy = seen.most_busy.max(seen.n_busy);
             self.changed.notify_all();
-            let are_few = |seen: &mut Seen| seen.by_step.values().flatten().collect::<BTreeSet<_>>().len() < n_devices;
+            let are_few =
+                |seen: &mut Seen| seen.most_busy < n_devices && seen.by_step.values().flatten().collect::<BTreeSet<_>>().len() < n_devices;
             // The bound is for a run that never comes to it.
             let (mut seen, _) = self.changed.wait_timeout_while(seen, Duration::from_secs(20), are_few).unwrap();
             seen.busy.remove(&device);
+            seen.n_busy -= 1;
         }
 
         fn devices_of(&self, step: &str) -> Vec<String> {
@@ -951,6 +958,16 @@ mod tests {
         let used: Vec<Vec<String>> = ["one", "two", "three"].map(|id| floor.devices_of(id)).into();
         assert!(used.iter().all(|devices| devices.len() == 1) && used.concat().iter().collect::<BTreeSet<_>>().len() == 2, "{used:?}");
         assert_eq!(made_on(&store, &ended.run).into_iter().map(|(_, device)| device).collect::<Vec<_>>(), used.concat());
+    }
+
+    #[test]
+    fn of_two_cpus_no_two_steps_share_one() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(home.path()).unwrap();
+        let (pipeline, floor) = networks(&[("one", 0, 0), ("two", 0, 0), ("three", 0, 0), ("extraction", 6000, 0)], 2);
+        let ended = run_on(&[tch::Device::Cpu; 2], pipeline, &store).unwrap();
+        assert!(ended.error.is_none(), "{:?}", ended.error);
+        assert_eq!(floor.seen.lock().unwrap().most_busy, 2);
     }
 
     #[test]

@@ -374,11 +374,11 @@ fn what_a_training_cannot_use_is_said_in_words() {
     world.write("some.yaml", &of_some);
     let missing = world.run(["run", "./some.yaml", "--until", "detector"]);
     assert!(missing.code == 4 && missing.stderr.contains("globals: none for 3 of 9 images"), "{}", missing.stderr);
-    assert!(missing.stderr.contains("or leave these images out: `on_bad_item: skip`"), "{}", missing.stderr);
+    assert!(missing.stderr.contains("or skip these images: `on_bad_item: skip`"), "{}", missing.stderr);
     let too_many = policy("0.3");
     assert!(too_many.code == 4 && too_many.stderr.contains("3 of 9 items failed, more than max_failed_ratio 0.3"), "{}", too_many.stderr);
     let trained = policy("0.4").success();
-    assert!(trained.stderr.contains("globals: none for 3 of 9 images") && trained.stderr.contains(": left out"), "{}", trained.stderr);
+    assert!(trained.stderr.contains("globals: none for 3 of 9 images") && trained.stderr.contains(": skipped"), "{}", trained.stderr);
 
     // A detector that was trained without class embeddings cannot be asked with some.
     let without = "prompts: prompts.prompts, features: regions.features, blocks: blocks.features, globals: globals.features}";

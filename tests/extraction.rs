@@ -182,7 +182,7 @@ fn a_resnet_has_no_patches_for_objects_and_the_message_says_what_to_do() {
     let world = World::new();
     world.write("all.yaml", ALL.replace("architecture: vit", "architecture: resnet"));
     let run = world.run(["run", "./all.yaml"]);
-    assert!(run.code == 4 && run.stderr.contains("a ResNet: the object token looks at the patches"), "{}", run.stderr);
+    assert!(run.code == 4 && run.stderr.contains("a ResNet: the object token needs the patches"), "{}", run.stderr);
     assert!(run.stderr.contains("use a ViT, or `clip/proposals`"), "{}", run.stderr);
     // The others of its pass are not taken along.
     assert_eq!(run.steps("failed"), ["objects"], "{}", run.stderr);

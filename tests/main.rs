@@ -17,6 +17,7 @@ mod quickstart;
 mod records;
 mod reports;
 mod soundness;
+mod stages;
 mod strays;
 mod surface;
 mod tidy;

@@ -52,7 +52,7 @@ const ANNOTATIONS: &[Report] = &[
         0,
         &[
             "of 9 annotated boxes 1 lie outside their image, 1 reach more than 1 px outside it (annotation 1 is the first)",
-            "2 of 9 annotated boxes are left out: 1 lie outside their image, 1 are smaller than 4 px once clipped to it (annotation 1 is",
+            "2 of 9 annotated boxes are skipped: 1 lie outside their image, 1 are smaller than 4 px once clipped to it (annotation 1 is",
         ],
     ),
     report("08-class-names-as-folders", 0, &["folder  done"]),

@@ -1,4 +1,4 @@
-//! Stages that run CLIP: training a small one, features of images and regions.
+//! Stages that run CLIP: training a small one, and embeddings of images and regions.
 
 pub mod activation;
 pub mod blocks;

@@ -28,32 +28,32 @@ use crate::{
     units::Unit,
 };
 
-/// What a stage says while it works.
+/// Progress that a running stage reports.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Progress {
     /// How many items there are to do in this execution, once that is known.
     Total(u64),
     /// Some more items are done.
     Tick(u64),
-    /// Something the operator should read: a skipped item and why, a measurement.
+    /// A note for the operator: a skipped item and why, a measurement.
     Note(String),
-    /// It waits for something outside: another process, room on the disk.
+    /// It waits for another process, or for free space on the disk.
     Waiting,
     /// The network has worked on a batch.
     Flow {
         /// Crops or images in it.
         views: u64,
-        /// Pieces of work that were ready when it began: 0 means that the network waits for decoding and cutting.
+        /// Jobs that were ready when it began: 0 means that the network waits for decoding and cropping.
         ready: u64,
     },
-    /// What was measured at a step of a training.
+    /// Measurements at a step of a training.
     Measured {
         /// Counted from 1.
         step: u64,
         /// By name: losses, learning rate.
         values: BTreeMap<String, f64>,
     },
-    /// An item could not be read or understood, and is left out.
+    /// An item failed and is skipped.
     Failed(FailedItem),
     /// A unit is published.
     Committed {
@@ -64,7 +64,7 @@ pub enum Progress {
     },
 }
 
-/// An item that has no result, and why.
+/// An item that was skipped, and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FailedItem {
@@ -76,13 +76,13 @@ pub struct FailedItem {
     pub attempts: u32,
 }
 
-/// What to do about an item that cannot be read or understood.
+/// The policy for items that fail, such as images that cannot be decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum OnBadItem {
     /// The stage fails.
     #[default]
     Fail,
-    /// The item is left out and noted with its unit, unless more than this part of a stage's items fails.
+    /// The item is skipped and listed with its unit, unless more than this part of the stage's items fails.
     Skip {
         /// From 0 to 1.
         max_failed_ratio: f64,
@@ -92,14 +92,14 @@ pub enum OnBadItem {
 /// The file of a unit that lists its failed items; there only if there are some.
 pub const FAILED_FILE: &str = "failed.json";
 
-/// How many links of a chain stay before the one that was made last: what there is to go on from when that one is damaged.
+/// Checkpoints kept before the last one, to continue from if that one is damaged.
 const SPARE_LINKS: usize = 2;
-/// How often something is tried that may go well the next time.
+/// How often a transient failure is retried, counting the first attempt.
 const ATTEMPTS: u32 = 4;
 /// How long to wait before the second time; four times as long before each further one.
 const BACK_OFF: Duration = Duration::from_millis(100);
 
-/// What a stage may use besides its parameters.
+/// All that a stage may use besides its parameters.
 pub struct Context<'a> {
     /// Where units are published.
     pub store: &'a Store,
@@ -107,27 +107,27 @@ pub struct Context<'a> {
     pub kind: &'static str,
     /// Every unit of the stage, the published ones too.
     pub units: &'a [Unit],
-    /// Every item of the stage; units hold ranges of them.
+    /// Every item of the stage; units are ranges of them.
     pub items: &'a [Digest],
-    /// What the stage reads.
+    /// The files at its input ports.
     pub inputs: &'a Inputs,
-    /// How many items of each stage a dry run makes: of the others there is nothing to read. A chain has one link then, of as many steps.
+    /// In a dry run: how many items each stage makes; the others have no inputs. A training then has one checkpoint, after as many steps.
     pub most_items: Option<usize>,
     /// Where networks run: see [`Stage::USES_DEVICE`].
     pub device: tch::Device,
     /// Whether that device has instructions for bf16.
     pub has_bf16: bool,
-    /// How many threads the stage may keep busy besides the network's own.
+    /// How many threads the stage may use besides the network's own.
     pub threads: usize,
-    /// What to do about an item that cannot be read or understood.
+    /// The policy for items that fail, such as images that cannot be decoded.
     pub on_bad_item: OnBadItem,
-    /// How many items have failed so far: of published units, whoever made them, and of those in the making here.
+    /// How many items have failed so far, in published units and in those that are being made here.
     pub n_failed: &'a AtomicU64,
     /// Watches the processes that make other units of the stage.
     pub watch: &'a Mutex<Watch>,
     /// Whether the stage should stop where it is.
     pub is_stopped: &'a (dyn Fn() -> bool + Sync),
-    /// Receives progress.
+    /// Receives the progress.
     pub report: &'a (dyn Fn(Progress) + Send + Sync),
 }
 
@@ -140,7 +140,7 @@ pub fn failed_items(store: &Store, record: &UnitRecord) -> Result<Vec<FailedItem
     serde_json::from_slice(&file.read()?).map_err(|error| malformed(&file.path, error.to_string()))
 }
 
-/// Fails where more items have failed than a policy allows; `last`: why the last one did.
+/// Fails if more items have failed than the policy allows; `last`: why the last one failed.
 pub fn refuse_too_many([n_failed, n_items]: [usize; 2], max_failed_ratio: f64, last: &str) -> Result<()> {
     if n_failed as f64 > max_failed_ratio * n_items as f64 {
         return Err(Error::TooManyFailed { n_failed: n_failed as u64, n_items, max_failed_ratio, last: last.into() });
@@ -154,45 +154,44 @@ impl Context<'_> {
         ChaCha8Rng::from_seed(*unit.fingerprint.as_bytes())
     }
 
-    /// Says how many items there are to do in this execution.
+    /// Reports how many items this execution will make.
     pub fn total(&self, n_items: u64) {
         (self.report)(Progress::Total(n_items));
     }
 
-    /// Says that more items are done.
+    /// Reports that more items are done.
     pub fn tick(&self, n_items: u64) {
         (self.report)(Progress::Tick(n_items));
     }
 
-    /// Says that the network has worked on some more views, and how many pieces of work were ready for it.
+    /// Reports that the network has embedded more views, and how many jobs were ready for it.
     pub(crate) fn flow(&self, n_views: usize, n_ready: usize) {
         (self.report)(Progress::Flow { views: n_views as u64, ready: n_ready as u64 });
     }
 
-    /// Says what was measured at a step of a training, counted from 1.
+    /// Reports measurements at a step of a training, counted from 1.
     pub(crate) fn measured(&self, step: u64, values: &BTreeMap<String, f64>) {
         (self.report)(Progress::Measured { step, values: values.clone() });
     }
 
-    /// Says something that the operator should read.
+    /// Reports a note for the operator.
     pub fn note(&self, words: impl Into<String>) {
         (self.report)(Progress::Note(words.into()));
     }
 
-    /// Fails with [`Error::Stopped`] once the stage should stop. Asked at every [`Self::begin`]; a stage asks by
-    /// itself where a unit takes long and can be cut short.
+    /// Fails with [`Error::Stopped`] once the stage should stop. [`Self::begin`] calls it; a stage whose units take long calls it in between.
     pub fn proceed(&self) -> Result<()> {
         if (self.is_stopped)() { Err(Error::Stopped) } else { Ok(()) }
     }
 
-    /// Opens the draft of a unit that holds no items. Dropping it loses the unit, and nothing else.
+    /// Opens the draft of a unit without items. Dropping the draft discards the unit.
     pub fn begin(&self, unit: &Unit) -> Result<UnitDraft> {
         self.proceed()?;
         Ok(UnitDraft { draft: self.store.begin_unit(&self.key(unit))?, unit: unit.clone(), failed: Mutex::default(), _lease: None })
     }
 
-    /// Opens the draft of a unit that holds items; none where another process makes it meanwhile: several share the work of a
-    /// stage unit by unit.
+    /// Opens the draft of a unit with items; `None` if another process is making the unit: processes share the work of a stage unit by
+    /// unit.
     pub(crate) fn begin_claimed(&self, unit: &Unit) -> Result<Option<UnitDraft>> {
         self.proceed()?;
         match self.store.claim(self.kind, &unit.fingerprint, &mut self.watch.lock().unwrap_or_else(PoisonError::into_inner))? {
@@ -211,7 +210,7 @@ impl Context<'_> {
         Ok(self.store.donors(self.kind, &family, &wanted, made_with)?)
     }
 
-    /// Prepares an item; what may go well the next time (a network file system that does not answer) is tried again.
+    /// Prepares an item; transient failures, such as a network file system that does not answer, are retried.
     pub(crate) fn attempt<T>(&self, prepare: impl Fn() -> Result<T>) -> Attempted<T> {
         let mut pause = BACK_OFF;
         for attempts in 1.. {
@@ -224,14 +223,13 @@ impl Context<'_> {
         unreachable!("the last attempt returns")
     }
 
-    /// A prepared item of a unit, or `None` for one that failed and is left out by the stage's policy; `n_items`: how many the stage prepares
-    /// in all.
+    /// Returns a prepared item, or `None` if it failed and the stage's policy skips it; `n_items`: how many items the stage has.
     pub(crate) fn accept_or_skip<T>(&self, draft: &UnitDraft, item: &str, attempted: Attempted<T>, n_items: usize) -> Result<Option<T>> {
         let error = match attempted.result {
             Ok(prepared) => return Ok(Some(prepared)),
             Err(error) => error,
         };
-        // Links of a chain have no items of their own: each sees all of them.
+        // Units of a training have no items of their own: each uses all of them.
         let n_failed = match self.items.is_empty() {
             true => draft.failed.lock().unwrap_or_else(PoisonError::into_inner).len() + 1,
             false => self.n_failed.fetch_add(1, Ordering::Relaxed) as usize + 1,
@@ -241,7 +239,7 @@ impl Context<'_> {
         Ok(None)
     }
 
-    /// Notes an item that failed with its unit, unless the stage's policy does not allow it; `counts`: how many have failed so far, and of how many.
+    /// Lists a failed item with its unit. Fails if the stage's policy does not allow it; `counts`: how many items have failed so far, and of how many.
     pub(crate) fn skip(&self, draft: &UnitDraft, item: &str, error: Error, attempts: u32, counts: [usize; 2]) -> Result<()> {
         let OnBadItem::Skip { max_failed_ratio } = self.on_bad_item else { return Err(error) };
         use ovenbird_cache::Error::Read as Unreadable;
@@ -256,13 +254,13 @@ impl Context<'_> {
         Ok(())
     }
 
-    /// Has images left out for which a port has nothing, by the stage's policy: says of how many of `n_images`, and names the first.
+    /// Notes that images are skipped because a port has nothing for them. Fails if the stage's policy does not allow it.
     pub(crate) fn skip_missing(&self, port: PortInfo, missing: &[ImageId], n_images: usize, hint: &str) -> Result<()> {
         let Some(first) = missing.first() else { return Ok(()) };
         let problem = format!("none for {} of {n_images} images, image {first} among them", missing.len());
         match self.on_bad_item {
             OnBadItem::Fail => {
-                let hint = format!("{hint}; or leave these images out: `on_bad_item: skip`");
+                let hint = format!("{hint}; or skip these images: `on_bad_item: skip`");
                 Err(Error::Input { port: port.name, problem, hint })
             }
             OnBadItem::Skip { max_failed_ratio } => {
@@ -270,7 +268,7 @@ impl Context<'_> {
                 if missing.len() == n_images {
                     return Err(Error::Input { port: port.name, problem, hint: hint.into() });
                 }
-                self.note(format!("{}: {problem}: left out", port.name));
+                self.note(format!("{}: {problem}: skipped", port.name));
                 Ok(())
             }
         }
@@ -280,7 +278,7 @@ impl Context<'_> {
         UnitKey { kind: self.kind.into(), fingerprint: unit.fingerprint, family: unit.family }
     }
 
-    /// Publishes a unit. Of the links of a chain that do not stay, the last few before it are kept.
+    /// Publishes a unit. Of the earlier checkpoints of a training that are not to stay, it deletes all but the last few.
     pub fn commit(&self, draft: UnitDraft, metrics: BTreeMap<String, Value>) -> Result<()> {
         let UnitDraft { draft, unit, failed, _lease } = draft;
         let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -292,18 +290,18 @@ impl Context<'_> {
         if unit.family.is_some() { Ok(()) } else { self.prune(&self.units[..unit.index]) }
     }
 
-    /// Removes the links of a chain that later ones have made superfluous.
+    /// Deletes checkpoints that are no longer needed.
     fn prune(&self, links: &[Unit]) -> Result<()> {
         for link in links.iter().rev().skip(SPARE_LINKS).filter(|link| !link.stays) {
             let name = unit_name(self.kind, &link.fingerprint);
             if self.store.unit_path(&name).exists() {
-                self.store.remove_unit(&name, "the training went on from later links")?;
+                self.store.remove_unit(&name, "the training went on from later checkpoints")?;
             }
         }
         Ok(())
     }
 
-    /// What failed in a published unit: the link before, for a chain.
+    /// The failed items of a published unit: in a training, of the checkpoint before.
     pub(crate) fn failed_before(&self, index: usize) -> Result<Vec<FailedItem>> {
         match self.store.unit(self.kind, &self.units[index].fingerprint)? {
             Status::Valid(record) => failed_items(self.store, &record),
@@ -311,28 +309,28 @@ impl Context<'_> {
         }
     }
 
-    /// The files at an output port of a published unit: the link before, for a chain.
+    /// Opens an output port of a published unit: in a training, of the checkpoint before.
     pub fn published<T: Artifact>(&self, index: usize, port: Out<T>) -> Result<T> {
         let unit = &self.units[index];
         let Status::Valid(record) = self.store.unit(self.kind, &unit.fingerprint)? else {
-            let problem = format!("unit {index} was published, but is no longer whole");
+            let problem = format!("unit {index} was published, but is damaged or gone");
             return Err(Error::Input { port: port.info().name, problem, hint: "type the same command again: it is made again".into() });
         };
         T::open(&self.store.unit_port(&record, port.info().name))
     }
 }
 
-/// A unit in the making.
+/// A unit that is being made.
 pub struct UnitDraft {
     draft: Draft,
     unit: Unit,
     failed: Mutex<Vec<FailedItem>>,
-    /// Let go after the draft.
+    /// Released after the draft.
     _lease: Option<Lease>,
 }
 
 impl UnitDraft {
-    /// Lists items that failed earlier.
+    /// Adds items that failed earlier.
     pub(crate) fn carry(&self, failed: impl IntoIterator<Item = FailedItem>) {
         self.failed.lock().unwrap_or_else(PoisonError::into_inner).extend(failed);
     }
@@ -357,7 +355,7 @@ impl UnitDraft {
         Ok(self.draft.create(&format!("{port}/{name}"))?)
     }
 
-    /// Writes tensors and text as safetensors at an output port. Fails where a number is none.
+    /// Writes tensors and text as safetensors at an output port. Fails if a number is not finite.
     pub(crate) fn write_tensors<T>(
         &self,
         port: Out<T>,
@@ -383,7 +381,7 @@ impl UnitDraft {
     }
 }
 
-/// What came of preparing an item.
+/// The result of preparing an item.
 pub(crate) struct Attempted<T> {
     pub(crate) result: Result<T>,
     pub(crate) attempts: u32,

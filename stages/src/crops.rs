@@ -1,4 +1,4 @@
-//! `crops/objects`: annotated objects, cut out; `crops/folder`: as files in one folder a class.
+//! `crops/objects`: crops of annotated objects; `crops/folder`: the crops as files, in one folder per class.
 
 use std::{ops::Range, sync::Arc};
 
@@ -18,16 +18,16 @@ use crate::{
     pass::{Cut, ImageList, Views},
 };
 
-/// Crops of annotated objects, encoded, in one indexed shard a unit.
+/// Crops of annotated objects as JPEG, in one indexed shard per unit.
 ///
-/// One crop an annotation that is no crowd and of which at least `min_side` px on both sides lie in the image, in ascending image id and
-/// the file's order; the box grows by `expand` about its centre and is clipped to the image.
+/// One crop per annotation, in ascending image id and in the file's order. Crowds are skipped, and objects of which less than `min_side` px
+/// on either side lie in the image. The box grows by `expand` about its centre and is clipped to the image.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Objects {
-    /// By how much boxes grow on each axis.
+    /// The factor by which boxes grow on each axis.
     pub expand: f32,
-    /// Objects of which less lies in the image are left out, in px.
+    /// Objects whose part within the image is smaller on either side are skipped, in px.
     pub min_side: f32,
     /// JPEG quality, 1 to 100.
     pub quality: u8,
@@ -43,15 +43,15 @@ const IMAGES: In<Images> = In::required("images", "The folder that the annotatio
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json.");
 const CROPS: Out<Crops> = Out::new("crops", "By object: `image_id`, `annotation_id`, `category_id` u64, `jpeg` bytes.");
 
-/// Whether an object is cut out.
+/// Whether an object gets a crop, or why not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
     Kept,
     /// A crowd, or small.
     NotAsked,
-    /// It misses its image.
+    /// Outside its image.
     Outside,
-    /// What lies in the image is too small.
+    /// Too small once it is clipped to the image.
     Clipped,
 }
 
@@ -79,7 +79,7 @@ impl Objects {
         }
     }
 
-    /// Says how many objects are left out because of where they lie.
+    /// Notes how many objects are skipped because of their position.
     fn note_strays(&self, annotations: &Annotations, cx: &Context<'_>) {
         let objects = annotations.annotations.iter();
         let places = objects.filter_map(|object| Some((object.id, self.place(object, annotations.image(object.image_id)?))));
@@ -95,7 +95,7 @@ impl Objects {
         if let Some(first) = first {
             let n_objects = annotations.annotations.len();
             cx.note(format!(
-                "{} of {n_objects} annotated boxes are left out: {n_outside} lie outside their image, {n_clipped} are smaller than {} px once \
+                "{} of {n_objects} annotated boxes are skipped: {n_outside} lie outside their image, {n_clipped} are smaller than {} px once \
                  clipped to it (annotation {first} is the first)",
                 n_outside + n_clipped,
                 self.min_side
@@ -168,7 +168,7 @@ impl Views for CropViews<'_> {
         };
         let object = self.objects[place].iter().find(|object| side(object) > i64::from(MAX_JPEG_SIDE))?;
         let problem = format!("the crop of annotation {} would be longer than {MAX_JPEG_SIDE} px, which no JPEG can be", object.id);
-        Some((problem, "leave the image out: `on_bad_item: skip`, or cut it into smaller ones"))
+        Some((problem, "skip the image: `on_bad_item: skip`, or cut it into smaller ones"))
     }
 
     fn cut(&self, place: usize, _info: &ImageInfo, image: &Arc<Image>, _views: Range<usize>) -> Cut {
@@ -187,17 +187,17 @@ impl Views for CropViews<'_> {
     }
 }
 
-/// Crops as JPEG files, a folder a class: `CLASS/IMAGE-ANNOTATION.jpg`.
+/// Crops as JPEG files, in one folder per class: `CLASS/IMAGE-ANNOTATION.jpg`.
 ///
-/// For tools that read such folders. One unit, and one file a crop: for millions of objects read the shards instead. In names of classes
-/// `/`, `\`, `%`, control characters and a leading `.` are written as in addresses, `%2F`, so that different classes have different
-/// folders and each is seen; a name that is too long for a folder ends in `%~` and a digest of the whole.
+/// For tools that read such folders. It makes one file per crop: for millions of objects read the shards instead. In class names `/`, `\`,
+/// `%`, control characters and a leading `.` are percent-encoded (`%2F`), so that different classes have different, visible folders; a name
+/// that is too long for a folder ends in `%~` and a digest of the whole name.
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Folder {}
 
 const CROPS_IN: In<Crops> = In::required("crops", "The crops.");
-const CLASSES: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json with the names of their classes.");
+const CLASSES: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json with the class names.");
 const FOLDER: Out<Images> = Out::new("images", "`CLASS/IMAGE-ANNOTATION.jpg`.");
 
 impl Stage for Folder {

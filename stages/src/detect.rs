@@ -13,7 +13,7 @@ use crate::{
     clip::space,
 };
 
-/// Detection without a detector: every proposal gets the class whose text is nearest.
+/// Detection without a detector: each proposal gets the class with the most similar text embedding.
 ///
 /// Class probability = softmax of cosines / temperature over all classes; score = probability^(1 - w) * objectness^w with w =
 /// `objectness_weight`. Then NMS within each class, and the best `max_per_image`.
@@ -22,13 +22,13 @@ use crate::{
 pub struct ZeroShot {
     /// Divides cosines before the softmax; CLIP's own is 0.01.
     pub temperature: f64,
-    /// How much objectness counts, in [0, 1].
+    /// The weight w of objectness in the score, from 0 to 1.
     pub objectness_weight: f64,
-    /// Detections below are dropped.
+    /// Detections with this score or less are dropped.
     pub score_threshold: f32,
-    /// A box falls when it overlaps a better one of its class by more.
+    /// NMS removes a box whose IoU with a better-scored box of its class is greater.
     pub nms_iou: f32,
-    /// Detections kept an image.
+    /// The most detections per image, best first.
     pub max_per_image: usize,
 }
 
@@ -41,7 +41,7 @@ impl Default for ZeroShot {
 const FEATURES: In<RegionFeatures> = In::required("features", "Embeddings of proposals.");
 const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings of the same CLIP.");
 const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
-const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "The labels of the same images: category ids are taken from there.");
+const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json of the same images; category ids come from it.");
 const DETECTIONS: Out<Detections> = Out::new("detections", "Boxes (xyxy, px), categories and scores by image, best first.");
 
 impl Stage for ZeroShot {

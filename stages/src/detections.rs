@@ -1,4 +1,4 @@
-//! `detections/export`: detections for the programs of others.
+//! `detections/export`: detections for other programs.
 
 use std::{
     collections::BTreeMap,
@@ -19,20 +19,22 @@ use crate::{
     error::write_error,
 };
 
-/// Detections as one results file of COCO and LVIS, which pycocotools' `loadRes` and lvis-api's `LVISResults` read.
+/// Detections as a COCO or LVIS results file, which pycocotools' `loadRes` and lvis-api's `LVISResults` read.
 ///
-/// A list of `{"image_id", "category_id", "bbox": [x, y, width, height], "score"}`, with `"segmentation"` (packed run lengths) where there
-/// are masks; a line each, in the detections' order. Category ids are those of the annotations given here, found by name, numbers the
-/// shortest decimals of f32. `annotations/split` renumbers categories: give the json that the results will be evaluated with. Who evaluates masks with pycocotools or lvis-api takes `bbox` out first, as mmdet does: otherwise small, medium and
-/// large go by boxes.
+/// A list of `{"image_id", "category_id", "bbox": [x, y, width, height], "score"}`, with `"segmentation"` (run-length encoding) if there are
+/// masks; one line per detection, in the order of the input. Category ids are those of the annotations given here, matched by name:
+/// `annotations/split` renumbers categories, so give the json that the results will be evaluated with. To evaluate masks with pycocotools
+/// or lvis-api, remove `bbox` first, as mmdet does; otherwise small, medium and large are decided by box area.
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Export {}
 
 const DETECTIONS: In<Detections> = In::required("detections", "Boxes, categories and scores; masks are optional.");
-const ANNOTATIONS: In<AnnotationFile> =
-    In::required("annotations", "COCO or LVIS json that the results are for: the one brought, not renumbered, to have its category ids.");
-const RESULTS: Out<ResultsFile> = Out::new("results", "A results file of COCO and LVIS, json.");
+const ANNOTATIONS: In<AnnotationFile> = In::required(
+    "annotations",
+    "COCO or LVIS json whose category ids the results get: your own file, not the one that `annotations/split` made.",
+);
+const RESULTS: Out<ResultsFile> = Out::new("results", "A COCO or LVIS results file, json.");
 
 /// One line of the file.
 #[derive(Serialize)]

@@ -49,12 +49,12 @@ impl Error {
             Self::Data(error) => error.hint(),
             Self::Models(error) => error.hint(),
             Self::Input { hint, .. } => Some(hint.clone()),
-            Self::TooManyFailed { .. } => Some("mend the files, or raise `max_failed_ratio` of the stage".into()),
+            Self::TooManyFailed { .. } => Some("repair the files, or raise `max_failed_ratio` of the stage".into()),
             Self::Stopped => Some("type the same command again to continue".into()),
         }
     }
 
-    /// The file that it is about, if it is about one.
+    /// The file that the error is about, if any.
     pub fn file(&self) -> Option<&Path> {
         use ovenbird_data::Error as Data;
         use ovenbird_models::Error as Models;
@@ -66,7 +66,7 @@ impl Error {
         }
     }
 
-    /// Whether there was no room on the disk.
+    /// Whether the disk was full.
     pub fn is_disk_full(&self) -> bool {
         use std::io::ErrorKind as Kind;
         let (Self::Cache(ovenbird_cache::Error::Write { source, .. }) | Self::Data(ovenbird_data::Error::Write { source, .. })) = self
@@ -76,7 +76,7 @@ impl Error {
         matches!(source.kind(), Kind::StorageFull | Kind::QuotaExceeded)
     }
 
-    /// Whether the same thing may go well the next time.
+    /// Whether the failure may be transient, so that a retry may succeed.
     pub(crate) fn is_transient(&self) -> bool {
         let (Self::Data(ovenbird_data::Error::Read { source, .. })
         | Self::Cache(ovenbird_cache::Error::Read { source, .. })
@@ -91,7 +91,7 @@ impl Error {
         )
     }
 
-    /// The user's file that is not what it was when the run began, if that is what happened.
+    /// The user's file that changed since the run began, if that is the error.
     pub fn changed_file(&self) -> Option<&Path> {
         match self {
             Self::Cache(ovenbird_cache::Error::Changed { path, .. } | ovenbird_cache::Error::Gone { path }) => Some(path),
@@ -99,7 +99,7 @@ impl Error {
         }
     }
 
-    /// The file whose committed bytes turned out to be damaged, if that is what happened.
+    /// The file that is damaged, if that is the error.
     pub fn damaged_file(&self) -> Option<&Path> {
         match self {
             Self::Cache(ovenbird_cache::Error::Flipped { path, .. } | ovenbird_cache::Error::Malformed { path, .. })
@@ -110,7 +110,7 @@ impl Error {
     }
 }
 
-/// What every reader of an artifact's table or shard answers when columns are not what they should be.
+/// The error of a file whose content is not as expected.
 pub(crate) fn malformed(path: &Path, problem: impl Into<String>) -> Error {
     Error::Cache(ovenbird_cache::Error::Malformed { path: path.to_owned(), problem: problem.into() })
 }

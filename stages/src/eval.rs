@@ -1,4 +1,4 @@
-//! `eval/coco` and `eval/lvis`: how good detections are.
+//! `eval/coco` and `eval/lvis`: average precision and recall of detections.
 
 use ovenbird_data::{
     evaluate::{Evaluator, Metric, Shape},
@@ -12,16 +12,16 @@ use crate::{
     artifacts::{AnnotationFile, Classes, Detections, EvaluationFile},
 };
 
-const FOUND: In<Detections> = In::required("detections", "Detections in the same images.");
+const FOUND: In<Detections> = In::required("detections", "Detections in the images of the annotations.");
 
-/// What of an object has to lie in the right place.
+/// Whether boxes or masks are compared with the annotations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Of {
-    /// Its box.
+    /// IoU of boxes.
     #[default]
     Boxes,
-    /// Its pixels: detections need masks, and annotations a `segmentation`. Sizes are those of masks.
+    /// IoU of masks: detections need masks, and annotations a `segmentation`. Small, medium and large are by mask area.
     Masks,
 }
 
@@ -31,28 +31,29 @@ impl Of {
     }
 }
 
-/// COCO evaluation of boxes or masks: all, base and novel classes by slices of one accumulation.
+/// COCO evaluation of boxes or masks, for all, base and novel classes.
 ///
-/// AP over at most 100 detections an image; AP50, AP75, sizes and AR over at most 1,000. All classes compete. (pycocotools;
-/// OADP, section 6.6.)
+/// AP counts at most 100 detections per image; AP50, AP75, AP by size and AR at most 1,000. The limit is over all classes together.
+/// (pycocotools; OADP, section 6.6.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Coco {
-    /// What of an object has to lie in the right place.
+    /// Whether boxes or masks are compared with the annotations.
     // A default that is not written has to be spelled out for the schema.
     #[serde(default, skip_serializing_if = "Of::is_boxes")]
     #[schemars(extend("default" = "boxes"))]
     pub iou_type: Of,
 }
 
-/// LVIS evaluation of boxes or masks: federated, 300 detections an image; APr, APc, APf and novel / base.
+/// LVIS evaluation of boxes or masks: federated, 300 detections per image; APr, APc, APf, and AP of base and novel classes.
 ///
-/// Images say which classes are absent for certain and which are not labelled exhaustively; everything else is not judged.
+/// An image counts for a class only if the annotations say that the class is there or absent; classes that are not labelled exhaustively
+/// give no false positives.
 /// (lvis-api 0.5.3.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Lvis {
-    /// What of an object has to lie in the right place.
+    /// Whether boxes or masks are compared with the annotations.
     // A default that is not written has to be spelled out for the schema.
     #[serde(default, skip_serializing_if = "Of::is_boxes")]
     #[schemars(extend("default" = "boxes"))]
@@ -60,9 +61,9 @@ pub struct Lvis {
 }
 
 const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
-const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "The labels of the same images: category ids are taken from there.");
+const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json of the same images, with the ground truth.");
 const EVALUATION: Out<EvaluationFile> =
-    Out::new("evaluation", "AP and AR of all, base and novel classes, of every class, PR curves, and warnings.");
+    Out::new("evaluation", "AP and AR for all, base and novel classes and for each class, precision-recall curves, and warnings.");
 
 const EVAL_INPUTS: &[PortInfo] = &[ANNOTATIONS.info(), FOUND.info(), CLASSES.info()];
 
@@ -99,7 +100,7 @@ fn evaluate(units: &[Unit], cx: &Context<'_>, metric: Metric, of: Of) -> Result<
     let port = |port: &'static str, hint: &'static str| move |problem: String| Error::Input { port, problem, hint: hint.into() };
     let hint = match of {
         Of::Boxes => "use the classes and the annotations of the same split",
-        Of::Masks => "masks need annotations with the outlines of all objects; otherwise evaluate `iou_type: boxes`",
+        Of::Masks => "masks need annotations with a `segmentation` of every object; otherwise evaluate `iou_type: boxes`",
     };
     let mut evaluator = Evaluator::new(metric, shape, &annotations, &classes).map_err(port("annotations", hint))?;
     let hint = match of {
@@ -136,12 +137,12 @@ fn evaluate(units: &[Unit], cx: &Context<'_>, metric: Metric, of: Of) -> Result<
     if n_judged == 0 && n_stray > 0 {
         return Err(Error::Input {
             port: "detections",
-            problem: format!("none of {n_stray} is in an image of the annotations"),
+            problem: format!("none of {n_stray} detections is in an image of the annotations"),
             hint: "evaluate detections against annotations of the same images".into(),
         });
     }
     if n_stray > 0 {
-        cx.note(format!("{n_stray} detections in images that the annotations leave out are not judged"));
+        cx.note(format!("{n_stray} detections are in images that the annotations do not have, and are not evaluated"));
     }
     let evaluation = evaluator.finish(table.looked_at()?.as_ref()).map_err(port("detections", hint))?;
     let metrics = evaluation.groups.iter().map(|(group, summary)| (format!("{group}.ap50"), summary.ap50.into()));

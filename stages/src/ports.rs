@@ -6,16 +6,16 @@ use ovenbird_cache::inputs::InputFile;
 
 use crate::{Error, Result};
 
-/// What a stage reads at a port.
+/// A kind of input or output, as stages read it.
 pub trait Artifact: Sized {
-    /// How the planner names the kind.
+    /// The name of the kind.
     const KIND: &'static str;
-    /// How the names of its files end, in lower case; `/` stands for a folder.
+    /// File extensions, in lower case; `/` stands for a folder.
     const EXTENSIONS: &'static [&'static str];
-    /// What a file that a user brings must be, as it follows "give".
+    /// What a user's file must be, worded to follow "give".
     const SHAPE: &'static str;
 
-    /// Opens it from the port's files. Large contents are read later, piece by piece.
+    /// Opens the port's files. Large contents are read later, piece by piece.
     fn open(files: &[InputFile]) -> Result<Self>;
 }
 
@@ -33,26 +33,26 @@ pub enum Presence {
 pub struct PortInfo {
     /// Its name under `in:`, or after the dot in `stage.output`.
     pub name: &'static str,
-    /// What lies there, such as `features`; an edge joins equal kinds.
+    /// The kind of its content, such as `features`; outputs connect to inputs of the same kind.
     pub kind: &'static str,
     /// Whether it may be left out (inputs).
     pub presence: Presence,
-    /// How the names of such files end, in lower case; `/` stands for a folder.
+    /// File extensions, in lower case; `/` stands for a folder.
     pub extensions: &'static [&'static str],
-    /// What a file that a user brings must be: see [`Artifact::SHAPE`].
+    /// See [`Artifact::SHAPE`].
     pub shape: &'static str,
-    /// What exactly is expected or written: shapes, units, order.
+    /// Documentation: shapes, units, order.
     pub doc: &'static str,
 }
 
-/// An input port. `T` is what a stage reads there.
+/// An input port. `T` is the type that a stage reads.
 #[derive(Debug)]
 pub struct In<T> {
     info: PortInfo,
     kind: PhantomData<fn() -> T>,
 }
 
-// Deriving would ask the same of `T`.
+// Deriving would require the same of `T`.
 impl<T> Clone for In<T> {
     fn clone(&self) -> Self {
         *self
@@ -84,7 +84,7 @@ impl<T: Artifact> In<T> {
     }
 }
 
-/// An output port. `T` is what a stage downstream reads there.
+/// An output port. `T` is the type that a later stage reads.
 #[derive(Debug)]
 pub struct Out<T> {
     info: PortInfo,
@@ -116,7 +116,7 @@ impl<T> Out<T> {
     }
 }
 
-/// The files behind every input port of a stage.
+/// The files at every input port of a stage.
 #[derive(Debug, Clone, Default)]
 pub struct Inputs {
     /// Files in order, by port.
@@ -124,12 +124,12 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    /// Opens what lies at a port that must be given.
+    /// Opens an input that must be given.
     pub fn read<T: Artifact>(&self, port: In<T>) -> Result<T> {
         T::open(self.files(port.info))
     }
 
-    /// Opens what lies at a port, if it was given.
+    /// Opens an input, if it was given.
     pub fn read_if_given<T: Artifact>(&self, port: In<T>) -> Result<Option<T>> {
         self.ports.get(port.info.name).map(|files| T::open(files)).transpose()
     }

@@ -1,4 +1,4 @@
-//! Stages that make class embeddings, and carry them in and out.
+//! Stages that make, import and export class embeddings.
 
 pub mod ensemble;
 pub mod export;

@@ -1,4 +1,4 @@
-//! Stages that make proposals, and carry them in and out.
+//! Stages that make, import and export proposals.
 
 pub mod export;
 pub mod import;

@@ -1,4 +1,4 @@
-//! `toy/world`: the toy world as files.
+//! `toy/world`: a synthetic data set to try everything on.
 
 use ovenbird_data::{
     proposals::write_mmdet,
@@ -14,24 +14,24 @@ use crate::{
     feed::in_parallel,
 };
 
-/// A small world to try everything on: scenes, labels, a captioned web set, proposals, in the formats of the real ones.
+/// A small synthetic data set to try everything on: scenes, annotations, captioned web images, proposals, in the formats of real ones.
 ///
-/// Objects are a shape x a colour x a pattern, such as `striped red circle`: 40 base and 20 novel combinations whose parts
-/// all occur in base classes. The same seed and sizes always give the same bytes.
+/// A class is a pattern, a colour and a shape, such as `striped red circle`: 40 base and 20 novel combinations. Every pattern, colour and
+/// shape occurs in a base class. The same seed and sizes always give the same bytes.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct World {
-    /// Everything follows from it.
+    /// The seed of all random numbers.
     pub seed: u64,
-    /// Scenes to train on.
+    /// How many scenes to train on.
     pub train_images: usize,
-    /// Scenes to evaluate on.
+    /// How many scenes to evaluate on.
     pub val_images: usize,
-    /// Captioned pictures.
+    /// How many captioned web images.
     pub web_images: usize,
-    /// Clean pictures of one class each, to measure zero-shot accuracy.
+    /// How many images of a single object, to measure zero-shot accuracy.
     pub held_out_images: usize,
-    /// Long side of scenes, in px.
+    /// The longer side of scenes, in px.
     pub side_px: u32,
 }
 
@@ -47,10 +47,10 @@ const VAL: Out<AnnotationFile> = Out::new("val", "COCO json of the evaluation sc
 const LVIS_TRAIN: Out<AnnotationFile> = Out::new("lvis_train", "LVIS v1 json of the training scenes; novel classes are rare.");
 const LVIS_VAL: Out<AnnotationFile> = Out::new("lvis_val", "LVIS v1 json of the evaluation scenes.");
 const CLASSES: Out<Classes> = Out::new("classes", "The 40 base and 20 novel class names.");
-const WEB_IMAGES: Out<Images> = Out::new("web_images", "The pictures of the web set.");
-const CAPTIONS: Out<Captions> = Out::new("captions", "Their alt text: 8 % name another object, some are noise.");
-const HELD_OUT_IMAGES: Out<Images> = Out::new("held_out_images", "Clean pictures of one class each.");
-const HELD_OUT: Out<Captions> = Out::new("held_out", "Their class names.");
+const WEB_IMAGES: Out<Images> = Out::new("web_images", "The web images.");
+const CAPTIONS: Out<Captions> = Out::new("captions", "The alt text of the web images: 8 % name another object, some are noise.");
+const HELD_OUT_IMAGES: Out<Images> = Out::new("held_out_images", "Images of a single object.");
+const HELD_OUT: Out<Captions> = Out::new("held_out", "The class names of the single objects.");
 const TRAIN_PROPOSALS: Out<MmdetProposals> = Out::new("train_proposals", "Proposals for the training scenes, as mmdet pickles them.");
 const VAL_PROPOSALS: Out<MmdetProposals> = Out::new("val_proposals", "Proposals for the evaluation scenes, as mmdet pickles them.");
 

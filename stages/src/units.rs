@@ -4,47 +4,46 @@ use std::ops::Range;
 
 use ovenbird_cache::{Digest, Fingerprint, Recipe, chunk};
 
-/// How a stage's work is divided.
+/// The division of a stage's work into units.
 #[derive(Debug)]
 pub enum Units {
-    /// All of it at once.
+    /// One unit.
     One,
-    /// Items that do not depend on each other, cut into units by content.
+    /// Items that do not depend on each other, divided into units by content.
     Independent {
-        /// One digest an item, covering all that the item's result depends on besides the remaining inputs: its id and its
-        /// content.
+        /// One digest per item, of its id and content, and all else that its result depends on besides the remaining inputs.
         items: Vec<Digest>,
-        /// The ports whose content the item digests stand for: a unit's identity holds its items in place of these.
+        /// The ports whose content the item digests cover: a unit's name depends on its items instead of these ports.
         replaces: Vec<&'static str>,
     },
-    /// Steps of which each continues the one before (training). The artifact holds the last one, and those that are to stay.
+    /// Checkpoints of a training, each of which continues from the one before. The artifact holds the last one and those that are to stay.
     Chain {
-        /// How many.
+        /// How many checkpoints.
         links: u32,
-        /// How many steps they have all together.
+        /// How many steps of training in all.
         steps: u32,
-        /// Places of those that stay besides the last.
+        /// Indices of the checkpoints that stay besides the last.
         stay: Vec<u32>,
     },
 }
 
-/// A piece that is done, verified, lost and redone as a whole.
+/// A piece of work that is made, verified, lost and redone as a whole.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unit {
-    /// Its place among the units of its stage.
+    /// Its index among the units of its stage.
     pub index: usize,
-    /// Which items it holds, of the stage's own list; empty for one unit and for links of a chain.
+    /// The items it holds, as a range of the stage's list; empty for units without items.
     pub items: Range<usize>,
     /// Its name.
     pub fingerprint: Fingerprint,
-    /// Of a unit that holds items: see [`UnitKey::family`].
+    /// For a unit with items: see [`ovenbird_cache::UnitKey::family`].
     pub family: Option<Fingerprint>,
-    /// Whether the artifact holds it. Only of links of a chain does it not hold all.
+    /// Whether the artifact holds it. Only checkpoints of a training may be left out.
     pub stays: bool,
 }
 
 impl Units {
-    /// How many items there are, or steps of a chain, or 1.
+    /// The number of items, or of steps of a training, or 1.
     pub fn count(&self) -> usize {
         match self {
             Self::One => 1,
@@ -53,7 +52,7 @@ impl Units {
         }
     }
 
-    /// Leaves the first items, or of a chain the first steps of the first link.
+    /// Keeps the first items, or the first steps of a training up to its first checkpoint.
     pub fn truncate(&mut self, n_items: usize) {
         match self {
             Self::One => {}
@@ -65,7 +64,7 @@ impl Units {
         }
     }
 
-    /// Names every unit of a stage with this recipe; the second list holds the items they are ranges of.
+    /// The units of a stage with this recipe, with their names; and the items that they are ranges of.
     pub fn of(self, recipe: &Recipe) -> (Vec<Unit>, Vec<Digest>) {
         let without_items = |index: usize, fingerprint, stays| Unit { index, items: 0..0, fingerprint, family: None, stays };
         match self {

@@ -1,4 +1,4 @@
-//! `annotations/pseudo-labels`: objects that CLIP recognises, added to annotations.
+//! `annotations/pseudo-labels`: annotations with objects that CLIP recognises.
 
 use std::collections::BTreeSet;
 
@@ -19,7 +19,7 @@ use crate::{
     clip::space,
 };
 
-/// Annotations with what CLIP takes proposals for, so that a detector learns novel classes from boxes that nobody drew.
+/// Adds pseudo labels to annotations: proposals that CLIP recognises, so that a detector learns novel classes without human labels.
 ///
 /// Of the `max_per_image` proposals with the greatest objectness, each gets its likeliest class, base or novel: probability = softmax of
 /// logits / temperature over all classes, logits = cosine * scaler - bias with the prompts' learned scale, or else the cosine itself;
@@ -30,18 +30,18 @@ use crate::{
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PseudoLabels {
-    /// Divides logits before the softmax. 1 where the prompts have a learned scale; otherwise it must be given.
+    /// Divides logits before the softmax. Without it 1, if the prompts have a learned scale; otherwise it must be given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f64>,
-    /// How much the class probability counts.
+    /// Exponent of the class probability in the score.
     pub probability_power: f64,
-    /// How much objectness counts.
+    /// Exponent of objectness in the score.
     pub objectness_power: f64,
-    /// A box falls when it overlaps a better one of its class by more.
+    /// NMS removes a box whose IoU with a better-scored box of its class is greater.
     pub nms_iou: f32,
-    /// Objects must score above.
+    /// Proposals with this score or less are not added.
     pub score_threshold: f32,
-    /// Proposals looked at in an image.
+    /// The most proposals to consider per image, those of greatest objectness.
     pub max_per_image: usize,
 }
 
@@ -52,13 +52,13 @@ impl Default for PseudoLabels {
     }
 }
 
-const FEATURES: In<RegionFeatures> = In::required("features", "Embeddings of proposals, of all images of the annotations.");
+const FEATURES: In<RegionFeatures> = In::required("features", "Embeddings of proposals, for all images of the annotations.");
 const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings of the same CLIP.");
 const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json with the categories of all classes.");
-const MORE: Out<AnnotationFile> = Out::new("annotations", "The same json, its tokens kept, with more `annotations`.");
+const MORE: Out<AnnotationFile> = Out::new("annotations", "The same json, otherwise unchanged, with more `annotations`.");
 const ALL: Out<Classes> =
-    Out::new("classes", "The class names, all of them base: a training takes these, so that novel classes are learned.");
+    Out::new("classes", "All class names as base classes: give these to a training, so that it learns novel classes.");
 
 impl Stage for PseudoLabels {
     const KIND: &'static str = "annotations/pseudo-labels";
@@ -100,7 +100,7 @@ impl Stage for PseudoLabels {
             }
         }
         let missing: Vec<ImageId> = waiting.into_iter().collect();
-        let hint = "make them for these annotations: `clip/objects` or `objects/import` with the same `annotations`";
+        let hint = "extract features for these annotations: `clip/objects` or `objects/import` with the same `annotations`";
         cx.skip_missing(FEATURES.info(), &missing, images.len(), hint)?;
         let base = Classes::category_ids(&annotations, classes.base.iter())?;
         let n_base = added.iter().filter(|object| base.contains(&object.category_id)).count();
@@ -114,7 +114,7 @@ impl Stage for PseudoLabels {
     }
 }
 
-/// Finds objects among the regions of an image.
+/// Selects the pseudo labels of an image.
 struct Labeller<'a> {
     stage: &'a PseudoLabels,
     /// f32 `[K, D]`.
@@ -148,7 +148,7 @@ impl PseudoLabels {
 }
 
 impl Labeller<'_> {
-    /// Objects, best first.
+    /// The pseudo labels of an image, best first.
     fn label(&self, regions: &Regions) -> Result<Vec<Added>> {
         let (image_id, n_regions) = (regions.image_id, regions.boxes.len());
         if n_regions == 0 {

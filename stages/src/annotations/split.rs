@@ -21,45 +21,45 @@ pub enum ClassList {
     /// From the `classes` input.
     #[default]
     Input,
-    /// The 48 base and 17 novel classes of COCO.
+    /// The 48 base and 17 novel classes of COCO, the usual split for open-vocabulary detection.
     #[serde(rename = "coco-48-17")]
     Coco4817,
     /// LVIS: frequent and common classes are base, rare ones novel.
     LvisFrequency,
 }
 
-/// Which labels and images stay.
+/// Which annotations and images are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Keep {
-    /// Every listed class, every image (`.65`, `.1203`).
+    /// Annotations of all listed classes, in all images (`.65`, `.1203`).
     #[default]
     All,
-    /// Labels of base classes, every image (`.48`, `.866`).
+    /// Annotations of base classes, in all images (`.48`, `.866`).
     Base,
-    /// Every listed class, images with at least one label (`.65.min`).
+    /// Annotations of all listed classes, in images that have at least one (`.65.min`).
     AllAnnotated,
 }
 
-/// Annotations for open-vocabulary detection: classes renumbered as base ++ novel, novel labels kept or dropped.
+/// Annotations for open-vocabulary detection: classes renumbered, base classes first, and annotations of novel classes kept or dropped.
 ///
-/// New ids count from 0. Image and annotation ids, boxes, masks, areas and unknown fields keep their tokens exactly. LVIS
-/// files must be covered by the class list; classes of COCO that are not listed are dropped. (OADP, annotation building.)
+/// New category ids count from 0. Everything else is copied unchanged: image and annotation ids, boxes, masks, areas, unknown fields. A class
+/// list for LVIS must name all its classes; classes of COCO that are not listed are dropped. (OADP, annotation building.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Split {
     /// Where the class list comes from.
     #[serde(default)]
     pub classes: ClassList,
-    /// Which labels and images stay.
+    /// Which annotations and images are kept.
     #[serde(default)]
     pub keep: Keep,
 }
 
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS v1 json.");
 const CLASSES: In<Classes> = In::optional("classes", "Base and novel class names, for `classes: input`.");
-const SPLIT: Out<AnnotationFile> = Out::new("annotations", "The renumbered json: `categories`, `annotations`, `images`, no spaces.");
-const LIST: Out<Classes> = Out::new("classes", "The class names; a class's new id is its place in base ++ novel.");
+const SPLIT: Out<AnnotationFile> = Out::new("annotations", "The renumbered json: `categories`, `annotations`, `images`, without spaces.");
+const LIST: Out<Classes> = Out::new("classes", "The class names; a class's new id is its position among base classes, then novel ones.");
 
 impl Stage for Split {
     const KIND: &'static str = "annotations/split";
@@ -77,7 +77,7 @@ impl Stage for Split {
                 let given = cx.inputs.read_if_given(CLASSES)?.map(|Classes(classes)| classes);
                 given.ok_or_else(|| Error::Input {
                     port: "classes",
-                    problem: "missing, but `classes: input` takes the class list from there".into(),
+                    problem: "missing, but `classes: input` takes the class list from this port".into(),
                     hint: "give `in: {classes: ...}`, or `with: {classes: coco-48-17}` or `lvis-frequency`".into(),
                 })?
             }
@@ -89,7 +89,7 @@ impl Stage for Split {
             })?,
         };
         if let Some(words) = of_boxes(&checked) {
-            cx.note(format!("{words}: they are kept as they are"));
+            cx.note(format!("{words}: they are kept unchanged"));
         }
         drop(checked);
         let keep = match self.keep {

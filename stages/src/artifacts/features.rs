@@ -48,11 +48,11 @@ use crate::{
 const ROWS_PER_BATCH: usize = 128;
 const BF16_KEY: &str = "ovenbird.bf16";
 
-/// How embeddings are stored.
+/// The number format of stored embeddings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
-    /// IEEE half precision: unit-norm embeddings keep three digits.
+    /// IEEE half precision: three digits of a unit-norm embedding.
     #[default]
     F16,
     /// bfloat16: two digits.
@@ -267,7 +267,7 @@ fn rows_of<R>(shards: &[InputFile], read: impl Fn(&Path, &RecordBatch) -> Result
     batches(shards).flat_map(move |batch| flatten_result(batch.and_then(|(path, batch)| read(&path, &batch))))
 }
 
-/// What a unit holds of one image, whatever its kind.
+/// The results for one image.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Row {
     /// The image's own embedding `[D]`.
@@ -278,7 +278,7 @@ pub(crate) enum Row {
     Crops(Vec<Crop>),
 }
 
-/// What kind of rows a unit holds.
+/// The kind of rows in a unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RowKind {
     /// [`Row::Image`].
@@ -358,7 +358,7 @@ pub(crate) struct ReusedRows {
 }
 
 impl ReusedRows {
-    /// Looks through the donors of some items. What cannot be read is not on the reused.
+    /// Finds the rows of some items among their donors. Rows that cannot be read are not reused.
     pub(crate) fn new(kind: RowKind, donors: &Donors, items: &[Digest], images: &[ImageInfo], port: &str) -> Self {
         let mut reused = Self { kind, shards: Vec::new(), places: HashMap::new(), open: None };
         if kind == RowKind::Crops {
@@ -384,12 +384,12 @@ impl ReusedRows {
         reused
     }
 
-    /// Whether an item is there.
+    /// Whether an item has a row to reuse.
     pub(crate) fn has(&self, item: &Digest) -> bool {
         self.places.contains_key(item)
     }
 
-    /// Takes an item's row.
+    /// Removes and returns the row of an item that has one.
     pub(crate) fn take(&mut self, item: &Digest, image: ImageId) -> Result<Row> {
         let place = self.places[item];
         if self.open.as_ref().is_none_or(|(open, _)| *open != place) {
@@ -415,20 +415,20 @@ pub struct Regions {
     pub size_px: [u32; 2],
     /// Boxes, N of them.
     pub boxes: Vec<Xyxy>,
-    /// How sure the proposal network was, `[N]`.
+    /// Objectness, `[N]`.
     pub objectness: Vec<f32>,
     /// `[N, D]`, row by row.
     pub embeddings: Vec<f32>,
 }
 
-/// The box of the first block, which is the whole image.
+/// The box of the first block, which shows the whole image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum WholeBox {
-    /// The centre square that the network sees. (The reference's defect 2, mended.)
+    /// The centre square, which the network gets. (Corrects the reference's defect 2.)
     #[default]
     Fixed,
-    /// Left, top, side, side of it: what the reference stores as xyxy.
+    /// Its left, top, side and side: the reference stores these as xyxy.
     Reference,
 }
 

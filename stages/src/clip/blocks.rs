@@ -24,17 +24,18 @@ use crate::{
 
 /// CLIP embeddings of overlapping blocks of an image pyramid.
 ///
-/// First the whole image as its centre square, then blocks of the network's size without resizing, overlapping by half at least, of
-/// levels that are 1.5 times smaller each, as long as a block fits. Boxes are px of the original image, `objectness` is 1.
+/// The first block is the centre square of the whole image. The others have the network's input size and overlap by at least half; they
+/// cover the image, then the image shrunk by 1.5, and so on, as long as a block fits. Boxes are in px of the original image, `objectness`
+/// is 1.
 /// (OADP, section 4.2: blocks.)
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Blocks {
-    /// How CLIP is run.
+    /// Precision, activation, and which CLIP of a checkpoint with several.
     pub clip: Clip,
-    /// The first row's box.
+    /// The box of the first block.
     pub whole_box: WholeBox,
-    /// How embeddings are stored.
+    /// The number format of stored embeddings.
     pub dtype: Dtype,
 }
 

@@ -32,9 +32,9 @@ const SQUARES: usize = 64;
 /// Objects of a forward pass; each has four times the tokens of a square.
 const OBJECTS: usize = 16;
 
-/// The name under which units note the arithmetic they were made in.
+/// The metric of a unit that names the precision it was computed in.
 pub const PRECISION: &str = "precision";
-/// The cosine to f32 that bf16 has to reach to be chosen.
+/// The least cosine to f32 at which bf16 is chosen.
 const LEAST_COSINE: f64 = 0.999;
 /// By how much the norm of an embedding may differ from 1. It is computed in f32 of D numbers: below D x 2^-24 even where D is 1,024 and
 /// every rounding goes the same way.
@@ -44,36 +44,36 @@ const NORM_TOLERANCE: f64 = 1e-3;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// bf16 where the device has it (AVX-512 BF16 or AMX; NVIDIA from compute capability 8.0 on) and the network's embeddings keep a cosine
-    /// of 0.999 to those of f32, else f32. Chosen once in a home for each checkpoint and set of parameters, before the first unit is made;
-    /// every later run and every other machine keeps to it.
+    /// bf16 if the device supports it (AVX-512 BF16 or AMX; NVIDIA from compute capability 8.0 on) and embeddings have a cosine of at least
+    /// 0.999 to those in f32; otherwise f32. Chosen once per home for each checkpoint and set of parameters, before the first unit is made;
+    /// later runs and other machines use the same.
     #[default]
     Auto,
     /// Single precision.
     F32,
     /// bfloat16, about four times as fast on processors that have it (AVX-512 BF16, AMX).
     Bf16,
-    /// IEEE half precision, as the reference on GPUs.
+    /// IEEE half precision, which the OADP reference uses on GPUs.
     F16,
 }
 
 impl Precision {
-    /// What it is called, and what the network computes in. `Auto` has no kind of its own.
+    /// The name and the tensor kind of each. `Auto` has no kind of its own.
     const KINDS: [(&str, Self, Kind); 3] =
         [("f32", Self::F32, Kind::Float), ("bf16", Self::Bf16, Kind::BFloat16), ("f16", Self::F16, Kind::Half)];
 }
 
-/// How CLIP is run.
+/// How CLIP is loaded and run.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Clip {
     /// The arithmetic of the image tower; text is always encoded in f32.
     pub precision: Precision,
-    /// The activation, where neither the checkpoint nor a config file in its folder says it: with another one than the weights were trained
-    /// with, embeddings are wrong.
+    /// The activation that the weights were trained with. Needed only if neither the checkpoint nor a config file in its folder names it; a
+    /// wrong one gives wrong embeddings.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gelu: Option<Gelu>,
-    /// Which CLIP of a checkpoint with several: what the names of its tensors begin with, such as `teacher`.
+    /// For checkpoints with several CLIPs: the prefix of the tensor names, such as `teacher`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefix: Option<String>,
 }
@@ -139,11 +139,11 @@ pub(crate) struct Encoder {
     clip: clip::Clip,
     /// The checkpoint's file, for messages.
     origin: PathBuf,
-    /// Which space its embeddings are of.
+    /// The embedding space.
     pub(crate) space: Space,
     pub(crate) preprocess: Preprocess,
     mode: InputMode,
-    /// What it computes in.
+    /// `f32`, `bf16` or `f16`.
     pub(crate) precision: &'static str,
     /// `[1, 3, 1, 1]`, f32, on the device.
     mean: Tensor,
@@ -169,8 +169,8 @@ impl Clip {
             return load(self.precision);
         }
         let family = cx.units.first().and_then(|unit| unit.family).expect("BUG: stages that embed images have units that hold items");
-        // What was compared need not be loaded again.
-        let (mut compared, mut why) = (Vec::new(), "as this home began it".to_owned());
+        // Networks that were compared need not be loaded again.
+        let (mut compared, mut why) = (Vec::new(), "as chosen earlier in this home".to_owned());
         let chosen = cx.store.choice(cx.kind, &family, PRECISION, || -> Result<String> {
             if !cx.has_bf16 {
                 why = "the device has no bf16".into();
@@ -180,18 +180,18 @@ impl Clip {
             let cosine = least_cosine(&single, &half)?;
             compared = vec![single, half];
             let keeps = cosine >= LEAST_COSINE;
-            why = format!("the device has bf16, which keeps a cosine of {cosine:.5} to f32; {LEAST_COSINE} is asked for");
+            why = format!("the device has bf16, with a cosine of {cosine:.5} to f32; at least {LEAST_COSINE} is required");
             Ok(if keeps { "bf16" } else { "f32" }.into())
         })?;
         let known = Precision::KINDS.iter().find(|(name, ..)| *name == chosen).map(|(_, precision, _)| *precision);
         let precision = known.ok_or_else(|| Error::Input {
             port: "clip.precision",
-            problem: format!("this home began in `{chosen}`, which this program does not know"),
+            problem: format!("this home chose `{chosen}`, which this program does not know"),
             hint: "update ovenbird, or say which: `with: {clip: {precision: f32}}`".into(),
         })?;
         cx.note(format!("computes in {chosen}: {why}"));
         if precision == Precision::Bf16 && !cx.has_bf16 {
-            cx.note("the device has no bf16 and computes it by other instructions, many times slower: run this where the device has it");
+            cx.note("the device has no bf16 and emulates it many times slower: use a device that has it");
         }
         match compared.into_iter().find(|encoder| encoder.precision == chosen) {
             Some(encoder) => Ok(encoder),
@@ -199,7 +199,7 @@ impl Clip {
         }
     }
 
-    /// The weights that are meant; says what of the file is left out.
+    /// The weights of the CLIP at `prefix`; notes which tensors of the file are not used.
     fn weights<'a>(&self, file: &'a CheckpointFile, cx: &Context<'_>) -> Result<Weights<'a>> {
         let (checkpoint, path) = (read_weights(&file.file)?, &file.file.path);
         let place = layout::place(checkpoint.tensors(), self.prefix.as_deref(), path)?;
@@ -219,7 +219,7 @@ impl Weights<'_> {
     }
 }
 
-/// The least cosine between what two networks make of four patterns.
+/// The least cosine between the embeddings of four test patterns by two networks.
 fn least_cosine(one: &Encoder, other: &Encoder) -> Result<f64> {
     let side = one.preprocess.side_px;
     let pattern = |n: u32| {
@@ -245,11 +245,11 @@ fn least_cosine(one: &Encoder, other: &Encoder) -> Result<f64> {
     }
     let cosine = |(a, b): (&[f32], &[f32])| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
     let cosines = exact.chunks_exact(one.dim()).zip(rounded.chunks_exact(one.dim())).map(cosine);
-    // What is no number is no likeness.
+    // NaN counts as no similarity.
     Ok(cosines.map(|cosine| if cosine.is_nan() { f64::NEG_INFINITY } else { cosine }).fold(1.0, f64::min))
 }
 
-/// What is wrong with the first of some embeddings `[N, D]` that has not unit norm.
+/// Describes the first of some embeddings `[N, D]` whose norm is not 1; `None` if all are sound.
 pub(crate) fn embedding_problem(embeddings: &[f32], dim: usize) -> Option<String> {
     let n = embeddings.len() / dim.max(1);
     embeddings.chunks_exact(dim.max(1)).enumerate().find_map(|(row, embedding)| {
@@ -259,11 +259,11 @@ pub(crate) fn embedding_problem(embeddings: &[f32], dim: usize) -> Option<String
     })
 }
 
-/// How squares are cut out of images for a network.
+/// Cuts squares out of images for a network.
 #[derive(Clone, Copy)]
 pub(crate) struct Cropper {
     preprocess: Preprocess,
-    /// Whether an accelerator does it: it has the image then, and threads only say where.
+    /// Whether squares are cut on the accelerator, which has the whole image; threads then only pass the rectangles.
     is_on_device: bool,
 }
 
@@ -287,14 +287,14 @@ impl Encoder {
         Self { clip, origin: origin.to_owned(), space, preprocess, mode, precision, mean, std }
     }
 
-    /// That embeddings came out as none.
+    /// The error that embeddings are not unit vectors.
     pub(crate) fn unsound(&self, problem: &str) -> Error {
         let hint = "look at the checkpoint and at the image: `ovenbird doctor --clip FILE` tests the checkpoint".into();
         let problem = format!("{problem}; computed in {}", self.precision);
         ovenbird_models::Error::Malformed { path: self.origin.clone(), problem, hint: Some(hint) }.into()
     }
 
-    /// How squares are cut for it.
+    /// Cuts squares for this network.
     pub(crate) fn cropper(&self) -> Cropper {
         Cropper { preprocess: self.preprocess, is_on_device: self.clip.device() != Device::Cpu }
     }
@@ -304,7 +304,7 @@ impl Encoder {
         self.clip.config().embed_dim as usize
     }
 
-    /// The least side of an image that it can be shown at its own size, in px.
+    /// The least side of an image that the network accepts at its own size, in px.
     pub(crate) fn least_side(&self) -> u32 {
         match self.clip.config().image {
             ImageConfig::Vit { patch, .. } => patch as u32,
@@ -318,7 +318,7 @@ impl Encoder {
         self.clip.object_grid().map(|side| side as usize)
     }
 
-    /// How many views go through the network at once.
+    /// Views per forward pass.
     pub(crate) fn batch(&self) -> usize {
         match self.mode {
             InputMode::Squares => SQUARES,

@@ -1,7 +1,7 @@
-//! What the stages share that embed images and regions of images: their ports, their units and their part in a pass.
+//! Ports, units and passes of the stages that embed images and regions of images.
 //!
-//! What differs from the OADP reference is a parameter each, and its default is said there; in every case boxes are stored in f32
-//! (there: f16), an image without proposals has an empty row (there: a crash), and proposals are matched to images by id.
+//! Differences from the OADP reference are parameters, whose documentation names the default. Always different: boxes are stored in f32
+//! (there f16), an image without proposals has an empty row (there a crash), and proposals are matched to images by id.
 
 use ovenbird_cache::Digest;
 use ovenbird_data::{
@@ -20,7 +20,7 @@ pub(super) const IMAGES: In<Images> = In::required("images", "The folder that th
 pub(super) const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json: which images, their ids and sizes.");
 pub(super) const CHECKPOINT: In<CheckpointFile> =
     In::required("checkpoint", "CLIP weights: OpenAI, open_clip or Hugging Face; a file, or a folder with its config.");
-pub(super) const PROPOSALS: In<Proposals> = In::required("proposals", "The boxes, of the same images as `annotations`.");
+pub(super) const PROPOSALS: In<Proposals> = In::required("proposals", "Boxes in the images of `annotations`.");
 
 pub(super) const GLOBALS: Out<ImageFeatures> = Out::new("features", "By image: `image_id` u64, `embedding` [D], unit norm.");
 pub(super) const REGIONS: Out<RegionFeatures> =
@@ -56,7 +56,7 @@ pub(super) fn large_proposals(inputs: &Inputs, min_side: f32) -> Result<(Annotat
     Ok((annotations, proposals))
 }
 
-/// A rider with a network over the images of some annotations.
+/// A part in a pass over the images of the annotations, with a network.
 pub(super) fn consumer<'a>(
     (units, cx): (&'a [Unit], &'a Context<'a>),
     annotations: Annotations,

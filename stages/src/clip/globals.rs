@@ -20,39 +20,39 @@ use crate::{
     pass::{Cut, Views},
 };
 
-/// What the network sees of an image.
+/// How an image is resized for the network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Resize {
-    /// The whole image at its own size; positions are interpolated (OADP's adaptive preprocessing).
+    /// Not at all: the network gets the image at its own size, and position embeddings are interpolated (OADP's adaptive preprocessing).
     #[default]
     Native,
-    /// The centre square at the size of CLIP's training.
+    /// To CLIP's input size: the shorter side is resized, the centre square cropped.
     Square,
-    /// As `square`, of JPEGs decoded at a half, a quarter or an eighth of their size where that is still enough: their preparation takes
-    /// four fifths of the time. Embeddings keep a cosine of 0.999 to those of `square` on the average, and of 0.98 at the least (300
-    /// scenes of the toy world, the quickstart's CLIP). For accelerators that wait for pictures.
+    /// As `square`, but JPEGs are decoded at a half, a quarter or an eighth of their size where that is large enough, which saves a fifth of
+    /// the preparation time. Embeddings differ slightly from those of `square`: cosine 0.999 on average and 0.98 at least (300 toy scenes,
+    /// the quickstart's CLIP). Use it if the accelerator waits for images.
     Draft,
 }
 
 /// CLIP embeddings of whole images.
 ///
-/// One unit-norm embedding an image, in ascending image id. (OADP, section 4.1: globals.)
+/// One unit-norm embedding per image, in ascending image id. (OADP, section 4.1: globals.)
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Globals {
-    /// How CLIP is run.
+    /// Precision, activation, and which CLIP of a checkpoint with several.
     pub clip: Clip,
-    /// What the network sees of an image.
+    /// How an image is resized for the network.
     pub resize: Resize,
-    /// How embeddings are stored.
+    /// The number format of stored embeddings.
     pub dtype: Dtype,
 }
 
 struct GlobalViews {
     resize: Resize,
     preprocess: Preprocess,
-    /// Of images that the network sees at their own size, px.
+    /// The least side of an image at its own size, in px.
     least_side: u32,
 }
 
@@ -65,7 +65,7 @@ impl Views for GlobalViews {
         let is_too_small = self.resize == Resize::Native && info.width.min(info.height) < self.least_side;
         let (width, height, least) = (info.width, info.height, self.least_side);
         let problem = format!("{width} x {height} px, but the network needs {least} px on both sides of an image at its own size");
-        is_too_small.then_some((problem, "leave it out: `on_bad_item: skip`, or resize all images to squares: `with: {resize: square}`"))
+        is_too_small.then_some((problem, "skip it: `on_bad_item: skip`, or resize all images to squares: `with: {resize: square}`"))
     }
 
     fn cut(&self, _place: usize, info: &ImageInfo, image: &Arc<Image>, _views: Range<usize>) -> Cut {

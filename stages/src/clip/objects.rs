@@ -17,33 +17,33 @@ use crate::{
     pass::{Cut, Views},
 };
 
-/// How large the square around an object is.
+/// The size of the square around an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Square {
-    /// Eight times the object's area, whatever the image: published features are made so. An object longer than eight times its
-    /// width is cut, a large one is shrunk inside black margins (the reference's defect 6).
+    /// Eight times the object's area, regardless of the image, as in published features. An object more than eight times as long as wide is
+    /// cut off; the square around a large object reaches beyond the image and is black there (the reference's defect 6).
     #[default]
     Reference,
-    /// The same, but at most the image's shorter side and at least the object's longer one.
+    /// The same, but at most the image's shorter side and at least the object's longer side.
     Fixed,
 }
 
-/// CLIP embeddings of objects in their surroundings, by object-token mask attention.
+/// CLIP embeddings of objects with their surroundings, by masked attention of an object token.
 ///
-/// For each proposal at least `min_side` px on both sides: a square around it, of which the object fills an eighth; patches twice as
-/// dense as CLIP's; and a token that begins as the class token and looks only at patches of the object. Vision transformers only.
+/// Each proposal is cropped with a square around it, of which the object fills an eighth. The network takes patches at half of CLIP's
+/// stride, and an additional token, which begins as the class token and attends only to patches of the object. Vision transformers only.
 /// (OADP, section 4.3: objects.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Objects {
-    /// How CLIP is run.
+    /// Precision, activation, and which CLIP of a checkpoint with several.
     pub clip: Clip,
-    /// How large the square is.
+    /// The size of the square around an object.
     pub square: Square,
-    /// Proposals smaller than this on either side are left out, in px.
+    /// Proposals smaller than this on either side are skipped, in px.
     pub min_side: f32,
-    /// How embeddings are stored.
+    /// The number format of stored embeddings.
     pub dtype: Dtype,
 }
 
@@ -117,7 +117,7 @@ impl ImageStage for Objects {
 fn object_grid(encoder: &Encoder) -> Result<usize> {
     encoder.object_grid().ok_or_else(|| Error::Input {
         port: CHECKPOINT.info().name,
-        problem: "a ResNet: the object token looks at the patches of a vision transformer".into(),
+        problem: "a ResNet: the object token needs the patches of a vision transformer".into(),
         hint: "use a ViT, or `clip/proposals`".into(),
     })
 }

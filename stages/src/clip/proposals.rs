@@ -1,4 +1,4 @@
-//! `clip/proposals`: embeddings of the image parts inside proposals.
+//! `clip/proposals`: embeddings of crops of proposals.
 
 use std::{ops::Range, sync::Arc};
 
@@ -17,21 +17,20 @@ use crate::{
     pass::{Cut, Views},
 };
 
-/// CLIP embeddings of what proposals cut out.
+/// CLIP embeddings of crops of proposals.
 ///
-/// For each proposal at least `min_side` px on both sides: expand the box about its centre, clip it to the image, round its
-/// corners half to even, resize and centre-crop as CLIP does, encode. With several expansions the unit-norm embeddings are
-/// added and normalised again (ViLD uses 1.0 and 1.5).
+/// Each proposal is expanded about its centre, clipped to the image, its corners rounded half to even, then resized and centre-cropped as
+/// CLIP does. With several expansions the unit-norm embeddings are added and normalised again (ViLD uses 1.0 and 1.5).
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Proposals {
-    /// How CLIP is run.
+    /// Precision, activation, and which CLIP of a checkpoint with several.
     pub clip: Clip,
-    /// By how much boxes grow on each axis, one crop an entry.
+    /// The factors by which boxes grow on each axis; one crop for each.
     pub expand: Vec<f32>,
-    /// Proposals smaller than this on either side are left out, in px.
+    /// Proposals smaller than this on either side are skipped, in px.
     pub min_side: f32,
-    /// How embeddings are stored.
+    /// The number format of stored embeddings.
     pub dtype: Dtype,
 }
 

@@ -1,4 +1,4 @@
-//! `prompts/ensemble`: class names into sentences, sentences into embeddings, embeddings averaged.
+//! `prompts/ensemble`: class embeddings, averaged over sentences with the class name.
 
 use std::collections::BTreeSet;
 
@@ -15,28 +15,28 @@ use crate::{
     clip::Clip,
 };
 
-/// Class embeddings from sentences.
+/// Class embeddings: the mean text embedding of sentences with the class name.
 ///
-/// Per sentence: encode, normalise. Then the mean over the sentences, base classes first, then novel ones. ViLD's prompts
-/// are the mean as it is, with a norm below 1 (`renormalise: false`); CLIP normalises the mean again. OADP's `vild.pth`, which COCO and
-/// LVIS share, is that of both their class lists. (OADP, section 5.1.)
+/// Each sentence is encoded and normalised, then the sentences are averaged. Rows are in the order of base classes, then novel ones. ViLD
+/// uses the mean as it is, with a norm below 1 (`renormalise: false`); CLIP normalises it again. OADP's `vild.pth`, which COCO and LVIS
+/// share, is made with `classes` and `more_classes`. (OADP, section 5.1.)
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Ensemble {
-    /// How CLIP is run.
+    /// Precision, activation, and which CLIP of a checkpoint with several.
     pub clip: Clip,
-    /// Which sentences.
+    /// The sentences.
     pub templates: Templates,
-    /// Whether the mean is normalised again.
+    /// Normalise the mean to unit norm.
     pub renormalise: bool,
-    /// Whether underscores in class names become spaces.
+    /// Replace underscores in class names by spaces.
     pub spaces: bool,
 }
 
 const CHECKPOINT: In<CheckpointFile> =
     In::required("checkpoint", "CLIP weights: OpenAI, open_clip or Hugging Face; a file, or a folder with its config.");
 const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
-const MORE_CLASSES: In<Classes> = In::optional("more_classes", "Names of another data set that is to share the embeddings.");
+const MORE_CLASSES: In<Classes> = In::optional("more_classes", "Class names of a second data set, to make one file for both.");
 const PROMPTS: Out<Prompts> = Out::new(
     "prompts",
     "safetensors: `embeddings` f32 [K, D]; metadata `names`, base ++ novel, or of two class lists every name once, by code points.",
@@ -87,7 +87,7 @@ impl Stage for Ensemble {
     }
 }
 
-/// Whose embeddings there are, in the order of the rows.
+/// The names of the rows, in order.
 fn names(classes: &ClassSplit, more: Option<&ClassSplit>) -> Vec<String> {
     match more {
         None => classes.all().cloned().collect(),

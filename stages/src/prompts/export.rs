@@ -10,7 +10,7 @@ use crate::{
     error::write_error,
 };
 
-/// Class embeddings for other programs: the `.pth` dict that OADP reads, and `prompts/import`.
+/// Class embeddings for other programs: a `.pth` dict, which OADP and `prompts/import` read.
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Export {}
@@ -18,7 +18,7 @@ pub struct Export {}
 const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings.");
 const EXPORTED: Out<PublishedPrompts> = Out::new(
     "file",
-    "`prompts.pth`: a dict of `embeddings` f32 [K, D], `names` (a list), and where they were learned `scaler` and `bias`, f32 [].",
+    "`prompts.pth`: a dict of `embeddings` f32 [K, D], `names` (a list), and, if they were learned, `scaler` and `bias`, f32 [].",
 );
 
 impl Stage for Export {

@@ -11,16 +11,17 @@ use crate::{
 
 /// Class embeddings that another program made, checked.
 ///
-/// OADP's `.pth` dicts name their rows. DetPro publishes the rows alone, in the order of LVIS's ids: their names are those of the original
-/// `annotations`, in ascending id, spelled as there. Rows are taken as they are: nothing is normalised; their lengths are reported.
+/// OADP's `.pth` dicts name their rows. DetPro publishes rows without names, in the order of LVIS's category ids: give the original LVIS json
+/// as `annotations`, which names them. Rows are not normalised; their least, mean and greatest norm are reported.
 /// (OADP, sections 5.2 and 5.3.)
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Import {}
 
-const FILE: In<PublishedPrompts> = In::required("file", "A dict of `embeddings`, `names` and maybe `scaler` and `bias`, or rows alone.");
+const FILE: In<PublishedPrompts> =
+    In::required("file", "A dict of `embeddings`, `names` and optionally `scaler` and `bias`; or one tensor of rows.");
 const ANNOTATIONS: In<AnnotationFile> =
-    In::optional("annotations", "The data set's own json, not split: names the rows of a file that does not, in ascending category id.");
+    In::optional("annotations", "For files without names: the data set's original json, whose categories name the rows in ascending id.");
 const IMPORTED: Out<Prompts> = Out::new(
     "prompts",
     "safetensors: `embeddings` f32 [K, D], `scaler` and `bias` where the file has them; metadata `names`, in its order.",

@@ -1,20 +1,20 @@
-//! The sentences that class names are put into.
+//! Sentences with a place for a class name.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Which sentences a class name is put into, in place of `{}`.
+/// Sentences, in which the class name replaces `{}`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Templates {
-    /// The 74 of ViLD and OADP.
+    /// The 74 sentences of ViLD and OADP.
     #[default]
     #[serde(rename = "vild-74")]
     Vild74,
-    /// The 80 that CLIP used for ImageNet.
+    /// The 80 sentences that CLIP used for ImageNet.
     #[serde(rename = "clip-80")]
     Clip80,
-    /// Your own.
+    /// Your own list.
     Custom(Vec<String>),
 }
 

@@ -11,14 +11,14 @@ use crate::{
     error::write_error,
 };
 
-/// Proposals as the pickle that mmdet reads, without Python.
+/// Proposals as a pickle that mmdet reads, written without Python.
 ///
-/// A list over the images of the annotations of float32 arrays `N x 5`: x1, y1, x2, y2 in px, score; in the order of the proposals.
-/// Readers match entries with images by their places alone, so give the annotations that they will be read with.
+/// The pickle is a list with one float32 array `N x 5` per image of the annotations: x1, y1, x2, y2 in px, score; in the order of the
+/// proposals. Readers match entries with images by position alone, so give the annotations that the pickle will be read with.
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Export {
-    /// The order of the entries; `id` without it, with a note where the annotations list their images in another order.
+    /// The order of the entries. Without it `id`, with a note if the annotations list their images in another order.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub order: Option<Order>,
 }
@@ -44,7 +44,7 @@ impl Stage for Export {
         }
         let boxes = proposals.of_images(annotations.images_in(self.order.map_or(ImageOrder::Id, Order::of_data)))?;
         if n_entries > boxes.len() {
-            cx.note(format!("proposals of {} images that the annotations do not have are left out", n_entries - boxes.len()));
+            cx.note(format!("proposals of {} images that the annotations do not have are skipped", n_entries - boxes.len()));
         }
         let draft = cx.begin(unit)?;
         let mut pickle = draft.create(EXPORTED, "proposals.pkl")?;

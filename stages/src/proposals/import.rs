@@ -21,11 +21,11 @@ use crate::{
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Import {
-    /// The order of entries that do not say which image they are of; it makes no difference to others. Without it, the order that the boxes fit: boxes must lie in their images. If they fit both orders, the
-    /// stage fails and asks for this parameter. It makes no difference where the annotations list their images in ascending id.
+    /// The order of the entries, for files without image ids or paths. Without it, the order in which all boxes lie within their images; if
+    /// both orders fit, the stage fails and asks for this parameter. It does not matter if the annotations list images in ascending id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order: Option<Order>,
-    /// Keeps at most this many proposals an image, best first; all without it.
+    /// The most proposals to keep per image, best first. Without it all are kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_per_image: Option<usize>,
 }
@@ -53,7 +53,7 @@ impl Stage for Import {
             None => "named",
         };
         if matched.n_others > 0 {
-            cx.note(format!("entries of {} images that the annotations do not have are left out", matched.n_others));
+            cx.note(format!("proposals of {} images that the annotations do not have are skipped", matched.n_others));
         }
         if self.order.is_none()
             && !annotations.file_order.is_sorted()

@@ -4,13 +4,13 @@ use ovenbird_data::annotations::ImageOrder;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// The order of the entries of a file that has one an image and no ids.
+/// The order of the images in a file that has one entry per image and no image ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
     /// Ascending image id.
     Id,
-    /// As the annotations' file lists the images, which is what mmdet reads and writes.
+    /// As the annotation file lists the images: mmdet reads and writes this order.
     File,
 }
 
