@@ -16,7 +16,11 @@ use ovenbird_data::{
 };
 use ovenbird_models::{
     checkpoint::write_safetensors,
-    detector::{Config, Detector, MaskConfig, heads::MaskHeadConfig, roi_align::RoiAlign},
+    detection::roi_align::RoiAlign,
+    rcnn::{
+        Config, Detector,
+        mask_head::{MaskConfig, MaskHeadConfig},
+    },
 };
 use ovenbird_stages::{Artifact as _, artifacts::Detections};
 use rand::{Rng as _, SeedableRng as _};

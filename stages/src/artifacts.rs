@@ -34,7 +34,7 @@ use ovenbird_data::{
     json,
     proposals::{self, Pickled},
 };
-use ovenbird_models::{checkpoint::Checkpoint, detector::classifier::LogitScale};
+use ovenbird_models::{checkpoint::Checkpoint, rcnn::classifier::LogitScale};
 use serde::{
     Deserialize, Serialize,
     de::{DeserializeOwned, IgnoredAny},

@@ -9,14 +9,7 @@ use ovenbird_data::{
     evaluate::Detection,
     masks::{Mask, PackedMask},
 };
-use ovenbird_models::detector::{
-    Detector, TestRule, Vocabularies,
-    boxes::{Suppression, corners},
-    classifier::{self, Shares},
-    heads::DetectionRule,
-    layout,
-    rpn::ProposalRule,
-};
+use ovenbird_models::{rcnn::{Detector, TestRule, Vocabularies, classifier::{self, Shares}, heads::DetectionRule, layout, rpn::ProposalRule}, detection::boxes::{Suppression, corners}};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn};

@@ -15,8 +15,8 @@ use ovenbird_data::{
 };
 use ovenbird_models::{
     clip::{self, prompted::Prompted, tokenizer::Tokenizer},
-    detector::classifier::LogitScale,
     multilabel::asymmetric_loss,
+    rcnn::classifier::LogitScale,
     to_unit_length,
 };
 use rand::seq::SliceRandom as _;

@@ -5,21 +5,27 @@ use std::{collections::BTreeMap, path::Path};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use tch::{Device, Kind, Tensor, nn};
 
-use super::{
-    super::{
-        Config, Detections, Detector, MaskConfig, MaskRcnn, MaskRcnnConfig, MaskRcnnLosses, Objects, POOL, Pyramid, REGION_CODER, TestRule,
-        Vocabularies,
+use super::super::{
+    Config, Detector, TestRule, Vocabularies,
+    classifier::{Ensemble, LogitScale, Shares, Vocabulary},
+    heads::{RegionRule, RegionSample, region_losses},
+    layout,
+    mask_head::{MaskConfig, MaskHeadConfig, MaskRule, ObjectMask, mask_loss},
+    mask_rcnn::{MaskRcnn, MaskRcnnConfig, MaskRcnnLosses, Objects},
+    regions::{POOL, Pyramid, REGION_CODER},
+    rpn::ProposalRule,
+};
+use crate::{
+    Error, Misfit, Phase,
+    detection::{
+        Detections,
         boxes::{BoxLoss, ImageSize, Suppression, boxes_tensor, floats, integers, iou_matrix},
-        classifier::{Ensemble, LogitScale, Shares, Vocabulary},
-        heads::{MaskHeadConfig, MaskRule, ObjectMask, RegionRule, RegionSample, mask_loss, region_losses},
-        layout,
+        golden::{Golden, boxes_of, field, images, values},
         matching::{Assigner, Sampler, Truth},
         roi_align::RoiAlign,
-        rpn::ProposalRule,
     },
-    Golden, boxes_of, field, images, values,
+    golden::error,
 };
-use crate::{Error, Misfit, Phase, golden::error};
 
 fn origin() -> &'static Path {
     Path::new("detector.pth")

@@ -6,9 +6,9 @@
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::ensure;
 use crate::{
     Error, Phase, Result,
+    error::ensure,
     layers::{Linear, to_unit_length},
     parameters::{Init, Parameters},
 };

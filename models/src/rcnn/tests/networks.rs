@@ -5,19 +5,20 @@ use std::{cell::RefCell, collections::BTreeMap};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use tch::{Device, Kind, Tensor, nn};
 
-use super::{
-    super::{
-        Phase, RegionsConfig,
-        boxes::{ImageSize, Suppression, boxes_tensor, floats},
-        classifier::{Background, EmbeddingClassifier, Ensemble, LogitScale, Overfull, Shares, Vocabulary},
-        fpn::{self, Fpn},
-        matching::{Sampler, Truth},
-        resnet::{self, Depth, ResNet, StridePlace},
-        rpn::{self, ProposalRule, Rpn},
-    },
-    Golden, boxes_of, field, fill, images,
+use super::super::{
+    classifier::{Background, EmbeddingClassifier, Ensemble, LogitScale, Overfull, Shares, Vocabulary},
+    regions::RegionsConfig,
+    rpn::{self, ProposalRule, Rpn},
 };
 use crate::{
+    Phase,
+    detection::{
+        boxes::{ImageSize, Suppression, boxes_tensor, floats},
+        fpn::{self, Fpn},
+        golden::{Golden, boxes_of, field, fill, images},
+        matching::{Sampler, Truth},
+        resnet::{self, Depth, ResNet, StridePlace},
+    },
     golden::error,
     parameters::{Fill, Parameters},
 };
