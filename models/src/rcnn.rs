@@ -5,7 +5,7 @@
 //! at the bottom. Decoding and normalising images, and the training loop, are elsewhere.
 //!
 //! Differences from mmdet and OADP: batch normalisation uses the statistics of one device (the reference synchronises several); the scores
-//! of two heads are combined as probabilities, not as logits ([`classifier::Overfull`]); losses of proposals are divided by the number of
+//! of two heads are combined as probabilities, not as logits ([`classifier::SumAboveOne`]); losses of proposals are divided by the number of
 //! sampled anchors ([`rpn`]). Every normalisation starts with weight 1, where mmdet starts the last one of a residual block at 0, which only
 //! matters without pretraining.
 //!

@@ -3,7 +3,7 @@
 use ovenbird_data::{
     Error as DataError,
     classes::ClassSplit,
-    split::{Keep as KeptLabels, write_split},
+    split::{LabelFilter, write_split},
     warnings::of_boxes,
 };
 use schemars::JsonSchema;
@@ -28,19 +28,6 @@ pub enum ClassList {
     LvisFrequency,
 }
 
-/// Which labels and images stay.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Keep {
-    /// Every listed class, every image (`.65`, `.1203`).
-    #[default]
-    All,
-    /// Labels of base classes, every image (`.48`, `.866`).
-    Base,
-    /// Every listed class, images with at least one label (`.65.min`).
-    AllAnnotated,
-}
-
 /// Annotations for open-vocabulary detection: classes renumbered as base ++ novel, novel labels kept or dropped.
 ///
 /// New ids count from 0. Image and annotation ids, boxes, masks, areas and unknown fields keep their tokens exactly. LVIS
@@ -51,9 +38,9 @@ pub struct Split {
     /// Where the class list comes from.
     #[serde(default)]
     pub classes: ClassList,
-    /// Which labels and images stay.
+    /// Which labels and images are kept.
     #[serde(default)]
-    pub keep: Keep,
+    pub keep: LabelFilter,
 }
 
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS v1 json.");
@@ -92,14 +79,9 @@ impl Stage for Split {
             cx.note(format!("{words}: they are kept as they are"));
         }
         drop(checked);
-        let keep = match self.keep {
-            Keep::All => KeptLabels::All,
-            Keep::Base => KeptLabels::Base,
-            Keep::AllAnnotated => KeptLabels::AllAnnotated,
-        };
         let draft = cx.begin(unit)?;
         let mut file = draft.create(SPLIT, "annotations.json")?;
-        let counts = write_split(&annotations.file.read()?, &annotations.file.path, &classes, keep, &mut file)?;
+        let counts = write_split(&annotations.file.read()?, &annotations.file.path, &classes, self.keep, &mut file)?;
         file.finish()?;
         draft.write(LIST, "classes.json", &serde_json::to_vec(&classes).expect("BUG: names are plain JSON"))?;
         cx.tick(counts.images as u64);
