@@ -57,14 +57,14 @@ impl fmt::Debug for Layout {
 }
 
 /// The projections of CLIP, in OpenAI's names: of a vision transformer, of attention pooling, of texts.
-const PROJECTIONS: &[&str] = &["visual.proj", "visual.attnpool.c_proj.weight", "visual.attnpool.c_proj.bias", "text_projection"];
+pub const CLIP_PROJECTIONS: &[&str] = &["visual.proj", "visual.attnpool.c_proj.weight", "visual.attnpool.c_proj.bias", "text_projection"];
 
 /// OpenAI's release (a TorchScript archive's state). The three scalars are in OpenAI's files alone, whose weights have QuickGELU; saved as a
 /// state dict they look like open_clip's.
 const OPENAI: Layout = Layout {
     name: "OpenAI's",
     activation: Some(Activation::QuickGelu),
-    projections: PROJECTIONS,
+    projections: CLIP_PROJECTIONS,
     is_of: |tensors| OPENAI_SCALARS.iter().any(|&name| tensors.contains_key(name)),
     translate: from_open_clip,
     read: read_clip,
