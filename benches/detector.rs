@@ -18,11 +18,11 @@ use std::{
 
 use ovenbird_models::{
     checkpoint::Checkpoint,
-    detector::{
-        MaskRcnn, MaskRcnnConfig, Objects,
-        boxes::{ImageSize, Suppression},
-        heads::ObjectMask,
+    detection::boxes::{ImageSize, Suppression},
+    rcnn::{
         layout,
+        mask_head::ObjectMask,
+        mask_rcnn::{MaskRcnn, MaskRcnnConfig, Objects},
     },
 };
 use rand::SeedableRng;

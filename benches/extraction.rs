@@ -23,7 +23,7 @@ use ovenbird_cache::{Digest, Recipe, Store, UnitKey, inputs};
 use ovenbird_data::{
     annotations::ImageId,
     boxes::Xyxy,
-    images::{Image, Preprocess},
+    images::{Image, Preprocess, SquareResize},
     proposals::Proposal,
     toy::{Set, World},
 };
@@ -128,7 +128,7 @@ fn preparing(folder: &Path) {
     timed("reading a file and comparing its digest", &mut |index| drop(std::hint::black_box(files[index].read().unwrap())));
     let mut images = Vec::new();
     timed("decoding 640 x 480", &mut |index| images.push(Image::decode(&bytes[index], folder).unwrap()));
-    let preprocess = Preprocess::clip(224);
+    let preprocess = Preprocess { side_px: 224, resize: SquareResize::Shortest, mean: [0.5; 3], std: [0.5; 3] };
     timed("its centre square of 224", &mut |index| drop(std::hint::black_box(preprocess.square(&images[index]))));
     timed("decoding a draft, and its square", &mut |index| {
         let path = folder.join(format!("images/{index:06}.jpg"));

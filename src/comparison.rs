@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ovenbird_data::evaluate::{Evaluation, Metric, Summary};
+use ovenbird_data::evaluate::{Evaluation, GROUPS, Metric, Protocol};
 use ovenbird_stages::{Artifact as _, artifacts::EvaluationFile, find};
 use serde::Serialize;
 
@@ -12,22 +12,6 @@ use crate::{
     history::{Evaluated, StepState},
     pipeline::matrix::{Cell, Matrix, plain_id},
 };
-
-/// Groups of classes in the order in which tables show them.
-pub(crate) const GROUPS: [&str; 6] = ["novel", "base", "all", "rare", "common", "frequent"];
-
-/// What tables show of a group.
-pub(crate) fn metrics(group: &Summary) -> [(&'static str, Option<f64>); 7] {
-    [
-        ("AP", group.ap),
-        ("AP50", group.ap50),
-        ("AP75", group.ap75),
-        ("AP small", group.ap_small),
-        ("AP medium", group.ap_medium),
-        ("AP large", group.ap_large),
-        ("AR", group.ar),
-    ]
-}
 
 /// One evaluation in all cells of a run. Numbers are in [0, 1].
 #[derive(Debug, Serialize)]
@@ -37,7 +21,7 @@ pub(crate) struct Comparison {
     #[serde(rename = "use")]
     pub(crate) kind: String,
     /// `COCO, boxes`.
-    pub(crate) of: &'static str,
+    pub(crate) of: String,
     /// The one that papers compare: AP50 for COCO, AP for LVIS.
     pub(crate) headline: &'static str,
     /// What the differences are to; `None` where there is one row for all variants, or no variant.
@@ -155,11 +139,8 @@ fn one<'a>(matrix: &Matrix, stage: &str, evaluation: String, kind: &str, of_cell
     Comparison {
         evaluation,
         kind: kind.into(),
-        of: any.map_or("", Evaluation::words),
-        headline: match any.map_or(Metric::Coco, |evaluation| evaluation.metric) {
-            Metric::Coco => "AP50",
-            Metric::Lvis => "AP",
-        },
+        of: any.map_or_else(String::new, Evaluation::title),
+        headline: any.map_or(Protocol::Coco, |evaluation| evaluation.protocol).headline().header.expect("BUG: headlines have a column"),
         first: first.cloned(),
         seeds: matrix.seeds.iter().copied().filter(|seed| matrix.cells.iter().any(|cell| cell.seed == Some(*seed))).collect(),
         rows: variants.iter().map(row).collect(),
@@ -190,20 +171,19 @@ fn cells_of<'a>(matrix: &'a Matrix, variant: Option<&String>) -> impl Iterator<I
 
 /// Every metric of every group that is there for some seed, and its differences to what it is beside.
 fn values(found: &[(Option<u64>, &Evaluation)], beside: &[(Option<u64>, &Evaluation)]) -> Vec<Value> {
-    let number = |evaluation: &Evaluation, group: &str, metric_idx: usize| metrics(evaluation.groups.get(group)?)[metric_idx].1;
+    let number = |evaluation: &Evaluation, group: &str, metric: &Metric| evaluation.groups.get(group)?.get(metric);
     let mut values = Vec::new();
     for group in GROUPS {
-        for (metric_idx, (metric, _)) in metrics(&Summary::default()).into_iter().enumerate() {
-            let of = |(seed, evaluation): &(Option<u64>, &Evaluation)| {
-                Some(BySeed { seed: *seed, value: number(evaluation, group, metric_idx)? })
-            };
+        for (header, metric) in Metric::columns() {
+            let of =
+                |(seed, evaluation): &(Option<u64>, &Evaluation)| Some(BySeed { seed: *seed, value: number(evaluation, group, metric)? });
             let by_seed: Vec<BySeed> = found.iter().filter_map(of).collect();
             let others: Vec<BySeed> = beside.iter().filter_map(of).collect();
             let other = |seed: Option<u64>| others.iter().find(|other| other.seed == seed).map(|other| other.value);
             let differences: Vec<f64> = by_seed.iter().filter_map(|mine| Some(mine.value - other(mine.seed)?)).collect();
             let numbers: Vec<f64> = by_seed.iter().map(|mine| mine.value).collect();
             if let Some(over_seeds) = Spread::of(&numbers) {
-                values.push(Value { group, metric, over_seeds, difference: Spread::of(&differences), by_seed });
+                values.push(Value { group, metric: header, over_seeds, difference: Spread::of(&differences), by_seed });
             }
         }
     }
@@ -291,7 +271,7 @@ impl Comparison {
 
 #[cfg(test)]
 mod tests {
-    use ovenbird_data::evaluate::Shape;
+    use ovenbird_data::evaluate::{IouType, Summary};
 
     use super::*;
 
@@ -312,11 +292,12 @@ mod tests {
         let state = |id: &String| StepState { kind: "eval/coco".into(), id: id.clone(), ..StepState::waiting("", "") };
         let steps: Vec<StepState> = matrix.cells.iter().flat_map(|cell| cell.steps.values()).map(state).collect();
         let evaluated = |(id, novel, all): &(&str, f64, f64)| {
-            let group = |ap50: f64| Summary { ap50: Some(ap50), ..Summary::default() };
+            let group = |ap50: f64| Summary::default().with(Metric::AP50, ap50);
             let groups = BTreeMap::from([("novel".to_owned(), group(*novel)), ("all".to_owned(), group(*all))]);
             let (classes, curves) = (Vec::new(), BTreeMap::new());
             let warnings = if *all < 0.2 { vec!["4 of 4 boxes are odd".to_owned()] } else { Vec::new() };
-            let evaluation = Evaluation { format: 1, metric: Metric::Coco, of: Shape::Boxes, groups, classes, curves, warnings };
+            let evaluation =
+                Evaluation { format: 2, protocol: Protocol::Coco, iou_type: IouType::Boxes, groups, classes, curves, warnings };
             Evaluated { step: format!("coco{id}"), kind: "eval/coco".into(), port: "evaluation", evaluation }
         };
         let found: Vec<Evaluated> = found.iter().map(evaluated).collect();

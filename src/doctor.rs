@@ -8,16 +8,14 @@ use ovenbird_models::{
     Phase,
     checkpoint::{Checkpoint, not_finite},
     clip::{
-        Clip, Config, ImageConfig,
-        layout::{self, Layout},
-        tokenizer::{Overlong, Padding, Tokenizer},
+        Activation, Clip,
+        architecture::{Architecture, Preprocessing, ResizeMode},
+        layout,
+        settings::{Settings, Sourced},
+        tokenizer::Overlong,
     },
 };
-use ovenbird_stages::{
-    Artifact as _, Error as StageError,
-    artifacts::CheckpointFile,
-    clip::activation::{self, Gelu, Said},
-};
+use ovenbird_stages::{Artifact as _, Error as StageError, artifacts::CheckpointFile, clip::activation};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -26,6 +24,9 @@ use crate::{
     error::Result,
     machine,
 };
+
+/// Only its mean and standard deviation are compared with.
+const OPENAI: Preprocessing = Preprocessing::openai(224);
 
 /// Lines of what was found: a name and a value.
 #[derive(Debug, Serialize)]
@@ -83,23 +84,24 @@ fn checkpoint(path: &Path) -> Result<(Vec<Line>, Option<StageError>)> {
     let checkpoint = checkpoint.at(&place);
     let tensors = checkpoint.tensors();
     let normalised = layout::normalise(tensors, &file.file.path).map_err(StageError::from)?;
-    let (gelu, activation) = match activation::said(&file, &checkpoint)? {
-        Some(Said { gelu, source }) => (gelu, format!("{}: {source}", activation::words(gelu))),
+    let settings = activation::stated(&file, &checkpoint)?;
+    let (settings, activation) = match &settings.activation {
+        Some(Sourced { value, source }) => (settings.clone(), format!("{value}: {source}")),
         None => (
-            Gelu::Quick,
+            Settings { activation: Settings::from(Activation::QuickGelu).activation, ..settings },
             format!("the file cannot tell: a pipeline has to say {}; tested here with QuickGELU", activation::how_to_say(&file)),
         ),
     };
-    let config = layout::config(tensors, &file.file.path, gelu.activation()).map_err(StageError::from)?;
+    let architecture = layout::architecture(tensors, &file.file.path, &settings).map_err(StageError::from)?;
     let n_numbers: usize = normalised.tensors.values().map(Tensor::numel).sum();
     let kind = normalised.tensors.get("visual.proj").or(normalised.tensors.get("text_projection")).map(Tensor::kind);
-    let layout_words = match normalised.layout {
-        Layout::OpenAi => "OpenAI's",
-        Layout::OpenClip => "open_clip's",
-        Layout::HuggingFace => "Hugging Face's CLIPModel",
+    let [image_words, text_words] = architecture.describe();
+    let Preprocessing { image_side: side, resize, mean, std } = architecture.preprocessing();
+    let square = match resize {
+        ResizeMode::Shortest => format!("short side to {side} px (antialiased bicubic, 8 bits), centre square"),
+        ResizeMode::Squash => format!("both sides to {side} px (antialiased bicubic, 8 bits)"),
     };
-    let (ImageConfig::Vit { image_side: side, .. } | ImageConfig::ResNet { image_side: side, .. }) = config.image;
-    let text = config.text;
+    let whose = if (mean, std) == (OPENAI.mean, OPENAI.std) { "OpenAI's".into() } else { format!("{mean:?} and {std:?}") };
     let line = |name, value| Line { name, value };
     let mut lines = vec![
         line(
@@ -111,27 +113,22 @@ fn checkpoint(path: &Path) -> Result<(Vec<Line>, Option<StageError>)> {
                 ovenbird_cache::files_digest(&files)
             ),
         ),
-        line("layout", format!("{layout_words} names")),
-        line("image tower", image_words(&config)),
-        line("text tower", format!("{} blocks of width {}, {} heads, context {}", text.depth, text.width, text.heads, text.context)),
-        line("embedding", format!("{} numbers", config.embed_dim)),
+        line("layout", format!("{} names", normalised.layout.name)),
+        line("image tower", image_words),
+        line("text tower", text_words),
+        line("embedding", format!("{} numbers", architecture.embed_dim())),
         line("activation", activation),
         line(
             "parameters",
             format!("{:.1} M, stored in {}", n_numbers as f64 / 1e6, kind.map_or_else(|| "?".into(), |kind| format!("{kind:?}"))),
         ),
-        line(
-            "preprocessing",
-            format!(
-                "short side to {side} px (antialiased bicubic, 8 bits), centre square, RGB / 255, minus mean, by standard deviation (OpenAI's)"
-            ),
-        ),
+        line("preprocessing", format!("{square}, RGB / 255, minus mean, by standard deviation ({whose})")),
     ];
     lines.extend(place.note().into_iter().chain(normalised.notes()).map(|words| line("note", words)));
     let broken: Vec<&str> =
         normalised.tensors.iter().filter(|(_, tensor)| not_finite(tensor).is_some()).map(|(name, _)| name.as_str()).collect();
     let (of_test, failure) = if broken.is_empty() {
-        self_test(&config, tensors, &file.file.path)?
+        self_test(&architecture, tensors, &file.file.path)?
     } else {
         let problem = format!("NaN or infinity in {}", broken.join(", "));
         (vec![line("self-test", format!("FAILED: {problem}"))], Some(problem))
@@ -147,44 +144,18 @@ fn checkpoint(path: &Path) -> Result<(Vec<Line>, Option<StageError>)> {
     Ok((lines, failure))
 }
 
-/// What the sizes are called, where they have a name.
-fn image_words(config: &Config) -> String {
-    match &config.image {
-        ImageConfig::Vit { image_side, patch, width, depth, heads, .. } => {
-            let name = match (width, depth) {
-                (768, 12) => "ViT-B",
-                (1024, 24) => "ViT-L",
-                (1280, 32) => "ViT-H",
-                _ => "ViT",
-            };
-            format!("{name}/{patch} at {image_side} px: {depth} blocks of width {width}, {heads} heads")
-        }
-        ImageConfig::ResNet { image_side, layers, width, heads } => {
-            let name = match (layers, width) {
-                ([3, 4, 6, 3], 64) => "RN50",
-                ([3, 4, 23, 3], 64) => "RN101",
-                ([4, 6, 10, 6], 80) => "RN50x4",
-                ([6, 8, 18, 8], 96) => "RN50x16",
-                _ => "ModifiedResNet",
-            };
-            format!("{name} at {image_side} px: {layers:?} bottlenecks of width {width}, {heads} heads in the pooling")
-        }
-    }
-}
-
 /// Embeds two patterns and two texts; what is said can be compared from machine to machine. The second: what is wrong with the embeddings.
-fn self_test(config: &Config, tensors: &BTreeMap<String, Tensor>, path: &Path) -> Result<(Vec<Line>, Option<String>)> {
-    let load = |kind: Kind| Clip::load_as(config, tensors, path, Device::Cpu, kind).map_err(StageError::from);
-    let (ImageConfig::Vit { image_side: side, .. } | ImageConfig::ResNet { image_side: side, .. }) = config.image;
+fn self_test(architecture: &Architecture, tensors: &BTreeMap<String, Tensor>, path: &Path) -> Result<(Vec<Line>, Option<String>)> {
+    let load = |kind: Kind| Clip::load_as(architecture, tensors, path, Device::Cpu, kind).map_err(StageError::from);
+    let side = architecture.preprocessing().image_side;
     let wave = |period: f64| {
         let ramp = Tensor::arange(side, (Kind::Float, Device::Cpu)) * (std::f64::consts::TAU / period);
         (ramp.sin().unsqueeze(0) + ramp.cos().unsqueeze(1)).expand([3, side, side], false).contiguous()
     };
     let images = Tensor::stack(&[wave(16.0), wave(90.0)], 0);
-    let tokens = Tokenizer::new().batch(&["a photo of a cat.", "a photo of a dog."], Padding::Context77, Overlong::Refuse);
-    let tokens = tokens.map_err(StageError::from)?;
     no_grad(|| {
         let (single, half) = (load(Kind::Float)?, load(Kind::BFloat16)?);
+        let tokens = single.tokenizer().batch(&["a photo of a cat.", "a photo of a dog."], Overlong::Refuse).map_err(StageError::from)?;
         let embed = |clip: &Clip| -> Result<Tensor> {
             Ok(clip.encode_image_features(&images, Phase::Test).map_err(StageError::from)?.to_kind(Kind::Float))
         };

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path, thread, time::Duration};
 
 use jiff::Timestamp;
 use ovenbird_cache::{Artifact, Ledger, Status, Store};
-use ovenbird_data::evaluate::{Evaluation, Shape};
+use ovenbird_data::evaluate::{Evaluation, IouType};
 use ovenbird_stages::{
     Artifact as _, PortInfo, StageEntry,
     artifacts::{Curve, EvaluationFile},
@@ -327,9 +327,9 @@ pub(crate) fn tables(store: &Store, run: &str) -> Result<String> {
         return Ok(compare(&matrix, &steps, &evaluated).iter().map(Comparison::text).collect());
     }
     let table = |Evaluated { step, kind, evaluation, .. }: &Evaluated| {
-        let of = match evaluation.of {
-            Shape::Boxes => "",
-            Shape::Masks => ", masks",
+        let of = match evaluation.iou_type {
+            IouType::Boxes => "",
+            IouType::Masks => ", masks",
         };
         format!("\n{step} ({kind}{of})\n{}\n", evaluation.table())
     };

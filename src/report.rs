@@ -13,13 +13,13 @@ use std::{
 };
 
 use ovenbird_cache::{Artifact, Status, Store, publish};
-use ovenbird_data::evaluate::{Evaluation, Summary};
+use ovenbird_data::evaluate::{Evaluation, GROUPS, Metric};
 use ovenbird_stages::{Artifact as _, artifacts::Curve, find};
 use serde_json::json;
 
 use crate::{
     cli::{print, to_json},
-    comparison::{self, Comparison, GROUPS, compare, metrics},
+    comparison::{self, Comparison, compare},
     error::{Error, Result, count},
     event::{self, Event, Stamped},
     history::{self, Evaluated, RunState, StepState},
@@ -95,7 +95,7 @@ pub(crate) fn numbers(store: &Store, run: &str) -> Result<()> {
         evaluated.extend(history::evaluations(store, step)?);
     }
     let comparisons = state.matrix.as_ref().map_or_else(Vec::new, |matrix| compare(matrix, &state.steps, &evaluated));
-    let as_json = |Evaluated { step, kind, port, evaluation }: &Evaluated| json!({"step": step, "use": kind, "output": port, "of": evaluation.words(), "groups": evaluation.groups, "warnings": evaluation.warnings});
+    let as_json = |Evaluated { step, kind, port, evaluation }: &Evaluated| json!({"step": step, "use": kind, "output": port, "of": evaluation.title(), "groups": evaluation.groups, "warnings": evaluation.warnings});
     let evaluations: Vec<_> = evaluated.iter().map(as_json).collect();
     let not_shown = unread(store, &state)?;
     let report = json!({"run": state.run, "pipeline": state.pipeline, "evaluations": evaluations, "comparisons": comparisons, "not_shown": not_shown});
@@ -206,7 +206,7 @@ fn render(gathered: &Gathered) -> String {
         compare(matrix, &run.steps, &gathered.evaluations).iter().for_each(|comparison| side_by_side(&mut out, comparison));
     }
     for Evaluated { step, evaluation, .. } in &gathered.evaluations {
-        put!(out, "<section><h2>{}</h2><p class=\"quiet\">{}</p>", escape(step), evaluation.words());
+        put!(out, "<section><h2>{}</h2><p class=\"quiet\">{}</p>", escape(step), evaluation.title());
         groups(&mut out, evaluation);
         warnings(&mut out, &evaluation.warnings);
         curves(&mut out, evaluation);
@@ -315,12 +315,12 @@ fn warnings(out: &mut String, warnings: &[String]) {
 
 fn groups(out: &mut String, evaluation: &Evaluation) {
     out.push_str("<div class=\"wide\"><table><tr><th>classes</th>");
-    metrics(&Summary::default()).iter().for_each(|(name, _)| put!(out, "<th class=\"number\">{name}</th>"));
+    Metric::columns().for_each(|(name, _)| put!(out, "<th class=\"number\">{name}</th>"));
     out.push_str("</tr>");
     for name in GROUPS {
         let Some(group) = evaluation.groups.get(name) else { continue };
         put!(out, "<tr class=\"{name}\"><th>{name}</th>");
-        metrics(group).into_iter().for_each(|(_, value)| put!(out, "<td class=\"number\">{}</td>", percent(value)));
+        Metric::columns().for_each(|(_, metric)| put!(out, "<td class=\"number\">{}</td>", percent(group.get(metric))));
         out.push_str("</tr>");
     }
     out.push_str("</table></div>");
@@ -652,9 +652,9 @@ mod tests {
         let class = ovenbird_data::evaluate::ClassResult { name: "owl".into(), is_novel: true, n_ground_truth: 2, ap: None, ap50: None };
         let evaluation = Evaluation {
             format: 1,
-            metric: ovenbird_data::evaluate::Metric::Coco,
-            of: ovenbird_data::evaluate::Shape::Masks,
-            groups: BTreeMap::from([("novel".into(), Summary::default())]),
+            protocol: ovenbird_data::evaluate::Protocol::Coco,
+            iou_type: ovenbird_data::evaluate::IouType::Masks,
+            groups: BTreeMap::from([("novel".into(), ovenbird_data::evaluate::Summary::default())]),
             classes: vec![class],
             curves: BTreeMap::from([("novel".into(), vec![1.0; 101])]),
             warnings: vec!["4 of 4 <odd>".into()],

@@ -87,7 +87,7 @@ fn the_same_weights_in_another_file_are_the_same_embeddings_or_are_refused() {
     let exact = globals(&world, "./bare/clip.pt", ", gelu: exact").unwrap();
     assert!(exact != original, "the activation matters");
     let contradicted = globals(&world, "clip.checkpoint", ", gelu: exact").unwrap_err();
-    assert!(contradicted.contains("`gelu: exact` is given, but the layout (OpenAI's scalars) says QuickGELU"), "{contradicted}");
+    assert!(contradicted.contains("`gelu: exact` is given, but OpenAI's layout says QuickGELU"), "{contradicted}");
 
     // A config file counts in a folder, where it is hashed with the weights.
     world.write("bare/open_clip_config.json", r#"{"model_cfg": {"embed_dim": 128, "quick_gelu": true}}"#);

@@ -175,7 +175,8 @@ fn a_training_that_is_killed_ends_with_the_same_bytes() {
     };
     let selection = of(&["detector-select", "curve.csv"]).into_iter().max_by_key(String::len).unwrap();
     assert_eq!(selection.lines().map(|line| line.split(',').next().unwrap()).collect::<Vec<_>>(), ["step", "3", "6"], "{selection}");
-    let tested = of(&["eval-coco", "evaluation.json"]).into_iter().find(|evaluation| evaluation.contains("\"of\":\"boxes\"")).unwrap();
+    let tested =
+        of(&["eval-coco", "evaluation.json"]).into_iter().find(|evaluation| evaluation.contains("\"iou_type\":\"boxes\"")).unwrap();
     assert!(of(&["detector-select", "last", "evaluation.json"]).contains(&tested));
 
     // A detector that went out and came back finds the same: its evaluation is the one that is there.

@@ -11,12 +11,16 @@ use ovenbird_cache::{Recipe, Store, UnitKey, inputs};
 use ovenbird_data::{
     annotations::{Annotations, ImageId},
     boxes::Xyxy,
-    evaluate::{Detection, Evaluation, Shape},
+    evaluate::{Detection, Evaluation, IouType},
     masks::Mask,
 };
 use ovenbird_models::{
     checkpoint::write_safetensors,
-    detector::{Config, Detector, MaskConfig, heads::MaskHeadConfig, roi_align::RoiAlign},
+    detection::roi_align::RoiAlign,
+    rcnn::{
+        Config, Detector,
+        mask_head::{MaskConfig, MaskHeadConfig},
+    },
 };
 use ovenbird_stages::{Artifact as _, artifacts::Detections};
 use rand::{Rng as _, SeedableRng as _};
@@ -136,8 +140,10 @@ fn python_says_the_same_of_the_exported_detections() {
             let output = Command::new(&python).args(args).output().unwrap();
             let said: Value =
                 serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)));
-            let ours =
-                evaluations(&world, metric).into_iter().find(|evaluation| format!("{:?}", evaluation.of).to_lowercase() == of).unwrap();
+            let ours = evaluations(&world, metric)
+                .into_iter()
+                .find(|evaluation| format!("{:?}", evaluation.iou_type).to_lowercase() == of)
+                .unwrap();
             let ours = serde_json::to_value(ours.groups["all"]).unwrap();
             for (number, said) in said["numbers"].as_object().unwrap() {
                 let (ours, said) = (ours[number].as_f64().unwrap_or(-1.0), said.as_f64().unwrap());
@@ -174,8 +180,8 @@ fn masks_are_evaluated_where_they_are_asked_for() {
     assert_eq!(masks.steps("done"), ["coco", "lvis"], "{}", masks.stderr);
     assert!(boxes.stdout.contains("coco (eval/coco)\n") && boxes.stdout.contains("lvis (eval/lvis)\n"), "{}", boxes.stdout);
     assert!(masks.stdout.contains("coco (eval/coco, masks)\n") && masks.stdout.contains("lvis (eval/lvis, masks)\n"), "{}", masks.stdout);
-    let of: Vec<Shape> = evaluations(&world, "coco").into_iter().map(|evaluation| evaluation.of).collect();
-    assert!(of.contains(&Shape::Boxes) && of.contains(&Shape::Masks));
+    let of: Vec<IouType> = evaluations(&world, "coco").into_iter().map(|evaluation| evaluation.iou_type).collect();
+    assert!(of.contains(&IouType::Boxes) && of.contains(&IouType::Masks));
     world.run(["report", "--output", "report.html"]).success();
     let page = fs::read_to_string(world.path("report.html")).unwrap();
     assert!(page.contains("<h2>coco</h2><p class=\"quiet\">COCO, masks</p>") && page.contains("LVIS, masks"));

@@ -217,7 +217,7 @@ fn the_doctor_knows_the_machine_and_what_a_checkpoint_is() {
     world.run(["run", "./all.yaml", "--until", "clip"]).success();
     let checkpoint = world.find(&["clip-pretrain", "clip.safetensors"]);
     let found = world.run(["doctor", "--clip", checkpoint.to_str().unwrap()]).success();
-    let activation = "QuickGELU: the layout (OpenAI's scalars)";
+    let activation = "QuickGELU: OpenAI's layout";
     for words in ["ViT/8 at 64 px: 3 blocks of width 128, 2 heads", "every number is finite", "to f32", "OpenAI's names", activation] {
         assert!(found.stdout.contains(words), "expected `{words}` in\n{}", found.stdout);
     }

@@ -6,6 +6,7 @@ use std::{
     path::Path,
 };
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::IgnoredAny};
 use serde_json::value::RawValue;
 
@@ -120,12 +121,13 @@ pub struct Annotation {
     pub segmentation: Outline,
 }
 
-/// The order of a list that has one entry an image and no ids.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The order of a list with one entry per image and no ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub enum ImageOrder {
     /// Ascending image id.
     Id,
-    /// As the annotation file lists the images.
+    /// As the annotation file lists the images; mmdet reads and writes this order.
     File,
 }
 

@@ -1,4 +1,4 @@
-//! Base and novel classes.
+//! Base and novel classes. A class file is JSON, `{"base": [names], "novel": [names]}`: the built-in ones are in `classes/`.
 
 use std::collections::BTreeSet;
 
@@ -6,90 +6,20 @@ use serde::{Deserialize, Serialize};
 
 use crate::annotations::{Annotations, Frequency};
 
-/// The 48 base classes of the COCO split, in ascending original id.
-const COCO_BASE: [&str; 48] = [
-    "person",
-    "bicycle",
-    "car",
-    "motorcycle",
-    "train",
-    "truck",
-    "boat",
-    "bench",
-    "bird",
-    "horse",
-    "sheep",
-    "bear",
-    "zebra",
-    "giraffe",
-    "backpack",
-    "handbag",
-    "suitcase",
-    "frisbee",
-    "skis",
-    "kite",
-    "surfboard",
-    "bottle",
-    "fork",
-    "spoon",
-    "bowl",
-    "banana",
-    "apple",
-    "sandwich",
-    "orange",
-    "broccoli",
-    "carrot",
-    "pizza",
-    "donut",
-    "chair",
-    "bed",
-    "toilet",
-    "tv",
-    "laptop",
-    "mouse",
-    "remote",
-    "microwave",
-    "oven",
-    "toaster",
-    "refrigerator",
-    "book",
-    "clock",
-    "vase",
-    "toothbrush",
-];
+/// The 48 base and 17 novel classes of COCO, each in ascending original id.
+const COCO_48_17: &str = include_str!("classes/coco_48_17.json");
 
-/// The 17 novel classes of the COCO split, in ascending original id.
-const COCO_NOVEL: [&str; 17] = [
-    "airplane",
-    "bus",
-    "cat",
-    "dog",
-    "cow",
-    "elephant",
-    "umbrella",
-    "tie",
-    "snowboard",
-    "skateboard",
-    "cup",
-    "knife",
-    "cake",
-    "couch",
-    "keyboard",
-    "sink",
-    "scissors",
-];
-
-/// Which classes are known in training and which are not. Order is identity: a class's new id is its place in [`Self::all`].
+/// Base classes, labelled in training, and novel classes. The order counts: a class's new id is its place in [`Self::all`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Lists")]
 pub struct ClassSplit {
     /// Classes with labels in training.
     pub base: Vec<String>,
-    /// Classes without.
+    /// Classes without labels in training.
     pub novel: Vec<String>,
 }
 
-/// A [`ClassSplit`] as a file holds it, before it is checked.
+/// A class file before it is checked.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Lists {
@@ -112,7 +42,7 @@ impl TryFrom<Lists> for ClassSplit {
 impl ClassSplit {
     /// The 48 / 17 split of COCO (Bansal et al., ECCV 2018) that OVR-CNN, ViLD and OADP use.
     pub fn coco_48_17() -> Self {
-        Self { base: COCO_BASE.map(String::from).to_vec(), novel: COCO_NOVEL.map(String::from).to_vec() }
+        serde_json::from_str(COCO_48_17).expect("BUG: the built-in class file is valid")
     }
 
     /// The split of LVIS v1 (Gu et al., ViLD): frequent and common classes are base, rare ones novel, each in ascending
@@ -133,7 +63,7 @@ impl ClassSplit {
         self.base.iter().chain(&self.novel)
     }
 
-    /// A class that is named twice, if there is one.
+    /// The first class that is named twice.
     pub fn duplicate(&self) -> Option<&str> {
         let mut seen = BTreeSet::new();
         self.all().find(|name| !seen.insert(*name)).map(String::as_str)

@@ -271,25 +271,31 @@ fn to_rgb8(image: DynamicImage) -> Vec<u8> {
 pub struct Preprocess {
     /// Side of the square that the network sees, in px.
     pub side_px: u32,
+    /// How images that are not square become square.
+    pub resize: SquareResize,
     /// Subtracted from red, green, blue in [0, 1].
     pub mean: [f32; 3],
     /// Then divided by.
     pub std: [f32; 3],
 }
 
-impl Preprocess {
-    /// CLIP's (Radford et al. 2021) for a network of some input side.
-    pub fn clip(side_px: u32) -> Self {
-        Self { side_px, mean: [0.481_454_66, 0.457_827_5, 0.408_210_73], std: [0.268_629_54, 0.261_302_6, 0.275_777_1] }
-    }
+/// How images become square.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SquareResize {
+    /// The short side becomes the square's, and the centre is cropped (CLIP).
+    Shortest,
+    /// Both sides become the square's (SigLIP).
+    Squash,
+}
 
+impl Preprocess {
     /// Numbers of one input, `3 * side * side`.
     pub fn n_numbers(&self) -> usize {
         3 * (self.side_px * self.side_px) as usize
     }
 
-    /// The centre square at the network's size: short side to S (bicubic), long side truncated, centre crop with its offset
-    /// rounded half to even.
+    /// The image as a square of the network's size, bicubic. [`SquareResize::Shortest`]: short side to S, long side truncated, centre crop
+    /// with its offset rounded half to even.
     pub fn square(&self, image: &Image) -> Image {
         self.square_of(image, [0, 0, i64::from(image.width), i64::from(image.height)])
     }
@@ -311,6 +317,9 @@ impl Preprocess {
     /// The size that an image of some size is resized to, and where in it the centre square begins.
     pub fn resized(&self, [width, height]: [u32; 2]) -> ([u32; 2], [u32; 2]) {
         let side = self.side_px;
+        if self.resize == SquareResize::Squash {
+            return ([side, side], [0, 0]);
+        }
         let long = |short: u32, long: u32| ((u64::from(side) * u64::from(long)) / u64::from(short)) as u32;
         let to = if width <= height { [side, long(width, height)] } else { [long(height, width), side] };
         (to, to.map(|length| (f64::from(length - side) / 2.0).round_ties_even() as u32))
@@ -339,6 +348,12 @@ mod tests {
     use sha2::{Digest as _, Sha256};
 
     use super::*;
+
+    /// OpenAI's, by which the goldens were made.
+    fn clip(side_px: u32) -> Preprocess {
+        let (mean, std) = ([0.481_454_66, 0.457_827_5, 0.408_210_73], [0.268_629_54, 0.261_302_6, 0.275_777_1]);
+        Preprocess { side_px, resize: SquareResize::Shortest, mean, std }
+    }
 
     /// The picture of make.py: smooth colours with sharp edges and noise, from integers alone.
     fn picture(width: u32, height: u32) -> Image {
@@ -410,13 +425,13 @@ mod tests {
     fn the_fixed_preprocess_equals_torchvision_to_the_last_bit() {
         for (name, expected) in golden().fixed {
             let [width, height] = size(&name);
-            assert_eq!(sha256(&Preprocess::clip(224).square(&picture(width, height)).rgb), expected.sha256, "{name}");
+            assert_eq!(sha256(&clip(224).square(&picture(width, height)).rgb), expected.sha256, "{name}");
         }
     }
 
     #[test]
     fn normalisation_equals_torchvision() {
-        let clip = Preprocess::clip(224);
+        let clip = clip(224);
         for (level, expected) in [0_u8, 1, 128, 255].into_iter().zip(golden().normalised) {
             let mut found = [0.0; 3];
             clip.normalise(&Image { width: 1, height: 1, rgb: vec![level; 3] }, &mut found);
@@ -627,9 +642,17 @@ mod tests {
                 let expected = image.crop(rectangle).resize(width, height);
                 assert!(image.resize_of(rectangle, width, height) == expected, "{rectangle:?} {width}x{height}");
             }
-            let clip = Preprocess::clip(48);
+            let clip = clip(48);
             assert!(clip.square_of(&image, rectangle) == clip.square(&image.crop(rectangle)), "{rectangle:?}");
         }
+    }
+
+    #[test]
+    fn a_squashed_square_shows_the_whole_image() {
+        let image = picture(90, 60);
+        let squash = Preprocess { resize: SquareResize::Squash, ..clip(48) };
+        assert_eq!(squash.resized([90, 60]), ([48, 48], [0, 0]));
+        assert!(squash.square(&image) == image.resize(48, 48) && squash.square(&image) != clip(48).square(&image));
     }
 
     #[test]

@@ -18,8 +18,9 @@ use std::{
     path::Path,
 };
 
+use schemars::JsonSchema;
 use serde::{
-    Deserialize, Deserializer,
+    Deserialize, Deserializer, Serialize,
     de::{MapAccess, Visitor},
 };
 use serde_json::value::RawValue;
@@ -30,14 +31,16 @@ use crate::{
     json::{self, Flag, Whole},
 };
 
-/// Which labels and images stay.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Keep {
-    /// Every listed class, every image: `.65`, `.1203`.
+/// Which labels and images are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum LabelFilter {
+    /// Labels of every listed class, all images (OADP's files `.65`, `.1203`).
+    #[default]
     All,
-    /// Base classes only, every image; the category list stays whole: `.48`, `.866`.
+    /// Labels of base classes only, all images; the category list keeps every class (`.48`, `.866`).
     Base,
-    /// Every listed class, but only images with at least one of their annotations: `.65.min`.
+    /// Labels of every listed class, only images with at least one label (`.65.min`).
     AllAnnotated,
 }
 
@@ -152,7 +155,7 @@ fn write_compact(out: &mut impl Write, json: &str) -> io::Result<()> {
 ///
 /// Fails when a listed class is not in the file or is there twice, when an LVIS class is not listed (classes of COCO that are
 /// not listed are dropped), and when an image's category lists cannot be renumbered.
-pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, keep: Keep, out: &mut impl Write) -> Result<Counts> {
+pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, keep: LabelFilter, out: &mut impl Write) -> Result<Counts> {
     let malformed = |problem: String, hint: &str| Error::Malformed { path: path.to_owned(), problem, hint: Some(hint.into()) };
     let again = "check that the download is complete and that this is an `instances` or `lvis_v1` json";
     let parts: Parts<'_> = json::parse(json).map_err(|fault| malformed(fault.to_string(), again))?;
@@ -194,8 +197,8 @@ pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, keep: Keep, o
     categories.sort_by_key(|(new_id, _)| *new_id);
 
     let n_kept = match keep {
-        Keep::All | Keep::AllAnnotated => classes.base.len() + classes.novel.len(),
-        Keep::Base => classes.base.len(),
+        LabelFilter::All | LabelFilter::AllAnnotated => classes.base.len() + classes.novel.len(),
+        LabelFilter::Base => classes.base.len(),
     };
     let mut annotations = Vec::new();
     let mut labelled = BTreeSet::new();
@@ -209,7 +212,8 @@ pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, keep: Keep, o
             annotations.push((annotation, *new_id));
         }
     }
-    let is_kept = |image: &&Fields<'_>| keep != Keep::AllAnnotated || image.get("id").is_some_and(|Whole(id)| labelled.contains(&id));
+    let is_kept =
+        |image: &&Fields<'_>| keep != LabelFilter::AllAnnotated || image.get("id").is_some_and(|Whole(id)| labelled.contains(&id));
     let images: Vec<&Fields<'_>> = parts.images.iter().filter(is_kept).collect();
     let lists: Vec<Vec<(&str, String)>> = images
         .iter()
@@ -273,7 +277,7 @@ mod tests {
     use super::*;
     use crate::{
         annotations::{Annotation, Annotations},
-        evaluate::{Detection, Metric, Shape, evaluate},
+        evaluate::{Detection, IouType, Metric, Protocol, tests::evaluate},
     };
 
     fn golden(name: &str) -> PathBuf {
@@ -284,7 +288,7 @@ mod tests {
         ClassSplit { base: vec!["owl".into(), "wren".into()], novel: vec!["heron".into(), "crane".into()] }
     }
 
-    fn split(input: &str, classes: &ClassSplit, keep: Keep) -> Result<String> {
+    fn split(input: &str, classes: &ClassSplit, keep: LabelFilter) -> Result<String> {
         let mut out = Vec::new();
         write_split(&fs::read(golden(input)).unwrap(), &golden(input), classes, keep, &mut out)?;
         Ok(String::from_utf8(out).unwrap())
@@ -294,7 +298,7 @@ mod tests {
     #[test]
     fn every_file_is_equal_to_the_one_that_python_writes() {
         for (input, name) in [("coco.json", "coco"), ("lvis.json", "lvis")] {
-            for (keep, suffix) in [(Keep::All, "all"), (Keep::Base, "base"), (Keep::AllAnnotated, "all-annotated")] {
+            for (keep, suffix) in [(LabelFilter::All, "all"), (LabelFilter::Base, "base"), (LabelFilter::AllAnnotated, "all-annotated")] {
                 let expected = fs::read_to_string(golden(&format!("{name}.{suffix}.json"))).unwrap();
                 assert_eq!(split(input, &classes(), keep).unwrap(), expected, "{name} {suffix}");
             }
@@ -304,14 +308,14 @@ mod tests {
     #[test]
     fn a_listed_class_that_is_not_there_is_named() {
         let classes = ClassSplit { novel: vec!["heron".into(), "cranes".into()], ..classes() };
-        let error = split("coco.json", &classes, Keep::All).unwrap_err().to_string();
+        let error = split("coco.json", &classes, LabelFilter::All).unwrap_err().to_string();
         assert!(error.ends_with("coco.json: no category is named `cranes`"), "{error}");
     }
 
     #[test]
     fn a_class_of_lvis_that_is_not_listed_is_an_error() {
         let classes = ClassSplit { novel: vec!["heron".into()], ..classes() };
-        let error = split("lvis.json", &classes, Keep::All).unwrap_err().to_string();
+        let error = split("lvis.json", &classes, LabelFilter::All).unwrap_err().to_string();
         assert!(error.contains("`crane` (id 40) is not in the class list"), "{error}");
     }
 
@@ -322,7 +326,7 @@ mod tests {
         write!(file, r#"{{"images": {images}, "annotations": {annotations}, "categories": {categories}}}"#).unwrap();
         let mut out = Vec::new();
         let owls = ClassSplit { base: vec!["owl".into()], novel: vec![] };
-        write_split(&fs::read(file.path()).unwrap(), file.path(), &owls, Keep::All, &mut out)?;
+        write_split(&fs::read(file.path()).unwrap(), file.path(), &owls, LabelFilter::All, &mut out)?;
         Ok(String::from_utf8(out).unwrap())
     }
 
@@ -363,7 +367,7 @@ mod tests {
             {\"id\": \"2\", \"image_id\": 1, \"category_id\": 5, \"iscrowd\": false}]}";
         let mut out = Vec::new();
         let owls = ClassSplit { base: vec!["owl".into()], novel: vec![] };
-        write_split(json.as_bytes(), Path::new("a.json"), &owls, Keep::AllAnnotated, &mut out).unwrap();
+        write_split(json.as_bytes(), Path::new("a.json"), &owls, LabelFilter::AllAnnotated, &mut out).unwrap();
         let expected = r#"{"categories":[{"id":0,"name":"owl"}],"annotations":[{"id":0,"image_id":1,"category_id":0,"iscrowd":1,"x":1.50},{"id":2,"image_id":1,"category_id":0,"iscrowd":0}],"images":[{"id":1,"width":64,"height":48}]}"#;
         assert_eq!(String::from_utf8(out).unwrap(), expected);
     }
@@ -381,11 +385,11 @@ mod tests {
                 mask: None,
             };
             let detections: Vec<Detection> = annotations.annotations.iter().map(detection).collect();
-            evaluate(Metric::Lvis, Shape::Boxes, &annotations, &detections, &classes()).unwrap().groups
+            evaluate(Protocol::Lvis, IouType::Boxes, &annotations, &detections, &classes()).unwrap().groups
         };
         let (original, renumbered) = (groups(&golden("lvis.json")), groups(&golden("lvis.all.json")));
         assert_eq!(original, renumbered);
-        let ap = |group: &str| renumbered[group].ap.map(|ap| (1e9 * ap).round() / 1e9);
+        let ap = |group: &str| renumbered[group].get(Metric::AP).map(|ap| (1e9 * ap).round() / 1e9);
         assert_eq!((ap("all"), ap("rare"), ap("common"), ap("frequent")), (Some(1.0), Some(1.0), Some(1.0), Some(1.0)));
     }
 

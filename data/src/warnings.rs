@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::{
     annotations::{Annotation, Annotations, CategoryId, ImageId, ImageInfo},
-    evaluate::{Metric, is_ignored},
+    evaluate::{Protocol, is_ignored},
 };
 
 /// How far a box may reach outside its image before it counts as leaving it, in px.
@@ -12,13 +12,13 @@ pub(crate) const TOLERANCE_PX: f64 = 1.0;
 
 /// What to know about an evaluation of some categories. `looked_at`: the images that were searched for objects, where that is known.
 pub(crate) fn warnings(
-    metric: Metric,
+    protocol: Protocol,
     annotations: &Annotations,
     categories: &BTreeSet<CategoryId>,
     looked_at: Option<&BTreeSet<ImageId>>,
 ) -> Vec<String> {
     let labels: Vec<&Annotation> = annotations.annotations.iter().filter(|label| categories.contains(&label.category_id)).collect();
-    let objects: Vec<&Annotation> = labels.iter().copied().filter(|label| !is_ignored(metric, label)).collect();
+    let objects: Vec<&Annotation> = labels.iter().copied().filter(|label| !is_ignored(protocol, label)).collect();
     let (n_images, n_labels, n_objects) = (annotations.images.len(), labels.len(), objects.len());
     let mut warnings = Vec::new();
 
@@ -40,13 +40,13 @@ pub(crate) fn warnings(
     let n_empty = objects.iter().filter(|object| object.area <= 0.0).count();
     let n_unsaid = objects.iter().filter(|object| !object.has_area).count();
     let are_most = |n: usize| n > 0 && 2 * n >= n_objects;
-    match metric {
-        Metric::Lvis if n_empty > 0 => {
+    match protocol {
+        Protocol::Lvis if n_empty > 0 => {
             warnings.push(format!("{n_empty} of {n_objects} annotations have area 0: LVIS does not evaluate them"));
         }
-        Metric::Coco if are_most(n_empty) => warnings
+        Protocol::Coco if are_most(n_empty) => warnings
             .push(format!("{n_empty} of {n_objects} annotations have area 0, so they count as small: APs, APm and APl mean nothing")),
-        Metric::Lvis | Metric::Coco => {}
+        Protocol::Lvis | Protocol::Coco => {}
     }
     if are_most(n_unsaid) {
         warnings.push(format!(
@@ -55,7 +55,7 @@ pub(crate) fn warnings(
         ));
     }
 
-    if metric == Metric::Lvis && n_images > 0 && annotations.images.iter().all(|image| image.neg_category_ids.is_empty()) {
+    if protocol == Protocol::Lvis && n_images > 0 && annotations.images.iter().all(|image| image.neg_category_ids.is_empty()) {
         warnings.push(format!(
             "{n_images} of {n_images} images have no `neg_category_ids`: a class is evaluated only in images that show it, so false \
              detections in other images are not counted"
@@ -152,10 +152,10 @@ mod tests {
     }
 
     /// What is said after a change of the labels, of `category` 2 or of 3.
-    fn after(metric: Metric, change: impl Fn(&mut Annotations)) -> Vec<String> {
+    fn after(protocol: Protocol, change: impl Fn(&mut Annotations)) -> Vec<String> {
         let mut annotations = owls();
         change(&mut annotations);
-        warnings(metric, &annotations, &BTreeSet::from([CategoryId(2)]), None)
+        warnings(protocol, &annotations, &BTreeSet::from([CategoryId(2)]), None)
     }
 
     fn each(annotations: &mut Annotations, n: usize, change: fn(&mut Annotation)) {
@@ -164,12 +164,12 @@ mod tests {
 
     #[test]
     fn of_sound_annotations_nothing_is_said() {
-        for metric in [Metric::Coco, Metric::Lvis] {
-            assert!(after(metric, |_| {}).is_empty());
+        for protocol in [Protocol::Coco, Protocol::Lvis] {
+            assert!(after(protocol, |_| {}).is_empty());
             let all = BTreeSet::from([1, 2].map(ImageId));
-            assert!(warnings(metric, &owls(), &BTreeSet::from([CategoryId(2)]), Some(&all)).is_empty());
+            assert!(warnings(protocol, &owls(), &BTreeSet::from([CategoryId(2)]), Some(&all)).is_empty());
             // Without objects, too.
-            assert!(after(metric, |owls| owls.annotations.clear()).is_empty());
+            assert!(after(protocol, |owls| owls.annotations.clear()).is_empty());
         }
     }
 
@@ -196,22 +196,22 @@ mod tests {
     #[test]
     fn objects_without_area_are_counted() {
         let empty = |n: usize| move |owls: &mut Annotations| each(owls, n, |label| label.area = 0.0);
-        assert!(after(Metric::Coco, empty(1)).is_empty());
+        assert!(after(Protocol::Coco, empty(1)).is_empty());
         let expected = "2 of 4 annotations have area 0, so they count as small: APs, APm and APl mean nothing";
-        assert_eq!(after(Metric::Coco, empty(2)), [expected]);
-        assert_eq!(after(Metric::Lvis, empty(1)), ["1 of 4 annotations have area 0: LVIS does not evaluate them"]);
+        assert_eq!(after(Protocol::Coco, empty(2)), [expected]);
+        assert_eq!(after(Protocol::Lvis, empty(1)), ["1 of 4 annotations have area 0: LVIS does not evaluate them"]);
         let unsaid = |owls: &mut Annotations| each(owls, 4, |label| label.has_area = false);
         let expected = "4 of 4 annotations have no `area`, so that of the box is taken: APs, APm and APl are by size of box, not of mask";
-        assert_eq!(after(Metric::Coco, unsaid), [expected]);
+        assert_eq!(after(Protocol::Coco, unsaid), [expected]);
     }
 
     #[test]
     fn crowds_alone_leave_nothing_to_evaluate_in_coco() {
         let crowds = |n: usize| move |owls: &mut Annotations| each(owls, n, |label| label.is_crowd = true);
         let expected = "4 of 4 annotations are crowds (`iscrowd: 1`), so no object is left to evaluate";
-        assert_eq!(after(Metric::Coco, crowds(4)), [expected]);
-        assert!(after(Metric::Coco, crowds(3)).is_empty());
-        assert!(after(Metric::Lvis, crowds(4)).is_empty());
+        assert_eq!(after(Protocol::Coco, crowds(4)), [expected]);
+        assert!(after(Protocol::Coco, crowds(3)).is_empty());
+        assert!(after(Protocol::Lvis, crowds(4)).is_empty());
     }
 
     #[test]
@@ -219,8 +219,8 @@ mod tests {
         let none = |owls: &mut Annotations| owls.images.iter_mut().for_each(|image| image.neg_category_ids.clear());
         let expected = "2 of 2 images have no `neg_category_ids`: a class is evaluated only in images that show it, so false detections in \
                         other images are not counted";
-        assert_eq!(after(Metric::Lvis, none), [expected]);
-        assert!(after(Metric::Coco, none).is_empty());
+        assert_eq!(after(Protocol::Lvis, none), [expected]);
+        assert!(after(Protocol::Coco, none).is_empty());
     }
 
     #[test]
@@ -228,21 +228,21 @@ mod tests {
         let corners = |owls: &mut Annotations| each(owls, 3, |label| label.bbox = [50.0, 40.0, 70.0, 60.0]);
         let expected = "3 of 4 boxes leave their image as [x, y, width, height] and fit it as [x1, y1, x2, y2]: the annotations seem to have \
                         corners where COCO has sizes";
-        assert_eq!(after(Metric::Coco, corners), [expected]);
+        assert_eq!(after(Protocol::Coco, corners), [expected]);
         // Outside either way: of another size than said, perhaps.
-        assert!(after(Metric::Coco, |owls| each(owls, 4, |label| label.bbox = [50.0, 40.0, 120.0, 60.0])).is_empty());
+        assert!(after(Protocol::Coco, |owls| each(owls, 4, |label| label.bbox = [50.0, 40.0, 120.0, 60.0])).is_empty());
         // One of twenty.
         let few = |owls: &mut Annotations| {
             owls.annotations = (0..5).flat_map(|_| owls.annotations.clone()).collect();
             each(owls, 1, |label| label.bbox = [50.0, 40.0, 70.0, 60.0]);
         };
-        assert!(after(Metric::Coco, few).is_empty());
+        assert!(after(Protocol::Coco, few).is_empty());
     }
 
     #[test]
     fn images_that_were_not_looked_at_are_counted_with_their_objects() {
         let looked_at = BTreeSet::from([ImageId(2)]);
-        let said = |categories: u64| warnings(Metric::Coco, &owls(), &BTreeSet::from([CategoryId(categories)]), Some(&looked_at));
+        let said = |categories: u64| warnings(Protocol::Coco, &owls(), &BTreeSet::from([CategoryId(categories)]), Some(&looked_at));
         let expected = |n: usize| {
             format!("1 of 2 images were not looked at (left out upstream, as by `on_bad_item: skip`): their {n} objects count as missed")
         };

@@ -2,6 +2,10 @@
 
 use std::{fmt, io, path::PathBuf};
 
+use tch::Tensor;
+
+use crate::Result;
+
 /// Why weights cannot be loaded or a network cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -84,4 +88,27 @@ impl Error {
             Self::Malformed { hint, .. } => hint.clone(),
         }
     }
+}
+
+pub(crate) fn check_sizes(sizes: impl IntoIterator<Item = (&'static str, i64)>) -> Result<()> {
+    match sizes.into_iter().find(|&(_, size)| size < 1) {
+        Some((what, found)) => Err(Error::Input { what, expected: "at least 1".into(), found: found.to_string() }),
+        None => Ok(()),
+    }
+}
+
+/// Refuses a list that has not an entry for each image.
+pub(crate) fn check_count(what: &'static str, expected: i64, found: usize) -> Result<()> {
+    if found as i64 == expected {
+        return Ok(());
+    }
+    Err(Error::Input { what, expected: format!("{expected}, one for each image"), found: found.to_string() })
+}
+
+/// Refuses a tensor that is not as a function needs it.
+pub(crate) fn ensure(is_fine: bool, what: &'static str, expected: &str, found: &Tensor) -> Result<()> {
+    if is_fine {
+        return Ok(());
+    }
+    Err(Error::Input { what, expected: expected.to_owned(), found: format!("{:?} {:?}", found.kind(), found.size()) })
 }

@@ -4,13 +4,14 @@
 
 pub mod checkpoint;
 pub mod clip;
-pub mod detector;
+pub mod detection;
 mod error;
 #[cfg(test)]
 mod golden;
 mod layers;
 pub mod multilabel;
 mod parameters;
+pub mod rcnn;
 #[cfg(test)]
 #[path = "../../tests/support/skip.rs"]
 mod skip;

@@ -34,7 +34,7 @@ use ovenbird_data::{
     json,
     proposals::{self, Pickled},
 };
-use ovenbird_models::{checkpoint::Checkpoint, detector::classifier::LogitScale};
+use ovenbird_models::{checkpoint::Checkpoint, clip::settings::FILES, rcnn::classifier::LogitScale};
 use serde::{
     Deserialize, Serialize,
     de::{DeserializeOwned, IgnoredAny},
@@ -213,12 +213,9 @@ impl MmdetProposals {
 pub struct CheckpointFile {
     /// Where its weights lie, and what they are to be.
     pub file: InputFile,
-    /// The config files of a folder: see [`CHECKPOINT_CONFIGS`].
+    /// The config files of a folder: see [`FILES`].
     pub configs: Vec<InputFile>,
 }
-
-/// The files that say how a checkpoint in the same folder is built: of Hugging Face, and of open_clip.
-pub(crate) const CHECKPOINT_CONFIGS: [&str; 2] = ["config.json", "open_clip_config.json"];
 
 impl Artifact for CheckpointFile {
     const KIND: &'static str = "checkpoint";
@@ -265,7 +262,7 @@ impl Artifact for CheckpointFile {
                 "name the file, or a folder that holds it and its config files alone",
             );
         };
-        let configs = files.iter().filter(|file| CHECKPOINT_CONFIGS.contains(&file.name.as_str()) && files.len() > 1);
+        let configs = files.iter().filter(|file| FILES.contains(&file.name.as_str()) && files.len() > 1);
         Ok(Self { file: file.clone(), configs: configs.cloned().collect() })
     }
 }

@@ -1,7 +1,7 @@
 //! `eval/coco` and `eval/lvis`: average precision and recall of detections.
 
 use ovenbird_data::{
-    evaluate::{Evaluator, Metric, Shape},
+    evaluate::{Evaluator, IouType, Metric, Protocol},
     warnings::of_boxes,
 };
 use schemars::JsonSchema;
@@ -14,23 +14,6 @@ use crate::{
 
 const FOUND: In<Detections> = In::required("detections", "Detections in the images of the annotations.");
 
-/// Whether boxes or masks are compared with the annotations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Of {
-    /// IoU of boxes.
-    #[default]
-    Boxes,
-    /// IoU of masks: detections need masks, and annotations a `segmentation`. Small, medium and large are by mask area.
-    Masks,
-}
-
-impl Of {
-    fn is_boxes(&self) -> bool {
-        *self == Self::Boxes
-    }
-}
-
 /// COCO evaluation of boxes or masks, for all, base and novel classes.
 ///
 /// AP counts at most 100 detections per image; AP50, AP75, AP by size and AR at most 1,000. The limit is over all classes together.
@@ -40,9 +23,9 @@ impl Of {
 pub struct Coco {
     /// Whether boxes or masks are compared with the annotations.
     // A default that is not written has to be spelled out for the schema.
-    #[serde(default, skip_serializing_if = "Of::is_boxes")]
+    #[serde(default, skip_serializing_if = "is_boxes")]
     #[schemars(extend("default" = "boxes"))]
-    pub iou_type: Of,
+    pub iou_type: IouType,
 }
 
 /// LVIS evaluation of boxes or masks: federated, 300 detections per image; APr, APc, APf, and AP of base and novel classes.
@@ -55,15 +38,19 @@ pub struct Coco {
 pub struct Lvis {
     /// Whether boxes or masks are compared with the annotations.
     // A default that is not written has to be spelled out for the schema.
-    #[serde(default, skip_serializing_if = "Of::is_boxes")]
+    #[serde(default, skip_serializing_if = "is_boxes")]
     #[schemars(extend("default" = "boxes"))]
-    pub iou_type: Of,
+    pub iou_type: IouType,
 }
 
 const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json of the same images, with the ground truth.");
 const EVALUATION: Out<EvaluationFile> =
     Out::new("evaluation", "AP and AR for all, base and novel classes and for each class, precision-recall curves, and warnings.");
+
+fn is_boxes(iou_type: &IouType) -> bool {
+    *iou_type == IouType::Boxes
+}
 
 const EVAL_INPUTS: &[PortInfo] = &[ANNOTATIONS.info(), FOUND.info(), CLASSES.info()];
 
@@ -74,7 +61,7 @@ impl Stage for Coco {
     const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        evaluate(units, cx, Metric::Coco, self.iou_type)
+        evaluate(units, cx, Protocol::Coco, self.iou_type)
     }
 }
 
@@ -85,27 +72,23 @@ impl Stage for Lvis {
     const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        evaluate(units, cx, Metric::Lvis, self.iou_type)
+        evaluate(units, cx, Protocol::Lvis, self.iou_type)
     }
 }
 
-fn evaluate(units: &[Unit], cx: &Context<'_>, metric: Metric, of: Of) -> Result<()> {
+fn evaluate(units: &[Unit], cx: &Context<'_>, protocol: Protocol, iou_type: IouType) -> Result<()> {
     let [unit] = units else { return Ok(()) };
     let Classes(classes) = cx.inputs.read(CLASSES)?;
     let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
-    let shape = match of {
-        Of::Boxes => Shape::Boxes,
-        Of::Masks => Shape::Masks,
-    };
     let port = |port: &'static str, hint: &'static str| move |problem: String| Error::Input { port, problem, hint: hint.into() };
-    let hint = match of {
-        Of::Boxes => "use the classes and the annotations of the same split",
-        Of::Masks => "masks need annotations with a `segmentation` of every object; otherwise evaluate `iou_type: boxes`",
+    let hint = match iou_type {
+        IouType::Boxes => "use the classes and the annotations of the same split",
+        IouType::Masks => "masks need annotations with a `segmentation` of every object; otherwise evaluate `iou_type: boxes`",
     };
-    let mut evaluator = Evaluator::new(metric, shape, &annotations, &classes).map_err(port("annotations", hint))?;
-    let hint = match of {
-        Of::Boxes => "evaluate detections against the annotations they were made for",
-        Of::Masks => {
+    let mut evaluator = Evaluator::new(protocol, iou_type, &annotations, &classes).map_err(port("annotations", hint))?;
+    let hint = match iou_type {
+        IouType::Boxes => "evaluate detections against the annotations they were made for",
+        IouType::Masks => {
             "evaluate detections of a `detector/test` whose detector has a mask head, against the annotations they were made for; \
              otherwise evaluate `iou_type: boxes`"
         }
@@ -145,7 +128,7 @@ fn evaluate(units: &[Unit], cx: &Context<'_>, metric: Metric, of: Of) -> Result<
         cx.note(format!("{n_stray} detections are in images that the annotations do not have, and are not evaluated"));
     }
     let evaluation = evaluator.finish(table.looked_at()?.as_ref()).map_err(port("detections", hint))?;
-    let metrics = evaluation.groups.iter().map(|(group, summary)| (format!("{group}.ap50"), summary.ap50.into()));
+    let metrics = evaluation.groups.iter().map(|(group, summary)| (format!("{group}.ap50"), summary.get(Metric::AP50).into()));
     let metrics = metrics.collect();
     let draft = cx.begin(unit)?;
     draft.write(EVALUATION, "evaluation.json", &serde_json::to_vec(&evaluation).expect("BUG: numbers are plain JSON"))?;

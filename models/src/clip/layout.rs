@@ -12,12 +12,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     path::Path,
 };
 
 use tch::{Kind, Tensor};
 
-use super::{Activation, Config, ImageConfig, LOGIT_SCALE, TextConfig, resnet::REDUCTION};
+use super::{Activation, Config, ImageConfig, LOGIT_SCALE, TextConfig, architecture::Architecture, resnet::REDUCTION, settings::Settings};
 use crate::{
     Error, Misfit, Result,
     checkpoint::{Place, list, not_finite, prefixes},
@@ -31,35 +32,70 @@ const TEXT: &str = "text.";
 /// What the names of image towers begin with.
 const IMAGE_MARKS: [&str; 2] = ["visual.", "vision_model."];
 
-/// Who wrote a checkpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
-    /// OpenAI's release (a TorchScript archive's state).
-    OpenAi,
-    /// open_clip's state dict, of either text class.
-    OpenClip,
-    /// `CLIPModel` of Hugging Face transformers.
-    HuggingFace,
+type Tensors = BTreeMap<String, Tensor>;
+
+/// A published layout of checkpoints: how it is recognised, translated and read.
+pub struct Layout {
+    /// Whose names it has: `OpenAI's`.
+    pub name: &'static str,
+    /// The activation of all weights in this layout; `None` where weights of both kinds are published in it.
+    pub activation: Option<Activation>,
+    /// The tensors, under the translated names, that project the towers' outputs into the common space.
+    pub projections: &'static [&'static str],
+    /// Whether some tensors have this layout.
+    pub(super) is_of: fn(&Tensors) -> bool,
+    /// Translates their names.
+    pub(super) translate: fn(Tensors, &Path) -> Result<Tensors>,
+    /// Reads the sizes of the network off the translated tensors.
+    pub(super) read: fn(&Tensors, Activation, &Settings, &Path) -> Result<Architecture>,
 }
 
-impl Layout {
-    /// The activation of all weights in this layout, where there is one: the three scalars are in files of OpenAI's alone.
-    ///
-    /// Tensors cannot tell. OpenAI's weights saved as a state dict look like open_clip's, whose models have either; so have those of Hugging
-    /// Face.
-    pub fn activation(self) -> Option<Activation> {
-        match self {
-            Self::OpenAi => Some(Activation::QuickGelu),
-            Self::OpenClip | Self::HuggingFace => None,
-        }
+impl fmt::Debug for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
     }
 }
+
+/// The projections of CLIP, in OpenAI's names: of a vision transformer, of attention pooling, of texts.
+pub const CLIP_PROJECTIONS: &[&str] = &["visual.proj", "visual.attnpool.c_proj.weight", "visual.attnpool.c_proj.bias", "text_projection"];
+
+/// OpenAI's release (a TorchScript archive's state). The three scalars are in OpenAI's files alone, whose weights have QuickGELU; saved as a
+/// state dict they look like open_clip's.
+const OPENAI: Layout = Layout {
+    name: "OpenAI's",
+    activation: Some(Activation::QuickGelu),
+    projections: CLIP_PROJECTIONS,
+    is_of: |tensors| OPENAI_SCALARS.iter().any(|&name| tensors.contains_key(name)),
+    translate: from_open_clip,
+    read: read_clip,
+};
+
+/// `CLIPModel` of Hugging Face transformers.
+const HUGGING_FACE: Layout = Layout {
+    name: "Hugging Face's",
+    activation: None,
+    is_of: |tensors| tensors.contains_key(HUGGING_FACE_MARK),
+    translate: from_hugging_face,
+    ..OPENAI
+};
+
+/// open_clip's state dict, of either text class.
+const OPEN_CLIP: Layout = Layout { name: "open_clip's", activation: None, is_of: |_| true, ..OPENAI };
+
+/// All layouts; the first that fits is taken.
+static LAYOUTS: &[Layout] = &[
+    #[cfg(test)]
+    super::siglip::LAYOUT,
+    HUGGING_FACE,
+    OPENAI,
+    OPEN_CLIP,
+];
 
 /// A checkpoint under OpenAI's names.
 #[derive(Debug)]
 pub struct Normalised {
     /// The layout that it was in.
-    pub layout: Layout,
+    pub layout: &'static Layout,
     /// The parameters; kinds as they were.
     pub tensors: BTreeMap<String, Tensor>,
     /// The names of single numbers that embeddings do not depend on.
@@ -116,14 +152,8 @@ pub fn place(tensors: &BTreeMap<String, Tensor>, asked: Option<&str>, origin: &P
 /// and values do not belong together.
 pub fn normalise(tensors: &BTreeMap<String, Tensor>, origin: &Path) -> Result<Normalised> {
     let tensors = place(tensors, None, origin)?.tensors(tensors);
-    let is_hugging_face = tensors.contains_key(HUGGING_FACE_MARK);
-    let is_openai = OPENAI_SCALARS.iter().any(|&name| tensors.contains_key(name));
-    let (layout, mut tensors) = if is_hugging_face {
-        (Layout::HuggingFace, from_hugging_face(tensors, origin)?)
-    } else {
-        let tensors = tensors.into_iter().map(|(name, tensor)| (name.strip_prefix(TEXT).map_or(name.clone(), str::to_owned), tensor));
-        (if is_openai { Layout::OpenAi } else { Layout::OpenClip }, tensors.collect())
-    };
+    let layout = LAYOUTS.iter().find(|layout| (layout.is_of)(&tensors)).expect("BUG: the last layout fits all tensors");
+    let mut tensors = (layout.translate)(tensors, origin)?;
     tensors.retain(|name, _| !(OPENAI_SCALARS.contains(&name.as_str()) || name == "attn_mask" || name.ends_with(".num_batches_tracked")));
     // Within a tower, a single number may be a gate.
     let is_unused =
@@ -133,13 +163,31 @@ pub fn normalise(tensors: &BTreeMap<String, Tensor>, origin: &Path) -> Result<No
     Ok(Normalised { layout, tensors, unused })
 }
 
-/// Reads the sizes of a CLIP off the shapes of a checkpoint in any known layout.
+/// Takes the prefix of open_clip's newer text class off.
+fn from_open_clip(tensors: Tensors, _: &Path) -> Result<Tensors> {
+    Ok(tensors.into_iter().map(|(name, tensor)| (name.strip_prefix(TEXT).map_or(name.clone(), str::to_owned), tensor)).collect())
+}
+
+/// Reads the network of a checkpoint in any known layout off its tensors.
+///
+/// Fails if neither the layout nor `settings` tells the activation, and with all defining tensors that are missing or of another rank.
+pub fn architecture(tensors: &Tensors, origin: &Path, settings: &Settings) -> Result<Architecture> {
+    let Normalised { layout, tensors, .. } = normalise(tensors, origin)?;
+    let stated = settings.activation.as_ref().map(|found| found.value);
+    let unknown =
+        || Error::Input { what: "activation", expected: "one that a config file or the caller names".into(), found: "none".into() };
+    (layout.read)(&tensors, stated.or(layout.activation).ok_or_else(unknown)?, settings, origin)
+}
+
+fn read_clip(tensors: &Tensors, activation: Activation, settings: &Settings, origin: &Path) -> Result<Architecture> {
+    Ok(Architecture::new(config(tensors, activation, origin)?, settings))
+}
+
+/// Reads the sizes of a CLIP off the shapes of its tensors, under OpenAI's names.
 ///
 /// Heads are 64 channels wide, OpenAI's convention; the three widths of open_clip's larger image towers (1280, 1408, 1664) have 16 heads.
-/// Fails with all defining tensors that are missing or of another rank.
-pub fn config(tensors: &BTreeMap<String, Tensor>, origin: &Path, activation: Activation) -> Result<Config> {
-    let Normalised { tensors, .. } = normalise(tensors, origin)?;
-    let mut shapes = Shapes { tensors: &tensors, problems: Vec::new() };
+pub(super) fn config(tensors: &Tensors, activation: Activation, origin: &Path) -> Result<Config> {
+    let mut shapes = Shapes { tensors, problems: Vec::new() };
 
     let [text_width, embed_dim] = shapes.of("text_projection");
     let [vocabulary, _] = shapes.of(OPENAI_MARK);
@@ -226,7 +274,7 @@ fn is_floating(kind: Kind) -> bool {
     matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
 }
 
-fn from_hugging_face(tensors: BTreeMap<String, Tensor>, origin: &Path) -> Result<BTreeMap<String, Tensor>> {
+pub(super) fn from_hugging_face(tensors: Tensors, origin: &Path) -> Result<Tensors> {
     let mut translated = BTreeMap::new();
     // Keyed by the joined name, then by the place of the part: queries, keys, values.
     let mut joins: BTreeMap<String, [(String, Option<Tensor>); 3]> = BTreeMap::new();
@@ -330,14 +378,14 @@ fn translate_in_block(block: &str, rest: &str) -> Option<Translation> {
 }
 
 /// Reads shapes, and collects what is wrong with them.
-struct Shapes<'a> {
-    tensors: &'a BTreeMap<String, Tensor>,
-    problems: Vec<Misfit>,
+pub(super) struct Shapes<'a> {
+    pub(super) tensors: &'a Tensors,
+    pub(super) problems: Vec<Misfit>,
 }
 
 impl Shapes<'_> {
     /// The shape of a tensor of rank `RANK`; ones, and a problem noted, where there is no such tensor.
-    fn of<const RANK: usize>(&mut self, name: &str) -> [i64; RANK] {
+    pub(super) fn of<const RANK: usize>(&mut self, name: &str) -> [i64; RANK] {
         let found = self.tensors.get(name).map(Tensor::size);
         match found.as_deref().map(<[i64; RANK]>::try_from) {
             Some(Ok(shape)) => shape,
@@ -349,7 +397,7 @@ impl Shapes<'_> {
     }
 
     /// One more than the largest index that follows `prefix`; no more than there are tensors, whatever a damaged name says.
-    fn depth(&self, prefix: &str) -> usize {
+    pub(super) fn depth(&self, prefix: &str) -> usize {
         let indices = self.tensors.keys().filter_map(|name| name.strip_prefix(prefix)?.split('.').next()?.parse::<usize>().ok());
         indices.max().map_or(0, |largest| largest.saturating_add(1).min(self.tensors.len()))
     }

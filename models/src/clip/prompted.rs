@@ -129,10 +129,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        clip::{
-            Activation, Clip, Config, ImageConfig, TextConfig,
-            tokenizer::{Overlong, Padding},
-        },
+        clip::{Activation, Clip, Config, ImageConfig, TextConfig, tokenizer::Overlong},
         golden::error,
         to_unit_length,
     };
@@ -161,13 +158,13 @@ mod tests {
     /// Parity check R5 of OADP's specification.
     #[test]
     fn a_context_of_words_gives_what_the_words_give() {
-        let ((_weights, clip), tokenizer) = (clip(), Tokenizer::new());
-        let context = clip.text.words(&tokenizer, "a photo of a").unwrap();
-        let prompted = Prompted::new(&clip.text, &tokenizer, &texts(), 4).unwrap();
+        let ((_weights, clip), tokenizer) = (clip(), Tokenizer::clip());
+        let context = clip.causal_text().unwrap().words(&tokenizer, "a photo of a").unwrap();
+        let prompted = Prompted::new(clip.causal_text().unwrap(), &tokenizer, &texts(), 4).unwrap();
         assert!(context.size() == [4, 32] && prompted.packs.len() > 1);
         let found = to_unit_length(&prompted.encode(&context).unwrap());
         let sentences: Vec<String> = texts().iter().map(|text| format!("a photo of a {text}")).collect();
-        let tokens = tokenizer.batch(&sentences, Padding::Context77, Overlong::Refuse).unwrap();
+        let tokens = tokenizer.batch(&sentences, Overlong::Refuse).unwrap();
         let expected = clip.encode_text_features(&tokens).unwrap();
         let apart = error(&found, &expected);
         println!("packed and alone: {apart:.1e}");
@@ -179,10 +176,11 @@ mod tests {
 
     #[test]
     fn the_gradient_of_the_context_does_not_depend_on_packing() {
-        let ((_weights, clip), tokenizer) = (clip(), Tokenizer::new());
+        let ((_weights, clip), tokenizer) = (clip(), Tokenizer::clip());
         let gradient = |texts: &[&[String]]| {
-            let context = clip.text.words(&tokenizer, "a photo of a").unwrap().set_requires_grad(true);
-            let encode = |texts: &&[String]| Prompted::new(&clip.text, &tokenizer, texts, 4).unwrap().encode(&context).unwrap();
+            let context = clip.causal_text().unwrap().words(&tokenizer, "a photo of a").unwrap().set_requires_grad(true);
+            let encode =
+                |texts: &&[String]| Prompted::new(clip.causal_text().unwrap(), &tokenizer, texts, 4).unwrap().encode(&context).unwrap();
             let all = Tensor::cat(&texts.iter().map(encode).collect::<Vec<_>>(), 0);
             (&all * &all * &all).sum(Kind::Float).backward();
             context.grad()
@@ -196,16 +194,16 @@ mod tests {
 
     #[test]
     fn a_text_that_leaves_no_room_for_the_context_is_refused_by_name() {
-        let ((_weights, clip), tokenizer) = (clip(), Tokenizer::new());
-        let refusal = |texts: &[String]| Prompted::new(&clip.text, &tokenizer, texts, 4).unwrap_err().to_string();
-        assert!(Prompted::new(&clip.text, &tokenizer, &["dog ".repeat(71)], 4).is_ok());
+        let ((_weights, clip), tokenizer) = (clip(), Tokenizer::clip());
+        let refusal = |texts: &[String]| Prompted::new(clip.causal_text().unwrap(), &tokenizer, texts, 4).unwrap_err().to_string();
+        assert!(Prompted::new(clip.causal_text().unwrap(), &tokenizer, &["dog ".repeat(71)], 4).is_ok());
         let long = "dog ".repeat(72);
         assert_eq!(
             refusal(&["cat".into(), long.clone()]),
             format!("text: expected at most 73 tokens beside 4 of context, found 74 tokens in {long:?}")
         );
         assert_eq!(refusal(&[]), "texts: expected at least one, found none");
-        let prompted = Prompted::new(&clip.text, &tokenizer, &["cat"], 4).unwrap();
+        let prompted = Prompted::new(clip.causal_text().unwrap(), &tokenizer, &["cat"], 4).unwrap();
         let context = Tensor::zeros([3, 32], (Kind::Float, Device::Cpu));
         assert_eq!(prompted.encode(&context).unwrap_err().to_string(), "context: expected f32 [4, 32], found Float [3, 32]");
     }

@@ -6,6 +6,7 @@
 use tch::{Kind, Tensor};
 
 use super::{
+    architecture::ImageTower,
     transformer::{Attention, attend},
     vision::resize_positions,
 };
@@ -52,18 +53,23 @@ impl ModifiedResNet {
         Self { stem, layers, attnpool }
     }
 
-    /// Returns `[B, D]`; `images`: `[B, 3, H, W]` in the compute kind.
-    pub(super) fn forward(&self, images: &Tensor, phase: Phase) -> Tensor {
-        self.attnpool.forward(&self.feature_map(images, phase))
-    }
-
     /// Returns the last feature map, `[B, 32 width, H / 32, W / 32]`.
     pub(crate) fn feature_map(&self, images: &Tensor, phase: Phase) -> Tensor {
         let x = self.stem.iter().fold(images.shallow_clone(), |x, (conv, bn)| bn.forward(&conv.forward(&x), phase).relu());
         self.layers.iter().flatten().fold(average_pool(&x, 2), |x, block| block.forward(&x, phase))
     }
+}
 
-    pub(super) fn cast(&mut self, kind: Kind) {
+impl ImageTower for ModifiedResNet {
+    fn least_side(&self) -> i64 {
+        REDUCTION
+    }
+
+    fn forward(&self, images: &Tensor, phase: Phase) -> Tensor {
+        self.attnpool.forward(&self.feature_map(images, phase))
+    }
+
+    fn cast(&mut self, kind: Kind) {
         for (conv, _) in &mut self.stem {
             conv.cast(kind);
         }

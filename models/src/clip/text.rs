@@ -6,7 +6,8 @@ use tch::{IndexOp, Kind, Tensor};
 
 use super::{
     Activation, TextConfig,
-    transformer::{Attention, BlockInit, LayerNorm, Shape, Transformer},
+    architecture::TextTower,
+    transformer::{Attention, BlockInit, LAYER_NORM_EPS, LayerNorm, Shape, Transformer},
 };
 use crate::{
     Error, Result,
@@ -30,19 +31,41 @@ pub struct Text {
 impl Text {
     pub(super) fn declare(at: &Parameters<'_>, config: &TextConfig, embed_dim: i64, activation: Activation) -> Self {
         let TextConfig { context, vocabulary, width, heads, depth } = *config;
-        let shape = Shape { width, heads, depth, mlp_width: 4 * width };
+        let shape = Shape { width, heads, depth, mlp_width: 4 * width, eps: LAYER_NORM_EPS };
         Self {
             token_embedding: (at / "token_embedding").trainable("weight", &[vocabulary, width], Init::Normal(0.02)),
             positional_embedding: at.trainable("positional_embedding", &[context, width], Init::Normal(0.01)),
             transformer: Transformer::declare(&(at / "transformer"), &shape, activation, &BlockInit::scaled_by_depth(&shape)),
-            ln_final: LayerNorm::declare(&(at / "ln_final"), width),
+            ln_final: LayerNorm::declare(&(at / "ln_final"), width, LAYER_NORM_EPS),
             projection: at.trainable("text_projection", &[width, embed_dim], Init::Normal((width as f64).powf(-0.5))),
             config: *config,
         }
     }
 
-    /// Returns `[B, D]`, not normalised; `tokens`: i64 `[B, L]`, L at most the context, the end-of-text token the largest of its row.
-    pub(super) fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
+    /// The features `[B, D]`, not normalised, of the tokens that end texts, `[B, C]` as they leave the transformer.
+    pub(super) fn features(&self, ends: &Tensor) -> Tensor {
+        // LayerNorm works row by row, so it is enough to normalise the rows that are read.
+        self.ln_final.forward(ends).matmul(&self.projection)
+    }
+
+    /// The embeddings of tokens, f32 `[L, C]`, without positions.
+    pub(super) fn embedded(&self, tokens: &[u32]) -> Result<Tensor> {
+        let vocabulary = self.config.vocabulary;
+        if let Some(token) = tokens.iter().find(|token| i64::from(**token) >= vocabulary) {
+            return Err(Error::Input {
+                what: "tokens",
+                expected: format!("each from 0 to {}", vocabulary - 1),
+                found: format!("a token {token}"),
+            });
+        }
+        let tokens = Tensor::from_slice(&tokens.iter().map(|token| i64::from(*token)).collect::<Vec<_>>());
+        Ok(self.token_embedding.index_select(0, &tokens.to_device(self.token_embedding.device())))
+    }
+}
+
+impl TextTower for Text {
+    /// `tokens`: L at most the context, the end-of-text token the largest of its row.
+    fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
         let TextConfig { context, vocabulary, .. } = self.config;
         let refuse = |found: String| Error::Input {
             what: "tokens",
@@ -67,27 +90,11 @@ impl Text {
         Ok(self.features(&x.index(&[Some(rows), Some(ends)])))
     }
 
-    /// The features `[B, D]`, not normalised, of the tokens that end texts, `[B, C]` as they leave the transformer.
-    pub(super) fn features(&self, ends: &Tensor) -> Tensor {
-        // LayerNorm works row by row, so it is enough to normalise the rows that are read.
-        self.ln_final.forward(ends).matmul(&self.projection)
+    fn causal(&self) -> Option<&Text> {
+        Some(self)
     }
 
-    /// The embeddings of tokens, f32 `[L, C]`, without positions.
-    pub(super) fn embedded(&self, tokens: &[u32]) -> Result<Tensor> {
-        let vocabulary = self.config.vocabulary;
-        if let Some(token) = tokens.iter().find(|token| i64::from(**token) >= vocabulary) {
-            return Err(Error::Input {
-                what: "tokens",
-                expected: format!("each from 0 to {}", vocabulary - 1),
-                found: format!("a token {token}"),
-            });
-        }
-        let tokens = Tensor::from_slice(&tokens.iter().map(|token| i64::from(*token)).collect::<Vec<_>>());
-        Ok(self.token_embedding.index_select(0, &tokens.to_device(self.token_embedding.device())))
-    }
-
-    pub(super) fn cast(&mut self, kind: Kind) {
+    fn cast(&mut self, kind: Kind) {
         self.transformer.cast(kind);
         self.projection = self.projection.to_kind(kind);
     }

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// The epsilon of every LayerNorm in CLIP.
-const LAYER_NORM_EPS: f64 = 1e-5;
+pub(super) const LAYER_NORM_EPS: f64 = 1e-5;
 
 /// LayerNorm over the last dimension, computed in f32 and cast back.
 #[derive(Debug)]
@@ -20,15 +20,17 @@ pub(crate) struct LayerNorm {
     pub(crate) weight: Tensor,
     /// `[C]`, f32.
     pub(crate) bias: Tensor,
+    eps: f64,
 }
 
 impl LayerNorm {
-    pub(super) fn declare(at: &Parameters<'_>, width: i64) -> Self {
-        Self { weight: at.trainable("weight", &[width], Init::Constant(1.0)), bias: at.trainable("bias", &[width], Init::Constant(0.0)) }
+    pub(super) fn declare(at: &Parameters<'_>, width: i64, eps: f64) -> Self {
+        let (one, zero) = (Init::Constant(1.0), Init::Constant(0.0));
+        Self { weight: at.trainable("weight", &[width], one), bias: at.trainable("bias", &[width], zero), eps }
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        let norm = |x: &Tensor| x.layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), LAYER_NORM_EPS, CUDNN);
+        let norm = |x: &Tensor| x.layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), self.eps, CUDNN);
         // On a CPU libtorch itself computes in f32 where the weights are f32; that saves two passes.
         if x.device() == Device::Cpu { norm(x) } else { norm(&x.to_kind(Kind::Float)).to_kind(x.kind()) }
     }
@@ -56,7 +58,7 @@ pub(crate) struct SelfAttention {
 }
 
 impl SelfAttention {
-    fn declare(at: &Parameters<'_>, width: i64, heads: i64, init: &BlockInit) -> Self {
+    pub(super) fn declare(at: &Parameters<'_>, width: i64, heads: i64, init: &BlockInit) -> Self {
         let in_proj = Linear {
             weight: at.trainable("in_proj_weight", &[3 * width, width], init.attention_in),
             bias: at.trainable("in_proj_bias", &[3 * width], Init::Constant(0.0)),
@@ -75,7 +77,7 @@ impl SelfAttention {
 
     /// What some tokens take from others: `queries` `[B, Q, C]`, `keys` `[B, K, C]`, `bias` added to the scaled logits,
     /// `[B, 1, Q, K]`.
-    fn take(&self, queries: &Tensor, keys: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    pub(super) fn take(&self, queries: &Tensor, keys: &Tensor, bias: Option<&Tensor>) -> Tensor {
         let (q, kv) = (self.projected(queries, 0, 1), self.projected(keys, 1, 2));
         let mixed = Tensor::scaled_dot_product_attention(&q.get(0), &kv.get(0), &kv.get(1), bias, 0.0, false, None, false);
         self.out_proj.forward(&mixed.transpose(1, 2).reshape(queries.size()))
@@ -130,9 +132,9 @@ impl Block {
     fn declare(at: &Parameters<'_>, shape: &Shape, activation: Activation, init: &BlockInit) -> Self {
         let mlp = &(at / "mlp");
         Self {
-            ln_1: LayerNorm::declare(&(at / "ln_1"), shape.width),
+            ln_1: LayerNorm::declare(&(at / "ln_1"), shape.width, shape.eps),
             attn: SelfAttention::declare(&(at / "attn"), shape.width, shape.heads, init),
-            ln_2: LayerNorm::declare(&(at / "ln_2"), shape.width),
+            ln_2: LayerNorm::declare(&(at / "ln_2"), shape.width, shape.eps),
             c_fc: Linear::declare(&(mlp / "c_fc"), shape.width, shape.mlp_width, init.mlp_in, Init::fan_in(shape.width)),
             c_proj: Linear::declare(&(mlp / "c_proj"), shape.mlp_width, shape.width, init.mlp_out, Init::fan_in(shape.mlp_width)),
             activation,
@@ -202,6 +204,8 @@ pub(super) struct Shape {
     pub(super) heads: i64,
     pub(super) depth: usize,
     pub(super) mlp_width: i64,
+    /// Of LayerNorm.
+    pub(super) eps: f64,
 }
 
 /// How the matrices of a block begin.

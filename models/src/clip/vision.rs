@@ -12,9 +12,13 @@ use tch::{IndexOp, Kind, Tensor};
 
 use super::{
     Activation,
+    architecture::ImageTower,
     transformer::{BlockInit, LayerNorm, Shape, Transformer},
 };
-use crate::parameters::{Init, Parameters};
+use crate::{
+    Phase,
+    parameters::{Init, Parameters},
+};
 
 /// What is added to the logits of patches that are not the object's (OADP).
 const MASK_BIAS: f64 = -100.0;
@@ -45,18 +49,12 @@ impl Vit {
             conv1: (at / "conv1").trainable("weight", &[width, 3, patch, patch], Init::fan_in(3 * patch * patch)),
             class_embedding: at.trainable("class_embedding", &[width], scaled),
             positional_embedding: at.trainable("positional_embedding", &[1 + grid * grid, width], scaled),
-            ln_pre: LayerNorm::declare(&(at / "ln_pre"), width),
+            ln_pre: LayerNorm::declare(&(at / "ln_pre"), width, shape.eps),
             transformer: Transformer::declare(&(at / "transformer"), shape, activation, &BlockInit::default_of(shape)),
-            ln_post: LayerNorm::declare(&(at / "ln_post"), width),
+            ln_post: LayerNorm::declare(&(at / "ln_post"), width, shape.eps),
             proj: at.trainable("proj", &[width, embed_dim], scaled),
             patch,
         }
-    }
-
-    /// Returns `[B, D]`; `images`: `[B, 3, H, W]` in the compute kind.
-    pub(super) fn forward(&self, images: &Tensor) -> Tensor {
-        let x = self.transformer.forward_first(self.tokens(images, self.patch, 0));
-        self.ln_post.forward(&x.i((.., 0))).matmul(&self.proj)
     }
 
     /// Returns `[B, D]`: an object in each of `images` `[B, 3, S, S]`, whose patches `background` `[B, G, G]` marks with 0, everything else
@@ -84,8 +82,23 @@ impl Vit {
         let x = Tensor::cat(&[class, patches.flatten(2, 3).transpose(1, 2)], 1);
         self.ln_pre.forward(&(x + resize_positions(&self.positional_embedding, rows, columns).to_kind(patches.kind())))
     }
+}
 
-    pub(super) fn cast(&mut self, kind: Kind) {
+impl ImageTower for Vit {
+    fn least_side(&self) -> i64 {
+        self.patch
+    }
+
+    fn forward(&self, images: &Tensor, _: Phase) -> Tensor {
+        let x = self.transformer.forward_first(self.tokens(images, self.patch, 0));
+        self.ln_post.forward(&x.i((.., 0))).matmul(&self.proj)
+    }
+
+    fn objects(&self) -> Option<&Vit> {
+        Some(self)
+    }
+
+    fn cast(&mut self, kind: Kind) {
         self.conv1 = self.conv1.to_kind(kind);
         self.transformer.cast(kind);
         self.proj = self.proj.to_kind(kind);

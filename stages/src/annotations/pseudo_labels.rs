@@ -8,7 +8,7 @@ use ovenbird_data::{
     boxes::{Xyxy, nms_by_class},
     classes::ClassSplit,
 };
-use ovenbird_models::{detector::classifier::LogitScale, to_unit_length};
+use ovenbird_models::{rcnn::classifier::LogitScale, to_unit_length};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};

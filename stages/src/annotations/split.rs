@@ -3,7 +3,7 @@
 use ovenbird_data::{
     Error as DataError,
     classes::ClassSplit,
-    split::{Keep as KeptLabels, write_split},
+    split::{LabelFilter, write_split},
     warnings::of_boxes,
 };
 use schemars::JsonSchema;
@@ -28,19 +28,6 @@ pub enum ClassList {
     LvisFrequency,
 }
 
-/// Which annotations and images are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Keep {
-    /// Annotations of all listed classes, in all images (`.65`, `.1203`).
-    #[default]
-    All,
-    /// Annotations of base classes, in all images (`.48`, `.866`).
-    Base,
-    /// Annotations of all listed classes, in images that have at least one (`.65.min`).
-    AllAnnotated,
-}
-
 /// Annotations for open-vocabulary detection: classes renumbered, base classes first, and annotations of novel classes kept or dropped.
 ///
 /// New category ids count from 0. Everything else is copied unchanged: image and annotation ids, boxes, masks, areas, unknown fields. A class
@@ -53,7 +40,7 @@ pub struct Split {
     pub classes: ClassList,
     /// Which annotations and images are kept.
     #[serde(default)]
-    pub keep: Keep,
+    pub keep: LabelFilter,
 }
 
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS v1 json.");
@@ -92,14 +79,9 @@ impl Stage for Split {
             cx.note(format!("{words}: they are kept unchanged"));
         }
         drop(checked);
-        let keep = match self.keep {
-            Keep::All => KeptLabels::All,
-            Keep::Base => KeptLabels::Base,
-            Keep::AllAnnotated => KeptLabels::AllAnnotated,
-        };
         let draft = cx.begin(unit)?;
         let mut file = draft.create(SPLIT, "annotations.json")?;
-        let counts = write_split(&annotations.file.read()?, &annotations.file.path, &classes, keep, &mut file)?;
+        let counts = write_split(&annotations.file.read()?, &annotations.file.path, &classes, self.keep, &mut file)?;
         file.finish()?;
         draft.write(LIST, "classes.json", &serde_json::to_vec(&classes).expect("BUG: names are plain JSON"))?;
         cx.tick(counts.images as u64);

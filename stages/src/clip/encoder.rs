@@ -5,22 +5,23 @@ use std::{
     sync::Arc,
 };
 
-use ovenbird_data::images::{Image, Preprocess};
+use ovenbird_data::images::{Image, Preprocess, SquareResize};
 use ovenbird_models::{
     Phase,
     checkpoint::Checkpoint,
-    clip::{self, Activation, ImageConfig, layout},
+    clip::{
+        self, Activation,
+        architecture::{self, ResizeMode},
+        layout,
+        settings::Settings,
+    },
     to_unit_length,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
-use super::{
-    activation::{self, Gelu},
-    on_device,
-    space::Space,
-};
+use super::{activation, on_device, space::Space};
 use crate::{
     Context, Error, Result,
     artifacts::{CheckpointFile, read_weights},
@@ -72,7 +73,7 @@ pub struct Clip {
     /// The activation that the weights were trained with. Needed only if neither the checkpoint nor a config file in its folder names it; a
     /// wrong one gives wrong embeddings.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub gelu: Option<Gelu>,
+    pub gelu: Option<Activation>,
     /// For checkpoints with several CLIPs: the prefix of the tensor names, such as `teacher`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefix: Option<String>,
@@ -82,7 +83,7 @@ pub struct Clip {
 struct Weights<'a> {
     file: &'a CheckpointFile,
     checkpoint: Checkpoint,
-    activation: Activation,
+    settings: Settings,
     space: Space,
 }
 
@@ -204,18 +205,18 @@ impl Clip {
         let (checkpoint, path) = (read_weights(&file.file)?, &file.file.path);
         let place = layout::place(checkpoint.tensors(), self.prefix.as_deref(), path)?;
         let checkpoint = checkpoint.at(&place);
-        let activation = activation::settle(self.gelu, file, &checkpoint)?;
+        let settings = activation::settle(self.gelu, file, &checkpoint)?;
         let normalised = layout::normalise(checkpoint.tensors(), path)?;
         for words in place.note().into_iter().chain(normalised.notes()) {
             cx.note(format!("{}: {words}", path.display()));
         }
-        Ok(Weights { file, space: Space::of(&normalised.tensors), checkpoint, activation })
+        Ok(Weights { file, space: Space::of(&normalised.tensors, normalised.layout.projections), checkpoint, settings })
     }
 }
 
 impl Weights<'_> {
     fn load(&self, device: Device, kind: Kind) -> Result<clip::Clip> {
-        Ok(clip::Clip::load(self.checkpoint.tensors(), &self.file.file.path, self.activation, device, kind)?)
+        Ok(clip::Clip::load(self.checkpoint.tensors(), &self.file.file.path, self.settings.clone(), device, kind)?)
     }
 }
 
@@ -278,10 +279,19 @@ impl Cropper {
     }
 }
 
+/// How images are prepared for a CLIP.
+pub(crate) fn preprocess_of(clip: &clip::Clip) -> Preprocess {
+    let architecture::Preprocessing { image_side, resize, mean, std } = clip.preprocessing();
+    let resize = match resize {
+        ResizeMode::Shortest => SquareResize::Shortest,
+        ResizeMode::Squash => SquareResize::Squash,
+    };
+    Preprocess { side_px: image_side as u32, resize, mean, std }
+}
+
 impl Encoder {
     fn new(clip: clip::Clip, space: Space, origin: &Path, mode: InputMode, precision: &'static str) -> Self {
-        let (ImageConfig::Vit { image_side, .. } | ImageConfig::ResNet { image_side, .. }) = clip.config().image;
-        let preprocess = Preprocess::clip(image_side as u32);
+        let preprocess = preprocess_of(&clip);
         let channels = |numbers: &[f32; 3]| Tensor::from_slice(numbers).view([1, 3, 1, 1]).to_device(clip.device());
         let (mean, std) = (channels(&preprocess.mean), channels(&preprocess.std));
         Self { clip, origin: origin.to_owned(), space, preprocess, mode, precision, mean, std }
@@ -301,16 +311,12 @@ impl Encoder {
 
     /// The dimension D of embeddings.
     pub(crate) fn dim(&self) -> usize {
-        self.clip.config().embed_dim as usize
+        self.clip.embed_dim() as usize
     }
 
     /// The least side of an image that the network accepts at its own size, in px.
     pub(crate) fn least_side(&self) -> u32 {
-        match self.clip.config().image {
-            ImageConfig::Vit { patch, .. } => patch as u32,
-            // A cell of the last feature map.
-            ImageConfig::ResNet { .. } => 32,
-        }
+        self.clip.least_side() as u32
     }
 
     /// The side of the grid of object masks; `None` for a ResNet.
@@ -404,7 +410,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use ovenbird_data::toy::{Set, World};
-    use ovenbird_models::clip::{Config, TextConfig};
+    use ovenbird_models::clip::{Config, ImageConfig, TextConfig};
     use tch::nn;
 
     use super::*;
@@ -420,7 +426,7 @@ mod tests {
         clip::Clip::new(&weights.root(), &config, 3).unwrap();
         let tensors: BTreeMap<String, Tensor> = weights.variables().into_iter().collect();
         let network = clip::Clip::load_as(&config, &tensors, "clip".as_ref(), Device::Cpu, Kind::Float).unwrap();
-        Encoder::new(network, Space::of(&tensors), Path::new("clip.pt"), mode, "f32")
+        Encoder::new(network, Space::of(&tensors, layout::CLIP_PROJECTIONS), Path::new("clip.pt"), mode, "f32")
     }
 
     #[test]
@@ -434,7 +440,8 @@ mod tests {
             clip::Clip::new(&weights.root(), &config, 3).unwrap();
             let tensors: BTreeMap<String, Tensor> = weights.variables().into_iter().collect();
             let network = clip::Clip::load_as(&config, &tensors, "clip".as_ref(), Device::Cpu, Kind::Float).unwrap();
-            let encoder = Encoder::new(network, Space::of(&tensors), Path::new("clip.pt"), InputMode::Native, "f32");
+            let encoder =
+                Encoder::new(network, Space::of(&tensors, layout::CLIP_PROJECTIONS), Path::new("clip.pt"), InputMode::Native, "f32");
             let least = encoder.least_side();
             let shown = |[width, height]: [u32; 2]| {
                 let rgb = vec![90; 3 * width as usize * height as usize];

@@ -80,6 +80,8 @@ fn to_levels(sums: &Tensor) -> Tensor {
 
 #[cfg(test)]
 mod tests {
+    use ovenbird_data::images::SquareResize;
+
     use super::*;
 
     fn picture(width: u32, height: u32) -> Image {
@@ -90,7 +92,7 @@ mod tests {
 
     #[test]
     fn squares_cut_on_a_device_are_within_one_level_of_pillow_s() {
-        let preprocess = Preprocess::clip(56);
+        let preprocess = Preprocess { side_px: 56, resize: SquareResize::Shortest, mean: [0.0; 3], std: [1.0; 3] };
         let image = picture(160, 120);
         let rectangles = [
             [0, 0, 160, 120],

@@ -5,10 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ovenbird_data::images::{Image, Preprocess};
 use ovenbird_models::{
     Phase,
-    clip::{
-        self, Activation, Config, ImageConfig, TextConfig,
-        tokenizer::{Overlong, Padding, Tokenizer},
-    },
+    clip::{self, Activation, Config, ImageConfig, TextConfig, tokenizer::Overlong},
     to_unit_length,
 };
 use rand::{Rng as _, seq::SliceRandom as _};
@@ -17,7 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn, no_grad};
 
-use super::activation::{GELU_KEY, Gelu};
+use super::{activation::GELU_KEY, encoder::preprocess_of};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft, Units,
     artifacts::{Captions, CheckpointFile, Images, TrainingState, read_weights},
@@ -30,6 +27,8 @@ use crate::{
 const OPTIMIZER: AdamW = AdamW { betas: [0.9, 0.98], epsilon: 1e-6 };
 /// CLIP keeps the logit scale below 100.
 const MAX_LOG_SCALE: f64 = 4.605_170_185_988_092;
+/// As OpenAI trained.
+const ACTIVATION: Activation = Activation::QuickGelu;
 /// Steps between two measurements in the log.
 const ROW_STEPS: usize = 10;
 /// Pictures are kept this much larger than the network's input, for random crops.
@@ -117,17 +116,16 @@ impl Stage for Pretrain {
         let Some(first) = units.first() else { return Ok(()) };
         let Captions(captions) = cx.inputs.read(CAPTIONS)?;
         let images = cx.inputs.read(IMAGES)?;
-        let preprocess = Preprocess::clip(64);
-        let large = Preprocess::clip((64.0 * MARGIN).round() as u32);
+        let texts: Vec<&str> = captions.iter().map(|caption| caption.text.as_str()).collect();
+        let mut training = Training::begin(self, &texts, cx.device)?;
+        let preprocess = preprocess_of(&training.clip);
+        let large = Preprocess { side_px: (preprocess.side_px as f32 * MARGIN).round() as u32, ..preprocess };
         let decode = |index: usize| Ok(large.square(&images.decode(&captions[index].file)?));
         let pictures = in_parallel(captions.len(), cx.threads, decode)?;
         if pictures.len() < self.batch_size {
             let problem = format!("{} captioned pictures for batches of {}", pictures.len(), self.batch_size);
             return Err(Error::Input { port: "captions", problem, hint: "lower `batch_size`, or give more pictures".into() });
         }
-        let texts: Vec<&str> = captions.iter().map(|caption| caption.text.as_str()).collect();
-
-        let mut training = Training::begin(self, &texts, cx.device)?;
         if first.index > 0 {
             let before = first.index - 1;
             training.restore(&cx.published(before, CHECKPOINT)?, &cx.published(before, STATE)?)?;
@@ -200,7 +198,7 @@ impl Pretrain {
             Architecture::Resnet => ImageConfig::ResNet { image_side: 64, layers: [1, 1, 1, 1], width: 16, heads: 8 },
         };
         let text = TextConfig { context: 77, vocabulary: 49_408, width: 128, heads: 2, depth: 2 };
-        Config { embed_dim: 128, image, text, activation: Activation::QuickGelu }
+        Config { embed_dim: 128, image, text, activation: ACTIVATION }
     }
 }
 
@@ -230,7 +228,6 @@ fn augmented(pictures: &[Image], chosen: &[usize], preprocess: &Preprocess, rand
 struct Training {
     store: nn::VarStore,
     clip: clip::Clip,
-    tokenizer: Tokenizer,
     /// First and second moment of each trained tensor.
     moments: BTreeMap<String, [Tensor; 2]>,
     /// i64 `[U]`: the tokens that occur in the captions. Rows of other tokens never have a gradient, so the optimizer leaves
@@ -246,24 +243,21 @@ impl Training {
     fn begin(stage: &Pretrain, texts: &[&str], device: Device) -> Result<Self> {
         let store = nn::VarStore::new(device);
         let clip = clip::Clip::new(&store.root(), &stage.config(), stage.seed)?;
-        let tokenizer = Tokenizer::new();
-        let used: BTreeSet<i64> = texts.iter().flat_map(|text| tokenizer.encode(text)).map(i64::from).collect();
+        let used: BTreeSet<i64> = texts.iter().flat_map(|text| clip.tokenizer().encode(text)).map(i64::from).collect();
         let used_tokens = Tensor::from_slice(&used.into_iter().collect::<Vec<_>>()).to_device(device);
         let mut moments = BTreeMap::new();
         for (name, tensor) in named(&store).into_iter().filter(|(_, tensor)| tensor.requires_grad()) {
             let rows = if name == TOKEN_EMBEDDING { no_grad(|| tensor.index_select(0, &used_tokens)) } else { tensor };
             moments.insert(name, [rows.zeros_like().detach(), rows.zeros_like().detach()]);
         }
-        Ok(Self { store, clip, tokenizer, moments, used_tokens, steps_done: 0 })
+        Ok(Self { store, clip, moments, used_tokens, steps_done: 0 })
     }
 
     fn step(&mut self, stage: &Pretrain, pixels: &[f32], texts: &[&str]) -> Result<f64> {
-        let side = match self.clip.config().image {
-            ImageConfig::Vit { image_side, .. } | ImageConfig::ResNet { image_side, .. } => image_side,
-        };
+        let side = self.clip.image_side();
         let device = self.store.device();
         let images = Tensor::from_slice(pixels).view([texts.len() as i64, 3, side, side]).to_device(device);
-        let tokens = self.tokenizer.batch(texts, Padding::Longest, Overlong::Truncate)?.to_device(device);
+        let tokens = self.clip.tokenizer().batch(texts, Overlong::Truncate)?.to_device(device);
         let images = to_unit_length(&self.clip.encode_image(&images, Phase::Train)?);
         let texts = to_unit_length(&self.clip.encode_text(&tokens)?);
         // [B, B]: image i against text j.
@@ -313,8 +307,7 @@ impl Training {
         let mut names: Vec<&String> = held_out.iter().map(|picture| &picture.text).collect();
         names.sort();
         names.dedup();
-        let row =
-            |name: &&String| mean_embedding(&self.clip, &self.tokenizer, &[format!("a photo of a {name}"), format!("This is a {name}")]);
+        let row = |name: &&String| mean_embedding(&self.clip, &[format!("a photo of a {name}"), format!("This is a {name}")]);
         let classes = to_unit_length(&Tensor::stack(&names.iter().map(row).collect::<Result<Vec<_>>>()?, 0));
         let mut n_right = 0;
         for pictures in held_out.chunks(128) {
@@ -349,7 +342,7 @@ impl Training {
         weights.insert("input_resolution".into(), scalar(64));
         weights.insert("context_length".into(), scalar(77));
         weights.insert("vocab_size".into(), scalar(49_408));
-        let gelu = Gelu::of(self.clip.config().activation).name();
+        let gelu = ACTIVATION.name();
         draft.write_tensors(CHECKPOINT, "clip.safetensors", &weights, &BTreeMap::from([(GELU_KEY.to_owned(), gelu.to_owned())]))?;
         draft.write_tensors(STATE, "state.safetensors", &state, &BTreeMap::new())
     }

@@ -10,8 +10,6 @@ use crate::{Error, Result};
 
 /// Under which key of a file's metadata the space of its embeddings is.
 pub(crate) const SPACE_KEY: &str = "ovenbird.clip";
-/// What projects the towers' outputs into the common space, in OpenAI's names: of a vision transformer, of attention pooling, of texts.
-const PROJECTIONS: [&str; 4] = ["visual.proj", "visual.attnpool.c_proj.weight", "visual.attnpool.c_proj.bias", "text_projection"];
 
 /// The identity of a CLIP's embedding space: BLAKE3 of both projections as f32, little-endian, in OpenAI's layout. In which format and
 /// layout a file holds the weights does not matter.
@@ -20,8 +18,8 @@ const PROJECTIONS: [&str; 4] = ["visual.proj", "visual.attnpool.c_proj.weight", 
 pub struct Space(Digest);
 
 impl Space {
-    /// Of weights under OpenAI's names.
-    pub(crate) fn of(tensors: &BTreeMap<String, Tensor>) -> Self {
+    /// The space of weights, by the tensors that project into it: see `Layout::projections`.
+    pub(crate) fn of(tensors: &BTreeMap<String, Tensor>, projections: &[&'static str]) -> Self {
         let digest = |name: &&'static str| {
             let numbers = tensors.get(*name)?.detach().to_kind(Kind::Float).contiguous();
             let mut flat = vec![0.0_f32; numbers.numel()];
@@ -29,7 +27,7 @@ impl Space {
             let bytes: Vec<u8> = flat.into_iter().flat_map(f32::to_le_bytes).collect();
             Some((*name, Digest::of(&bytes)))
         };
-        Self(Digest::of_list("ovenbird clip 1", PROJECTIONS.iter().filter_map(digest)))
+        Self(Digest::of_list("ovenbird clip 1", projections.iter().filter_map(digest)))
     }
 
     /// Of what a file's metadata says, if it does.
@@ -60,6 +58,7 @@ pub(crate) fn common(ports: &[(&'static str, Option<Space>)]) -> Result<Option<S
 
 #[cfg(test)]
 mod tests {
+    use ovenbird_models::clip::layout::CLIP_PROJECTIONS;
     use tch::Device;
 
     use super::*;
@@ -78,24 +77,25 @@ mod tests {
         };
         let pooled = |first: f64| projection("visual.attnpool.c_proj.weight", [2, 4], first);
         let one = weights(pooled(1.0), 0.5);
-        let space = Space::of(&one);
+        let space = Space::of(&one, CLIP_PROJECTIONS);
 
         let halves: BTreeMap<_, _> = one.iter().map(|(name, tensor)| (name.clone(), tensor.to_kind(Kind::Half))).collect();
-        assert_eq!(Space::of(&halves), space, "f16 holds these numbers");
+        assert_eq!(Space::of(&halves, CLIP_PROJECTIONS), space, "f16 holds these numbers");
         let transposed = |tensor: &Tensor| if tensor.dim() == 2 { tensor.tr().contiguous().tr() } else { tensor.copy() };
         let strided: BTreeMap<_, _> = one.iter().map(|(name, tensor)| (name.clone(), transposed(tensor))).collect();
-        assert_eq!(Space::of(&strided), space);
+        assert_eq!(Space::of(&strided, CLIP_PROJECTIONS), space);
         let mut more = weights(pooled(1.0), 0.5);
         more.insert("ln_final.weight".into(), Tensor::from(2.0_f32));
-        assert_eq!(Space::of(&more), space);
+        assert_eq!(Space::of(&more, CLIP_PROJECTIONS), space);
 
         let others = [weights(pooled(1.1), 0.5), weights(pooled(1.0), 0.6), weights(projection("visual.proj", [4, 2], 1.0), 0.5)];
-        assert!(others.iter().all(|other| Space::of(other) != space));
+        assert!(others.iter().all(|other| Space::of(other, CLIP_PROJECTIONS) != space));
     }
 
     #[test]
     fn two_that_are_known_and_differ_are_refused() {
-        let [one, other] = [0.0, 1.0].map(|first| Space::of(&BTreeMap::from([projection("text_projection", [4, 2], first)])));
+        let [one, other] =
+            [0.0, 1.0].map(|first| Space::of(&BTreeMap::from([projection("text_projection", [4, 2], first)]), CLIP_PROJECTIONS));
         assert_eq!(common(&[("a", None), ("b", Some(one)), ("c", None), ("d", Some(one))]).unwrap(), Some(one));
         assert_eq!(common(&[("a", None), ("b", None)]).unwrap(), None);
         let error = common(&[("features", Some(one)), ("labels", None), ("prompts", Some(other))]).unwrap_err();
@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_and_nothing_else() {
-        let space = Space::of(&BTreeMap::from([projection("text_projection", [4, 2], 0.0)]));
+        let space = Space::of(&BTreeMap::from([projection("text_projection", [4, 2], 0.0)]), CLIP_PROJECTIONS);
         let (key, text) = space.entry();
         assert_eq!((key.as_str(), Space::read(Some(&text))), (SPACE_KEY, Ok(Some(space))));
         assert_eq!(Space::read(None), Ok(None));

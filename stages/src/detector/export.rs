@@ -55,7 +55,7 @@ mod tests {
 
     use ovenbird_models::{
         checkpoint::write_safetensors,
-        detector::{Config, Detector, classifier::LogitScale, layout},
+        rcnn::{Config, Detector, classifier::LogitScale, layout},
     };
     use tch::{Device, nn};
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use ovenbird_models::{
     checkpoint::Checkpoint,
-    detector::{Detector, classifier::LogitScale, layout},
+    rcnn::{Detector, classifier::LogitScale, layout},
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

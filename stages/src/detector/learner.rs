@@ -7,17 +7,21 @@ use std::{collections::BTreeMap, ops::Range};
 use ovenbird_data::{boxes::Xyxy, training::ShownMask};
 use ovenbird_models::{
     Misfit, Phase,
-    detector::{
-        Detector, Pyramid, REGION_CODER,
+    detection::{
         boxes::{BoxLoss, ImageSize, Suppression, boxes_tensor},
-        classifier::{LogitScale, Vocabulary},
-        distillation::{embedding_loss, image_embedding_loss, mean_over_groups, recall, relation_loss},
-        heads::{MaskRule, ObjectMask, OpenHead, RegionRule, RegionSample, mask_loss, region_losses},
-        layout,
         matching::{Assigner, Sampler, Truth},
-        rpn::ProposalRule,
     },
     multilabel::asymmetric_loss,
+    rcnn::{
+        Detector,
+        classifier::{LogitScale, Vocabulary},
+        distillation::{embedding_loss, image_embedding_loss, mean_over_groups, recall, relation_loss},
+        heads::{OpenHead, RegionRule, RegionSample, region_losses},
+        layout,
+        mask_head::{MaskRule, ObjectMask, mask_loss},
+        regions::{Pyramid, REGION_CODER},
+        rpn::ProposalRule,
+    },
 };
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Tensor, nn};

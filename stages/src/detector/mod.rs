@@ -23,9 +23,9 @@ use ovenbird_data::{
 };
 use ovenbird_models::{
     checkpoint::Checkpoint,
-    detector::{
+    detection::boxes::ImageSize,
+    rcnn::{
         Config,
-        boxes::ImageSize,
         classifier::{LogitScale, Vocabulary},
     },
     to_unit_length,

@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 
 use ovenbird_cache::inputs::InputFile;
 use ovenbird_data::{boxes::Xyxy, proposals::Proposal};
-use ovenbird_models::detector::{
-    boxes::{ImageSize, Suppression, corners},
-    layout,
-    oln::{Config, Oln},
+use ovenbird_models::{
+    detection::boxes::{ImageSize, Suppression, corners},
+    rcnn::{
+        layout,
+        oln::{Config, Oln},
+    },
 };
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;

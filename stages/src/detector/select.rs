@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ovenbird_cache::inputs::InputFile;
-use ovenbird_data::evaluate::{Evaluation, Evaluator, Metric, Shape};
+use ovenbird_data::evaluate::{Evaluation, Evaluator, IouType, Metric, Protocol, Summary};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -16,17 +16,6 @@ use crate::{
     artifacts::{Classes, Curve, EvaluationFile, read_weights},
     error::malformed,
 };
-
-/// By whose rules.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Protocol {
-    /// As `eval/coco`, of boxes.
-    #[default]
-    Coco,
-    /// As `eval/lvis`, of boxes.
-    Lvis,
-}
 
 /// Of which classes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -41,32 +30,27 @@ pub enum ClassGroup {
     Novel,
 }
 
-/// Which number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum BestBy {
-    /// Mean over IoU 0.50 to 0.95.
-    Ap,
-    /// At IoU 0.50.
-    #[default]
-    Ap50,
-}
-
 /// Tests every checkpoint that a training left (`training.keep_checkpoints`), and reports the last and the best.
 ///
 /// The best is chosen by a number on these very annotations, so it flatters; the last one's does not. The work is a chain: one checkpoint
 /// a unit. (OADP, section 6.7: its published 31.3 is the best of 20.)
-#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Select {
-    /// By whose rules.
+    /// The rules of the evaluation, of boxes.
     pub protocol: Protocol,
     /// Of which classes.
     pub group: ClassGroup,
     /// Which number is to be greatest; of equals the later checkpoint wins.
-    pub metric: BestBy,
+    pub metric: &'static Metric,
     /// How a checkpoint detects.
     pub test: Test,
+}
+
+impl Default for Select {
+    fn default() -> Self {
+        Self { protocol: Protocol::default(), group: ClassGroup::default(), metric: Metric::AP50, test: Test::default() }
+    }
 }
 
 /// How many detections are held before they are judged.
@@ -123,16 +107,12 @@ impl Stage for Select {
             let file = &files[unit.index];
             let step = step_of(file)?;
             let observer = Observer::of(&self.test, (CHECKPOINTS.info().name, file), &viewing.annotations, cx)?;
-            let metric = match self.protocol {
-                Protocol::Coco => Metric::Coco,
-                Protocol::Lvis => Metric::Lvis,
-            };
             let refused = |problem: String| Error::Input {
                 port: ANNOTATIONS.info().name,
                 problem,
                 hint: "use the classes and the annotations of the same split".into(),
             };
-            let mut evaluator = Evaluator::new(metric, Shape::Boxes, &viewing.annotations, &classes).map_err(refused)?;
+            let mut evaluator = Evaluator::new(self.protocol, IouType::Boxes, &viewing.annotations, &classes).map_err(refused)?;
             let (mut detections, mut looked_at) = (Vec::new(), BTreeSet::new());
             viewing.each(0..n_images, observer.fits, &draft, cx, |view| {
                 looked_at.insert(view.info.id);
@@ -182,19 +162,12 @@ impl Select {
             ClassGroup::Base => "base",
             ClassGroup::Novel => "novel",
         };
-        let summary = evaluation.groups.get(group)?;
-        match self.metric {
-            BestBy::Ap => summary.ap,
-            BestBy::Ap50 => summary.ap50,
-        }
+        evaluation.groups.get(group)?.get(self.metric)
     }
 
     fn words(&self) -> String {
         let group = format!("{:?}", self.group).to_lowercase();
-        match self.metric {
-            BestBy::Ap => format!("{group} AP"),
-            BestBy::Ap50 => format!("{group} AP50"),
-        }
+        format!("{group} {}", self.metric.header.unwrap_or(self.metric.name))
     }
 }
 
@@ -206,8 +179,8 @@ fn step_of(file: &DetectorFile) -> Result<u64> {
 }
 
 fn numbers(evaluation: &Evaluation) -> BTreeMap<String, f64> {
-    let of_group = |(group, summary): (&String, &ovenbird_data::evaluate::Summary)| {
-        [("ap", summary.ap), ("ap50", summary.ap50)].map(|(name, value)| Some((format!("{group}.{name}"), value?)))
+    let of_group = |(group, summary): (&String, &Summary)| {
+        [Metric::AP, Metric::AP50].map(|metric| Some((format!("{group}.{}", metric.name), summary.get(metric)?)))
     };
     evaluation.groups.iter().flat_map(of_group).flatten().collect()
 }

@@ -9,13 +9,9 @@ use ovenbird_data::{
     evaluate::Detection,
     masks::{Mask, PackedMask},
 };
-use ovenbird_models::detector::{
-    Detector, TestRule, Vocabularies,
-    boxes::{Suppression, corners},
-    classifier::{self, Shares},
-    heads::DetectionRule,
-    layout,
-    rpn::ProposalRule,
+use ovenbird_models::{
+    detection::boxes::{Suppression, corners},
+    rcnn::{Detector, TestRule, Vocabularies, classifier::Ensemble, heads::DetectionRule, layout, rpn::ProposalRule},
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -37,76 +33,6 @@ pub enum Heads {
     Both,
     /// The box head alone.
     Box,
-}
-
-/// What a head's logits of some classes contribute to a combined score.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct HeadWeight {
-    /// Multiplies the logits before the softmax.
-    pub scale: f64,
-    /// Of the probability.
-    pub exponent: f64,
-}
-
-/// What becomes of a region whose combined scores sum to more than 1.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum SumAboveOne {
-    /// It is detected by its scores. (The reference's defect 3, mended.)
-    #[default]
-    Fixed,
-    /// It is not detected.
-    Reference,
-}
-
-/// How the scores of both heads become one: a product of powers. By default a geometric mean, in which the box head weighs two thirds for
-/// base classes and a third for novel ones. (ViLD, equation 5; OADP, section 6.6, whose tuned scores are other numbers here.)
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Ensemble {
-    /// Of the box head, for base classes.
-    pub box_base: HeadWeight,
-    /// Of the box head, for novel classes.
-    pub box_novel: HeadWeight,
-    /// Of the object head, for base classes.
-    pub object_base: HeadWeight,
-    /// Of the object head, for novel classes.
-    pub object_novel: HeadWeight,
-    /// The exponent of the proposal's objectness; 0 leaves it out.
-    pub objectness: f64,
-    /// What becomes of a region whose combined scores sum to more than 1.
-    pub sum_above_one: SumAboveOne,
-}
-
-impl Default for Ensemble {
-    fn default() -> Self {
-        let weight = |exponent| HeadWeight { scale: 1.0, exponent };
-        let (most, least) = (weight(2.0 / 3.0), weight(1.0 / 3.0));
-        Self {
-            box_base: most,
-            box_novel: least,
-            object_base: least,
-            object_novel: most,
-            objectness: 0.0,
-            sum_above_one: SumAboveOne::default(),
-        }
-    }
-}
-
-impl Ensemble {
-    fn build(&self) -> classifier::Ensemble {
-        let weight = |HeadWeight { scale, exponent }| classifier::Share { scale, exponent };
-        classifier::Ensemble {
-            bbox: Shares { base: weight(self.box_base), novel: weight(self.box_novel) },
-            object: Shares { base: weight(self.object_base), novel: weight(self.object_novel) },
-            objectness: self.objectness,
-            overfull: match self.sum_above_one {
-                SumAboveOne::Fixed => classifier::Overfull::Kept,
-                SumAboveOne::Reference => classifier::Overfull::Dropped,
-            },
-        }
-    }
 }
 
 /// Detects objects of base and novel classes with a trained detector.
@@ -290,7 +216,7 @@ impl Test {
         let detections = Suppression { iou: self.nms_iou, keep: self.max_per_image };
         TestRule {
             proposals: ProposalRule { per_level: self.proposals, suppression: proposals, least_side: 0.0 },
-            ensemble: self.ensemble.build(),
+            ensemble: self.ensemble,
             detections: DetectionRule { threshold: self.score_threshold, suppression: detections },
         }
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ovenbird_models::detector::{Config, classifier::LogitScale};
+use ovenbird_models::rcnn::{Config, classifier::LogitScale};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use ovenbird_data::classes::ClassSplit;
-use ovenbird_models::{clip::tokenizer::Tokenizer, to_unit_length};
+use ovenbird_models::to_unit_length;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
@@ -66,14 +66,14 @@ impl Stage for Ensemble {
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let (clip, space) = self.clip.load_text(&cx.inputs.read(CHECKPOINT)?, Device::Cpu, cx)?;
         let names = names(&classes, cx.inputs.read_if_given(MORE_CLASSES)?.map(|Classes(more)| more).as_ref());
-        let (sentences, tokenizer) = (self.templates.sentences(), Tokenizer::new());
+        let sentences = self.templates.sentences();
         cx.total(names.len() as u64);
         let mut rows = Vec::new();
         for name in &names {
             cx.proceed()?;
             let name = if self.spaces { name.replace('_', " ") } else { name.clone() };
             let texts: Vec<String> = sentences.iter().map(|sentence| sentence.replace("{}", &name)).collect();
-            rows.push(mean_embedding(&clip, &tokenizer, &texts)?);
+            rows.push(mean_embedding(&clip, &texts)?);
             cx.tick(1);
         }
         let mut embeddings = Tensor::stack(&rows, 0);
@@ -117,10 +117,10 @@ mod tests {
         };
         let weights = golden::weights(&expected);
         let clip = clip::Clip::load_as(&config, &weights, Path::new("clip.safetensors"), Device::Cpu, Kind::Float).unwrap();
-        let (tokenizer, mut norms) = (Tokenizer::new(), Vec::new());
+        let mut norms = Vec::new();
         for (name, row) in golden::names(&expected["names"]).iter().zip(expected["rows"].as_array().unwrap()) {
             let texts: Vec<String> = Templates::Vild74.sentences().iter().map(|sentence| sentence.replace("{}", name)).collect();
-            let (found, expected) = (mean_embedding(&clip, &tokenizer, &texts).unwrap(), golden::tensor(row, &[48]));
+            let (found, expected) = (mean_embedding(&clip, &texts).unwrap(), golden::tensor(row, &[48]));
             let (apart, normalised) = (golden::error(&found, &expected), to_unit_length(&found.unsqueeze(0)).squeeze());
             println!("{name}: {apart:.1e}");
             assert!(apart < 1e-5, "{name}: {apart}");

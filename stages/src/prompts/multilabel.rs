@@ -14,9 +14,9 @@ use ovenbird_data::{
     views,
 };
 use ovenbird_models::{
-    clip::{self, prompted::Prompted, tokenizer::Tokenizer},
-    detector::classifier::LogitScale,
+    clip::{self, prompted::Prompted},
     multilabel::asymmetric_loss,
+    rcnn::classifier::LogitScale,
     to_unit_length,
 };
 use rand::seq::SliceRandom as _;
@@ -243,7 +243,7 @@ impl Shown {
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let n_annotated = annotations.images.len();
         let asked: BTreeSet<ImageId> = annotations.images.iter().map(|image| image.id).collect();
-        let dim = clip.config().embed_dim as usize;
+        let dim = clip.embed_dim() as usize;
         let mut rows: BTreeMap<ImageId, Vec<f32>> = BTreeMap::new();
         for regions in cx.inputs.read(features)?.rows() {
             cx.proceed()?;
@@ -354,15 +354,15 @@ struct Learning<'a> {
 
 impl<'a> Learning<'a> {
     fn begin(clip: &'a clip::Clip, classes: &ClassSplit) -> Result<Self> {
-        let tokenizer = Tokenizer::new();
-        let context = clip.text.words(&tokenizer, WORDS)?.copy();
+        let (text, tokenizer) = (clip.causal_text()?, clip.tokenizer());
+        let context = text.words(tokenizer, WORDS)?.copy();
         let n_context = context.size()[0] as usize;
         let texts: Vec<String> = classes.all().map(|name| format!("{}.", name.replace('_', " "))).collect();
         let number = |number: f32| Tensor::from(number).to_device(clip.device());
         let learned = [context, number(FIRST_SCALER), number(FIRST_BIAS)].map(|tensor| tensor.set_requires_grad(true));
         Ok(Self {
-            base: Prompted::new(&clip.text, &tokenizer, &texts[..classes.base.len()], n_context)?,
-            all: Prompted::new(&clip.text, &tokenizer, &texts, n_context)?,
+            base: Prompted::new(text, tokenizer, &texts[..classes.base.len()], n_context)?,
+            all: Prompted::new(text, tokenizer, &texts, n_context)?,
             moments: [0, 1, 2].map(|which: usize| [(); 2].map(|()| learned[which].zeros_like().detach())),
             learned,
             steps_done: 0,
@@ -430,10 +430,7 @@ impl<'a> Learning<'a> {
 mod tests {
     use std::path::Path;
 
-    use ovenbird_models::clip::{
-        Activation, Config, ImageConfig, TextConfig,
-        tokenizer::{Overlong, Padding},
-    };
+    use ovenbird_models::clip::{Activation, Config, ImageConfig, TextConfig, tokenizer::Overlong};
     use serde_json::Value;
 
     use super::*;
@@ -503,7 +500,7 @@ mod tests {
         let classes = ClassSplit { base: vec!["traffic_light".into(), "dog".into()], novel: vec!["speaker_(stero_equipment)".into()] };
         let found = Learning::begin(&clip, &classes).unwrap().prompts(&classes).unwrap();
         let sentences = ["a photo of a traffic light.", "a photo of a dog.", "a photo of a speaker (stero equipment)."];
-        let tokens = Tokenizer::new().batch(&sentences, Padding::Context77, Overlong::Refuse).unwrap();
+        let tokens = clip.tokenizer().batch(&sentences, Overlong::Refuse).unwrap();
         let apart = golden::error(&found.embeddings, &clip.encode_text_features(&tokens).unwrap());
         assert!(apart < 1e-5, "{apart}");
         assert_eq!((found.names, found.scale), (classes.all().cloned().collect(), Some(LogitScale::Affine { scaler: 20.0, bias: 4.0 })));

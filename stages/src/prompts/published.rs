@@ -52,7 +52,7 @@ pub(super) fn write(prompts: &Prompts, out: impl io::Write) -> io::Result<()> {
 mod tests {
     use std::{io::Write as _, process::Command};
 
-    use ovenbird_models::detector::classifier::LogitScale;
+    use ovenbird_models::rcnn::classifier::LogitScale;
     use tch::{Device, Kind, Tensor};
 
     use super::*;

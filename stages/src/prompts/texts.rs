@@ -1,10 +1,7 @@
 //! Embeddings of texts.
 
 use ovenbird_models::{
-    clip::{
-        Clip,
-        tokenizer::{Overlong, Padding, Tokenizer},
-    },
+    clip::{Clip, tokenizer::Overlong},
     to_unit_length,
 };
 use tch::{Kind, Tensor, no_grad};
@@ -12,7 +9,7 @@ use tch::{Kind, Tensor, no_grad};
 use crate::Result;
 
 /// The mean of the normalised embeddings of some texts, f32 `[D]`.
-pub(crate) fn mean_embedding(clip: &Clip, tokenizer: &Tokenizer, texts: &[String]) -> Result<Tensor> {
-    let tokens = tokenizer.batch(texts, Padding::Longest, Overlong::Refuse)?;
+pub(crate) fn mean_embedding(clip: &Clip, texts: &[String]) -> Result<Tensor> {
+    let tokens = clip.tokenizer().batch(texts, Overlong::Refuse)?;
     no_grad(|| Ok(to_unit_length(&clip.encode_text(&tokens)?.to_kind(Kind::Float)).mean_dim(0, false, Kind::Float)))
 }

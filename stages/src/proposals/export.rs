@@ -4,7 +4,6 @@ use ovenbird_data::{annotations::ImageOrder, proposals};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::order::Order;
 use crate::{
     Context, In, Out, PortInfo, Result, Stage, Unit,
     artifacts::{AnnotationFile, MmdetProposals, Proposals},
@@ -20,7 +19,7 @@ use crate::{
 pub struct Export {
     /// The order of the entries. Without it `id`, with a note if the annotations list their images in another order.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub order: Option<Order>,
+    pub order: Option<ImageOrder>,
 }
 
 const PROPOSALS: In<Proposals> = In::required("proposals", "Boxes (xyxy, px) and scores by image id.");
@@ -42,7 +41,7 @@ impl Stage for Export {
         if self.order.is_none() && !annotations.file_order.is_sorted() {
             cx.note("entries are in ascending image id, but the annotations list the images in another order: mmdet needs `with: {order: file}`");
         }
-        let boxes = proposals.of_images(annotations.images_in(self.order.map_or(ImageOrder::Id, Order::of_data)))?;
+        let boxes = proposals.of_images(annotations.images_in(self.order.unwrap_or(ImageOrder::Id)))?;
         if n_entries > boxes.len() {
             cx.note(format!("proposals of {} images that the annotations do not have are skipped", n_entries - boxes.len()));
         }

@@ -7,7 +7,6 @@ use ovenbird_data::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::order::Order;
 use crate::{
     Context, In, Out, PortInfo, Result, Stage, Unit,
     artifacts::{AnnotationFile, MmdetProposals, Proposals},
@@ -24,7 +23,7 @@ pub struct Import {
     /// The order of the entries, for files without image ids or paths. Without it, the order in which all boxes lie within their images; if
     /// both orders fit, the stage fails and asks for this parameter. It does not matter if the annotations list images in ascending id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub order: Option<Order>,
+    pub order: Option<ImageOrder>,
     /// The most proposals to keep per image, best first. Without it all are kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_per_image: Option<usize>,
@@ -46,7 +45,7 @@ impl Stage for Import {
         let pickle = cx.inputs.read(PICKLE)?;
         let Pickled { entries, notes } = pickle.load()?;
         notes.into_iter().for_each(|words| cx.note(words));
-        let matched = proposals::matched(entries, &annotations, self.order.map(Order::of_data), pickle.path())?;
+        let matched = proposals::matched(entries, &annotations, self.order, pickle.path())?;
         let order_words = match matched.order {
             Some(ImageOrder::Id) => "id",
             Some(ImageOrder::File) => "file",

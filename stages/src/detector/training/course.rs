@@ -9,7 +9,7 @@ use ovenbird_data::{
     training::{self, Object, Placement, Sample, ShownMask},
     warnings::of_boxes,
 };
-use ovenbird_models::detector::boxes::ImageSize;
+use ovenbird_models::detection::boxes::ImageSize;
 use rand::{Rng as _, seq::SliceRandom as _};
 use rand_chacha::ChaCha8Rng;
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use ovenbird_cache::inputs::InputFile;
-use ovenbird_models::detector::layout;
+use ovenbird_models::rcnn::layout;
 use tch::{Kind, Tensor, no_grad};
 
 use super::{super::STEP_KEY, Group, Optimizer, TrainPrecision, Training};

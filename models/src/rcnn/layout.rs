@@ -10,10 +10,10 @@ use std::{
 
 use tch::{Kind, Tensor};
 
-use super::boxes::is_floating;
 use crate::{
     Error, Misfit, Result,
     checkpoint::{Place, not_finite, prefixes},
+    detection::boxes::is_floating,
 };
 
 /// Ends the names of counters that mmdet keeps: of batches (batch normalisation) and of warm-up steps (OADP's losses).

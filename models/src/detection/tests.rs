@@ -6,13 +6,11 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    super::{
-        anchors::{Anchors, Cells, Grid},
-        boxes::{BoxCoder, ImageSize, Suppression, boxes_tensor, clip_to_image, floats, iou_matrix},
-        matching::{Assigner, Match, Sampler, Truth},
-        roi_align::{Alignment, Level, RoiAlign, Sampling, SparseRows},
-    },
-    Golden, boxes_of, field,
+    anchors::{Anchors, Cells, Grid},
+    boxes::{BoxCoder, ImageSize, Suppression, boxes_tensor, clip_to_image, floats, iou_matrix},
+    golden::{Golden, boxes_of, field},
+    matching::{Assigner, Match, Sampler, Truth},
+    roi_align::{Alignment, Level, RoiAlign, Sampling, SparseRows},
 };
 use crate::golden::{error, unit};
 

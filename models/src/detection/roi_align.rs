@@ -19,11 +19,8 @@
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use super::{
-    boxes::{Corners, corners, is_floating},
-    ensure,
-};
-use crate::{Error, Result};
+use super::boxes::{Corners, corners, is_floating};
+use crate::{Error, Result, error::ensure};
 
 /// The mode of libtorch's `embedding_bag` that adds.
 const SUM: i64 = 0;

@@ -15,21 +15,22 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn};
 
 use super::{
-    POOL, REGION_CODER, RegionsConfig,
-    anchors::{Anchors, Cells},
-    boxes::{Corners, ImageSize, Suppression, boxes_tensor, clip_to_image, corners, integers},
-    check_count, check_sizes,
-    fpn::{self, FINEST_STRIDE, Fpn, N_LEVELS},
     heads::{RegionRule, Trunk, TrunkConfig, box_regressor},
-    layers::sum_over,
-    matching::{Assigner, Match, Sampler},
-    pool,
-    resnet::{self, ResNet, StridePlace},
-    roi_align::RoiAlign,
+    regions::{POOL, REGION_CODER, RegionsConfig, pool},
     rpn::Proposals,
 };
 use crate::{
     Phase, Result,
+    detection::{
+        anchors::{Anchors, Cells},
+        boxes::{Corners, ImageSize, Suppression, boxes_tensor, clip_to_image, corners, integers},
+        fpn::{self, FINEST_STRIDE, Fpn, N_LEVELS},
+        layers::sum_over,
+        matching::{Assigner, Match, Sampler},
+        resnet::{self, ResNet, StridePlace},
+        roi_align::RoiAlign,
+    },
+    error::{check_count, check_sizes},
     layers::{Conv, ConvShape, Linear},
     parameters::{Fill, Init, Parameters},
 };

@@ -2,11 +2,13 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{
-    super::distillation::{embedding_loss, image_embedding_loss, mean_over_groups, recall, relation_loss},
-    Golden, field,
+use super::super::distillation::{embedding_loss, image_embedding_loss, mean_over_groups, recall, relation_loss};
+use crate::{
+    detection::golden::{Golden, field},
+    golden::error,
+    multilabel::asymmetric_loss,
+    to_unit_length,
 };
-use crate::{golden::error, multilabel::asymmetric_loss, to_unit_length};
 
 fn unit_rows(name: &str) -> Tensor {
     to_unit_length(&field(name, &[9, 6]))

@@ -3,12 +3,13 @@
 //! An embedding is `e = L2(W x + b)`, a logit its product with a row of the table (ViLD, section 3.2). The table is a constant and no
 //! part of a checkpoint; base classes come first, and only they are known in training: logits of novel classes are then minus infinity.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::ensure;
 use crate::{
     Error, Phase, Result,
+    error::ensure,
     layers::{Linear, to_unit_length},
     parameters::{Init, Parameters},
 };
@@ -168,75 +169,77 @@ impl EmbeddingClassifier {
     }
 }
 
-/// How a head's logits of some classes become its part of a joined score.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+/// The weight of a head in the scores of some classes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Share {
-    /// Multiplies the logits, before the softmax over all classes.
+pub struct HeadWeight {
+    /// Multiplies the logits before the softmax over all classes.
     pub scale: f64,
-    /// Of the probability.
+    /// Exponent of the probability.
     pub exponent: f64,
 }
 
-/// The shares of a head.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Shares {
-    /// In scores of base classes.
-    pub base: Share,
-    /// In scores of novel classes.
-    pub novel: Share,
-}
-
-impl Shares {
-    /// Exponents for base and for novel classes, and logits as they are.
-    pub const fn of(base: f64, novel: f64) -> Self {
-        Self { base: Share { scale: 1.0, exponent: base }, novel: Share { scale: 1.0, exponent: novel } }
-    }
-
-    /// Returns `[N, K]`; `logits`: `[N, K + 1]`.
-    fn apply(&self, logits: &Tensor, n_base: i64) -> Tensor {
-        let k = logits.size()[1] - 1;
-        let groups = [(self.base, 0, n_base), (self.novel, n_base, k - n_base)];
-        let mut scaled: Vec<Tensor> = groups.iter().map(|&(share, first, n)| logits.narrow(1, first, n) * share.scale).collect();
-        scaled.push(logits.narrow(1, k, 1));
-        let probabilities = Tensor::cat(&scaled, 1).softmax(-1, Kind::Float);
-        let powers = groups.map(|(share, first, n)| probabilities.narrow(1, first, n).pow_tensor_scalar(share.exponent));
-        Tensor::cat(&powers, 1)
+impl HeadWeight {
+    /// An exponent, with the logits as they are.
+    pub const fn of(exponent: f64) -> Self {
+        Self { scale: 1.0, exponent }
     }
 }
 
-/// What becomes of a region whose joined scores sum to more than 1.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Overfull {
-    /// It stays.
-    Kept,
-    /// All its scores are 0. (The reference makes a logit of a score, and a background of what is missing to 1: of such a region nothing is a
-    /// number, and nothing is detected.)
-    Dropped,
+/// The treatment of a region whose combined scores sum to more than 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SumAboveOne {
+    /// Its scores are used as they are. (Fixes the reference's defect 3.)
+    #[default]
+    Fixed,
+    /// All its scores are 0: the reference turns scores into logits, with 1 minus their sum for background, and gets NaN for such a region.
+    Reference,
 }
 
-/// How the scores of the two heads become one (ViLD, equation 5; OADP, section 6.6).
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// How the scores of the box head and the object head are combined: a product of powers. By default a geometric mean, in which the box
+/// head weighs two thirds for base classes and a third for novel ones. (ViLD, equation 5; OADP, section 6.6, whose tuned scores need other
+/// numbers here.)
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
 pub struct Ensemble {
-    /// Of the box head.
-    pub bbox: Shares,
-    /// Of the object head.
-    pub object: Shares,
-    /// The exponent of a proposal's objectness; 0 leaves it out.
+    /// The box head, for base classes.
+    pub box_base: HeadWeight,
+    /// The box head, for novel classes.
+    pub box_novel: HeadWeight,
+    /// The object head, for base classes.
+    pub object_base: HeadWeight,
+    /// The object head, for novel classes.
+    pub object_novel: HeadWeight,
+    /// Exponent of the proposal's objectness; 0 ignores it.
     pub objectness: f64,
-    /// What becomes of a region whose joined scores sum to more than 1.
-    pub overfull: Overfull,
+    /// The treatment of a region whose combined scores sum to more than 1.
+    pub sum_above_one: SumAboveOne,
 }
 
 impl Default for Ensemble {
-    /// Geometric means, in which the box head weighs two thirds for base classes and a third for novel ones.
     fn default() -> Self {
-        let (most, least) = (2.0 / 3.0, 1.0 / 3.0);
-        Self { bbox: Shares::of(most, least), object: Shares::of(least, most), objectness: 0.0, overfull: Overfull::Kept }
+        let (most, least) = (HeadWeight::of(2.0 / 3.0), HeadWeight::of(1.0 / 3.0));
+        Self {
+            box_base: most,
+            box_novel: least,
+            object_base: least,
+            object_novel: most,
+            objectness: 0.0,
+            sum_above_one: SumAboveOne::default(),
+        }
     }
+}
+
+/// Powers of the softmax of a head's logits: `[N, K]`; `logits`: `[N, K + 1]`, the last column background.
+fn weighted(logits: &Tensor, base: HeadWeight, novel: HeadWeight, n_base: i64) -> Tensor {
+    let k = logits.size()[1] - 1;
+    let groups = [(base, 0, n_base), (novel, n_base, k - n_base)];
+    let mut scaled: Vec<Tensor> = groups.iter().map(|&(weight, first, n)| logits.narrow(1, first, n) * weight.scale).collect();
+    scaled.push(logits.narrow(1, k, 1));
+    let probabilities = Tensor::cat(&scaled, 1).softmax(-1, Kind::Float);
+    let powers = groups.map(|(weight, first, n)| probabilities.narrow(1, first, n).pow_tensor_scalar(weight.exponent));
+    Tensor::cat(&powers, 1)
 }
 
 impl Ensemble {
@@ -248,10 +251,11 @@ impl Ensemble {
         ensure(object_logits.size() == box_logits.size(), "logits of the object head", "the shape of the box head's", object_logits)?;
         let n = box_logits.size()[0];
         ensure(objectness.size() == [n], "objectness", &format!("[{n}], one for each region"), objectness)?;
-        let scores = self.bbox.apply(box_logits, n_base) * self.object.apply(object_logits, n_base);
-        let scores = match self.overfull {
-            Overfull::Kept => scores,
-            Overfull::Dropped => {
+        let scores = weighted(box_logits, self.box_base, self.box_novel, n_base)
+            * weighted(object_logits, self.object_base, self.object_novel, n_base);
+        let scores = match self.sum_above_one {
+            SumAboveOne::Fixed => scores,
+            SumAboveOne::Reference => {
                 let is_fine = scores.sum_dim_intlist([1_i64].as_slice(), true, Kind::Float).le(1.0);
                 scores * is_fine
             }

@@ -1,10 +1,4 @@
-//! The detector against torchvision, by weights and inputs that both sides make from one formula (`tests/golden/detector/make.py`).
-
-mod detectors;
-mod distillation;
-mod networks;
-mod oln;
-mod operators;
+//! Golden numbers of detectors: compares them with torchvision, by weights and inputs that both sides make from one formula (`tests/golden/detector/make.py`).
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -14,42 +8,42 @@ use tch::Tensor;
 use super::boxes::Corners;
 use crate::golden::unit;
 
-struct Golden(Map<String, Value>);
+pub(crate) struct Golden(pub(crate) Map<String, Value>);
 
 impl Golden {
-    fn read(name: &str) -> Self {
+    pub(crate) fn read(name: &str) -> Self {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../tests/golden/detector/{name}.json"));
         Self(serde_json::from_slice(&fs::read(path).expect("the golden file is there")).unwrap())
     }
 
-    fn part(&self, key: &str) -> Self {
+    pub(crate) fn part(&self, key: &str) -> Self {
         Self(self.0[key].as_object().unwrap().clone())
     }
 
-    fn floats(&self, key: &str) -> Vec<f32> {
+    pub(crate) fn floats(&self, key: &str) -> Vec<f32> {
         self.0[key].as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect()
     }
 
-    fn integers(&self, key: &str) -> Vec<i64> {
+    pub(crate) fn integers(&self, key: &str) -> Vec<i64> {
         self.0[key].as_array().unwrap().iter().map(|v| v.as_i64().unwrap()).collect()
     }
 
-    fn parts(&self, key: &str) -> Vec<Self> {
+    pub(crate) fn parts(&self, key: &str) -> Vec<Self> {
         self.0[key].as_array().unwrap().iter().map(|part| Self(part.as_object().unwrap().clone())).collect()
     }
 
-    fn tensor(&self, key: &str, shape: &[i64]) -> Tensor {
+    pub(crate) fn tensor(&self, key: &str, shape: &[i64]) -> Tensor {
         Tensor::from_slice(&self.floats(key)).reshape(shape)
     }
 }
 
 /// Even in [-1, 1).
-fn field(name: &str, shape: &[i64]) -> Tensor {
+pub(crate) fn field(name: &str, shape: &[i64]) -> Tensor {
     Tensor::from_slice(&unit(name, shape.iter().product::<i64>() as usize).collect::<Vec<f32>>()).reshape(shape)
 }
 
 /// `boxes_of` of `make.py`.
-fn boxes_of(name: &str, n: usize, extent: f32, least: f32, most: f32) -> Vec<Corners> {
+pub(crate) fn boxes_of(name: &str, n: usize, extent: f32, least: f32, most: f32) -> Vec<Corners> {
     let u: Vec<f32> = unit(name, 4 * n).map(|u| (u + 1.0) * 0.5).collect();
     let one = |u: &[f32; 4]| {
         let (x, y) = (u[0] * extent, u[1] * extent);
@@ -59,7 +53,7 @@ fn boxes_of(name: &str, n: usize, extent: f32, least: f32, most: f32) -> Vec<Cor
 }
 
 /// Middle and half range of a tensor's values: `rule` of `make.py`.
-fn rule(name: &str, shape: &[i64]) -> (f32, f32) {
+pub(crate) fn rule(name: &str, shape: &[i64]) -> (f32, f32) {
     let ends = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
     if ends(&["running_var"]) {
         return (1.0, 0.25);
@@ -84,14 +78,14 @@ fn rule(name: &str, shape: &[i64]) -> (f32, f32) {
     (0.0, (factor * gain) as f32)
 }
 
-fn values(name: &str, shape: &[i64]) -> Tensor {
+pub(crate) fn values(name: &str, shape: &[i64]) -> Tensor {
     let (middle, half_range) = rule(name, shape);
     let flat: Vec<f32> = unit(name, shape.iter().product::<i64>() as usize).map(|u| middle + half_range * u).collect();
     Tensor::from_slice(&flat).reshape(shape)
 }
 
 /// Overwrites parameters by what `make.py` gives those of the same name, without `prefix`.
-fn fill(parameters: &BTreeMap<String, Tensor>, prefix: &str) {
+pub(crate) fn fill(parameters: &BTreeMap<String, Tensor>, prefix: &str) {
     for (name, parameter) in parameters {
         let name = name.strip_prefix(prefix).unwrap();
         tch::no_grad(|| parameter.shallow_clone().copy_(&values(name, &parameter.size())));
@@ -99,7 +93,7 @@ fn fill(parameters: &BTreeMap<String, Tensor>, prefix: &str) {
 }
 
 /// Squares of 32 px in random colours, under a fine grain.
-fn images(name: &str, [b, c, h, w]: [i64; 4]) -> Tensor {
+pub(crate) fn images(name: &str, [b, c, h, w]: [i64; 4]) -> Tensor {
     let colours = field(&format!("{name}.colours"), &[b, c, h / 32, w / 32]);
     let colours = colours.repeat_interleave_self_int(32, 2, None).repeat_interleave_self_int(32, 3, None);
     colours * 2.0 + field(&format!("{name}.grain"), &[b, c, h, w])

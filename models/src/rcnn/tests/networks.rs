@@ -5,19 +5,20 @@ use std::{cell::RefCell, collections::BTreeMap};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use tch::{Device, Kind, Tensor, nn};
 
-use super::{
-    super::{
-        Phase, RegionsConfig,
-        boxes::{ImageSize, Suppression, boxes_tensor, floats},
-        classifier::{Background, EmbeddingClassifier, Ensemble, LogitScale, Overfull, Shares, Vocabulary},
-        fpn::{self, Fpn},
-        matching::{Sampler, Truth},
-        resnet::{self, Depth, ResNet, StridePlace},
-        rpn::{self, ProposalRule, Rpn},
-    },
-    Golden, boxes_of, field, fill, images,
+use super::super::{
+    classifier::{Background, EmbeddingClassifier, Ensemble, HeadWeight, LogitScale, SumAboveOne, Vocabulary},
+    regions::RegionsConfig,
+    rpn::{self, ProposalRule, Rpn},
 };
 use crate::{
+    Phase,
+    detection::{
+        boxes::{ImageSize, Suppression, boxes_tensor, floats},
+        fpn::{self, Fpn},
+        golden::{Golden, boxes_of, field, fill, images},
+        matching::{Sampler, Truth},
+        resnet::{self, Depth, ResNet, StridePlace},
+    },
     golden::error,
     parameters::{Fill, Parameters},
 };
@@ -252,11 +253,12 @@ fn scores_of_two_heads_are_geometric_means() {
     // The scores of this region sum to more than 1, which the reference turns into no number.
     let sure = [&logits(&[0.99, 0.01, 0.0]), &logits(&[0.92, 0.08, 0.0])];
     check(ensemble, sure, &[0.96609, 0.04]);
-    check(Ensemble { overfull: Overfull::Dropped, ..ensemble }, sure, &[0.0, 0.0]);
-    check(Ensemble { overfull: Overfull::Dropped, ..ensemble }, [&quarter, &third], &[0.27516, 0.30285, 0.30285]);
+    check(Ensemble { sum_above_one: SumAboveOne::Reference, ..ensemble }, sure, &[0.0, 0.0]);
+    check(Ensemble { sum_above_one: SumAboveOne::Reference, ..ensemble }, [&quarter, &third], &[0.27516, 0.30285, 0.30285]);
     // Objectness 0.25, of which the root is taken; and the novel class of the text head, whose logit is doubled: 0.01^2 / (0.99 + 0.01^2).
     check(Ensemble { objectness: 0.5, ..ensemble }, sure, &[0.48304, 0.02]);
-    let mut doubled = Ensemble { bbox: Shares::of(1.0, 1.0), object: Shares::of(0.0, 0.0), ..ensemble };
-    doubled.bbox.novel.scale = 2.0;
+    let (one, none) = (HeadWeight::of(1.0), HeadWeight::of(0.0));
+    let mut doubled = Ensemble { box_base: one, box_novel: one, object_base: none, object_novel: none, ..ensemble };
+    doubled.box_novel.scale = 2.0;
     check(doubled, sure, &[0.999_899, 0.000_101]);
 }

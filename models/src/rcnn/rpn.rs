@@ -6,16 +6,16 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Reduction, Tensor};
 
-use super::{
-    anchors::{Anchors, Cells},
-    boxes::{BoxCoder, BoxLoss, Corners, ImageSize, Suppression, boxes_tensor, clip_to_image, corners, integers},
-    check_count,
-    fpn::{FINEST_STRIDE, N_LEVELS},
-    layers::sum_over,
-    matching::{Assigner, Claim, Match, Sampler, Truth},
-};
 use crate::{
     Result,
+    detection::{
+        anchors::{Anchors, Cells},
+        boxes::{BoxCoder, BoxLoss, Corners, ImageSize, Suppression, boxes_tensor, clip_to_image, corners, integers},
+        fpn::{FINEST_STRIDE, N_LEVELS},
+        layers::sum_over,
+        matching::{Assigner, Claim, Match, Sampler, Truth},
+    },
+    error::check_count,
     layers::{Conv, ConvShape},
     parameters::{Init, Parameters},
 };

@@ -5,21 +5,27 @@ use std::{collections::BTreeMap, path::Path};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use tch::{Device, Kind, Tensor, nn};
 
-use super::{
-    super::{
-        Config, Detections, Detector, MaskConfig, MaskRcnn, MaskRcnnConfig, MaskRcnnLosses, Objects, POOL, Pyramid, REGION_CODER, TestRule,
-        Vocabularies,
+use super::super::{
+    Config, Detector, TestRule, Vocabularies,
+    classifier::{Ensemble, HeadWeight, LogitScale, Vocabulary},
+    heads::{RegionRule, RegionSample, region_losses},
+    layout,
+    mask_head::{MaskConfig, MaskHeadConfig, MaskRule, ObjectMask, mask_loss},
+    mask_rcnn::{MaskRcnn, MaskRcnnConfig, MaskRcnnLosses, Objects},
+    regions::{POOL, Pyramid, REGION_CODER},
+    rpn::ProposalRule,
+};
+use crate::{
+    Error, Misfit, Phase,
+    detection::{
+        Detections,
         boxes::{BoxLoss, ImageSize, Suppression, boxes_tensor, floats, integers, iou_matrix},
-        classifier::{Ensemble, LogitScale, Shares, Vocabulary},
-        heads::{MaskHeadConfig, MaskRule, ObjectMask, RegionRule, RegionSample, mask_loss, region_losses},
-        layout,
+        golden::{Golden, boxes_of, field, images, values},
         matching::{Assigner, Sampler, Truth},
         roi_align::RoiAlign,
-        rpn::ProposalRule,
     },
-    Golden, boxes_of, field, images, values,
+    golden::error,
 };
-use crate::{Error, Misfit, Phase, golden::error};
 
 fn origin() -> &'static Path {
     Path::new("detector.pth")
@@ -603,7 +609,8 @@ fn scores_are_joined_with_those_of_the_object_head() {
     let same = detect(&alone, None).unwrap();
     assert_eq!((&same[0].kept.scores, same[0].masks.is_none()), (&plain[0].kept.scores, true));
     // Where all exponents are the box head's, the other one has no say, but for the background it does not know.
-    let of_the_box_head = Ensemble { bbox: Shares::of(1.0, 1.0), object: Shares::of(0.0, 0.0), ..Ensemble::default() };
+    let (one, none) = (HeadWeight::of(1.0), HeadWeight::of(0.0));
+    let of_the_box_head = Ensemble { box_base: one, box_novel: one, object_base: none, object_novel: none, ..Ensemble::default() };
     let rule = TestRule { ensemble: of_the_box_head, ..TestRule::default() };
     let vocabularies = Vocabularies { bbox: &classes, object: Some(&classes) };
     let unmoved = with_both.detect(&images, &SIZES, &vocabularies, &rule).unwrap();

@@ -5,9 +5,10 @@
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::{ensure, layers::channels_last};
+use super::layers::channels_last;
 use crate::{
     Phase, Result, Statistics,
+    error::ensure,
     layers::{BatchNorm, Conv, ConvShape},
     parameters::{Init, Parameters},
 };

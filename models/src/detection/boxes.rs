@@ -8,8 +8,7 @@ use std::{cmp::Ordering, collections::BinaryHeap};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Reduction, Tensor};
 
-use super::ensure;
-use crate::Result;
+use crate::{Result, error::ensure};
 
 /// One box, xyxy in px.
 pub type Corners = [f32; 4];

@@ -1,18 +1,23 @@
-//! CLIP: an image tower and a text tower that meet in one space, and the tokenizer that feeds the second.
+//! CLIP: an image tower and a text tower that meet in one space, with the preprocessing and the tokenizer that belong to them.
 //!
 //! The networks are those of OpenAI's release, with its parameter names; [`layout`] translates the names of open_clip and Hugging Face.
-//! Images arrive normalised; how an image becomes a tensor, and what an embedding is for, is not known here.
+//! A CLIP brings its own preprocessing, tokenizer and image side, and [`settings`] reads what the published config files say of them. Other
+//! networks with two towers implement the traits of [`architecture`].
 //!
 //! Towers that compute in bf16 or f16 hold their matrices in that kind. LayerNorm, batch normalisation, class, position and token tables
 //! stay in f32; LayerNorm is computed in f32 and cast back.
 //!
-//! What differs from the reference implementations: an image of another size than the checkpoint's is taken, with the position table
+//! Differences from the reference implementations: images of another size than the checkpoint's are accepted, with the position table
 //! resized bilinearly (see [`vision`]); texts may be padded to the longest of their batch instead of to the context.
 
+pub mod architecture;
 mod cleaning;
 pub mod layout;
 pub mod prompted;
 pub mod resnet;
+pub mod settings;
+#[cfg(test)]
+mod siglip;
 pub mod text;
 pub mod tokenizer;
 mod transformer;
@@ -21,25 +26,25 @@ pub mod vision;
 #[cfg(test)]
 mod tests;
 
-use std::{cell::RefCell, collections::BTreeMap, path::Path};
+use std::{cell::RefCell, collections::BTreeMap, fmt, path::Path, sync::OnceLock};
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn};
 
 use self::{
+    architecture::{Architecture, Network, Preprocessing, Towers},
     resnet::{ModifiedResNet, REDUCTION},
+    settings::Settings,
     text::Text,
-    transformer::Shape,
+    tokenizer::Tokenizer,
+    transformer::{LAYER_NORM_EPS, Shape},
     vision::Vit,
 };
 use crate::{
     Error, Phase, Result,
     parameters::{Fill, Init, Parameters},
 };
-
-/// The mean of each colour channel that OpenAI normalises images by (RGB in [0, 1]).
-pub const IMAGE_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-/// The standard deviation of each colour channel that OpenAI normalises images by (RGB in [0, 1]).
-pub const IMAGE_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
 /// The sizes of a CLIP, as plain data.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,9 +105,8 @@ pub struct TextConfig {
     pub depth: usize,
 }
 
-impl Config {
-    /// Checks that the sizes agree with each other.
-    pub fn check(&self) -> Result<()> {
+impl Network for Config {
+    fn check(&self) -> Result<()> {
         let text = &self.text;
         let mut sizes = vec![("embed_dim", self.embed_dim), ("context", text.context), ("vocabulary", text.vocabulary)];
         let mut splits = vec![("text", text.width, text.heads)];
@@ -126,27 +130,117 @@ impl Config {
             None => Ok(()),
         }
     }
+
+    fn declare(&self, root: &Parameters<'_>) -> Towers {
+        let Self { embed_dim, activation, .. } = *self;
+        let visual = &(root / "visual");
+        let image: Box<dyn architecture::ImageTower> = match self.image {
+            ImageConfig::Vit { image_side, patch, width, depth, heads, mlp_width } => {
+                let shape = Shape { width, heads, depth, mlp_width, eps: LAYER_NORM_EPS };
+                Box::new(Vit::declare(visual, image_side, patch, &shape, embed_dim, activation))
+            }
+            ImageConfig::ResNet { image_side, ref layers, width, heads } => {
+                Box::new(ModifiedResNet::declare(visual, image_side, layers, width, heads, embed_dim))
+            }
+        };
+        Towers { image, text: Box::new(Text::declare(root, &self.text, embed_dim, activation)) }
+    }
+
+    fn embed_dim(&self) -> i64 {
+        self.embed_dim
+    }
+
+    fn preprocessing(&self) -> Preprocessing {
+        let (ImageConfig::Vit { image_side, .. } | ImageConfig::ResNet { image_side, .. }) = self.image;
+        Preprocessing::openai(image_side)
+    }
+
+    fn tokenizer(&self) -> Tokenizer {
+        Tokenizer::clip().with_context(usize::try_from(self.text.context).unwrap_or(0))
+    }
+
+    fn describe(&self) -> [String; 2] {
+        let image = match &self.image {
+            ImageConfig::Vit { image_side, patch, width, depth, heads, .. } => {
+                let name = match (width, depth) {
+                    (768, 12) => "ViT-B",
+                    (1024, 24) => "ViT-L",
+                    (1280, 32) => "ViT-H",
+                    _ => "ViT",
+                };
+                format!("{name}/{patch} at {image_side} px: {depth} blocks of width {width}, {heads} heads")
+            }
+            ImageConfig::ResNet { image_side, layers, width, heads } => {
+                let name = match (layers, width) {
+                    ([3, 4, 6, 3], 64) => "RN50",
+                    ([3, 4, 23, 3], 64) => "RN101",
+                    ([4, 6, 10, 6], 80) => "RN50x4",
+                    ([6, 8, 18, 8], 96) => "RN50x16",
+                    _ => "ModifiedResNet",
+                };
+                format!("{name} at {image_side} px: {layers:?} bottlenecks of width {width}, {heads} heads in the pooling")
+            }
+        };
+        let TextConfig { context, width, heads, depth, .. } = self.text;
+        [image, format!("{depth} blocks of width {width}, {heads} heads, context {context}")]
+    }
+}
+
+impl From<&Config> for Architecture {
+    fn from(config: &Config) -> Self {
+        Self::new(config.clone(), &Settings::default())
+    }
 }
 
 /// The slope of OpenAI's approximation of the Gaussian error unit.
 const QUICK_GELU_SLOPE: f64 = 1.702;
 
-/// The non-linearity of the transformer blocks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The activation of the transformer blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Activation {
-    /// `x * sigmoid(1.702 x)`: OpenAI's weights, and those that others trained on top of them.
+    /// x * sigmoid(1.702 x): weights of OpenAI, DFN and MetaCLIP.
+    #[serde(rename = "quick")]
     QuickGelu,
-    /// The exact Gaussian error unit: most of open_clip's own weights.
+    /// The exact Gaussian error unit: most weights of open_clip.
+    #[serde(rename = "exact")]
     Gelu,
+    /// The approximation of the Gaussian error unit by tanh: SigLIP.
+    #[serde(rename = "tanh")]
+    TanhGelu,
+}
+
+impl fmt::Display for Activation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::QuickGelu => "QuickGELU",
+            Self::Gelu => "exact GELU",
+            Self::TanhGelu => "tanh GELU",
+        })
+    }
 }
 
 impl Activation {
+    /// Its name in parameters and metadata: `quick`, `exact` or `tanh`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::QuickGelu => "quick",
+            Self::Gelu => "exact",
+            Self::TanhGelu => "tanh",
+        }
+    }
+
+    /// The activation of a [`Self::name`].
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::QuickGelu, Self::Gelu, Self::TanhGelu].into_iter().find(|activation| activation.name() == name)
+    }
+
     /// Consumes `x`, so that its memory is used again: these are the largest tensors of a block.
     fn apply(self, mut x: Tensor) -> Tensor {
         match self {
             // silu(x) = x sigmoid(x), in one pass; four times faster than the formula on a CPU in bf16.
             Self::QuickGelu => x.g_mul_scalar_(QUICK_GELU_SLOPE).silu_().g_div_scalar_(QUICK_GELU_SLOPE),
             Self::Gelu => x.gelu("none"),
+            Self::TanhGelu => x.gelu("tanh"),
         }
     }
 }
@@ -154,25 +248,15 @@ impl Activation {
 /// The name of the logit scale's logarithm.
 const LOGIT_SCALE: &str = "logit_scale";
 
-/// The image tower.
-#[derive(Debug)]
-pub enum Image {
-    /// A vision transformer.
-    Vit(Vit),
-    /// OpenAI's modified ResNet.
-    ResNet(Box<ModifiedResNet>),
-}
-
 /// A CLIP.
 #[derive(Debug)]
 pub struct Clip {
-    /// The image tower.
-    pub image: Image,
-    /// The text tower.
-    pub text: Text,
+    towers: Towers,
+    architecture: Architecture,
+    /// Made when it is first used.
+    tokenizer: OnceLock<Tokenizer>,
     /// The natural logarithm of the logit scale, f32 scalar; a trained parameter. `None` where a checkpoint of a frozen CLIP lacks it.
     pub log_logit_scale: Option<Tensor>,
-    config: Config,
     kind: Kind,
     device: Device,
 }
@@ -182,34 +266,47 @@ impl Clip {
     ///
     /// The values depend on `seed` and the parameters' names alone; libtorch's global generator is not touched.
     pub fn new(path: &nn::Path<'_>, config: &Config, seed: u64) -> Result<Self> {
-        Ok(Self::declare(path, config, Fill::Seed(seed))?.0)
+        Ok(Self::declare(path, config.into(), Fill::Seed(seed))?.0)
     }
 
     /// Declares a CLIP under `path`, trainable, in f32, with the values of a checkpoint in any of the known layouts.
     ///
     /// Fails with every tensor that is missing, unexpected or of another shape than `config` says.
     pub fn trainable_from(path: &nn::Path<'_>, config: &Config, tensors: &BTreeMap<String, Tensor>, origin: &Path) -> Result<Self> {
-        let (clip, declared) = Self::declare(path, config, Fill::Blank)?;
+        let (clip, declared) = Self::declare(path, config.into(), Fill::Blank)?;
         layout::copy(&layout::normalise(tensors, origin)?.tensors, &declared, None, origin)?;
         Ok(clip)
     }
 
-    /// Builds a frozen CLIP from a checkpoint in any of the known layouts, its sizes read off the tensors (see [`layout::config`]).
+    /// Builds a frozen CLIP from a checkpoint in any of the known layouts; its sizes follow from the tensors (see
+    /// [`layout::architecture`]), its activation and its preprocessing from `settings`.
     ///
     /// `origin` names the file in messages. `kind` is what the towers compute in: `Float`, `BFloat16` or `Half`.
-    pub fn load(tensors: &BTreeMap<String, Tensor>, origin: &Path, activation: Activation, device: Device, kind: Kind) -> Result<Self> {
-        let config = layout::config(tensors, origin, activation)?;
-        Self::load_as(&config, tensors, origin, device, kind)
+    pub fn load(
+        tensors: &BTreeMap<String, Tensor>,
+        origin: &Path,
+        settings: impl Into<Settings>,
+        device: Device,
+        kind: Kind,
+    ) -> Result<Self> {
+        let architecture = layout::architecture(tensors, origin, &settings.into())?;
+        Self::load_as(architecture, tensors, origin, device, kind)
     }
 
     /// Builds a frozen CLIP from a checkpoint whose sizes are known; for heads that are not 64 channels wide, which tensors cannot say.
-    pub fn load_as(config: &Config, tensors: &BTreeMap<String, Tensor>, origin: &Path, device: Device, kind: Kind) -> Result<Self> {
+    pub fn load_as(
+        architecture: impl Into<Architecture>,
+        tensors: &BTreeMap<String, Tensor>,
+        origin: &Path,
+        device: Device,
+        kind: Kind,
+    ) -> Result<Self> {
         if !matches!(kind, Kind::Float | Kind::BFloat16 | Kind::Half) {
             return Err(Error::Input { what: "kind", expected: "Float, BFloat16 or Half".into(), found: format!("{kind:?}") });
         }
         let mut store = nn::VarStore::new(device);
         let tensors = layout::normalise(tensors, origin)?.tensors;
-        let (mut clip, declared) = Self::declare(&store.root(), config, Fill::Blank)?;
+        let (mut clip, declared) = Self::declare(&store.root(), architecture.into(), Fill::Blank)?;
         layout::copy(&tensors, &declared, Some(LOGIT_SCALE), origin)?;
         if !tensors.contains_key(LOGIT_SCALE) {
             clip.log_logit_scale = None;
@@ -219,41 +316,60 @@ impl Clip {
         Ok(clip)
     }
 
-    fn declare(path: &nn::Path<'_>, config: &Config, fill: Fill) -> Result<(Self, BTreeMap<String, Tensor>)> {
-        config.check()?;
+    fn declare(path: &nn::Path<'_>, architecture: Architecture, fill: Fill) -> Result<(Self, BTreeMap<String, Tensor>)> {
+        architecture.check()?;
         let declared = RefCell::default();
         let root = &Parameters::new(path, fill, &declared);
-        let Config { embed_dim, activation, .. } = *config;
-        let visual = &(root / "visual");
-        let image = match config.image {
-            ImageConfig::Vit { image_side, patch, width, depth, heads, mlp_width } => {
-                let shape = Shape { width, heads, depth, mlp_width };
-                Image::Vit(Vit::declare(visual, image_side, patch, &shape, embed_dim, activation))
-            }
-            ImageConfig::ResNet { image_side, ref layers, width, heads } => {
-                Image::ResNet(Box::new(ModifiedResNet::declare(visual, image_side, layers, width, heads, embed_dim)))
-            }
-        };
-        let text = Text::declare(root, &config.text, embed_dim, activation);
+        let towers = architecture.network.declare(root);
         // CLIP, section 2.5: a temperature of 0.07.
-        let log_logit_scale = root.trainable(LOGIT_SCALE, &[], Init::Constant((1.0_f64 / 0.07).ln()));
-        let log_logit_scale = Some(log_logit_scale);
-        let clip = Self { image, text, log_logit_scale, config: config.clone(), kind: Kind::Float, device: path.device() };
+        let log_logit_scale = Some(root.trainable(LOGIT_SCALE, &[], Init::Constant((1.0_f64 / 0.07).ln())));
+        let clip = Self { towers, architecture, tokenizer: OnceLock::new(), log_logit_scale, kind: Kind::Float, device: path.device() };
+        let Preprocessing { image_side, .. } = clip.preprocessing();
+        if image_side < clip.least_side() {
+            let expected = format!("at least {}, the least side that the tower takes", clip.least_side());
+            return Err(Error::Input { what: "image side", expected, found: image_side.to_string() });
+        }
         Ok((clip, declared.into_inner()))
     }
 
     fn cast(&mut self, kind: Kind) {
-        match &mut self.image {
-            Image::Vit(vit) => vit.cast(kind),
-            Image::ResNet(resnet) => resnet.cast(kind),
-        }
-        self.text.cast(kind);
+        self.towers.image.cast(kind);
+        self.towers.text.cast(kind);
         self.kind = kind;
     }
 
-    /// The sizes.
-    pub fn config(&self) -> &Config {
-        &self.config
+    /// The dimension D of the common space.
+    pub fn embed_dim(&self) -> i64 {
+        self.architecture.embed_dim()
+    }
+
+    /// How images are preprocessed.
+    pub fn preprocessing(&self) -> Preprocessing {
+        self.architecture.preprocessing()
+    }
+
+    /// The side of the square images, px.
+    pub fn image_side(&self) -> i64 {
+        self.preprocessing().image_side
+    }
+
+    /// The least width and height of an image that [`Self::encode_image`] takes, px.
+    pub fn least_side(&self) -> i64 {
+        self.towers.image.least_side()
+    }
+
+    /// The tokenizer of the text tower; the first call makes it, which may take a tenth of a second.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        self.tokenizer.get_or_init(|| self.architecture.network.tokenizer())
+    }
+
+    /// The causal text tower, for texts behind a learned context. Fails if the CLIP has a text tower of another kind.
+    pub fn causal_text(&self) -> Result<&Text> {
+        let found = || {
+            let expected = "a causal one, as CLIP has: learned contexts need it".into();
+            Error::Input { what: "text tower", expected, found: self.architecture.describe()[1].clone() }
+        };
+        self.towers.text.causal().ok_or_else(found)
     }
 
     /// What the towers compute in, and the kind of every embedding.
@@ -268,14 +384,10 @@ impl Clip {
 
     /// Embeds images: `[B, D]` in the compute kind, not normalised.
     ///
-    /// `images`: `[B, 3, H, W]` of any floating kind, normalised by [`IMAGE_MEAN`] and [`IMAGE_STD`]; at least one patch (ResNet: 32 px) high
-    /// and wide.
+    /// `images`: `[B, 3, H, W]` of any floating kind, normalised as [`Self::preprocessing`] says, H and W at least [`Self::least_side`].
     /// Gradients flow to whatever is trainable; wrap in `tch::no_grad` where none are wanted.
     pub fn encode_image(&self, images: &Tensor, phase: Phase) -> Result<Tensor> {
-        let least = match self.config.image {
-            ImageConfig::Vit { patch, .. } => patch,
-            ImageConfig::ResNet { .. } => REDUCTION,
-        };
+        let least = self.least_side();
         let size = images.size();
         let fits = matches!(size[..], [b, 3, h, w] if b >= 1 && h >= least && w >= least);
         let is_floating = matches!(images.kind(), Kind::Float | Kind::BFloat16 | Kind::Half | Kind::Double);
@@ -287,32 +399,27 @@ impl Clip {
             });
         }
         let images = images.to_device(self.device).to_kind(self.kind);
-        Ok(match &self.image {
-            Image::Vit(vit) => vit.forward(&images),
-            Image::ResNet(resnet) => resnet.forward(&images, phase),
-        })
+        Ok(self.towers.image.forward(&images, phase))
     }
 
-    /// The side G of the grid of [`Self::encode_objects`] for images at the network's size; `None` for a ResNet, which has no tokens.
+    /// The side G of the grid of [`Self::encode_objects`]; `None` for towers that have no class token, such as a ResNet.
     pub fn object_grid(&self) -> Option<i64> {
-        match (&self.image, &self.config.image) {
-            (Image::Vit(vit), ImageConfig::Vit { image_side, .. }) => Some(vit.object_grid(*image_side)),
-            _ => None,
-        }
+        Some(self.towers.image.objects()?.object_grid(self.image_side()))
     }
 
     /// Embeds an object in each image by OADP's object-token mask attention (section 4.3 there): `[B, D]` in the compute kind, not
     /// normalised.
     ///
-    /// `images`: as for [`Self::encode_image`], at the network's size S; `background`: `[B, G, G]` of any kind, 0 where a patch is the object's
-    /// and 1 elsewhere, G from [`Self::object_grid`].
+    /// `images`: as for [`Self::encode_image`], squares of side [`Self::image_side`]; `background`: `[B, G, G]` of any kind, 0 for patches of
+    /// the object and 1 elsewhere, G from [`Self::object_grid`].
     pub fn encode_objects(&self, images: &Tensor, background: &Tensor) -> Result<Tensor> {
-        let (Image::Vit(vit), ImageConfig::Vit { image_side: side, .. }) = (&self.image, &self.config.image) else {
-            let expected = "a vision transformer: the object token looks at its patches".into();
-            return Err(Error::Input { what: "image tower", expected, found: "a ResNet".into() });
+        let Some(vit) = self.towers.image.objects() else {
+            let expected = "a vision transformer with a class token: the object token looks at its patches".into();
+            return Err(Error::Input { what: "image tower", expected, found: self.architecture.describe()[0].clone() });
         };
-        let (grid, b) = (vit.object_grid(*side), images.size().first().copied().unwrap_or_default());
-        if b < 1 || images.size() != [b, 3, *side, *side] || background.size() != [b, grid, grid] {
+        let side = self.image_side();
+        let (grid, b) = (vit.object_grid(side), images.size().first().copied().unwrap_or_default());
+        if b < 1 || images.size() != [b, 3, side, side] || background.size() != [b, grid, grid] {
             return Err(Error::Input {
                 what: "objects",
                 expected: format!("images [B, 3, {side}, {side}] and masks [B, {grid}, {grid}]"),
@@ -330,10 +437,10 @@ impl Clip {
 
     /// Embeds texts: `[B, D]` in the compute kind, not normalised.
     ///
-    /// `tokens`: i64 `[B, L]`, L at most the context; the feature is read at the first largest token of each row, which is the end of text.
-    /// What follows it has no influence.
+    /// `tokens`: i64 `[B, L]`, L at most the context, as [`Self::tokenizer`] makes them. CLIP reads the feature at the first largest token of
+    /// each row, which is the end of text; what follows it has no influence.
     pub fn encode_text(&self, tokens: &Tensor) -> Result<Tensor> {
-        self.text.forward(tokens)
+        self.towers.text.forward(tokens)
     }
 
     /// Embeds texts as [`Self::encode_text`] does, then scales each row to unit length, in the compute kind.

@@ -3,10 +3,10 @@
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use tch::{Device, Kind, Tensor, nn};
 
-use super::{Golden, fill, images};
-use crate::detector::{
+use super::super::oln::{Config, Losses, Oln};
+use crate::detection::{
     boxes::{ImageSize, Suppression},
-    oln::{Config, Losses, Oln},
+    golden::{Golden, fill, images},
 };
 
 #[test]

@@ -7,8 +7,7 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use super::{ensure, layers::sum_over};
-use crate::Result;
+use crate::{Result, detection::layers::sum_over, error::ensure};
 
 /// The mean absolute difference of all numbers: of objects, and of blocks.
 pub fn embedding_loss(said: &Tensor, expected: &Tensor) -> Result<Tensor> {

@@ -1,0 +1,6 @@
+//! Two-stage detectors against torchvision, by weights and inputs that both sides compute from one formula.
+
+mod detectors;
+mod distillation;
+mod networks;
+mod oln;
