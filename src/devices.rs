@@ -1,10 +1,11 @@
-//! Which step of a run computes on which device.
+//! The devices of a run, and which step holds which.
 //!
-//! A step takes its devices when it starts, holds them alone, and gives them back when it ends. The run's loop owns the pool. A
-//! single CPU is not taken: processor cores are counted by `resources.cpu`, and several steps may compute there at once.
+//! A step takes its devices when it starts, is the only one to use them, and gives them back when it ends. A single CPU is shared: its
+//! cores are counted by `resources.cpu`.
 
 use crate::{
-    error::{Error, Result, count},
+    error::{Error, Result},
+    output::count,
     pipeline::{Pipeline, Step},
     plan::Work,
 };
@@ -14,15 +15,15 @@ use crate::{
 pub(crate) struct Demand {
     /// It waits until so many are free.
     pub(crate) least: usize,
-    /// It takes what is free, up to so many.
+    /// It takes up to so many free devices.
     pub(crate) most: usize,
 }
 
 impl Demand {
-    /// That of a step that runs no network.
+    /// The demand of a step without a network.
     pub(crate) const NONE: Self = Self { least: 0, most: 0 };
 
-    /// That of a step which is about to start. Devices share units that hold items; anything else runs on one.
+    /// The demand of a step that is about to start. Units that hold items are shared among devices; other steps run on one.
     pub(crate) fn of(step: &Step, work: &Work) -> Self {
         let is_shared = work.units.first().is_some_and(|unit| unit.family.is_some());
         match step.resources.gpu {
@@ -33,13 +34,13 @@ impl Demand {
         }
     }
 
-    /// That of two steps that share a pass, and so their devices.
+    /// The demand of two steps that share a pass, and so their devices.
     pub(crate) fn joined(self, other: Self) -> Self {
         Self { least: self.least.max(other.least), most: self.most.max(other.most) }
     }
 }
 
-/// Fails where a step asks for more devices than a run has.
+/// Fails where a step asks for more devices than the run has.
 pub(crate) fn check(pipeline: &Pipeline, wanted: &[usize], devices: &[tch::Device]) -> Result<()> {
     let steps = wanted.iter().map(|step| &pipeline.steps[*step]);
     let greedy: Vec<String> = steps
@@ -50,15 +51,15 @@ pub(crate) fn check(pipeline: &Pipeline, wanted: &[usize], devices: &[tch::Devic
         return Ok(());
     }
     let problem = format!("the run has {}, and {}", count(devices.len(), "device"), greedy.join(", "));
-    Err(Error::Usage { problem, hint: "list as many, such as `--device cuda:0,1`, or lower `resources.gpu` in the pipeline".into() })
+    Err(Error::Usage { problem, hint: "list more devices, such as `--device cuda:0,1`, or lower `resources.gpu` in the pipeline".into() })
 }
 
-/// What a step holds from its start to its end.
+/// The devices that a step holds from its start to its end.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Grant {
-    /// Where its networks run; none where it runs none.
+    /// The devices of its networks; empty for a step without a network.
     pub(crate) devices: Vec<tch::Device>,
-    /// Their places in the pool, of those that are held alone.
+    /// Their places in the pool; empty for a shared CPU.
     places: Vec<usize>,
 }
 
@@ -66,7 +67,7 @@ pub(crate) struct Grant {
 enum Slot {
     Free,
     Held,
-    /// By a step that was given up as hanging.
+    /// Held by a step that was given up as hanging.
     Lost,
 }
 
@@ -74,18 +75,18 @@ enum Slot {
 #[derive(Debug)]
 pub(crate) struct DevicePool {
     devices: Vec<tch::Device>,
-    /// One a device; none where a single CPU is shared.
+    /// One for each device; empty where a single CPU is shared.
     slots: Vec<Slot>,
 }
 
 impl DevicePool {
-    /// Of some devices, at least one. CPUs that are listed several times are as many devices.
+    /// A pool of at least one device. A CPU that is listed several times counts as several devices.
     pub(crate) fn new(devices: &[tch::Device]) -> Self {
         let is_shared = devices == [tch::Device::Cpu];
         Self { devices: devices.to_vec(), slots: if is_shared { Vec::new() } else { vec![Slot::Free; devices.len()] } }
     }
 
-    /// Takes devices, the first ones of the list that are free; `None` while too few are.
+    /// Takes the first free devices of the list; `None` while too few are free.
     pub(crate) fn take(&mut self, demand: Demand) -> Option<Grant> {
         if self.slots.is_empty() {
             return Some(Grant { devices: self.devices[..demand.most.min(1)].to_vec(), places: Vec::new() });
@@ -99,18 +100,18 @@ impl DevicePool {
         Some(Grant { devices: places.iter().map(|place| self.devices[*place]).collect(), places })
     }
 
-    /// Takes back what a step held, once none of its threads runs any more.
+    /// Takes back the devices of a step, once all its threads have ended.
     pub(crate) fn give_back(&mut self, grant: &Grant) {
         grant.places.iter().for_each(|place| self.slots[*place] = Slot::Free);
     }
 
-    /// Notes that a step that holds devices was given up as hanging. Its threads cannot be ended, and may still hold memory there or
-    /// compute, so nobody else gets these devices before they return by [`Self::give_back`].
+    /// Notes that a step that holds devices was given up as hanging. Its threads cannot be ended and may still use the devices, so no
+    /// other step gets them before [`Self::give_back`].
     pub(crate) fn lose(&mut self, grant: &Grant) {
         grant.places.iter().for_each(|place| self.slots[*place] = Slot::Lost);
     }
 
-    /// How many there are besides those that are lost.
+    /// How many devices are not lost.
     pub(crate) fn n_left(&self) -> usize {
         self.devices.len() - self.slots.iter().filter(|slot| **slot == Slot::Lost).count()
     }

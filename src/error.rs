@@ -1,6 +1,6 @@
-//! What ends a command without success: one message (what, where), one hint (what to type next), one exit code.
+//! Errors that end a command: each has one message (what, where), one hint (what to type next) and one exit code.
 //!
-//! Nothing else in the program renders errors or knows exit codes.
+//! Only this file renders errors and chooses exit codes.
 
 use std::{
     error::Error as _,
@@ -11,39 +11,45 @@ use std::{
 
 use ovenbird_cache::verify::Finding;
 
-use crate::pipeline::{NO_FILE, Problem, matrix::labels, with_line};
+use crate::{
+    output::count,
+    pipeline::{
+        problem::{Fault, Problem},
+        step_id::{StepId, labels},
+    },
+};
 
-/// Why a command did not succeed.
+/// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    /// The pipeline file, the names in it, or the files it points to.
+    /// The pipeline file is wrong, or files that it names are missing.
     #[error("{} in {origin}", count(problems.len(), "problem"))]
     Pipeline { origin: String, problems: Vec<Problem> },
-    /// No pipeline of that name.
+    /// There is no pipeline with this name.
     #[error("no pipeline `{name}`")]
     UnknownPipeline { name: String, nearest: Option<String> },
     /// A command-line value that clap cannot check.
     #[error("{problem}")]
     Usage { problem: String, hint: String },
-    /// Some stages failed; each was reported when it did.
+    /// Some stages failed; each was reported when it failed.
     #[error("{} failed: {}", count(failed.len(), "stage"), listed(failed))]
-    StagesFailed { failed: Vec<String>, skipped: Vec<String>, worst: ExitCode },
-    /// What lies in the home is not what was published.
-    #[error("{} {}", count(*n_left, "thing"), if *is_fixed { "could not be put right" } else { "found that should not be" })]
+    StagesFailed { failed: Vec<StepId>, skipped: Vec<StepId>, worst: ExitCode },
+    /// Stored results are damaged.
+    #[error("{} {}", count(*n_left, "problem"), if *is_fixed { "could not be repaired" } else { "found in the home" })]
     Damage { n_left: usize, is_fixed: bool },
-    /// What says what is to be kept is damaged or gone.
-    #[error("nothing is removed while what says what is to be kept is damaged or gone: {}", found(findings))]
-    Unkept { findings: Vec<Finding> },
-    /// A stage gave no sign of life.
-    #[error("no sign of life for {} s: it hangs", after.as_secs())]
+    /// A record that names results to keep is damaged or missing.
+    #[error("nothing is deleted while records of what to keep are damaged or missing: {}", found(findings))]
+    DamagedRecords { findings: Vec<Finding> },
+    /// A stage made no progress for too long.
+    #[error("no progress for {} s: it hangs", after.as_secs())]
     Hangs { after: Duration },
     /// Too few devices are left for a step.
-    #[error("needs {} and {n_left} of the run's can be had: stages that hang keep the others", count(*needed, "device"))]
+    #[error("needs {} and only {n_left} can be used: stages that hang hold the others", count(*needed, "device"))]
     LacksDevices { needed: usize, n_left: usize },
-    /// The operator asked to stop.
-    #[error("stopped on request; everything committed is kept")]
+    /// The user asked to stop.
+    #[error("stopped on request; finished units are kept")]
     Interrupted,
-    /// Something below.
+    /// An error of a stage or a library.
     #[error(transparent)]
     Stage(#[from] ovenbird_stages::Error),
 }
@@ -54,10 +60,10 @@ impl From<ovenbird_cache::Error> for Error {
     }
 }
 
-/// What every command returns.
+/// The result of every command.
 pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// How the program ends. README's table and `ovenbird help` are made from this.
+/// How the program ends: `ovenbird --help` prints this table, and README has the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum ExitCode {
     Success = 0,
@@ -73,25 +79,25 @@ pub(crate) enum ExitCode {
 impl ExitCode {
     /// Every code with its meaning, ascending.
     pub(crate) const TABLE: &'static [(Self, &'static str)] = &[
-        (Self::Success, "everything asked for is done"),
-        (Self::Stage, "a stage failed for a reason of its own (a bug, memory, a device); the others are kept"),
+        (Self::Success, "everything requested is done"),
+        (Self::Stage, "a stage failed: a bug, memory or a device; finished results are kept"),
         (Self::Usage, "the command line is wrong"),
         (Self::Pipeline, "the pipeline file is wrong; nothing was run"),
-        (Self::Input, "a file you brought is missing or damaged, or an input does not fit; what was made is kept"),
-        (Self::Store, "the home cannot be used: not writable, full, damaged, gone, or of another version"),
-        (Self::Damage, "`verify` or `cache gc` found something that is not as it was published, and left it so"),
-        (Self::Interrupted, "interrupted, resumable (Ctrl-C, SIGTERM, SIGUSR1): type the same command again"),
+        (Self::Input, "an input file is missing, damaged or of the wrong kind; finished results are kept"),
+        (Self::Store, "the home cannot be used: not writable, full, damaged, missing, or of another version"),
+        (Self::Damage, "`verify` or `cache gc` found damage and did not repair it"),
+        (Self::Interrupted, "interrupted (Ctrl-C, SIGTERM, SIGUSR1): type the same command again to continue"),
     ];
 }
 
 impl Error {
-    /// Which exit code this is. Whose file it was decides: one that lies in the home is never one that the user brought.
+    /// The exit code. A damaged file in the home is never the user's mistake; the user's own files are inputs.
     pub(crate) fn exit_code(&self, home: &Path) -> ExitCode {
         match self {
             Self::Pipeline { .. } | Self::UnknownPipeline { .. } => ExitCode::Pipeline,
             Self::Usage { .. } => ExitCode::Usage,
             Self::StagesFailed { worst, .. } => *worst,
-            Self::Damage { .. } | Self::Unkept { .. } => ExitCode::Damage,
+            Self::Damage { .. } | Self::DamagedRecords { .. } => ExitCode::Damage,
             Self::Hangs { .. } | Self::LacksDevices { .. } => ExitCode::Stage,
             Self::Interrupted => ExitCode::Interrupted,
             Self::Stage(error) => stage_exit_code(error, home),
@@ -99,10 +105,10 @@ impl Error {
     }
 
     /// The message with its causes, on one line.
-    pub(crate) fn words(&self) -> String {
+    pub(crate) fn message(&self) -> String {
         let mut text = self.to_string();
         if let Self::Pipeline { problems, .. } = self {
-            text.extend(problems.iter().map(|problem| format!("; {}: {}", problem.path, problem.problem)));
+            text.extend(problems.iter().map(|problem| format!("; {}: {}", problem.path, problem.fault)));
         }
         let mut source = self.source();
         while let Some(cause) = source {
@@ -112,37 +118,37 @@ impl Error {
         text
     }
 
-    /// What the operator can type next.
+    /// What the user can type next.
     pub(crate) fn hint(&self, home: &Path) -> Option<String> {
         match self {
-            Self::Pipeline { problems, .. } if problems.iter().all(|problem| problem.problem.starts_with(NO_FILE)) => Some(
-                "put the files there, or say where they are: a variable of the pipeline is set by `--set NAME=VALUE`, and \
-                 `ovenbird pipelines NAME` prints a named one"
+            Self::Pipeline { problems, .. } if problems.iter().all(|problem| matches!(problem.fault, Fault::NoFile(_))) => Some(
+                "put the files there, or set the pipeline's variables to where they are with `--set NAME=VALUE`; \
+                 `ovenbird pipelines NAME` prints a named pipeline"
                     .into(),
             ),
-            Self::Pipeline { .. } => Some("correct the file; `ovenbird stages KIND` documents every parameter".into()),
+            Self::Pipeline { .. } => Some("correct the pipeline file; `ovenbird stages KIND` documents every parameter".into()),
             Self::UnknownPipeline { nearest, .. } => Some(match nearest {
                 Some(nearest) => {
-                    format!("did you mean `{nearest}`? `ovenbird pipelines` lists them; a file is written with a slash: ./my.yaml")
+                    format!("did you mean `{nearest}`? `ovenbird pipelines` lists all; write a file with a slash: ./my.yaml")
                 }
-                None => "`ovenbird pipelines` lists them; a file is written with a slash: ./my.yaml".into(),
+                None => "`ovenbird pipelines` lists all; write a file with a slash: ./my.yaml".into(),
             }),
             Self::Usage { hint, .. } => Some(hint.clone()),
             Self::StagesFailed { skipped, .. } => {
-                let skipped = if skipped.is_empty() { String::new() } else { format!("; not run because of it: {}", listed(skipped)) };
-                Some(format!("mend the cause above and type the same command again: it continues where it was{skipped}"))
+                let skipped = if skipped.is_empty() { String::new() } else { format!("; stages that did not run because of this: {}", listed(skipped)) };
+                Some(format!("fix the cause above and type the same command again: the run continues{skipped}"))
             }
-            Self::Unkept { .. } => {
-                Some("`ovenbird verify --fix` mends them, or says what is lost; then type the same command again".into())
+            Self::DamagedRecords { .. } => {
+                Some("`ovenbird verify --fix` repairs them or names what is lost; then type the same command again".into())
             }
-            Self::Damage { is_fixed: false, .. } => Some("`ovenbird verify --fix` sets it aside and makes it again".into()),
+            Self::Damage { is_fixed: false, .. } => Some("`ovenbird verify --fix` sets damaged files aside and recomputes them".into()),
             Self::Damage { is_fixed: true, .. } => {
-                Some("what is named above was lost with its inputs; bring these back and type the same command again".into())
+                Some("restore the inputs of what is named above and type the same command again".into())
             }
             Self::Hangs { .. } => {
-                Some("look whether its disk or network answers, and type the same command again; `max_silence_s` gives it longer".into())
+                Some("check that its disk or network responds, and type the same command again; `max_silence_s` in the pipeline allows a longer wait".into())
             }
-            Self::LacksDevices { .. } => Some("type the same command again: a new run begins with all of its devices".into()),
+            Self::LacksDevices { .. } => Some("type the same command again: a new run can use all devices".into()),
             Self::Interrupted => Some("type the same command again to continue".into()),
             Self::Stage(ovenbird_stages::Error::Cache(error)) => cache_hint(error, home),
             Self::Stage(error) => error.hint(),
@@ -152,8 +158,11 @@ impl Error {
     /// The whole message, as printed to stderr.
     pub(crate) fn render(&self, home: &Path) -> String {
         let mut text = match self {
-            Self::Pipeline { problems, .. } => format!("error: {self}\n{}", problems.iter().map(with_line).collect::<String>()),
-            _ => format!("error: {}\n", self.words()),
+            Self::Pipeline { problems, .. } => {
+                let lines: String = problems.iter().map(|problem| format!("  {problem}\n")).collect();
+                format!("error: {self}\n{lines}")
+            }
+            _ => format!("error: {}\n", self.message()),
         };
         if let Some(hint) = self.hint(home) {
             let _infallible = writeln!(text, "hint: {hint}");
@@ -162,7 +171,7 @@ impl Error {
     }
 }
 
-/// Which exit code a failed stage asks for.
+/// The exit code of a failed stage.
 fn stage_exit_code(error: &ovenbird_stages::Error, home: &Path) -> ExitCode {
     use ovenbird_cache::Error as Cache;
     use ovenbird_data::Error as Data;
@@ -172,7 +181,7 @@ fn stage_exit_code(error: &ovenbird_stages::Error, home: &Path) -> ExitCode {
         Stage::Models(ovenbird_models::Error::Torch(_)) => ExitCode::Stage,
         Stage::Data(Data::Write { .. }) => ExitCode::Store,
         Stage::Cache(Cache::Changed { .. } | Cache::Gone { .. } | Cache::Unsound { .. }) => ExitCode::Input,
-        // What was made and is sound, and does not fit where it is used, is no fault of the home: who reads it has compared its digest.
+        // A stored result that is sound and does not fit where it is used is an input error: `error.file()` is `None`.
         Stage::Cache(_) | Stage::Data(Data::Read { .. }) | Stage::Models(ovenbird_models::Error::Read { .. })
             if error.file().is_some_and(|file| is_below(file, home)) =>
         {
@@ -182,22 +191,20 @@ fn stage_exit_code(error: &ovenbird_stages::Error, home: &Path) -> ExitCode {
     }
 }
 
-/// What to do about a file, by whose it is.
+/// The hint for a file of the home, or for a file of the user.
 fn cache_hint(error: &ovenbird_cache::Error, home: &Path) -> Option<String> {
     use ovenbird_cache::Error as Cache;
     let is_ours = error.file().is_some_and(|file| is_below(file, home));
     match error {
         Cache::Read { source, .. } if is_ours && source.kind() == std::io::ErrorKind::NotFound => {
-            Some("it was there: `ovenbird verify` says what else is gone; what is gone is made again by the next run".into())
+            Some("it was deleted: `ovenbird verify` lists what else is missing, and the next run recomputes it".into())
         }
         Cache::Read { source, .. } if is_ours && source.kind() != std::io::ErrorKind::PermissionDenied => {
-            Some("`ovenbird verify --fix` sets aside what is no file, and makes it again".into())
+            Some("`ovenbird verify --fix` sets aside what is not a file, and recomputes it".into())
         }
-        Cache::Malformed { path, .. } if path == home => Some("look whether its disk is there, and type the same command again".into()),
-        Cache::Flipped { .. } | Cache::Malformed { .. } if !is_ours => Some("mend the file, or make it again from its source".into()),
-        Cache::Write { .. } if !is_ours => {
-            Some("look whether the folder is there and can be written, and whether the disk has room".into())
-        }
+        Cache::Malformed { path, .. } if path == home => Some("check that its disk is mounted, and type the same command again".into()),
+        Cache::Flipped { .. } | Cache::Malformed { .. } if !is_ours => Some("repair the file, or restore it from its source".into()),
+        Cache::Write { .. } if !is_ours => Some("check that the folder exists and is writable, and that the disk is not full".into()),
         _ => error.hint(),
     }
 }
@@ -207,7 +214,7 @@ fn is_below(file: &Path, home: &Path) -> bool {
     full(file).starts_with(full(home))
 }
 
-/// Findings in one line; the first few of many.
+/// The first few findings in one line.
 fn found(findings: &[Finding]) -> String {
     const SHOWN: usize = 3;
     let shown = findings.iter().take(SHOWN).map(|finding| format!("{}: {}", finding.path.display(), finding.problem));
@@ -215,12 +222,7 @@ fn found(findings: &[Finding]) -> String {
     shown.chain(more).collect::<Vec<_>>().join("; ")
 }
 
-/// Steps by their ids, copies of a stage together.
-fn listed(ids: &[String]) -> String {
-    labels(ids.iter().map(String::as_str)).join(", ")
-}
-
-/// `1 problem`, `2 problems`.
-pub(crate) fn count(n: usize, noun: &str) -> String {
-    if n == 1 { format!("1 {noun}") } else { format!("{n} {noun}s") }
+/// Ids of steps, the instances of a stage together.
+fn listed(ids: &[StepId]) -> String {
+    labels(ids).join(", ")
 }

@@ -1,4 +1,4 @@
-//! What happened in a run: one enum, one JSON line each.
+//! The events of a run, one JSON line each.
 //!
 //! Bars, plain lines, `log`, `status`, `report` and `--json` are folds over events; a log can be replayed. Fields and
 //! variants are added, never changed or removed; [`VERSION`] is raised when a reader of the older form would be misled.
@@ -16,21 +16,19 @@ use ovenbird_cache::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::pipeline::matrix::Matrix;
+use crate::pipeline::{matrix::Matrix, step_id::StepId};
 
 /// The version of the event log.
 pub(crate) const VERSION: u32 = 1;
 
-/// One thing that happened, and when.
+/// An event with its time.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Stamped {
-    /// When.
     pub(crate) at: Timestamp,
-    /// What.
     pub(crate) event: Event,
 }
 
-/// What can happen.
+/// Something that happened in a run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Event {
@@ -44,24 +42,24 @@ pub(crate) enum Event {
         file: Option<PathBuf>,
         description: String,
         command: String,
-        /// Whether it makes again what was damaged: it says nothing of how the pipeline stands now.
+        /// Whether `verify --fix` started it: such a run does not count as the pipeline's latest.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         is_repair: bool,
         steps: Vec<StepInfo>,
-        /// Of a pipeline with variants or seeds.
+        /// Present where the pipeline has variants or seeds.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         matrix: Option<Matrix>,
     },
     /// Something about the run as a whole that the operator should read.
     Notice { words: String },
-    /// A step was looked up: all its inputs are there.
-    StepChecked { step: String, fingerprint: Fingerprint, verdict: Verdict },
-    /// A step began to work.
-    StepStarted { step: String },
-    /// How far a step is. `total` is 0 while unknown. Where a network works: how many crops or images (`views`) it has seen, and how
-    /// many pieces of work were ready for it at last; none means that it waits for decoding and cutting.
+    /// A step whose inputs are all known was checked.
+    StepChecked { step: StepId, fingerprint: Fingerprint, verdict: Verdict },
+    /// A step started.
+    StepStarted { step: StepId },
+    /// Progress of a step. `total` is 0 while unknown. For networks: how many crops or images (`views`) went through, and how many
+    /// batches were ready at the end; 0 means that the network waits for decoding.
     StepProgress {
-        step: String,
+        step: StepId,
         done: u64,
         total: u64,
         #[serde(default)]
@@ -69,17 +67,17 @@ pub(crate) enum Event {
         #[serde(default)]
         ready: u64,
     },
-    /// What was measured at a step of a training, counted from 1: losses, learning rate.
-    Measured { step: String, at_step: u64, values: BTreeMap<String, f64> },
+    /// Losses and learning rate at a training step, counted from 1.
+    Measured { step: StepId, at_step: u64, values: BTreeMap<String, f64> },
     /// A unit was published.
-    UnitCommitted { step: String, unit: usize, bytes: u64 },
-    /// An item has no result and was left out.
-    ItemFailed { step: String, item: String, reason: String, attempts: u32 },
-    /// A stage said something.
-    StepNote { step: String, words: String },
-    /// A step's artifact is there.
+    UnitCommitted { step: StepId, unit: usize, bytes: u64 },
+    /// An item failed and was skipped.
+    ItemFailed { step: StepId, item: String, reason: String, attempts: u32 },
+    /// A message of a stage.
+    StepNote { step: StepId, words: String },
+    /// A step published its artifact.
     StepDone {
-        step: String,
+        step: StepId,
         fingerprint: Fingerprint,
         ports: BTreeMap<String, Digest>,
         items: u64,
@@ -87,14 +85,14 @@ pub(crate) enum Event {
         failed: u64,
         bytes: u64,
         wall_s: f64,
-        /// The most memory that the program held while or before it worked.
+        /// Peak memory of the program up to the end of the step.
         #[serde(default)]
         peak_bytes: u64,
     },
-    /// A step ended without its artifact.
-    StepFailed { step: String, error: String, hint: Option<String> },
-    /// A step could not run because another failed.
-    StepSkipped { step: String, because: String },
+    /// A step failed.
+    StepFailed { step: StepId, error: String, hint: Option<String> },
+    /// A step did not run because another one failed.
+    StepSkipped { step: StepId, because: StepId },
     /// The operator asked to stop.
     Interrupted,
     /// The last line of a log that was not cut off.
@@ -104,26 +102,26 @@ pub(crate) enum Event {
 /// A step as it stands in the pipeline.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct StepInfo {
-    pub(crate) id: String,
+    pub(crate) id: StepId,
     pub(crate) kind: String,
-    /// Steps whose outputs it reads.
-    pub(crate) after: Vec<String>,
+    /// The steps that it reads from.
+    pub(crate) after: Vec<StepId>,
 }
 
-/// What a look-up said.
+/// The result of checking a step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Verdict {
-    /// It is there.
+    /// Its artifact is stored.
     Reused,
-    /// Its bytes were let go, and nothing has needed them so far.
+    /// Its bytes were dropped, and no step has needed them so far.
     Dropped,
-    /// It has to be made, from this many units on, for these reasons.
+    /// It has to run, for these reasons; `units_done` units are stored already.
     Run {
         units_done: usize,
         units_total: usize,
         reasons: Vec<String>,
-        /// In a dry run: how many items, or steps of a training, are made, and how many there are in earnest.
+        /// In a dry run: how many items or training steps it processes, and how many a full run would.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         sample: Option<(u64, u64)>,
     },
@@ -133,7 +131,7 @@ pub(crate) enum Verdict {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Outcome {
-    /// Everything asked for is there.
+    /// Everything requested is done.
     Done,
     /// Some steps failed.
     Failed,
@@ -146,23 +144,23 @@ pub(crate) struct EventLog {
     store: Store,
     run: String,
     journal: Journal,
-    /// Lines for which the disk had no room.
+    /// Lines that did not fit on a full disk.
     waiting: Vec<String>,
 }
 
 impl EventLog {
     /// Creates the log of a run.
     pub(crate) fn create(store: &Store, run: &str) -> ovenbird_cache::Result<Self> {
-        Ok(Self { store: store.clone(), run: run.into(), journal: store.begin_log(&log_place(run))?, waiting: Vec::new() })
+        Ok(Self { store: store.clone(), run: run.into(), journal: store.begin_log(&log_path(run))?, waiting: Vec::new() })
     }
 
-    /// Appends an event. What ends a step or the run survives a power cut.
+    /// Appends an event. Events that end a step or the run are synced to the disk.
     pub(crate) fn append(&mut self, event: &Stamped) -> ovenbird_cache::Result<()> {
         self.waiting.push(serde_json::to_string(event).expect("BUG: events are plain JSON"));
         while let Some(line) = self.waiting.first() {
             match self.journal.append(line) {
                 Ok(()) => drop(self.waiting.remove(0)),
-                // A full disk pauses the stages that write results; what is to be told waits with them.
+                // A full disk pauses the stages; their events wait.
                 Err(ovenbird_cache::Error::Write { source, .. }) if source.kind() == io::ErrorKind::StorageFull => return Ok(()),
                 Err(error) => return Err(error),
             }
@@ -171,19 +169,19 @@ impl EventLog {
             Event::StepDone { .. } | Event::StepFailed { .. } => self.journal.sync(),
             Event::RunEnded { .. } => {
                 self.journal.sync()?;
-                self.store.end_log(&log_place(&self.run))
+                self.store.end_log(&log_path(&self.run))
             }
             _ => Ok(()),
         }
     }
 }
 
-/// Where the log of a run lies in the home.
-pub(crate) fn log_place(run: &str) -> String {
+/// The path of a run's log in the home.
+pub(crate) fn log_path(run: &str) -> String {
     format!("runs/{run}/events.jsonl")
 }
 
-/// Where everything of a run lies.
+/// The folder of a run.
 pub(crate) fn run_folder(home: &Path, run: &str) -> PathBuf {
     home.join("runs").join(run)
 }
@@ -192,20 +190,19 @@ pub(crate) fn run_folder(home: &Path, run: &str) -> PathBuf {
 pub(crate) fn runs(home: &Path) -> Vec<String> {
     let entries = fs::read_dir(home.join("runs")).into_iter().flatten().flatten();
     let mut ids: Vec<String> =
-        entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|id| home.join(log_place(id)).is_file()).collect();
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|id| home.join(log_path(id)).is_file()).collect();
     ids.sort();
     ids
 }
 
-/// Every event of a run. A torn last line, left by a crash or still being written, is left out; so are damaged lines, of which
-/// [`log_damage`] tells, and lines of events that this program does not know.
+/// The events of a run, without an incomplete last line, damaged lines (counted by [`log_damage`]) and unknown events.
 pub(crate) fn read_log(home: &Path, run: &str) -> ovenbird_cache::Result<Vec<Stamped>> {
     Ok(lines(home, run)?.sound().filter_map(|line| serde_json::from_str(&line).ok()).collect())
 }
 
-/// The first event of a run: what it was started for.
+/// The first event of a run.
 pub(crate) fn read_start(home: &Path, run: &str) -> ovenbird_cache::Result<Option<Event>> {
-    let first = Lines::first(home, &log_place(run))?;
+    let first = Lines::first(home, &log_path(run))?;
     Ok(first.and_then(|line| serde_json::from_str::<Stamped>(&line).ok()).map(|stamped| stamped.event))
 }
 
@@ -215,6 +212,6 @@ pub(crate) fn log_damage(home: &Path, run: &str) -> ovenbird_cache::Result<usize
 }
 
 fn lines(home: &Path, run: &str) -> ovenbird_cache::Result<Lines> {
-    let lines = Lines::read(&Publisher::default(), home, &log_place(run))?;
-    lines.ok_or_else(|| ovenbird_cache::Error::Read { path: home.join(log_place(run)), source: io::ErrorKind::NotFound.into() })
+    let lines = Lines::read(&Publisher::default(), home, &log_path(run))?;
+    lines.ok_or_else(|| ovenbird_cache::Error::Read { path: home.join(log_path(run)), source: io::ErrorKind::NotFound.into() })
 }

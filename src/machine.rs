@@ -1,4 +1,4 @@
-//! What this machine has: facts that the kernel tells.
+//! Facts about this machine: memory, disk space, processor, accelerators.
 
 use std::{fs, path::Path, sync::OnceLock};
 
@@ -7,12 +7,12 @@ pub(crate) fn total_memory() -> u64 {
     stated_bytes("/proc/meminfo", "MemTotal:").unwrap_or(4 << 30)
 }
 
-/// The most memory that this process held since the last reset, in bytes; 0 where that is not known.
+/// The peak memory of this process since the last reset, in bytes; 0 where that is not known.
 pub(crate) fn peak_memory() -> u64 {
     stated_bytes("/proc/self/status", "VmHWM:").unwrap_or(0)
 }
 
-/// Sets the peak back to what is held now. Where that is not allowed, the peak is that of the run so far.
+/// Resets the peak to the memory in use. Where the kernel does not allow it, the peak stays that of the program so far.
 #[expect(clippy::disallowed_methods, reason = "a file of the kernel, not of the home")]
 pub(crate) fn reset_peak_memory() {
     let _not_allowed = fs::write("/proc/self/clear_refs", "5");
@@ -25,7 +25,7 @@ fn stated_bytes(path: &str, field: &str) -> Option<u64> {
     kib.map(|kib| kib * 1024)
 }
 
-/// Free space where a folder lies, in bytes; 0 where that is not known.
+/// Free space on the disk of a folder, in bytes; 0 where that is not known.
 pub(crate) fn free_space(folder: &Path) -> u64 {
     rustix::fs::statvfs(folder).map_or(0, |disk| disk.f_bavail * disk.f_frsize)
 }
@@ -35,7 +35,7 @@ pub(crate) fn host() -> String {
     read_line("/proc/sys/kernel/hostname")
 }
 
-/// What networks run on, in words.
+/// The names of some devices.
 pub(crate) fn device_names(devices: &[tch::Device]) -> String {
     let name = |device: &tch::Device| match device {
         tch::Device::Cpu => processor(),
@@ -44,8 +44,8 @@ pub(crate) fn device_names(devices: &[tch::Device]) -> String {
     devices.iter().map(name).collect::<Vec<_>>().join(", ")
 }
 
-/// Whether a device has instructions for bf16. `OVENBIRD_BF16`, `yes` or `no`, says so in its place.
-#[expect(clippy::disallowed_methods, reason = "what the operator says of the machine")]
+/// Whether a device has instructions for bf16. `OVENBIRD_BF16`, `yes` or `no`, overrides the answer.
+#[expect(clippy::disallowed_methods, reason = "a setting of the user's")]
 pub(crate) fn has_bf16(device: tch::Device) -> bool {
     match std::env::var("OVENBIRD_BF16").as_deref() {
         Ok("yes") => true,
@@ -101,8 +101,8 @@ fn compute_capability(index: usize) -> Option<i32> {
 
 /// How many accelerators libtorch sees; `None` where its CUDA part is not there.
 ///
-/// That part is loaded only by who asks: it takes a second.
-#[expect(unsafe_code, reason = "loaded by hand, a library costs nothing where nobody asks, and need not be there")]
+/// The first call loads that part, which takes a second.
+#[expect(unsafe_code, reason = "loaded by hand, the library costs nothing where it is not needed, and may be missing")]
 pub(crate) fn n_accelerators() -> Option<usize> {
     static IS_LOADED: OnceLock<bool> = OnceLock::new();
     // SAFETY: libtorch's own library, of the version that is linked; loading it registers its kernels.
@@ -110,11 +110,11 @@ pub(crate) fn n_accelerators() -> Option<usize> {
     IS_LOADED.get_or_init(load).then(|| tch::Cuda::device_count() as usize)
 }
 
-/// Keeps libtorch's warnings off the operator's screen: that a kernel is in beta state is no news for them.
+/// Switches off libtorch's warnings, such as those about kernels in beta state.
 #[expect(unsafe_code, reason = "a setting of libtorch's that has no function")]
 pub(crate) fn silence_libtorch() {
     unsafe extern "C" {
-        /// What is logged: 1 is warnings, 2 errors.
+        /// The least severe level that is logged: 1 is warnings, 2 errors.
         static mut FLAGS_caffe2_log_level: libc::c_int;
     }
     // SAFETY: an integer that libtorch reads when it logs; no thread of its is there yet.

@@ -1,27 +1,23 @@
-//! The operator's side of Ovenbird: command line, pipeline file -> plan -> run, live progress, report.
+//! The program: command line, pipeline file -> plan -> run, progress, report.
 
+mod chosen;
 mod cli;
-mod comparison;
-mod describe;
+mod commands;
 mod devices;
-mod doctor;
 mod error;
-mod estimate;
 mod event;
-mod explain;
-mod export;
-mod history;
-mod keep;
 mod machine;
-mod mend;
+mod output;
+mod pins;
 mod pipeline;
 mod plan;
-mod recompute;
-mod report;
+mod progress;
+mod quantities;
+mod request;
+mod results;
 mod run;
-mod screen;
-mod verify;
-mod work;
+mod run_args;
+mod run_state;
 
 use error::ExitCode;
 
@@ -31,17 +27,16 @@ fn main() {
     let code = match result {
         Ok(()) => ExitCode::Success,
         Err(error) => {
-            screen::say(&error.render(&home));
+            output::say(&error.render(&home));
             error.exit_code(&home)
         }
     };
     leave(code)
 }
 
-/// Ends at once: libtorch's destructors take a quarter of the program's start-up time and give back what the system takes
-/// anyway, and a stage that hangs cannot be waited for.
+/// Ends without running destructors: libtorch's take a quarter of the program's start-up time, and a stage that hangs cannot be joined.
 #[expect(unsafe_code, reason = "a foreign function without preconditions")]
 fn leave(code: ExitCode) -> ! {
-    // SAFETY: `_exit` only ends the process. `cli::print` flushes what it prints.
+    // SAFETY: `_exit` only ends the process. `output::print` flushes stdout.
     unsafe { libc::_exit(code as i32) }
 }

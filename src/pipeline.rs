@@ -1,75 +1,27 @@
-//! Pipeline files: from YAML text to a checked graph of stages.
-//!
-//! Everything that can be found without reading an input is found here, all of it at once: unknown keys (with the nearest
-//! valid spelling), wrong values, unknown stages, missing inputs, edges between different kinds, cycles. Each problem has
-//! its path (`stages.objects.with.expand`) and its line. A pipeline with variants and seeds is read once for each cell; what
-//! [`matrix`] makes of that is a graph like any other.
+//! A pipeline: a graph of steps, in an order in which every step comes after those it reads from.
 
-mod changes;
+pub(crate) mod axes;
+pub(crate) mod changes;
+pub(crate) mod file;
 mod lines;
 pub(crate) mod matrix;
+pub(crate) mod named;
+pub(crate) mod problem;
+pub(crate) mod step_id;
+pub(crate) mod yaml;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::Duration,
 };
 
-use ovenbird_cache::inputs;
-use ovenbird_stages::{AnyStage, OnBadItem, PortInfo, Presence, STAGES, StageEntry};
+use ovenbird_stages::{AnyStage, OnBadItem, StageEntry};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
-use serde_yaml::Value as Yaml;
 
-use crate::error::{Error, Result};
-pub(crate) use changes::Setting;
-use changes::{Change, Key, with_below};
-use lines::Lines;
-use matrix::{Matrix, Resolved};
-
-/// The version of pipeline files that this program reads.
-pub(crate) const VERSION: u64 = 1;
-
-const FILE_KEYS: &[&str] = &["version", "name", "description", "variables", "seeds", "variants", "stages"];
-const STAGE_KEYS: &[&str] = &["id", "use", "in", "with", "resources", "on_bad_item", "max_failed_ratio", "max_silence_s"];
-const RESOURCE_KEYS: &[&str] = &["cpu", "memory", "gpu"];
-
-/// How many of a stage's items may fail where the pipeline says `on_bad_item: skip` and nothing else, from 0 to 1.
-pub(crate) const MAX_FAILED_RATIO: f64 = 0.001;
-
-/// After how long without a sign of life a stage is given up, where the pipeline says nothing else.
-pub(crate) const MAX_SILENCE: Duration = Duration::from_secs(1800);
-
-/// How a problem begins that is no mistake in a pipeline.
-pub(crate) const NO_FILE: &str = "no file or folder";
-
-/// The named pipelines that come with the program.
-pub(crate) const NAMED: &[(&str, &str)] = &[
-    ("oadp-ov-coco", include_str!("../pipelines/oadp-ov-coco.yaml")),
-    ("oadp-ov-lvis", include_str!("../pipelines/oadp-ov-lvis.yaml")),
-    ("oadp-toy", include_str!("../pipelines/oadp-toy.yaml")),
-    ("quickstart", include_str!("../pipelines/quickstart.yaml")),
-    ("supervised-toy", include_str!("../pipelines/supervised-toy.yaml")),
-    ("vild-ov-coco", include_str!("../pipelines/vild-ov-coco.yaml")),
-    ("vild-ov-lvis", include_str!("../pipelines/vild-ov-lvis.yaml")),
-    ("vild-toy", include_str!("../pipelines/vild-toy.yaml")),
-];
-
-/// What a pipeline is called, whether its files are there or not.
-#[derive(Deserialize)]
-pub(crate) struct Title {
-    pub(crate) name: String,
-    pub(crate) description: String,
-    pub(crate) stages: Vec<Yaml>,
-}
-
-impl Title {
-    /// Of one of [`NAMED`].
-    pub(crate) fn of(text: &str) -> Self {
-        serde_yaml::from_str(text).expect("BUG: the named pipelines have names, descriptions and stages")
-    }
-}
+use changes::Setting;
+use matrix::Matrix;
+use step_id::StepId;
 
 /// A pipeline that can be planned.
 pub(crate) struct Pipeline {
@@ -77,13 +29,13 @@ pub(crate) struct Pipeline {
     pub(crate) description: String,
     /// In an order in which every stage comes after those it reads from.
     pub(crate) steps: Vec<Step>,
-    /// Which of them are those of which variant and seed, where it has any.
+    /// The steps of each variant and seed; `None` where the file has neither.
     pub(crate) matrix: Option<Matrix>,
-    /// What it was read from.
+    /// The text and settings that it was read from.
     pub(crate) request: Request,
 }
 
-/// What a pipeline was read from: enough to read it again, whatever became of its file.
+/// Everything needed to read a pipeline again, even if its file has changed.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Request {
     /// The folder that paths are relative to.
@@ -94,25 +46,23 @@ pub(crate) struct Request {
     /// The pipeline file's text.
     pub(crate) text: String,
     pub(crate) settings: Vec<Setting>,
-    /// The names of the variants that were chosen; none: all.
+    /// The chosen variants; empty: all.
     #[serde(default)]
     pub(crate) variants: Vec<String>,
 }
 
 /// A stage of a pipeline.
 pub(crate) struct Step {
-    /// Its id in the file, and which copy of it this is where variants or seeds make several: `detector@crops,8`.
-    pub(crate) id: String,
-    /// Its id in the file.
-    pub(crate) plain_id: String,
+    /// The stage's id in the file, with the variant and seed where the stage has several instances: `detector@crops,8`.
+    pub(crate) id: StepId,
     pub(crate) entry: &'static StageEntry,
     pub(crate) stage: Box<dyn AnyStage>,
     pub(crate) inputs: BTreeMap<String, Source>,
     pub(crate) resources: Resources,
     pub(crate) on_bad_item: OnBadItem,
-    /// After how long without a sign of life the stage counts as hanging.
+    /// Without progress for so long, the stage counts as hanging.
     pub(crate) max_silence: Duration,
-    /// In a dry run: how many of its items are made, or steps of a training.
+    /// In a dry run: how many of its items, or steps of a training, are computed.
     pub(crate) most_items: Option<usize>,
 }
 
@@ -125,7 +75,7 @@ pub(crate) enum Source {
     Step { step: usize, port: String },
 }
 
-/// What a stage occupies while it runs.
+/// The part of the machine that a stage uses while it runs.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Resources {
     /// Processor cores.
@@ -142,605 +92,34 @@ impl Default for Resources {
     }
 }
 
-/// Something wrong with a pipeline.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Problem {
-    /// Where: `stages.objects.with.expand`.
-    pub(crate) path: String,
-    /// The line in the file, from 1, where it has one.
-    pub(crate) line: Option<usize>,
-    /// What was expected and what was found.
-    pub(crate) problem: String,
-}
-
-/// A problem as printed below the error.
-pub(crate) fn with_line(problem: &Problem) -> String {
-    let line = problem.line.map_or_else(String::new, |line| format!("line {line}: "));
-    format!("  {line}{}: {}\n", problem.path, problem.problem)
-}
-
-/// Reads and checks a pipeline: a named one, or a file (written with a slash).
-///
-/// `variants` are the names of those that are chosen; none: all.
-pub(crate) fn load(name: &str, settings: &[Setting], variants: &[String]) -> Result<Pipeline> {
-    let (origin, file, text) = find(name)?;
-    let folder = std::env::current_dir().unwrap_or_default();
-    read(origin, Request { folder, file, text, settings: settings.to_vec(), variants: variants.to_vec() })
-}
-
-/// Reads and checks a pipeline again. Relative paths in it are those of the current folder.
-pub(crate) fn read(origin: String, request: Request) -> Result<Pipeline> {
-    let mut reader = Reader { lines: Lines::of(&request.text), problems: Vec::new(), broken: BTreeSet::new() };
-    let pipeline = reader.pipeline(&request);
-    match pipeline {
-        Some(pipeline) if reader.problems.is_empty() => Ok(Pipeline { request, ..pipeline }),
-        _ => {
-            reader.problems.sort_by_key(|problem| problem.line);
-            Err(Error::Pipeline { origin, problems: reader.problems })
-        }
-    }
-}
-
-/// Where a pipeline was found, its file, and its text.
-fn find(name: &str) -> Result<(String, Option<PathBuf>, String)> {
-    let is_path = name.contains('/') || name.ends_with(".yaml") || name.ends_with(".yml");
-    let path = if is_path { PathBuf::from(name) } else { Path::new("pipelines").join(format!("{name}.yaml")) };
-    match fs::read_to_string(&path) {
-        Ok(text) => return Ok((path.display().to_string(), fs::canonicalize(&path).ok().or(Some(path)), text)),
-        Err(source) if is_path || source.kind() != io::ErrorKind::NotFound => {
-            return Err(ovenbird_cache::Error::Read { path, source }.into());
-        }
-        Err(_) => {}
-    }
-    match NAMED.iter().find(|(known, _)| *known == name) {
-        Some((_, text)) => Ok((format!("the pipeline `{name}`"), None, (*text).to_owned())),
-        None => Err(Error::UnknownPipeline { name: name.into(), nearest: nearest(name, NAMED.iter().map(|(known, _)| *known)) }),
-    }
-}
-
-/// The most similar of the valid spellings, if one is similar at all.
-pub(crate) fn nearest<'a>(found: &str, valid: impl IntoIterator<Item = &'a str>) -> Option<String> {
-    let scored = valid.into_iter().map(|valid| (strsim::jaro_winkler(found, valid), valid));
-    let best = scored.max_by(|a, b| a.0.total_cmp(&b.0))?;
-    (best.0 > 0.75).then(|| best.1.to_owned())
-}
-
-/// `, did you mean `x`?`, or what there is to choose from.
-fn suggestion<'a>(found: &str, valid: impl IntoIterator<Item = &'a str> + Clone) -> String {
-    if let Some(nearest) = nearest(found, valid.clone()) {
-        return format!(", did you mean `{nearest}`?");
-    }
-    let valid: Vec<String> = valid.into_iter().map(|valid| format!("`{valid}`")).collect();
-    if valid.is_empty() { String::new() } else { format!("; expected one of {}", valid.join(", ")) }
-}
-
-struct Reader {
-    lines: Lines,
-    problems: Vec<Problem>,
-    /// Stages that could not be read: what reads from them is not a second problem.
-    broken: BTreeSet<String>,
-}
-
-/// A stage as written, after its keys were checked.
-struct Draft {
-    id: String,
-    entry: &'static StageEntry,
-    stage: Option<Box<dyn AnyStage>>,
-    inputs: BTreeMap<String, Given>,
-    resources: Resources,
-    on_bad_item: OnBadItem,
-    max_silence: Duration,
-}
-
-/// What an input is to be.
-struct Given {
-    value: String,
-    /// Where that is said.
-    path: String,
-}
-
-impl Reader {
-    fn push(&mut self, path: impl Into<String>, problem: impl Into<String>) {
-        let path = path.into();
-        let line = self.lines.of_path(&path);
-        self.problems.push(Problem { path, line, problem: problem.into() });
-    }
-
-    fn pipeline(&mut self, request: &Request) -> Option<Pipeline> {
-        let yaml: Yaml = match serde_yaml::from_str(&request.text) {
-            Ok(yaml) => yaml,
-            Err(error) => {
-                let line = error.location().map(|location| location.line());
-                self.problems.push(Problem { path: "yaml".into(), line, problem: error.to_string() });
-                return None;
-            }
+impl Step {
+    /// The places of the steps that this step reads from, ascending, each once.
+    pub(crate) fn upstream(&self) -> Vec<usize> {
+        let step = |source: &Source| match source {
+            Source::Step { step, .. } => Some(*step),
+            Source::File(_) => None,
         };
-        let Some(file) = self.keys("", &yaml, FILE_KEYS) else {
-            self.push("yaml", "expected a mapping with `name` and `stages`");
-            return None;
-        };
-        match file.get("version").map(|version| (version.as_u64(), version)) {
-            Some((Some(VERSION), _)) => {}
-            Some((Some(newer), _)) if newer > VERSION => {
-                self.push("version", format!("version {newer} is newer than this program, which reads up to {VERSION}: update ovenbird"));
-                return None;
-            }
-            Some((_, found)) => self.push("version", format!("expected {VERSION}, found {}", shown(found))),
-            None => self.push("version", format!("missing; write `version: {VERSION}`")),
-        }
-        let name = self.text("name", file.get("name"));
-        if let Some(name) = name.as_ref().filter(|name| !is_id(name)) {
-            self.push("name", format!("`{name}`: {ID_WORDS}"));
-        }
-        let description = file.get("description").map_or(Some(String::new()), |_| self.text("description", file.get("description")));
-        let variables = self.variables(file.get("variables"));
-        let mut changes = self.changes(&request.settings);
-        let axes = self.axes(&file, &mut changes, &request.variants);
-        let Some(Yaml::Sequence(stages)) = file.get("stages") else {
-            self.push("stages", "expected a list of stages");
-            return None;
-        };
-        let n_before = self.problems.len();
-        let (mut cells, mut found) = (Vec::new(), Vec::new());
-        for at in axes.cells() {
-            let steps = self.steps(stages, &variables, &axes.changes(at, &changes));
-            found.push((at, self.problems.split_off(n_before)));
-            cells.extend(steps.map(|steps| Resolved { at, steps }));
-        }
-        self.problems.extend(axes.told_once(found));
-        if !self.problems.is_empty() {
-            return None;
-        }
-        let (steps, matrix) = axes.merged(cells);
-        Some(Pipeline { name: name?, description: description?, steps, matrix, request: Request::default() })
-    }
-
-    /// The steps of a pipeline with some changes, each after those it reads from.
-    fn steps(&mut self, stages: &[Yaml], variables: &BTreeMap<String, Yaml>, changes: &[Change]) -> Option<Vec<Step>> {
-        let mut variables = variables.clone();
-        for Change { path, key, value } in changes {
-            let Key::Variable(name) = key else { continue };
-            match variables.get_mut(name) {
-                Some(variable) => *variable = value.clone(),
-                None => self.push(path, format!("no variable `{name}`{}", suggestion(name, variables.keys().map(String::as_str)))),
-            }
-        }
-        let mut changes = changes.to_vec();
-        for Change { path, value, .. } in changes.iter_mut().filter(|change| change.key.stage().is_some()) {
-            self.substitute(path, value, &variables);
-        }
-        let mut ids = BTreeSet::new();
-        let mut drafts = Vec::new();
-        for (stage_idx, yaml) in stages.iter().enumerate() {
-            if let Some(draft) = self.stage(stage_idx, yaml, &variables, &changes) {
-                if !ids.insert(draft.id.clone()) {
-                    self.push(format!("stages.{}.id", draft.id), "two stages have this id");
-                }
-                drafts.push(draft);
-            }
-        }
-        ids.extend(self.broken.iter().cloned());
-        for Change { path, key, .. } in &changes {
-            if let Some(id) = key.stage().filter(|id| !ids.contains(*id)) {
-                self.push(path, format!("no stage `{id}`{}", suggestion(id, ids.iter().map(String::as_str))));
-            }
-        }
-        let edges = self.edges(&drafts);
-        let order = self.order(&drafts, &edges)?;
-        let place: BTreeMap<usize, usize> = order.iter().enumerate().map(|(place, draft)| (*draft, place)).collect();
-        let mut drafts: Vec<Option<(Draft, BTreeMap<String, Source>)>> = drafts.into_iter().zip(edges).map(Some).collect();
-        let mut steps = Vec::new();
-        for draft_idx in order {
-            let (draft, mut inputs) = drafts[draft_idx].take().expect("BUG: the order names each stage once");
-            for source in inputs.values_mut() {
-                if let Source::Step { step, .. } = source {
-                    *step = place[step];
-                }
-            }
-            steps.push(Step {
-                id: draft.id.clone(),
-                plain_id: draft.id,
-                entry: draft.entry,
-                stage: draft.stage?,
-                inputs,
-                resources: draft.resources,
-                on_bad_item: draft.on_bad_item,
-                max_silence: draft.max_silence,
-                most_items: None,
-            });
-        }
-        Some(steps)
-    }
-
-    /// The entries of a mapping; unknown keys are problems and left out. `None`: not a mapping.
-    fn keys(&mut self, path: &str, yaml: &Yaml, known: &[&str]) -> Option<BTreeMap<String, Yaml>> {
-        let mut entries = self.entries(path, yaml)?;
-        entries.retain(|key, _| {
-            let is_known = known.contains(&key.as_str());
-            if !is_known {
-                self.push(join(path, key), format!("unknown key `{key}`{}", suggestion(key, known.iter().copied())));
-            }
-            is_known
-        });
-        Some(entries)
-    }
-
-    fn entries(&mut self, path: &str, yaml: &Yaml) -> Option<BTreeMap<String, Yaml>> {
-        let mapping = match yaml {
-            Yaml::Mapping(mapping) => mapping,
-            Yaml::Null => return Some(BTreeMap::new()),
-            Yaml::Bool(_) | Yaml::Number(_) | Yaml::String(_) | Yaml::Sequence(_) | Yaml::Tagged(_) => return None,
-        };
-        let mut entries = BTreeMap::new();
-        for (key, value) in mapping {
-            match key.as_str() {
-                Some(key) => drop(entries.insert(key.to_owned(), value.clone())),
-                None => self.push(path, format!("expected text as a key, found {}", shown(key))),
-            }
-        }
-        Some(entries)
-    }
-
-    fn text(&mut self, path: &str, yaml: Option<&Yaml>) -> Option<String> {
-        match yaml {
-            Some(Yaml::String(text)) if !text.is_empty() => Some(text.clone()),
-            Some(other) => {
-                self.push(path, format!("expected text, found {}", shown(other)));
-                None
-            }
-            None => {
-                self.push(path, "missing");
-                None
-            }
-        }
-    }
-
-    fn variables(&mut self, yaml: Option<&Yaml>) -> BTreeMap<String, Yaml> {
-        let Some(yaml) = yaml else { return BTreeMap::new() };
-        self.entries("variables", yaml).unwrap_or_else(|| {
-            self.push("variables", "expected a mapping from names to default values");
-            BTreeMap::new()
-        })
-    }
-
-    fn stage(&mut self, stage_idx: usize, yaml: &Yaml, variables: &BTreeMap<String, Yaml>, changes: &[Change]) -> Option<Draft> {
-        let place = format!("stages.{stage_idx}");
-        let id = yaml.get("id").and_then(Yaml::as_str).map(str::to_owned);
-        let path = id.as_ref().map_or_else(|| place.clone(), |id| format!("stages.{id}"));
-        let Some(mut keys) = self.keys(&path, yaml, STAGE_KEYS) else {
-            self.push(path, "expected a mapping with `id` and `use`");
-            return None;
-        };
-        let id = self.text(&format!("{path}.id"), keys.get("id"));
-        if let Some(id) = &id
-            && !is_id(id)
-        {
-            self.push(format!("{path}.id"), format!("`{id}`: {ID_WORDS}"));
-        }
-        for key in ["in", "with", "resources"] {
-            if let Some(value) = keys.get_mut(key) {
-                self.substitute(&format!("{path}.{key}"), value, variables);
-            }
-        }
-        let kind = self.text(&format!("{path}.use"), keys.get("use"));
-        let (id, kind) = (id?, kind?);
-        let Some(entry) = ovenbird_stages::find(&kind) else {
-            self.broken.insert(id);
-            let renamed = ovenbird_stages::renamed_kind(&kind).map(|new| format!(": it is now called `{new}`"));
-            let hint = renamed.unwrap_or_else(|| suggestion(&kind, STAGES.iter().map(|entry| entry.kind)));
-            self.push(format!("{path}.use"), format!("no stage `{kind}`{hint}"));
-            return None;
-        };
-        let with = keys.get("with").cloned().unwrap_or(Yaml::Null);
-        let stage = self.parameters(&path, &id, entry, &with, changes);
-        let inputs = self.inputs(&path, &id, entry, keys.get("in"), changes);
-        let resources = self.resources(&path, entry, keys.get("resources"));
-        let on_bad_item = self.on_bad_item(&path, keys.get("on_bad_item"), keys.get("max_failed_ratio"));
-        let max_silence = match keys.get("max_silence_s").map(|given| (given.as_u64(), given)) {
-            None => MAX_SILENCE,
-            Some((Some(seconds @ 1..), _)) => Duration::from_secs(seconds),
-            Some((_, found)) => {
-                self.push(format!("{path}.max_silence_s"), format!("expected a whole number of seconds, found {}", shown(found)));
-                MAX_SILENCE
-            }
-        };
-        Some(Draft { id, entry, stage, inputs, resources, on_bad_item, max_silence })
-    }
-
-    /// Replaces `${name}` in every text of a value; a text that is nothing but one variable takes its type.
-    fn substitute(&mut self, path: &str, value: &mut Yaml, variables: &BTreeMap<String, Yaml>) {
-        match value {
-            Yaml::Mapping(mapping) => {
-                for (key, value) in mapping {
-                    let key = key.as_str().unwrap_or_default().to_owned();
-                    self.substitute(&join(path, &key), value, variables);
-                }
-            }
-            Yaml::Sequence(values) => {
-                for (value_idx, value) in values.iter_mut().enumerate() {
-                    self.substitute(&format!("{path}.{value_idx}"), value, variables);
-                }
-            }
-            Yaml::String(text) => {
-                if let Some(name) = text.strip_prefix("${").and_then(|rest| rest.strip_suffix('}'))
-                    && let Some(variable) = variables.get(name)
-                {
-                    *value = variable.clone();
-                    return;
-                }
-                let mut result = String::new();
-                let mut rest = text.as_str();
-                while let Some((before, after)) = rest.split_once("${") {
-                    let Some((name, after)) = after.split_once('}') else { break };
-                    result.push_str(before);
-                    match variables.get(name) {
-                        Some(Yaml::String(text)) => result.push_str(text),
-                        Some(variable) => result.push_str(&shown(variable)),
-                        None => {
-                            self.push(path, format!("no variable `{name}`{}", suggestion(name, variables.keys().map(String::as_str))));
-                        }
-                    }
-                    rest = after;
-                }
-                result.push_str(rest);
-                *text = result;
-            }
-            Yaml::Null | Yaml::Bool(_) | Yaml::Number(_) | Yaml::Tagged(_) => {}
-        }
-    }
-
-    fn parameters(&mut self, path: &str, id: &str, entry: &StageEntry, with: &Yaml, changes: &[Change]) -> Option<Box<dyn AnyStage>> {
-        let path = format!("{path}.with");
-        let schema = (entry.schema)();
-        let known: Vec<&str> =
-            schema.get("properties").and_then(Value::as_object).into_iter().flatten().map(|(name, _)| name.as_str()).collect();
-        let Some(mut params) = self.keys(&path, with, &known) else {
-            self.push(path, format!("expected a mapping of parameters, found {}", shown(with)));
-            return None;
-        };
-        for Change { path, key, value } in changes {
-            let Key::Parameter { path: param, .. } = key else { continue };
-            if key.stage() != Some(id) {
-                continue;
-            }
-            let (name, below) = param.split_once('.').map_or((param.as_str(), None), |(name, below)| (name, Some(below)));
-            if !known.contains(&name) {
-                self.push(path, format!("no parameter `{name}`{}", suggestion(name, known.iter().copied())));
-                continue;
-            }
-            let old = params.remove(name).unwrap_or(Yaml::Null);
-            match with_below(old, below, value.clone()) {
-                Some(new) => drop(params.insert(name.to_owned(), new)),
-                None => self.push(path, format!("`{name}` is no mapping down to there")),
-            }
-        }
-        let params = match serde_json::to_value(&params) {
-            Ok(params) => params,
-            Err(error) => {
-                self.push(path, error.to_string());
-                return None;
-            }
-        };
-        // A value that a change brought is wrong there, not in the stage.
-        let place = |field: &str| {
-            let change = changes.iter().rev().find(|change| change.key.holds(id, field));
-            change.map_or_else(|| join(&path, field), |change| change.path.clone())
-        };
-        match (entry.parse)(&params) {
-            Ok(stage) => {
-                for problem in stage.check() {
-                    self.push(place(&problem.field), problem.problem);
-                }
-                Some(stage)
-            }
-            Err(problem) => {
-                self.push(place(&problem.field), problem.problem);
-                None
-            }
-        }
-    }
-
-    fn inputs(&mut self, path: &str, id: &str, entry: &StageEntry, yaml: Option<&Yaml>, changes: &[Change]) -> BTreeMap<String, Given> {
-        let path = format!("{path}.in");
-        let ports: Vec<&str> = entry.inputs.iter().map(|port| port.name).collect();
-        let Some(written) = self.keys(&path, yaml.unwrap_or(&Yaml::Null), &ports) else {
-            self.push(path, "expected a mapping from inputs to files or `stage.output`");
-            return BTreeMap::new();
-        };
-        let mut given: BTreeMap<String, (Yaml, String)> = BTreeMap::new();
-        given.extend(written.into_iter().map(|(port, value)| (port.clone(), (value, join(&path, &port)))));
-        let mut taken_away = BTreeMap::new();
-        for Change { path, key, value } in changes {
-            let Key::Input { stage, port } = key else { continue };
-            if stage != id {
-                continue;
-            }
-            if !ports.contains(&port.as_str()) {
-                self.push(path, format!("no input `{port}`{}", suggestion(port, ports.iter().copied())));
-            } else if value.is_null() {
-                given.remove(port);
-                taken_away.insert(port.clone(), path.clone());
-            } else {
-                given.insert(port.clone(), (value.clone(), path.clone()));
-            }
-        }
-        for port in entry.inputs.iter().filter(|port| port.presence == Presence::Required && !given.contains_key(port.name)) {
-            let path = taken_away.remove(port.name).unwrap_or_else(|| join(&path, port.name));
-            self.push(path, format!("missing: `{}` needs {} here ({})", entry.kind, port.kind, port.doc));
-        }
-        let text = |(port, (value, path)): (String, (Yaml, String))| {
-            let value = self.text(&path, Some(&value))?;
-            Some((port, Given { value, path }))
-        };
-        given.into_iter().filter_map(text).collect()
-    }
-
-    fn resources(&mut self, path: &str, entry: &StageEntry, yaml: Option<&Yaml>) -> Resources {
-        let path = format!("{path}.resources");
-        let mut resources = Resources::default();
-        let Some(given) = self.keys(&path, yaml.unwrap_or(&Yaml::Null), RESOURCE_KEYS) else {
-            self.push(path, "expected a mapping with `cpu`, `memory`, `gpu`");
-            return resources;
-        };
-        for (key, value) in given {
-            let number = value.as_u64();
-            match (key.as_str(), number) {
-                ("cpu", Some(cpu)) if cpu > 0 => resources.cpu = cpu as usize,
-                ("gpu", Some(1..)) if !entry.uses_device => {
-                    self.push(join(&path, &key), format!("`{}` runs no network: leave `gpu` out", entry.kind));
-                }
-                ("gpu", Some(gpu)) => resources.gpu = gpu as usize,
-                ("memory", _) => match value.as_str().and_then(parse_bytes) {
-                    Some(bytes) => resources.memory = bytes,
-                    None => self.push(join(&path, &key), format!("expected a size such as `4GiB`, found {}", shown(&value))),
-                },
-                _ => self.push(join(&path, &key), format!("expected a whole number, found {}", shown(&value))),
-            }
-        }
-        resources
-    }
-
-    fn on_bad_item(&mut self, path: &str, policy: Option<&Yaml>, ratio: Option<&Yaml>) -> OnBadItem {
-        let max_failed_ratio = match ratio.map(|ratio| (ratio.as_f64(), ratio)) {
-            None => MAX_FAILED_RATIO,
-            Some((Some(ratio), _)) if (0.0..=1.0).contains(&ratio) => ratio,
-            Some((_, found)) => {
-                self.push(format!("{path}.max_failed_ratio"), format!("expected a number from 0 to 1, found {}", shown(found)));
-                MAX_FAILED_RATIO
-            }
-        };
-        match policy.map(|policy| (policy.as_str(), policy)) {
-            Some((Some("skip"), _)) => return OnBadItem::Skip { max_failed_ratio },
-            None | Some((Some("fail"), _)) if ratio.is_some() => {
-                self.push(format!("{path}.max_failed_ratio"), "has a meaning only with `on_bad_item: skip`");
-            }
-            None | Some((Some("fail"), _)) => {}
-            Some((_, found)) => self.push(format!("{path}.on_bad_item"), format!("expected `fail` or `skip`, found {}", shown(found))),
-        }
-        OnBadItem::Fail
-    }
-
-    /// Where every input of every stage comes from, by the place of stages in the file.
-    fn edges(&mut self, drafts: &[Draft]) -> Vec<BTreeMap<String, Source>> {
-        let mut all = Vec::new();
-        for draft in drafts {
-            let mut edges = BTreeMap::new();
-            for (port, Given { value, path }) in &draft.inputs {
-                if value.split_once('.').is_some_and(|(id, _)| self.broken.contains(id)) {
-                    continue;
-                }
-                let wanted = draft.entry.inputs.iter().find(|known| known.name == port).expect("BUG: unknown ports were left out");
-                match source(value, wanted, drafts, &self.broken) {
-                    Ok(source) => drop(edges.insert(port.clone(), source)),
-                    Err(problem) => self.push(path, problem),
-                }
-            }
-            all.push(edges);
-        }
-        all
-    }
-
-    /// Stages in an order in which each comes after those it reads from, the file's order where there is a choice.
-    fn order(&mut self, drafts: &[Draft], edges: &[BTreeMap<String, Source>]) -> Option<Vec<usize>> {
-        let mut order: Vec<usize> = Vec::new();
-        while order.len() < drafts.len() {
-            let is_ready = |draft: &usize| {
-                let mut sources = edges[*draft].values();
-                !order.contains(draft) && sources.all(|source| !matches!(source, Source::Step { step, .. } if !order.contains(step)))
-            };
-            match (0..drafts.len()).find(is_ready) {
-                Some(ready) => order.push(ready),
-                None => {
-                    let stuck: Vec<&str> =
-                        (0..drafts.len()).filter(|draft| !order.contains(draft)).map(|draft| drafts[draft].id.as_str()).collect();
-                    self.push(
-                        format!("stages.{}.in", stuck[0]),
-                        format!("these stages wait for each other in a circle: {}", stuck.join(", ")),
-                    );
-                    return None;
-                }
-            }
-        }
-        Some(order)
+        let steps: BTreeSet<usize> = self.inputs.values().filter_map(step).collect();
+        steps.into_iter().collect()
     }
 }
 
-fn source(value: &str, wanted: &PortInfo, drafts: &[Draft], broken: &BTreeSet<String>) -> Result<Source, String> {
-    if value.contains('/') {
-        let path = PathBuf::from(value);
-        if let Some(found) = inputs::stray(&path) {
-            return Err(format!("expected {}, found {found} at `{value}`", usual(wanted)));
+impl Pipeline {
+    /// The steps of a run that no other step of the run reads from.
+    pub(crate) fn ends(&self, wanted: &[usize]) -> BTreeSet<usize> {
+        let read: BTreeSet<usize> = wanted.iter().flat_map(|step| self.steps[*step].upstream()).collect();
+        wanted.iter().copied().filter(|step| !read.contains(step)).collect()
+    }
+
+    /// The places of some steps and of all steps before them, ascending.
+    pub(crate) fn needed(&self, until: &[usize]) -> Vec<usize> {
+        let mut needed: BTreeSet<usize> = until.iter().copied().collect();
+        // Steps come after those they read from.
+        for place in (0..self.steps.len()).rev() {
+            if needed.contains(&place) {
+                needed.extend(self.steps[place].upstream());
+            }
         }
-        // What a file is, its content says; a folder can be told by its place.
-        let takes_folders = wanted.extensions.contains(&"/");
-        let takes_files = wanted.extensions != ["/"];
-        return match (path.is_dir(), path.exists()) {
-            (true, _) if !takes_folders => Err(format!("expected {}, found a folder at `{value}`", usual(wanted))),
-            (false, true) if !takes_files => Err(format!("expected {}, found a file at `{value}`", usual(wanted))),
-            (_, true) => Ok(Source::File(path)),
-            (_, false) => Err(format!("{NO_FILE} `{value}`")),
-        };
+        needed.into_iter().collect()
     }
-    let Some((id, output)) = value.split_once('.') else {
-        return Err(format!("expected `stage.output` or a path with a slash, found `{value}`"));
-    };
-    let Some(step) = drafts.iter().position(|draft| draft.id == id) else {
-        let nearest = suggestion(id, drafts.iter().map(|draft| draft.id.as_str()).chain(broken.iter().map(String::as_str)));
-        return Err(format!("no stage `{id}`{nearest} (a file is written with a slash: ./{value})"));
-    };
-    let outputs = drafts[step].entry.outputs;
-    let Some(found) = outputs.iter().find(|known| known.name == output) else {
-        return Err(format!(
-            "`{}` has no output `{output}`{}",
-            drafts[step].entry.kind,
-            suggestion(output, outputs.iter().map(|port| port.name))
-        ));
-    };
-    if found.kind != wanted.kind {
-        return Err(format!("expected {}, but `{value}` is {}", wanted.kind, found.kind));
-    }
-    Ok(Source::Step { step, port: output.to_owned() })
-}
-
-/// A kind, and what its files are usually called.
-fn usual(wanted: &PortInfo) -> String {
-    let extension = |extension: &&str| if *extension == "/" { "a folder".to_owned() } else { format!(".{extension}") };
-    format!("{} ({})", wanted.kind, wanted.extensions.iter().map(extension).collect::<Vec<_>>().join(", "))
-}
-
-/// Whether a text may be an id, or a part of one.
-/// What [`is_id`] asks for.
-const ID_WORDS: &str = "expected letters, digits, `-` and `_` only, 64 at most";
-
-fn is_id(text: &str) -> bool {
-    (1..=64).contains(&text.len()) && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
-}
-
-fn join(path: &str, key: &str) -> String {
-    match (path, key) {
-        ("", key) => key.to_owned(),
-        (path, "") => path.to_owned(),
-        (path, key) => format!("{path}.{key}"),
-    }
-}
-
-fn shown(yaml: &Yaml) -> String {
-    serde_yaml::to_string(yaml).map_or_else(|_| "something unreadable".into(), |text| text.trim().replace('\n', " "))
-}
-
-fn parse_bytes(text: &str) -> Option<u64> {
-    let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic())?);
-    let number: f64 = number.trim().parse().ok().filter(|number| *number >= 0.0)?;
-    let unit = match unit {
-        "KiB" => 1_u64 << 10,
-        "MiB" => 1 << 20,
-        "GiB" => 1 << 30,
-        "TiB" => 1 << 40,
-        "KB" | "kB" => 1_000,
-        "MB" => 1_000_000,
-        "GB" => 1_000_000_000,
-        "TB" => 1_000_000_000_000,
-        _ => return None,
-    };
-    Some((number * unit as f64) as u64)
 }

@@ -1,10 +1,12 @@
-//! The run loop: starts what can start, learns what happened, tells everyone.
+//! The run loop: checks steps, starts workers, and records events.
 //!
-//! One loop owns all state and receives messages from workers, signals and a timer; tokio hosts that loop and nothing else.
-//! Workers are plain threads that get a stage, its missing units and a context; they know nothing of the graph. A step is
-//! *ready* when everything it reads from is there: ready to be checked, not to run.
+//! One loop owns all state and receives messages from workers, signals and a timer; tokio hosts only this loop. Workers are plain
+//! threads that get a stage, its missing units and a context. A step is checked once all steps that it reads from are done.
 //!
-//! A step that fails does not stop those that do not need it; those that do are skipped by name.
+//! If a step fails, the steps that depend on it are skipped, and all others run.
+
+mod gauge;
+pub(crate) mod local;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -32,49 +34,32 @@ use tokio::{
 
 use crate::{
     devices::{self, Demand, DevicePool, Grant},
-    error::{Error, ExitCode, Result, count},
+    error::{Error, ExitCode, Result},
     event::{self, Event, EventLog, Outcome, Stamped, StepInfo, Verdict},
-    history,
     machine::{peak_memory, reset_peak_memory},
-    pipeline::{Pipeline, Step},
-    plan::{self, Checked, FileInputs, Last, Made, Work, upstream},
-    verify::request_place,
-    work::{self, Failure, Shop, Task, guard, lacks_room},
+    output::count,
+    pipeline::{Pipeline, Step, step_id::StepId},
+    plan::{self, Checked, FileInputs, Made, Work, previous_run::PreviousRun},
+    request::request_path,
+    results::check_shown,
 };
+use gauge::{Gauge, SILENCE, Silence};
+use local::{Failure, Options, Task, WorkerContext, guard, lacks_space};
 
-/// How often progress goes into the log and to the screen.
+/// How often progress is logged and shown.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
-/// How often steps are checked again because of one file that was found changed, or one unit that was found damaged, while they read it.
+/// How often one file or unit that changed or was damaged while it was read makes steps be checked again.
 const MAX_RECHECKS: usize = 3;
-/// After how long without any progress the operator is told; [`Step::max_silence`] says when a step is given up.
-const SILENCE: Duration = Duration::from_secs(60);
-
-/// What a run may use. None of it changes a result.
-#[derive(Debug, Clone)]
-pub(crate) struct Options {
-    /// Processor cores for all steps together.
-    pub(crate) cpu: usize,
-    /// Memory for all steps together, in bytes.
-    pub(crate) memory: u64,
-    /// Where networks run, at least one: see [`crate::devices`].
-    pub(crate) devices: Vec<tch::Device>,
-    /// Whether to hash every input file again.
-    pub(crate) rehash: bool,
-    /// Whether steps run one after the other, so that each is measured by itself.
-    pub(crate) is_measuring: bool,
-    /// Whether it makes again what was damaged of an earlier run: what the pipeline comes to now stays as it is remembered.
-    pub(crate) is_repair: bool,
-}
 
 /// A run that has ended.
 pub(crate) struct Ended {
     pub(crate) run: String,
-    /// Why it is not whole, if it is not.
+    /// Why not everything is done, if so.
     pub(crate) error: Option<Error>,
 }
 
-/// Runs the wanted steps of a pipeline, or continues to. Every event is logged, then shown.
+/// Runs the wanted steps of a pipeline. Every event is logged, then passed to `show`.
 pub(crate) fn run(
     pipeline: &Arc<Pipeline>,
     wanted: &[usize],
@@ -88,7 +73,7 @@ pub(crate) fn run(
     let ledger = Ledger::of(store).rehashing(options.rehash);
     ledger.begin();
     let log = EventLog::create(store, &run)?;
-    store.keep(&request_place(&run), &pipeline.request)?;
+    store.keep(&request_path(&run), &pipeline.request)?;
     let mut coordinator = Coordinator::new(pipeline, wanted, store, options, run, log, show)?;
     coordinator.emit(Event::RunStarted {
         version: event::VERSION,
@@ -105,8 +90,8 @@ pub(crate) fn run(
         coordinator.emit(Event::Notice { words })?;
     }
     let ledger = ledger.stopped_by(Arc::clone(&coordinator.stop));
-    if let Some(damage) = coordinator.last.damage.clone() {
-        coordinator.emit(Event::Notice { words: format!("{damage}: set aside, and made again from the logs of earlier runs") })?;
+    if let Some(damage) = coordinator.previous.damage.clone() {
+        coordinator.emit(Event::Notice { words: format!("{damage}: set aside, and written again from the logs of earlier runs") })?;
     }
     let clock = Instant::now();
     let steps: Vec<&Step> = wanted.iter().map(|step| &pipeline.steps[*step]).collect();
@@ -120,15 +105,15 @@ pub(crate) fn run(
     Ok(Ended { run: coordinator.run, error })
 }
 
-/// What was put in order at the start, in one line.
+/// The clean-up at the start of a run, in one line.
 pub(crate) fn recovery_words(recovered: Recovered) -> Option<String> {
     let Recovered { swept, adopted, damaged_lines } = recovered;
     let swept = (swept > 0).then(|| format!("{} removed", count(swept, "unfinished file or folder")));
     let adopted = (adopted > 0).then(|| format!("{} adopted", count(adopted, "finished unit")));
     let done: Vec<String> = swept.into_iter().chain(adopted).collect();
-    let cut_off = (!done.is_empty()).then(|| format!("an earlier run was cut off: {}; nothing committed is lost", done.join(", ")));
-    let damaged =
-        (damaged_lines > 0).then(|| format!("{} of commits.jsonl damaged: `ovenbird verify --fix` mends it", count(damaged_lines, "line")));
+    let cut_off = (!done.is_empty()).then(|| format!("an earlier run was cut off: {}; no finished unit is lost", done.join(", ")));
+    let damaged = (damaged_lines > 0)
+        .then(|| format!("{} of commits.jsonl damaged: `ovenbird verify --fix` repairs it", count(damaged_lines, "line")));
     let words: Vec<String> = cut_off.into_iter().chain(damaged).collect();
     (!words.is_empty()).then(|| words.join("; "))
 }
@@ -145,79 +130,36 @@ fn new_run_id(store: &Store, started: Timestamp) -> String {
 }
 
 fn info(pipeline: &Pipeline, step: &Step) -> StepInfo {
-    let after = upstream(step).into_iter().map(|step| pipeline.steps[step].id.clone()).collect();
+    let after = step.upstream().into_iter().map(|step| pipeline.steps[step].id.clone()).collect();
     StepInfo { id: step.id.clone(), kind: step.entry.kind.into(), after }
 }
 
+/// The state of a step in the loop.
 enum State {
-    /// For a step it reads from.
+    /// Waits for a step that it reads from.
     Waiting,
     Checking,
-    /// For resources.
+    /// Waits for cores, memory or devices.
     Queued(Box<Work>),
     Running(Gauge),
-    /// For a step that is making the same: two that read different things may come to one recipe.
-    Alike(usize),
+    /// Waits for a running step with the same recipe, and reuses its artifact.
+    SameRecipe(usize),
     Done,
-    /// A file was found changed or damaged: for the moment when all others have ended.
+    /// A file changed or was damaged while it was read: the step is checked again once all others have ended.
     Recheck,
     Failed,
     Skipped,
 }
 
-/// How far a running step is.
-struct Gauge {
-    started: Instant,
-    fingerprint: Fingerprint,
-    /// The steps that share its pass, itself included: a sign of one is a sign of all.
-    company: Arc<[usize]>,
-    devices: Arc<Grant>,
-    last_sign: Instant,
-    /// Whether the operator was told that there is no sign of life.
-    is_silent: bool,
-    failed: u64,
-    done: u64,
-    total: u64,
-    units_left: usize,
-    bytes: u64,
-    /// Crops or images that went through the network.
-    views: u64,
-    /// Pieces of work that were ready for it at last.
-    ready: u64,
-    is_stale: bool,
-}
-
-impl Gauge {
-    fn new(work: &Work, company: Arc<[usize]>, devices: Arc<Grant>) -> Self {
-        let now = Instant::now();
-        Self {
-            started: now,
-            fingerprint: work.recipe.fingerprint(),
-            company,
-            devices,
-            last_sign: now,
-            is_silent: false,
-            failed: 0,
-            done: 0,
-            total: 0,
-            units_left: work.missing.len(),
-            bytes: 0,
-            views: 0,
-            ready: 0,
-            is_stale: false,
-        }
-    }
-}
-
 enum Message {
     Checked(usize, Result<Checked, Failure>),
     Progress(usize, Progress),
-    /// A worker has ended; what came of its steps.
+    /// A worker has ended, with the results of its steps.
     Ended(Arc<Grant>, Vec<(usize, Result<Box<Artifact>, Failure>)>),
     Finished(usize, Result<Box<Artifact>, Failure>),
 }
 
-/// The owner of all state of a run.
+/// Owns all state of a run.
 struct Coordinator<'a> {
     pipeline: &'a Arc<Pipeline>,
     store: &'a Store,
@@ -231,17 +173,17 @@ struct Coordinator<'a> {
     states: BTreeMap<usize, State>,
     pool: DevicePool,
     made: Made,
-    /// Steps whose bytes are needed: those that nothing reads from, and those that a step that runs reads from.
+    /// Steps whose bytes are needed: those that no step reads from, and those that a running step reads from.
     demanded: BTreeSet<usize>,
-    last: Last,
-    /// What each step that is done came to, to say it once.
+    previous: PreviousRun,
+    /// The artifact of each step that is done, to report it once.
     settled: BTreeMap<usize, Fingerprint>,
-    /// Files of the user that were found changed.
+    /// The user's files that changed during the run.
     changed: BTreeSet<PathBuf>,
-    /// How often a file of the user, or a unit, was the reason to check steps again.
+    /// How often a file or a unit made steps be checked again.
     rechecks: BTreeMap<PathBuf, usize>,
-    failed: Vec<String>,
-    skipped: Vec<String>,
+    failed: Vec<StepId>,
+    skipped: Vec<StepId>,
     worst: ExitCode,
 }
 
@@ -269,8 +211,8 @@ impl<'a> Coordinator<'a> {
             states: wanted.iter().map(|step| (*step, State::Waiting)).collect(),
             pool: DevicePool::new(&options.devices),
             made: Made::new(),
-            demanded: plan::ends(pipeline, wanted),
-            last: Last::of(store, pipeline)?,
+            demanded: pipeline.ends(wanted),
+            previous: PreviousRun::of(store, pipeline)?,
             settled: BTreeMap::new(),
             changed: BTreeSet::new(),
             rechecks: BTreeMap::new(),
@@ -288,7 +230,7 @@ impl<'a> Coordinator<'a> {
         Ok(())
     }
 
-    fn id(&self, place: usize) -> String {
+    fn id(&self, place: usize) -> StepId {
         self.pipeline.steps[place].id.clone()
     }
 
@@ -321,11 +263,11 @@ impl<'a> Coordinator<'a> {
         Err(Error::StagesFailed { failed, skipped, worst: self.worst })
     }
 
-    /// Hashes what the steps read, on a thread of its own: it may take long, and the operator may want to stop it.
+    /// Hashes the input files on a separate thread, so that the user can stop it.
     fn digest(&mut self, steps: &[&Step], ledger: &Ledger, runtime: &runtime::Runtime, signals: &mut Signals) -> Result<FileInputs> {
         let (sender, mut receiver) = unbounded_channel();
         let files = thread::scope(|scope| {
-            // Nobody listens once the log could not be written.
+            // The receiver is gone once the log could not be written.
             scope.spawn(move || drop(sender.send(plan::digest_files(steps, Some(ledger)))));
             runtime.block_on(async {
                 loop {
@@ -339,11 +281,11 @@ impl<'a> Coordinator<'a> {
         if self.stop.load(Ordering::SeqCst) { Err(Error::Interrupted) } else { files }
     }
 
-    /// Has every step looked up again that did not fail: what one reads may have changed for others, too.
+    /// Has every step checked again that did not fail: a changed file may be the input of several.
     fn recheck(&mut self) {
         self.made.clear();
         let wanted: Vec<usize> = self.states.keys().copied().collect();
-        self.demanded = plan::ends(self.pipeline, &wanted);
+        self.demanded = self.pipeline.ends(&wanted);
         for state in self.states.values_mut() {
             if !matches!(state, State::Failed | State::Skipped) {
                 *state = State::Waiting;
@@ -360,14 +302,14 @@ impl<'a> Coordinator<'a> {
                 return Ok(());
             }
             tokio::select! {
-                Some(message) = self.receiver.recv() => self.learn(message)?,
+                Some(message) = self.receiver.recv() => self.handle(message)?,
                 () = signals.recv() => self.interrupt()?,
                 _ = timer.tick() => self.tell_progress()?,
             }
         }
     }
 
-    #[expect(clippy::disallowed_methods, reason = "a second Ctrl-C means at once; nothing committed can be lost")]
+    #[expect(clippy::disallowed_methods, reason = "a second Ctrl-C ends the program at once; published units are safe")]
     fn interrupt(&mut self) -> Result<()> {
         if self.stop.swap(true, Ordering::SeqCst) {
             std::process::exit(ExitCode::Interrupted as i32);
@@ -376,13 +318,13 @@ impl<'a> Coordinator<'a> {
     }
 
     fn start_what_can(&mut self, files: &Arc<FileInputs>) -> Result<()> {
-        self.refuse_what_gets_no_devices()?;
+        self.fail_without_devices()?;
         let places: Vec<usize> = self.states.keys().copied().collect();
         for place in places {
             if self.stop.load(Ordering::SeqCst) {
                 return Ok(());
             }
-            let sources = upstream(&self.pipeline.steps[place]);
+            let sources = self.pipeline.steps[place].upstream();
             match &self.states[&place] {
                 State::Waiting => {
                     let is_lost = |step: &usize| matches!(self.states.get(step), Some(State::Failed | State::Skipped));
@@ -396,16 +338,16 @@ impl<'a> Coordinator<'a> {
                         self.start_check(place, Arc::clone(files));
                     }
                 }
-                State::Queued(_) if self.fits(place) && !self.may_gain_company(place) => {
-                    let Some((company, grant)) = self.with_devices(place) else { continue };
-                    let (mut tasks, company, grant): (_, Arc<[usize]>, _) = (Vec::new(), company.into(), Arc::new(grant));
-                    if company.len() > 1 {
-                        let ids: Vec<String> = company.iter().map(|place| self.id(*place)).collect();
+                State::Queued(_) if self.fits(place) && !self.may_be_joined(place) => {
+                    let Some((together, grant)) = self.with_devices(place) else { continue };
+                    let (mut tasks, together, grant): (_, Arc<[usize]>, _) = (Vec::new(), together.into(), Arc::new(grant));
+                    if together.len() > 1 {
+                        let ids: Vec<String> = together.iter().map(|place| self.id(*place).to_string()).collect();
                         self.emit(Event::Notice { words: format!("one pass over the images serves {}", ids.join(", ")) })?;
                     }
-                    for &place in company.iter() {
+                    for &place in together.iter() {
                         let Some(State::Queued(work)) = self.states.remove(&place) else { continue };
-                        self.states.insert(place, State::Running(Gauge::new(&work, Arc::clone(&company), Arc::clone(&grant))));
+                        self.states.insert(place, State::Running(Gauge::new(&work, Arc::clone(&together), Arc::clone(&grant))));
                         self.emit(Event::StepStarted { step: self.id(place) })?;
                         tasks.push((place, work));
                     }
@@ -417,7 +359,7 @@ impl<'a> Coordinator<'a> {
                 State::Queued(_)
                 | State::Checking
                 | State::Running(_)
-                | State::Alike(_)
+                | State::SameRecipe(_)
                 | State::Done
                 | State::Recheck
                 | State::Failed
@@ -427,7 +369,7 @@ impl<'a> Coordinator<'a> {
         Ok(())
     }
 
-    /// Whether a step's cores and memory are free; one that asks for more than there is runs alone.
+    /// Whether a step's cores and memory are free; a step that asks for more than the machine has runs alone.
     fn fits(&self, place: usize) -> bool {
         let running = self.states.iter().filter(|(_, state)| matches!(state, State::Running(_)));
         let running: Vec<_> = running.map(|(place, _)| self.pipeline.steps[*place].resources).collect();
@@ -446,27 +388,27 @@ impl<'a> Coordinator<'a> {
         }
     }
 
-    /// Takes the devices of a queued step and of those that share its pass; `None`: it has to wait for them. Steps that run no network
-    /// do not wait for those that do.
+    /// Takes the devices for a queued step and for those that share its pass; `None` where it has to wait. Steps without networks do not
+    /// wait for steps with networks.
     fn with_devices(&mut self, place: usize) -> Option<(Vec<usize>, Grant)> {
-        let company = self.company(place);
-        let demand = company.iter().map(|place| self.demand(*place)).fold(Demand::NONE, Demand::joined);
+        let together = self.sharing_a_pass(place);
+        let demand = together.iter().map(|place| self.demand(*place)).fold(Demand::NONE, Demand::joined);
         if let Some(grant) = self.pool.take(demand) {
-            return Some((company, grant));
+            return Some((together, grant));
         }
         let grant = self.pool.take(self.demand(place)).filter(|grant| grant.devices.is_empty())?;
-        Some((company.into_iter().filter(|place| self.demand(*place) == Demand::NONE).collect(), grant))
+        Some((together.into_iter().filter(|place| self.demand(*place) == Demand::NONE).collect(), grant))
     }
 
-    /// Has the queued steps failed that cannot get their devices in this run.
-    fn refuse_what_gets_no_devices(&mut self) -> Result<()> {
+    /// Fails the queued steps that cannot get their devices in this run.
+    fn fail_without_devices(&mut self) -> Result<()> {
         let (mut refused, n_left) = (Vec::new(), self.pool.n_left());
         for (place, state) in &self.states {
             let State::Queued(work) = state else { continue };
             let step = &self.pipeline.steps[*place];
             let Demand { least: needed, .. } = Demand::of(step, work);
             if needed > 1 && work.units.iter().all(|unit| unit.family.is_none()) {
-                let problem = format!("`resources.gpu` asks for {needed} devices, and `{}` runs on one", step.entry.kind);
+                let problem = format!("`resources.gpu` asks for {needed} devices, but `{}` runs on one", step.entry.kind);
                 refused.push((*place, Error::Usage { problem, hint: "write `gpu: 1`, or leave it out".into() }));
             } else if needed > n_left {
                 refused.push((*place, Error::LacksDevices { needed, n_left }));
@@ -477,34 +419,34 @@ impl<'a> Coordinator<'a> {
 
     fn start_check(&self, place: usize, files: Arc<FileInputs>) {
         let (pipeline, store, sender) = (Arc::clone(self.pipeline), self.store.clone(), self.sender.clone());
-        let (last, is_demanded) = (self.last.clone(), self.demanded.contains(&place));
-        let made: Made = upstream(&pipeline.steps[place]).into_iter().map(|step| (step, self.made[&step].clone())).collect();
+        let (previous, is_demanded) = (self.previous.clone(), self.demanded.contains(&place));
+        let made: Made = pipeline.steps[place].upstream().into_iter().map(|step| (step, self.made[&step].clone())).collect();
         thread::spawn(move || {
-            let checked = guard(|| plan::check(&pipeline.steps[place], is_demanded, &files, &made, &store, &last));
-            // Nobody listens once the loop has ended because its log could not be written.
+            let checked = guard(|| plan::check(&pipeline.steps[place], is_demanded, &files, &made, &store, &previous));
+            // The receiver is gone once the loop has ended because its log could not be written.
             drop(sender.send(Message::Checked(place, checked)));
         });
     }
 
-    /// Whether two steps can share a pass over their images.
+    /// Whether two steps can share a pass over the same images.
     fn share_a_pass(&self, one: usize, other: usize) -> bool {
         let [one, other] = [one, other].map(|place| &self.pipeline.steps[place]);
-        let is_alike = |port: &str| one.inputs.get(port) == other.inputs.get(port);
+        let is_same = |port: &str| one.inputs.get(port) == other.inputs.get(port);
         !self.options.is_measuring
             && one.entry.consumer.is_some()
             && other.entry.consumer.is_some()
-            && is_alike("images")
-            && is_alike("annotations")
+            && is_same("images")
+            && is_same("annotations")
     }
 
-    /// The queued steps that share a pass with a queued step, itself included.
-    fn company(&self, place: usize) -> Vec<usize> {
+    /// The places of the queued steps that share a pass with a queued step, itself included.
+    fn sharing_a_pass(&self, place: usize) -> Vec<usize> {
         let queued = self.states.iter().filter(|(_, state)| matches!(state, State::Queued(_))).map(|(place, _)| *place);
         queued.filter(|other| *other == place || self.share_a_pass(place, *other)).collect()
     }
 
-    /// Whether a step that is just being looked up might share a pass with a queued step.
-    fn may_gain_company(&self, place: usize) -> bool {
+    /// Whether a step that is being checked may be able to share a pass with a queued step.
+    fn may_be_joined(&self, place: usize) -> bool {
         self.states.iter().any(|(other, state)| matches!(state, State::Checking) && self.share_a_pass(place, *other))
     }
 
@@ -523,24 +465,25 @@ impl<'a> Coordinator<'a> {
             let task = |((place, work), report)| Task { step: &pipeline.steps[place], work, report };
             let reports = reports.iter().map(|report| report as &(dyn Fn(Progress) + Send + Sync));
             let tasks: Vec<Task<'_>> = tasks.into_iter().zip(reports).map(task).collect();
-            let shop = Shop { store: &store, devices: &grant.devices, run: &run, stop: &stop };
-            let finished = work::make(&tasks, shop).into_iter().map(|finished| finished.map(Box::new));
+            let context = WorkerContext { store: &store, devices: &grant.devices, run: &run, stop: &stop };
+            let finished = local::run_steps(&tasks, context).into_iter().map(|finished| finished.map(Box::new));
             let finished = places.iter().copied().zip(finished).collect();
-            // Nobody listens once the loop has ended because its log could not be written.
+            // The receiver is gone once the loop has ended because its log could not be written.
             drop(sender.send(Message::Ended(grant, finished)));
         });
     }
 
-    fn learn(&mut self, message: Message) -> Result<()> {
+    /// Handles a message of a worker.
+    fn handle(&mut self, message: Message) -> Result<()> {
         match message {
             Message::Ended(grant, finished) => {
                 self.pool.give_back(&grant);
-                finished.into_iter().try_for_each(|(place, finished)| self.learn(Message::Finished(place, finished)))
+                finished.into_iter().try_for_each(|(place, finished)| self.handle(Message::Finished(place, finished)))
             }
-            // It was given up, and is alive after all.
+            // A step that was given up as hanging has ended after all.
             Message::Finished(place, _) if matches!(self.states[&place], State::Failed) => Ok(()),
             Message::Checked(place, Ok(Checked::Reused(artifact))) => {
-                if let Err(error) = history::check_shown(self.pipeline.steps[place].entry, &artifact) {
+                if let Err(error) = check_shown(self.pipeline.steps[place].entry, &artifact) {
                     return self.fail(place, &Failure::Known(error));
                 }
                 let fingerprint = artifact.manifest.fingerprint;
@@ -548,7 +491,7 @@ impl<'a> Coordinator<'a> {
                 if self.settled.get(&place) != Some(&fingerprint) {
                     self.emit(Event::StepChecked { step: self.id(place), fingerprint, verdict })?;
                 }
-                self.keep(place, *artifact)
+                self.done(place, *artifact)
             }
             Message::Checked(place, Ok(Checked::Lacks { sources, .. })) => {
                 for source in sources {
@@ -565,9 +508,9 @@ impl<'a> Coordinator<'a> {
                 let sample = self.pipeline.steps[place].most_items.map(|_| (work.n_made as u64, work.n_whole as u64));
                 let verdict = Verdict::Run { units_done, units_total, reasons: work.reasons.clone(), sample };
                 let fingerprint = work.recipe.fingerprint();
-                if let Some(alike) = self.maker_of(&fingerprint) {
-                    self.states.insert(place, State::Alike(alike));
-                    let words = format!("comes to the same as {}, and waits for it", self.id(alike));
+                if let Some(same) = self.step_with(&fingerprint) {
+                    self.states.insert(place, State::SameRecipe(same));
+                    let words = format!("has the same recipe as {}, and waits for it", self.id(same));
                     return self.emit(Event::StepNote { step: self.id(place), words });
                 }
                 self.states.insert(place, State::Queued(work));
@@ -582,15 +525,16 @@ impl<'a> Coordinator<'a> {
                     let (fingerprint, ports) = (artifact.manifest.fingerprint, artifact.manifest.ports.clone());
                     self.emit(Event::StepDone { step: self.id(place), fingerprint, ports, items, failed, bytes, wall_s, peak_bytes })?;
                 }
-                self.keep(place, *artifact)
+                self.done(place, *artifact)
             }
             Message::Checked(place, Err(failure)) | Message::Finished(place, Err(failure)) => self.fail(place, &failure),
         }
     }
 
-    fn keep(&mut self, place: usize, artifact: Artifact) -> Result<()> {
+    /// Notes the artifact of a step.
+    fn done(&mut self, place: usize, artifact: Artifact) -> Result<()> {
         if !self.options.is_repair {
-            self.last.remember(self.store, &self.pipeline.steps[place].id, artifact.manifest.fingerprint)?;
+            self.previous.record(self.store, &self.pipeline.steps[place].id, artifact.manifest.fingerprint)?;
         }
         self.states.insert(place, State::Done);
         self.settled.insert(place, artifact.manifest.fingerprint);
@@ -599,31 +543,34 @@ impl<'a> Coordinator<'a> {
         Ok(())
     }
 
-    /// The step of this run that makes or is about to make an artifact.
-    fn maker_of(&self, fingerprint: &Fingerprint) -> Option<usize> {
+    /// The step of this run that computes or will compute an artifact.
+    fn step_with(&self, fingerprint: &Fingerprint) -> Option<usize> {
         let makes = |state: &State| match state {
             State::Queued(work) => work.recipe.fingerprint() == *fingerprint,
             State::Running(gauge) => gauge.fingerprint == *fingerprint,
-            State::Waiting | State::Checking | State::Alike(_) | State::Done | State::Recheck | State::Failed | State::Skipped => false,
+            State::Waiting | State::Checking | State::SameRecipe(_) | State::Done | State::Recheck | State::Failed | State::Skipped => {
+                false
+            }
         };
         self.states.iter().find(|(_, state)| makes(state)).map(|(place, _)| *place)
     }
 
-    /// Has the steps looked up again that waited for one that was making the same.
+    /// Has the steps checked again that waited for a step with the same recipe.
     fn release(&mut self, ended: usize) {
         for state in self.states.values_mut() {
-            if matches!(state, State::Alike(place) if *place == ended) {
+            if matches!(state, State::SameRecipe(place) if *place == ended) {
                 *state = State::Waiting;
             }
         }
     }
 
+    /// Notes progress of a step.
     fn note(&mut self, place: usize, said: Progress) -> Result<()> {
         let step = self.id(place);
-        let Some(State::Running(Gauge { company, .. })) = self.states.get(&place) else { return Ok(()) };
-        for other in Arc::clone(company).iter() {
+        let Some(State::Running(Gauge { together, .. })) = self.states.get(&place) else { return Ok(()) };
+        for other in Arc::clone(together).iter() {
             if let Some(State::Running(gauge)) = self.states.get_mut(other) {
-                (gauge.last_sign, gauge.is_silent) = (Instant::now(), false);
+                gauge.progressed();
             }
         }
         let Some(State::Running(gauge)) = self.states.get_mut(&place) else { return Ok(()) };
@@ -640,7 +587,7 @@ impl<'a> Coordinator<'a> {
                 let is_first = gauge.bytes == 0;
                 gauge.bytes += bytes;
                 gauge.units_left = gauge.units_left.saturating_sub(1);
-                let lacks = if is_first { lacks_room(self.store, gauge.units_left, bytes) } else { None };
+                let lacks = if is_first { lacks_space(self.store, gauge.units_left, bytes) } else { None };
                 self.emit(Event::UnitCommitted { step: step.clone(), unit, bytes })?;
                 return lacks.map_or(Ok(()), |words| self.emit(Event::StepNote { step, words }));
             }
@@ -659,14 +606,17 @@ impl<'a> Coordinator<'a> {
         for (place, state) in &mut self.states {
             let State::Running(gauge) = state else { continue };
             let Step { id, max_silence, .. } = &self.pipeline.steps[*place];
-            let (step, silence) = (id.clone(), gauge.last_sign.elapsed());
-            if silence > *max_silence {
-                hanging.push((*place, *max_silence));
-                self.pool.lose(&gauge.devices);
-            } else if !gauge.is_silent && silence > SILENCE {
-                gauge.is_silent = true;
-                let words = format!("no sign of life for {} s; it is given up after {} s", SILENCE.as_secs(), max_silence.as_secs());
-                events.push(Event::StepNote { step: step.clone(), words });
+            let step = id.clone();
+            match gauge.silence(*max_silence) {
+                Some(Silence::GiveUp) => {
+                    hanging.push((*place, *max_silence));
+                    self.pool.lose(&gauge.devices);
+                }
+                Some(Silence::Tell) => {
+                    let words = format!("no progress for {} s; it fails after {} s", SILENCE.as_secs(), max_silence.as_secs());
+                    events.push(Event::StepNote { step: step.clone(), words });
+                }
+                None => {}
             }
             if std::mem::take(&mut gauge.is_stale) {
                 let Gauge { done, total, views, ready, .. } = *gauge;
@@ -674,28 +624,28 @@ impl<'a> Coordinator<'a> {
             }
         }
         events.into_iter().try_for_each(|event| self.emit(event))?;
-        // Its thread is left behind, and ends with the program.
+        // The thread of a hanging step ends with the program.
         hanging.into_iter().try_for_each(|(place, after)| self.fail(place, &Failure::Known(Error::Hangs { after })))
     }
 
     fn fail(&mut self, place: usize, failure: &Failure) -> Result<()> {
         let step = self.id(place);
         if let Failure::Known(error @ Error::Stage(cause)) = failure
-            && self.may_go_well(cause)?
+            && self.may_succeed_again(cause)?
         {
             self.states.insert(place, State::Recheck);
             self.release(place);
-            let words = format!("{}: nothing was published, and the step is checked again", error.words());
+            let words = format!("{}: nothing was published, and the step is checked again", error.message());
             return self.emit(Event::StepNote { step, words });
         }
         self.states.insert(place, State::Failed);
         self.release(place);
         let (error, hint, code) = match failure {
-            // The run as a whole says so.
+            // The run as a whole reports this.
             Failure::Known(Error::Stage(ovenbird_stages::Error::Stopped)) => return Ok(()),
-            Failure::Known(error) => (error.words(), error.hint(self.store.home()), error.exit_code(self.store.home())),
+            Failure::Known(error) => (error.message(), error.hint(self.store.home()), error.exit_code(self.store.home())),
             Failure::Bug(words) => {
-                let hint = "this is a bug of ovenbird: report it with the run's log; what is committed is kept";
+                let hint = "this is a bug in ovenbird: please report it with the run's log; finished units are kept";
                 (words.clone(), Some(hint.to_owned()), ExitCode::Stage)
             }
         };
@@ -704,15 +654,15 @@ impl<'a> Coordinator<'a> {
         self.emit(Event::StepFailed { step, error, hint })
     }
 
-    /// Whether a step may go well when it is checked again: a file of the user changed while it was read, or a published one turned out
-    /// damaged, whose unit is then set aside so that it is made again.
-    fn may_go_well(&mut self, error: &ovenbird_stages::Error) -> Result<bool> {
+    /// Whether a failed step may succeed when it is checked again: a file of the user changed while it was read, or a stored unit is
+    /// damaged and is now set aside.
+    fn may_succeed_again(&mut self, error: &ovenbird_stages::Error) -> Result<bool> {
         if let Some(path) = error.changed_file() {
             self.changed.insert(path.to_owned());
             return Ok(self.is_to_be_rechecked(path.to_owned()));
         }
         let Some(unit) = error.damaged_file().and_then(|path| self.store.unit_of(path)) else { return Ok(false) };
-        // What cannot be used may still be what was published.
+        // A file that cannot be used may still be intact.
         let findings = self.store.verify_unit(&unit, Depth::Full, &|_| {})?;
         let damage: Vec<String> = findings.into_iter().filter(|finding| finding.class == Class::Damaged).map(|it| it.problem).collect();
         if !damage.is_empty()
@@ -720,13 +670,13 @@ impl<'a> Coordinator<'a> {
         {
             self.emit(Event::Notice { words: format!("the damaged unit {unit} was set aside at {}", aside.display()) })?;
         }
-        let may_go_well = match self.store.unit_at(&unit)? {
+        let may_succeed = match self.store.unit_at(&unit)? {
             Status::Absent => true,
-            // Somebody else has made it again meanwhile.
+            // Another process has recomputed it.
             Status::Valid(_) => matches!(error, ovenbird_stages::Error::Cache(ovenbird_cache::Error::Flipped { .. })),
             Status::Damaged(_) => false,
         };
-        Ok(may_go_well && self.is_to_be_rechecked(unit.into()))
+        Ok(may_succeed && self.is_to_be_rechecked(unit.into()))
     }
 
     fn is_to_be_rechecked(&mut self, because: PathBuf) -> bool {
@@ -736,11 +686,11 @@ impl<'a> Coordinator<'a> {
     }
 }
 
-/// What asks a run to stop.
+/// The signals that ask a run to stop.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,
-    /// What Slurm sends some time before it ends a job.
+    /// SIGUSR1: Slurm can send it some time before it ends a job.
     warning: Signal,
 }
 
@@ -774,9 +724,9 @@ mod tests {
 
     use super::*;
     use crate::{
-        history::StepState,
         machine,
         pipeline::{Request, Resources, Source},
+        run_state::{self, StepState, StepStatus},
     };
 
     const LEFT: In<AnnotationFile> = In::optional("left", "a number");
@@ -788,9 +738,9 @@ mod tests {
         inputs: &[LEFT.info(), RIGHT.info()] as &[PortInfo],
         outputs: &[SUM.info()] as &[PortInfo],
         uses_device: false,
+        consumer: None,
         schema: || schemars::schema_for!(u8),
         parse: |_| Ok(Box::new(Sum { number: 0 })),
-        consumer: None,
     };
 
     /// Adds its number and its inputs, modulo 4: small, so that a changed input often comes to the same.
@@ -919,7 +869,7 @@ mod tests {
         let mut pipeline = pipeline(&vec![(0, None, None); steps.len()]);
         let floor = Arc::<Floor>::default();
         for (step, (id, n_items, gpu)) in pipeline.steps.iter_mut().zip(steps) {
-            (step.id, step.plain_id, step.entry, step.resources.gpu) = ((*id).into(), (*id).into(), NETWORK, *gpu);
+            (step.id, step.entry, step.resources.gpu) = ((*id).into(), NETWORK, *gpu);
             step.stage = Box::new(Network { id, n_items: *n_items, meets, floor: Arc::clone(&floor) });
         }
         (pipeline, floor)
@@ -936,7 +886,7 @@ mod tests {
     fn made_on(store: &Store, run: &str) -> Vec<(String, String)> {
         let device = |step: StepState| {
             let Status::Valid(artifact) = store.artifact(&step.kind, &step.fingerprint.unwrap()).unwrap() else { panic!("{}", step.id) };
-            (step.id, artifact.manifest.made.device)
+            (step.id.to_string(), artifact.manifest.made.device)
         };
         states(store, run).into_iter().map(device).collect()
     }
@@ -1023,13 +973,13 @@ mod tests {
         let store = Store::open(home.path()).unwrap();
         let Err(error) = run_on(&CUDA, networks(&[("one", 10, 3), ("two", 10, 2), ("three", 0, 4)], 1).0, &store) else { panic!() };
         let words = "the run has 2 devices, and `one` asks for 3 (`resources.gpu`), `three` asks for 4 (`resources.gpu`)";
-        assert_eq!((error.words(), error.exit_code(store.home())), (words.into(), ExitCode::Usage));
+        assert_eq!((error.message(), error.exit_code(store.home())), (words.into(), ExitCode::Usage));
         assert!(event::runs(store.home()).is_empty());
         let ended = run_on(&CUDA, networks(&[("one", 10, 2), ("two", 0, 2)], 1).0, &store).unwrap();
         let Some(Error::StagesFailed { failed, .. }) = ended.error else { panic!("{:?}", ended.error) };
-        assert_eq!(failed, ["two"]);
-        let two = states(&store, &ended.run).into_iter().find(|step| step.id == "two").unwrap();
-        assert!(two.words.contains("`resources.gpu` asks for 2 devices, and `test/network` runs on one"), "{}", two.words);
+        assert_eq!(failed, ["two".into()]);
+        let two = states(&store, &ended.run).into_iter().find(|step| step.id.stage == "two").unwrap();
+        assert!(two.words.contains("`resources.gpu` asks for 2 devices, but `test/network` runs on one"), "{}", two.words);
     }
 
     /// Has the second step end once the first one is at work on a device, and the others begin after it.
@@ -1056,11 +1006,11 @@ mod tests {
     #[test]
     fn nobody_gets_the_device_of_a_step_that_hangs() {
         let failed = |steps: &[StepState]| -> Vec<String> {
-            steps.iter().filter(|step| step.state == "failed").map(|step| step.id.clone()).collect()
+            steps.iter().filter(|step| step.state == StepStatus::Failed).map(|step| step.id.to_string()).collect()
         };
         let (steps, floor) = run_beside_one_that_hangs(&CUDA[..1], &[("one", 0, 0)]);
         assert_eq!((failed(&steps), floor.devices_of("one")), (vec!["hung".into(), "one".into()], vec![]));
-        let words = "needs 1 device and 0 of the run's can be had: stages that hang keep the others";
+        let words = "needs 1 device and only 0 can be used: stages that hang hold the others";
         assert!(steps[2].words.contains(words), "{}", steps[2].words);
 
         let (steps, floor) = run_beside_one_that_hangs(&CUDA, &[("one", 0, 0), ("both", 6000, 2), ("two", 6000, 0)]);
@@ -1069,7 +1019,7 @@ mod tests {
     }
 
     fn states(store: &Store, run: &str) -> Vec<StepState> {
-        history::state(&event::read_log(store.home(), run).unwrap()).steps
+        run_state::state(&event::read_log(store.home(), run).unwrap()).steps
     }
 
     #[test]
@@ -1083,13 +1033,13 @@ mod tests {
         pipeline.steps[0].max_silence = Duration::from_secs(1);
         let ended = run(&Arc::new(pipeline), &[0, 1, 2], &store, &options, &mut |_| {}).unwrap();
         let Some(Error::StagesFailed { failed, skipped, worst: ExitCode::Stage }) = ended.error else { panic!("{:?}", ended.error) };
-        assert_eq!((failed, skipped), (vec!["s0".to_owned()], vec!["s2".to_owned()]));
-        let done = states(&store, &ended.run).into_iter().filter(|step| step.state == "done").map(|step| step.id);
+        assert_eq!((failed, skipped), (vec!["s0".into()], vec!["s2".into()]));
+        let done = states(&store, &ended.run).into_iter().filter(|step| step.state == StepStatus::Done).map(|step| step.id.to_string());
         assert_eq!(done.collect::<Vec<_>>(), ["s1"]);
     }
 
     #[test]
-    fn of_steps_that_come_to_the_same_one_works_and_the_others_have_it() {
+    fn of_steps_with_the_same_recipe_one_runs_and_the_others_reuse_its_artifact() {
         let home = tempfile::tempdir().unwrap();
         let store = Store::open(home.path()).unwrap();
         let options =
@@ -1099,23 +1049,23 @@ mod tests {
         let mut started = Vec::new();
         let mut note = |stamped: &Stamped| {
             if let Event::StepStarted { step } = &stamped.event {
-                started.push(step.clone());
+                started.push(step.to_string());
             }
         };
         let ended = run(&Arc::new(pipeline), &[0, 1, 2, 3, 4], &store, &options, &mut note).unwrap();
         assert!(ended.error.is_none());
         started.sort();
         assert!(started.len() == 4 && started[..2] == ["s0", "s1"] && started[3] == "s4", "{started:?}");
-        assert!(states(&store, &ended.run).iter().all(|step| ["done", "reused"].contains(&step.state)));
+        assert!(states(&store, &ended.run).iter().all(|step| [StepStatus::Done, StepStatus::Reused].contains(&step.state)));
     }
 
     #[test]
-    fn too_little_room_is_said_beforehand() {
+    fn too_little_disk_space_is_reported_beforehand() {
         let home = tempfile::tempdir().unwrap();
         let store = Store::open(home.path()).unwrap();
-        assert_eq!(lacks_room(&store, 3, 100), None);
-        let words = lacks_room(&store, 1_000_000, 1 << 40).unwrap();
-        assert!(words.starts_with("needs about 976.56 PiB for 1000000 units and finds"), "{words}");
+        assert_eq!(lacks_space(&store, 3, 100), None);
+        let words = lacks_space(&store, 1_000_000, 1 << 40).unwrap();
+        assert!(words.starts_with("needs about 976.56 PiB for 1000000 units, and "), "{words}");
     }
 
     impl AnyStage for Sum {
@@ -1148,8 +1098,7 @@ mod tests {
         let step = |(place, (number, left, right)): (usize, &Node)| {
             let source = |port: &str, step: &Option<usize>| Some((port.to_owned(), Source::Step { step: (*step)?, port: "sum".into() }));
             Step {
-                id: format!("s{place}"),
-                plain_id: format!("s{place}"),
+                id: StepId::of_stage(&format!("s{place}")),
                 entry: ENTRY,
                 stage: Box::new(Sum { number: *number }),
                 inputs: source("left", left).into_iter().chain(source("right", right)).collect(),

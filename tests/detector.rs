@@ -228,7 +228,7 @@ stages:
 
     world.write("heart.yaml", format!("{heart}    on_bad_item: skip\n    max_failed_ratio: 0.3\n"));
     let run = world.run(["run", "./heart.yaml"]).success();
-    assert_eq!(run.stderr.matches("left out train/").count(), 1, "{}", run.stderr);
+    assert_eq!(run.stderr.matches("skipped train/").count(), 1, "{}", run.stderr);
     let curve = std::fs::read_to_string(world.find(&["detector-train", "curve.csv"])).unwrap();
     let names: Vec<&str> = curve.lines().next().unwrap().split(',').collect();
     let loss = |row: &str| -> f64 {
@@ -326,7 +326,7 @@ fn published_pipelines_run_on_the_published_layout() {
     let run = dry_run("oadp-ov-lvis", &[&["detpro=./detpro.pth"], &on_lvis[..]].concat());
     let done = run.steps("done");
     assert!(["detector", "lvis", "lvis-masks", "prompts", "test"].iter().all(|step| done.contains(&(*step).to_owned())), "{}", run.stderr);
-    assert_eq!(run.stderr.matches("will run: 1 of 1 units are there").count(), 3, "{}", run.stderr);
+    assert_eq!(run.stderr.matches("will run: 1 of 1 units done").count(), 3, "{}", run.stderr);
     let run = dry_run("vild-ov-lvis", &on_lvis);
     let made = ["detector", "prompts", "test"];
     assert!(made.iter().all(|step| run.steps("done").contains(&(*step).to_owned())), "{}", run.stderr);

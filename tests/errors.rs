@@ -159,7 +159,7 @@ stages:
       line 13: stages.detect.in.features: expected region-features, but `prompts.prompts` is prompts
       line 14: stages.detect.with.temperature: expected a number above 0
       line 17: stages.prompts.in.checkpoint: missing: `prompts/ensemble` needs checkpoint here (CLIP weights: OpenAI, open_clip or Hugging Face; a file, or a folder with its config.)
-    hint: correct the file; `ovenbird stages KIND` documents every parameter
+    hint: correct the pipeline file; `ovenbird stages KIND` documents every parameter
     ");
     assert_eq!(output.code, 3);
     assert!(!world.path(".ovenbird").exists());

@@ -70,7 +70,7 @@ fn stages_that_share_a_pass_publish_what_they_publish_alone() {
     let classes: std::collections::BTreeSet<&str> = files.iter().map(|name| name.rsplit('/').nth(1).unwrap()).collect();
     assert!(files.len() > classes.len() && classes.len() > 3, "{files:?}");
     let audit = together.run(["verify", "--recompute", "50%", "--device", "cpu,cpu", "--jobs", "1"]).success();
-    assert!(audit.stdout.contains("rows computed again, 0 wrong"), "{}", audit.stdout);
+    assert!(audit.stdout.contains("rows recomputed, 0 wrong"), "{}", audit.stdout);
 }
 
 /// Thousands of entries for one small picture: several units of each stage.
@@ -193,7 +193,7 @@ fn a_dry_run_goes_through_every_stage_and_leaves_the_home_as_it_was() {
     let world = World::new();
     world.write("all.yaml", ALL);
     let dry = world.run(["run", "./all.yaml", "--dry-run", "3"]).success();
-    assert!(dry.stdout.contains("a dry run of 3 items a stage; what it made lies apart"), "{}", dry.stdout);
+    assert!(dry.stdout.contains("a dry run with 3 items per stage; its results are in"), "{}", dry.stdout);
     assert_eq!(dry.steps("done").len(), 9, "{}", dry.stderr);
     assert!(!world.path(".ovenbird/units").exists());
     let plan = world.run(["plan", "./all.yaml"]).success();

@@ -168,7 +168,7 @@ fn features_of_another_model_are_found_by_computing_rows_again() {
     assert!(found.code == 6 && found.stdout.contains("is a shard of unit"), "{}", found.stdout);
     world.run(["verify", "--fix"]).success();
     let audit = world.run(["verify", "--recompute", "100%"]).success();
-    assert!(audit.stdout.contains("rows computed again, 0 wrong"), "{}", audit.stdout);
+    assert!(audit.stdout.contains("rows recomputed, 0 wrong"), "{}", audit.stdout);
 }
 
 #[test]
@@ -305,20 +305,20 @@ fn a_poisoned_image_is_left_out_by_policy_noted_and_tried_again() {
 
     world.write("bad.yaml", BAD.replace("POLICY", "on_bad_item: skip\n    max_failed_ratio: 0.5"));
     let skipped = world.run(["run", "./bad.yaml"]).success();
-    assert!(skipped.stderr.contains("left out 3.png") && skipped.stderr.contains("1 item left out"), "{}", skipped.stderr);
-    assert!(world.run(["status"]).success().stdout.contains("1 item left out"));
+    assert!(skipped.stderr.contains("skipped 3.png") && skipped.stderr.contains("1 item skipped"), "{}", skipped.stderr);
+    assert!(world.run(["status"]).success().stdout.contains("1 item skipped"));
     // No empty row stands for it.
     let deep = world.run(["verify", "--deep"]).success();
     assert!(!deep.stdout.contains("damaged"), "{}", deep.stdout);
 
     // Trying again what cannot go well leaves it out again, and computes nothing else.
     let retried = world.run(["retry", "./bad.yaml", "--failed"]).success();
-    assert!(retried.stderr.contains("left out 3.png") && retried.stderr.contains("items taken from"), "{}", retried.stderr);
+    assert!(retried.stderr.contains("skipped 3.png") && retried.stderr.contains("items reused from"), "{}", retried.stderr);
 
     // With the file mended, only that item is computed.
     world.write("images/3.png", &golden);
     let mended = world.run(["run", "./bad.yaml"]).success();
-    assert!(mended.stderr.contains("3 of 4 items taken from"), "{}", mended.stderr);
+    assert!(mended.stderr.contains("3 of 4 items reused from"), "{}", mended.stderr);
 }
 
 #[test]
@@ -339,7 +339,7 @@ fn items_that_another_pipeline_has_computed_are_taken_from_there() {
     world.write("lvis.json", labels(&[2, 3, 5]));
     world.run(["run", "./coco.yaml"]).success();
     let plan = world.run(["plan", "./lvis.yaml"]).success();
-    assert!(plan.stdout.contains("2 of 3 items taken from clip-globals/"), "{}", plan.stdout);
+    assert!(plan.stdout.contains("2 of 3 items reused from clip-globals/"), "{}", plan.stdout);
     world.run(["run", "./lvis.yaml"]).success();
     let taken = world.units().into_iter().filter(|(name, _)| name.contains("clip-globals") && name.ends_with("unit.json"));
     let taken: Vec<u64> =
@@ -388,13 +388,13 @@ fn what_no_pipeline_needs_may_go_and_what_is_begun_stays() {
     assert!(
         plan.stdout.contains("detect (detect/zero-shot) of run")
             && plan.stdout.contains("changed since: with.nms_iou: 0.3")
-            && plan.stdout.contains("would go")
+            && plan.stdout.contains("not needed, ")
             && world.units() == before,
         "{}",
         plan.stdout
     );
     let young = world.run(["cache", "gc", "--delete"]).success();
-    assert!(young.stdout.contains("nothing to remove"), "{}", young.stdout);
+    assert!(young.stdout.contains("nothing to delete"), "{}", young.stdout);
     let pinned =
         world.path(".ovenbird/runs").read_dir().unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).max().unwrap();
     world.run(["cache", "pin", &pinned]).success();

@@ -96,13 +96,13 @@ fn common_stages_run_once_and_all_variants_end_in_one_table() {
     let world = small();
     insta::assert_snapshot!(world.run(["plan", "./matrix.yaml"]).success().stdout, @r"
     world        run      first run
-    clip (2)     depends  on what world comes to
-    val          depends  on what world comes to
-    prompts (2)  depends  on what clip, val comes to
-    proposals    depends  on what world, val comes to
-    regions (2)  depends  on what world, clip, val, proposals comes to
-    detect (6)   depends  on what val, prompts, regions comes to
-    coco (6)     depends  on what val, detect comes to
+    clip (2)     depends  on the result of world
+    val          depends  on the result of world
+    prompts (2)  depends  on the result of clip, val
+    proposals    depends  on the result of world, val
+    regions (2)  depends  on the result of world, clip, val, proposals
+    detect (6)   depends  on the result of val, prompts, regions
+    coco (6)     depends  on the result of val, detect
     0 reused, 1 to run, 20 depending on these
     ");
     let first = world.run(["run", "./matrix.yaml"]).success();
@@ -180,13 +180,13 @@ fn a_changed_variant_runs_what_it_touches_and_what_is_not_chosen_is_said() {
     detect@cool,8         reused
     coco@cool,8           reused
     detect@warm,8         run      with.temperature: 0.5 -> 0.4
-    coco@{warm,strict},8  depends  on what detect comes to
+    coco@{warm,strict},8  depends  on the result of detect
     detect@strict,8       run      first run
     8 reused, 2 to run, 2 depending on these
     ");
     // A name of the file stands for all copies.
     let explained = world.run(["explain", "./matrix.yaml", "detect", "--set", "seed=8"]).success().stdout;
-    for words in ["detect@cool,8: is there", "detect@warm,8: would run", "with.temperature: 0.5 -> 0.4", "detect@strict,8: would run"] {
+    for words in ["detect@cool,8: is stored", "detect@warm,8: would run", "with.temperature: 0.5 -> 0.4", "detect@strict,8: would run"] {
         assert!(explained.contains(words), "{explained}");
     }
     let touched = world.run(["run", "./matrix.yaml", "--set", "seed=8", "--variant", "warm", "--variant", "cool"]).success();
@@ -213,6 +213,6 @@ fn a_matrix_that_is_killed_continues_and_is_repaired_by_what_it_was_asked() {
     let evaluation = killed.find(&["eval-coco", "evaluation.json"]);
     std::fs::write(evaluation, "{}").unwrap();
     let fixed = killed.run(["verify", "--full", "--fix"]).success();
-    assert!(fixed.stdout.contains("made again, with the same digests"), "{}", fixed.stdout);
+    assert!(fixed.stdout.contains("recomputed, with the same digests"), "{}", fixed.stdout);
     assert!(killed.units() == undisturbed.units());
 }

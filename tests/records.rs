@@ -176,7 +176,7 @@ fn a_pin_forgets_no_other_and_two_pipelines_of_one_name_are_both_kept() {
     assert!(list.stdout.contains(&format!("detect (detect/zero-shot) of run {}", runs[0])), "{}", list.stdout);
     assert!(!list.stdout.contains(&runs[1]), "{}", list.stdout);
     let recent = world.run(["cache", "gc", "--grace", "0s"]).success();
-    assert!(recent.stdout.contains("nothing to remove"), "{}", recent.stdout);
+    assert!(recent.stdout.contains("nothing to delete"), "{}", recent.stdout);
 }
 
 #[test]
@@ -205,14 +205,14 @@ fn evaluations_stay_and_a_report_is_not_overwritten_by_a_poorer_one() {
     let collected = world.run(GC.into_iter().chain(["--delete"])).success();
     assert!(collected.stdout.contains("detect (detect/zero-shot)") && !collected.stdout.contains("eval/coco"), "{}", collected.stdout);
     let again = world.run(["report", &run]).success();
-    assert!(again.stdout.contains("left as it was: a new one would not show detect.artifact"), "{}", again.stdout);
+    assert!(again.stdout.contains("not replaced, because a new report would not show detect.artifact"), "{}", again.stdout);
     assert_eq!(fs::read(&path).unwrap(), report);
     let after: Value = serde_json::from_str(&world.run(["report", "--json", &run]).success().stdout).unwrap();
     let before: Value = serde_json::from_str(&before).unwrap();
     assert_eq!(after["report"]["evaluations"], before["report"]["evaluations"]);
     assert_eq!(after["report"]["not_shown"].as_array().unwrap().len(), 1, "{after}");
     world.run(["report", &run, "-o", "poorer.html"]).success();
-    assert!(fs::read_to_string(world.path("poorer.html")).unwrap().contains("what it made is not in the home any more"));
+    assert!(fs::read_to_string(world.path("poorer.html")).unwrap().contains("its results are no longer in the home"));
 }
 
 /// Cut off at every step of what it changes on the disk, a collection never looks like loss.

@@ -84,7 +84,7 @@ const ANNOTATIONS: &[Report] = &[
 ];
 
 const IMAGES: &[Report] = &[
-    report("09-image-not-there-with-skip", 0, &["000002.jpg", "not in the folder of images (2 files)", "1 item left out"]),
+    report("09-image-not-there-with-skip", 0, &["000002.jpg", "not in the folder of images (2 files)", "1 item skipped"]),
     report("10-image-smaller-than-a-patch", 0, &["1.png", "200 x 5 px, but the network needs 8 px on both sides"]),
     report("11-links-in-the-images-folder", 0, &["skipped a dead link (old.jpg), a folder within itself (again)"]),
     report(

@@ -73,11 +73,11 @@ fn explain_names_the_chain_of_causes_and_a_unit() {
     let world = World::tiny();
     world.run(["run", "./tiny.yaml", "--until", "coco"]).success();
     let there = world.run(["explain", "./tiny.yaml", "coco"]).success().stdout;
-    assert!(there.contains("coco: is there") && there.contains("made by run "), "{there}");
+    assert!(there.contains("coco: is stored") && there.contains("made by run "), "{there}");
     let why = world.run(["explain", "./tiny.yaml", "coco", "--set", "detect.nms_iou=0.4"]).success().stdout;
     assert!(why.contains("because detect: would run") && why.contains("with.nms_iou: 0.5 -> 0.4"), "{why}");
     let unit = world.run(["explain", "./tiny.yaml", "regions/0"]).success().stdout;
-    assert!(unit.contains("is there, 12 items, never verified") && unit.contains("features/regions.arrow"), "{unit}");
+    assert!(unit.contains("is stored, 12 items, never verified") && unit.contains("features/regions.arrow"), "{unit}");
     world.run(["verify", "--full"]).success();
     let unit = world.run(["explain", "./tiny.yaml", "regions/0"]).success().stdout;
     assert!(unit.contains("(full)"), "{unit}");
@@ -126,7 +126,7 @@ fn options_are_heeded_or_refused() {
         (&["export", "./tiny.yaml", "coco", "out", "--until", "world"], 2, "unexpected argument '--until'"),
         (&["run", "./tiny.yaml", "--jobs", "0"], 2, "0 is not in 1..=65535"),
         (&["verify", "--max-duration", "-1h"], 2, "unexpected argument"),
-        (&["verify", "--max-duration", "1w"], 2, "expected such as 90s, 30m, 8h or 30d"),
+        (&["verify", "--max-duration", "1w"], 2, "expected for example 90s, 30m, 8h or 30d"),
         (&["cache", "gc", "--yes"], 2, "--delete"),
         (&["plan", "./deep.yaml"], 3, "recursion limit exceeded"),
     ] {

@@ -86,6 +86,7 @@ fn readme_names_every_exit_code_and_every_make_target_it_names_exists() {
     for line in codes.lines().filter(|line| !line.trim().is_empty()) {
         let (code, meaning) = line.trim().split_once("  ").unwrap();
         assert!(readme.contains(&format!("| {code} | {meaning} |")), "README.md: expected | {code} | {meaning} |");
+        assert!(line.trim().len() <= 93, "`{meaning}` is longer than a line of the help");
     }
     let makefile = fs::read_to_string(root().join("Makefile")).unwrap();
     for (_, rest) in readme.match_indices("make ").map(|(at, _)| readme.split_at(at + 5)) {
@@ -173,4 +174,166 @@ fn every_test_that_a_recipe_names_exists() {
     for name in rows.iter().flat_map(|row| row.split('`').skip(1).step_by(2)) {
         assert!(code.contains(&format!("fn {name}(")), "{name}");
     }
+}
+
+/// Crates whose files must not import each other in a circle.
+const WITHOUT_CIRCLES: &[&str] = &["src"];
+
+/// The modules of a crate, with the text of their files up to the tests, without comments.
+struct Modules {
+    by_path: BTreeMap<Vec<String>, String>,
+}
+
+impl Modules {
+    fn of(folder: &Path) -> Self {
+        let mut by_path = BTreeMap::new();
+        let mut folders = vec![folder.to_owned()];
+        while let Some(inner) = folders.pop() {
+            for file in fs::read_dir(inner).unwrap().map(|entry| entry.unwrap().path()) {
+                if file.is_dir() {
+                    folders.push(file);
+                    continue;
+                }
+                if file.extension().is_none_or(|extension| extension != "rs") {
+                    continue;
+                }
+                let path = file.strip_prefix(folder).unwrap().with_extension("");
+                let mut path: Vec<String> = path.iter().map(|part| part.to_string_lossy().into_owned()).collect();
+                if ["main", "lib", "mod"].contains(&path.last().unwrap().as_str()) {
+                    path.pop();
+                }
+                let text = fs::read_to_string(file).unwrap();
+                let code = text.split("#[cfg(test)]").next().unwrap();
+                let code: Vec<&str> = code.lines().map(|line| line.split("//").next().unwrap()).collect();
+                by_path.insert(path, code.join(" "));
+            }
+        }
+        Self { by_path }
+    }
+
+    /// The imports of a module: the path as written, segment by segment, and whether it is a re-export.
+    fn imports(&self, module: &[String]) -> Vec<(Vec<String>, bool)> {
+        let text = &self.by_path[module];
+        let mut found = Vec::new();
+        for (at, _) in text.match_indices("use ").filter(|(at, _)| text[..*at].ends_with([' ', ';', '}']) || *at == 0) {
+            let Some((tree, _)) = text[at + 4..].split_once(';') else { continue };
+            let before = text[..at].trim_end();
+            let is_public = before.ends_with("pub") || (before.ends_with(')') && before.rsplit("pub(").next().unwrap().len() < 12);
+            expand(tree, &[], &mut |path| found.push((path, is_public)));
+        }
+        for start in ["crate::", "super::"] {
+            for (at, _) in text.match_indices(start).filter(|(at, _)| !text[..*at].ends_with(|c: char| c == ':' || c.is_alphanumeric())) {
+                let path: String = text[at..].chars().take_while(|c| c.is_alphanumeric() || *c == '_' || *c == ':').collect();
+                let path: Vec<String> = path.split("::").filter(|part| !part.is_empty()).map(str::to_owned).collect();
+                // `crate::{...}` is a tree of a `use` line.
+                found.extend((path.len() > 1).then_some((path, false)));
+            }
+        }
+        found
+    }
+
+    /// The module that a path in a module leads to, through re-exports; `None` where it leads out of the crate.
+    fn target(&self, module: &[String], path: &[String], depth: usize) -> Option<Vec<String>> {
+        let mut found = module.to_vec();
+        let mut rest = path;
+        match rest.first()?.as_str() {
+            "crate" => (found, rest) = (Vec::new(), &rest[1..]),
+            "self" => rest = &rest[1..],
+            "super" => {
+                while rest.first().is_some_and(|part| part == "super") {
+                    found.pop();
+                    rest = &rest[1..];
+                }
+            }
+            first if self.by_path.contains_key(&[module, &[first.to_owned()]].concat()) => {}
+            _ => return None,
+        }
+        while let Some(part) = rest.first() {
+            let inner = [found.as_slice(), std::slice::from_ref(part)].concat();
+            if self.by_path.contains_key(&inner) {
+                (found, rest) = (inner, &rest[1..]);
+                continue;
+            }
+            let imports = self.imports(&found);
+            let exported = imports.iter().find(|(path, is_public)| *is_public && depth < 8 && path.last() == Some(part));
+            return exported.and_then(|(path, _)| self.target(&found, path, depth + 1)).or(Some(found));
+        }
+        Some(found)
+    }
+}
+
+/// Calls `each` with every path of a `use` tree such as `a::{b, c::{self, d as e}}`.
+fn expand(tree: &str, prefix: &[String], each: &mut dyn FnMut(Vec<String>)) {
+    let tree = tree.trim();
+    let (head, inner) = tree.split_once('{').map_or((tree, None), |(head, inner)| (head, inner.trim_end().strip_suffix('}')));
+    let parts = head.split("::").map(|part| part.trim().split(" as ").next().unwrap().trim()).filter(|part| !part.is_empty());
+    let path: Vec<String> = prefix.iter().cloned().chain(parts.map(str::to_owned)).collect();
+    let Some(inner) = inner else { return each(path) };
+    let (mut depth, mut start) = (0, 0);
+    for (at, c) in inner.char_indices().chain([(inner.len(), ',')]) {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                if !inner[start..at].trim().is_empty() {
+                    expand(&inner[start..at], &path, each);
+                }
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A file imports another where a path in it leads there: `use` lines with `crate::`, `super::`, `self::` or a child's name, and such paths in
+/// the code; tests at the end of a file do not count. A file that declares its children (`mod x;`) or re-exports from them (`pub use x::Y;`)
+/// does not import them by that; who uses a re-exported name imports the file that has it.
+#[test]
+fn no_files_import_each_other_in_a_circle() {
+    for folder in WITHOUT_CIRCLES {
+        let modules = Modules::of(&root().join(folder));
+        let mut edges: BTreeMap<&Vec<String>, BTreeSet<Vec<String>>> = BTreeMap::new();
+        for module in modules.by_path.keys() {
+            let imports = modules.imports(module).into_iter();
+            let is_child = |target: &Vec<String>| target.len() > module.len() && target.starts_with(module);
+            let targets = imports.filter_map(|(path, is_public)| {
+                let target = modules.target(module, &path, 0)?;
+                (target != *module && !(is_public && is_child(&target))).then_some(target)
+            });
+            edges.insert(module, targets.collect());
+        }
+        assert!(edges.values().map(BTreeSet::len).sum::<usize>() > edges.len(), "{folder}: the imports are not found");
+        // Files that import none of the others are no part of a circle.
+        while let Some(free) = edges.iter().find(|(_, targets)| targets.is_empty()).map(|(module, _)| (*module).clone()) {
+            edges.remove(&free);
+            for targets in edges.values_mut() {
+                targets.remove(&free);
+            }
+        }
+        let name = |module: &[String]| format!("{folder}/{}.rs", module.join("/"));
+        let mut circle: Vec<&Vec<String>> = edges.keys().next().copied().into_iter().collect();
+        while let Some(last) = circle.last() {
+            let next = edges[*last].first().unwrap();
+            if let Some(start) = circle.iter().position(|module| *module == next) {
+                let files: Vec<String> = circle[start..].iter().chain([&next]).map(|module| name(module)).collect();
+                panic!("these files import each other in a circle: {}", files.join(" -> "));
+            }
+            circle.push(next);
+        }
+    }
+}
+
+#[test]
+fn every_command_is_a_file() {
+    let cli = fs::read_to_string(root().join("src/cli.rs")).unwrap();
+    let (_, list) = cli.split_once("enum Command {").unwrap();
+    let (list, _) = list.split_once("\n}").unwrap();
+    let variants =
+        list.lines().filter_map(|line| line.strip_prefix("    ")).filter(|line| line.starts_with(|c: char| c.is_ascii_uppercase()));
+    let names = variants.map(|line| line.chars().take_while(char::is_ascii_alphabetic).collect::<String>().to_lowercase());
+    // These two describe the command line itself.
+    let listed: BTreeSet<String> = names.filter(|name| !["completions", "man"].contains(&name.as_str())).collect();
+    let files = fs::read_dir(root().join("src/commands")).unwrap().map(|entry| entry.unwrap().path());
+    let files = files.filter(|file| file.is_file()).map(|file| file.file_stem().unwrap().to_string_lossy().into_owned());
+    assert_eq!(listed, files.collect());
 }

@@ -1,9 +1,9 @@
-//! What variants and the command line change of what a pipeline file says: `--set detector.training.steps=900`.
+//! Changes to a pipeline file by variants and by the command line: `--set detector.training.steps=900`.
 
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value as Yaml;
 
-use super::Reader;
+use super::yaml::Reader;
 
 /// Changes from the command line: `--set key=value`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -14,16 +14,16 @@ pub(crate) struct Setting {
     pub(crate) value: String,
 }
 
-/// A change of what the file says, by a variant or from the command line.
+/// A change to the file, by a variant or from the command line.
 #[derive(Clone)]
 pub(super) struct Change {
-    /// Where it is said: `variants.crops.detector.in.features`, `--set seed`.
+    /// Where the change is written: `variants.crops.detector.in.features`, `--set seed`.
     pub(super) path: String,
     pub(super) key: Key,
     pub(super) value: Yaml,
 }
 
-/// What a change is of.
+/// The thing that a change replaces.
 #[derive(Clone, PartialEq)]
 pub(super) enum Key {
     Variable(String),
@@ -54,7 +54,7 @@ impl Key {
         }
     }
 
-    /// Whether it is of a field of a stage's parameters, such as `training.max_size[0]`, or of what holds that field.
+    /// Whether it replaces a field of a stage's parameters, such as `training.max_size[0]`, or a parameter that contains the field.
     pub(super) fn holds(&self, id: &str, field: &str) -> bool {
         let Self::Parameter { stage, path } = self else { return false };
         stage == id && field.strip_prefix(path).is_some_and(|below| below.is_empty() || below.starts_with(['.', '[']))
@@ -62,7 +62,7 @@ impl Key {
 }
 
 impl Reader {
-    /// What the command line changes.
+    /// Reads the changes of the command line.
     pub(super) fn changes(&mut self, settings: &[Setting]) -> Vec<Change> {
         let mut changes = Vec::new();
         for Setting { key, value } in settings {
@@ -76,7 +76,7 @@ impl Reader {
     }
 }
 
-/// A value in which what lies at a dotted path is another; `None` where the path leads through what is no mapping.
+/// A value with another value at a dotted path; `None` where the path leads through something other than a mapping.
 pub(super) fn with_below(old: Yaml, path: Option<&str>, new: Yaml) -> Option<Yaml> {
     let Some(path) = path else { return Some(new) };
     let (name, below) = path.split_once('.').map_or((path, None), |(name, below)| (name, Some(below)));

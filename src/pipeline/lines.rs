@@ -9,7 +9,7 @@ pub(super) struct Lines {
     by_path: BTreeMap<String, usize>,
 }
 
-/// What is nested deeper than this is no pipeline: `serde_yaml` refuses it. A path is as long as its depth.
+/// Deeper nesting is not read: `serde_yaml` refuses it, and paths would grow with the depth.
 const DEEPEST: usize = 128;
 
 enum Frame {
@@ -41,7 +41,7 @@ impl Lines {
                 Event::MappingEnd | Event::SequenceEnd => drop(stack.pop()),
                 Event::Scalar(value, ..) => match stack.last_mut() {
                     Some(Frame::Mapping { path, key: key @ None }) => {
-                        by_path.insert(super::join(path, &value), line);
+                        by_path.insert(join(path, &value), line);
                         *key = Some(value.into_owned());
                     }
                     Some(Frame::Mapping { path, key }) => {
@@ -75,10 +75,10 @@ impl Lines {
 /// The path of the value that begins here.
 fn enter(stack: &mut [Frame]) -> String {
     match stack.last_mut() {
-        Some(Frame::Mapping { path, key }) => super::join(path, &key.take().unwrap_or_default()),
+        Some(Frame::Mapping { path, key }) => join(path, &key.take().unwrap_or_default()),
         Some(Frame::Sequence { path, next }) => {
             *next += 1;
-            super::join(path, &(*next - 1).to_string())
+            join(path, &(*next - 1).to_string())
         }
         None => String::new(),
     }
@@ -88,6 +88,15 @@ fn renamed(path: &str, ids: &[(String, String)]) -> Option<String> {
     let (place, id) = ids.iter().find(|(place, _)| path == place || path.starts_with(&format!("{place}.")))?;
     let list = place.rsplit_once('.').map_or("", |(list, _)| list);
     Some(format!("{list}.{id}{}", &path[place.len()..]))
+}
+
+/// A path and a key below it, joined by a dot.
+pub(super) fn join(path: &str, key: &str) -> String {
+    match (path, key) {
+        ("", key) => key.to_owned(),
+        (path, "") => path.to_owned(),
+        (path, key) => format!("{path}.{key}"),
+    }
 }
 
 #[cfg(test)]

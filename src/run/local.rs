@@ -1,5 +1,5 @@
-//! What a worker does: makes the missing units of a step, or of several steps that share a pass over their images, waits for
-//! what other processes make, and publishes the artifacts.
+//! Runs steps on this machine: a worker computes the missing units of a step, or of several steps that share a pass over their
+//! images, waits for units that other processes compute, and publishes the artifacts.
 
 use std::{
     collections::BTreeMap,
@@ -18,53 +18,71 @@ use ovenbird_cache::{Artifact, Claim, Lease, Owner, Provenance, Status, Store, U
 use ovenbird_stages::{AnyStage, Context, OnBadItem, Progress, Unit, failed_items, refuse_too_many, run_together};
 
 use crate::{
-    error::{Error, Result, count},
+    error::{Error, Result},
     machine::{self, free_space},
+    output::count,
     pipeline::Step,
     plan::{self, Work},
 };
 
-/// How often to look whether another process has made what this one waits for.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// How often a unit is made again that is damaged as soon as it is published.
+/// How often to check whether another process has computed a unit, or the disk has space again.
+const CHECK_EVERY: Duration = Duration::from_millis(200);
+/// How often a unit is recomputed that is damaged as soon as it is published.
 const MAX_DAMAGES: usize = 3;
-/// How much has to be freed before a run that found the disk full goes on, in bytes.
-const LEAST_ROOM: u64 = 16 << 20;
-/// Where stages run that have no network.
+/// How much has to be freed before a run continues that found the disk full, in bytes.
+const MIN_FREED: u64 = 16 << 20;
+/// The device of stages without a network.
 const CPU: &[tch::Device] = &[tch::Device::Cpu];
+
+/// The resources of a run; results do not depend on them.
+#[derive(Debug, Clone)]
+pub(crate) struct Options {
+    /// Processor cores for all steps together.
+    pub(crate) cpu: usize,
+    /// Memory for all steps together, in bytes.
+    pub(crate) memory: u64,
+    /// Devices for networks, at least one: see [`crate::devices`].
+    pub(crate) devices: Vec<tch::Device>,
+    /// Whether to hash every input file again.
+    pub(crate) rehash: bool,
+    /// Whether steps run one after the other, so that each is measured by itself.
+    pub(crate) is_measuring: bool,
+    /// Whether the run repairs damaged results: it does not count as the pipeline's latest run.
+    pub(crate) is_repair: bool,
+}
 
 /// Why a worker ended without an artifact.
 pub(crate) enum Failure {
     Known(Error),
-    /// A panic, which is always ours.
+    /// A panic, which is always a bug of this program.
     Bug(String),
 }
 
-/// Runs something on a worker's thread; a panic comes back as a failure.
+/// Calls a function; a panic is returned as a failure.
 pub(crate) fn guard<T>(work: impl FnOnce() -> Result<T>) -> Result<T, Failure> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => result.map_err(Failure::Known),
         Err(panic) => {
             let words = panic.downcast_ref::<String>().cloned();
             let words = words.or_else(|| panic.downcast_ref::<&str>().map(|words| (*words).to_owned()));
-            Err(Failure::Bug(words.unwrap_or_else(|| "a panic without words".into())))
+            Err(Failure::Bug(words.unwrap_or_else(|| "a panic without a message".into())))
         }
     }
 }
 
-/// What every worker of a run has.
+/// The data that all workers of a run share.
 #[derive(Clone, Copy)]
-pub(crate) struct Shop<'a> {
+pub(crate) struct WorkerContext<'a> {
     pub(crate) store: &'a Store,
-    /// Those of the steps that run networks: see [`crate::devices`]. Several only for units that hold items.
+    /// The devices of the steps: see [`crate::devices`]. Several only for units that hold items.
     pub(crate) devices: &'a [tch::Device],
     /// The run's id.
     pub(crate) run: &'a str,
-    /// Set when the operator asks to stop.
+    /// Set when the user asks to stop.
     pub(crate) stop: &'a AtomicBool,
 }
 
-/// A step to be made.
+/// A step to run.
 pub(crate) struct Task<'a> {
     pub(crate) step: &'a Step,
     pub(crate) work: Box<Work>,
@@ -72,100 +90,100 @@ pub(crate) struct Task<'a> {
     pub(crate) report: &'a (dyn Fn(Progress) + Send + Sync),
 }
 
-/// Makes some steps, which share a pass where there are several; says of each what came of it.
+/// Runs some steps, which share a pass where there are several; returns the artifact or failure of each.
 ///
-/// Where the shared pass fails, each goes on alone: one that is at fault does not take the others with it.
-pub(crate) fn make(tasks: &[Task<'_>], shop: Shop<'_>) -> Vec<Result<Artifact, Failure>> {
-    let making: Vec<Making<'_>> = tasks.iter().map(|task| Making::new(task, shop)).collect();
-    if let [one] = &making[..] {
-        return vec![guard(|| one.begin().and_then(|()| work_on(&making)).and_then(|()| one.publish()))];
+/// If the shared pass fails, each step continues alone, so that only the faulty one fails.
+pub(crate) fn run_steps(tasks: &[Task<'_>], context: WorkerContext<'_>) -> Vec<Result<Artifact, Failure>> {
+    let runs: Vec<StepRun<'_>> = tasks.iter().map(|task| StepRun::new(task, context)).collect();
+    if let [one] = &runs[..] {
+        return vec![guard(|| one.begin().and_then(|()| run_missing(&runs)).and_then(|()| one.publish()))];
     }
-    let together = guard(|| making.iter().try_for_each(Making::begin).and_then(|()| work_on(&making)));
+    let together = guard(|| runs.iter().try_for_each(StepRun::begin).and_then(|()| run_missing(&runs)));
     let is_stopped = matches!(&together, Err(Failure::Known(Error::Stage(ovenbird_stages::Error::Stopped))));
-    let alone = |one: &Making<'_>| {
+    let alone = |one: &StepRun<'_>| {
         guard(|| {
             if together.is_err() && !is_stopped {
-                work_on(std::slice::from_ref(one))?;
+                run_missing(std::slice::from_ref(one))?;
             }
             one.proceed()?;
             one.publish()
         })
     };
-    making.iter().map(alone).collect()
+    runs.iter().map(alone).collect()
 }
 
-/// A step in the making.
-struct Making<'a> {
+/// A step that is running.
+struct StepRun<'a> {
     task: &'a Task<'a>,
-    shop: Shop<'a>,
+    context: WorkerContext<'a>,
     started: Timestamp,
     clock: Instant,
     n_failed: AtomicU64,
-    /// Held for a moment.
+    /// Locked only briefly.
     watch: Mutex<Watch>,
-    /// Nobody waits for it: one worker holds it.
+    /// The process that this one waits for. Only one thread locks it.
     waits_for: Mutex<Option<Owner>>,
-    /// How often each unit was found damaged.
+    /// By unit: how often it was damaged.
     damages: Mutex<BTreeMap<usize, usize>>,
 }
 
 /// A step's part in a pass.
 struct Share<'a> {
-    making: &'a Making<'a>,
+    run: &'a StepRun<'a>,
     units: Vec<Unit>,
     lease: Option<Lease>,
 }
 
-/// What there is to do for a step.
-enum Due {
+/// The work that is left for a step.
+enum Pending {
     Nothing,
-    /// Other processes are at all of it.
-    Later,
-    /// These units. The lease is on the whole step, where its units hold no items.
+    /// Other processes are computing all missing units.
+    Elsewhere,
+    /// These units. The lease is for the whole step where its units hold no items.
     Units(Vec<Unit>, Option<Lease>),
 }
 
-/// Works until nothing is missing of any of the steps.
-fn work_on(making: &[Making<'_>]) -> Result<()> {
+/// Runs until no unit of any step is missing.
+fn run_missing(runs: &[StepRun<'_>]) -> Result<()> {
     loop {
         let (mut due, mut is_waiting) = (Vec::new(), false);
-        for making in making {
-            match making.due()? {
-                Due::Nothing => {}
-                Due::Later => is_waiting = true,
-                Due::Units(units, lease) => due.push(Share { making, units, lease }),
+        for run in runs {
+            match run.pending()? {
+                Pending::Nothing => {}
+                Pending::Elsewhere => is_waiting = true,
+                Pending::Units(units, lease) => due.push(Share { run, units, lease }),
             }
         }
         match &due[..] {
-            [] if is_waiting => thread::sleep(LOOK_EVERY),
+            [] if is_waiting => thread::sleep(CHECK_EVERY),
             [] => return Ok(()),
-            [first, ..] => match due.iter().try_for_each(|share| share.making.count_failed()).map(|()| run_on_devices(&due))? {
-                Err(error) if error.is_disk_full() => wait_for_room(first.making)?,
+            [first, ..] => match due.iter().try_for_each(|share| share.run.count_failed()).map(|()| run_on_devices(&due))? {
+                Err(error) if error.is_disk_full() => wait_for_space(first.run)?,
                 result => result?,
             },
         }
     }
 }
 
-/// Runs stages in one pass on every device that they were given, on a thread for each: units that hold items are claimed one by one,
-/// so that devices share them as processes do. Stages that run no network run once.
+/// Runs stages in one pass on each of their devices, with a thread for each device: units that hold items are claimed one by one, so
+/// devices share them as processes do. Stages without a network run once.
 ///
-/// What fails on one device stops the others.
+/// A failure on one device stops the others.
 fn run_on_devices(due: &[Share<'_>]) -> Result<(), ovenbird_stages::Error> {
-    let Shop { devices, stop, .. } = due[0].making.shop;
+    let WorkerContext { devices, stop, .. } = due[0].run.context;
     let devices = if devices.is_empty() { CPU } else { devices };
     assert!(devices.len() == 1 || due.iter().all(|share| share.lease.is_none()), "BUG: a step that cannot be shared has one device");
     let has_failed = AtomicBool::new(false);
     let is_stopped = || stop.load(Ordering::Relaxed) || has_failed.load(Ordering::Relaxed);
     let run_on = |device: tch::Device| {
-        let contexts: Vec<Context<'_>> = due.iter().map(|share| share.making.context(device, devices.len(), &is_stopped)).collect();
+        let contexts: Vec<Context<'_>> = due.iter().map(|share| share.run.stage_context(device, devices.len(), &is_stopped)).collect();
         let result = match (due, &contexts[..]) {
-            ([share], [context]) => share.making.task.step.stage.run(&share.units, context),
+            ([share], [context]) => share.run.task.step.stage.run(&share.units, context),
             _ => {
                 let stages = due
                     .iter()
                     .zip(&contexts)
-                    .map(|(Share { making, units, .. }, context)| (making.task.step.entry, &*making.task.step.stage, &units[..], context));
+                    .map(|(Share { run, units, .. }, context)| (run.task.step.entry, &*run.task.step.stage, &units[..], context));
                 run_together(&stages.collect::<Vec<(_, &dyn AnyStage, _, _)>>())
             }
         };
@@ -180,18 +198,18 @@ fn run_on_devices(due: &[Share<'_>]) -> Result<(), ovenbird_stages::Error> {
         let others = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
         std::iter::once(first).chain(others).collect()
     });
-    // Devices that were stopped because of another one's failure are not the cause.
+    // Devices that stopped because of a failure on another one are not the cause.
     let failures: Vec<_> = results.into_iter().filter_map(Result::err).collect();
     let is_cause = |failure: &ovenbird_stages::Error| !matches!(failure, ovenbird_stages::Error::Stopped);
     let cause = failures.iter().position(is_cause).unwrap_or(0);
     failures.into_iter().nth(cause).map_or(Ok(()), Err)
 }
 
-impl<'a> Making<'a> {
-    fn new(task: &'a Task<'a>, shop: Shop<'a>) -> Self {
+impl<'a> StepRun<'a> {
+    fn new(task: &'a Task<'a>, context: WorkerContext<'a>) -> Self {
         Self {
             task,
-            shop,
+            context,
             started: Timestamp::now(),
             clock: Instant::now(),
             n_failed: AtomicU64::new(0),
@@ -201,11 +219,11 @@ impl<'a> Making<'a> {
         }
     }
 
-    /// What the stage may use on one of some devices.
-    fn context<'b>(&'b self, device: tch::Device, n_devices: usize, is_stopped: &'b (dyn Fn() -> bool + Sync)) -> Context<'b> {
+    /// The context of the stage on one of several devices.
+    fn stage_context<'b>(&'b self, device: tch::Device, n_devices: usize, is_stopped: &'b (dyn Fn() -> bool + Sync)) -> Context<'b> {
         let Task { step, work, report } = self.task;
         Context {
-            store: self.shop.store,
+            store: self.context.store,
             kind: step.entry.kind,
             units: &work.units,
             items: &work.items,
@@ -222,32 +240,32 @@ impl<'a> Making<'a> {
         }
     }
 
-    /// Fails once the operator has asked to stop.
+    /// Fails once the user has asked to stop.
     fn proceed(&self) -> Result<()> {
-        if self.shop.stop.load(Ordering::Relaxed) { Err(ovenbird_stages::Error::Stopped.into()) } else { Ok(()) }
+        if self.context.stop.load(Ordering::Relaxed) { Err(ovenbird_stages::Error::Stopped.into()) } else { Ok(()) }
     }
 
-    /// Says how much there is to do, and writes down which units there will be.
+    /// Reports the amount of work, and records the planned units.
     fn begin(&self) -> Result<()> {
         let Task { step, work, report } = self.task;
         let n_items: usize = work.missing.iter().map(|unit| work.units[*unit].items.len()).sum();
         if n_items > 0 {
             report(Progress::Total(n_items as u64));
         }
-        let (store, kind) = (self.shop.store, step.entry.kind);
+        let (store, kind) = (self.context.store, step.entry.kind);
         self.count_failed()?;
         let family = work.units.first().and_then(|unit| unit.family);
         if let Some(unit_bytes) = store.mean_unit_bytes(kind, family)?
-            && let Some(words) = lacks_room(store, work.missing.len(), unit_bytes)
+            && let Some(words) = lacks_space(store, work.missing.len(), unit_bytes)
         {
             report(Progress::Note(words));
         }
         Ok(store.write_plan(&work.recipe, &work.units.iter().map(|unit| unit.fingerprint).collect::<Vec<_>>())?)
     }
 
-    /// Counts the items that failed in published units, whoever made them; fails where they are more than the policy allows.
+    /// Counts the failed items of published units, of all processes; fails where they are more than the policy allows.
     fn count_failed(&self) -> Result<()> {
-        let (Task { step, work, .. }, store) = (self.task, self.shop.store);
+        let (Task { step, work, .. }, store) = (self.task, self.context.store);
         let OnBadItem::Skip { max_failed_ratio } = step.on_bad_item else { return Ok(()) };
         let (mut n_failed, mut last) = (0, String::new());
         for unit in work.units.iter().filter(|unit| unit.family.is_some()) {
@@ -261,17 +279,17 @@ impl<'a> Making<'a> {
         if n_failed == 0 { Ok(()) } else { Ok(refuse_too_many([n_failed, work.items.len()], max_failed_ratio, &last)?) }
     }
 
-    /// What is missing; what is damaged of it is set aside.
-    fn due(&self) -> Result<Due> {
-        let (Task { step, work, report }, store) = (self.task, self.shop.store);
+    /// The missing units; damaged ones are set aside.
+    fn pending(&self) -> Result<Pending> {
+        let (Task { step, work, report }, store) = (self.task, self.context.store);
         let kind = step.entry.kind;
         loop {
             let missing = plan::missing(step, store, &work.units, work.is_chain)?;
             if missing.is_empty() {
-                return Ok(Due::Nothing);
+                return Ok(Pending::Nothing);
             }
             self.proceed()?;
-            // Units that hold items are claimed one by one by the stage; anything else is one process's as a whole.
+            // The stage claims units with items one by one; other steps are claimed as a whole.
             let first = &work.units[missing[0]];
             let claimed = if first.family.is_some() { &first.fingerprint } else { &work.recipe.fingerprint() };
             let claim = store.claim(kind, claimed, &mut self.watch.lock().unwrap_or_else(PoisonError::into_inner))?;
@@ -285,11 +303,11 @@ impl<'a> Making<'a> {
                 Claim::Held(holder) => {
                     let mut waits_for = self.waits_for.lock().unwrap_or_else(PoisonError::into_inner);
                     if waits_for.as_ref() != Some(&holder) {
-                        report(Progress::Note(format!("waits for {}, which is making it", holder.words())));
+                        report(Progress::Note(format!("waits for {}, which is computing it", holder.words())));
                         *waits_for = Some(holder);
                     }
                     report(Progress::Waiting);
-                    return Ok(Due::Later);
+                    return Ok(Pending::Elsewhere);
                 }
             };
             let missing: Vec<Unit> = missing.into_iter().map(|unit| work.units[unit].clone()).collect();
@@ -306,35 +324,36 @@ impl<'a> Making<'a> {
                     }
                     Status::Valid(record) if !plan::is_whole(step, &record) => {
                         drop(store.quarantine(&unit_name(kind, &unit.fingerprint), &["some items failed".into()])?);
-                        // With more items it is another artifact to those that read it.
+                        // With more items the artifact changes for steps that read it.
                         store.quarantine_manifest(&store.manifest_path(kind, &work.recipe.fingerprint()), "some items failed")?;
                     }
                     Status::Valid(_) | Status::Absent => {}
                 }
             }
-            // The stage claims units that hold items by itself.
+            // The stage claims units with items itself.
             let lease = first.family.is_none().then_some(lease);
-            return Ok(Due::Units(missing, lease));
+            return Ok(Pending::Units(missing, lease));
         }
     }
 
+    /// Publishes the artifact from its units.
     fn publish(&self) -> Result<Artifact> {
         self.count_failed()?;
-        let (Task { step, work, .. }, store) = (self.task, self.shop.store);
+        let (Task { step, work, .. }, store) = (self.task, self.context.store);
         let (kind, units) = (step.entry.kind, &work.units);
         let record = |unit: &Unit| -> Result<UnitRecord> {
             match store.unit(kind, &unit.fingerprint)? {
                 Status::Valid(record) => Ok(record),
                 Status::Damaged(findings) => Err(damaged(store, kind, unit, &findings.join("; "))),
-                Status::Absent => Err(damaged(store, kind, unit, "is gone")),
+                Status::Absent => Err(damaged(store, kind, unit, "is missing")),
             }
         };
         let records = units.iter().filter(|unit| unit.stays).map(record).collect::<Result<Vec<_>>>()?;
         let made = Provenance {
             program: format!("ovenbird {}", env!("CARGO_PKG_VERSION")),
-            run: self.shop.run.to_owned(),
+            run: self.context.run.to_owned(),
             host: machine::host(),
-            device: machine::device_names(if step.entry.uses_device { self.shop.devices } else { CPU }),
+            device: machine::device_names(if step.entry.uses_device { self.context.devices } else { CPU }),
             libtorch: ovenbird_models::LIBTORCH.into(),
             started: self.started.to_string(),
             wall_s: self.clock.elapsed().as_secs_f64(),
@@ -344,37 +363,34 @@ impl<'a> Making<'a> {
     }
 }
 
-/// That a unit was published and is not what it was.
+/// The error of a unit that is damaged right after it was published.
 fn damaged(store: &Store, kind: &str, unit: &Unit, problem: &str) -> Error {
     let path = store.unit_path(&unit_name(kind, &unit.fingerprint));
     ovenbird_cache::Error::Malformed { path, problem: format!("was published just now, and is damaged: {problem}") }.into()
 }
 
-/// Says so where the disk will not hold some more units of a size.
-pub(crate) fn lacks_room(store: &Store, n_units: usize, unit_bytes: u64) -> Option<String> {
+/// A warning where the disk has no space for some units of a size.
+pub(crate) fn lacks_space(store: &Store, n_units: usize, unit_bytes: u64) -> Option<String> {
     let (free, needed) = (free_space(store.home()), n_units as u64 * unit_bytes);
     (needed > free).then(|| {
         let (needed, free) = (HumanBytes(needed), HumanBytes(free));
         let at = store.home().display();
-        format!("needs about {needed} for {} and finds {free} at {at}: it will pause when the disk is full", count(n_units, "unit"))
+        format!("needs about {needed} for {}, and {free} are free at {at}: it will pause when the disk is full", count(n_units, "unit"))
     })
 }
 
-/// Waits until the disk has room again. Nothing is damaged meanwhile: what was in the making is lost, and made again.
-fn wait_for_room(making: &Making<'_>) -> Result<()> {
-    let (store, report) = (making.shop.store, making.task.report);
-    let at_least = free_space(store.home()) + LEAST_ROOM;
-    let words = format!(
-        "the disk is full: paused. Free {} or more at {}, and it continues by itself",
-        HumanBytes(LEAST_ROOM),
-        store.home().display()
-    );
+/// Waits until the disk has space again. Unfinished units are lost and computed again.
+fn wait_for_space(run: &StepRun<'_>) -> Result<()> {
+    let (store, report) = (run.context.store, run.task.report);
+    let at_least = free_space(store.home()) + MIN_FREED;
+    let words =
+        format!("the disk is full: paused. Free {} or more at {}, and the run continues", HumanBytes(MIN_FREED), store.home().display());
     report(Progress::Note(words));
     while free_space(store.home()) < at_least {
-        making.proceed()?;
+        run.proceed()?;
         report(Progress::Waiting);
-        thread::sleep(LOOK_EVERY);
+        thread::sleep(CHECK_EVERY);
     }
-    report(Progress::Note("there is room again: continues".into()));
+    report(Progress::Note("the disk has space again: continues".into()));
     Ok(())
 }

@@ -1,6 +1,6 @@
-//! Rows computed again through the model that is recorded, and compared: finds what is sound to the last bit and wrong.
+//! Recomputes rows of features with the recorded model and compares them: finds results that are intact and wrong.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use ovenbird_cache::{
     Artifact, Fingerprint, Status, Store,
@@ -16,21 +16,22 @@ use serde::Serialize;
 use crate::{
     error::{Error, Result},
     event, machine,
-    plan::{self, Made},
-    screen::Phase,
-    verify::read_request,
+    pipeline::Pipeline,
+    plan::{self, Made, previous_run::PreviousRun},
+    progress::TaskProgress,
+    request::read_request,
 };
 
-/// Cosine below which a row is another one. Rounding to f16 and another order of sums cost less than 1e-4.
-const LEAST_COSINE: f64 = 0.999;
+/// Rows with a smaller cosine differ. Rounding to f16 and another order of sums cost less than 1e-4.
+const MIN_COSINE: f64 = 0.999;
 
-/// What an audit came to.
+/// The result of recomputing rows.
 #[derive(Debug, Default, Serialize)]
-pub(crate) struct Audit {
+pub(super) struct Audit {
     rows: usize,
     least_cosine: Option<f64>,
     wrong: Vec<Wrong>,
-    /// Artifacts that could not be audited, and why.
+    /// Artifacts that could not be recomputed, and why.
     skipped: BTreeMap<String, String>,
 }
 
@@ -42,32 +43,35 @@ struct Wrong {
 }
 
 impl Audit {
-    pub(crate) fn findings(&self) -> Vec<Finding> {
+    /// The differences as findings.
+    pub(super) fn findings(&self) -> Vec<Finding> {
         let finding = |wrong: &Wrong| Finding {
             class: Class::Wrong,
             unit: Some(wrong.unit.clone()),
             path: wrong.unit.clone().into(),
-            problem: format!("image {}: computed again, the embedding has cosine {:.4} to what is stored", wrong.image, wrong.cosine),
+            problem: format!("image {}: the recomputed embedding has cosine {:.4} to the stored one", wrong.image, wrong.cosine),
         };
         self.wrong.iter().map(finding).collect()
     }
+}
 
-    pub(crate) fn words(&self) -> String {
+impl fmt::Display for Audit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let least = self.least_cosine.map_or_else(String::new, |least| format!(", least cosine {least:.5}"));
-        let skipped = self.skipped.iter().map(|(what, why)| format!("not computed again: {what}: {why}\n"));
-        format!("{} rows computed again, {} wrong{least}\n", self.rows, self.wrong.len()) + &skipped.collect::<String>()
+        let skipped = self.skipped.iter().map(|(what, why)| format!("not recomputed: {what}: {why}\n"));
+        write!(f, "{} rows recomputed, {} wrong{least}\n{}", self.rows, self.wrong.len(), skipped.collect::<String>())
     }
 }
 
-/// Computes a part of the rows of every feature artifact again on a device, in a scratch home of its own.
-pub(crate) fn audit(store: &Store, part: f64, device: tch::Device) -> Result<Audit> {
+/// Recomputes a share of the rows of every feature artifact on a device, in a temporary home.
+pub(super) fn audit(store: &Store, part: f64, device: tch::Device) -> Result<Audit> {
     let mut audit = Audit::default();
     let mut done: Vec<Fingerprint> = Vec::new();
     for run in event::runs(store.home()).into_iter().rev() {
         let pipeline = match read_request(store, &run) {
             Ok(pipeline) => pipeline,
             Err(error) => {
-                audit.skipped.insert(format!("run {run}"), error.words());
+                audit.skipped.insert(format!("run {run}"), error.message());
                 continue;
             }
         };
@@ -79,34 +83,34 @@ pub(crate) fn audit(store: &Store, part: f64, device: tch::Device) -> Result<Aud
             match audit_step(store, &pipeline, place, part, device, &mut done, &mut audit) {
                 Ok(None) => {}
                 Ok(Some(why)) => drop(audit.skipped.insert(id, why.into())),
-                Err(error) => drop(audit.skipped.insert(id, error.words())),
+                Err(error) => drop(audit.skipped.insert(id, error.message())),
             }
         }
     }
     Ok(audit)
 }
 
-/// Computes a part of the rows of a step again. Says why, where it cannot.
+/// Recomputes a share of the rows of a step; returns why, where it cannot.
 fn audit_step(
     store: &Store,
-    pipeline: &crate::pipeline::Pipeline,
+    pipeline: &Pipeline,
     place: usize,
     part: f64,
     device: tch::Device,
     done: &mut Vec<Fingerprint>,
     audit: &mut Audit,
 ) -> Result<Option<&'static str>> {
-    // Everything upstream, as it lies in the store.
-    let needed = plan::needed(pipeline, &[place]);
+    // Everything upstream comes from the store.
+    let needed = pipeline.needed(&[place]);
     let steps: Vec<_> = needed.iter().map(|step| &pipeline.steps[*step]).collect();
     let files = plan::digest_files(&steps, Some(&ovenbird_cache::Ledger::of(store)))?;
-    let last = plan::Last::default();
+    let previous = PreviousRun::default();
     let mut made = Made::new();
     for step in &needed[..needed.len() - 1] {
-        match plan::check(&pipeline.steps[*step], true, &files, &made, store, &last)? {
+        match plan::check(&pipeline.steps[*step], true, &files, &made, store, &previous)? {
             plan::Checked::Reused(artifact) => drop(made.insert(*step, *artifact)),
             plan::Checked::Run(_) | plan::Checked::Lacks { .. } => {
-                return Ok(Some("what it is made from is not in the home, or has changed"));
+                return Ok(Some("its inputs are not in the home, or have changed"));
             }
         }
     }
@@ -125,7 +129,7 @@ fn audit_step(
     let (units, items) = step.stage.units(&inputs)?.of(&recipe);
     let Some(family) = units.first().and_then(|unit| unit.family) else { return Ok(Some("it holds no items")) };
     let n_rows = ((items.len() as f64 * part).ceil() as usize).min(items.len());
-    // Spread over the list by the artifact's own name: another artifact, other rows; the same audit, the same rows.
+    // Which rows, follows from the artifact's name: other rows for each artifact, the same rows each time.
     let seed = u64::from_le_bytes(*recipe.fingerprint().as_bytes().first_chunk::<8>().expect("BUG: a fingerprint has 32 bytes"));
     let stride = items.len() / n_rows.max(1);
     let chosen: Vec<usize> = (0..n_rows).map(|row| (row * stride + seed as usize % stride.max(1)).min(items.len() - 1)).collect();
@@ -138,17 +142,17 @@ fn audit_step(
     let scratch = tempfile::tempdir().map_err(|source| ovenbird_cache::Error::Write { path: std::env::temp_dir(), source })?;
     let scratch = Store::open(scratch.path())?;
     let (_session, _recovered) = scratch.enter()?;
-    // In the arithmetic that the artifact was made in.
+    // With the precision that the artifact was computed with.
     if let Some(precision) = artifact.manifest.units.iter().find_map(|unit| unit.metrics.get(PRECISION)?.as_str()) {
         scratch.choice(step.entry.kind, &family, PRECISION, || Ok::<_, Error>(precision.to_owned()))?;
     }
-    let phase = std::sync::Mutex::new((Phase::new(&format!("recompute {}", step.id)), 0));
+    let progress = std::sync::Mutex::new((TaskProgress::new(&format!("recompute {}", step.id)), 0));
     let report = |said: ovenbird_stages::Progress| {
         if let ovenbird_stages::Progress::Committed { .. } = said {
-            let mut phase = phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            phase.1 += 1;
-            let n_done = phase.1;
-            phase.0.tell(n_done, n_rows as u64, "");
+            let mut progress = progress.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            progress.1 += 1;
+            let n_done = progress.1;
+            progress.0.tell(n_done, n_rows as u64, "");
         }
     };
     let context = Context {
@@ -171,7 +175,7 @@ fn audit_step(
     let port = step.entry.outputs[0].name;
     for (sample, item) in samples.iter().zip(&chosen) {
         let Status::Valid(record) = scratch.unit(step.entry.kind, &sample.fingerprint)? else {
-            return Ok(Some("a row could not be computed again"));
+            return Ok(Some("a row could not be recomputed"));
         };
         let unit = units.iter().find(|unit| unit.items.contains(item)).expect("BUG: every item is in a unit");
         let is_regions = step.entry.outputs[0].kind == RegionFeatures::KIND;
@@ -181,7 +185,7 @@ fn audit_step(
             let cosine = stored.get(&image).map_or(0.0, |stored| least_cosine(stored, &embedding));
             audit.rows += 1;
             audit.least_cosine = Some(audit.least_cosine.map_or(cosine, |least| least.min(cosine)));
-            if cosine < LEAST_COSINE {
+            if cosine < MIN_COSINE {
                 audit.wrong.push(Wrong { unit: ovenbird_cache::unit_name(step.entry.kind, &unit.fingerprint), image, cosine });
             }
         }
@@ -220,7 +224,7 @@ fn least_cosine(stored: &[Vec<f32>], again: &[Vec<f32>]) -> f64 {
     }
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
     let cosine = |(a, b): (&Vec<f32>, &Vec<f32>)| dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().max(1e-12);
-    // What is no number is no likeness.
+    // NaN counts as different.
     let cosines = stored.iter().zip(again).map(cosine);
     cosines.map(|cosine| if cosine.is_nan() { -1.0 } else { cosine }).fold(1.0, f64::min)
 }

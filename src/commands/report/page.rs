@@ -1,84 +1,55 @@
-//! `ovenbird report`: one self-contained HTML file about a run. No network, no script.
-//!
-//! [`gather`] reads the log, manifests and tables into plain data; [`render`] turns that into text. A part that cannot be
-//! read, of a run that failed or was cut off, is left out and named.
-
-mod gallery;
+//! The HTML page of a report: [`Gathered`] as text.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
-    fs,
-    path::{Path, PathBuf},
 };
 
-use ovenbird_cache::{Artifact, Status, Store, publish};
+use ovenbird_cache::Artifact;
 use ovenbird_data::evaluate::{Evaluation, GROUPS, Metric};
-use ovenbird_stages::{Artifact as _, artifacts::Curve, find};
-use serde_json::json;
+use ovenbird_stages::artifacts::Curve;
 
-use crate::{
-    cli::{print, to_json},
-    comparison::{self, Comparison, compare},
-    error::{Error, Result, count},
-    event::{self, Event, Stamped},
-    history::{self, Evaluated, RunState, StepState},
-    pipeline::matrix::plain_id,
-    screen::duration,
+use super::{
+    gallery::Picture,
+    html::{escape, put},
 };
-use gallery::Picture;
+use crate::{
+    output::{count, duration},
+    pipeline::step_id::StepId,
+    results::{self, Comparison, Evaluated, compare},
+    run_state::{RunState, StepState, StepStatus},
+};
 
-/// Everything the page shows.
-struct Gathered {
-    run: RunState,
-    /// Steps that each step reads from, in the order of the run's steps.
-    after: Vec<Vec<String>>,
-    /// Start and end of each step that worked, in s since the run's start.
-    spans: BTreeMap<String, (f64, f64)>,
-    bytes: BTreeMap<String, u64>,
-    /// By step: seconds since the run's start, items done, views seen, pieces of work ready.
-    flow: BTreeMap<String, Vec<(f64, u64, u64, u64)>>,
-    artifacts: BTreeMap<String, Artifact>,
-    evaluations: Vec<Evaluated>,
-    trainings: Vec<(String, Curve)>,
-    pictures: Vec<Picture>,
-    /// What could not be read, in words.
-    unread: Vec<String>,
+/// The content of the page.
+pub(super) struct Gathered {
+    pub(super) run: RunState,
+    /// The steps that each step reads from, in the order of the run's steps.
+    pub(super) after: Vec<Vec<StepId>>,
+    /// Start and end of each step that ran, in s since the run's start.
+    pub(super) spans: BTreeMap<StepId, (f64, f64)>,
+    pub(super) bytes: BTreeMap<StepId, u64>,
+    /// By step: seconds since the run's start, items done, views done, batches ready.
+    pub(super) flow: BTreeMap<StepId, Vec<(f64, u64, u64, u64)>>,
+    pub(super) artifacts: BTreeMap<StepId, Artifact>,
+    pub(super) evaluations: Vec<Evaluated>,
+    pub(super) trainings: Vec<(StepId, Curve)>,
+    pub(super) pictures: Vec<Picture>,
+    /// What could not be read.
+    pub(super) unread: Vec<String>,
 }
 
-/// Writes the report of a run and returns where. Beside the run's log, one that shows more stays as it is, and that is said.
-pub(crate) fn write(store: &Store, run: &str, output: Option<&Path>) -> Result<(PathBuf, Option<String>)> {
-    let gathered = gather(store, &event::read_log(store.home(), run)?)?;
-    if let Some(path) = output {
-        publish::replace(path, render(&gathered).as_bytes())?;
-        return Ok((path.to_owned(), None));
-    }
-    store.check_there()?;
-    let path = event::run_folder(store.home(), run).join("report.html");
-    let (before, now) = (shown_in(&fs::read_to_string(&path).unwrap_or_default()), gathered.shown());
-    let lost: Vec<&String> = before.difference(&now).collect();
-    if !lost.is_empty() {
-        let lost = lost.iter().map(|part| part.as_str()).collect::<Vec<_>>().join(", ");
-        let words =
-            format!("left as it was: a new one would not show {lost} any more; `ovenbird report {run} -o FILE` writes it elsewhere");
-        return Ok((path, Some(words)));
-    }
-    publish::replace(&path, render(&gathered).as_bytes())?;
-    Ok((path, None))
-}
-
-/// How a report says what it shows.
+/// The element of a report that lists its parts.
 const SHOWN: &str = "<meta name=\"ovenbird-shown\" content=\"";
 
-/// What a report shows, as it says itself.
-fn shown_in(html: &str) -> BTreeSet<String> {
+/// The parts that a report shows.
+pub(super) fn parts_of(html: &str) -> BTreeSet<String> {
     let list = html.split_once(SHOWN).and_then(|(_, rest)| rest.split_once('"')).map_or("", |(list, _)| list);
     list.split(' ').filter(|part| !part.is_empty()).map(str::to_owned).collect()
 }
 
 impl Gathered {
-    /// The parts that are shown: of which step what.
-    fn shown(&self) -> BTreeSet<String> {
+    /// The parts that the page shows.
+    pub(super) fn shown(&self) -> BTreeSet<String> {
         let evaluations = self.evaluations.iter().map(|it| format!("{}.{}", it.step, it.port));
         let trainings = self.trainings.iter().map(|(step, _)| format!("{step}.curve"));
         let artifacts = self.artifacts.keys().map(|step| format!("{step}.artifact"));
@@ -87,103 +58,8 @@ impl Gathered {
     }
 }
 
-/// `ovenbird report --json`: the numbers of a run.
-pub(crate) fn numbers(store: &Store, run: &str) -> Result<()> {
-    let state = history::state(&event::read_log(store.home(), run)?);
-    let mut evaluated = Vec::new();
-    for step in &state.steps {
-        evaluated.extend(history::evaluations(store, step)?);
-    }
-    let comparisons = state.matrix.as_ref().map_or_else(Vec::new, |matrix| compare(matrix, &state.steps, &evaluated));
-    let as_json = |Evaluated { step, kind, port, evaluation }: &Evaluated| json!({"step": step, "use": kind, "output": port, "of": evaluation.title(), "groups": evaluation.groups, "warnings": evaluation.warnings});
-    let evaluations: Vec<_> = evaluated.iter().map(as_json).collect();
-    let not_shown = unread(store, &state)?;
-    let report = json!({"run": state.run, "pipeline": state.pipeline, "evaluations": evaluations, "comparisons": comparisons, "not_shown": not_shown});
-    print(&to_json("report", &report))
-}
-
-/// What of a run's results cannot be read, step by step, and what of its log.
-fn unread(store: &Store, run: &RunState) -> Result<Vec<String>> {
-    let mut unread = Vec::new();
-    let n_damaged = event::log_damage(store.home(), &run.run)?;
-    if n_damaged > 0 {
-        unread.push(format!("{} of the run's log damaged", count(n_damaged, "line")));
-    }
-    for step in run.steps.iter().filter(|step| ["done", "reused", "dropped"].contains(&step.state)) {
-        let Some(fingerprint) = &step.fingerprint else { continue };
-        match store.artifact(&step.kind, fingerprint)? {
-            Status::Valid(artifact) if artifact.is_dropped => unread.push(format!("`{}`: its bytes were dropped", step.id)),
-            Status::Valid(_) => {}
-            Status::Damaged(findings) => unread.push(format!("`{}`: {}", step.id, findings.join("; "))),
-            Status::Absent => unread.push(format!("`{}`: what it made is not in the home any more", step.id)),
-        }
-    }
-    Ok(unread)
-}
-
-fn gather(store: &Store, log: &[Stamped]) -> Result<Gathered> {
-    let run = history::state(log);
-    let start_ms = log.first().map_or(0, |first| first.at.as_millisecond());
-    let (mut after, mut spans, mut bytes) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
-    let mut flow: BTreeMap<String, Vec<_>> = BTreeMap::new();
-    for Stamped { at, event } in log {
-        let now = (at.as_millisecond() - start_ms) as f64 / 1e3;
-        match event {
-            Event::RunStarted { steps, .. } => after = steps.iter().map(|step| step.after.clone()).collect(),
-            Event::StepStarted { step } => drop(spans.insert(step.clone(), (now, now))),
-            Event::StepDone { step, bytes: of_step, .. } => {
-                bytes.insert(step.clone(), *of_step);
-                spans.entry(step.clone()).and_modify(|span| span.1 = now);
-            }
-            Event::StepProgress { step, done, views, ready, .. } => {
-                spans.entry(step.clone()).and_modify(|span| span.1 = now);
-                flow.entry(step.clone()).or_default().push((now, *done, *views, *ready));
-            }
-            Event::StepFailed { step, .. } => drop(spans.entry(step.clone()).and_modify(|span| span.1 = now)),
-            _ => {}
-        }
-    }
-    let mut artifacts = BTreeMap::new();
-    let (mut evaluations, mut trainings, mut unread) = (Vec::new(), Vec::new(), unread(store, &run)?);
-    for step in &run.steps {
-        let Some(fingerprint) = &step.fingerprint else { continue };
-        if let Status::Valid(artifact) = store.artifact(&step.kind, fingerprint)? {
-            for port in find(&step.kind).into_iter().flat_map(|entry| entry.outputs) {
-                if port.kind == Curve::KIND && !artifact.is_dropped {
-                    match Curve::open(&artifact.port(port.name)) {
-                        Ok(curve) => trainings.push((step.id.clone(), curve)),
-                        Err(error) => unread.push(Error::from(error).words()),
-                    }
-                }
-            }
-            match history::evaluations(store, step) {
-                Ok(found) => evaluations.extend(found),
-                Err(error) => unread.push(error.words()),
-            }
-            artifacts.insert(step.id.clone(), artifact);
-        }
-    }
-    let pictures = gallery::pictures(&run.steps, &artifacts).unwrap_or_else(|error| {
-        unread.push(error.words());
-        Vec::new()
-    });
-    Ok(Gathered { run, after, spans, bytes, flow, artifacts, evaluations, trainings, pictures, unread })
-}
-
-/// Text that is safe inside HTML, also inside attributes.
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
-}
-
-/// Appends formatted text; writing to memory does not fail.
-macro_rules! put {
-    ($out:expr, $($arg:tt)*) => {{
-        let _infallible = write!($out, $($arg)*);
-    }};
-}
-use put;
-
-fn render(gathered: &Gathered) -> String {
+/// The page as HTML.
+pub(super) fn render(gathered: &Gathered) -> String {
     let mut out = String::new();
     let run = &gathered.run;
     put!(
@@ -192,12 +68,12 @@ fn render(gathered: &Gathered) -> String {
         escape(&gathered.shown().into_iter().collect::<Vec<_>>().join(" ")),
         escape(&run.pipeline),
         escape(&run.run),
-        include_str!("report/style.css"),
+        include_str!("style.css"),
     );
     header(&mut out, gathered);
     if !gathered.unread.is_empty() {
         out.push_str(
-            "<section><h2>Not shown</h2><p>`ovenbird verify --full --fix` repairs what is damaged; a run makes what is gone.</p><ul>",
+            "<section><h2>Not shown</h2><p>`ovenbird verify --full --fix` repairs damaged results; a run recomputes missing ones.</p><ul>",
         );
         gathered.unread.iter().for_each(|words| put!(out, "<li>{}</li>", escape(words)));
         out.push_str("</ul></section>");
@@ -206,7 +82,7 @@ fn render(gathered: &Gathered) -> String {
         compare(matrix, &run.steps, &gathered.evaluations).iter().for_each(|comparison| side_by_side(&mut out, comparison));
     }
     for Evaluated { step, evaluation, .. } in &gathered.evaluations {
-        put!(out, "<section><h2>{}</h2><p class=\"quiet\">{}</p>", escape(step), evaluation.title());
+        put!(out, "<section><h2>{}</h2><p class=\"quiet\">{}</p>", escape(&step.to_string()), evaluation.title());
         groups(&mut out, evaluation);
         warnings(&mut out, &evaluation.warnings);
         curves(&mut out, evaluation);
@@ -237,7 +113,7 @@ fn render(gathered: &Gathered) -> String {
 
 fn header(out: &mut String, gathered: &Gathered) {
     let run = &gathered.run;
-    let outcome = history::outcome_words(run);
+    let outcome = run.outcome_words();
     put!(out, "<header><h1>{}</h1><p>{}</p>", escape(&run.pipeline), escape(&run.description));
     put!(
         out,
@@ -259,8 +135,8 @@ fn header(out: &mut String, gathered: &Gathered) {
         );
     }
     put!(out, "<p class=\"quiet\"><code>ovenbird {}</code></p>", escape(&run.command));
-    for step in run.steps.iter().filter(|step| step.state == "failed") {
-        put!(out, "<p class=\"failure\"><strong>{} failed.</strong> {}</p>", escape(&step.id), escape(&step.words));
+    for step in run.steps.iter().filter(|step| step.state == StepStatus::Failed) {
+        put!(out, "<p class=\"failure\"><strong>{} failed.</strong> {}</p>", escape(&step.id.to_string()), escape(&step.words));
     }
     out.push_str("</header>");
 }
@@ -273,7 +149,7 @@ fn percent(value: Option<f64>) -> String {
 fn side_by_side(out: &mut String, comparison: &Comparison) {
     let Comparison { evaluation, of, rows, missing, .. } = comparison;
     let groups = comparison.groups();
-    let name = |row: &comparison::Row| escape(row.variant.as_deref().unwrap_or("all"));
+    let name = |row: &results::Row| escape(row.variant.as_deref().unwrap_or("all"));
     put!(out, "<section><h2>{}: side by side</h2><p class=\"quiet\">{of}: {}</p>", escape(evaluation), escape(&comparison.legend()));
     out.push_str("<div class=\"wide\"><table><tr><th>variant</th>");
     groups.iter().for_each(|group| put!(out, "<th class=\"number\">{group}</th><th></th>"));
@@ -282,8 +158,8 @@ fn side_by_side(out: &mut String, comparison: &Comparison) {
         put!(out, "<tr><th>{}</th>", name(row));
         for group in &groups {
             let value = comparison.headline_of(row, group);
-            let words = value.map_or_else(|| "–".into(), |value| value.over_seeds.words());
-            let difference = value.and_then(|value| value.difference.as_ref()).map(comparison::Spread::signed_words);
+            let words = value.map_or_else(|| "–".into(), |value| value.over_seeds.to_string());
+            let difference = value.and_then(|value| value.difference.as_ref()).map(results::Spread::signed);
             put!(out, "<td class=\"number\">{words}</td><td class=\"number\">{}</td>", difference.unwrap_or_default());
         }
         out.push_str("</tr>");
@@ -368,15 +244,15 @@ fn classes(out: &mut String, evaluation: &Evaluation) {
 
 fn state_words(step: &StepState) -> String {
     match step.wall_s {
-        Some(wall_s) => format!("made in {}", duration(wall_s)),
-        None => step.state.to_owned(),
+        Some(wall_s) => format!("done in {}", duration(wall_s)),
+        None => step.state.to_string(),
     }
 }
 
-/// What the graph shows in one place: a stage of the file, with all copies that a matrix makes of it.
+/// A box of the graph: a stage of the file with all its instances.
 struct Node<'a> {
-    copies: Vec<&'a StepState>,
-    /// The places of what it reads from.
+    instances: Vec<&'a StepState>,
+    /// The places of the nodes that it reads from.
     above: BTreeSet<usize>,
 }
 
@@ -385,20 +261,20 @@ impl<'a> Node<'a> {
         let mut nodes: Vec<Self> = Vec::new();
         let mut places: BTreeMap<&str, usize> = BTreeMap::new();
         for step in &gathered.run.steps {
-            let place = *places.entry(plain_id(&step.id)).or_insert(nodes.len());
+            let place = *places.entry(&step.id.stage).or_insert(nodes.len());
             if place == nodes.len() {
-                nodes.push(Self { copies: Vec::new(), above: BTreeSet::new() });
+                nodes.push(Self { instances: Vec::new(), above: BTreeSet::new() });
             }
-            nodes[place].copies.push(step);
+            nodes[place].instances.push(step);
         }
         for (step, after) in gathered.run.steps.iter().zip(&gathered.after) {
-            nodes[places[plain_id(&step.id)]].above.extend(after.iter().filter_map(|id| places.get(plain_id(id))));
+            nodes[places[step.id.stage.as_str()]].above.extend(after.iter().filter_map(|id| places.get(id.stage.as_str())));
         }
         nodes
     }
 
-    /// Of each node, how many lie above it on the longest way. Copies may read from stages that come later in the file; a circle, which
-    /// copies of two stages can make together, is cut.
+    /// For each node, the length of the longest path above it. Instances may read from stages that come later in the file, and instances
+    /// of two stages may form a circle, which is cut.
     fn layers(nodes: &[Self]) -> Vec<usize> {
         let mut layers = vec![0; nodes.len()];
         for _ in nodes {
@@ -410,24 +286,25 @@ impl<'a> Node<'a> {
         layers
     }
 
-    /// The state that matters most.
-    fn state(&self) -> &'static str {
-        let states = ["failed", "cut off", "running", "waiting", "skipped", "done", "dropped", "reused"];
-        states.into_iter().find(|state| self.copies.iter().any(|copy| copy.state == *state)).unwrap_or("waiting")
+    /// The most important state of the instances.
+    fn state(&self) -> StepStatus {
+        use StepStatus::{CutOff, Done, Dropped, Failed, Reused, Running, Skipped, Waiting};
+        let states = [Failed, CutOff, Running, Waiting, Skipped, Done, Dropped, Reused];
+        states.into_iter().find(|state| self.instances.iter().any(|step| step.state == *state)).unwrap_or(Waiting)
     }
 
     fn words(&self) -> String {
-        if let [one] = self.copies[..] {
+        if let [one] = self.instances[..] {
             return state_words(one);
         }
-        let made: Vec<f64> = self.copies.iter().filter_map(|copy| copy.wall_s).collect();
+        let made: Vec<f64> = self.instances.iter().filter_map(|step| step.wall_s).collect();
         let mut parts = Vec::new();
         if !made.is_empty() {
-            parts.push(format!("{} made in {}", made.len(), duration(made.iter().sum())));
+            parts.push(format!("{} done in {}", made.len(), duration(made.iter().sum())));
         }
-        let mut others: BTreeMap<&str, usize> = BTreeMap::new();
-        for copy in self.copies.iter().filter(|copy| copy.wall_s.is_none()) {
-            *others.entry(copy.state).or_default() += 1;
+        let mut others: BTreeMap<StepStatus, usize> = BTreeMap::new();
+        for step in self.instances.iter().filter(|step| step.wall_s.is_none()) {
+            *others.entry(step.state).or_default() += 1;
         }
         parts.extend(others.into_iter().map(|(state, n)| format!("{n} {state}")));
         parts.join(", ")
@@ -468,15 +345,15 @@ fn graph(out: &mut String, gathered: &Gathered) {
         let short = |text: &str, most: usize| {
             if text.chars().count() > most { format!("{}…", text.chars().take(most - 1).collect::<String>()) } else { text.to_owned() }
         };
-        let first = node.copies[0];
-        let title = match node.copies.len() {
-            1 => first.id.clone(),
-            n => format!("{} × {n}", plain_id(&first.id)),
+        let first = node.instances[0];
+        let title = match node.instances.len() {
+            1 => first.id.to_string(),
+            n => format!("{} × {n}", first.id.stage),
         };
         put!(
             out,
             "<g class=\"step {}\"><title>{}</title><rect x=\"{x:.0}\" y=\"{y:.0}\" width=\"{box_width}\" height=\"{box_height}\" rx=\"6\"/>",
-            node.state().replace(' ', "-"),
+            node.state().to_string().replace(' ', "-"),
             escape(&node.words())
         );
         put!(out, "<text class=\"id\" x=\"{:.0}\" y=\"{:.0}\">{}</text>", x + 10.0, y + 18.0, escape(&short(&title, 18)));
@@ -498,7 +375,7 @@ fn timeline(out: &mut String, gathered: &Gathered) {
         put!(
             out,
             "<div><span>{}</span><span class=\"track\"><i style=\"left:{left:.2}%;width:{length:.2}%\"></i></span><span class=\"number\">{}</span></div>",
-            escape(&step.id),
+            escape(&step.id.to_string()),
             duration(stop - start)
         );
     }
@@ -517,7 +394,7 @@ fn throughput(out: &mut String, gathered: &Gathered) {
         put!(
             out,
             "<tr><td>{}</td><td class=\"number\">{}</td><td class=\"number\">{:.0}</td>",
-            escape(&step.id),
+            escape(&step.id.to_string()),
             step.done,
             step.done as f64 / wall_s.max(1e-3)
         );
@@ -527,7 +404,7 @@ fn throughput(out: &mut String, gathered: &Gathered) {
     out.push_str("</table></div></section>");
 }
 
-/// Views (where a step has any, else items) a second over time, and what was ready for the network.
+/// Views per second (items where a step has no views) over time, and the batches that were ready for the network.
 fn flow(out: &mut String, gathered: &Gathered) {
     let long_enough: Vec<_> = gathered.flow.iter().filter(|(_, points)| points.len() >= 4).collect();
     if long_enough.is_empty() {
@@ -539,33 +416,31 @@ fn flow(out: &mut String, gathered: &Gathered) {
         let amount = |(_, done, views, _): &(f64, u64, u64, u64)| if counts_views { *views } else { *done } as f64;
         let rate = |pair: &[(f64, u64, u64, u64)]| (pair[1].0, (amount(&pair[1]) - amount(&pair[0])) / (pair[1].0 - pair[0].0).max(1e-3));
         let mut lines = vec![("base", points.windows(2).map(rate).collect())];
-        let mut caption = format!("{}: {} (dashed)", escape(step), if counts_views { "views/s" } else { "items/s" });
+        let mut caption = format!("{}: {} (dashed)", escape(&step.to_string()), if counts_views { "views/s" } else { "items/s" });
         if counts_views {
             lines.push(("all", points.iter().map(|(at, .., ready)| (*at, *ready as f64)).collect()));
             let most_ready = points.iter().map(|(.., ready)| *ready).max().unwrap_or(0);
-            caption.push_str(&format!(
-                "; pieces of work ready for the network (dotted, at most {most_ready}): at the bottom it waits for images"
-            ));
+            caption.push_str(&format!("; batches ready for the network (dotted, at most {most_ready}): at 0 it waits for images"));
         }
         plot(out, &lines, "s", &caption);
     }
     out.push_str("</section>");
 }
 
-/// What trainings measured over their steps.
+/// Losses and learning rate of trainings over their steps.
 fn trainings(out: &mut String, gathered: &Gathered) {
     for (step, curve) in &gathered.trainings {
-        put!(out, "<section><h2>{}: training</h2><div class=\"plots\">", escape(step));
+        put!(out, "<section><h2>{}: training</h2><div class=\"plots\">", escape(&step.to_string()));
         for name in curve.names() {
             let points: Vec<(f64, f64)> = curve.of(name).into_iter().map(|(step, value)| (step as f64, value)).collect();
             let last = points.last().map_or(0.0, |(_, value)| *value);
-            plot(out, &[("novel", points)], "steps", &format!("{}, {} in the end", escape(name), digits(last)));
+            plot(out, &[("novel", points)], "steps", &format!("{}, {} at the end", escape(name), digits(last)));
         }
         out.push_str("</div></section>");
     }
 }
 
-/// Three digits that count.
+/// Three significant digits.
 fn digits(value: f64) -> String {
     if value == 0.0 || (0.01..1e4).contains(&value.abs()) { format!("{value:.3}") } else { format!("{value:.2e}") }
 }
@@ -598,11 +473,11 @@ fn manifests(out: &mut String, gathered: &Gathered) {
     out.push_str("<section><h2>Manifests</h2>");
     for step in &gathered.run.steps {
         let Some(artifact) = gathered.artifacts.get(&step.id) else {
-            put!(out, "<p class=\"quiet\">{}: no artifact</p>", escape(&step.id));
+            put!(out, "<p class=\"quiet\">{}: no artifact</p>", escape(&step.id.to_string()));
             continue;
         };
         if step.failed > 0 {
-            put!(out, "<p class=\"failure\">{}: {} left out</p>", escape(&step.id), count(step.failed as usize, "item"));
+            put!(out, "<p class=\"failure\">{}: {} skipped</p>", escape(&step.id.to_string()), count(step.failed as usize, "item"));
         }
         let manifest = &artifact.manifest;
         let files = || manifest.units.iter().flat_map(|unit| &unit.files);
@@ -619,7 +494,7 @@ fn manifests(out: &mut String, gathered: &Gathered) {
         put!(
             out,
             "<details><summary>{} <span class=\"quiet\">{}, {}, {} units, {} files, {bytes}</span></summary><pre>{}</pre></details>",
-            escape(&step.id),
+            escape(&step.id.to_string()),
             escape(&step.kind),
             manifest.fingerprint,
             manifest.units.len(),
@@ -634,8 +509,8 @@ fn manifests(out: &mut String, gathered: &Gathered) {
 mod tests {
     use super::*;
 
-    fn gathered(state: &'static str) -> Gathered {
-        let waiting = StepState::waiting("<script>", "eval/coco");
+    fn gathered(state: StepStatus) -> Gathered {
+        let waiting = StepState::waiting("<script>".into(), "eval/coco");
         let step = StepState { state, done: 3, total: 3, wall_s: Some(2.0), words: "a & b".into(), ..waiting };
         let run = RunState {
             run: "r".into(),
@@ -675,7 +550,7 @@ mod tests {
 
     #[test]
     fn the_page_has_every_section_and_names_cannot_break_it() {
-        let page = render(&gathered("done"));
+        let page = render(&gathered(StepStatus::Done));
         for words in [
             "<h2>coco</h2><p class=\"quiet\">COCO, masks</p>",
             "</table></div><p class=\"failure\">Warning: 4 of 4 &lt;odd&gt;</p>",
@@ -694,6 +569,6 @@ mod tests {
 
     #[test]
     fn a_failed_step_is_named_at_the_top() {
-        assert!(render(&gathered("failed")).contains("failed.</strong> a &amp; b"));
+        assert!(render(&gathered(StepStatus::Failed)).contains("failed.</strong> a &amp; b"));
     }
 }

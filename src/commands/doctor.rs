@@ -1,6 +1,10 @@
-//! `ovenbird doctor`: what this machine has, and what a CLIP checkpoint is and whether it works.
+//! `ovenbird doctor`: describes the machine, and describes and tests a CLIP checkpoint.
 
-use std::{collections::BTreeMap, path::Path, thread};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    thread,
+};
 
 use indicatif::HumanBytes;
 use ovenbird_cache::inputs;
@@ -20,23 +24,34 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{
-    cli::{print, to_json},
     error::Result,
     machine,
+    output::{print, to_json},
 };
 
-/// Only its mean and standard deviation are compared with.
+/// Only its mean and standard deviation are compared.
 const OPENAI: Preprocessing = Preprocessing::openai(224);
 
-/// Lines of what was found: a name and a value.
+/// Describe this machine, and describe and test a CLIP checkpoint
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// A checkpoint of OpenAI, open_clip or Hugging Face, or its folder with the config file
+    #[arg(long, value_name = "FILE")]
+    clip: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A line of the output.
 #[derive(Debug, Serialize)]
 struct Line {
     name: &'static str,
     value: String,
 }
 
-/// Runs the command. Fails, after it has printed everything, where a checkpoint does not pass its self-test.
-pub(crate) fn doctor(home: &Path, clip: Option<&Path>, json: bool) -> Result<()> {
+/// Fails, after printing everything, where a checkpoint does not pass its self-test.
+pub(crate) fn doctor(home: &Path, Args { clip, json }: &Args) -> Result<()> {
     let mut lines = of_machine(home);
     let failure = match clip {
         Some(path) => {
@@ -46,7 +61,7 @@ pub(crate) fn doctor(home: &Path, clip: Option<&Path>, json: bool) -> Result<()>
         }
         None => None,
     };
-    if json {
+    if *json {
         print(&to_json("doctor", &lines))?;
     } else {
         let width = lines.iter().map(|line| line.name.len()).max().unwrap_or(0);
@@ -57,12 +72,11 @@ pub(crate) fn doctor(home: &Path, clip: Option<&Path>, json: bool) -> Result<()>
 
 fn of_machine(home: &Path) -> Vec<Line> {
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    let there = home.ancestors().find(|folder| folder.exists() && !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let bf16 =
-        if machine::has_bf16(Device::Cpu) { "bf16 and f32" } else { "f32; bf16 is computed by other instructions, many times slower" };
+    let existing = home.ancestors().find(|folder| folder.exists() && !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let bf16 = if machine::has_bf16(Device::Cpu) { "bf16 and f32" } else { "f32; bf16 is emulated, many times slower" };
     let accelerators = match machine::n_accelerators() {
-        Some(n) => format!("{n} that libtorch sees"),
-        None => "libtorch's CUDA part is not here; `CUDA=1 make libtorch`, and build again, to have it".into(),
+        Some(n) => format!("{n} visible to libtorch"),
+        None => "libtorch has no CUDA support here; run `CUDA=1 make libtorch` and build again to add it".into(),
     };
     let line = |name, value| Line { name, value };
     vec![
@@ -71,11 +85,11 @@ fn of_machine(home: &Path) -> Vec<Line> {
         line("arithmetic", bf16.into()),
         line("accelerators", accelerators),
         line("memory", HumanBytes(machine::total_memory()).to_string()),
-        line("home", format!("{}, {} free", home.display(), HumanBytes(machine::free_space(there)))),
+        line("home", format!("{}, {} free", home.display(), HumanBytes(machine::free_space(existing)))),
     ]
 }
 
-/// What there is to say of a checkpoint, and why it does not work, if so.
+/// Describes and tests a checkpoint; the second value says why it does not work, if it does not.
 fn checkpoint(path: &Path) -> Result<(Vec<Line>, Option<StageError>)> {
     let files = inputs::digest_path(path, None, 0)?;
     let file = CheckpointFile::open(&files)?;
@@ -144,7 +158,7 @@ fn checkpoint(path: &Path) -> Result<(Vec<Line>, Option<StageError>)> {
     Ok((lines, failure))
 }
 
-/// Embeds two patterns and two texts; what is said can be compared from machine to machine. The second: what is wrong with the embeddings.
+/// Embeds two patterns and two texts; the numbers can be compared between machines. The second value says what is wrong, if anything.
 fn self_test(architecture: &Architecture, tensors: &BTreeMap<String, Tensor>, path: &Path) -> Result<(Vec<Line>, Option<String>)> {
     let load = |kind: Kind| Clip::load_as(architecture, tensors, path, Device::Cpu, kind).map_err(StageError::from);
     let side = architecture.preprocessing().image_side;

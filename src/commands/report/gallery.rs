@@ -1,4 +1,4 @@
-//! Pictures with what is there and what was found.
+//! Images with ground truth and detections.
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
@@ -15,15 +15,15 @@ use ovenbird_stages::{
     find,
 };
 
-use super::{escape, put};
-use crate::{error::Result, history::StepState};
+use super::html::{escape, put};
+use crate::{error::Result, pipeline::step_id::StepId, run_state::StepState};
 
-/// Pictures of a report.
-const MOST: usize = 12;
-/// Detections drawn on one.
-const MOST_BOXES: usize = 8;
+/// The most images in a report.
+const MAX_PICTURES: usize = 12;
+/// The most detections drawn on one image.
+const MAX_BOXES: usize = 8;
 
-/// A picture with its boxes.
+/// An image with boxes.
 pub(super) struct Picture {
     jpeg: Vec<u8>,
     width: u32,
@@ -40,7 +40,7 @@ struct Named {
 }
 
 /// The files behind an input of an artifact: the output of another step of the run with the same content digest.
-fn input(artifacts: &BTreeMap<String, Artifact>, of: &Artifact, port: &str) -> Option<Vec<InputFile>> {
+fn input(artifacts: &BTreeMap<StepId, Artifact>, of: &Artifact, port: &str) -> Option<Vec<InputFile>> {
     let wanted = of.manifest.recipe.inputs.get(port)?;
     let outputs = artifacts
         .values()
@@ -50,8 +50,8 @@ fn input(artifacts: &BTreeMap<String, Artifact>, of: &Artifact, port: &str) -> O
     Some(artifact.port(name))
 }
 
-/// Pictures for the first evaluation of the run whose inputs were made in it; none where there is none. Fails where one cannot be read.
-pub(super) fn pictures(steps: &[StepState], artifacts: &BTreeMap<String, Artifact>) -> Result<Vec<Picture>> {
+/// Images for the first evaluation whose inputs are artifacts of the run; empty where there is none. Fails where one cannot be read.
+pub(super) fn pictures(steps: &[StepState], artifacts: &BTreeMap<StepId, Artifact>) -> Result<Vec<Picture>> {
     let evaluations = steps.iter().filter(|step| step.kind.starts_with("eval/")).filter_map(|step| artifacts.get(&step.id));
     for evaluation in evaluations {
         let pictures = of_evaluation(steps, artifacts, evaluation)?;
@@ -62,7 +62,7 @@ pub(super) fn pictures(steps: &[StepState], artifacts: &BTreeMap<String, Artifac
     Ok(Vec::new())
 }
 
-fn of_evaluation(steps: &[StepState], artifacts: &BTreeMap<String, Artifact>, evaluation: &Artifact) -> Result<Vec<Picture>> {
+fn of_evaluation(steps: &[StepState], artifacts: &BTreeMap<StepId, Artifact>, evaluation: &Artifact) -> Result<Vec<Picture>> {
     let [annotations, detections, classes] = ["annotations", "detections", "classes"].map(|port| input(artifacts, evaluation, port));
     let (Some(annotations), Some(detections), Some(classes)) = (annotations, detections, classes) else { return Ok(Vec::new()) };
     let annotations = AnnotationFile::open(&annotations)?.load()?;
@@ -85,8 +85,8 @@ fn of_evaluation(steps: &[StepState], artifacts: &BTreeMap<String, Artifact>, ev
         let n_novel = by_image.get(&image.id).map_or(0, |objects| objects.iter().filter(|object| novel(object.category_id)).count());
         std::cmp::Reverse(n_novel.min(2))
     });
-    order.truncate(MOST);
-    // Of millions, only those that are shown are kept.
+    order.truncate(MAX_PICTURES);
+    // Only the detections on these images are kept in memory.
     let is_shown = |detection: &Detection| order.iter().any(|image| image.id == detection.image_id);
     let mut found = Vec::new();
     for piece in detections.pieces() {
@@ -112,10 +112,10 @@ fn picture(
     let mut found: Vec<&Detection> = detections.iter().filter(|detection| detection.image_id == image.id).collect();
     found.sort_by(|a, b| b.score.total_cmp(&a.score));
     let least = found.first().map_or(0.0, |best| 0.5 * best.score);
-    // Of several classes at one place only the best is drawn.
+    // Where detections overlap, only the best one is drawn.
     let mut shown: Vec<&Detection> = Vec::new();
     for detection in found.into_iter().take_while(|detection| detection.score >= least) {
-        if shown.len() < MOST_BOXES.min(truth.len() + 1) && shown.iter().all(|better| better.xyxy.iou(&detection.xyxy) < 0.3) {
+        if shown.len() < MAX_BOXES.min(truth.len() + 1) && shown.iter().all(|better| better.xyxy.iou(&detection.xyxy) < 0.3) {
             shown.push(detection);
         }
     }
@@ -150,7 +150,7 @@ impl Picture {
         for Named { xyxy, name, is_novel, score } in &self.found {
             let (star, novel) = if *is_novel { ("★ ", " novel") } else { ("", "") };
             let label = format!("{star}{name} {:.2}", score.unwrap_or(0.0));
-            // A label may not leave the picture.
+            // Labels stay inside the image.
             let room = f64::from(*width) - 0.64 * text_px * label.chars().count() as f64;
             let (x, y) = (f64::from(xyxy.x1).min(room.max(0.0)).max(0.0), (f64::from(xyxy.y1) - 3.0).max(text_px));
             put!(
@@ -163,7 +163,7 @@ impl Picture {
             self.truth.iter().map(|named| format!("{}{}", if named.is_novel { "★ " } else { "" }, named.name)).collect();
         put!(
             out,
-            "</svg><figcaption>There: {}</figcaption></figure>",
+            "</svg><figcaption>Ground truth: {}</figcaption></figure>",
             escape(&if names.is_empty() { "nothing".into() } else { names.join(", ") })
         );
     }

@@ -1,19 +1,86 @@
-//! Variants side by side: what each evaluation of a run came to in every cell, over seeds, and beside the first variant.
+//! The evaluations of a run: a table for each, or variants side by side, over seeds, and compared with the first variant.
 //!
-//! A fold over the run's log and the evaluations among its artifacts. What is not there is said to be missing.
+//! Missing results are named.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
-use ovenbird_data::evaluate::{Evaluation, GROUPS, Metric, Protocol};
-use ovenbird_stages::{Artifact as _, artifacts::EvaluationFile, find};
+use ovenbird_cache::{Artifact, Status, Store};
+use ovenbird_data::evaluate::{Evaluation, GROUPS, IouType, Metric, Protocol};
+use ovenbird_stages::{
+    Artifact as _, PortInfo, StageEntry,
+    artifacts::{Curve, EvaluationFile},
+    find,
+};
 use serde::Serialize;
 
 use crate::{
-    history::{Evaluated, StepState},
-    pipeline::matrix::{Cell, Matrix, plain_id},
+    error::Result,
+    event,
+    pipeline::{
+        matrix::{Combination, Matrix},
+        step_id::StepId,
+    },
+    run_state::{RunState, StepState, state},
 };
 
-/// One evaluation in all cells of a run. Numbers are in [0, 1].
+/// An evaluation among the artifacts of a run.
+pub(crate) struct Evaluated {
+    pub(crate) step: StepId,
+    pub(crate) kind: String,
+    /// The step's output with the evaluation.
+    pub(crate) port: &'static str,
+    pub(crate) evaluation: Evaluation,
+}
+
+/// The evaluations in the artifact of a step.
+pub(crate) fn evaluations(store: &Store, step: &StepState) -> Result<Vec<Evaluated>> {
+    let outputs = find(&step.kind).into_iter().flat_map(|entry| entry.outputs);
+    let ports: Vec<&'static str> = outputs.filter(|port| port.kind == EvaluationFile::KIND).map(|port| port.name).collect();
+    let Some(fingerprint) = step.fingerprint.filter(|_| !ports.is_empty()) else { return Ok(Vec::new()) };
+    let Status::Valid(artifact) = store.artifact(&step.kind, &fingerprint)? else { return Ok(Vec::new()) };
+    if artifact.is_dropped {
+        return Ok(Vec::new());
+    }
+    let open = |port: &'static str| {
+        let EvaluationFile(evaluation) = EvaluationFile::open(&artifact.port(port))?;
+        Ok(Evaluated { step: step.id.clone(), kind: step.kind.clone(), port, evaluation })
+    };
+    ports.into_iter().map(open).collect()
+}
+
+/// Fails where a reused artifact has an output that is printed or reported and whose bytes are damaged.
+pub(crate) fn check_shown(entry: &StageEntry, artifact: &Artifact) -> Result<()> {
+    let is_shown = |port: &&PortInfo| [EvaluationFile::KIND, Curve::KIND].contains(&port.kind) && !artifact.is_dropped;
+    for port in entry.outputs.iter().filter(is_shown) {
+        artifact.port(port.name).iter().try_for_each(|file| file.check().map(drop))?;
+    }
+    Ok(())
+}
+
+/// The evaluations of a run as text: a table for each, or, with variants or seeds, one table for all instances of an evaluation.
+pub(crate) fn tables(store: &Store, run: &str) -> Result<String> {
+    let RunState { steps, matrix, .. } = state(&event::read_log(store.home(), run)?);
+    let mut evaluated = Vec::new();
+    for step in &steps {
+        evaluated.extend(evaluations(store, step)?);
+    }
+    if let Some(matrix) = matrix {
+        return Ok(compare(&matrix, &steps, &evaluated).iter().map(Comparison::text).collect());
+    }
+    let table = |Evaluated { step, kind, evaluation, .. }: &Evaluated| {
+        let of = match evaluation.iou_type {
+            IouType::Boxes => "",
+            IouType::Masks => ", masks",
+        };
+        format!("\n{step} ({kind}{of})\n{}\n", evaluation.table())
+    };
+    Ok(evaluated.iter().map(table).collect())
+}
+
+/// One evaluation in all combinations of a run. Numbers are in [0, 1].
 #[derive(Debug, Serialize)]
 pub(crate) struct Comparison {
     /// The stage's id in the file, with the output where it has several: `coco`, `select.best`.
@@ -22,24 +89,24 @@ pub(crate) struct Comparison {
     pub(crate) kind: String,
     /// `COCO, boxes`.
     pub(crate) of: String,
-    /// The one that papers compare: AP50 for COCO, AP for LVIS.
+    /// The metric that papers compare: AP50 for COCO, AP for LVIS.
     pub(crate) headline: &'static str,
-    /// What the differences are to; `None` where there is one row for all variants, or no variant.
+    /// The variant that the others are compared with; `None` where there is one row for all variants, or no variant.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) first: Option<String>,
     pub(crate) seeds: Vec<u64>,
     /// In the file's order.
     pub(crate) rows: Vec<Row>,
-    /// What the rows lack, in words.
+    /// Which results are missing, in words.
     pub(crate) missing: Vec<String>,
-    /// Why the numbers may mean less than they seem to, and of which copies where not of all.
+    /// The evaluations' warnings, with the instances that have them where not all have.
     pub(crate) warnings: Vec<String>,
 }
 
 /// A variant, over seeds.
 #[derive(Debug, Serialize)]
 pub(crate) struct Row {
-    /// `None`: whatever the variant is.
+    /// `None` where one row stands for all variants.
     pub(crate) variant: Option<String>,
     pub(crate) values: Vec<Value>,
 }
@@ -50,7 +117,7 @@ pub(crate) struct Value {
     pub(crate) group: &'static str,
     pub(crate) metric: &'static str,
     pub(crate) over_seeds: Spread,
-    /// To the first variant, seed by seed.
+    /// The difference to the first variant, seed by seed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) difference: Option<Spread>,
     pub(crate) by_seed: Vec<BySeed>,
@@ -64,11 +131,11 @@ pub(crate) struct BySeed {
     pub(crate) value: f64,
 }
 
-/// Some numbers.
+/// Mean and standard deviation of some numbers.
 #[derive(Debug, PartialEq, Serialize)]
 pub(crate) struct Spread {
     pub(crate) mean: f64,
-    /// Of the sample (n - 1); `None` for one number.
+    /// Standard deviation of the sample (n - 1); `None` for one number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) sd: Option<f64>,
 }
@@ -81,53 +148,64 @@ impl Spread {
         (!numbers.is_empty()).then(|| Self { mean, sd: (numbers.len() > 1).then(|| (squares / (n - 1.0)).sqrt()) })
     }
 
-    /// Times 100: `50.8 ± 1.2`.
-    pub(crate) fn words(&self) -> String {
-        format!("{:.1}{}", 100.0 * self.mean, self.sd_words())
-    }
-
     /// Times 100 and with its sign: `+2.3 ± 0.4`.
-    pub(crate) fn signed_words(&self) -> String {
-        // No number is shown as less than nothing by nothing.
+    pub(crate) fn signed(&self) -> String {
+        // Never -0.0.
         let mean = if (100.0 * self.mean).abs() < 0.05 { 0.0 } else { 100.0 * self.mean };
-        format!("{mean:+.1}{}", self.sd_words())
+        format!("{mean:+.1}{}", self.plus_minus())
     }
 
-    fn sd_words(&self) -> String {
+    fn plus_minus(&self) -> String {
         self.sd.map_or_else(String::new, |sd| format!(" ± {:.1}", 100.0 * sd))
     }
 }
 
-/// Every evaluation that a run with these steps was to make, in their order.
+impl fmt::Display for Spread {
+    /// Times 100: `50.8 ± 1.2`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.1}{}", 100.0 * self.mean, self.plus_minus())
+    }
+}
+
+/// The comparison for every evaluation stage among some steps, in their order.
 pub(crate) fn compare(matrix: &Matrix, steps: &[StepState], evaluated: &[Evaluated]) -> Vec<Comparison> {
     let mut comparisons: Vec<Comparison> = Vec::new();
     for step in steps {
         let outputs = find(&step.kind).into_iter().flat_map(|entry| entry.outputs);
         let ports: Vec<&str> = outputs.filter(|port| port.kind == EvaluationFile::KIND).map(|port| port.name).collect();
         for port in &ports {
-            let stage = plain_id(&step.id);
-            let evaluation = if ports.len() > 1 { format!("{stage}.{port}") } else { stage.to_owned() };
+            let stage = &step.id.stage;
+            let evaluation = if ports.len() > 1 { format!("{stage}.{port}") } else { stage.clone() };
             if comparisons.iter().all(|known| known.evaluation != evaluation) {
-                let of_port = |id: &str| evaluated.iter().find(|found| found.step == id && found.port == *port);
-                let of_cell = |cell: &Cell| of_port(cell.steps.get(stage)?).map(|found| &found.evaluation);
-                comparisons.push(one(matrix, stage, evaluation, &step.kind, of_cell));
+                let of_port = |id: &StepId| evaluated.iter().find(|found| found.step == *id && found.port == *port);
+                let of_combination = |combination: &Combination| of_port(combination.steps.get(stage)?).map(|found| &found.evaluation);
+                comparisons.push(one(matrix, stage, evaluation, &step.kind, of_combination));
             }
         }
     }
     comparisons
 }
 
-fn one<'a>(matrix: &Matrix, stage: &str, evaluation: String, kind: &str, of_cell: impl Fn(&Cell) -> Option<&'a Evaluation>) -> Comparison {
-    let chosen: Vec<&String> = matrix.variants.iter().filter(|name| cells_of(matrix, Some(name)).next().is_some()).collect();
-    // Where the variants do not differ in it, one row says all.
-    let of_seed = |seed: Option<u64>| matrix.cells.iter().filter(move |cell| cell.seed == seed).map(|cell| cell.steps.get(stage));
-    let is_common = chosen.len() > 1 && matrix.cells.iter().all(|cell| of_seed(cell.seed).all(|step| step == cell.steps.get(stage)));
+fn one<'a>(
+    matrix: &Matrix,
+    stage: &str,
+    evaluation: String,
+    kind: &str,
+    of_combination: impl Fn(&Combination) -> Option<&'a Evaluation>,
+) -> Comparison {
+    let chosen: Vec<&String> = matrix.variants.iter().filter(|name| combinations_of(matrix, Some(name)).next().is_some()).collect();
+    // If the evaluation is the same for all variants, there is one row.
+    let of_seed = |seed: Option<u64>| {
+        matrix.combinations.iter().filter(move |combination| combination.seed == seed).map(|combination| combination.steps.get(stage))
+    };
+    let is_common = chosen.len() > 1
+        && matrix.combinations.iter().all(|combination| of_seed(combination.seed).all(|step| step == combination.steps.get(stage)));
     let variants: Vec<Option<&String>> =
         if is_common || chosen.is_empty() { vec![None] } else { chosen.iter().copied().map(Some).collect() };
     let first = matrix.variants.first().filter(|first| !is_common && chosen.contains(first));
     let found = |variant: Option<&String>| -> Vec<(Option<u64>, &Evaluation)> {
         let variant = variant.or_else(|| chosen.first().copied());
-        cells_of(matrix, variant).filter_map(|cell| Some((cell.seed, of_cell(cell)?))).collect()
+        combinations_of(matrix, variant).filter_map(|combination| Some((combination.seed, of_combination(combination)?))).collect()
     };
     let beside = first.map_or_else(Vec::new, |first| found(Some(first)));
     let row = |variant: &Option<&String>| {
@@ -142,34 +220,40 @@ fn one<'a>(matrix: &Matrix, stage: &str, evaluation: String, kind: &str, of_cell
         of: any.map_or_else(String::new, Evaluation::title),
         headline: any.map_or(Protocol::Coco, |evaluation| evaluation.protocol).headline().header.expect("BUG: headlines have a column"),
         first: first.cloned(),
-        seeds: matrix.seeds.iter().copied().filter(|seed| matrix.cells.iter().any(|cell| cell.seed == Some(*seed))).collect(),
+        seeds: matrix
+            .seeds
+            .iter()
+            .copied()
+            .filter(|seed| matrix.combinations.iter().any(|combination| combination.seed == Some(*seed)))
+            .collect(),
         rows: variants.iter().map(row).collect(),
-        missing: missing(matrix, &variants, |cell| of_cell(cell).is_some()),
-        warnings: warnings(matrix, stage, of_cell),
+        missing: missing(matrix, &variants, |combination| of_combination(combination).is_some()),
+        warnings: warnings(matrix, stage, of_combination),
     }
 }
 
-/// The warnings of every copy of an evaluation; each is said once.
-fn warnings<'a>(matrix: &Matrix, stage: &str, of_cell: impl Fn(&Cell) -> Option<&'a Evaluation>) -> Vec<String> {
-    let copy = |cell: &Cell| Some((cell.steps.get(stage)?.clone(), of_cell(cell)?));
-    let copies: BTreeMap<String, &Evaluation> = matrix.cells.iter().filter_map(copy).collect();
-    let mut said: Vec<(&String, Vec<&str>)> = Vec::new();
-    for (id, words) in copies.iter().flat_map(|(id, evaluation)| evaluation.warnings.iter().map(move |words| (id.as_str(), words))) {
-        match said.iter_mut().find(|(known, _)| *known == words) {
+/// The warnings of all instances of an evaluation, each once.
+fn warnings<'a>(matrix: &Matrix, stage: &str, of_combination: impl Fn(&Combination) -> Option<&'a Evaluation>) -> Vec<String> {
+    let instance = |combination: &Combination| Some((combination.steps.get(stage)?.clone(), of_combination(combination)?));
+    let instances: BTreeMap<StepId, &Evaluation> = matrix.combinations.iter().filter_map(instance).collect();
+    let mut listed: Vec<(&String, Vec<String>)> = Vec::new();
+    for (id, words) in instances.iter().flat_map(|(id, evaluation)| evaluation.warnings.iter().map(move |words| (id.to_string(), words))) {
+        match listed.iter_mut().find(|(known, _)| *known == words) {
             Some((_, ids)) => ids.push(id),
-            None => said.push((words, vec![id])),
+            None => listed.push((words, vec![id])),
         }
     }
-    let words =
-        |(words, ids): (&String, Vec<&str>)| if ids.len() == copies.len() { words.clone() } else { format!("{}: {words}", ids.join(", ")) };
-    said.into_iter().map(words).collect()
+    let words = |(words, ids): (&String, Vec<String>)| {
+        if ids.len() == instances.len() { words.clone() } else { format!("{}: {words}", ids.join(", ")) }
+    };
+    listed.into_iter().map(words).collect()
 }
 
-fn cells_of<'a>(matrix: &'a Matrix, variant: Option<&String>) -> impl Iterator<Item = &'a Cell> {
-    matrix.cells.iter().filter(move |cell| cell.variant.as_ref() == variant)
+fn combinations_of<'a>(matrix: &'a Matrix, variant: Option<&String>) -> impl Iterator<Item = &'a Combination> {
+    matrix.combinations.iter().filter(move |combination| combination.variant.as_ref() == variant)
 }
 
-/// Every metric of every group that is there for some seed, and its differences to what it is beside.
+/// Every metric of every group that some seed has, with the differences to another row.
 fn values(found: &[(Option<u64>, &Evaluation)], beside: &[(Option<u64>, &Evaluation)]) -> Vec<Value> {
     let number = |evaluation: &Evaluation, group: &str, metric: &Metric| evaluation.groups.get(group)?.get(metric);
     let mut values = Vec::new();
@@ -190,23 +274,23 @@ fn values(found: &[(Option<u64>, &Evaluation)], beside: &[(Option<u64>, &Evaluat
     values
 }
 
-fn missing(matrix: &Matrix, rows: &[Option<&String>], is_there: impl Fn(&Cell) -> bool) -> Vec<String> {
+fn missing(matrix: &Matrix, rows: &[Option<&String>], is_there: impl Fn(&Combination) -> bool) -> Vec<String> {
     let list = |names: &[String]| names.join(", ");
     let variants: Vec<String> = matrix
         .variants
         .iter()
-        .filter(|variant| cells_of(matrix, Some(variant)).next().is_none())
+        .filter(|variant| combinations_of(matrix, Some(variant)).next().is_none())
         .map(|variant| format!("`{variant}`"))
         .collect();
-    let chosen: BTreeSet<u64> = matrix.cells.iter().filter_map(|cell| cell.seed).collect();
+    let chosen: BTreeSet<u64> = matrix.combinations.iter().filter_map(|combination| combination.seed).collect();
     let seeds: Vec<String> = matrix.seeds.iter().filter(|seed| !chosen.contains(seed)).map(u64::to_string).collect();
     let mut missing = Vec::new();
     missing.extend((!variants.is_empty()).then(|| format!("{} not chosen", list(&variants))));
     missing.extend((!seeds.is_empty()).then(|| format!("seed {} not chosen", list(&seeds))));
     for variant in rows {
-        let cells = matrix.cells.iter().filter(|cell| variant.is_none() || cell.variant.as_ref() == *variant);
-        let lacking: Vec<&Cell> = cells.filter(|cell| !is_there(cell)).collect();
-        let seeds: BTreeSet<u64> = lacking.iter().filter_map(|cell| cell.seed).collect();
+        let combinations = matrix.combinations.iter().filter(|combination| variant.is_none() || combination.variant.as_ref() == *variant);
+        let lacking: Vec<&Combination> = combinations.filter(|combination| !is_there(combination)).collect();
+        let seeds: BTreeSet<u64> = lacking.iter().filter_map(|combination| combination.seed).collect();
         let seeds: Vec<String> = seeds.iter().map(u64::to_string).collect();
         let who = variant.map_or_else(|| "there is".into(), |variant| format!("`{variant}` has"));
         let with = if seeds.is_empty() { String::new() } else { format!(" with seed {}", list(&seeds)) };
@@ -226,7 +310,7 @@ impl Comparison {
         row.values.iter().find(|value| value.group == group && value.metric == self.headline)
     }
 
-    /// What the columns are.
+    /// A sentence that explains the columns.
     pub(crate) fn legend(&self) -> String {
         let seeds: Vec<String> = self.seeds.iter().map(u64::to_string).collect();
         let over = match seeds.as_slice() {
@@ -246,9 +330,9 @@ impl Comparison {
         let mut columns = vec![vec!["variant".to_owned()]];
         columns[0].extend(self.rows.iter().map(|row| row.variant.clone().unwrap_or_else(|| "all".into())));
         for group in self.groups() {
-            let of = |row: &Row| self.headline_of(row, group).map_or_else(|| "–".into(), |value| value.over_seeds.words());
+            let of = |row: &Row| self.headline_of(row, group).map_or_else(|| "–".into(), |value| value.over_seeds.to_string());
             columns.push(std::iter::once(group.to_owned()).chain(self.rows.iter().map(of)).collect());
-            let difference = |row: &Row| self.headline_of(row, group)?.difference.as_ref().map(Spread::signed_words);
+            let difference = |row: &Row| self.headline_of(row, group)?.difference.as_ref().map(Spread::signed);
             let differences: Vec<String> = self.rows.iter().map(|row| difference(row).unwrap_or_default()).collect();
             if differences.iter().any(|words| !words.is_empty()) {
                 columns.push(std::iter::once(String::new()).chain(differences).collect());
@@ -276,21 +360,25 @@ mod tests {
     use super::*;
 
     fn matrix(variants: &[&str], seeds: &[u64]) -> Matrix {
-        let cell = |variant: Option<&str>, seed: Option<u64>| {
+        let combination = |variant: Option<&str>, seed: Option<u64>| {
             let id = variant.map(str::to_owned).into_iter().chain(seed.map(|seed| seed.to_string())).collect::<Vec<_>>().join(",");
-            Cell { variant: variant.map(str::to_owned), seed, steps: BTreeMap::from([("coco".into(), format!("coco@{id}"))]) }
+            Combination { variant: variant.map(str::to_owned), seed, steps: BTreeMap::from([("coco".into(), format!("coco@{id}").into())]) }
         };
         let variant_or_none: Vec<Option<&str>> =
             if variants.is_empty() { vec![None] } else { variants.iter().copied().map(Some).collect() };
         let seed_or_none: Vec<Option<u64>> = if seeds.is_empty() { vec![None] } else { seeds.iter().copied().map(Some).collect() };
-        let cells = seed_or_none.iter().flat_map(|seed| variant_or_none.iter().map(|variant| cell(*variant, *seed)));
-        Matrix { variants: variants.iter().map(|name| (*name).to_owned()).collect(), seeds: seeds.to_vec(), cells: cells.collect() }
+        let combinations = seed_or_none.iter().flat_map(|seed| variant_or_none.iter().map(|variant| combination(*variant, *seed)));
+        Matrix {
+            variants: variants.iter().map(|name| (*name).to_owned()).collect(),
+            seeds: seeds.to_vec(),
+            combinations: combinations.collect(),
+        }
     }
 
     /// The table of a run whose evaluations have these AP50s, of novel classes and of all.
     fn table(matrix: &Matrix, found: &[(&str, f64, f64)]) -> String {
-        let state = |id: &String| StepState { kind: "eval/coco".into(), id: id.clone(), ..StepState::waiting("", "") };
-        let steps: Vec<StepState> = matrix.cells.iter().flat_map(|cell| cell.steps.values()).map(state).collect();
+        let state = |id: &StepId| StepState::waiting(id.clone(), "eval/coco");
+        let steps: Vec<StepState> = matrix.combinations.iter().flat_map(|combination| combination.steps.values()).map(state).collect();
         let evaluated = |(id, novel, all): &(&str, f64, f64)| {
             let group = |ap50: f64| Summary::default().with(Metric::AP50, ap50);
             let groups = BTreeMap::from([("novel".to_owned(), group(*novel)), ("all".to_owned(), group(*all))]);
@@ -298,7 +386,7 @@ mod tests {
             let warnings = if *all < 0.2 { vec!["4 of 4 boxes are odd".to_owned()] } else { Vec::new() };
             let evaluation =
                 Evaluation { format: 2, protocol: Protocol::Coco, iou_type: IouType::Boxes, groups, classes, curves, warnings };
-            Evaluated { step: format!("coco{id}"), kind: "eval/coco".into(), port: "evaluation", evaluation }
+            Evaluated { step: format!("coco{id}").into(), kind: "eval/coco".into(), port: "evaluation", evaluation }
         };
         let found: Vec<Evaluated> = found.iter().map(evaluated).collect();
         compare(matrix, &steps, &found).iter().map(Comparison::text).collect()
@@ -318,7 +406,7 @@ mod tests {
     #[test]
     fn what_is_missing_is_said_and_differences_are_of_seeds_that_both_have() {
         let mut matrix = matrix(&["a", "b", "c"], &[1, 2, 3]);
-        matrix.cells.retain(|cell| cell.variant.as_deref() != Some("c") && cell.seed != Some(3));
+        matrix.combinations.retain(|combination| combination.variant.as_deref() != Some("c") && combination.seed != Some(3));
         insta::assert_snapshot!(table(&matrix, &[("@a,1", 0.1, 0.5), ("@b,1", 0.3, 0.5), ("@b,2", 0.5, 0.6)]), @r"
         coco (eval/coco): AP50, mean ± standard deviation over the seeds 1, 2; with a sign, the difference to a
         variant        novel                all
@@ -346,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn a_warning_is_said_once_with_the_copies_that_it_is_of() {
+    fn a_warning_is_printed_once_with_the_instances_that_have_it() {
         let found = [("@a,1", 0.1, 0.1), ("@b,1", 0.3, 0.5), ("@a,2", 0.2, 0.1), ("@b,2", 0.5, 0.6)];
         let text = table(&matrix(&["a", "b"], &[1, 2]), &found);
         assert!(text.ends_with("\nwarning: coco@a,1, coco@a,2: 4 of 4 boxes are odd\n"), "{text}");
@@ -357,7 +445,10 @@ mod tests {
     #[test]
     fn an_evaluation_that_no_variant_changes_has_one_row() {
         let mut matrix = matrix(&["a", "b"], &[1]);
-        matrix.cells.iter_mut().for_each(|cell| cell.steps = BTreeMap::from([("coco".into(), "coco".into())]));
+        matrix
+            .combinations
+            .iter_mut()
+            .for_each(|combination| combination.steps = BTreeMap::from([("coco".into(), StepId::of_stage("coco"))]));
         insta::assert_snapshot!(table(&matrix, &[("", 0.1, 0.5)]), @r"
         coco (eval/coco): AP50, seed 1
         variant  novel   all

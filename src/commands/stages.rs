@@ -1,38 +1,47 @@
-//! What the program says about itself, made from the types: `ovenbird stages` and `ovenbird schema`.
+//! `ovenbird stages`: the stages, with their documentation from the types.
 
 use ovenbird_stages::{PortInfo, Presence, STAGES, StageEntry};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    cli::to_json,
     error::{Error, Result},
-    pipeline::{self, nearest},
+    output::{print, to_json},
+    pipeline::yaml::nearest,
 };
 
-/// `ovenbird stages [KIND]`.
-pub(crate) fn stages(kind: Option<&str>, json: bool) -> Result<String> {
+/// List the stages, or document one: inputs, outputs, parameters, defaults
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// A stage's kind, such as clip/globals
+    kind: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn stages(Args { kind, json }: &Args) -> Result<()> {
     let chosen: Vec<&StageEntry> = match kind {
         None => STAGES.iter().collect(),
         Some(kind) => {
             let found = ovenbird_stages::find(kind).ok_or_else(|| Error::Usage {
                 problem: format!("no stage `{kind}`"),
                 hint: match nearest(kind, STAGES.iter().map(|entry| entry.kind)) {
-                    Some(nearest) => format!("did you mean `{nearest}`? `ovenbird stages` lists them"),
-                    None => "`ovenbird stages` lists them".into(),
+                    Some(nearest) => format!("did you mean `{nearest}`? `ovenbird stages` lists all"),
+                    None => "`ovenbird stages` lists all".into(),
                 },
             })?;
             vec![found]
         }
     };
-    if json {
-        return Ok(to_json("stages", &chosen.iter().map(|entry| as_json(entry)).collect::<Vec<_>>()));
+    if *json {
+        return Ok(print(&to_json("stages", &chosen.iter().map(|entry| as_json(entry)).collect::<Vec<_>>()))?);
     }
     if kind.is_some() {
-        return Ok(chosen.iter().map(|entry| page(entry)).collect());
+        return Ok(print(&chosen.iter().map(|entry| page(entry)).collect::<String>())?);
     }
     let width = STAGES.iter().map(|entry| entry.kind.len()).max().unwrap_or(0);
     let line = |entry: &&StageEntry| format!("{:width$}  {}\n", entry.kind, first_sentence(&entry.doc()));
-    Ok(chosen.iter().map(line).collect())
+    Ok(print(&chosen.iter().map(line).collect::<String>())?)
 }
 
 fn first_sentence(doc: &str) -> String {
@@ -58,7 +67,7 @@ fn page(entry: &StageEntry) -> String {
         }
         text.push_str(&format!("\n{title}\n"));
         for port in ports {
-            let optional = if port.presence == Presence::Optional { ", may be left out" } else { "" };
+            let optional = if port.presence == Presence::Optional { ", optional" } else { "" };
             text.push_str(&format!("  {}: {}{optional}\n{}\n", port.name, port.kind, indented(port.doc, "      ")));
         }
     }
@@ -79,8 +88,8 @@ fn push_properties(text: &mut String, properties: &Map<String, Value>, definitio
             // A parameter in single precision is not shown with the digits of double precision.
             Some(Value::Number(number)) if number.is_f64() => format!(" = {:?}", number.as_f64().unwrap_or(f64::NAN) as f32),
             Some(default) => format!(" = {default}"),
-            None if is_optional => " (may be left out)".into(),
-            None => " (must be given)".into(),
+            None if is_optional => " (optional)".into(),
+            None => " (required)".into(),
         };
         text.push_str(&format!("{indent}{name}: {}{default}\n", type_words(schema, definitions)));
         if let Some(doc) = schema.get("description").and_then(Value::as_str) {
@@ -90,7 +99,7 @@ fn push_properties(text: &mut String, properties: &Map<String, Value>, definitio
     }
 }
 
-/// What the parts of a parameter mean: its values, where it has a few, and the entries of a mapping.
+/// Documents the values of a parameter that has a few, and the entries of a mapping.
 fn push_details(text: &mut String, schema: &Value, definitions: &Value, indent: &str) {
     let schema = resolved(schema, definitions);
     if let Some(properties) = schema.get("properties").and_then(Value::as_object) {
@@ -107,7 +116,7 @@ fn push_details(text: &mut String, schema: &Value, definitions: &Value, indent: 
     }
 }
 
-/// What a schema refers to, or itself.
+/// The definition that a schema refers to, or the schema itself.
 fn resolved<'a>(schema: &'a Value, definitions: &'a Value) -> &'a Value {
     let one = schema.get("allOf").and_then(Value::as_array).and_then(|all| all.first()).unwrap_or(schema);
     let name = one.get("$ref").and_then(Value::as_str).and_then(|reference| reference.rsplit('/').next());
@@ -150,76 +159,4 @@ fn words_of(values: &[Value]) -> String {
 
 fn indented(text: &str, indent: &str) -> String {
     text.lines().map(|line| format!("{indent}{line}").trim_end().to_owned()).collect::<Vec<_>>().join("\n")
-}
-
-/// `ovenbird schema`: a JSON Schema of pipeline files.
-pub(crate) fn schema() -> String {
-    let text = |description: &str| json!({"type": "string", "description": description});
-    let (mut definitions, mut conditions) = (Map::new(), Vec::new());
-    for entry in STAGES {
-        let mut with = Value::from((entry.schema)());
-        if let Some(with) = with.as_object_mut() {
-            with.remove("$schema");
-            if let Some(Value::Object(mut own)) = with.remove("$defs") {
-                definitions.append(&mut own);
-            }
-        }
-        let port = |port: &PortInfo| (port.name.to_owned(), text(&format!("{}: {}", port.kind, port.doc)));
-        let inputs: Map<String, Value> = entry.inputs.iter().map(port).collect();
-        let required: Vec<&str> = entry.inputs.iter().filter(|port| port.presence == Presence::Required).map(|port| port.name).collect();
-        let inputs = json!({"type": "object", "properties": inputs, "required": required, "additionalProperties": false});
-        let is_used = json!({"properties": {"use": {"const": entry.kind}}});
-        conditions.push(json!({"if": is_used, "then": {"properties": {"with": with, "in": inputs}}}));
-    }
-    let resources = json!({
-        "type": "object",
-        "description": "What the stage occupies while it runs",
-        "properties": {
-            "cpu": {"type": "integer", "minimum": 1, "default": 1},
-            "memory": {"type": "string", "pattern": r"^[0-9.]+ ?([KMGT]i?B|kB)$", "default": "1GiB"},
-            "gpu": {"type": "integer", "minimum": 0, "default": 0, "description": "How many of the devices of --device the stage waits for and takes; 0: one, or, where its units hold images, all that are free"},
-        },
-        "additionalProperties": false,
-    });
-    let kinds: Vec<&str> = STAGES.iter().map(|entry| entry.kind).collect();
-    let stage = json!({
-        "type": "object",
-        "required": ["id", "use"],
-        "properties": {
-            "id": {"type": "string", "pattern": "^[A-Za-z0-9_-]+$", "description": "How other stages refer to it"},
-            "use": {"enum": kinds, "description": "The kind of work: see `ovenbird stages`"},
-            "in": {"type": "object", "description": "Inputs: `stage.output`, or a path with a slash"},
-            "with": {"type": "object", "description": "Parameters"},
-            "resources": resources,
-            "on_bad_item": {"enum": ["fail", "skip"], "default": "fail", "description": "What to do about an item that cannot be read or understood"},
-            "max_silence_s": {"type": "integer", "minimum": 1, "default": pipeline::MAX_SILENCE.as_secs(), "description": "After so many seconds without any progress the stage counts as hanging, and has failed"},
-            "max_failed_ratio": {"type": "number", "minimum": 0, "maximum": 1, "default": pipeline::MAX_FAILED_RATIO, "description": "With `on_bad_item: skip`: the stage fails once more than this part of its items has"},
-        },
-        "additionalProperties": false,
-        "allOf": conditions,
-    });
-    let document = json!({
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Ovenbird pipeline",
-        "type": "object",
-        "required": ["version", "name", "stages"],
-        "properties": {
-            "version": {"const": pipeline::VERSION},
-            "name": text("How runs of it are listed"),
-            "description": text("What it is for, in a sentence"),
-            "variables": {"type": "object", "description": "Names with default values, used as ${name}, changed by --set name=value"},
-            "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1, "uniqueItems": true, "description": "Values of the variable `seed`: everything that depends on it is made with each"},
-            "variants": {
-                "type": "object",
-                "description": "By name, what each changes: `variable`, `stage.parameter` or `stage.in.input` (null takes an input away). The first is what the others are compared with",
-                "minProperties": 1,
-                "propertyNames": {"pattern": "^[A-Za-z0-9_-]+$"},
-                "additionalProperties": {"type": ["object", "null"]},
-            },
-            "stages": {"type": "array", "items": stage},
-        },
-        "additionalProperties": false,
-        "$defs": definitions,
-    });
-    format!("{}\n", serde_json::to_string_pretty(&document).expect("BUG: a schema is plain JSON"))
 }

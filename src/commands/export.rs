@@ -1,0 +1,90 @@
+//! `ovenbird export`: copies a stage's output into a folder.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use indicatif::HumanBytes;
+use ovenbird_cache::{Digest, Error as CacheError, FileRecord, Ledger, Store, inputs::InputFile, publish};
+
+use crate::{
+    chosen::{Chosen, places},
+    error::{Error, Result},
+    output::{count, print},
+    pipeline::Step,
+    plan::{self, Seen},
+};
+
+/// Copy the output of a stage into a folder, for other programs
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    chosen: Chosen,
+    /// A stage's id, with the output's name where it has several: `detections`, `coco.evaluation`
+    #[arg(value_name = "STAGE[.OUTPUT]")]
+    what: String,
+    /// The folder; created if missing, files with the same name are replaced
+    folder: PathBuf,
+}
+
+/// Copies the files of an output into a folder, checking each digest; a file that has the same bytes already is not written.
+pub(crate) fn export(home: &Path, Args { chosen, what, folder }: &Args) -> Result<()> {
+    let (stage, port) = what.split_once('.').map_or((what.as_str(), None), |(stage, port)| (stage, Some(port)));
+    let (pipeline, store) = (chosen.load()?, Store::open(home)?);
+    let places = places(&pipeline, stage)?;
+    let [place] = places[..] else {
+        let ids: Vec<String> = places.iter().map(|place| pipeline.steps[*place].id.to_string()).collect();
+        let (problem, hint) = (format!("`{stage}` has {} instances", ids.len()), format!("name one of {}", ids.join(", ")));
+        return Err(Error::Usage { problem, hint });
+    };
+    let step = &pipeline.steps[place];
+    let port = output(step, port)?;
+    let ledger = store.home().exists().then(|| Ledger::of(&store));
+    let seen = plan::look(&pipeline, &pipeline.needed(&[place]), &store, ledger.as_ref())?.remove(&place);
+    let Some(Seen::Stored(artifact)) = seen.filter(|seen| !matches!(seen, Seen::Stored(artifact) if artifact.is_dropped)) else {
+        let problem = format!("there is no stored result of `{}` for the pipeline as it is now", step.id);
+        return Err(Error::Usage { problem, hint: format!("run it first: `ovenbird run {} --until {}`", pipeline.name, step.id) });
+    };
+    let mut by_name: BTreeMap<String, (InputFile, &FileRecord)> = BTreeMap::new();
+    for (file, record) in artifact.records(port) {
+        if let Some((other, _)) = by_name.insert(file.name.clone(), (file, record)) {
+            let problem = format!("`{}.{port}` has several units, each with a file {}", step.id, other.name);
+            let hint = "such files are for later stages only; export the output of an export stage such as `globals/export` instead";
+            return Err(Error::Usage { problem, hint: hint.into() });
+        }
+    }
+    let (n_files, mut n_bytes) = (by_name.len(), 0);
+    for (name, (file, record)) in by_name {
+        n_bytes += copy(&file.path, record, &folder.join(name))?;
+    }
+    let text = format!("{} of `{}.{port}`, {}, in {}\n", count(n_files, "file"), step.id, HumanBytes(n_bytes), folder.display());
+    Ok(print(&text)?)
+}
+
+/// The named output, or the only one.
+fn output<'a>(step: &Step, port: Option<&'a str>) -> Result<&'a str> {
+    let names: Vec<&'static str> = step.entry.outputs.iter().map(|port| port.name).collect();
+    let problem = match (port, names.as_slice()) {
+        (None, [only]) => return Ok(only),
+        (Some(port), _) if names.contains(&port) => return Ok(port),
+        (None, _) => format!("`{}` has {}", step.id, count(names.len(), "output")),
+        (Some(port), _) => format!("`{}` has no output `{port}`", step.id),
+    };
+    let all: Vec<String> = names.iter().map(|name| format!("{}.{name}", step.id)).collect();
+    Err(Error::Usage { problem, hint: format!("name one of {}", all.join(", ")) })
+}
+
+/// Copies a file; returns its size.
+fn copy(from: &Path, record: &FileRecord, to: &Path) -> Result<u64> {
+    let bytes = fs::read(from).map_err(|source| CacheError::Read { path: from.to_owned(), source })?;
+    let found = Digest::of(&bytes);
+    if found != record.digest {
+        return Err(CacheError::Flipped { path: from.to_owned(), what: "content".into(), expected: record.digest, found }.into());
+    }
+    if !fs::read(to).is_ok_and(|there| there == bytes) {
+        publish::replace(to, &bytes)?;
+    }
+    Ok(record.bytes)
+}

@@ -1,0 +1,153 @@
+//! `ovenbird report`: one self-contained HTML file about a run, without scripts and network access; or its numbers as JSON.
+
+mod gallery;
+mod html;
+mod page;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use ovenbird_cache::{Status, Store, publish};
+use ovenbird_stages::{Artifact as _, artifacts::Curve, find};
+use serde_json::json;
+
+use crate::{
+    error::{Error, Result},
+    event::{self, Event, Stamped},
+    output::{count, print, to_json},
+    results::{self, Evaluated, compare},
+    run_state::{self, RunState, StepStatus, find_run},
+};
+use page::{Gathered, parts_of, render};
+
+/// Write an HTML file about a run: graph, tables, curves, images, manifests
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// A run's id [default: the latest]
+    run: Option<String>,
+    /// The file to write [default: report.html beside the run's log]
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Print JSON instead: the numbers of every evaluation, and variants side by side
+    #[arg(long, conflicts_with = "output")]
+    json: bool,
+}
+
+pub(crate) fn report(home: &Path, Args { run, output, json }: &Args) -> Result<()> {
+    let run = find_run(home, run.as_deref())?;
+    let store = Store::open(home)?;
+    if *json {
+        return numbers(&store, &run);
+    }
+    let (path, note) = write(&store, &run, output.as_deref())?;
+    Ok(print(&format!("{}\n{}", path.display(), note.map_or_else(String::new, |note| format!("{note}\n"))))?)
+}
+
+/// Writes the report of a run; returns its path. The report beside the run's log is not replaced by one that shows less; the second
+/// value says so.
+pub(crate) fn write(store: &Store, run: &str, output: Option<&Path>) -> Result<(PathBuf, Option<String>)> {
+    let gathered = gather(store, &event::read_log(store.home(), run)?)?;
+    if let Some(path) = output {
+        publish::replace(path, render(&gathered).as_bytes())?;
+        return Ok((path.to_owned(), None));
+    }
+    store.check_there()?;
+    let path = event::run_folder(store.home(), run).join("report.html");
+    let (before, now) = (parts_of(&fs::read_to_string(&path).unwrap_or_default()), gathered.shown());
+    let lost: Vec<&String> = before.difference(&now).collect();
+    if !lost.is_empty() {
+        let lost = lost.iter().map(|part| part.as_str()).collect::<Vec<_>>().join(", ");
+        let words =
+            format!("not replaced, because a new report would not show {lost}; `ovenbird report {run} -o FILE` writes one elsewhere");
+        return Ok((path, Some(words)));
+    }
+    publish::replace(&path, render(&gathered).as_bytes())?;
+    Ok((path, None))
+}
+
+/// `ovenbird report --json`.
+fn numbers(store: &Store, run: &str) -> Result<()> {
+    let state = run_state::state(&event::read_log(store.home(), run)?);
+    let mut evaluated = Vec::new();
+    for step in &state.steps {
+        evaluated.extend(results::evaluations(store, step)?);
+    }
+    let comparisons = state.matrix.as_ref().map_or_else(Vec::new, |matrix| compare(matrix, &state.steps, &evaluated));
+    let as_json = |Evaluated { step, kind, port, evaluation }: &Evaluated| json!({"step": step, "use": kind, "output": port, "of": evaluation.title(), "groups": evaluation.groups, "warnings": evaluation.warnings});
+    let evaluations: Vec<_> = evaluated.iter().map(as_json).collect();
+    let not_shown = unread(store, &state)?;
+    let report = json!({"run": state.run, "pipeline": state.pipeline, "evaluations": evaluations, "comparisons": comparisons, "not_shown": not_shown});
+    Ok(print(&to_json("report", &report))?)
+}
+
+/// The parts that the report cannot show, because the log or results are damaged or missing.
+fn unread(store: &Store, run: &RunState) -> Result<Vec<String>> {
+    let mut unread = Vec::new();
+    let n_damaged = event::log_damage(store.home(), &run.run)?;
+    if n_damaged > 0 {
+        unread.push(format!("{} of the run's log damaged", count(n_damaged, "line")));
+    }
+    for step in run.steps.iter().filter(|step| matches!(step.state, StepStatus::Done | StepStatus::Reused | StepStatus::Dropped)) {
+        let Some(fingerprint) = &step.fingerprint else { continue };
+        match store.artifact(&step.kind, fingerprint)? {
+            Status::Valid(artifact) if artifact.is_dropped => unread.push(format!("`{}`: its bytes were dropped", step.id)),
+            Status::Valid(_) => {}
+            Status::Damaged(findings) => unread.push(format!("`{}`: {}", step.id, findings.join("; "))),
+            Status::Absent => unread.push(format!("`{}`: its results are no longer in the home", step.id)),
+        }
+    }
+    Ok(unread)
+}
+
+/// Reads the log, manifests and tables of a run. Parts that cannot be read are left out and named.
+fn gather(store: &Store, log: &[Stamped]) -> Result<Gathered> {
+    let run = run_state::state(log);
+    let start_ms = log.first().map_or(0, |first| first.at.as_millisecond());
+    let (mut after, mut spans, mut bytes) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
+    let mut flow: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for Stamped { at, event } in log {
+        let now = (at.as_millisecond() - start_ms) as f64 / 1e3;
+        match event {
+            Event::RunStarted { steps, .. } => after = steps.iter().map(|step| step.after.clone()).collect(),
+            Event::StepStarted { step } => drop(spans.insert(step.clone(), (now, now))),
+            Event::StepDone { step, bytes: of_step, .. } => {
+                bytes.insert(step.clone(), *of_step);
+                spans.entry(step.clone()).and_modify(|span| span.1 = now);
+            }
+            Event::StepProgress { step, done, views, ready, .. } => {
+                spans.entry(step.clone()).and_modify(|span| span.1 = now);
+                flow.entry(step.clone()).or_default().push((now, *done, *views, *ready));
+            }
+            Event::StepFailed { step, .. } => drop(spans.entry(step.clone()).and_modify(|span| span.1 = now)),
+            _ => {}
+        }
+    }
+    let mut artifacts = BTreeMap::new();
+    let (mut evaluations, mut trainings, mut unread) = (Vec::new(), Vec::new(), unread(store, &run)?);
+    for step in &run.steps {
+        let Some(fingerprint) = &step.fingerprint else { continue };
+        if let Status::Valid(artifact) = store.artifact(&step.kind, fingerprint)? {
+            for port in find(&step.kind).into_iter().flat_map(|entry| entry.outputs) {
+                if port.kind == Curve::KIND && !artifact.is_dropped {
+                    match Curve::open(&artifact.port(port.name)) {
+                        Ok(curve) => trainings.push((step.id.clone(), curve)),
+                        Err(error) => unread.push(Error::from(error).message()),
+                    }
+                }
+            }
+            match results::evaluations(store, step) {
+                Ok(found) => evaluations.extend(found),
+                Err(error) => unread.push(error.message()),
+            }
+            artifacts.insert(step.id.clone(), artifact);
+        }
+    }
+    let pictures = gallery::pictures(&run.steps, &artifacts).unwrap_or_else(|error| {
+        unread.push(error.message());
+        Vec::new()
+    });
+    Ok(Gathered { run, after, spans, bytes, flow, artifacts, evaluations, trainings, pictures, unread })
+}

@@ -1,0 +1,31 @@
+//! The pipelines that come with the program.
+
+use serde::Deserialize;
+use serde_yaml::Value as Yaml;
+
+/// The named pipelines that come with the program.
+pub(crate) const NAMED: &[(&str, &str)] = &[
+    ("oadp-ov-coco", include_str!("../../pipelines/oadp-ov-coco.yaml")),
+    ("oadp-ov-lvis", include_str!("../../pipelines/oadp-ov-lvis.yaml")),
+    ("oadp-toy", include_str!("../../pipelines/oadp-toy.yaml")),
+    ("quickstart", include_str!("../../pipelines/quickstart.yaml")),
+    ("supervised-toy", include_str!("../../pipelines/supervised-toy.yaml")),
+    ("vild-ov-coco", include_str!("../../pipelines/vild-ov-coco.yaml")),
+    ("vild-ov-lvis", include_str!("../../pipelines/vild-ov-lvis.yaml")),
+    ("vild-toy", include_str!("../../pipelines/vild-toy.yaml")),
+];
+
+/// The head of a pipeline file, read without checking that its input files exist.
+#[derive(Deserialize)]
+pub(crate) struct Title {
+    pub(crate) name: String,
+    pub(crate) description: String,
+    pub(crate) stages: Vec<Yaml>,
+}
+
+impl Title {
+    /// The head of one of [`NAMED`].
+    pub(crate) fn of(text: &str) -> Self {
+        serde_yaml::from_str(text).expect("BUG: the named pipelines have names, descriptions and stages")
+    }
+}
