@@ -2,4 +2,5 @@
 
 pub mod export;
 pub mod import;
+pub mod oln;
 pub(crate) mod order;

@@ -1,7 +1,5 @@
 //! `detector/import`: a detector that another program trained.
 
-use std::collections::BTreeMap;
-
 use ovenbird_models::{
     checkpoint::Checkpoint,
     detector::{Detector, classifier::LogitScale, layout},
@@ -10,10 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, nn};
 
-use super::{
-    CARD_KEY, Card, DetectorFile,
-    train::{Heads, Network},
-};
+use super::spec::{DetectorFile, DetectorSpec, ExtraHeads, MaskRcnnSpec, Network};
 use crate::{
     Context, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{CheckpointFile, read_weights},
@@ -70,9 +65,9 @@ impl Stage for Import {
         let [unit] = units else { return Ok(()) };
         let file = cx.inputs.read(CHECKPOINT)?;
         let checkpoint = read_weights(&file.file)?;
-        let card = self.card(&checkpoint)?;
+        let spec = self.spec(&checkpoint)?;
         let store = nn::VarStore::new(Device::Cpu);
-        let detector = Detector::blank(&store.root(), &card.config)?;
+        let detector = Detector::blank(&store.root(), &spec.config)?;
         let report = layout::load(checkpoint.tensors(), detector.parameters(), &file.file.path)?.require_all(&file.file.path)?;
         report.place.note().into_iter().for_each(|words| cx.note(words));
         if let Some((name, steps)) = report.counters.iter().find(|(name, _)| name.ends_with(LABEL_COUNTER)) {
@@ -80,27 +75,25 @@ impl Stage for Import {
             cx.note(format!("it was trained as with `label_warmup: {behaviour}`: {name} is {steps}"));
         }
         let draft = cx.begin(unit)?;
-        let card = serde_json::to_string(&card).expect("BUG: a card is plain JSON");
-        let metadata = BTreeMap::from([(CARD_KEY.to_owned(), card)]);
-        draft.write_tensors(DETECTOR, "network.safetensors", detector.parameters(), &metadata)?;
+        draft.write_tensors(DETECTOR, "network.safetensors", detector.parameters(), &DetectorSpec::MaskRcnn(spec).metadata())?;
         cx.commit(draft, [("tensors".into(), report.loaded.len().into())].into())
     }
 }
 
 impl Import {
-    fn card(&self, checkpoint: &Checkpoint) -> Result<Card> {
+    fn spec(&self, checkpoint: &Checkpoint) -> Result<MaskRcnnSpec> {
         let projection = checkpoint.tensors().iter().find(|(name, _)| name.ends_with(PROJECTION));
         let Some([embed_dim, _]) = projection.map(|(_, tensor)| tensor.size()).and_then(|size| <[i64; 2]>::try_from(size).ok()) else {
             return Err(malformed(checkpoint.path(), format!("expected a detector of OADP, with a matrix `{PROJECTION}`")));
         };
         let has = |part: &str| checkpoint.names().any(|name| name.contains(part));
-        let heads = Heads {
+        let heads = ExtraHeads {
             object: has("roi_head._object_head."),
             block: has("roi_head._block_head."),
             global: has("_global_head."),
             mask: has("roi_head.mask_head."),
         };
-        Ok(Card {
+        Ok(MaskRcnnSpec {
             config: self.network.config(embed_dim, heads),
             has_prompts: true,
             has_multilabel_prompts: self.multilabel_prompts,

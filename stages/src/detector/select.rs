@@ -8,13 +8,16 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ANNOTATIONS, CLASSES, DetectorFile, IMAGES, MULTILABEL_PROMPTS, PROMPTS, STEP_KEY, Viewing,
-    test::{Observer, Test},
+    images::TestImages,
+    load::load,
+    options::TestOptions,
+    ports::{ANNOTATIONS, CLASSES, IMAGES, MULTILABEL_PROMPTS, PROMPTS},
+    predictor::{detection, predict_each},
+    spec::DetectorFile,
 };
 use crate::{
     Artifact, Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{Classes, Curve, EvaluationFile, read_weights},
-    error::malformed,
+    artifacts::{Classes, Curve, EvaluationFile},
 };
 
 /// By whose rules.
@@ -66,7 +69,7 @@ pub struct Select {
     /// Which number is to be greatest; of equals the later checkpoint wins.
     pub metric: BestBy,
     /// How a checkpoint detects.
-    pub test: Test,
+    pub test: TestOptions,
 }
 
 /// How many detections are held before they are judged.
@@ -101,7 +104,7 @@ impl Stage for Select {
 
     fn check(&self) -> Vec<Problem> {
         let inner = |problem: Problem| Problem { field: format!("test.{}", problem.field), ..problem };
-        Stage::check(&self.test).into_iter().map(inner).collect()
+        self.test.check().into_iter().map(inner).collect()
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
@@ -115,14 +118,15 @@ impl Stage for Select {
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let Checkpoints(files) = cx.inputs.read(CHECKPOINTS)?;
-        let viewing = Viewing::of(cx.inputs.read(IMAGES)?, annotations, cx)?;
-        let n_images = viewing.annotations.images.len();
+        let ids = Classes::category_ids(&annotations, classes.all())?;
+        let images = TestImages::open(cx.inputs.read(IMAGES)?, annotations, cx)?;
+        let n_images = images.annotations.images.len();
         cx.total((units.len() * n_images) as u64);
         for unit in units {
             let draft = cx.begin(unit)?;
             let file = &files[unit.index];
-            let step = step_of(file)?;
-            let observer = Observer::of(&self.test, (CHECKPOINTS.info().name, file), &viewing.annotations, cx)?;
+            let step = file.step()?;
+            let predictor = load(file, CHECKPOINTS.info().name, &self.test, &classes, cx)?;
             let metric = match self.protocol {
                 Protocol::Coco => Metric::Coco,
                 Protocol::Lvis => Metric::Lvis,
@@ -132,11 +136,11 @@ impl Stage for Select {
                 problem,
                 hint: "use the classes and the annotations of the same split".into(),
             };
-            let mut evaluator = Evaluator::new(metric, Shape::Boxes, &viewing.annotations, &classes).map_err(refused)?;
-            let (mut detections, mut looked_at) = (Vec::new(), BTreeSet::new());
-            viewing.each(0..n_images, observer.fits, &draft, cx, |view| {
-                looked_at.insert(view.info.id);
-                detections.extend(observer.see(&view, cx.threads)?);
+            let mut evaluator = Evaluator::new(metric, Shape::Boxes, &images.annotations, &classes).map_err(refused)?;
+            let (mut detections, mut seen) = (Vec::new(), BTreeSet::new());
+            predict_each(&*predictor, &images, 0..n_images, &draft, cx, |info, found| {
+                seen.insert(info.id);
+                detections.extend(found.into_iter().map(|found| detection(info.id, &ids, found)));
                 if detections.len() >= JUDGED_AT_ONCE {
                     evaluator.judge(&detections).map_err(refused)?;
                     detections.clear();
@@ -144,7 +148,7 @@ impl Stage for Select {
                 Ok(())
             })?;
             evaluator.judge(&detections).map_err(refused)?;
-            let evaluation = evaluator.finish(Some(&looked_at)).map_err(refused)?;
+            let evaluation = evaluator.finish(Some(&seen)).map_err(refused)?;
 
             let before = unit.index.checked_sub(1);
             let mut curve = before.map_or_else(|| Ok(Curve::default()), |before| cx.published(before, CURVE))?;
@@ -161,8 +165,7 @@ impl Stage for Select {
                 draft.write(port, "evaluation.json", &serde_json::to_vec(evaluation).expect("BUG: numbers are plain JSON"))?;
             }
             draft.write(CURVE, "curve.csv", curve.to_csv().as_bytes())?;
-            let (best_step, [best, last]) =
-                (step_of(&DetectorFile { file: best_file })?, [&best, &evaluation].map(|all| self.number_of(all)));
+            let (best_step, [best, last]) = (DetectorFile { file: best_file }.step()?, [&best, &evaluation].map(|all| self.number_of(all)));
             if unit.index + 1 == files.len() {
                 let words = self.words();
                 let percent = |number: Option<f64>| number.map_or_else(|| "none".into(), |number| format!("{:.1}", 100.0 * number));
@@ -196,13 +199,6 @@ impl Select {
             BestBy::Ap50 => format!("{group} AP50"),
         }
     }
-}
-
-/// After how many steps a checkpoint was written.
-fn step_of(file: &DetectorFile) -> Result<u64> {
-    let checkpoint = read_weights(&file.file)?;
-    let step = checkpoint.metadata().get(STEP_KEY).and_then(|step| step.parse().ok());
-    step.ok_or_else(|| malformed(&file.file.path, format!("expected a number of steps under `{STEP_KEY}` in the metadata")))
 }
 
 fn numbers(evaluation: &Evaluation) -> BTreeMap<String, f64> {

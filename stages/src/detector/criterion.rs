@@ -1,4 +1,4 @@
-//! What an open detector learns from a batch: base classes and boxes, and what CLIP says of proposals, blocks and whole images.
+//! The losses of a two-stage detector: base classes and boxes, masks, and CLIP's embeddings of proposals, blocks and whole images.
 //!
 //! Written after OADP's distillation pyramid (Wang et al. 2023; methods, sections 6.3 and 6.4).
 
@@ -6,128 +6,134 @@ use std::{collections::BTreeMap, ops::Range};
 
 use ovenbird_data::{boxes::Xyxy, training::ShownMask};
 use ovenbird_models::{
-    Misfit, Phase,
+    Phase,
     detector::{
         Detector, Pyramid, REGION_CODER,
-        boxes::{BoxLoss, ImageSize, Suppression, boxes_tensor},
+        boxes::{BoxLoss, ImageSize, Suppression},
         classifier::{LogitScale, Vocabulary},
         distillation::{embedding_loss, image_embedding_loss, mean_over_groups, recall, relation_loss},
         heads::{MaskRule, ObjectMask, OpenHead, RegionRule, RegionSample, mask_loss, region_losses},
-        layout,
         matching::{Assigner, Sampler, Truth},
         rpn::ProposalRule,
     },
     multilabel::asymmetric_loss,
 };
 use rand_chacha::ChaCha8Rng;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor, nn};
 
 use super::{
-    CLASSES, Card, ClassTables, PRETRAINED, class_embeddings,
-    train::{Crowds, Distillation, Train},
-    training::{Assessment, Batch, Learner, Shown, ShownRegions},
+    batches::{Batch, RegionTargets, TrainingImage, boxes},
+    classes::ClassTables,
+    distillation::Distillation,
+    spec::{DetectorSpec, MaskRcnnSpec},
+    training::Training,
 };
 use crate::{
-    Context, Result, Unit,
-    artifacts::{Classes, read_weights},
+    Result,
+    training::{Criterion, Losses, Parameter, Weights},
 };
 
 /// Which proposals are made in training.
 const PROPOSALS: ProposalRule = ProposalRule { per_level: 2000, suppression: Suppression { iou: 0.7, keep: 1000 }, least_side: 0.0 };
-/// Of how many of the best classes of a block, and of an image, the recall is taken.
+/// Recall is taken of so many of the best classes of a block, and of an image.
 const BLOCK_BEST: i64 = 5;
 const IMAGE_BEST: i64 = 20;
 
-/// A detector that learns.
-pub(super) struct OpenLearner {
+/// How regions of many objects (`iscrowd`) count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Crowds {
+    /// As background, as in OADP and most detectors. (The reference's defect 13.)
+    #[default]
+    Background,
+    /// Not at all: boxes with half of their area in a crowd that match no object are left out of the losses.
+    Ignored,
+}
+
+/// A two-stage detector in training.
+pub(super) struct MaskRcnnCriterion {
     detector: Detector,
-    pub(super) card: Card,
-    tables: ClassTables,
-    /// Classes as the global head compares with them.
-    of_images: Vocabulary,
-    /// Which regions are learned from.
+    spec: MaskRcnnSpec,
+    classes: ClassTables,
+    /// The classes for the global head.
+    global_classes: Vocabulary,
+    /// Which regions are sampled for the heads.
     rule: RegionRule,
     crowds: Crowds,
     distillation: Distillation,
+    training: Training,
     /// Owns the weights.
-    _store: nn::VarStore,
+    store: nn::VarStore,
 }
 
-impl OpenLearner {
-    pub(super) fn begin(stage: &Train, units: &[Unit], cx: &Context<'_>) -> Result<Self> {
-        let Classes(classes) = cx.inputs.read(CLASSES)?;
-        let embeddings = class_embeddings(cx.inputs, &classes)?;
-        let card = stage.card(embeddings.size()[1], cx.inputs)?;
-        let tables = card.tables(embeddings, cx.inputs, &classes, cx.device)?;
-        let of_images = match tables.image.scale() {
+impl MaskRcnnCriterion {
+    /// A detector with initial weights. `n_regions`: how many regions of an image are sampled for the heads.
+    pub(super) fn new(
+        spec: MaskRcnnSpec,
+        classes: ClassTables,
+        n_regions: usize,
+        crowds: Crowds,
+        distillation: &Distillation,
+        training: &Training,
+        device: Device,
+    ) -> Result<Self> {
+        let global_classes = match classes.image.scale() {
             LogitScale::Temperature { test, .. } => {
-                let scale = LogitScale::Temperature { train: stage.distillation.global_temperature, test };
-                Vocabulary::new(tables.image.embeddings().shallow_clone(), tables.image.n_base(), scale)?
+                let scale = LogitScale::Temperature { train: distillation.global_temperature, test };
+                Vocabulary::new(classes.image.embeddings().shallow_clone(), classes.image.n_base(), scale)?
             }
-            LogitScale::Affine { .. } => tables.image.clone(),
+            LogitScale::Affine { .. } => classes.image.clone(),
         };
-        let store = nn::VarStore::new(cx.device);
-        let detector = Detector::new(&store.root(), &card.config, stage.training.seed)?;
-        begin_with_pretrained(detector.parameters(), units, cx)?;
+        let store = nn::VarStore::new(device);
+        let detector = Detector::new(&store.root(), &spec.config, training.seed)?;
         let rule = RegionRule {
             assigner: Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None },
-            sampler: Sampler { n: stage.network.regions_per_image(), object_fraction: 0.25 },
+            sampler: Sampler { n: n_regions, object_fraction: 0.25 },
             coder: REGION_CODER,
         };
-        let (crowds, distillation) = (stage.crowds, stage.distillation.clone());
-        Ok(Self { detector, card, tables, of_images, rule, crowds, distillation, _store: store })
+        let (distillation, training) = (distillation.clone(), training.clone());
+        Ok(Self { detector, spec, classes, global_classes, rule, crowds, distillation, training, store })
     }
-}
 
-/// Lays the checkpoint at the port `pretrained`, if there is one, over a network whose training is about to begin, and says what did not fit.
-/// A training that goes on has weights of its own.
-pub(super) fn begin_with_pretrained(parameters: &BTreeMap<String, Tensor>, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-    if units.first().is_none_or(|unit| unit.index > 0) {
-        return Ok(());
-    }
-    let Some(file) = cx.inputs.read_if_given(PRETRAINED)? else { return Ok(()) };
-    let report = layout::load(read_weights(&file.file)?.tensors(), parameters, &file.file.path)?;
-    let names = |misfits: &[Misfit]| misfits.iter().map(|misfit| misfit.name.as_str()).collect::<Vec<_>>().join(", ");
-    cx.note(format!("begins with {} tensors of {}", report.loaded.len(), file.file.path.display()));
-    report.place.note().into_iter().for_each(|words| cx.note(words));
-    for (what, misfits) in [
-        ("begin without them, which are not in the file", &report.missing),
-        ("of the file have no place in the network", &report.unmatched),
-        ("have another shape in the file, and begin without it", &report.misshaped),
-    ] {
-        if !misfits.is_empty() {
-            cx.note(format!("{} tensors {what}: {}", misfits.len(), names(misfits)));
-        }
-    }
-    Ok(())
-}
-
-impl Learner for OpenLearner {
-    fn parameters(&self) -> &BTreeMap<String, Tensor> {
+    /// Every tensor of the detector by name.
+    pub(super) fn tensors(&self) -> &BTreeMap<String, Tensor> {
         self.detector.parameters()
     }
+}
 
-    fn assess(&self, images: &Tensor, batch: &Batch, random: &mut ChaCha8Rng) -> Result<Assessment> {
-        let pyramid = self.detector.regions.forward(images, Phase::Train)?;
-        let mut assessment = Assessment::default();
-        let samples = self.base_classes(&pyramid, batch, random, &mut assessment)?;
-        self.masks(&pyramid, batch, &samples, &mut assessment)?;
-        self.proposals(&pyramid, batch, &mut assessment)?;
-        self.images(&pyramid, batch, &mut assessment)?;
-        self.blocks(&pyramid, batch, &mut assessment)?;
-        Ok(assessment)
+impl Criterion for MaskRcnnCriterion {
+    type Batch = Batch;
+
+    fn parameters(&self) -> BTreeMap<String, Parameter> {
+        self.training.grouped(self.tensors())
+    }
+
+    fn losses(&self, step: u32, batch: Batch) -> Result<Losses> {
+        let mut random = batch.random.clone();
+        let images = batch.pixels.on(self.store.device()).to_kind(self.training.precision.kind());
+        let pyramid = self.detector.regions.forward(&images, Phase::Train)?;
+        // Weights of losses count steps from 1.
+        let step = step + 1;
+        let mut losses = Losses::default();
+        let samples = self.base_classes(&pyramid, &batch, &mut random, &mut losses)?;
+        self.masks(&pyramid, &batch, &samples, &mut losses)?;
+        self.proposals(&pyramid, &batch, step, &mut losses)?;
+        self.images(&pyramid, &batch, step, &mut losses)?;
+        self.blocks(&pyramid, &batch, step, &mut losses)?;
+        Ok(losses)
+    }
+
+    fn weights(&self) -> Result<Weights> {
+        let tensors = self.tensors().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        Ok(Weights { tensors, metadata: DetectorSpec::MaskRcnn(self.spec.clone()).metadata() })
     }
 }
 
-impl OpenLearner {
+impl MaskRcnnCriterion {
     /// Boxes, and which base classes they show: what every detector learns.
-    fn base_classes(
-        &self,
-        pyramid: &Pyramid,
-        batch: &Batch,
-        random: &mut ChaCha8Rng,
-        assessment: &mut Assessment,
-    ) -> Result<Vec<RegionSample>> {
+    fn base_classes(&self, pyramid: &Pyramid, batch: &Batch, random: &mut ChaCha8Rng, losses: &mut Losses) -> Result<Vec<RegionSample>> {
         let Detector { regions: network, bbox_head, .. } = &self.detector;
         let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image.size).collect();
         let truths: Vec<Truth> = batch.images.iter().map(|image| truth(image, self.crowds)).collect();
@@ -136,14 +142,14 @@ impl OpenLearner {
         let mut samples = Vec::new();
         for ((found, truth), image) in proposals.iter().zip(&truths).zip(&batch.images) {
             let classes = Tensor::from_slice(&image.classes.iter().map(|class| *class as i64).collect::<Vec<_>>());
-            samples.push(self.rule.choose(&found.boxes, truth, &classes, self.tables.text.n_classes(), random)?);
+            samples.push(self.rule.choose(&found.boxes, truth, &classes, self.classes.text.n_classes(), random)?);
         }
         let chosen: Vec<Tensor> = samples.iter().map(|sample| sample.boxes.shallow_clone()).collect();
-        let said = bbox_head.forward(&pyramid.pool(&self.card.config.pool, &chosen)?, Phase::Train)?;
-        let logits = bbox_head.classifier.logits(&said.embeddings, &self.tables.text, Phase::Train)?;
+        let said = bbox_head.forward(&pyramid.pool(&self.spec.config.pool, &chosen)?, Phase::Train)?;
+        let logits = bbox_head.classifier.logits(&said.embeddings, &self.classes.text, Phase::Train)?;
         let deltas = said.deltas.expect("BUG: the box head has boxes");
         let of_regions = region_losses(BoxLoss::Absolute, &logits, &deltas, &samples)?;
-        assessment.losses.extend([
+        losses.terms.extend([
             ("rpn_objectness", rpn.objectness),
             ("rpn_boxes", rpn.boxes),
             ("classes", of_regions.classes),
@@ -153,8 +159,8 @@ impl OpenLearner {
     }
 
     /// The masks of objects within the regions that stand for them.
-    fn masks(&self, pyramid: &Pyramid, batch: &Batch, samples: &[RegionSample], assessment: &mut Assessment) -> Result<()> {
-        let (Some(head), Some(config)) = (&self.detector.mask_head, &self.card.config.mask_head) else { return Ok(()) };
+    fn masks(&self, pyramid: &Pyramid, batch: &Batch, samples: &[RegionSample], losses: &mut Losses) -> Result<()> {
+        let (Some(head), Some(config)) = (&self.detector.mask_head, &self.spec.config.mask_head) else { return Ok(()) };
         let (mut on_objects, mut expected) = (Vec::new(), Vec::new());
         for (sample, image) in samples.iter().zip(&batch.images) {
             let boxes = sample.boxes.narrow(0, 0, sample.objects.len() as i64);
@@ -165,59 +171,65 @@ impl OpenLearner {
         // One mask for all classes: which they are does not matter.
         let classes = vec![0; samples.iter().map(|sample| sample.objects.len()).sum()];
         let drawn = head.forward(&pyramid.pool(&config.pool, &on_objects)?, &classes)?;
-        assessment.losses.push(("masks", mask_loss(&drawn, &Tensor::cat(&expected, 0))?));
+        losses.terms.push(("masks", mask_loss(&drawn, &Tensor::cat(&expected, 0))?));
         Ok(())
     }
 
     /// CLIP's embeddings of proposals.
-    fn proposals(&self, pyramid: &Pyramid, batch: &Batch, assessment: &mut Assessment) -> Result<()> {
+    fn proposals(&self, pyramid: &Pyramid, batch: &Batch, step: u32, losses: &mut Losses) -> Result<()> {
         let Some(head) = &self.detector.object_head else { return Ok(()) };
         let Compared { said, expected, n_rows } = self.compare(head, pyramid, batch, |image| &image.proposals)?;
         let apart = self.over_groups(embedding_loss, [&said, &expected], &n_rows)?;
-        assessment.losses.push(("objects", apart * self.distillation.objects.at(batch.step + 1)));
+        losses.terms.push(("objects", apart * self.distillation.objects.at(step)));
         Ok(())
     }
 
     /// CLIP's embeddings of whole images, and the classes that these show.
-    fn images(&self, pyramid: &Pyramid, batch: &Batch, assessment: &mut Assessment) -> Result<()> {
+    fn images(&self, pyramid: &Pyramid, batch: &Batch, step: u32, losses: &mut Losses) -> Result<()> {
         let Some(head) = &self.detector.global_head else { return Ok(()) };
         let said = head.embed(&pyramid.levels[pyramid.levels.len() - 1])?;
         let expected = rows_of(batch.images.iter().map(|image| image.embedding.as_slice()), said.size()[1], said.device());
-        let logits = head.classifier.logits(&said, &self.of_images, Phase::Train)?;
+        let logits = head.classifier.logits(&said, &self.global_classes, Phase::Train)?;
         let labels = labels(batch.images.iter().map(|image| image.classes.as_slice()), logits.size()[1], logits.device());
         let n_rows = vec![1; batch.images.len()];
         let apart = self.over_groups(image_embedding_loss, [&said, &expected], &n_rows)?;
         let wrong = self.over_groups(asymmetric_loss, [&logits, &labels], &n_rows)?;
         let weights = &self.distillation;
-        assessment.losses.push(("globals", apart * weights.globals.at(batch.step + 1)));
-        assessment.losses.push(("global_labels", wrong * weights.of_labels(weights.global_labels, batch.step + 1)));
-        assessment.measures.push(("recall.globals", recall(&logits, &labels, IMAGE_BEST)));
+        losses.terms.push(("globals", apart * weights.globals.at(step)));
+        losses.terms.push(("global_labels", wrong * weights.label_weight(weights.global_labels, step)));
+        losses.measures.push(("recall.globals", recall(&logits, &labels, IMAGE_BEST)));
         Ok(())
     }
 
     /// CLIP's embeddings of blocks, how these lie to each other, and the classes that they show.
-    fn blocks(&self, pyramid: &Pyramid, batch: &Batch, assessment: &mut Assessment) -> Result<()> {
+    fn blocks(&self, pyramid: &Pyramid, batch: &Batch, step: u32, losses: &mut Losses) -> Result<()> {
         let Some(head) = &self.detector.block_head else { return Ok(()) };
         let Compared { said, expected, n_rows } = self.compare(head, pyramid, batch, |image| &image.blocks)?;
-        let logits = head.classifier.logits(&said, &self.tables.image, Phase::Train)?;
+        let logits = head.classifier.logits(&said, &self.classes.image, Phase::Train)?;
         let classes = batch.images.iter().flat_map(|image| image.block_classes.iter().map(Vec::as_slice));
         let labels = labels(classes, logits.size()[1], logits.device());
         let apart = self.over_groups(embedding_loss, [&said, &expected], &n_rows)?;
         let askew = self.over_groups(relation_loss, [&said, &expected], &n_rows)?;
         let wrong = self.over_groups(asymmetric_loss, [&logits, &labels], &n_rows)?;
         let weights = &self.distillation;
-        assessment.losses.push(("blocks", apart * weights.blocks.at(batch.step + 1)));
-        assessment.losses.push(("relations", askew * weights.relation_loss.at(batch.step + 1)));
-        assessment.losses.push(("block_labels", wrong * weights.of_labels(weights.block_labels, batch.step + 1)));
-        assessment.measures.push(("recall.blocks", recall(&logits, &labels, BLOCK_BEST)));
+        losses.terms.push(("blocks", apart * weights.blocks.at(step)));
+        losses.terms.push(("relations", askew * weights.relation_loss.at(step)));
+        losses.terms.push(("block_labels", wrong * weights.label_weight(weights.block_labels, step)));
+        losses.measures.push(("recall.blocks", recall(&logits, &labels, BLOCK_BEST)));
         Ok(())
     }
 
     /// What a head says of regions of all images, and what CLIP does.
-    fn compare(&self, head: &OpenHead, pyramid: &Pyramid, batch: &Batch, regions: fn(&Shown) -> &ShownRegions) -> Result<Compared> {
-        let shown: Vec<&ShownRegions> = batch.images.iter().map(regions).collect();
+    fn compare(
+        &self,
+        head: &OpenHead,
+        pyramid: &Pyramid,
+        batch: &Batch,
+        regions: fn(&TrainingImage) -> &RegionTargets,
+    ) -> Result<Compared> {
+        let shown: Vec<&RegionTargets> = batch.images.iter().map(regions).collect();
         let on: Vec<Tensor> = shown.iter().map(|shown| boxes(&shown.boxes)).collect();
-        let said = head.forward(&pyramid.pool(&self.card.config.pool, &on)?, Phase::Train)?.embeddings;
+        let said = head.forward(&pyramid.pool(&self.spec.config.pool, &on)?, Phase::Train)?.embeddings;
         let expected = rows_of(shown.iter().map(|shown| shown.embeddings.as_slice()), said.size()[1], said.device());
         Ok(Compared { said, expected, n_rows: shown.iter().map(|shown| shown.boxes.len() as i64).collect() })
     }
@@ -233,7 +245,7 @@ impl OpenLearner {
 }
 
 /// What is on an image.
-fn truth(image: &Shown, crowds: Crowds) -> Truth {
+fn truth(image: &TrainingImage, crowds: Crowds) -> Truth {
     let objects = boxes(&image.objects);
     match crowds {
         Crowds::Background => objects.into(),
@@ -277,11 +289,6 @@ fn object_mask(mask: &ShownMask) -> ObjectMask {
     ObjectMask { pixels: Tensor::from_slice(&mask.pixels).view([height, width]), left, top }
 }
 
-/// `[N, 4]`.
-pub(super) fn boxes(boxes: &[Xyxy]) -> Tensor {
-    boxes_tensor(&boxes.iter().map(|xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2]).collect::<Vec<_>>())
-}
-
 #[cfg(test)]
 mod tests {
     use ovenbird_data::annotations::ImageId;
@@ -290,15 +297,15 @@ mod tests {
 
     #[test]
     fn crowds_are_background_or_ignored() {
-        let image = Shown {
+        let image = TrainingImage {
             id: ImageId(1),
             size: ImageSize { width: 90, height: 60 },
             objects: vec![Xyxy { x1: 1.0, y1: 2.0, x2: 30.0, y2: 40.0 }],
             crowds: vec![Xyxy { x1: 40.0, y1: 2.0, x2: 90.0, y2: 60.0 }],
             classes: vec![0],
             masks: Vec::new(),
-            proposals: ShownRegions::default(),
-            blocks: ShownRegions::default(),
+            proposals: RegionTargets::default(),
+            blocks: RegionTargets::default(),
             block_classes: Vec::new(),
             embedding: Vec::new(),
         };
