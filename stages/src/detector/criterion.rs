@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
-use ovenbird_data::{boxes::Xyxy, training::ShownMask};
+use ovenbird_data::training::ShownMask;
 use ovenbird_models::{
     Phase,
     detector::{
@@ -35,7 +35,7 @@ use crate::{
     training::{Criterion, Losses, Parameter, Weights},
 };
 
-/// Which proposals are made in training.
+/// The proposals in training.
 const PROPOSALS: ProposalRule = ProposalRule { per_level: 2000, suppression: Suppression { iou: 0.7, keep: 1000 }, least_side: 0.0 };
 /// Recall is taken of so many of the best classes of a block, and of an image.
 const BLOCK_BEST: i64 = 5;
@@ -132,7 +132,7 @@ impl Criterion for MaskRcnnCriterion {
 }
 
 impl MaskRcnnCriterion {
-    /// Boxes, and which base classes they show: what every detector learns.
+    /// The losses of every detector: boxes and base classes. Returns the sampled regions.
     fn base_classes(&self, pyramid: &Pyramid, batch: &Batch, random: &mut ChaCha8Rng, losses: &mut Losses) -> Result<Vec<RegionSample>> {
         let Detector { regions: network, bbox_head, .. } = &self.detector;
         let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image.size).collect();
@@ -158,7 +158,7 @@ impl MaskRcnnCriterion {
         Ok(samples)
     }
 
-    /// The masks of objects within the regions that stand for them.
+    /// The loss of masks within the regions that match objects.
     fn masks(&self, pyramid: &Pyramid, batch: &Batch, samples: &[RegionSample], losses: &mut Losses) -> Result<()> {
         let (Some(head), Some(config)) = (&self.detector.mask_head, &self.spec.config.mask_head) else { return Ok(()) };
         let (mut on_objects, mut expected) = (Vec::new(), Vec::new());
@@ -168,14 +168,14 @@ impl MaskRcnnCriterion {
             expected.push(MaskRule::MMDET.targets(&masks, &boxes, &sample.objects, 2 * config.pool.side)?);
             on_objects.push(boxes);
         }
-        // One mask for all classes: which they are does not matter.
+        // The mask head has one mask for all classes, so the classes do not matter.
         let classes = vec![0; samples.iter().map(|sample| sample.objects.len()).sum()];
         let drawn = head.forward(&pyramid.pool(&config.pool, &on_objects)?, &classes)?;
         losses.terms.push(("masks", mask_loss(&drawn, &Tensor::cat(&expected, 0))?));
         Ok(())
     }
 
-    /// CLIP's embeddings of proposals.
+    /// The loss of CLIP's embeddings of proposals.
     fn proposals(&self, pyramid: &Pyramid, batch: &Batch, step: u32, losses: &mut Losses) -> Result<()> {
         let Some(head) = &self.detector.object_head else { return Ok(()) };
         let Compared { said, expected, n_rows } = self.compare(head, pyramid, batch, |image| &image.proposals)?;
@@ -184,7 +184,7 @@ impl MaskRcnnCriterion {
         Ok(())
     }
 
-    /// CLIP's embeddings of whole images, and the classes that these show.
+    /// The losses of CLIP's embeddings of whole images and of the classes that these show.
     fn images(&self, pyramid: &Pyramid, batch: &Batch, step: u32, losses: &mut Losses) -> Result<()> {
         let Some(head) = &self.detector.global_head else { return Ok(()) };
         let said = head.embed(&pyramid.levels[pyramid.levels.len() - 1])?;
@@ -201,7 +201,7 @@ impl MaskRcnnCriterion {
         Ok(())
     }
 
-    /// CLIP's embeddings of blocks, how these lie to each other, and the classes that they show.
+    /// The losses of CLIP's embeddings of blocks, of the cosines among them, and of the classes that they show.
     fn blocks(&self, pyramid: &Pyramid, batch: &Batch, step: u32, losses: &mut Losses) -> Result<()> {
         let Some(head) = &self.detector.block_head else { return Ok(()) };
         let Compared { said, expected, n_rows } = self.compare(head, pyramid, batch, |image| &image.blocks)?;
@@ -219,7 +219,7 @@ impl MaskRcnnCriterion {
         Ok(())
     }
 
-    /// What a head says of regions of all images, and what CLIP does.
+    /// The embeddings of the regions of all images, by a head and by CLIP.
     fn compare(
         &self,
         head: &OpenHead,
@@ -234,7 +234,7 @@ impl MaskRcnnCriterion {
         Ok(Compared { said, expected, n_rows: shown.iter().map(|shown| shown.boxes.len() as i64).collect() })
     }
 
-    /// A loss of what is said and what is expected, both row by row of the images in their order.
+    /// The mean over groups of images of a loss between predictions and targets, both with rows in the order of the images.
     fn over_groups(&self, loss: Loss, [said, expected]: [&Tensor; 2], n_rows: &[i64]) -> Result<Tensor> {
         let of_rows = |Range { start, end }: Range<i64>| {
             let part = |of: &Tensor| of.narrow(0, start, end - start);
@@ -244,7 +244,7 @@ impl MaskRcnnCriterion {
     }
 }
 
-/// What is on an image.
+/// The objects on an image, and its crowds if they are ignored.
 fn truth(image: &TrainingImage, crowds: Crowds) -> Truth {
     let objects = boxes(&image.objects);
     match crowds {
@@ -257,11 +257,11 @@ type Loss = fn(&Tensor, &Tensor) -> ovenbird_models::Result<Tensor>;
 
 /// Embeddings of the same regions, image after image.
 struct Compared {
-    /// The head's, f32 `[N, D]`.
+    /// By the head, f32 `[N, D]`.
     said: Tensor,
-    /// CLIP's, of the same shape.
+    /// By CLIP, f32 `[N, D]`.
     expected: Tensor,
-    /// How many are of each image.
+    /// The number of regions of each image.
     n_rows: Vec<i64>,
 }
 
@@ -291,7 +291,7 @@ fn object_mask(mask: &ShownMask) -> ObjectMask {
 
 #[cfg(test)]
 mod tests {
-    use ovenbird_data::annotations::ImageId;
+    use ovenbird_data::{annotations::ImageId, boxes::Xyxy};
 
     use super::*;
 

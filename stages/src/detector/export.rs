@@ -1,4 +1,4 @@
-//! `detector/export`: a trained detector for other programs.
+//! `detector/export`: writes a trained detector for other programs.
 
 use std::io::Write;
 
@@ -9,9 +9,10 @@ use serde::{Deserialize, Serialize};
 use super::spec::{DetectorFile, DetectorSpec};
 use crate::{Context, In, Out, PortInfo, Result, Stage, Unit, artifacts::CheckpointFile, error::write_error};
 
-/// A trained detector as mmdet keeps its own: a `.pth` file that `torch.load` reads, with `state_dict` and `meta`.
+/// Exports a trained detector in mmdet's format: a `.pth` file that `torch.load` reads, with `state_dict` and `meta`.
 ///
-/// Names are mmdet's and OADP's. How the detector is built and asked is under `meta`, as plain data. Class embeddings are not in it.
+/// Tensors have the names of mmdet and OADP. `meta` says, as plain data, how the detector is built and used. Class embeddings are not in the
+/// file.
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Export {}
@@ -21,7 +22,7 @@ const CHECKPOINT: Out<CheckpointFile> = Out::new("checkpoint", "`detector.pth`: 
 
 impl Stage for Export {
     const KIND: &'static str = "detector/export";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[DETECTOR.info()];
     const OUTPUTS: &'static [PortInfo] = &[CHECKPOINT.info()];
 

@@ -1,4 +1,4 @@
-//! `detector/import`: a detector that another program trained.
+//! `detector/import`: reads a detector that another program trained.
 
 use ovenbird_models::{
     checkpoint::Checkpoint,
@@ -15,22 +15,22 @@ use crate::{
     error::malformed,
 };
 
-/// A detector that another program trained: OADP's checkpoints, and what `detector/export` wrote.
+/// Imports a detector that another program trained: checkpoints of OADP, and files that `detector/export` wrote.
 ///
-/// Its heads are those that the checkpoint has tensors of; every one of them has to fit. How it is asked is not in such a file: that is what
-/// the parameters say, and their defaults are those of OADP for COCO. (OADP, sections 6.1 and 6.7.)
+/// The heads follow from the tensors in the checkpoint; all tensors of the network must be there and fit. The file does not say how the
+/// detector is used: the parameters do, with OADP's values for COCO as defaults. (OADP, sections 6.1 and 6.7.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Import {
-    /// How large the network is.
+    /// Size of the network.
     pub network: Network,
-    /// Divides cosines in detection.
+    /// Temperature of cosines in detection.
     pub test_temperature: f64,
-    /// Whether the heads that learned CLIP's embeddings are asked with `multilabel_prompts`.
+    /// Whether the heads that learned CLIP's embeddings use `multilabel_prompts`.
     pub multilabel_prompts: bool,
-    /// The longer side that images are resized to at most, in px.
+    /// Maximum length of the longer side of images, in px.
     pub max_size: u32,
-    /// The shorter side that images are resized to, in px.
+    /// Length of the shorter side of images, in px, unless the longer side would exceed `max_size`.
     pub min_size: u32,
 }
 
@@ -42,9 +42,9 @@ impl Default for Import {
 
 const CHECKPOINT: In<CheckpointFile> = In::required("checkpoint", "Weights under mmdet's and OADP's names: `.pth` or safetensors.");
 const DETECTOR: Out<DetectorFile> = Out::new("detector", "Weights under mmdet's names, safetensors, f32, and how the network is built.");
-/// A tensor whose rows are as many as embeddings have numbers.
+/// A tensor with as many rows as embeddings have numbers.
 const PROJECTION: &str = "roi_head.bbox_head.fc_cls._linear.weight";
-/// What ends the names of OADP's counters of warm-up steps of label losses.
+/// The end of the names of OADP's counters of warm-up steps of label losses.
 const LABEL_COUNTER: &str = "_loss._weight._steps";
 
 impl Stage for Import {
@@ -72,7 +72,7 @@ impl Stage for Import {
         report.place.note().into_iter().for_each(|words| cx.note(words));
         if let Some((name, steps)) = report.counters.iter().find(|(name, _)| name.ends_with(LABEL_COUNTER)) {
             let behaviour = if *steps <= 1 { "reference" } else { "fixed" };
-            cx.note(format!("it was trained as with `label_warmup: {behaviour}`: {name} is {steps}"));
+            cx.note(format!("the detector was trained as with `label_warmup: {behaviour}`: {name} is {steps}"));
         }
         let draft = cx.begin(unit)?;
         draft.write_tensors(DETECTOR, "network.safetensors", detector.parameters(), &DetectorSpec::MaskRcnn(spec).metadata())?;
@@ -98,7 +98,7 @@ impl Import {
             has_prompts: true,
             has_multilabel_prompts: self.multilabel_prompts,
             fits: [self.max_size, self.min_size],
-            // Nothing is trained by it any more.
+            // The detector is not trained further, so the training temperature does not matter.
             scale: LogitScale::Temperature { train: self.test_temperature, test: self.test_temperature },
             clip: None,
         })

@@ -6,54 +6,54 @@ use serde::{Deserialize, Serialize};
 
 use crate::Problem;
 
-/// Which heads say what a region is.
+/// The heads that classify regions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Heads {
-    /// The box head and, where the detector has one, the object head, combined as `ensemble` says.
+    /// The box head and, if the detector has one, the object head; `ensemble` combines their scores.
     #[default]
     Both,
     /// The box head alone.
     Box,
 }
 
-/// What a head's logits of some classes contribute to a combined score.
+/// The contribution of one head to the combined score of some classes.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct HeadWeight {
-    /// Multiplies the logits before the softmax.
+    /// Factor of the logits before the softmax.
     pub scale: f64,
-    /// Of the probability.
+    /// Exponent of the probability.
     pub exponent: f64,
 }
 
-/// What becomes of a region whose combined scores sum to more than 1.
+/// The treatment of regions whose combined scores sum to more than 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum SumAboveOne {
-    /// It is detected by its scores. (The reference's defect 3, mended.)
+    /// They are detected by their scores. (The reference's defect 3, fixed.)
     #[default]
     Fixed,
-    /// It is not detected.
+    /// They are not detected, as in the reference.
     Reference,
 }
 
-/// How the scores of both heads become one: a product of powers. By default a geometric mean, in which the box head weighs two thirds for
-/// base classes and a third for novel ones. (ViLD, equation 5; OADP, section 6.6, whose tuned scores are other numbers here.)
+/// The combination of both heads' scores: a product of powers. By default it is a geometric mean in which the box head has weight 2/3 for
+/// base classes and 1/3 for novel classes. (ViLD, equation 5; OADP, section 6.6, tunes other numbers.)
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Ensemble {
-    /// Of the box head, for base classes.
+    /// Box head, base classes.
     pub box_base: HeadWeight,
-    /// Of the box head, for novel classes.
+    /// Box head, novel classes.
     pub box_novel: HeadWeight,
-    /// Of the object head, for base classes.
+    /// Object head, base classes.
     pub object_base: HeadWeight,
-    /// Of the object head, for novel classes.
+    /// Object head, novel classes.
     pub object_novel: HeadWeight,
-    /// The exponent of the proposal's objectness; 0 leaves it out.
+    /// Exponent of the proposal's objectness; 0 leaves it out.
     pub objectness: f64,
-    /// What becomes of a region whose combined scores sum to more than 1.
+    /// Treatment of regions whose combined scores sum to more than 1.
     pub sum_above_one: SumAboveOne,
 }
 
@@ -89,25 +89,24 @@ impl Ensemble {
 
 /// Detects objects of base and novel classes with a trained detector.
 ///
-/// Images one by one, fitted into the sides that the detector was trained with. Class-aware NMS; boxes are xyxy in px of the image. A mask
-/// head draws 28 x 28 probabilities in each box, which become pixels of the image from 0.5 on.
-/// (OADP, section 6.6.)
+/// Images are resized as in training. NMS is per class; boxes are xyxy in px of the original image. A mask head predicts 28 x 28 probabilities
+/// in each box; pixels of the original image with 0.5 or more belong to the mask. (OADP, section 6.6.)
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TestOptions {
-    /// Which heads say what a region is.
+    /// Heads that classify regions.
     pub heads: Heads,
-    /// How the scores of both heads become one.
+    /// How the scores of both heads are combined.
     pub ensemble: Ensemble,
-    /// Proposals of each pyramid level before NMS, and of an image after it.
+    /// Proposals kept per pyramid level before NMS, and per image after it.
     pub proposals: usize,
-    /// A proposal falls when it overlaps a better one of its level by more.
+    /// NMS removes a proposal whose IoU with a better one of its level is greater.
     pub proposal_iou: f32,
-    /// Detections with this score or less are dropped.
+    /// Only detections with a greater score are kept.
     pub score_threshold: f32,
-    /// A box falls when it overlaps a better one of its class by more.
+    /// NMS removes a box whose IoU with a better one of its class is greater.
     pub nms_iou: f32,
-    /// Detections kept an image.
+    /// Detections kept per image.
     pub max_per_image: usize,
 }
 

@@ -1,4 +1,4 @@
-//! `detector/select`: which checkpoint of a training sees most.
+//! `detector/select`: tests all kept checkpoints of a training and picks the best.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,7 +20,7 @@ use crate::{
     artifacts::{Classes, Curve, EvaluationFile},
 };
 
-/// By whose rules.
+/// Rules of the evaluation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
@@ -31,20 +31,20 @@ pub enum Protocol {
     Lvis,
 }
 
-/// Of which classes.
+/// Classes that are evaluated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ClassGroup {
-    /// All of them.
+    /// All classes.
     All,
-    /// Those with labels in training.
+    /// Classes with labels in training.
     Base,
-    /// Those without.
+    /// Classes without labels in training.
     #[default]
     Novel,
 }
 
-/// Which number.
+/// Measure of the evaluation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum BestBy {
@@ -55,24 +55,24 @@ pub enum BestBy {
     Ap50,
 }
 
-/// Tests every checkpoint that a training left (`training.keep_checkpoints`), and reports the last and the best.
+/// Tests every checkpoint that a training kept (`training.keep_checkpoints`), and reports the last and the best one.
 ///
-/// The best is chosen by a number on these very annotations, so it flatters; the last one's does not. The work is a chain: one checkpoint
-/// a unit. (OADP, section 6.7: its published 31.3 is the best of 20.)
+/// The best checkpoint is chosen on the same annotations on which it is reported, so its numbers are optimistic; those of the last one are
+/// not. (OADP, section 6.7: its published 31.3 is the best of 20.)
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Select {
-    /// By whose rules.
+    /// Rules of the evaluation.
     pub protocol: Protocol,
-    /// Of which classes.
+    /// Classes that are evaluated.
     pub group: ClassGroup,
-    /// Which number is to be greatest; of equals the later checkpoint wins.
+    /// Measure by which the best checkpoint is chosen; among equal ones the last wins.
     pub metric: BestBy,
-    /// How a checkpoint detects.
+    /// How each checkpoint is run on the images.
     pub test: TestOptions,
 }
 
-/// How many detections are held before they are judged.
+/// Detections are matched to objects as soon as there are so many.
 const JUDGED_AT_ONCE: usize = 1 << 16;
 
 /// Every checkpoint of a training, in the order of their steps.
@@ -88,10 +88,10 @@ impl Artifact for Checkpoints {
     }
 }
 
-const CHECKPOINTS: In<Checkpoints> = In::required("checkpoints", "What `detector/train` left.");
+const CHECKPOINTS: In<Checkpoints> = In::required("checkpoints", "The checkpoints of a training (`detector/train`).");
 const BEST: Out<DetectorFile> = Out::new("detector", "The best checkpoint.");
-const BEST_EVALUATION: Out<EvaluationFile> = Out::new("best", "What it came to.");
-const LAST_EVALUATION: Out<EvaluationFile> = Out::new("last", "What the last checkpoint came to.");
+const BEST_EVALUATION: Out<EvaluationFile> = Out::new("best", "Evaluation of the best checkpoint.");
+const LAST_EVALUATION: Out<EvaluationFile> = Out::new("last", "Evaluation of the last checkpoint.");
 const CURVE: Out<Curve> = Out::new("curve", "AP and AP50 of base and novel classes, by step.");
 
 impl Stage for Select {
@@ -167,9 +167,9 @@ impl Stage for Select {
             draft.write(CURVE, "curve.csv", curve.to_csv().as_bytes())?;
             let (best_step, [best, last]) = (DetectorFile { file: best_file }.step()?, [&best, &evaluation].map(|all| self.number_of(all)));
             if unit.index + 1 == files.len() {
-                let words = self.words();
+                let measure = self.measure();
                 let percent = |number: Option<f64>| number.map_or_else(|| "none".into(), |number| format!("{:.1}", 100.0 * number));
-                cx.note(format!("{words}: best at step {best_step}, {}; last, at step {step}, {}", percent(best), percent(last)));
+                cx.note(format!("{measure}: best at step {best_step}, {}; last, at step {step}, {}", percent(best), percent(last)));
             }
             let metrics = [("best_step", best_step.into()), ("best", best.into()), ("last", last.into())];
             cx.commit(draft, metrics.map(|(name, value)| (name.to_owned(), value)).into())?;
@@ -192,7 +192,8 @@ impl Select {
         }
     }
 
-    fn words(&self) -> String {
+    /// The measure in words, such as `novel AP50`.
+    fn measure(&self) -> String {
         let group = format!("{:?}", self.group).to_lowercase();
         match self.metric {
             BestBy::Ap => format!("{group} AP"),

@@ -1,4 +1,4 @@
-//! `detector/train`: a two-stage detector, trained on base classes.
+//! `detector/train`: trains a two-stage detector on base classes.
 
 use ovenbird_models::detector::classifier::LogitScale;
 use schemars::JsonSchema;
@@ -23,26 +23,26 @@ use crate::{
 
 /// Trains an open-vocabulary two-stage detector on base classes: ViLD, and with `blocks` and `globals` OADP's distillation pyramid.
 ///
-/// The box head tells base classes apart by their embeddings and corrects boxes. For each of `features`, `blocks` and `globals` that is
-/// given there is one head more, which learns to give the same embeddings as CLIP; those of blocks and images learn which base classes these
-/// show, too. Of these heads only the object head is asked in detection. The defaults are ViLD's for COCO and, where OADP has more, OADP's.
-/// (Gu et al. 2022; Wang et al. 2023; OADP, sections 6.1 to 6.5.)
+/// The box head classifies regions by class embeddings and refines boxes. Each of the inputs `features`, `blocks` and `globals` adds a head
+/// that learns CLIP's embeddings; the heads of blocks and of whole images also learn which base classes are shown. Of these heads only the
+/// object head is used in detection. The defaults are ViLD's for COCO, and OADP's for what ViLD does not have. (Gu et al. 2022; Wang et al.
+/// 2023; OADP, sections 6.1 to 6.5.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Train {
-    /// How large the network is.
+    /// Size of the network.
     pub network: Network,
-    /// Whether masks are learned and drawn too, one for all classes (OADP for LVIS).
+    /// Add a class-agnostic mask head, as OADP does for LVIS.
     pub masks: bool,
-    /// Divides cosines in training.
+    /// Temperature of cosines in training.
     pub train_temperature: f64,
-    /// Divides cosines in detection.
+    /// Temperature of cosines in detection.
     pub test_temperature: f64,
-    /// What regions of many objects are.
+    /// How regions of many objects (`iscrowd`) count.
     pub crowds: Crowds,
-    /// What is learned from CLIP's embeddings, where there are any.
+    /// Losses by which CLIP's embeddings are learned, where they are given.
     pub distillation: Distillation,
-    /// How it is trained.
+    /// How the detector is trained.
     pub training: Training,
 }
 
@@ -61,11 +61,11 @@ impl Default for Train {
 }
 
 const FEATURES: In<RegionFeatures> =
-    In::optional("features", "CLIP embeddings of proposals on the same images (`clip/objects`), for the object head to learn.");
+    In::optional("features", "CLIP embeddings of proposals on the same images (`clip/objects`), learned by the object head.");
 const BLOCKS: In<RegionFeatures> =
-    In::optional("blocks", "CLIP embeddings of blocks of the same images (`clip/blocks`), for the block head to learn.");
+    In::optional("blocks", "CLIP embeddings of blocks of the same images (`clip/blocks`), learned by the block head.");
 const GLOBALS: In<ImageFeatures> =
-    In::optional("globals", "CLIP embeddings of the same images (`clip/globals`), for the global head to learn.");
+    In::optional("globals", "CLIP embeddings of the same images (`clip/globals`), learned by the global head.");
 const PORTS: Ports<DetectorFile> = Ports::new(
     Out::new("detector", "Weights under mmdet's names, safetensors, f32, and how the network is built; one file for each checkpoint kept."),
     "network.safetensors",
@@ -141,7 +141,7 @@ impl Train {
     }
 }
 
-/// The CLIP of all embeddings that are learned from. Fails where they are of several.
+/// The CLIP of all embeddings in training, where it is known. Fails where they come from several CLIPs.
 fn clip_of(inputs: &Inputs) -> Result<Option<Space>> {
     let [text, image] = spaces_of_prompts(inputs)?;
     let regions = |port: In<RegionFeatures>| {
