@@ -241,9 +241,9 @@ fn untrained_detector() -> Vec<u8> {
     let config = Config { mask_head, object_head: None, block_head: None, has_global_head: false, ..toy };
     let weights = nn::VarStore::new(Device::Cpu);
     let detector = Detector::new(&weights.root(), &config, 5).unwrap();
-    let card = json!({"config": config, "fits": [96, 96], "has_prompts": false, "has_multilabel_prompts": false, "scale": {"temperature": {"train": 0.01, "test": 0.01}}});
+    let spec = json!({"mask-rcnn": {"config": config, "fits": [96, 96], "has_prompts": false, "has_multilabel_prompts": false, "scale": {"temperature": {"train": 0.01, "test": 0.01}}}});
     let mut bytes = Vec::new();
-    write_safetensors(detector.parameters(), &[("ovenbird.detector".into(), card.to_string())].into(), &mut bytes).unwrap();
+    write_safetensors(detector.parameters(), &[("ovenbird.detector".into(), spec.to_string())].into(), &mut bytes).unwrap();
     bytes
 }
 

@@ -75,7 +75,7 @@ fn learned_prompts_that_are_killed_end_with_the_same_bytes() {
     assert!(killed.units() == undisturbed.units());
     killed.run(["verify", "--deep"]).success();
     let metrics = &record(&undisturbed, "prompts-multilabel")["metrics"];
-    assert!(["loss", "scaler", "bias", "base_map", "novel_map"].iter().all(|name| metrics[*name].is_f64()), "{metrics}");
+    assert!(["loss.multilabel", "scaler", "bias", "base_map", "novel_map"].iter().all(|name| metrics[*name].is_f64()), "{metrics}");
 
     let dry = undisturbed.run(["run", "./prompts.yaml", "--dry-run", "2"]).success();
     assert!(dry.steps("done").contains(&"learned".to_owned()), "{}", dry.stderr);

@@ -283,6 +283,8 @@ impl Artifact for TrainingState {
     }
 }
 
+/// The name of a file of class embeddings.
+pub(crate) const PROMPTS_FILE: &str = "prompts.safetensors";
 /// What files call the rows of class embeddings.
 pub(crate) const EMBEDDINGS: &str = "embeddings";
 
@@ -398,15 +400,21 @@ impl Prompts {
         metrics.map(|(name, norm)| (name.to_owned(), norm.double_value(&[]).into())).into()
     }
 
-    /// Writes them as safetensors. Fails where a row is zero or a number is not finite.
-    pub(crate) fn write(&self, draft: &UnitDraft, port: Out<Self>) -> Result<()> {
+    /// The tensors and the metadata of a file. Fails where an embedding is zero.
+    pub(crate) fn content(&self) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, String>)> {
         if let Some(name) = zero_row(&self.names, &self.embeddings) {
             let problem = "expected a direction, found zeros alone".into();
             return Err(ovenbird_cache::Error::Unsound { what: format!("the class embedding of `{name}`"), problem }.into());
         }
         let names = serde_json::to_string(&self.names).expect("BUG: names are plain JSON");
         let metadata = [("names".to_owned(), names)].into_iter().chain(self.clip.map(Space::entry)).collect();
-        draft.write_tensors(port, "prompts.safetensors", &self.tensors(), &metadata)
+        Ok((self.tensors(), metadata))
+    }
+
+    /// Writes them as safetensors. Fails where a row is zero or a number is not finite.
+    pub(crate) fn write(&self, draft: &UnitDraft, port: Out<Self>) -> Result<()> {
+        let (tensors, metadata) = self.content()?;
+        draft.write_tensors(port, PROMPTS_FILE, &tensors, &metadata)
     }
 
     /// The rows of some classes, f32 `[K, D]`, in the order asked for. A missing name is an error.

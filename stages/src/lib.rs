@@ -22,7 +22,7 @@ mod exchange;
 mod feed;
 pub mod globals;
 pub mod objects;
-mod optimizer;
+pub mod oln;
 mod pass;
 mod ports;
 pub mod prompts;
@@ -33,6 +33,7 @@ mod renamed;
 #[path = "../../tests/support/skip.rs"]
 mod skip;
 pub mod toy;
+mod training;
 mod units;
 
 pub use context::{Context, FAILED_FILE, FailedItem, OnBadItem, Progress, UnitDraft, failed_items, refuse_too_many};

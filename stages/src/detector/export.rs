@@ -1,4 +1,4 @@
-//! `detector/export`: a trained detector for other programs.
+//! `detector/export`: writes a trained detector for other programs.
 
 use std::io::Write;
 
@@ -6,46 +6,41 @@ use ovenbird_models::checkpoint::{Checkpoint, Saved, write_torch};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Card, DetectorFile};
-use crate::{
-    Context, In, Out, PortInfo, Result, Stage, Unit,
-    artifacts::{CheckpointFile, read_weights},
-    error::write_error,
-};
+use super::spec::{DetectorFile, DetectorSpec};
+use crate::{Context, In, Out, PortInfo, Result, Stage, Unit, artifacts::CheckpointFile, error::write_error};
 
-/// A trained detector as mmdet keeps its own: a `.pth` file that `torch.load` reads, with `state_dict` and `meta`.
+/// Exports a trained detector in mmdet's format: a `.pth` file that `torch.load` reads, with `state_dict` and `meta`.
 ///
-/// Names are mmdet's and OADP's. How the detector is built and asked is under `meta`, as plain data. Class embeddings are not in it.
+/// Tensors have the names of mmdet and OADP. `meta` says, as plain data, how the detector is built and used. Class embeddings are not in the
+/// file.
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Export {}
 
-const DETECTOR: In<DetectorFile> = In::required("detector", "What `detector/train` made.");
+const DETECTOR: In<DetectorFile> = In::required("detector", "A detector from `detector/train`, `detector/import` or `detector/select`.");
 const CHECKPOINT: Out<CheckpointFile> = Out::new("checkpoint", "`detector.pth`: a dict of `state_dict` and `meta`.");
 
 impl Stage for Export {
     const KIND: &'static str = "detector/export";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[DETECTOR.info()];
     const OUTPUTS: &'static [PortInfo] = &[CHECKPOINT.info()];
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        let file = cx.inputs.read(DETECTOR)?;
-        let checkpoint = read_weights(&file.file)?;
-        let card = file.card(&checkpoint)?;
+        let (checkpoint, spec) = cx.inputs.read(DETECTOR)?.read()?;
         let draft = cx.begin(&units[0])?;
         let mut archive = draft.create(CHECKPOINT, "detector.pth")?;
         let path = archive.path().to_owned();
-        write(&checkpoint, &card, &mut archive).map_err(|source| write_error(&path, source))?;
+        write(&checkpoint, &spec, &mut archive).map_err(|source| write_error(&path, source))?;
         archive.finish()?;
         cx.commit(draft, [("tensors".into(), checkpoint.tensors().len().into())].into())
     }
 }
 
-fn write(checkpoint: &Checkpoint, card: &Card, out: impl Write) -> std::io::Result<()> {
+fn write(checkpoint: &Checkpoint, spec: &DetectorSpec, out: impl Write) -> std::io::Result<()> {
     let weights = checkpoint.tensors().iter().map(|(name, tensor)| (name.clone(), Saved::Tensor(tensor))).collect();
-    let card = serde_json::to_value(card).expect("BUG: a card is plain JSON");
-    let all = [("meta", Saved::from(&card)), ("state_dict", Saved::Dict(weights))];
+    let spec = serde_json::to_value(spec).expect("BUG: a specification is plain JSON");
+    let all = [("meta", Saved::from(&spec)), ("state_dict", Saved::Dict(weights))];
     write_torch(&Saved::Dict(all.map(|(key, value)| (key.to_owned(), value)).into()), out)
 }
 
@@ -59,11 +54,11 @@ mod tests {
     };
     use tch::{Device, nn};
 
-    use super::*;
+    use super::{super::spec::MaskRcnnSpec, *};
 
     #[test]
     fn an_exported_detector_is_read_back_whole() {
-        let card = Card {
+        let spec = MaskRcnnSpec {
             config: Config::toy(16),
             fits: [256, 192],
             has_prompts: true,
@@ -73,14 +68,14 @@ mod tests {
         };
         let build = |seed| {
             let weights = nn::VarStore::new(Device::Cpu);
-            let detector = Detector::new(&weights.root(), &card.config, seed).unwrap();
+            let detector = Detector::new(&weights.root(), &spec.config, seed).unwrap();
             (weights, detector)
         };
         let (_weights, trained) = build(1);
         let mut made = tempfile::NamedTempFile::new().unwrap();
         write_safetensors(trained.parameters(), &BTreeMap::new(), &mut made).unwrap();
         let mut exported = tempfile::NamedTempFile::new().unwrap();
-        write(&Checkpoint::open(made.path()).unwrap(), &card, &mut exported).unwrap();
+        write(&Checkpoint::open(made.path()).unwrap(), &DetectorSpec::MaskRcnn(spec.clone()), &mut exported).unwrap();
 
         let (_others, other) = build(2);
         let read = Checkpoint::open(exported.path()).unwrap();

@@ -1,6 +1,4 @@
-//! `detector/import`: a detector that another program trained.
-
-use std::collections::BTreeMap;
+//! `detector/import`: reads a detector that another program trained.
 
 use ovenbird_models::{
     checkpoint::Checkpoint,
@@ -10,32 +8,29 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, nn};
 
-use super::{
-    CARD_KEY, Card, DetectorFile,
-    train::{Heads, Network},
-};
+use super::spec::{DetectorFile, DetectorSpec, ExtraHeads, MaskRcnnSpec, Network};
 use crate::{
     Context, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{CheckpointFile, read_weights},
     error::malformed,
 };
 
-/// A detector that another program trained: OADP's checkpoints, and what `detector/export` wrote.
+/// Imports a detector that another program trained: checkpoints of OADP, and files that `detector/export` wrote.
 ///
-/// Its heads are those that the checkpoint has tensors of; every one of them has to fit. How it is asked is not in such a file: that is what
-/// the parameters say, and their defaults are those of OADP for COCO. (OADP, sections 6.1 and 6.7.)
+/// The heads follow from the tensors in the checkpoint; all tensors of the network must be there and fit. The file does not say how the
+/// detector is used: the parameters do, with OADP's values for COCO as defaults. (OADP, sections 6.1 and 6.7.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Import {
-    /// How large the network is.
+    /// Size of the network.
     pub network: Network,
-    /// Divides cosines in detection.
+    /// Temperature of cosines in detection.
     pub test_temperature: f64,
-    /// Whether the heads that learned CLIP's embeddings are asked with `multilabel_prompts`.
+    /// Whether the heads that learned CLIP's embeddings use `multilabel_prompts`.
     pub multilabel_prompts: bool,
-    /// The longer side that images are resized to at most, in px.
+    /// Maximum length of the longer side of images, in px.
     pub max_size: u32,
-    /// The shorter side that images are resized to, in px.
+    /// Length of the shorter side of images, in px, unless the longer side would exceed `max_size`.
     pub min_size: u32,
 }
 
@@ -47,9 +42,9 @@ impl Default for Import {
 
 const CHECKPOINT: In<CheckpointFile> = In::required("checkpoint", "Weights under mmdet's and OADP's names: `.pth` or safetensors.");
 const DETECTOR: Out<DetectorFile> = Out::new("detector", "Weights under mmdet's names, safetensors, f32, and how the network is built.");
-/// A tensor whose rows are as many as embeddings have numbers.
+/// A tensor with as many rows as embeddings have numbers.
 const PROJECTION: &str = "roi_head.bbox_head.fc_cls._linear.weight";
-/// What ends the names of OADP's counters of warm-up steps of label losses.
+/// The end of the names of OADP's counters of warm-up steps of label losses.
 const LABEL_COUNTER: &str = "_loss._weight._steps";
 
 impl Stage for Import {
@@ -70,42 +65,40 @@ impl Stage for Import {
         let [unit] = units else { return Ok(()) };
         let file = cx.inputs.read(CHECKPOINT)?;
         let checkpoint = read_weights(&file.file)?;
-        let card = self.card(&checkpoint)?;
+        let spec = self.spec(&checkpoint)?;
         let store = nn::VarStore::new(Device::Cpu);
-        let detector = Detector::blank(&store.root(), &card.config)?;
+        let detector = Detector::blank(&store.root(), &spec.config)?;
         let report = layout::load(checkpoint.tensors(), detector.parameters(), &file.file.path)?.require_all(&file.file.path)?;
         report.place.note().into_iter().for_each(|words| cx.note(words));
         if let Some((name, steps)) = report.counters.iter().find(|(name, _)| name.ends_with(LABEL_COUNTER)) {
             let behaviour = if *steps <= 1 { "reference" } else { "fixed" };
-            cx.note(format!("it was trained as with `label_warmup: {behaviour}`: {name} is {steps}"));
+            cx.note(format!("the detector was trained as with `label_warmup: {behaviour}`: {name} is {steps}"));
         }
         let draft = cx.begin(unit)?;
-        let card = serde_json::to_string(&card).expect("BUG: a card is plain JSON");
-        let metadata = BTreeMap::from([(CARD_KEY.to_owned(), card)]);
-        draft.write_tensors(DETECTOR, "network.safetensors", detector.parameters(), &metadata)?;
+        draft.write_tensors(DETECTOR, "network.safetensors", detector.parameters(), &DetectorSpec::MaskRcnn(spec).metadata())?;
         cx.commit(draft, [("tensors".into(), report.loaded.len().into())].into())
     }
 }
 
 impl Import {
-    fn card(&self, checkpoint: &Checkpoint) -> Result<Card> {
+    fn spec(&self, checkpoint: &Checkpoint) -> Result<MaskRcnnSpec> {
         let projection = checkpoint.tensors().iter().find(|(name, _)| name.ends_with(PROJECTION));
         let Some([embed_dim, _]) = projection.map(|(_, tensor)| tensor.size()).and_then(|size| <[i64; 2]>::try_from(size).ok()) else {
             return Err(malformed(checkpoint.path(), format!("expected a detector of OADP, with a matrix `{PROJECTION}`")));
         };
         let has = |part: &str| checkpoint.names().any(|name| name.contains(part));
-        let heads = Heads {
+        let heads = ExtraHeads {
             object: has("roi_head._object_head."),
             block: has("roi_head._block_head."),
             global: has("_global_head."),
             mask: has("roi_head.mask_head."),
         };
-        Ok(Card {
+        Ok(MaskRcnnSpec {
             config: self.network.config(embed_dim, heads),
             has_prompts: true,
             has_multilabel_prompts: self.multilabel_prompts,
             fits: [self.max_size, self.min_size],
-            // Nothing is trained by it any more.
+            // The detector is not trained further, so the training temperature does not matter.
             scale: LogitScale::Temperature { train: self.test_temperature, test: self.test_temperature },
             clip: None,
         })

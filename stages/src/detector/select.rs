@@ -1,4 +1,4 @@
-//! `detector/select`: which checkpoint of a training sees most.
+//! `detector/select`: tests all kept checkpoints of a training and picks the best.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,52 +8,49 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ANNOTATIONS, CLASSES, DetectorFile, IMAGES, MULTILABEL_PROMPTS, PROMPTS, STEP_KEY, Viewing,
-    test::{Observer, Test},
+    images::TestImages,
+    load::load,
+    options::TestOptions,
+    ports::{ANNOTATIONS, CLASSES, IMAGES, MULTILABEL_PROMPTS, PROMPTS},
+    predictor::{detection, predict_each},
+    spec::DetectorFile,
 };
 use crate::{
     Artifact, Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{Classes, Curve, EvaluationFile, read_weights},
-    error::malformed,
+    artifacts::{Classes, Curve, EvaluationFile},
 };
 
-/// Of which classes.
+/// Classes that are evaluated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ClassGroup {
-    /// All of them.
+    /// All classes.
     All,
-    /// Those with labels in training.
+    /// Classes with labels in training.
     Base,
-    /// Those without.
+    /// Classes without labels in training.
     #[default]
     Novel,
 }
 
-/// Tests every checkpoint that a training left (`training.keep_checkpoints`), and reports the last and the best.
+/// Tests every checkpoint that a training kept (`training.keep_checkpoints`), and reports the last and the best one.
 ///
-/// The best is chosen by a number on these very annotations, so it flatters; the last one's does not. The work is a chain: one checkpoint
-/// a unit. (OADP, section 6.7: its published 31.3 is the best of 20.)
+/// The best checkpoint is chosen on the same annotations on which it is reported, so its numbers are optimistic; those of the last one are
+/// not. (OADP, section 6.7: its published 31.3 is the best of 20.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Select {
-    /// The rules of the evaluation, of boxes.
+    /// Rules of the evaluation, of boxes.
     pub protocol: Protocol,
-    /// Of which classes.
+    /// Classes that are evaluated.
     pub group: ClassGroup,
-    /// Which number is to be greatest; of equals the later checkpoint wins.
+    /// Measure by which the best checkpoint is chosen; among equal ones the last wins.
     pub metric: &'static Metric,
-    /// How a checkpoint detects.
-    pub test: Test,
+    /// How each checkpoint is run on the images.
+    pub test: TestOptions,
 }
 
-impl Default for Select {
-    fn default() -> Self {
-        Self { protocol: Protocol::default(), group: ClassGroup::default(), metric: Metric::AP50, test: Test::default() }
-    }
-}
-
-/// How many detections are held before they are judged.
+/// Detections are matched to objects as soon as there are so many.
 const JUDGED_AT_ONCE: usize = 1 << 16;
 
 /// Every checkpoint of a training, in the order of their steps.
@@ -69,10 +66,16 @@ impl Artifact for Checkpoints {
     }
 }
 
-const CHECKPOINTS: In<Checkpoints> = In::required("checkpoints", "What `detector/train` left.");
+impl Default for Select {
+    fn default() -> Self {
+        Self { protocol: Protocol::default(), group: ClassGroup::default(), metric: Metric::AP50, test: TestOptions::default() }
+    }
+}
+
+const CHECKPOINTS: In<Checkpoints> = In::required("checkpoints", "The checkpoints of a training (`detector/train`).");
 const BEST: Out<DetectorFile> = Out::new("detector", "The best checkpoint.");
-const BEST_EVALUATION: Out<EvaluationFile> = Out::new("best", "What it came to.");
-const LAST_EVALUATION: Out<EvaluationFile> = Out::new("last", "What the last checkpoint came to.");
+const BEST_EVALUATION: Out<EvaluationFile> = Out::new("best", "Evaluation of the best checkpoint.");
+const LAST_EVALUATION: Out<EvaluationFile> = Out::new("last", "Evaluation of the last checkpoint.");
 const CURVE: Out<Curve> = Out::new("curve", "AP and AP50 of base and novel classes, by step.");
 
 impl Stage for Select {
@@ -85,7 +88,7 @@ impl Stage for Select {
 
     fn check(&self) -> Vec<Problem> {
         let inner = |problem: Problem| Problem { field: format!("test.{}", problem.field), ..problem };
-        Stage::check(&self.test).into_iter().map(inner).collect()
+        self.test.check().into_iter().map(inner).collect()
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
@@ -99,24 +102,25 @@ impl Stage for Select {
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let Checkpoints(files) = cx.inputs.read(CHECKPOINTS)?;
-        let viewing = Viewing::of(cx.inputs.read(IMAGES)?, annotations, cx)?;
-        let n_images = viewing.annotations.images.len();
+        let ids = Classes::category_ids(&annotations, classes.all())?;
+        let images = TestImages::open(cx.inputs.read(IMAGES)?, annotations, cx)?;
+        let n_images = images.annotations.images.len();
         cx.total((units.len() * n_images) as u64);
         for unit in units {
             let draft = cx.begin(unit)?;
             let file = &files[unit.index];
-            let step = step_of(file)?;
-            let observer = Observer::of(&self.test, (CHECKPOINTS.info().name, file), &viewing.annotations, cx)?;
+            let step = file.step()?;
+            let predictor = load(file, CHECKPOINTS.info().name, &self.test, &classes, cx)?;
             let refused = |problem: String| Error::Input {
                 port: ANNOTATIONS.info().name,
                 problem,
                 hint: "use the classes and the annotations of the same split".into(),
             };
-            let mut evaluator = Evaluator::new(self.protocol, IouType::Boxes, &viewing.annotations, &classes).map_err(refused)?;
-            let (mut detections, mut looked_at) = (Vec::new(), BTreeSet::new());
-            viewing.each(0..n_images, observer.fits, &draft, cx, |view| {
-                looked_at.insert(view.info.id);
-                detections.extend(observer.see(&view, cx.threads)?);
+            let mut evaluator = Evaluator::new(self.protocol, IouType::Boxes, &images.annotations, &classes).map_err(refused)?;
+            let (mut detections, mut seen) = (Vec::new(), BTreeSet::new());
+            predict_each(&*predictor, &images, 0..n_images, &draft, cx, |info, found| {
+                seen.insert(info.id);
+                detections.extend(found.into_iter().map(|found| detection(info.id, &ids, found)));
                 if detections.len() >= JUDGED_AT_ONCE {
                     evaluator.judge(&detections).map_err(refused)?;
                     detections.clear();
@@ -124,7 +128,7 @@ impl Stage for Select {
                 Ok(())
             })?;
             evaluator.judge(&detections).map_err(refused)?;
-            let evaluation = evaluator.finish(Some(&looked_at)).map_err(refused)?;
+            let evaluation = evaluator.finish(Some(&seen)).map_err(refused)?;
 
             let before = unit.index.checked_sub(1);
             let mut curve = before.map_or_else(|| Ok(Curve::default()), |before| cx.published(before, CURVE))?;
@@ -141,12 +145,11 @@ impl Stage for Select {
                 draft.write(port, "evaluation.json", &serde_json::to_vec(evaluation).expect("BUG: numbers are plain JSON"))?;
             }
             draft.write(CURVE, "curve.csv", curve.to_csv().as_bytes())?;
-            let (best_step, [best, last]) =
-                (step_of(&DetectorFile { file: best_file })?, [&best, &evaluation].map(|all| self.number_of(all)));
+            let (best_step, [best, last]) = (DetectorFile { file: best_file }.step()?, [&best, &evaluation].map(|all| self.number_of(all)));
             if unit.index + 1 == files.len() {
-                let words = self.words();
+                let measure = self.measure();
                 let percent = |number: Option<f64>| number.map_or_else(|| "none".into(), |number| format!("{:.1}", 100.0 * number));
-                cx.note(format!("{words}: best at step {best_step}, {}; last, at step {step}, {}", percent(best), percent(last)));
+                cx.note(format!("{measure}: best at step {best_step}, {}; last, at step {step}, {}", percent(best), percent(last)));
             }
             let metrics = [("best_step", best_step.into()), ("best", best.into()), ("last", last.into())];
             cx.commit(draft, metrics.map(|(name, value)| (name.to_owned(), value)).into())?;
@@ -165,17 +168,11 @@ impl Select {
         evaluation.groups.get(group)?.get(self.metric)
     }
 
-    fn words(&self) -> String {
+    /// The measure in words, such as `novel AP50`.
+    fn measure(&self) -> String {
         let group = format!("{:?}", self.group).to_lowercase();
         format!("{group} {}", self.metric.header.unwrap_or(self.metric.name))
     }
-}
-
-/// After how many steps a checkpoint was written.
-fn step_of(file: &DetectorFile) -> Result<u64> {
-    let checkpoint = read_weights(&file.file)?;
-    let step = checkpoint.metadata().get(STEP_KEY).and_then(|step| step.parse().ok());
-    step.ok_or_else(|| malformed(&file.file.path, format!("expected a number of steps under `{STEP_KEY}` in the metadata")))
 }
 
 fn numbers(evaluation: &Evaluation) -> BTreeMap<String, f64> {

@@ -1,11 +1,13 @@
-//! `prompts/multilabel`: words before the class names, learned from what images show.
+//! `prompts/multilabel`: a learned context before the class names.
 //!
-//! What is not settled by OADP's description (section 5.2), and chosen here: every image of the annotations is shown, also one without any
-//! base class; crowds count as shown; the last batch of an epoch is a smaller one; the decay is of all that is learned, as with a single
-//! parameter group of `torch.optim.Adam`. The reference trained for 4 epochs at a constant rate and took what it had after the third:
-//! the fourth cannot change that, so here 3 are the whole training.
+//! Choices where OADP's description (section 5.2) is silent: every image of the annotations is used, also one without any base class; crowds
+//! count as shown; the last batch of an epoch is smaller; all learned parameters decay, as in a single parameter group of `torch.optim.Adam`.
+//! The reference trained for 4 epochs at a constant learning rate and took the weights after the third, so here 3 epochs are the training.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 use ovenbird_data::{
     annotations::{Annotations, CategoryId, ImageId},
@@ -20,53 +22,55 @@ use ovenbird_models::{
     to_unit_length,
 };
 use rand::seq::SliceRandom as _;
+use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{
-    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft, Units,
-    artifacts::{AnnotationFile, CheckpointFile, Classes, Prompts, RegionFeatures, Regions, TrainingState, read_weights},
-    clip::{Clip, space},
-    optimizer::AdamW,
+    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
+    artifacts::{AnnotationFile, CheckpointFile, Classes, PROMPTS_FILE, Prompts, RegionFeatures, Regions},
+    clip::{Clip, Space, space},
+    training::{
+        Algorithm, Criterion, DataLoader, Decay, Loaded, Losses, OptimizerConfig, Parameter, Ports, Schedule, TrainingConfig, Warmup,
+        Weights, train,
+    },
 };
 
 /// PyTorch's defaults for Adam (Kingma and Ba 2015).
-const OPTIMIZER: AdamW = AdamW { betas: [0.9, 0.999], epsilon: 1e-8 };
-/// What the context begins as.
+const ALGORITHM: Algorithm = Algorithm::Adam { betas: [0.9, 0.999], epsilon: 1e-8 };
+/// The words whose embeddings are the initial context.
 const WORDS: &str = "a photo of a";
-/// What cosines are multiplied by, and what is taken off, in the beginning.
+/// Initial factor of cosines, and the initial bias that is subtracted.
 const FIRST_SCALER: f32 = 20.0;
 const FIRST_BIAS: f32 = 4.0;
-/// Steps between two measurements in the log.
-const ROW_STEPS: u32 = 10;
 
-/// Class embeddings behind learned words: OADP's multi-label prompts.
+/// Trains class embeddings with a learned context: OADP's multi-label prompts.
 ///
-/// Instead of `a photo of a`, four vectors that all classes share stand before `NAME.`; they, a factor and a bias are learned, CLIP is not.
-/// An image's embedding (the centre square of `clip/blocks`) is to have a high logit, cosine * scaler - bias, with the base classes that the
-/// image shows: an asymmetric loss, Adam. The embeddings of all classes, of unit norm, are what comes out, with scaler and bias. The work is
-/// a chain of units: a killed training continues at the last published one and ends with the same bytes.
+/// Four context vectors, shared by all classes, replace `a photo of a` before `NAME.`; they are learned together with a factor and a bias,
+/// while CLIP is frozen. The logit of an image and a class is cosine * scaler - bias; an asymmetric loss compares it with the base classes
+/// that the image shows. The image's embedding is the centre square of `clip/blocks`. The output has the embeddings of all classes, of unit
+/// norm, with scaler and bias. A killed training continues at the last checkpoint and ends with the same bytes.
 ///
-/// Every step embeds all base classes, forwards and backwards, with CLIP's text tower: for ViT-B/32 and the 48 of COCO 25 GFLOP, half a
-/// second on one core; for the 866 of LVIS 500. One epoch of COCO's 118,287 images has 7,393 steps. Images cost nothing. LVIS does not say
-/// of every class whether an image shows it: what is not annotated counts as not there. (OADP, section 5.2.)
+/// Every step runs CLIP's text tower forwards and backwards on all base classes: with ViT-B/32, 25 GFLOP for the 48 of COCO (half a second
+/// on one core) and 500 for the 866 of LVIS. One epoch of COCO's 118,287 images has 7,393 steps; images are not encoded again. In LVIS, a
+/// class that is not annotated in an image counts as absent. (OADP, section 5.2.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Multilabel {
     /// How CLIP is run.
     pub clip: Clip,
-    /// How often every image is seen. The reference's embeddings are those after three epochs of four, at a constant learning rate.
+    /// Passes over all images. The reference's embeddings are those after three epochs of four, at a constant learning rate.
     pub epochs: u32,
-    /// Images of a step.
+    /// Images per batch.
     pub batch_size: usize,
     /// Learning rate of Adam.
     pub lr: f64,
-    /// Added to gradients, times what is learned (L2, as `torch.optim.Adam`; not AdamW's).
+    /// Weight decay, added to the gradients (L2, as in `torch.optim.Adam`; not AdamW's).
     pub weight_decay: f64,
-    /// Factor of the loss.
+    /// Weight of the loss.
     pub loss_weight: f64,
-    /// Steps between units: a training that is killed loses at most these.
+    /// Steps between checkpoints: a training that is killed loses at most these.
     pub checkpoint_every: u32,
 }
 
@@ -79,21 +83,23 @@ impl Default for Multilabel {
 const CHECKPOINT: In<CheckpointFile> =
     In::required("checkpoint", "CLIP weights: OpenAI, open_clip or Hugging Face; a file, or a folder with its config.");
 const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
-const FEATURES: In<RegionFeatures> = In::required("features", "What `clip/blocks` made of the images; the first row of each is read.");
+const FEATURES: In<RegionFeatures> =
+    In::required("features", "Features of the images from `clip/blocks`; the first row of each image is read.");
 const ANNOTATIONS: In<AnnotationFile> =
     In::required("annotations", "Which base classes images show; labels of novel classes are not read.");
-const VAL_FEATURES: In<RegionFeatures> = In::optional("val_features", "The same of other images, to measure mean average precision.");
-const VAL_ANNOTATIONS: In<AnnotationFile> = In::optional("val_annotations", "Which base and novel classes these show.");
-const PROMPTS: Out<Prompts> =
-    Out::new("prompts", "safetensors: `embeddings` f32 [K, D], unit norm, `scaler` and `bias`; metadata `names`, base ++ novel.");
-const STATE: Out<TrainingState> = Out::new("state", "What the next unit continues from: context, scaler, bias, their moments, steps done.");
+const VAL_FEATURES: In<RegionFeatures> = In::optional("val_features", "Features of validation images, to measure mean average precision.");
+const VAL_ANNOTATIONS: In<AnnotationFile> = In::optional("val_annotations", "Which base and novel classes the validation images show.");
+const PORTS: Ports<Prompts> = Ports::new(
+    Out::new("prompts", "safetensors: `embeddings` f32 [K, D], unit norm, `scaler` and `bias`; metadata `names`, base ++ novel."),
+    PROMPTS_FILE,
+);
 
 impl Stage for Multilabel {
     const KIND: &'static str = "prompts/multilabel";
     const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] =
         &[CHECKPOINT.info(), CLASSES.info(), FEATURES.info(), ANNOTATIONS.info(), VAL_FEATURES.info(), VAL_ANNOTATIONS.info()];
-    const OUTPUTS: &'static [PortInfo] = &[PROMPTS.info(), STATE.info()];
+    const OUTPUTS: &'static [PortInfo] = &[PORTS.weights.info(), PORTS.state.info(), PORTS.curve.info()];
     const USES_DEVICE: bool = true;
 
     fn check(&self) -> Vec<Problem> {
@@ -109,16 +115,10 @@ impl Stage for Multilabel {
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
-        let steps = self.n_steps(inputs.read(ANNOTATIONS)?.load()?.images.len());
-        if steps == 0 {
-            let (problem, hint) = ("expected images, found none".into(), "give the annotations of the images to learn from".into());
-            return Err(Error::Input { port: ANNOTATIONS.info().name, problem, hint });
-        }
-        Ok(Units::Chain { links: steps.div_ceil(self.checkpoint_every), steps, stay: Vec::new() })
+        Ok(self.config(n_images(inputs)?)?.units())
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        let Some(first) = units.first() else { return Ok(()) };
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let (clip, space) = self.clip.load_text(&cx.inputs.read(CHECKPOINT)?, cx.device, cx)?;
         for port in [FEATURES, VAL_FEATURES] {
@@ -140,81 +140,84 @@ impl Stage for Multilabel {
                     return Err(Error::Input { port: missing.name, problem, hint: "give both, or none".into() });
                 }
             };
-        let mut learning = Learning::begin(&clip, &classes)?;
-        if let Some(before) = first.index.checked_sub(1) {
-            learning.restore(&cx.published(before, STATE)?)?;
-        }
-        let steps_of = |unit: &Unit| {
-            let begin = unit.index as u32 * self.checkpoint_every;
-            let steps = begin..self.n_steps(shown.n_annotated).min(begin + self.checkpoint_every);
-            steps.start..steps.end.min(cx.most_items.map_or(u32::MAX, |most| begin + most as u32))
-        };
-        cx.total(units.iter().map(|unit| steps_of(unit).len() as u64).sum());
-        let mut order = Vec::new();
-        for unit in units {
-            let (draft, steps) = (cx.begin(unit)?, steps_of(unit));
-            let (mut of_unit, mut of_row) = (Vec::new(), Vec::new());
-            for step in steps.clone() {
-                let (epoch, place) = self.place(step, shown.n_images());
-                if place == 0 || step == steps.start {
-                    order = order_of(epoch, shown.n_images(), cx);
-                }
-                let chosen = &order[place * self.batch_size..order.len().min((place + 1) * self.batch_size)];
-                let loss = learning.step(self, &shown, chosen)?;
-                if !loss.is_finite() {
-                    let problem = format!("the loss is {loss} at step {step}");
-                    return Err(Error::Input { port: "lr", problem, hint: "lower `lr`; the last unit is kept".into() });
-                }
-                of_unit.push(loss);
-                of_row.push(loss);
-                if (step + 1) % ROW_STEPS == 0 {
-                    let [scaler, bias] = learning.scale();
-                    let row = [("loss.multilabel", mean(&std::mem::take(&mut of_row))), ("scaler", scaler), ("bias", bias)];
-                    cx.measured(u64::from(step) + 1, &row.map(|(name, number)| (name.to_owned(), number)).into());
-                }
-                cx.tick(1);
-                cx.proceed()?;
-            }
-            let prompts = Prompts { clip: Some(space), ..learning.prompts(&classes)? };
-            let [scaler, bias] = learning.scale();
-            let mut metrics = BTreeMap::from([("loss".to_owned(), mean(&of_unit)), ("scaler".into(), scaler), ("bias".into(), bias)]);
-            if let Some(validation) = &validation {
-                let precision = validation.mean_average_precision(&prompts, [scaler, bias], classes.base.len())?;
-                cx.measured(u64::from(steps.end), &precision);
-                if unit.index + 1 == cx.units.len() {
-                    let percent =
-                        |(name, precision): (&String, &f64)| format!("{} {:.1} %", name.trim_end_matches("_map"), 100.0 * precision);
-                    cx.note(format!("mAP on validation images: {}", precision.iter().map(percent).collect::<Vec<_>>().join(", ")));
-                }
-                metrics.extend(precision);
-            }
-            prompts.write(&draft, PROMPTS)?;
-            learning.save(&draft)?;
-            cx.commit(draft, metrics.into_iter().map(|(name, number)| (name, number.into())).collect())?;
-        }
-        Ok(())
+        let loader = LabelLoader::new(self.batch_size, &shown, cx);
+        let criterion = PromptCriterion::new(&clip, space, &classes, self.loss_weight, shown, validation)?;
+        train(&self.config(n_images(cx.inputs)?)?, &loader, &criterion, &PORTS, units, cx)
     }
 }
 
 impl Multilabel {
-    fn n_steps(&self, n_images: usize) -> u32 {
-        self.epochs.saturating_mul(u32::try_from(n_images.div_ceil(self.batch_size)).unwrap_or(u32::MAX))
-    }
-
-    /// The epoch of a step, and its place among the epoch's batches.
-    fn place(&self, step: u32, n_images: usize) -> (u64, usize) {
-        let n_batches = n_images.div_ceil(self.batch_size);
-        ((step as usize / n_batches) as u64, step as usize % n_batches)
+    /// How a training on so many images goes.
+    fn config(&self, n_images: usize) -> Result<TrainingConfig> {
+        let steps = self.epochs.saturating_mul(u32::try_from(n_images.div_ceil(self.batch_size)).unwrap_or(u32::MAX));
+        if steps == 0 {
+            let (problem, hint) = ("expected images, found none".into(), "give the annotations of the images to learn from".into());
+            return Err(Error::Input { port: ANNOTATIONS.info().name, problem, hint });
+        }
+        let optimizer = OptimizerConfig {
+            algorithm: ALGORITHM,
+            schedule: Schedule { peak: self.lr, warmup: Warmup::NONE, decay: Decay::Constant },
+            weight_decay: self.weight_decay,
+            accumulation_steps: 1,
+            clip_grad_norm: None,
+            ema_decay: None,
+            scales_losses: false,
+        };
+        let checkpoint_every = self.checkpoint_every;
+        Ok(TrainingConfig { steps, checkpoint_every, keep_checkpoints: 1, optimizer, max_loss: f64::INFINITY })
     }
 }
 
-/// The order in which an epoch shows the images.
-fn order_of(epoch: u64, n_images: usize, cx: &Context<'_>) -> Vec<i64> {
-    let mut random = cx.rng(&cx.units[0]);
-    random.set_stream(epoch);
-    let mut order: Vec<i64> = (0..n_images as i64).collect();
-    order.shuffle(&mut random);
-    order
+/// How many images there are to learn from, those without features among them.
+fn n_images(inputs: &Inputs) -> Result<usize> {
+    Ok(inputs.read(ANNOTATIONS)?.load()?.images.len())
+}
+
+/// Chooses the images of each batch.
+struct LabelLoader {
+    ids: Vec<ImageId>,
+    batch_size: usize,
+    random: ChaCha8Rng,
+}
+
+impl LabelLoader {
+    fn new(batch_size: usize, shown: &Shown, cx: &Context<'_>) -> Self {
+        Self { ids: shown.ids.clone(), batch_size, random: cx.rng(&cx.units[0]) }
+    }
+
+    /// The batches of an epoch: rows of the images in random order.
+    fn epoch(&self, epoch: u64) -> Vec<Vec<i64>> {
+        let mut random = self.random.clone();
+        random.set_stream(epoch);
+        let mut order: Vec<i64> = (0..self.ids.len() as i64).collect();
+        order.shuffle(&mut random);
+        order.chunks(self.batch_size).map(<[i64]>::to_vec).collect()
+    }
+}
+
+impl DataLoader for LabelLoader {
+    /// Rows of the images.
+    type Spec = Vec<i64>;
+    type Batch = Vec<i64>;
+
+    fn specs(&self, steps: Range<u32>) -> impl Iterator<Item = (Vec<i64>, usize)> + Send {
+        let n_batches = self.ids.len().div_ceil(self.batch_size);
+        let (first_epoch, n_before) = (steps.start as usize / n_batches, steps.start as usize % n_batches);
+        let batches = (first_epoch as u64..).flat_map(|epoch| self.epoch(epoch)).skip(n_before);
+        batches.zip(steps).map(|(rows, _)| {
+            let bytes = 8 * rows.len();
+            (rows, bytes)
+        })
+    }
+
+    fn load(&self, rows: Vec<i64>, _cx: &Context<'_>) -> Result<Loaded<Vec<i64>>> {
+        let images = rows.iter().map(|row| self.ids[*row as usize].to_string()).collect();
+        Ok(Loaded { batch: Some(rows), images, unreadable: Vec::new() })
+    }
+
+    fn n_images(&self) -> usize {
+        self.ids.len()
+    }
 }
 
 fn mean(numbers: &[f64]) -> f64 {
@@ -223,8 +226,7 @@ fn mean(numbers: &[f64]) -> f64 {
 
 /// Images, and which classes each shows.
 struct Shown {
-    /// With those that are left out: what a training's length follows from.
-    n_annotated: usize,
+    ids: Vec<ImageId>,
     /// f32 `[N, D]`, on the device: as stored, of unit norm but for their rounding.
     embeddings: Tensor,
     /// u8 `[N, K]`, on the device: 1 where the image shows the class.
@@ -260,17 +262,13 @@ impl Shown {
         let flat = annotations.images.iter().flat_map(|image| &rows[&image.id]).copied().collect::<Vec<f32>>();
         let [n_images, dim, n_classes] = [annotations.images.len(), dim, classes.len()].map(|n| n as i64);
         Ok(Self {
-            n_annotated,
+            ids: annotations.images.iter().map(|image| image.id).collect(),
             embeddings: Tensor::from_slice(&flat).view([n_images, dim]).to_device(clip.device()),
             labels: Tensor::from_slice(&labels).view([n_images, n_classes]).to_device(clip.device()),
         })
     }
 
-    fn n_images(&self) -> usize {
-        self.embeddings.size()[0] as usize
-    }
-
-    /// Mean average precision of base and of novel classes, each over those that an image shows; none where there are none.
+    /// Mean average precision `base_map` and `novel_map`, over the classes that some image shows; left out where there are none.
     fn mean_average_precision(&self, prompts: &Prompts, [scaler, bias]: [f64; 2], n_base: usize) -> Result<BTreeMap<String, f64>> {
         let classes = prompts.embeddings.to_device(self.embeddings.device());
         let logits = no_grad(|| self.embeddings.matmul(&classes.tr()) * scaler - bias);
@@ -338,57 +336,40 @@ fn average_precision(scores: &[f32], labels: &[bool]) -> Option<f64> {
     (n_found > 0).then(|| sum / n_found as f64)
 }
 
-/// What is learned, under which names it is kept.
+/// The names of the learned parameters.
 const LEARNED: [&str; 3] = ["context", "scaler", "bias"];
 
-/// A context being learned.
-struct Learning<'a> {
+/// A context in training.
+struct PromptCriterion<'a> {
+    classes: &'a ClassSplit,
+    space: Space,
     base: Prompted<'a>,
     all: Prompted<'a>,
     /// Context f32 `[M, C]`, scaler and bias f32 `[]`.
     learned: [Tensor; 3],
-    /// First and second moment of each.
-    moments: [[Tensor; 2]; 3],
-    steps_done: i32,
+    loss_weight: f64,
+    training: Shown,
+    validation: Option<Shown>,
 }
 
-impl<'a> Learning<'a> {
-    fn begin(clip: &'a clip::Clip, classes: &ClassSplit) -> Result<Self> {
+impl<'a> PromptCriterion<'a> {
+    fn new(
+        clip: &'a clip::Clip,
+        space: Space,
+        classes: &'a ClassSplit,
+        loss_weight: f64,
+        training: Shown,
+        validation: Option<Shown>,
+    ) -> Result<Self> {
         let (text, tokenizer) = (clip.causal_text()?, clip.tokenizer());
         let context = text.words(tokenizer, WORDS)?.copy();
         let n_context = context.size()[0] as usize;
         let texts: Vec<String> = classes.all().map(|name| format!("{}.", name.replace('_', " "))).collect();
         let number = |number: f32| Tensor::from(number).to_device(clip.device());
         let learned = [context, number(FIRST_SCALER), number(FIRST_BIAS)].map(|tensor| tensor.set_requires_grad(true));
-        Ok(Self {
-            base: Prompted::new(text, tokenizer, &texts[..classes.base.len()], n_context)?,
-            all: Prompted::new(text, tokenizer, &texts, n_context)?,
-            moments: [0, 1, 2].map(|which: usize| [(); 2].map(|()| learned[which].zeros_like().detach())),
-            learned,
-            steps_done: 0,
-        })
-    }
-
-    /// Learns from some images; returns the weighted loss before.
-    fn step(&mut self, stage: &Multilabel, shown: &Shown, chosen: &[i64]) -> Result<f64> {
-        let chosen = Tensor::from_slice(chosen).to_device(shown.embeddings.device());
-        let [images, labels] = [&shown.embeddings, &shown.labels].map(|rows| rows.index_select(0, &chosen));
-        let [context, scaler, bias] = &self.learned;
-        let classes = to_unit_length(&self.base.encode(context)?);
-        // [B, K]
-        let logits = images.matmul(&classes.tr()) * scaler - bias;
-        let loss = asymmetric_loss(&logits, &labels)? * stage.loss_weight;
-        self.learned.iter_mut().for_each(Tensor::zero_grad);
-        loss.backward();
-        self.steps_done += 1;
-        no_grad(|| {
-            for (tensor, moments) in self.learned.iter_mut().zip(&mut self.moments) {
-                // Adam is AdamW whose decay is part of the gradient.
-                let gradient = tensor.grad() + &*tensor * stage.weight_decay;
-                OPTIMIZER.step(self.steps_done, stage.lr, 0.0, tensor, &gradient, moments);
-            }
-        });
-        Ok(loss.double_value(&[]))
+        let base = Prompted::new(text, tokenizer, &texts[..classes.base.len()], n_context)?;
+        let all = Prompted::new(text, tokenizer, &texts, n_context)?;
+        Ok(Self { classes, space, base, all, learned, loss_weight, training, validation })
     }
 
     /// Scaler and bias.
@@ -396,33 +377,48 @@ impl<'a> Learning<'a> {
         [1, 2].map(|which: usize| self.learned[which].double_value(&[]))
     }
 
-    fn prompts(&self, classes: &ClassSplit) -> Result<Prompts> {
+    fn prompts(&self) -> Result<Prompts> {
         let embeddings = no_grad(|| Ok::<_, Error>(to_unit_length(&self.all.encode(&self.learned[0])?).to_device(Device::Cpu)))?;
+        let ([scaler, bias], names) = (self.scale(), self.classes.all().cloned().collect());
+        Ok(Prompts { names, embeddings, scale: Some(LogitScale::Affine { scaler, bias }), clip: Some(self.space) })
+    }
+}
+
+impl Criterion for PromptCriterion<'_> {
+    type Batch = Vec<i64>;
+
+    fn parameters(&self) -> BTreeMap<String, Parameter> {
+        LEARNED.iter().zip(&self.learned).map(|(name, tensor)| ((*name).to_owned(), Parameter::plain(tensor))).collect()
+    }
+
+    fn losses(&self, _step: u32, rows: Vec<i64>) -> Result<Losses> {
+        let rows = Tensor::from_slice(&rows).to_device(self.training.embeddings.device());
+        let [images, labels] = [&self.training.embeddings, &self.training.labels].map(|all| all.index_select(0, &rows));
+        let [context, scaler, bias] = &self.learned;
+        let classes = to_unit_length(&self.base.encode(context)?);
+        // [B, K]
+        let logits = images.matmul(&classes.tr()) * scaler - bias;
+        let loss = asymmetric_loss(&logits, &labels)? * self.loss_weight;
+        Ok(Losses { terms: vec![("multilabel", loss)], measures: Vec::new() })
+    }
+
+    fn weights(&self) -> Result<Weights> {
+        let (tensors, metadata) = self.prompts()?.content()?;
+        Ok(Weights { tensors, metadata })
+    }
+
+    fn validate(&self, is_last: bool, cx: &Context<'_>) -> Result<BTreeMap<String, f64>> {
         let [scaler, bias] = self.scale();
-        Ok(Prompts { names: classes.all().cloned().collect(), embeddings, scale: Some(LogitScale::Affine { scaler, bias }), clip: None })
-    }
-
-    fn save(&self, draft: &UnitDraft) -> Result<()> {
-        let mut state = BTreeMap::from([("steps_done".to_owned(), Tensor::from(i64::from(self.steps_done)))]);
-        for ((name, tensor), [first, second]) in LEARNED.iter().zip(&self.learned).zip(&self.moments) {
-            let tensors = [((*name).to_owned(), tensor), (format!("first.{name}"), first), (format!("second.{name}"), second)];
-            state.extend(tensors.map(|(name, tensor)| (name, tensor.shallow_clone())));
-        }
-        draft.write_tensors(STATE, "state.safetensors", &state, &BTreeMap::new())
-    }
-
-    fn restore(&mut self, state: &TrainingState) -> Result<()> {
-        let state = read_weights(&state.file)?;
-        no_grad(|| -> Result<()> {
-            for ((name, tensor), [first, second]) in LEARNED.iter().zip(&mut self.learned).zip(&mut self.moments) {
-                tensor.copy_(&state.tensor(name)?);
-                first.copy_(&state.tensor(&format!("first.{name}"))?);
-                second.copy_(&state.tensor(&format!("second.{name}"))?);
+        let mut measured = BTreeMap::from([("scaler".to_owned(), scaler), ("bias".to_owned(), bias)]);
+        if let Some(validation) = &self.validation {
+            let precision = validation.mean_average_precision(&self.prompts()?, [scaler, bias], self.classes.base.len())?;
+            if is_last {
+                let percent = |(name, precision): (&String, &f64)| format!("{} {:.1} %", name.trim_end_matches("_map"), 100.0 * precision);
+                cx.note(format!("mAP on validation images: {}", precision.iter().map(percent).collect::<Vec<_>>().join(", ")));
             }
-            Ok(())
-        })?;
-        self.steps_done = state.tensor("steps_done")?.int64_value(&[]) as i32;
-        Ok(())
+            measured.extend(precision);
+        }
+        Ok(measured)
     }
 }
 
@@ -434,7 +430,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::prompts::golden;
+    use crate::{prompts::golden, training::Optimizer};
 
     fn clip(golden: &Value) -> clip::Clip {
         let config = Config {
@@ -454,37 +450,44 @@ mod tests {
         let (n_images, n_base, n_classes) = (golden["n_images"].as_i64().unwrap(), classes.base.len() as i64, classes.all().count() as i64);
         let flat = |name: &str, n: i64| golden::unit(name, n as usize).collect::<Vec<f32>>();
         let shown = Shown {
-            n_annotated: n_images as usize,
+            ids: (0..n_images as u64).map(ImageId).collect(),
             embeddings: to_unit_length(&Tensor::from_slice(&flat("images", n_images * 32)).view([n_images, 32])),
             labels: Tensor::from_slice(&flat("labels", n_images * n_base).iter().map(|u| u8::from(*u > 0.2)).collect::<Vec<_>>())
                 .view([n_images, n_base]),
         };
-        let mut learning = Learning::begin(&clip, &classes).unwrap();
+        let stage = Multilabel::default();
+        let space = Space::of(&BTreeMap::new(), &[]);
+        let criterion = PromptCriterion::new(&clip, space, &classes, stage.loss_weight, shown, None).unwrap();
+        let config = stage.config(n_images as usize).unwrap().optimizer;
+        let mut optimizer = Optimizer::new(&config, criterion.parameters());
         let rows = |key: &str| golden::tensor(&golden[key], &[n_classes, 32]);
-        let before = golden::error(&learning.prompts(&classes).unwrap().embeddings, &rows("before"));
+        let before = golden::error(&criterion.prompts().unwrap().embeddings, &rows("before"));
         assert!(before < 1e-5, "{before}");
 
-        let stage = Multilabel::default();
         let relative = |found: f64, expected: &Value| (found / expected.as_f64().unwrap() - 1.0).abs();
         // Of losses, scaler and bias; of gradients; of contexts.
         let mut worst = [0.0_f64; 3];
         // `f64::max` would leave NaN out.
         let worse = |worst: f64, apart: f64| if worst.is_nan() || apart <= worst { worst } else { apart };
-        for (batch, expected) in golden["batches"].as_array().unwrap().iter().zip(golden["steps"].as_array().unwrap()) {
-            let loss = learning.step(&stage, &shown, &serde_json::from_value::<Vec<i64>>(batch.clone()).unwrap()).unwrap();
-            let [scaler, bias] = learning.scale();
+        for (step, (batch, expected)) in golden["batches"].as_array().unwrap().iter().zip(golden["steps"].as_array().unwrap()).enumerate() {
+            let losses = criterion.losses(step as u32, serde_json::from_value(batch.clone()).unwrap()).unwrap();
+            losses.terms[0].1.backward();
+            let loss = losses.terms[0].1.double_value(&[]);
+            let gradients = criterion.learned.each_ref().map(|tensor| tensor.grad().copy());
+            optimizer.step(step as u32).unwrap();
+            let [scaler, bias] = criterion.scale();
             let numbers = [(loss, &expected["loss"]), (scaler, &expected["learned"][1][0]), (bias, &expected["learned"][2][0])];
             for (found, expected) in numbers {
                 worst[0] = worse(worst[0], relative(found, expected));
             }
-            for (which, tensor) in learning.learned.iter().enumerate() {
-                let expected = golden::tensor(&expected["gradients"][which], &tensor.size());
-                worst[1] = worse(worst[1], golden::error(&tensor.grad(), &expected) / expected.abs().max().double_value(&[]));
+            for (which, gradient) in gradients.iter().enumerate() {
+                let expected = golden::tensor(&expected["gradients"][which], &gradient.size());
+                worst[1] = worse(worst[1], golden::error(gradient, &expected) / expected.abs().max().double_value(&[]));
             }
             let expected = golden::tensor(&expected["learned"][0], &[4, 32]);
-            worst[2] = worse(worst[2], golden::error(&learning.learned[0].detach(), &expected));
+            worst[2] = worse(worst[2], golden::error(&criterion.learned[0].detach(), &expected));
         }
-        let after = golden::error(&learning.prompts(&classes).unwrap().embeddings, &rows("after"));
+        let after = golden::error(&criterion.prompts().unwrap().embeddings, &rows("after"));
         let [of_numbers, of_gradients, of_contexts] = worst;
         println!(
             "before {before:.1e}, numbers {of_numbers:.1e}, gradients {of_gradients:.1e}, contexts {of_contexts:.1e}, after {after:.1e}"
@@ -498,7 +501,8 @@ mod tests {
     fn without_a_step_embeddings_are_those_of_a_photo_of_a_name() {
         let clip = clip(&golden::read("multilabel.json"));
         let classes = ClassSplit { base: vec!["traffic_light".into(), "dog".into()], novel: vec!["speaker_(stero_equipment)".into()] };
-        let found = Learning::begin(&clip, &classes).unwrap().prompts(&classes).unwrap();
+        let none = Shown { ids: Vec::new(), embeddings: Tensor::from(0.0_f32), labels: Tensor::from(0.0_f32) };
+        let found = PromptCriterion::new(&clip, Space::of(&BTreeMap::new(), &[]), &classes, 1.0, none, None).unwrap().prompts().unwrap();
         let sentences = ["a photo of a traffic light.", "a photo of a dog.", "a photo of a speaker (stero equipment)."];
         let tokens = clip.tokenizer().batch(&sentences, Overlong::Refuse).unwrap();
         let apart = golden::error(&found.embeddings, &clip.encode_text_features(&tokens).unwrap());

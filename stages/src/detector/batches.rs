@@ -1,4 +1,4 @@
-//! What is seen at which step.
+//! The batches of a detector's training: images with their objects, and CLIP's embeddings to learn.
 
 use std::ops::Range;
 
@@ -9,22 +9,27 @@ use ovenbird_data::{
     training::{self, Object, Placement, Sample, ShownMask},
     warnings::of_boxes,
 };
-use ovenbird_models::detection::boxes::ImageSize;
+use ovenbird_models::detection::boxes::{ImageSize, boxes_tensor};
 use rand::{Rng as _, seq::SliceRandom as _};
 use rand_chacha::ChaCha8Rng;
+use tch::Tensor;
 
-use super::Training;
+use super::{
+    images::Pixels,
+    ports::{ANNOTATIONS, CLASSES, IMAGES},
+    training::Training,
+};
 use crate::{
-    Artifact, Context, Error, In, Inputs, Result,
+    Artifact, Context, Error, In, Inputs, Result, Units,
     artifacts::{ByImage, Classes, ImageFeatures, Images, RegionFeatures, Regions},
-    detector::{ANNOTATIONS, CLASSES, IMAGES, Pixels},
+    training::{DataLoader, Loaded},
 };
 
-/// What is seen at which step.
-pub(in crate::detector) struct Course {
+/// Loads the images of a detector's training.
+pub(crate) struct DetectionLoader {
     images: Images,
     samples: Vec<Sample>,
-    /// Places in `samples`, rare ones more than once.
+    /// Places in `samples`; images of rare classes more than once.
     copies: Vec<usize>,
     proposals: Option<Source<Regions>>,
     blocks: Option<Source<Regions>>,
@@ -37,71 +42,79 @@ pub(in crate::detector) struct Course {
 /// Embeddings to learn.
 struct Source<R> {
     by_image: ByImage<R>,
-    /// How many numbers one has.
+    /// The numbers of one embedding.
     dim: usize,
-    /// The port that they came from.
+    /// The port of the embeddings.
     port: &'static str,
 }
 
-/// What random numbers are for.
+/// A use of random numbers.
 #[derive(Clone, Copy)]
-pub(super) enum Random {
-    /// How the images of a batch are shown, by step and place in the step.
+enum Random {
+    /// How the images of a batch are resized and mirrored, by step and place in the step.
     Placements(u32, u32),
-    /// Which anchors and regions of a batch are learned from.
+    /// Which anchors and regions of a batch are sampled.
     Samples(u32, u32),
     /// The order of an epoch.
     Order(u64),
 }
 
-/// A batch to make: places in the samples, and how they are shown.
-pub(super) struct Lesson {
+/// A batch to load.
+pub(crate) struct BatchSpec {
     step: u32,
+    /// Its place among the batches of the step.
     piece: u32,
+    /// Places in the samples, and how each image is resized.
     images: Vec<(usize, Placement)>,
 }
 
-/// What a network sees at once.
-pub(in crate::detector) struct Batch {
-    pub(in crate::detector) step: u32,
-    /// Its place among the batches of the step.
-    pub(super) piece: u32,
-    pub(super) pixels: Pixels,
-    /// Those that can be read.
-    pub(in crate::detector) images: Vec<Shown>,
-    /// Names of the others, why, and how often they were tried.
-    pub(super) unreadable: Vec<(String, Error, u32)>,
+/// The input of a detector in training.
+pub(crate) struct Batch {
+    pub(crate) pixels: Pixels,
+    pub(crate) images: Vec<TrainingImage>,
+    /// For sampling anchors and regions.
+    pub(crate) random: ChaCha8Rng,
 }
 
-/// An image of a batch, boxes in px of what the network sees.
-pub(in crate::detector) struct Shown {
-    pub(in crate::detector) id: ImageId,
-    pub(in crate::detector) size: ImageSize,
-    pub(in crate::detector) objects: Vec<Xyxy>,
-    pub(in crate::detector) crowds: Vec<Xyxy>,
-    pub(in crate::detector) classes: Vec<usize>,
-    /// Of each object, where they are asked for.
-    pub(in crate::detector) masks: Vec<ShownMask>,
-    /// What CLIP says of proposals.
-    pub(in crate::detector) proposals: ShownRegions,
-    /// What CLIP says of blocks.
-    pub(in crate::detector) blocks: ShownRegions,
-    /// Of each block, the classes that it shows, ascending.
-    pub(in crate::detector) block_classes: Vec<Vec<usize>>,
-    /// What CLIP says of the whole image, `[D]`.
-    pub(in crate::detector) embedding: Vec<f32>,
+/// An image of a batch; boxes in px of the resized image.
+pub(crate) struct TrainingImage {
+    pub(crate) id: ImageId,
+    pub(crate) size: ImageSize,
+    pub(crate) objects: Vec<Xyxy>,
+    pub(crate) crowds: Vec<Xyxy>,
+    /// The class of each object.
+    pub(crate) classes: Vec<usize>,
+    /// The mask of each object; empty unless masks are learned.
+    pub(crate) masks: Vec<ShownMask>,
+    /// CLIP's embeddings of proposals.
+    pub(crate) proposals: RegionTargets,
+    /// CLIP's embeddings of blocks.
+    pub(crate) blocks: RegionTargets,
+    /// The classes that each block shows, ascending.
+    pub(crate) block_classes: Vec<Vec<usize>>,
+    /// CLIP's embedding of the whole image, `[D]`; empty unless it is learned.
+    pub(crate) embedding: Vec<f32>,
 }
 
-/// Regions of an image with embeddings to learn; none where nothing is asked for.
+/// Regions of an image with embeddings to learn; empty unless they are learned.
 #[derive(Default)]
-pub(in crate::detector) struct ShownRegions {
-    pub(in crate::detector) boxes: Vec<Xyxy>,
+pub(crate) struct RegionTargets {
+    pub(crate) boxes: Vec<Xyxy>,
     /// `[N, D]`.
-    pub(in crate::detector) embeddings: Vec<f32>,
+    pub(crate) embeddings: Vec<f32>,
+}
+
+/// The chain of a training on the images at the ports `annotations` and `classes`.
+pub(crate) fn units(training: &Training, inputs: &Inputs) -> Result<Units> {
+    let training = match training.epochs {
+        Some(_) => training.in_steps(&samples(&inputs.read(ANNOTATIONS)?.load()?, inputs)?),
+        None => training.clone(),
+    };
+    Ok(training.config().units())
 }
 
 /// The images of some annotations that show a base class of the port `classes`.
-pub(super) fn samples(annotations: &Annotations, inputs: &Inputs) -> Result<Vec<Sample>> {
+fn samples(annotations: &Annotations, inputs: &Inputs) -> Result<Vec<Sample>> {
     let Classes(classes) = inputs.read(CLASSES)?;
     let samples = training::samples(annotations, &Classes::category_ids(annotations, classes.base.iter())?);
     if samples.is_empty() {
@@ -112,15 +125,18 @@ pub(super) fn samples(annotations: &Annotations, inputs: &Inputs) -> Result<Vec<
     Ok(samples)
 }
 
-impl Course {
-    /// Over the images of the port `annotations` that show a base class.
-    pub(in crate::detector) fn of(training: &Training, cx: &Context<'_>) -> Result<Self> {
+impl DetectionLoader {
+    /// The images of the port `annotations` that show a base class.
+    pub(crate) fn new(training: &Training, cx: &Context<'_>) -> Result<Self> {
         let mut annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
-        let training = training.in_steps(&annotations, cx.inputs)?;
+        let training = match training.epochs {
+            Some(_) => training.in_steps(&samples(&annotations, cx.inputs)?),
+            None => training.clone(),
+        };
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let samples = samples(&annotations, cx.inputs)?;
         if let Some(words) = of_boxes(&annotations) {
-            cx.note(format!("{words}: boxes that are empty or lie outside their image are not learned from"));
+            cx.note(format!("{words}: boxes that are empty or lie outside their image are ignored"));
         }
         Ok(Self {
             images: cx.inputs.read(IMAGES)?,
@@ -135,9 +151,9 @@ impl Course {
         })
     }
 
-    /// The same, with embeddings of `dim` numbers of proposals, of blocks and of whole images, as far as they are given. Images without an
-    /// entry are left out or refused.
-    pub(in crate::detector) fn with_features(
+    /// Adds embeddings of `dim` numbers of proposals, of blocks and of whole images, where they are given. Images without embeddings are
+    /// skipped or refused by the stage's policy.
+    pub(crate) fn with_features(
         mut self,
         [proposals, blocks]: [In<RegionFeatures>; 2],
         globals: In<ImageFeatures>,
@@ -170,35 +186,29 @@ impl Course {
         Ok(Some(Source { by_image, dim: dim as usize, port: port.info().name }))
     }
 
-    /// The same, with the masks of objects. Fails where an object has no outline.
-    pub(in crate::detector) fn with_masks(self) -> Result<Self> {
+    /// Adds the masks of objects. Fails where an object has no outline.
+    pub(crate) fn with_masks(self) -> Result<Self> {
         let objects = self.samples.iter().flat_map(|sample| sample.objects.iter().map(|object| (sample.info.id, object)));
         let outlines = objects.map(|(image, object)| (object.id, image, &object.segmentation));
         check_outlines(outlines).map_err(unusable_masks)?;
         Ok(Self { has_masks: true, ..self })
     }
 
-    /// Looks for the images before the first is decoded: see [`Images::look_for`].
-    pub(super) fn look_for_images(&self, cx: &Context<'_>) -> Result<()> {
-        self.images.look_for(self.samples.iter().map(|sample| &sample.info), cx)
+    /// Looks for all images, so that a missing one is found before the training begins ([`Images::look_for`]), and notes how many there are.
+    pub(crate) fn look_for_images(&self, cx: &Context<'_>) -> Result<()> {
+        self.images.look_for(self.samples.iter().map(|sample| &sample.info), cx)?;
+        let n_batches = self.copies.len().div_ceil(self.training.batch_size);
+        cx.note(format!("an epoch is {n_batches} batches of {} images", self.samples.len()));
+        Ok(())
     }
 
-    /// How it is trained, its length in steps.
-    pub(super) fn training(&self) -> &Training {
+    /// How the detector is trained, with its length in steps.
+    pub(crate) fn training(&self) -> &Training {
         &self.training
     }
 
-    pub(super) fn n_images(&self) -> usize {
-        self.samples.len()
-    }
-
-    /// How many batches an epoch has.
-    pub(super) fn n_batches(&self) -> usize {
-        self.copies.len().div_ceil(self.training.batch_size)
-    }
-
-    /// Random numbers for something: no two things share any.
-    pub(super) fn random(&self, of: Random) -> ChaCha8Rng {
+    /// The random numbers of one use: no two uses share any.
+    fn random(&self, of: Random) -> ChaCha8Rng {
         let mut random = self.random.clone();
         let batch = |step: u32, piece: u32| u64::from(step) * u64::from(self.training.accumulation_steps) + u64::from(piece);
         random.set_stream(match of {
@@ -209,24 +219,12 @@ impl Course {
         random
     }
 
-    /// Every image once, rare ones more often, wide and tall ones apart.
+    /// The batches of an epoch: every image once, images of rare classes more often; wide and tall images are in separate batches.
     fn epoch(&self, epoch: u64) -> Vec<Vec<usize>> {
         let mut order = self.copies.clone();
         order.shuffle(&mut self.random(Random::Order(epoch)));
         let is_tall = |place: usize| self.samples[place].info.height > self.samples[place].info.width;
         training::batches(&order, is_tall, self.training.batch_size)
-    }
-
-    /// What the batches of some steps show, with the bytes that each will have.
-    pub(super) fn lessons(&self, steps: Range<u32>) -> impl Iterator<Item = (Lesson, usize)> + Send {
-        let all = (0..).flat_map(|epoch| self.epoch(epoch)).skip(steps.start as usize * self.training.accumulation_steps as usize);
-        let pieces = steps.flat_map(|step| (0..self.training.accumulation_steps).map(move |piece| (step, piece)));
-        pieces.zip(all).map(|((step, piece), places)| {
-            let mut random = self.random(Random::Placements(step, piece));
-            let images: Vec<(usize, Placement)> = places.into_iter().map(|place| (place, self.placement(place, &mut random))).collect();
-            let bytes = images.iter().map(|(_, placement)| 12 * placement.to[0] as usize * placement.to[1] as usize).sum();
-            (Lesson { step, piece, images }, bytes)
-        })
     }
 
     fn placement(&self, place: usize, random: &mut ChaCha8Rng) -> Placement {
@@ -235,12 +233,26 @@ impl Course {
         let placement = Placement::fitting([info.width, info.height], longer, shorter);
         if random.random_bool(0.5) { placement.mirrored() } else { placement }
     }
+}
 
-    /// Makes a batch. An image that cannot be read is left out of it, and listed.
-    pub(super) fn batch(&self, lesson: Lesson, cx: &Context<'_>) -> Result<Batch> {
-        let Lesson { step, piece, images: lesson } = lesson;
+impl DataLoader for DetectionLoader {
+    type Spec = BatchSpec;
+    type Batch = Batch;
+
+    fn specs(&self, steps: Range<u32>) -> impl Iterator<Item = (BatchSpec, usize)> + Send {
+        let all = (0..).flat_map(|epoch| self.epoch(epoch)).skip(steps.start as usize * self.training.accumulation_steps as usize);
+        let pieces = steps.flat_map(|step| (0..self.training.accumulation_steps).map(move |piece| (step, piece)));
+        pieces.zip(all).map(|((step, piece), places)| {
+            let mut random = self.random(Random::Placements(step, piece));
+            let images: Vec<(usize, Placement)> = places.into_iter().map(|place| (place, self.placement(place, &mut random))).collect();
+            let bytes = images.iter().map(|(_, placement)| 12 * placement.to[0] as usize * placement.to[1] as usize).sum();
+            (BatchSpec { step, piece, images }, bytes)
+        })
+    }
+
+    fn load(&self, BatchSpec { step, piece, images: specs }: BatchSpec, cx: &Context<'_>) -> Result<Loaded<Batch>> {
         let (mut pictures, mut images, mut unreadable) = (Vec::new(), Vec::new(), Vec::new());
-        for (place, placement) in lesson {
+        for (place, placement) in specs {
             let Sample { info, objects, crowds } = &self.samples[place];
             let attempt = cx.attempt(|| Ok(placement.pixels(&self.images.decode_sized(&info.file_name, placement.from)?)));
             match attempt.result {
@@ -250,20 +262,20 @@ impl Course {
                     continue;
                 }
             }
-            let shown = |source: &Option<Source<Regions>>| match source {
+            let targets = |source: &Option<Source<Regions>>| match source {
                 Some(source) => source.regions(info.id),
                 None => Ok(Default::default()),
             };
-            let (proposals, blocks) = (shown(&self.proposals)?, shown(&self.blocks)?);
+            let (proposals, blocks) = (targets(&self.proposals)?, targets(&self.blocks)?);
             let embedding = match &self.globals {
                 Some(source) => source.embedding(info.id)?,
                 None => Vec::new(),
             };
             let masks = match self.has_masks {
-                true => objects.iter().map(|object| shown_mask(object, placement)).collect::<Result<_>>()?,
+                true => objects.iter().map(|object| resized_mask(object, placement)).collect::<Result<_>>()?,
                 false => Vec::new(),
             };
-            images.push(Shown {
+            images.push(TrainingImage {
                 id: info.id,
                 size: ImageSize { width: placement.to[0].into(), height: placement.to[1].into() },
                 objects: objects.iter().map(|object| placement.show(&object.xyxy)).collect(),
@@ -271,19 +283,26 @@ impl Course {
                 classes: objects.iter().map(|object| object.class).collect(),
                 masks,
                 block_classes: blocks.boxes.iter().map(|block| training::shown_classes(block, objects)).collect(),
-                proposals: proposals.shown(placement),
-                blocks: blocks.shown(placement),
+                proposals: proposals.resized(placement),
+                blocks: blocks.resized(placement),
                 embedding,
             });
         }
         if let Some(remarks) = self.images.remarks() {
             cx.note(remarks);
         }
-        Ok(Batch { step, piece, pixels: Pixels::of(&pictures), images, unreadable })
+        let names = images.iter().map(|image| image.id.to_string()).collect();
+        let random = self.random(Random::Samples(step, piece));
+        let batch = (!images.is_empty()).then(|| Batch { pixels: Pixels::of(&pictures), images, random });
+        Ok(Loaded { batch, images: names, unreadable })
+    }
+
+    fn n_images(&self) -> usize {
+        self.samples.len()
     }
 }
 
-fn shown_mask(object: &Object, placement: Placement) -> Result<ShownMask> {
+fn resized_mask(object: &Object, placement: Placement) -> Result<ShownMask> {
     let segmentation = object.segmentation.drawn().expect("BUG: `with_masks` checks that every object has an outline");
     let mask = Mask::from_segmentation(segmentation, placement.from);
     let mask = mask.map_err(|problem| unusable_masks(format!("annotation {}: {problem}", object.id)))?;
@@ -291,12 +310,12 @@ fn shown_mask(object: &Object, placement: Placement) -> Result<ShownMask> {
 }
 
 fn unusable_masks(problem: String) -> Error {
-    let hint = "masks are learned from: give annotations with polygons or run lengths, or train without `masks`".into();
+    let hint = "give annotations with polygons or run lengths, or train without `masks`".into();
     Error::Input { port: ANNOTATIONS.info().name, problem, hint }
 }
 
-impl ShownRegions {
-    fn shown(mut self, placement: Placement) -> Self {
+impl RegionTargets {
+    fn resized(mut self, placement: Placement) -> Self {
         for xyxy in &mut self.boxes {
             *xyxy = placement.show(xyxy);
         }
@@ -306,10 +325,10 @@ impl ShownRegions {
 
 impl Source<Regions> {
     /// In px of the image.
-    fn regions(&self, image: ImageId) -> Result<ShownRegions> {
+    fn regions(&self, image: ImageId) -> Result<RegionTargets> {
         let Regions { boxes, embeddings, .. } = self.by_image.get(image)?;
         self.check(image, boxes.len(), &embeddings)?;
-        Ok(ShownRegions { boxes, embeddings })
+        Ok(RegionTargets { boxes, embeddings })
     }
 }
 
@@ -322,7 +341,7 @@ impl Source<(ImageId, Vec<f32>)> {
 }
 
 impl<R> Source<R> {
-    /// Refuses embeddings of another space than the detector's.
+    /// Refuses embeddings that have not as many numbers as class embeddings.
     fn check(&self, image: ImageId, n: usize, embeddings: &[f32]) -> Result<()> {
         if embeddings.len() == n * self.dim {
             return Ok(());
@@ -330,4 +349,9 @@ impl<R> Source<R> {
         let problem = format!("image {image}: embeddings have {} numbers, class embeddings {}", embeddings.len() / n.max(1), self.dim);
         Err(Error::Input { port: self.port, problem, hint: "make the prompts and the features with the same CLIP".into() })
     }
+}
+
+/// Boxes `[N, 4]` f32.
+pub(crate) fn boxes(boxes: &[Xyxy]) -> Tensor {
+    boxes_tensor(&boxes.iter().map(|xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2]).collect::<Vec<_>>())
 }

@@ -1,0 +1,22 @@
+//! Detectors: trained, imported, exported, and run on images. Written after ViLD (Gu et al. 2022) and OADP (methods, section 6).
+//!
+//! A detector's file says how its network is built and used ([`spec::DetectorSpec`]), so that nothing has to be repeated where it is used.
+
+pub(crate) mod batches;
+mod classes;
+pub mod criterion;
+pub mod distillation;
+pub mod export;
+pub(crate) mod images;
+pub mod import;
+mod load;
+mod mask_rcnn;
+pub mod options;
+pub(crate) mod ports;
+pub(crate) mod predictor;
+pub(crate) mod pretrained;
+pub mod select;
+pub mod spec;
+pub mod test;
+pub mod train;
+pub mod training;

@@ -1,0 +1,321 @@
+//! The losses of a two-stage detector: base classes and boxes, masks, and CLIP's embeddings of proposals, blocks and whole images.
+//!
+//! Written after OADP's distillation pyramid (Wang et al. 2023; methods, sections 6.3 and 6.4).
+
+use std::{collections::BTreeMap, ops::Range};
+
+use ovenbird_data::training::ShownMask;
+use ovenbird_models::{
+    Phase,
+    detection::{
+        boxes::{BoxLoss, ImageSize, Suppression},
+        matching::{Assigner, Sampler, Truth},
+    },
+    multilabel::asymmetric_loss,
+    rcnn::{
+        Detector,
+        classifier::{LogitScale, Vocabulary},
+        distillation::{embedding_loss, image_embedding_loss, mean_over_groups, recall, relation_loss},
+        heads::{OpenHead, RegionRule, RegionSample, region_losses},
+        mask_head::{MaskRule, ObjectMask, mask_loss},
+        regions::{Pyramid, REGION_CODER},
+        rpn::ProposalRule,
+    },
+};
+use rand_chacha::ChaCha8Rng;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Tensor, nn};
+
+use super::{
+    batches::{Batch, RegionTargets, TrainingImage, boxes},
+    classes::ClassTables,
+    distillation::Distillation,
+    spec::{DetectorSpec, MaskRcnnSpec},
+    training::Training,
+};
+use crate::{
+    Result,
+    training::{Criterion, Losses, Parameter, Weights},
+};
+
+/// The proposals in training.
+const PROPOSALS: ProposalRule = ProposalRule { per_level: 2000, suppression: Suppression { iou: 0.7, keep: 1000 }, least_side: 0.0 };
+/// Recall is taken of so many of the best classes of a block, and of an image.
+const BLOCK_BEST: i64 = 5;
+const IMAGE_BEST: i64 = 20;
+
+/// How regions of many objects (`iscrowd`) count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Crowds {
+    /// As background, as in OADP and most detectors. (The reference's defect 13.)
+    #[default]
+    Background,
+    /// Not at all: boxes with half of their area in a crowd that match no object are left out of the losses.
+    Ignored,
+}
+
+/// A two-stage detector in training.
+pub(super) struct MaskRcnnCriterion {
+    detector: Detector,
+    spec: MaskRcnnSpec,
+    classes: ClassTables,
+    /// The classes for the global head.
+    global_classes: Vocabulary,
+    /// Which regions are sampled for the heads.
+    rule: RegionRule,
+    crowds: Crowds,
+    distillation: Distillation,
+    training: Training,
+    /// Owns the weights.
+    store: nn::VarStore,
+}
+
+impl MaskRcnnCriterion {
+    /// A detector with initial weights. `n_regions`: how many regions of an image are sampled for the heads.
+    pub(super) fn new(
+        spec: MaskRcnnSpec,
+        classes: ClassTables,
+        n_regions: usize,
+        crowds: Crowds,
+        distillation: &Distillation,
+        training: &Training,
+        device: Device,
+    ) -> Result<Self> {
+        let global_classes = match classes.image.scale() {
+            LogitScale::Temperature { test, .. } => {
+                let scale = LogitScale::Temperature { train: distillation.global_temperature, test };
+                Vocabulary::new(classes.image.embeddings().shallow_clone(), classes.image.n_base(), scale)?
+            }
+            LogitScale::Affine { .. } => classes.image.clone(),
+        };
+        let store = nn::VarStore::new(device);
+        let detector = Detector::new(&store.root(), &spec.config, training.seed)?;
+        let rule = RegionRule {
+            assigner: Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None },
+            sampler: Sampler { n: n_regions, object_fraction: 0.25 },
+            coder: REGION_CODER,
+        };
+        let (distillation, training) = (distillation.clone(), training.clone());
+        Ok(Self { detector, spec, classes, global_classes, rule, crowds, distillation, training, store })
+    }
+
+    /// Every tensor of the detector by name.
+    pub(super) fn tensors(&self) -> &BTreeMap<String, Tensor> {
+        self.detector.parameters()
+    }
+}
+
+impl Criterion for MaskRcnnCriterion {
+    type Batch = Batch;
+
+    fn parameters(&self) -> BTreeMap<String, Parameter> {
+        self.training.grouped(self.tensors())
+    }
+
+    fn losses(&self, step: u32, batch: Batch) -> Result<Losses> {
+        let mut random = batch.random.clone();
+        let images = batch.pixels.on(self.store.device()).to_kind(self.training.precision.kind());
+        let pyramid = self.detector.regions.forward(&images, Phase::Train)?;
+        // Weights of losses count steps from 1.
+        let step = step + 1;
+        let mut losses = Losses::default();
+        let samples = self.base_classes(&pyramid, &batch, &mut random, &mut losses)?;
+        self.masks(&pyramid, &batch, &samples, &mut losses)?;
+        self.proposals(&pyramid, &batch, step, &mut losses)?;
+        self.images(&pyramid, &batch, step, &mut losses)?;
+        self.blocks(&pyramid, &batch, step, &mut losses)?;
+        Ok(losses)
+    }
+
+    fn weights(&self) -> Result<Weights> {
+        let tensors = self.tensors().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        Ok(Weights { tensors, metadata: DetectorSpec::MaskRcnn(self.spec.clone()).metadata() })
+    }
+}
+
+impl MaskRcnnCriterion {
+    /// The losses of every detector: boxes and base classes. Returns the sampled regions.
+    fn base_classes(&self, pyramid: &Pyramid, batch: &Batch, random: &mut ChaCha8Rng, losses: &mut Losses) -> Result<Vec<RegionSample>> {
+        let Detector { regions: network, bbox_head, .. } = &self.detector;
+        let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image.size).collect();
+        let truths: Vec<Truth> = batch.images.iter().map(|image| truth(image, self.crowds)).collect();
+        let rpn = network.rpn.losses(&pyramid.predictions, &sizes, &truths, random)?;
+        let proposals = network.rpn.proposals(&pyramid.predictions, &sizes, &PROPOSALS)?;
+        let mut samples = Vec::new();
+        for ((found, truth), image) in proposals.iter().zip(&truths).zip(&batch.images) {
+            let classes = Tensor::from_slice(&image.classes.iter().map(|class| *class as i64).collect::<Vec<_>>());
+            samples.push(self.rule.choose(&found.boxes, truth, &classes, self.classes.text.n_classes(), random)?);
+        }
+        let chosen: Vec<Tensor> = samples.iter().map(|sample| sample.boxes.shallow_clone()).collect();
+        let said = bbox_head.forward(&pyramid.pool(&self.spec.config.pool, &chosen)?, Phase::Train)?;
+        let logits = bbox_head.classifier.logits(&said.embeddings, &self.classes.text, Phase::Train)?;
+        let deltas = said.deltas.expect("BUG: the box head has boxes");
+        let of_regions = region_losses(BoxLoss::Absolute, &logits, &deltas, &samples)?;
+        losses.terms.extend([
+            ("rpn_objectness", rpn.objectness),
+            ("rpn_boxes", rpn.boxes),
+            ("classes", of_regions.classes),
+            ("boxes", of_regions.boxes),
+        ]);
+        Ok(samples)
+    }
+
+    /// The loss of masks within the regions that match objects.
+    fn masks(&self, pyramid: &Pyramid, batch: &Batch, samples: &[RegionSample], losses: &mut Losses) -> Result<()> {
+        let (Some(head), Some(config)) = (&self.detector.mask_head, &self.spec.config.mask_head) else { return Ok(()) };
+        let (mut on_objects, mut expected) = (Vec::new(), Vec::new());
+        for (sample, image) in samples.iter().zip(&batch.images) {
+            let boxes = sample.boxes.narrow(0, 0, sample.objects.len() as i64);
+            let masks: Vec<ObjectMask> = image.masks.iter().map(object_mask).collect();
+            expected.push(MaskRule::MMDET.targets(&masks, &boxes, &sample.objects, 2 * config.pool.side)?);
+            on_objects.push(boxes);
+        }
+        // The mask head has one mask for all classes, so the classes do not matter.
+        let classes = vec![0; samples.iter().map(|sample| sample.objects.len()).sum()];
+        let drawn = head.forward(&pyramid.pool(&config.pool, &on_objects)?, &classes)?;
+        losses.terms.push(("masks", mask_loss(&drawn, &Tensor::cat(&expected, 0))?));
+        Ok(())
+    }
+
+    /// The loss of CLIP's embeddings of proposals.
+    fn proposals(&self, pyramid: &Pyramid, batch: &Batch, step: u32, losses: &mut Losses) -> Result<()> {
+        let Some(head) = &self.detector.object_head else { return Ok(()) };
+        let Compared { said, expected, n_rows } = self.compare(head, pyramid, batch, |image| &image.proposals)?;
+        let apart = self.over_groups(embedding_loss, [&said, &expected], &n_rows)?;
+        losses.terms.push(("objects", apart * self.distillation.objects.at(step)));
+        Ok(())
+    }
+
+    /// The losses of CLIP's embeddings of whole images and of the classes that these show.
+    fn images(&self, pyramid: &Pyramid, batch: &Batch, step: u32, losses: &mut Losses) -> Result<()> {
+        let Some(head) = &self.detector.global_head else { return Ok(()) };
+        let said = head.embed(&pyramid.levels[pyramid.levels.len() - 1])?;
+        let expected = rows_of(batch.images.iter().map(|image| image.embedding.as_slice()), said.size()[1], said.device());
+        let logits = head.classifier.logits(&said, &self.global_classes, Phase::Train)?;
+        let labels = labels(batch.images.iter().map(|image| image.classes.as_slice()), logits.size()[1], logits.device());
+        let n_rows = vec![1; batch.images.len()];
+        let apart = self.over_groups(image_embedding_loss, [&said, &expected], &n_rows)?;
+        let wrong = self.over_groups(asymmetric_loss, [&logits, &labels], &n_rows)?;
+        let weights = &self.distillation;
+        losses.terms.push(("globals", apart * weights.globals.at(step)));
+        losses.terms.push(("global_labels", wrong * weights.label_weight(weights.global_labels, step)));
+        losses.measures.push(("recall.globals", recall(&logits, &labels, IMAGE_BEST)));
+        Ok(())
+    }
+
+    /// The losses of CLIP's embeddings of blocks, of the cosines among them, and of the classes that they show.
+    fn blocks(&self, pyramid: &Pyramid, batch: &Batch, step: u32, losses: &mut Losses) -> Result<()> {
+        let Some(head) = &self.detector.block_head else { return Ok(()) };
+        let Compared { said, expected, n_rows } = self.compare(head, pyramid, batch, |image| &image.blocks)?;
+        let logits = head.classifier.logits(&said, &self.classes.image, Phase::Train)?;
+        let classes = batch.images.iter().flat_map(|image| image.block_classes.iter().map(Vec::as_slice));
+        let labels = labels(classes, logits.size()[1], logits.device());
+        let apart = self.over_groups(embedding_loss, [&said, &expected], &n_rows)?;
+        let askew = self.over_groups(relation_loss, [&said, &expected], &n_rows)?;
+        let wrong = self.over_groups(asymmetric_loss, [&logits, &labels], &n_rows)?;
+        let weights = &self.distillation;
+        losses.terms.push(("blocks", apart * weights.blocks.at(step)));
+        losses.terms.push(("relations", askew * weights.relation_loss.at(step)));
+        losses.terms.push(("block_labels", wrong * weights.label_weight(weights.block_labels, step)));
+        losses.measures.push(("recall.blocks", recall(&logits, &labels, BLOCK_BEST)));
+        Ok(())
+    }
+
+    /// The embeddings of the regions of all images, by a head and by CLIP.
+    fn compare(
+        &self,
+        head: &OpenHead,
+        pyramid: &Pyramid,
+        batch: &Batch,
+        regions: fn(&TrainingImage) -> &RegionTargets,
+    ) -> Result<Compared> {
+        let shown: Vec<&RegionTargets> = batch.images.iter().map(regions).collect();
+        let on: Vec<Tensor> = shown.iter().map(|shown| boxes(&shown.boxes)).collect();
+        let said = head.forward(&pyramid.pool(&self.spec.config.pool, &on)?, Phase::Train)?.embeddings;
+        let expected = rows_of(shown.iter().map(|shown| shown.embeddings.as_slice()), said.size()[1], said.device());
+        Ok(Compared { said, expected, n_rows: shown.iter().map(|shown| shown.boxes.len() as i64).collect() })
+    }
+
+    /// The mean over groups of images of a loss between predictions and targets, both with rows in the order of the images.
+    fn over_groups(&self, loss: Loss, [said, expected]: [&Tensor; 2], n_rows: &[i64]) -> Result<Tensor> {
+        let of_rows = |Range { start, end }: Range<i64>| {
+            let part = |of: &Tensor| of.narrow(0, start, end - start);
+            loss(&part(said), &part(expected))
+        };
+        Ok(mean_over_groups(n_rows, self.distillation.images_per_group, of_rows)?)
+    }
+}
+
+/// The objects on an image, and its crowds if they are ignored.
+fn truth(image: &TrainingImage, crowds: Crowds) -> Truth {
+    let objects = boxes(&image.objects);
+    match crowds {
+        Crowds::Background => objects.into(),
+        Crowds::Ignored => Truth { objects, crowds: boxes(&image.crowds) },
+    }
+}
+
+type Loss = fn(&Tensor, &Tensor) -> ovenbird_models::Result<Tensor>;
+
+/// Embeddings of the same regions, image after image.
+struct Compared {
+    /// By the head, f32 `[N, D]`.
+    said: Tensor,
+    /// By CLIP, f32 `[N, D]`.
+    expected: Tensor,
+    /// The number of regions of each image.
+    n_rows: Vec<i64>,
+}
+
+/// `[N, D]`.
+fn rows_of<'a>(parts: impl Iterator<Item = &'a [f32]>, dim: i64, device: Device) -> Tensor {
+    let numbers: Vec<f32> = parts.flatten().copied().collect();
+    Tensor::from_slice(&numbers).view([-1, dim]).to_device(device)
+}
+
+/// `[N, K]`: 1 where a row shows a class, else 0.
+fn labels<'a>(classes: impl Iterator<Item = &'a [usize]>, n_classes: i64, device: Device) -> Tensor {
+    let mut numbers = Vec::new();
+    for shown in classes {
+        let first = numbers.len();
+        numbers.resize(first + n_classes as usize, 0.0_f32);
+        for class in shown {
+            numbers[first + class] = 1.0;
+        }
+    }
+    Tensor::from_slice(&numbers).view([-1, n_classes]).to_device(device)
+}
+
+fn object_mask(mask: &ShownMask) -> ObjectMask {
+    let [[left, top], [width, height]] = [mask.from, mask.size].map(|pair| pair.map(i64::from));
+    ObjectMask { pixels: Tensor::from_slice(&mask.pixels).view([height, width]), left, top }
+}
+
+#[cfg(test)]
+mod tests {
+    use ovenbird_data::{annotations::ImageId, boxes::Xyxy};
+
+    use super::*;
+
+    #[test]
+    fn crowds_are_background_or_ignored() {
+        let image = TrainingImage {
+            id: ImageId(1),
+            size: ImageSize { width: 90, height: 60 },
+            objects: vec![Xyxy { x1: 1.0, y1: 2.0, x2: 30.0, y2: 40.0 }],
+            crowds: vec![Xyxy { x1: 40.0, y1: 2.0, x2: 90.0, y2: 60.0 }],
+            classes: vec![0],
+            masks: Vec::new(),
+            proposals: RegionTargets::default(),
+            blocks: RegionTargets::default(),
+            block_classes: Vec::new(),
+            embedding: Vec::new(),
+        };
+        for (crowds, ignored) in [(Crowds::Background, boxes(&[])), (Crowds::Ignored, boxes(&image.crowds))] {
+            let found = truth(&image, crowds);
+            assert_eq!((found.objects, found.crowds), (boxes(&image.objects), ignored));
+        }
+    }
+}

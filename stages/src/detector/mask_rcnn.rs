@@ -1,0 +1,106 @@
+//! A trained two-stage detector on images.
+
+use std::path::Path;
+
+use ovenbird_data::{
+    boxes::Xyxy,
+    classes::ClassSplit,
+    masks::{Mask, PackedMask},
+};
+use ovenbird_models::{
+    checkpoint::Checkpoint,
+    detection::boxes::{Suppression, corners},
+    rcnn::{Detector, TestRule, Vocabularies, heads::DetectionRule, layout, rpn::ProposalRule},
+};
+use tch::{Device, Kind, Tensor, nn};
+
+use super::{
+    classes::{ClassTables, class_embeddings},
+    images::TestImage,
+    options::{Heads, TestOptions},
+    predictor::{Found, Predictor},
+    spec::MaskRcnnSpec,
+};
+use crate::{Context, Error, Result, feed::in_parallel};
+
+/// A trained two-stage detector with the classes that it looks for.
+pub(super) struct MaskRcnnPredictor {
+    detector: Detector,
+    classes: ClassTables,
+    uses_object_head: bool,
+    rule: TestRule,
+    fits: [u32; 2],
+    /// Owns the weights.
+    _store: nn::VarStore,
+}
+
+impl MaskRcnnPredictor {
+    /// Builds the detector of a file at a port.
+    pub(super) fn load(
+        spec: &MaskRcnnSpec,
+        (checkpoint, path, port): (&Checkpoint, &Path, &'static str),
+        options: &TestOptions,
+        classes: &ClassSplit,
+        cx: &Context<'_>,
+    ) -> Result<Self> {
+        spec.check_clip(port, cx.inputs)?;
+        let store = nn::VarStore::new(cx.device);
+        let detector = Detector::blank(&store.root(), &spec.config)?;
+        layout::load(checkpoint.tensors(), detector.parameters(), path)?.require_all(path)?;
+        Ok(Self {
+            classes: spec.tables(class_embeddings(cx.inputs, classes)?, cx.inputs, classes, cx.device)?,
+            uses_object_head: options.heads == Heads::Both && detector.object_head.is_some(),
+            detector,
+            rule: rule(options),
+            fits: spec.fits,
+            _store: store,
+        })
+    }
+}
+
+impl Predictor for MaskRcnnPredictor {
+    fn fits(&self) -> [u32; 2] {
+        self.fits
+    }
+
+    fn predict(&self, TestImage { placement, size, pixels, .. }: &TestImage<'_>, n_threads: usize) -> Result<Vec<Found>> {
+        let vocabularies = Vocabularies { bbox: &self.classes.text, object: self.uses_object_head.then_some(&self.classes.image) };
+        let mut objects = Vec::new();
+        for found in self.detector.detect(pixels, &[*size], &vocabularies, &self.rule)? {
+            let boxes = corners(&found.kept.boxes, "detections")?;
+            let boxes: Vec<Xyxy> = boxes.into_iter().map(|corners| placement.find(&Xyxy::from(corners))).collect();
+            let masks = match &found.masks {
+                Some(logits) => masks(logits, &boxes, placement.from, n_threads)?,
+                None => vec![None; boxes.len()],
+            };
+            let classes = found.kept.classes.into_iter().map(|class| class as usize).zip(found.kept.scores);
+            let object = |((xyxy, mask), (class, score))| Found { xyxy, class, score, mask };
+            objects.extend(boxes.into_iter().zip(masks).zip(classes).map(object));
+        }
+        Ok(objects)
+    }
+}
+
+/// Masks of the boxes of an image of `size` px, from logits `[M, side, side]`.
+fn masks(logits: &Tensor, boxes: &[Xyxy], size: [u32; 2], n_threads: usize) -> Result<Vec<Option<Box<PackedMask>>>> {
+    let side = logits.size()[2] as usize;
+    let probabilities = logits.sigmoid().to_kind(Kind::Float).to_device(Device::Cpu).contiguous();
+    let mut flat = vec![0.0_f32; probabilities.numel()];
+    probabilities.copy_data(&mut flat, probabilities.numel());
+    // 300 masks take one core some 10 ms, in which the network waits.
+    in_parallel(boxes.len(), n_threads, |place| {
+        let pasted = Mask::paste(&flat[place * side * side..][..side * side], side, &boxes[place], size);
+        let mask = pasted.map_err(|problem| Error::Input { port: "images", problem, hint: "use smaller images".into() })?;
+        Ok(Some(Box::new(mask.to_packed())))
+    })
+}
+
+fn rule(options: &TestOptions) -> TestRule {
+    let proposals = Suppression { iou: options.proposal_iou, keep: options.proposals };
+    let detections = Suppression { iou: options.nms_iou, keep: options.max_per_image };
+    TestRule {
+        proposals: ProposalRule { per_level: options.proposals, suppression: proposals, least_side: 0.0 },
+        ensemble: options.ensemble,
+        detections: DetectionRule { threshold: options.score_threshold, suppression: detections },
+    }
+}

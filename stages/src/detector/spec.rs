@@ -1,0 +1,140 @@
+//! The file of a detector, and how its network is built and used.
+
+use std::{collections::BTreeMap, path::Path};
+
+use ovenbird_cache::inputs::InputFile;
+use ovenbird_models::{
+    checkpoint::Checkpoint,
+    rcnn::{Config, classifier::LogitScale},
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::{Artifact, Result, artifacts::read_weights, clip::Space, error::malformed, ports::last_file, training::STEP_KEY};
+
+/// The metadata key of a detector's file under which its [`DetectorSpec`] is.
+const SPEC_KEY: &str = "ovenbird.detector";
+
+/// How a detector is built and used: one variant for each kind of detector.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum DetectorSpec {
+    /// A two-stage detector.
+    MaskRcnn(MaskRcnnSpec),
+}
+
+/// How a two-stage detector is built and used.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MaskRcnnSpec {
+    pub(super) config: Config,
+    /// Maximum lengths of the longer and the shorter side of images, in px.
+    pub(super) fits: [u32; 2],
+    /// Whether classes are compared by embeddings of their names.
+    pub(super) has_prompts: bool,
+    /// Whether the heads that learned CLIP's embeddings have other class embeddings than the box head.
+    pub(super) has_multilabel_prompts: bool,
+    /// How cosines become logits, where the class embeddings bring no scale.
+    pub(super) scale: LogitScale,
+    /// The CLIP whose embeddings it learned, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) clip: Option<Space>,
+}
+
+/// A trained detector; of several checkpoints of a training, the last.
+pub struct DetectorFile {
+    pub(super) file: InputFile,
+}
+
+impl Artifact for DetectorFile {
+    const KIND: &'static str = "detector";
+    const EXTENSIONS: &'static [&'static str] = &["safetensors"];
+    const SHAPE: &'static str =
+        "a detector that `detector/train` or `detector/import` made; one of another program comes in by `detector/import`";
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { file: last_file(Self::KIND, files)?.clone() })
+    }
+}
+
+impl DetectorFile {
+    /// The weights, and how the network is built.
+    pub(super) fn read(&self) -> Result<(Checkpoint, DetectorSpec)> {
+        let checkpoint = read_weights(&self.file)?;
+        let spec = spec_of(&checkpoint, SPEC_KEY, &self.file.path)?;
+        Ok((checkpoint, spec))
+    }
+
+    /// After how many steps of training it was written.
+    pub(super) fn step(&self) -> Result<u64> {
+        let checkpoint = read_weights(&self.file)?;
+        let step = checkpoint.metadata().get(STEP_KEY).and_then(|step| step.parse().ok());
+        step.ok_or_else(|| malformed(&self.file.path, format!("expected a number of steps under `{STEP_KEY}` in the metadata")))
+    }
+}
+
+impl DetectorSpec {
+    /// The metadata of a detector's file.
+    pub(super) fn metadata(&self) -> BTreeMap<String, String> {
+        spec_metadata(self, SPEC_KEY)
+    }
+}
+
+/// The metadata of a network's file: its specification as json under a key.
+pub(crate) fn spec_metadata<T: Serialize>(spec: &T, key: &str) -> BTreeMap<String, String> {
+    BTreeMap::from([(key.to_owned(), serde_json::to_string(spec).expect("BUG: a specification is plain JSON"))])
+}
+
+/// How a network is built, as its file says under a key of the metadata.
+pub(crate) fn spec_of<T: DeserializeOwned>(checkpoint: &Checkpoint, key: &str, path: &Path) -> Result<T> {
+    let expected = format!("expected the network's configuration under `{key}` in the metadata");
+    let text = checkpoint.metadata().get(key).ok_or_else(|| malformed(path, format!("{expected}, found none")))?;
+    serde_json::from_str(text).map_err(|error| malformed(path, format!("{expected}: {error}")))
+}
+
+/// Size of the network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Network {
+    /// OADP's: a ResNet-50 of caffe style, a feature pyramid of 256 channels with batch normalisation, heads of four convolutions; 512 regions
+    /// of each image are sampled for the heads.
+    #[default]
+    R50,
+    /// A ResNet-18 of a quarter of the width, 64 channels, heads of one convolution, 128 regions, for images of 128 to 320 px: trains from
+    /// scratch in minutes on two cores.
+    Toy,
+}
+
+/// Which heads a detector has besides the box head.
+#[derive(Clone, Copy)]
+pub(super) struct ExtraHeads {
+    pub(super) object: bool,
+    pub(super) block: bool,
+    pub(super) global: bool,
+    pub(super) mask: bool,
+}
+
+impl Network {
+    /// A detector of this size for class embeddings of `embed_dim` numbers.
+    pub(super) fn config(self, embed_dim: i64, heads: ExtraHeads) -> Config {
+        let all = match self {
+            Self::R50 => Config::oadp(embed_dim),
+            Self::Toy => Config::toy(embed_dim),
+        };
+        let config = Config {
+            object_head: all.object_head.filter(|_| heads.object),
+            block_head: all.block_head.filter(|_| heads.block),
+            has_global_head: heads.global,
+            ..all
+        };
+        if heads.mask { config.with_masks() } else { config }
+    }
+
+    /// How many regions of an image are sampled for the heads.
+    pub(super) fn regions_per_image(self) -> usize {
+        match self {
+            Self::R50 => 512,
+            Self::Toy => 128,
+        }
+    }
+}

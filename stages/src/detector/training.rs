@@ -1,0 +1,315 @@
+//! How a detector is trained, as an operator writes it under `training`.
+
+use std::collections::BTreeMap;
+
+use ovenbird_data::training::{self, Sample};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::{
+    Problem,
+    training::{Algorithm, Decay, OptimizerConfig, Parameter, Schedule, TrainingConfig, Warmup},
+};
+
+/// A loss above this has exploded.
+const MAX_LOSS: f64 = 1e4;
+/// AdamW's, as PyTorch's default.
+const EPSILON: f64 = 1e-8;
+
+/// The algorithm that changes the weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerKind {
+    /// Stochastic gradient descent with `momentum`.
+    #[default]
+    Sgd,
+    /// AdamW (Loshchilov and Hutter 2019) with `betas`.
+    Adamw,
+}
+
+/// How the learning rate falls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LrSchedule {
+    /// To a tenth at each of `lr_steps`.
+    #[default]
+    Steps,
+    /// Along half a cosine, to 0 at the end of the training.
+    Cosine,
+}
+
+/// The precision in which a network computes. Weights, gradients, losses and boxes are always f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum TrainPrecision {
+    /// Single precision.
+    #[default]
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision, with loss scaling: the scale begins at 64, doubles after 2,000 steps without an overflow, and halves when a
+    /// gradient overflows; that step is skipped. A loss that overflows ends the training.
+    F16,
+}
+
+impl TrainPrecision {
+    pub(crate) fn kind(self) -> Kind {
+        match self {
+            Self::F32 => Kind::Float,
+            Self::Bf16 => Kind::BFloat16,
+            Self::F16 => Kind::Half,
+        }
+    }
+}
+
+/// How a group of parameters is trained differently from the others.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Group {
+    /// Factor of the learning rate.
+    pub lr_mult: f64,
+    /// Factor of the weight decay.
+    pub decay_mult: f64,
+}
+
+impl Default for Group {
+    fn default() -> Self {
+        Self { lr_mult: 1.0, decay_mult: 1.0 }
+    }
+}
+
+/// How a detector is trained. The defaults are OADP's for COCO, 16 images a step (methods, sections 6.2 and 6.5).
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Training {
+    /// Seed of the initial weights, the order and the sizes of images, and the sampled boxes.
+    pub seed: u64,
+    /// Optimizer steps.
+    pub steps: u32,
+    /// Passes over all images, instead of `steps`; images of rare classes count more than once (`repeat_threshold`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<u32>,
+    /// Steps between checkpoints: a training that is killed loses at most these.
+    pub checkpoint_every: u32,
+    /// Checkpoints to keep for `detector/select`, evenly spaced, the last one among them; with `epochs` all of them, if there are not more.
+    pub keep_checkpoints: u32,
+    /// Images per batch.
+    pub batch_size: usize,
+    /// Batches per step; their gradients are averaged.
+    pub accumulation_steps: u32,
+    /// Range from which the maximum length of the longer side is drawn for each image, in px; detection uses its upper end.
+    pub max_size: [u32; 2],
+    /// Range from which the length of the shorter side is drawn for each image, in px; detection uses its upper end.
+    pub min_size: [u32; 2],
+    /// Images with a class that fewer than this fraction of the images show are repeated (LVIS: 0.001); 0 for no repetition.
+    pub repeat_threshold: f64,
+    /// Precision in which the network computes.
+    pub precision: TrainPrecision,
+    /// Algorithm that changes the weights.
+    pub optimizer: OptimizerKind,
+    /// Momentum of SGD.
+    pub momentum: f64,
+    /// Decay rates of AdamW's two moments.
+    pub betas: [f64; 2],
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Steps over which the learning rate grows linearly from a thousandth of the peak.
+    pub warmup_steps: u32,
+    /// How the learning rate falls.
+    pub lr_schedule: LrSchedule,
+    /// Steps at which the learning rate falls to a tenth.
+    pub lr_steps: Vec<u32>,
+    /// Epochs after which the learning rate falls to a tenth, instead of `lr_steps`, where the length is given in `epochs`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lr_epochs: Vec<u32>,
+    /// Weight decay of all parameters.
+    pub weight_decay: f64,
+    /// Parameters with other learning rates or decays, by a part of their names; where several keys match, the longest counts.
+    pub groups: BTreeMap<String, Group>,
+    /// Maximum norm of the gradient of all parameters together; longer gradients are scaled down.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip_grad_norm: Option<f64>,
+    /// Write an exponential moving average of the weights, with this decay a step, instead of the last weights. Running statistics are those
+    /// of the last step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ema_decay: Option<f64>,
+}
+
+impl Default for Training {
+    fn default() -> Self {
+        Self {
+            seed: 3407,
+            steps: 40_000,
+            epochs: None,
+            checkpoint_every: 1000,
+            keep_checkpoints: 1,
+            batch_size: 16,
+            accumulation_steps: 1,
+            max_size: [1330, 1333],
+            min_size: [640, 800],
+            repeat_threshold: 0.0,
+            precision: TrainPrecision::F32,
+            optimizer: OptimizerKind::Sgd,
+            momentum: 0.9,
+            betas: [0.9, 0.999],
+            lr: 0.02,
+            warmup_steps: 500,
+            lr_schedule: LrSchedule::Steps,
+            lr_steps: vec![30_000],
+            lr_epochs: Vec::new(),
+            weight_decay: 2.5e-5,
+            groups: BTreeMap::new(),
+            clip_grad_norm: None,
+            ema_decay: None,
+        }
+    }
+}
+
+impl Training {
+    /// What is wrong with the parameters; fields are named below the stage's.
+    pub(crate) fn check(&self) -> Vec<Problem> {
+        let is_range = |[low, high]: [u32; 2]| low <= high && low >= 32;
+        let is_part = |number: f64| (0.0..1.0).contains(&number);
+        let is_positive = |number: f64| number > 0.0 && number.is_finite();
+        let is_factor = |number: f64| number >= 0.0 && number.is_finite();
+        let most_checkpoints = if self.epochs.is_some() { u32::MAX } else { self.steps.div_ceil(self.checkpoint_every.max(1)) };
+        Problem::unless(&[
+            ("training.steps", self.steps > 0, "at least 1"),
+            ("training.epochs", self.epochs.is_none_or(|epochs| (1..=1000).contains(&epochs)), "from 1 to 1000"),
+            ("training.lr_epochs", self.lr_epochs.is_empty() || self.epochs.is_some(), "none without `epochs`"),
+            ("training.checkpoint_every", self.checkpoint_every > 0, "at least 1"),
+            // The number of checkpoints of an epoch depends on the images.
+            ("training.keep_checkpoints", (1..=most_checkpoints).contains(&self.keep_checkpoints), "from 1 to the number of checkpoints"),
+            ("training.batch_size", self.batch_size > 0, "at least 1"),
+            ("training.accumulation_steps", self.accumulation_steps > 0, "at least 1"),
+            ("training.max_size", is_range(self.max_size), "two sides from 32 px on, the smaller first"),
+            ("training.min_size", is_range(self.min_size), "two sides from 32 px on, the smaller first"),
+            ("training.repeat_threshold", is_part(self.repeat_threshold), "a number from 0 to below 1"),
+            ("training.momentum", is_part(self.momentum), "a number from 0 to below 1"),
+            ("training.betas", self.betas.into_iter().all(is_part), "two numbers from 0 to below 1"),
+            ("training.lr", is_positive(self.lr), "a number above 0"),
+            ("training.weight_decay", is_part(self.weight_decay), "a number from 0 to below 1"),
+            (
+                "training.groups",
+                self.groups.values().all(|group| is_factor(group.lr_mult) && is_factor(group.decay_mult)),
+                "factors from 0 on",
+            ),
+            ("training.clip_grad_norm", self.clip_grad_norm.is_none_or(is_positive), "a number above 0"),
+            ("training.ema_decay", self.ema_decay.is_none_or(is_part), "a number from 0 to below 1"),
+        ])
+    }
+
+    /// The same with a length in steps, where it is in epochs of some samples.
+    pub(crate) fn in_steps(&self, samples: &[Sample]) -> Self {
+        match self.epochs {
+            Some(epochs) => self.of_epochs(epochs, self.copies(samples).len()),
+            None => self.clone(),
+        }
+    }
+
+    fn of_epochs(&self, epochs: u32, n_images: usize) -> Self {
+        let n_batches = n_images.div_ceil(self.batch_size);
+        let steps =
+            |epochs: u32| u32::try_from((epochs as usize * n_batches).div_ceil(self.accumulation_steps as usize)).unwrap_or(u32::MAX);
+        let lr_steps = self.lr_epochs.iter().map(|epochs| steps(*epochs)).collect();
+        Self { steps: steps(epochs), epochs: None, lr_steps, lr_epochs: Vec::new(), ..self.clone() }
+    }
+
+    /// Places in some samples: each once, those with rare classes more often.
+    pub(crate) fn copies(&self, samples: &[Sample]) -> Vec<usize> {
+        let repeats = match self.repeat_threshold {
+            0.0 => vec![1; samples.len()],
+            threshold => training::repeats(samples, threshold),
+        };
+        repeats.into_iter().enumerate().flat_map(|(place, n)| std::iter::repeat_n(place, n)).collect()
+    }
+
+    /// The maximum lengths of the longer and the shorter side of the images of a trained detector, px.
+    pub(crate) fn fits(&self) -> [u32; 2] {
+        [self.max_size[1], self.min_size[1]]
+    }
+
+    /// The same for the training loop. The length must be in steps: see [`Self::in_steps`]. (mmdet; OADP, section 6.5.)
+    pub(crate) fn config(&self) -> TrainingConfig {
+        let decay = match self.lr_schedule {
+            LrSchedule::Steps => Decay::Tenths(self.lr_steps.clone()),
+            LrSchedule::Cosine => Decay::Cosine { steps: self.steps },
+        };
+        let warmup = Warmup::FromThousandth { steps: self.warmup_steps.into() };
+        let optimizer = OptimizerConfig {
+            algorithm: match self.optimizer {
+                OptimizerKind::Sgd => Algorithm::Sgd { momentum: self.momentum },
+                OptimizerKind::Adamw => Algorithm::AdamW { betas: self.betas, epsilon: EPSILON },
+            },
+            schedule: Schedule { peak: self.lr, warmup, decay },
+            weight_decay: self.weight_decay,
+            accumulation_steps: self.accumulation_steps,
+            clip_grad_norm: self.clip_grad_norm,
+            ema_decay: self.ema_decay,
+            scales_losses: self.precision == TrainPrecision::F16,
+        };
+        let Self { steps, checkpoint_every, keep_checkpoints, .. } = *self;
+        TrainingConfig { steps, checkpoint_every, keep_checkpoints, optimizer, max_loss: MAX_LOSS }
+    }
+
+    /// The parameters of a network with the factors of their groups.
+    pub(crate) fn grouped(&self, parameters: &BTreeMap<String, Tensor>) -> BTreeMap<String, Parameter> {
+        let parameter = |(name, tensor): (&String, &Tensor)| {
+            let Group { lr_mult, decay_mult } = group_of(&self.groups, name);
+            (name.clone(), Parameter { lr_mult, decay_mult, ..Parameter::plain(tensor) })
+        };
+        parameters.iter().map(parameter).collect()
+    }
+}
+
+/// The group of the longest key that is a part of a parameter's name.
+fn group_of(groups: &BTreeMap<String, Group>, name: &str) -> Group {
+    let group = groups.iter().filter(|(key, _)| name.contains(*key)).max_by_key(|(key, _)| key.len());
+    group.map_or_else(Group::default, |(_, group)| *group)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn epochs_are_as_long_as_their_images_are_many() {
+        let training = Training { epochs: Some(24), lr_epochs: vec![16, 19], ..Training::default() };
+        let counted = |training: &Training| {
+            let Training { steps, lr_steps, .. } = training.of_epochs(24, 2001);
+            (steps, lr_steps)
+        };
+        // 2,001 images in batches of 16 are 126.
+        assert_eq!(counted(&training), (24 * 126, vec![16 * 126, 19 * 126]));
+        assert_eq!(counted(&Training { accumulation_steps: 2, ..training }), (12 * 126, vec![8 * 126, 1197]));
+        let without = Training { lr_epochs: vec![3], ..Training::default() };
+        assert_eq!(without.check().into_iter().map(|problem| problem.field).collect::<Vec<_>>(), ["training.lr_epochs"]);
+    }
+
+    /// Of OADP for COCO, the box head learns at half the rate of the others: parity check D7 of its specification.
+    #[test]
+    fn groups_are_found_by_the_longest_part_of_a_name() {
+        let rate = |lr_mult: f64| Group { lr_mult, decay_mult: 1.0 };
+        let groups =
+            BTreeMap::from([("bbox_head".into(), rate(0.5)), ("roi_head.bbox_head.fc_reg".into(), rate(0.25)), ("fc".into(), rate(2.0))]);
+        for (name, expected) in [
+            ("roi_head.bbox_head.shared_convs.0.conv.weight", 0.5),
+            ("roi_head.bbox_head.fc_cls._linear.weight", 0.5),
+            ("roi_head.bbox_head.fc_reg.bias", 0.25),
+            ("roi_head._object_head.fc_cls._linear.weight", 2.0),
+            ("roi_head._object_head.shared_convs.0.conv.weight", 1.0),
+            ("rpn_head.rpn_conv.weight", 1.0),
+        ] {
+            assert!((group_of(&groups, name).lr_mult - expected).abs() < 1e-12, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_defaults_are_parameters_that_pass_their_own_check() {
+        assert!(Training::default().check().is_empty());
+        let wrong = Training { batch_size: 0, min_size: [800, 640], momentum: 1.0, keep_checkpoints: 41, ..Training::default() };
+        let fields: Vec<String> = wrong.check().into_iter().map(|problem| problem.field).collect();
+        assert_eq!(fields, ["training.keep_checkpoints", "training.batch_size", "training.min_size", "training.momentum"]);
+    }
+}

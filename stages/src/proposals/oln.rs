@@ -1,0 +1,129 @@
+//! `proposals/oln`: proposals from a trained object localisation network.
+
+use std::collections::BTreeMap;
+
+use ovenbird_data::{boxes::Xyxy, proposals::Proposal};
+use ovenbird_models::{
+    detection::boxes::{Suppression, corners},
+    rcnn::{layout, oln as network},
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::nn;
+
+use crate::{
+    Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
+    artifacts::Proposals,
+    detector::{
+        images::{TestImage, TestImages},
+        ports::{ANNOTATIONS, IMAGES},
+        predictor::{Found, Predictor, predict_each},
+    },
+    oln::network::OlnFile,
+};
+
+/// Proposes boxes that may hold objects of any class, with a trained object localisation network.
+///
+/// The score of a box is the geometric mean of its predicted centerness and its predicted overlap with an object. Images are resized as in
+/// training; boxes are xyxy in px of the original image. (Kim et al. 2022, section 3.)
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Oln {
+    /// NMS removes a box whose IoU with a better one is greater.
+    pub nms_iou: f32,
+    /// Proposals kept per image.
+    pub max_per_image: usize,
+}
+
+impl Default for Oln {
+    fn default() -> Self {
+        Self { nms_iou: 0.7, max_per_image: 1500 }
+    }
+}
+
+const NETWORK: In<OlnFile> = In::required("network", "A network from `oln/train`.");
+const PROPOSALS: Out<Proposals> = Out::new("proposals", "Boxes (xyxy, px) and scores by image, best first.");
+
+impl Stage for Oln {
+    const KIND: &'static str = "proposals/oln";
+    const VERSION: u32 = 2;
+    const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), NETWORK.info()];
+    const OUTPUTS: &'static [PortInfo] = &[PROPOSALS.info()];
+    const USES_DEVICE: bool = true;
+
+    fn check(&self) -> Vec<Problem> {
+        Problem::unless(&[
+            ("nms_iou", (0.0..=1.0).contains(&self.nms_iou), "a number from 0 to 1"),
+            ("max_per_image", self.max_per_image > 0, "at least 1"),
+        ])
+    }
+
+    fn units(&self, inputs: &Inputs) -> Result<Units> {
+        let items = inputs.read(IMAGES)?.items(&inputs.read(ANNOTATIONS)?.load_images()?)?;
+        Ok(Units::Independent { items, replaces: vec!["images", "annotations"] })
+    }
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let predictor = OlnPredictor::load(&cx.inputs.read(NETWORK)?, self, cx)?;
+        let images = TestImages::open(cx.inputs.read(IMAGES)?, cx.inputs.read(ANNOTATIONS)?.load_images()?, cx)?;
+        for unit in units {
+            // A unit that another process or device makes is skipped.
+            let Some(draft) = cx.begin_claimed(unit)? else { continue };
+            let (mut by_image, mut n_proposals) = (BTreeMap::new(), 0);
+            predict_each(&predictor, &images, unit.items.clone(), &draft, cx, |info, found| {
+                n_proposals += found.len();
+                by_image.insert(info.id, found.into_iter().map(|Found { xyxy, score, .. }| Proposal { xyxy, score }).collect());
+                Ok(())
+            })?;
+            Proposals { by_image }.write(draft.create(PROPOSALS, "proposals.parquet")?)?;
+            cx.commit(draft, [("proposals".into(), n_proposals.into())].into())?;
+        }
+        Ok(())
+    }
+}
+
+/// A trained network with the rule by which boxes are kept.
+struct OlnPredictor {
+    network: network::Oln,
+    suppression: Suppression,
+    fits: [u32; 2],
+    /// Owns the weights.
+    _store: nn::VarStore,
+}
+
+impl OlnPredictor {
+    fn load(file: &OlnFile, stage: &Oln, cx: &Context<'_>) -> Result<Self> {
+        let ((checkpoint, spec), path) = (file.read()?, &file.file.path);
+        let store = nn::VarStore::new(cx.device);
+        let network = network::Oln::blank(&store.root(), &spec.config)?;
+        layout::load(checkpoint.tensors(), network.parameters(), path)?.require_all(path)?;
+        let suppression = Suppression { iou: stage.nms_iou, keep: stage.max_per_image };
+        Ok(Self { network, suppression, fits: spec.fits, _store: store })
+    }
+}
+
+impl Predictor for OlnPredictor {
+    fn fits(&self) -> [u32; 2] {
+        self.fits
+    }
+
+    fn predict(&self, TestImage { placement, size, pixels, .. }: &TestImage<'_>, _n_threads: usize) -> Result<Vec<Found>> {
+        let mut objects = Vec::new();
+        for found in self.network.propose(pixels, &[*size], &self.suppression)? {
+            let scores = Vec::<f32>::try_from(&found.scores).map_err(ovenbird_models::Error::from)?;
+            let object = |(corners, score)| Found { xyxy: placement.find(&Xyxy::from(corners)), class: 0, score, mask: None };
+            objects.extend(corners(&found.boxes, "proposals")?.into_iter().zip(scores).map(object));
+        }
+        Ok(objects)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_parameters_that_pass_their_own_check() {
+        assert!(Stage::check(&Oln::default()).is_empty());
+    }
+}

@@ -1,0 +1,341 @@
+//! The one loop that trains networks.
+//!
+//! A stage brings three things: a [`DataLoader`], which gives the batches of each step; a [`Criterion`], which is the network with its losses;
+//! and a [`TrainingConfig`]. The loop does the rest: it loads batches ahead of the network, makes steps, refuses losses that are no numbers,
+//! records the curve, and publishes the links of the chain.
+//!
+//! A batch must follow from the recipe and the step's number alone. Then a training that was killed anywhere continues at its last link,
+//! with the weights and the optimizer's state of that link, and ends with the same bytes.
+
+mod algorithm;
+mod optimizer;
+mod schedule;
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    ops::Range,
+};
+
+use tch::{Device, Kind, Tensor};
+
+pub(crate) use self::{
+    algorithm::Algorithm,
+    optimizer::{Optimizer, OptimizerConfig, Parameter},
+    schedule::{Decay, Schedule, Warmup},
+};
+use crate::{
+    Artifact, Context, Error, Out, Result, Unit, UnitDraft, Units,
+    artifacts::{Curve, TrainingState, read_weights},
+    feed::stream,
+};
+
+/// Bytes of batches that may be loaded ahead of the network.
+const ROOM: usize = 128 << 20;
+/// Steps between two rows of the curve.
+const ROW_STEPS: u32 = 10;
+/// How many images an error names.
+const MOST_NAMED: usize = 16;
+/// The metadata key of a weights file that says after how many steps it was written.
+pub(crate) const STEP_KEY: &str = "ovenbird.step";
+
+/// How long a training is, and how it makes steps.
+#[derive(Debug, Clone)]
+pub(crate) struct TrainingConfig {
+    /// Steps of the optimizer.
+    pub(crate) steps: u32,
+    /// Steps between checkpoints.
+    pub(crate) checkpoint_every: u32,
+    /// Checkpoints that stay in the artifact, evenly spaced, the last one among them.
+    pub(crate) keep_checkpoints: u32,
+    pub(crate) optimizer: OptimizerConfig,
+    /// A loss above this has exploded.
+    pub(crate) max_loss: f64,
+}
+
+impl TrainingConfig {
+    /// The chain of the training's checkpoints.
+    pub(crate) fn units(&self) -> Units {
+        let links = self.steps.div_ceil(self.checkpoint_every.max(1));
+        let n = self.keep_checkpoints.min(links);
+        let stay = (1..n).map(|place| (links * place).div_ceil(n) - 1).collect();
+        Units::Chain { links, steps: self.steps, stay }
+    }
+}
+
+/// Gives the batches of a training.
+pub(crate) trait DataLoader: Sync {
+    /// Says what a batch is to hold, before anything is decoded.
+    type Spec: Send;
+    /// The input of a [`Criterion`].
+    type Batch: Send;
+
+    /// The batches of some steps, in order, as many a step as it accumulates, each with the bytes that it will take.
+    fn specs(&self, steps: Range<u32>) -> impl Iterator<Item = (Self::Spec, usize)> + Send;
+
+    /// Loads a batch. Several threads call it at once.
+    fn load(&self, spec: Self::Spec, cx: &Context<'_>) -> Result<Loaded<Self::Batch>>;
+
+    /// How many images there are to draw from.
+    fn n_images(&self) -> usize;
+}
+
+/// A batch, and the images that it was made from.
+pub(crate) struct Loaded<B> {
+    /// None where no image could be read.
+    pub(crate) batch: Option<B>,
+    /// The names of the images in the batch.
+    pub(crate) images: Vec<String>,
+    /// The images that could not be read: name, error, how often each was tried.
+    pub(crate) unreadable: Vec<(String, Error, u32)>,
+}
+
+/// A network that is trained, with its losses.
+pub(crate) trait Criterion {
+    /// The output of a [`DataLoader`].
+    type Batch;
+
+    /// Every tensor of the network by name; those that require a gradient are trained.
+    fn parameters(&self) -> BTreeMap<String, Parameter>;
+
+    /// The losses of a batch. `step`: counted from 0.
+    fn losses(&self, step: u32, batch: Self::Batch) -> Result<Losses>;
+
+    /// The content of the weights file.
+    fn weights(&self) -> Result<Weights>;
+
+    /// Measures the network on other data at a checkpoint, by name, where there is such data. `is_last`: whether the training ends here.
+    fn validate(&self, _is_last: bool, _cx: &Context<'_>) -> Result<BTreeMap<String, f64>> {
+        Ok(BTreeMap::new())
+    }
+}
+
+/// Scalars of a batch, by name.
+#[derive(Default)]
+pub(crate) struct Losses {
+    /// Weighted losses; their sum is minimised. The curve shows each as `loss.NAME`.
+    pub(crate) terms: Vec<(&'static str, Tensor)>,
+    /// Other numbers for the curve, such as `recall.blocks`.
+    pub(crate) measures: Vec<(&'static str, Tensor)>,
+}
+
+/// The content of a weights file. A parameter that is not in `tensors` under its name is kept with the optimizer's state.
+pub(crate) struct Weights {
+    pub(crate) tensors: BTreeMap<String, Tensor>,
+    pub(crate) metadata: BTreeMap<String, String>,
+}
+
+/// The output ports of a training.
+pub(crate) struct Ports<W> {
+    /// The weights.
+    pub(crate) weights: Out<W>,
+    /// How the weights file is called.
+    pub(crate) file_name: &'static str,
+    /// The optimizer's state.
+    pub(crate) state: Out<TrainingState>,
+    /// Losses and measures by step.
+    pub(crate) curve: Out<Curve>,
+}
+
+impl<W: Artifact> Ports<W> {
+    /// The ports of every training; only the one of the weights differs.
+    pub(crate) const fn new(weights: Out<W>, file_name: &'static str) -> Self {
+        let state = Out::new("state", "The optimizer's state, from which the next checkpoint continues.");
+        let curve = Out::new("curve", "Losses, gradient norm, learning rate and measures by step: means over ten steps.");
+        Self { weights, file_name, state, curve }
+    }
+
+    /// The weights as a file, whatever they are to others.
+    fn weights_file(&self) -> Out<TrainingState> {
+        Out::new(self.weights.info().name, "")
+    }
+}
+
+/// Makes the given links of a chain, each a checkpoint.
+pub(crate) fn train<L: DataLoader, W: Artifact>(
+    config: &TrainingConfig,
+    loader: &L,
+    criterion: &impl Criterion<Batch = L::Batch>,
+    ports: &Ports<W>,
+    units: &[Unit],
+    cx: &Context<'_>,
+) -> Result<()> {
+    let Some(first) = units.first() else { return Ok(()) };
+    let mut optimizer = Optimizer::new(&config.optimizer, criterion.parameters());
+    let mut curve = Curve::default();
+    // Images that could not be read so far: each link lists all of them, because a training sees them again and again.
+    let mut unreadable = Vec::new();
+    if let Some(before) = first.index.checked_sub(1) {
+        let weights = read_weights(&cx.published(before, ports.weights_file())?.file)?;
+        optimizer.restore(&weights, &read_weights(&cx.published(before, ports.state)?.file)?)?;
+        curve = cx.published(before, ports.curve)?;
+        unreadable = cx.failed_before(before)?;
+    }
+    let (steps, n_pieces) = (steps_of(config, units, cx.most_items), config.optimizer.accumulation_steps);
+    cx.total(steps.len() as u64);
+    let mut specs = loader.specs(steps.clone());
+    let (mut units, mut draft): (VecDeque<&Unit>, Option<UnitDraft>) = (units.iter().collect(), None);
+    let (mut of_unit, mut of_row) = (Means::default(), Means::default());
+    let (mut step, mut n_accumulated) = (steps.start, 0);
+    stream(
+        cx.threads,
+        ROOM,
+        || Ok(specs.next()),
+        |spec: L::Spec| loader.load(spec, cx),
+        |loaded, n_ready| {
+            let Loaded { batch, images, unreadable: failed } = loaded?;
+            if draft.is_none() {
+                let begun = cx.begin(units.pop_front().expect("BUG: as many units as their steps"))?;
+                begun.carry(unreadable.drain(..));
+                draft = Some(begun);
+            }
+            let unit = draft.as_ref().expect("BUG: a unit is open");
+            for (name, error, attempts) in failed {
+                let known = unit.failed();
+                if !known.iter().any(|failed| failed.item == name) {
+                    cx.skip(unit, &name, error, attempts, [known.len() + 1, loader.n_images()])?;
+                }
+            }
+            let mut values = match batch {
+                Some(batch) => backward(criterion.losses(step, batch)?, optimizer.loss_factor(), config.max_loss, (step, &images))?,
+                None => Vec::new(),
+            };
+            cx.flow(images.len(), n_ready);
+            n_accumulated += 1;
+            let is_whole = n_accumulated == n_pieces;
+            if is_whole {
+                values.push(("gradient".to_owned(), optimizer.step(step)?));
+            }
+            of_unit.add(&values);
+            of_row.add(&values);
+            if !is_whole {
+                return cx.proceed();
+            }
+            cx.tick(1);
+            let lr = config.optimizer.schedule.lr_at(step);
+            (step, n_accumulated) = (step + 1, 0);
+            let ends_unit = step % config.checkpoint_every == 0 || step == steps.end;
+            let measured = match ends_unit {
+                true => criterion.validate(unit.unit().index + 1 == cx.units.len(), cx)?,
+                false => BTreeMap::new(),
+            };
+            if step % ROW_STEPS == 0 || ends_unit {
+                let mut row = std::mem::take(&mut of_row).taken();
+                row.insert("lr".into(), lr);
+                row.extend(measured.clone());
+                cx.measured(u64::from(step), &row);
+                curve.rows.push((u64::from(step), row));
+            }
+            if ends_unit {
+                let draft = draft.take().expect("BUG: a unit is open");
+                unreadable = draft.failed();
+                write(&draft, ports, criterion.weights()?, &optimizer, step)?;
+                draft.write(ports.curve, "curve.csv", curve.to_csv().as_bytes())?;
+                let mut metrics = std::mem::take(&mut of_unit).taken();
+                metrics.insert("lr".into(), lr);
+                metrics.extend(measured);
+                cx.commit(draft, metrics.into_iter().map(|(name, value)| (name, value.into())).collect())?;
+            }
+            cx.proceed()
+        },
+    )
+}
+
+/// The steps of some consecutive links; of a dry run the first ones.
+fn steps_of(config: &TrainingConfig, units: &[Unit], most_items: Option<usize>) -> Range<u32> {
+    let start = units[0].index as u32 * config.checkpoint_every;
+    let end = config.steps.min(start + units.len() as u32 * config.checkpoint_every);
+    start..most_items.map_or(end, |most| end.min(start + most as u32))
+}
+
+/// Adds up the gradients of a batch, whose loss is multiplied by `factor`, and returns its losses and measures. Fails where the loss is no
+/// number or above a limit, and names the step and the images.
+fn backward(
+    Losses { terms, measures }: Losses,
+    factor: f64,
+    max_loss: f64,
+    (step, images): (u32, &[String]),
+) -> Result<Vec<(String, f64)>> {
+    let scalars: Vec<Tensor> = terms.iter().chain(&measures).map(|(_, scalar)| scalar.to_kind(Kind::Float)).collect();
+    let all = Tensor::stack(&scalars, 0);
+    let values = all.detach().to_device(Device::Cpu).to_kind(Kind::Double);
+    let values = Vec::<f64>::try_from(values).map_err(ovenbird_models::Error::from)?;
+    let total: f64 = values[..terms.len()].iter().sum();
+    if !total.is_finite() || total > max_loss {
+        return Err(Error::Input {
+            port: "lr",
+            problem: format!("the loss is {total} at step {step}, on images {}", named(images)),
+            hint: "lower `lr`, or look at these images; the last checkpoint is kept".into(),
+        });
+    }
+    (all.narrow(0, 0, terms.len() as i64).sum(Kind::Float) * factor).backward();
+    let names = terms.iter().map(|(name, _)| format!("loss.{name}")).chain(measures.iter().map(|(name, _)| (*name).to_owned()));
+    Ok(names.zip(values).collect())
+}
+
+/// The first names of some images.
+fn named(images: &[String]) -> String {
+    let first = images[..images.len().min(MOST_NAMED)].join(", ");
+    if images.len() > MOST_NAMED { format!("{first} and {} more", images.len() - MOST_NAMED) } else { first }
+}
+
+/// Writes the weights after `step` steps, and the state with which a training continues from them.
+fn write<W>(draft: &UnitDraft, ports: &Ports<W>, weights: Weights, optimizer: &Optimizer<'_>, step: u32) -> Result<()> {
+    let Weights { mut tensors, mut metadata } = weights;
+    optimizer.average(&mut tensors);
+    metadata.insert(STEP_KEY.into(), step.to_string());
+    draft.write_tensors(ports.weights, ports.file_name, &tensors, &metadata)?;
+    draft.write_tensors(ports.state, "state.safetensors", &optimizer.state(&tensors), &BTreeMap::new())
+}
+
+/// Means of named numbers.
+#[derive(Default)]
+struct Means(BTreeMap<String, (f64, u32)>);
+
+impl Means {
+    fn add(&mut self, values: &[(String, f64)]) {
+        for (name, value) in values {
+            let (sum, n) = self.0.entry(name.clone()).or_default();
+            (*sum, *n) = (*sum + value, *n + 1);
+        }
+    }
+
+    fn taken(self) -> BTreeMap<String, f64> {
+        self.0.into_iter().map(|(name, (sum, n))| (name, sum / f64::from(n))).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checkpoints_that_stay_are_evenly_spaced() {
+        let schedule = Schedule { peak: 0.1, warmup: Warmup::NONE, decay: Decay::Constant };
+        let optimizer = OptimizerConfig {
+            algorithm: Algorithm::Sgd { momentum: 0.9 },
+            schedule,
+            weight_decay: 0.0,
+            accumulation_steps: 1,
+            clip_grad_norm: None,
+            ema_decay: None,
+            scales_losses: false,
+        };
+        let stay = |steps, keep_checkpoints| {
+            let config =
+                TrainingConfig { steps, checkpoint_every: 1000, keep_checkpoints, optimizer: optimizer.clone(), max_loss: f64::INFINITY };
+            let Units::Chain { links, stay, .. } = config.units() else { panic!() };
+            (links, stay)
+        };
+        assert_eq!(stay(40_000, 20), (40, (0..19).map(|place| 2 * place + 1).collect()));
+        assert_eq!(stay(10_000, 3), (10, vec![3, 6]));
+        assert_eq!(stay(10_000, 1), (10, vec![]));
+        assert_eq!(stay(2_500, 6), (3, vec![0, 1]));
+    }
+
+    #[test]
+    fn an_error_names_the_first_images() {
+        let images: Vec<String> = (0..18).map(|place| place.to_string()).collect();
+        assert_eq!(named(&images[..3]), "0, 1, 2");
+        assert!(named(&images).ends_with("14, 15 and 2 more"));
+    }
+}

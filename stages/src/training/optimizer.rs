@@ -1,0 +1,348 @@
+//! The optimizer of a training: gradients become steps, with learning rates, weight decay, clipping, loss scaling and averaged weights.
+
+use std::collections::BTreeMap;
+
+use ovenbird_models::checkpoint::Checkpoint;
+use tch::{Tensor, no_grad};
+
+use super::{algorithm::Algorithm, schedule::Schedule};
+use crate::{Error, Result};
+
+/// The loss scale of half precision (Micikevicius et al. 2018, section 3.2; the numbers are those of PyTorch's `GradScaler`, and OADP's first).
+const FIRST_SCALE: f64 = 64.0;
+const SCALE_FACTOR: f64 = 2.0;
+/// After so many steps without an overflow the scale grows.
+const STEPS_TO_GROW: i64 = 2000;
+/// The name under which a state keeps the numbers of [`Progress`].
+const PROGRESS: &str = "progress";
+
+/// How gradients become steps.
+#[derive(Debug, Clone)]
+pub(crate) struct OptimizerConfig {
+    pub(crate) algorithm: Algorithm,
+    pub(crate) schedule: Schedule,
+    pub(crate) weight_decay: f64,
+    /// Batches whose mean gradient makes a step.
+    pub(crate) accumulation_steps: u32,
+    /// The gradient of all parameters together is shortened to this length.
+    pub(crate) clip_grad_norm: Option<f64>,
+    /// The part of the averaged weights that stays at each step, where weights are averaged.
+    pub(crate) ema_decay: Option<f64>,
+    /// Whether losses are scaled so that gradients in f16 neither vanish nor overflow.
+    pub(crate) scales_losses: bool,
+}
+
+/// A tensor of a network, and how it is trained.
+pub(crate) struct Parameter {
+    /// Trained if it requires a gradient.
+    pub(crate) tensor: Tensor,
+    /// Factor of the learning rate.
+    pub(crate) lr_mult: f64,
+    /// Factor of the weight decay.
+    pub(crate) decay_mult: f64,
+    /// i64 `[R]`: the only rows that ever have a gradient, where these are few; the others are left out of every step.
+    pub(crate) rows: Option<Tensor>,
+    /// After each step the numbers are clamped to these.
+    pub(crate) bounds: Option<[f64; 2]>,
+}
+
+impl Parameter {
+    /// A tensor that is trained as the others are.
+    pub(crate) fn plain(tensor: &Tensor) -> Self {
+        Self { tensor: tensor.shallow_clone(), lr_mult: 1.0, decay_mult: 1.0, rows: None, bounds: None }
+    }
+
+    /// The rows of a tensor of this shape that take part.
+    fn rows_of(&self, whole: &Tensor) -> Tensor {
+        self.rows.as_ref().map_or_else(|| whole.shallow_clone(), |rows| whole.index_select(0, rows))
+    }
+}
+
+/// The state of an optimizer.
+pub(crate) struct Optimizer<'a> {
+    config: &'a OptimizerConfig,
+    parameters: BTreeMap<String, Parameter>,
+    /// By the name of each trained parameter, in the shape of its rows that take part.
+    moments: BTreeMap<String, Vec<Tensor>>,
+    /// By the name of each trained parameter; empty unless weights are averaged.
+    averages: BTreeMap<String, Tensor>,
+    progress: Progress,
+}
+
+/// Numbers that change with the steps.
+struct Progress {
+    /// How often weights changed.
+    n_updates: i64,
+    loss_scale: f64,
+    /// Steps since the loss scale changed.
+    n_since_scaled: i64,
+}
+
+impl<'a> Optimizer<'a> {
+    /// An optimizer that has done no step.
+    pub(crate) fn new(config: &'a OptimizerConfig, parameters: BTreeMap<String, Parameter>) -> Self {
+        let trained = || parameters.iter().filter(|(_, parameter)| parameter.tensor.requires_grad());
+        let zeros = |parameter: &Parameter| {
+            let rows = no_grad(|| parameter.rows_of(&parameter.tensor));
+            (0..config.algorithm.n_moments()).map(|_| rows.detach().zeros_like()).collect()
+        };
+        let moments = trained().map(|(name, parameter)| (name.clone(), zeros(parameter))).collect();
+        let copy = |(name, parameter): (&String, &Parameter)| (name.clone(), parameter.tensor.detach().copy());
+        let averages = config.ema_decay.map(|_| trained().map(copy).collect()).unwrap_or_default();
+        let loss_scale = if config.scales_losses { FIRST_SCALE } else { 1.0 };
+        Self { config, parameters, moments, averages, progress: Progress { n_updates: 0, loss_scale, n_since_scaled: 0 } }
+    }
+
+    /// The number by which a batch's loss is multiplied before its gradients are taken.
+    pub(crate) fn loss_factor(&self) -> f64 {
+        self.progress.loss_scale / f64::from(self.config.accumulation_steps)
+    }
+
+    /// Makes a step, counted from 0, by the gradients that have added up, and sets them to zero. Returns the gradient's length before clipping;
+    /// fails where it is not finite, unless losses are scaled: then the step is left out and the scale becomes smaller.
+    pub(crate) fn step(&mut self, step: u32) -> Result<f64> {
+        no_grad(|| {
+            let gradients: BTreeMap<&String, Tensor> = self
+                .parameters
+                .iter()
+                .filter(|(_, parameter)| parameter.tensor.requires_grad())
+                .map(|(name, parameter)| (name, parameter, parameter.tensor.grad()))
+                .filter(|(.., gradient)| gradient.defined())
+                .map(|(name, parameter, gradient)| (name, parameter.rows_of(&gradient)))
+                .collect();
+            if gradients.is_empty() {
+                return Ok(0.0);
+            }
+            let Progress { loss_scale, .. } = self.progress;
+            let lengths: Vec<Tensor> = gradients.values().map(Tensor::norm).collect();
+            let length = Tensor::stack(&lengths, 0).to_kind(tch::Kind::Double).norm().double_value(&[]) / loss_scale;
+            if length.is_finite() {
+                let clipping = self.config.clip_grad_norm.map_or(1.0, |most| (most / (length + 1e-6)).min(1.0));
+                self.progress.n_updates += 1;
+                let n_updates = self.progress.n_updates;
+                for (name, gradient) in gradients {
+                    let parameter = &self.parameters[name];
+                    let moments = self.moments.get_mut(name).expect("BUG: every trained parameter has moments");
+                    update(self.config, parameter, &(gradient * (clipping / loss_scale)), moments, [step, n_updates as u32]);
+                    if let (Some(stays), Some(average)) = (self.config.ema_decay, self.averages.get_mut(name)) {
+                        // As PyTorch's AveragedModel: the average begins with the weights of the first step.
+                        let stays = if n_updates == 1 { 0.0 } else { stays };
+                        *average *= stays;
+                        *average += &parameter.tensor * (1.0 - stays);
+                    }
+                }
+                self.progress.n_since_scaled += 1;
+                if self.config.scales_losses && self.progress.n_since_scaled == STEPS_TO_GROW {
+                    (self.progress.loss_scale, self.progress.n_since_scaled) = (loss_scale * SCALE_FACTOR, 0);
+                }
+            } else if self.config.scales_losses && loss_scale > f64::MIN_POSITIVE {
+                (self.progress.loss_scale, self.progress.n_since_scaled) = (loss_scale / SCALE_FACTOR, 0);
+            } else {
+                let problem = format!("the gradient's length is {length} at step {step}");
+                return Err(Error::Input { port: "lr", problem, hint: "lower `lr`; the last checkpoint is kept".into() });
+            }
+            for parameter in self.parameters.values() {
+                parameter.tensor.shallow_clone().zero_grad();
+            }
+            Ok(length)
+        })
+    }
+
+    /// Puts averaged weights, where weights are averaged, in place of the last ones.
+    pub(crate) fn average(&self, tensors: &mut BTreeMap<String, Tensor>) {
+        for (name, average) in &self.averages {
+            tensors.insert(name.clone(), average.shallow_clone());
+        }
+    }
+
+    /// The tensors that a training continues from, together with those `in_weights`: the tensors that the weights file holds.
+    pub(crate) fn state(&self, in_weights: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
+        let mut state = BTreeMap::new();
+        for (name, moments) in &self.moments {
+            state.extend(moments.iter().enumerate().map(|(place, moment)| (moment_key(place, name), moment.shallow_clone())));
+        }
+        for (name, Parameter { tensor, .. }) in &self.parameters {
+            let is_written = in_weights.get(name).is_some_and(|written| written.data_ptr() == tensor.data_ptr());
+            if !is_written {
+                state.insert(raw_key(name), tensor.shallow_clone());
+            }
+        }
+        let Progress { n_updates, loss_scale, n_since_scaled } = self.progress;
+        state.insert(PROGRESS.into(), Tensor::from_slice(&[n_updates as f64, loss_scale, n_since_scaled as f64]));
+        state
+    }
+
+    /// Continues from a weights file and the state that was written with it.
+    pub(crate) fn restore(&mut self, weights: &Checkpoint, state: &Checkpoint) -> Result<()> {
+        no_grad(|| -> Result<()> {
+            for (name, parameter) in &self.parameters {
+                let raw = raw_key(name);
+                let written = if state.tensors().contains_key(&raw) { state.tensor(&raw)? } else { weights.tensor(name)? };
+                parameter.tensor.shallow_clone().copy_(&written);
+            }
+            for (name, average) in &mut self.averages {
+                average.copy_(&weights.tensor(name)?);
+            }
+            for (name, moments) in &mut self.moments {
+                for (place, moment) in moments.iter_mut().enumerate() {
+                    moment.copy_(&state.tensor(&moment_key(place, name))?);
+                }
+            }
+            Ok(())
+        })?;
+        let progress = state.tensor(PROGRESS)?;
+        let [n_updates, loss_scale, n_since_scaled] = [0, 1, 2].map(|place| progress.double_value(&[place]));
+        self.progress = Progress { n_updates: n_updates as i64, loss_scale, n_since_scaled: n_since_scaled as i64 };
+        Ok(())
+    }
+}
+
+/// Changes one parameter by its gradient. `step`: counted from 0, and how many steps changed weights, this one among them.
+fn update(config: &OptimizerConfig, parameter: &Parameter, gradient: &Tensor, moments: &mut [Tensor], [step, n_updates]: [u32; 2]) {
+    let (lr, decay) = (config.schedule.lr_at(step) * parameter.lr_mult, config.weight_decay * parameter.decay_mult);
+    let mut whole = parameter.tensor.shallow_clone();
+    let mut weights = parameter.rows_of(&whole);
+    config.algorithm.step(n_updates as i32, lr, decay, &mut weights, gradient, moments);
+    if let Some(rows) = &parameter.rows {
+        let _in_place = whole.index_copy_(0, rows, &weights);
+    }
+    if let Some([least, most]) = parameter.bounds {
+        let _in_place = whole.clamp_(least, most);
+    }
+}
+
+fn moment_key(place: usize, name: &str) -> String {
+    format!("moment{place}.{name}")
+}
+
+/// The name of a parameter that is not, or not in this form, in the weights file.
+fn raw_key(name: &str) -> String {
+    format!("raw.{name}")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+    use tch::Kind;
+
+    use super::{
+        super::schedule::{Decay, Warmup},
+        *,
+    };
+
+    #[derive(Deserialize)]
+    struct Expected {
+        rate: f64,
+        a: [f32; 3],
+        b: [f32; 3],
+        average: Option<[f32; 3]>,
+    }
+
+    fn parameters() -> BTreeMap<String, Tensor> {
+        let tensor = |numbers: [f32; 3]| Tensor::from_slice(&numbers).set_requires_grad(true);
+        BTreeMap::from([("a".into(), tensor([0.5, -1.0, 2.0])), ("b".into(), tensor([1.5, 0.25, -0.75]))])
+    }
+
+    fn loss(parameters: &BTreeMap<String, Tensor>) -> Tensor {
+        let (a, b) = (&parameters["a"], &parameters["b"]);
+        (a * a * b).sum(Kind::Float) + (b * b).sum(Kind::Float)
+    }
+
+    fn assert_near(found: &Tensor, expected: [f32; 3]) {
+        let apart = (found - Tensor::from_slice(&expected)).abs().max().double_value(&[]);
+        assert!(apart < 1e-6, "{apart}");
+    }
+
+    fn plain(parameters: &BTreeMap<String, Tensor>) -> BTreeMap<String, Parameter> {
+        parameters.iter().map(|(name, tensor)| (name.clone(), Parameter::plain(tensor))).collect()
+    }
+
+    fn config(algorithm: Algorithm) -> OptimizerConfig {
+        let schedule = Schedule { peak: 0.1, warmup: Warmup::NONE, decay: Decay::Tenths(vec![2]) };
+        let (clip_grad_norm, ema_decay) = (None, None);
+        OptimizerConfig { algorithm, schedule, weight_decay: 0.0, accumulation_steps: 1, clip_grad_norm, ema_decay, scales_losses: false }
+    }
+
+    const SGD: Algorithm = Algorithm::Sgd { momentum: 0.9 };
+
+    fn follow(config: &OptimizerConfig, expected: &str) {
+        let parameters = parameters();
+        let mut optimizer = Optimizer::new(config, plain(&parameters));
+        for (step, expected) in serde_json::from_str::<Vec<Expected>>(expected).unwrap().into_iter().enumerate() {
+            assert!((config.schedule.lr_at(step as u32) - expected.rate).abs() < 1e-12);
+            // Gradients add up, and are scaled, without a trace.
+            for _ in 0..config.accumulation_steps {
+                (loss(&parameters) * optimizer.loss_factor()).backward();
+            }
+            optimizer.step(step as u32).unwrap();
+            assert_near(&parameters["a"], expected.a);
+            assert_near(&parameters["b"], expected.b);
+            if let Some(average) = expected.average {
+                assert_near(&optimizer.averages["a"], average);
+            }
+        }
+    }
+
+    #[test]
+    fn steps_are_those_of_torch() {
+        let sgd = OptimizerConfig { weight_decay: 0.01, clip_grad_norm: Some(2.0), ..config(SGD) };
+        follow(&sgd, include_str!("../../../tests/golden/training/sgd.json"));
+        let adamw = Algorithm::AdamW { betas: [0.9, 0.98], epsilon: 1e-8 };
+        let averaged = OptimizerConfig { weight_decay: 0.05, ema_decay: Some(0.9), ..config(adamw) };
+        follow(&averaged, include_str!("../../../tests/golden/training/adamw.json"));
+        let scaled = OptimizerConfig { accumulation_steps: 3, scales_losses: true, ..sgd };
+        follow(&scaled, include_str!("../../../tests/golden/training/sgd.json"));
+    }
+
+    #[test]
+    fn a_gradient_that_overflows_costs_a_step_and_half_the_scale() {
+        let scaled = OptimizerConfig { scales_losses: true, ..config(SGD) };
+        let parameters = parameters();
+        let mut optimizer = Optimizer::new(&scaled, plain(&parameters));
+        (loss(&parameters) * f64::INFINITY).backward();
+        assert!(!optimizer.step(0).unwrap().is_finite());
+        assert_near(&parameters["a"], [0.5, -1.0, 2.0]);
+        assert!((optimizer.loss_factor() - 32.0).abs() < 1e-9);
+        (loss(&parameters) * optimizer.loss_factor()).backward();
+        let with_half = optimizer.step(1).unwrap();
+        assert!((with_half - (loss_gradient_length())).abs() < 1e-4, "{with_half}");
+
+        let unscaled = config(SGD);
+        let mut optimizer = Optimizer::new(&unscaled, plain(&parameters));
+        (loss(&parameters) * f64::NAN).backward();
+        assert!(optimizer.step(0).unwrap_err().to_string().contains("gradient"));
+    }
+
+    /// Of the loss at the first values: (2ab, a^2 + 2b).
+    fn loss_gradient_length() -> f64 {
+        let gradient = [1.5, -0.5, -3.0, 3.25, 1.5, 2.5_f64];
+        gradient.iter().map(|part| part * part).sum::<f64>().sqrt()
+    }
+
+    #[test]
+    fn a_parameter_has_its_own_rate_rows_and_bounds() {
+        let parameters = parameters();
+        let of = |name: &str| Parameter::plain(&parameters[name]);
+        let own = BTreeMap::from([
+            ("a".into(), Parameter { lr_mult: 0.0, ..of("a") }),
+            ("b".into(), Parameter { rows: Some(Tensor::from_slice(&[0_i64, 2])), bounds: Some([-0.5, 1.0]), ..of("b") }),
+        ]);
+        let config = config(SGD);
+        let mut optimizer = Optimizer::new(&config, own);
+        assert_eq!(optimizer.moments["b"][0].size(), [2]);
+        loss(&parameters).backward();
+        optimizer.step(0).unwrap();
+        assert_near(&parameters["a"], [0.5, -1.0, 2.0]);
+        // The gradient of b is a^2 + 2 b: 3.25, 1.5, 2.5.
+        assert_near(&parameters["b"], [1.0, 0.25, -0.5]);
+    }
+
+    #[test]
+    fn a_state_holds_what_the_weights_do_not() {
+        let parameters = parameters();
+        let config = config(SGD);
+        let optimizer = Optimizer::new(&config, plain(&parameters));
+        let weights = BTreeMap::from([("a".to_owned(), parameters["a"].shallow_clone()), ("b".to_owned(), parameters["b"].copy())]);
+        assert_eq!(optimizer.state(&weights).into_keys().collect::<Vec<_>>(), ["moment0.a", "moment0.b", "progress", "raw.b"]);
+    }
+}

@@ -1,0 +1,99 @@
+//! The learning rate over a training.
+
+use std::f64::consts::PI;
+
+/// The learning rate by step.
+#[derive(Debug, Clone)]
+pub(crate) struct Schedule {
+    /// The learning rate after the warm-up.
+    pub(crate) peak: f64,
+    pub(crate) warmup: Warmup,
+    pub(crate) decay: Decay,
+}
+
+/// How the learning rate grows in the first steps. Both grow linearly.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Warmup {
+    /// From a thousandth of the peak at step 0 (mmdet).
+    FromThousandth { steps: f64 },
+    /// Step 0 is the first of as many equal parts as there are steps (CLIP).
+    FromFirstPart { steps: f64 },
+}
+
+/// How the learning rate falls after the warm-up.
+#[derive(Debug, Clone)]
+pub(crate) enum Decay {
+    Constant,
+    /// To a tenth at each of these steps.
+    Tenths(Vec<u32>),
+    /// Along half a cosine, to 0 after as many steps in all. (Loshchilov and Hutter 2017, equation 5.)
+    Cosine {
+        steps: u32,
+    },
+}
+
+impl Warmup {
+    /// No warm-up.
+    pub(crate) const NONE: Self = Self::FromThousandth { steps: 0.0 };
+
+    fn steps(self) -> f64 {
+        match self {
+            Self::FromThousandth { steps } | Self::FromFirstPart { steps } => steps,
+        }
+    }
+}
+
+impl Schedule {
+    /// The learning rate of a step, counted from 0.
+    pub(crate) fn lr_at(&self, step: u32) -> f64 {
+        let (step_number, n_warmup) = (f64::from(step), self.warmup.steps());
+        if step_number < n_warmup {
+            return match self.warmup {
+                Warmup::FromThousandth { .. } => self.peak * (0.001 + 0.999 * (step_number / n_warmup)),
+                Warmup::FromFirstPart { .. } => self.peak * (step_number + 1.0) / n_warmup,
+            };
+        }
+        self.peak
+            * match &self.decay {
+                Decay::Constant => 1.0,
+                Decay::Tenths(steps) => 0.1_f64.powi(steps.iter().filter(|at| step >= **at).count() as i32),
+                Decay::Cosine { steps } => {
+                    let done = (step_number - n_warmup) / (f64::from(*steps) - n_warmup).max(1.0);
+                    0.5 * (1.0 + (PI * done).cos())
+                }
+            }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The schedules of OADP for COCO: parity check D7 of its specification.
+    #[test]
+    fn rates_are_those_of_the_specification() {
+        let schedule = Schedule { peak: 0.02, warmup: Warmup::FromThousandth { steps: 500.0 }, decay: Decay::Tenths(vec![30_000]) };
+        for (step, lr) in [(0, 2e-5), (250, 0.010_01), (499, 0.019_960_04), (500, 0.02), (29_999, 0.02), (30_000, 0.002)] {
+            assert!((schedule.lr_at(step) - lr).abs() < 1e-12, "{step}: {}", schedule.lr_at(step));
+        }
+    }
+
+    #[test]
+    fn a_cosine_is_torch_s() {
+        let schedule = Schedule { peak: 0.02, warmup: Warmup::NONE, decay: Decay::Cosine { steps: 9 } };
+        let expected: Vec<f64> = serde_json::from_str(include_str!("../../../tests/golden/training/cosine.json")).unwrap();
+        for (step, lr) in expected.into_iter().enumerate() {
+            assert!((schedule.lr_at(step as u32) - lr).abs() < 1e-12, "{step}");
+        }
+        let warmed_up = Schedule { warmup: Warmup::FromThousandth { steps: 5.0 }, ..schedule };
+        assert!((warmed_up.lr_at(5) - 0.02).abs() < 1e-12);
+    }
+
+    #[test]
+    fn the_first_part_of_a_warm_up_is_that_of_step_0() {
+        let schedule = Schedule { peak: 1.0, warmup: Warmup::FromFirstPart { steps: 4.0 }, decay: Decay::Constant };
+        for (step, lr) in [(0, 0.25), (1, 0.5), (3, 1.0), (4, 1.0), (400, 1.0)] {
+            assert!((schedule.lr_at(step) - lr).abs() < 1e-12, "{step}");
+        }
+    }
+}
