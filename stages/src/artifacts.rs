@@ -1,4 +1,4 @@
-//! What lies at the ports of stages: one type a kind, opened from the port's files.
+//! The kinds of inputs and outputs: one type for each, opened from the port's files.
 //!
 //! | kind | files | readers |
 //! |---|---|---|
@@ -10,12 +10,12 @@
 //! | `proposals`, `detections` | Parquet | [`Proposals`], [`Detections`] |
 //! | `checkpoint` | weights of a CLIP or a detector in any published layout; a folder of one such file and its config files | [`CheckpointFile`] |
 //! | `prompts` | class embeddings, safetensors | [`Prompts`] |
-//! | `published-prompts` | class embeddings as others publish them, `.pth` | [`PublishedPrompts`] |
+//! | `published-prompts` | class embeddings in published formats, `.pth` | [`PublishedPrompts`] |
 //! | `image-features`, `region-features` | Arrow shards | [`ImageFeatures`], [`RegionFeatures`] |
-//! | `feature-files` | the same as OADP keeps them: a folder of `{id:012}.pth` | [`FeatureFiles`] |
+//! | `feature-files` | features in the format of OADP: a folder of `{id:012}.pth` | [`FeatureFiles`] |
 //! | `crops` | an Arrow shard of encoded images | [`Crops`] |
 //! | `evaluation` | json | [`EvaluationFile`] |
-//! | `results` | detections as COCO and LVIS have them, json | [`ResultsFile`] |
+//! | `results` | detections in the results format of COCO and LVIS, json | [`ResultsFile`] |
 
 mod curve;
 pub(crate) mod feature_files;
@@ -58,10 +58,10 @@ use crate::{
     ports::{last_file, only_file},
 };
 
-/// Reads an object of json.
+/// Reads a json object.
 fn read_json<T: DeserializeOwned>(file: &InputFile) -> Result<T> {
     let bytes = file.read()?;
-    // Serde would take a list for the fields in their order.
+    // Serde would accept a list as the fields in order.
     if json::parse::<IgnoredAny>(&bytes).is_ok() && !json::without_mark(&bytes).trim_ascii_start().starts_with(b"{") {
         return Err(malformed(&file.path, "expected an object, found another value"));
     }
@@ -76,7 +76,7 @@ pub(crate) fn read_weights(file: &InputFile) -> Result<Checkpoint> {
 /// A COCO or LVIS json, not yet read.
 #[derive(Debug, Clone)]
 pub struct AnnotationFile {
-    /// Where it lies, and what it is to hold.
+    /// The file.
     pub file: InputFile,
 }
 
@@ -126,7 +126,7 @@ impl Artifact for Classes {
 }
 
 impl Classes {
-    /// Category ids of some classes, by name.
+    /// The category ids of classes, in their order. Fails if the annotations lack a class.
     pub(crate) fn category_ids<'a>(annotations: &Annotations, classes: impl Iterator<Item = &'a String>) -> Result<Vec<CategoryId>> {
         let id = |name: &String| {
             let found = annotations.categories.iter().find(|category| category.name == *name);
@@ -140,22 +140,22 @@ impl Classes {
     }
 }
 
-/// The names of some categories.
+/// The names of categories, by id.
 pub(crate) fn category_names(annotations: &Annotations, ids: &[CategoryId]) -> BTreeMap<CategoryId, String> {
     ids.iter().filter_map(|id| Some((*id, annotations.category(*id)?.name.clone()))).collect()
 }
 
-/// One image of a web set with the text found beside it.
+/// One image of a web data set with its alt text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Caption {
     /// The image's name in the `images` artifact that goes with it.
     pub file: String,
-    /// The text, as found.
+    /// The text, unchanged.
     pub text: String,
 }
 
-/// Images with alt text: one json object `{"file", "text"}` a line.
+/// Images with alt text: one json object `{"file", "text"}` per line.
 #[derive(Debug, Clone)]
 pub struct Captions(pub Vec<Caption>);
 
@@ -197,7 +197,7 @@ impl Artifact for MmdetProposals {
 }
 
 impl MmdetProposals {
-    /// Where it lies.
+    /// The path of the file.
     pub fn path(&self) -> &Path {
         &self.file.path
     }
@@ -211,7 +211,7 @@ impl MmdetProposals {
 /// A checkpoint of a CLIP or a detector, not yet read.
 #[derive(Debug, Clone)]
 pub struct CheckpointFile {
-    /// Where its weights lie, and what they are to be.
+    /// The file of weights.
     pub file: InputFile,
     /// The config files of a folder: see [`FILES`].
     pub configs: Vec<InputFile>,
@@ -224,7 +224,7 @@ impl Artifact for CheckpointFile {
 
     fn open(files: &[InputFile]) -> Result<Self> {
         let refused = |problem: String, hint: &str| Err(Error::Input { port: Self::KIND, problem, hint: hint.into() });
-        // Of an archive there is one, and beside it the storages that it describes.
+        // An unpacked archive has one, beside the storages that it describes.
         let pickle = files.iter().find(|file| file.path.ends_with("data.pkl") && files.len() > 1);
         if let Some(folder) = pickle.and_then(|pickle| pickle.path.parent())
             && files.iter().any(|file| file.path.parent() == Some(&folder.join("data")))
@@ -246,7 +246,7 @@ impl Artifact for CheckpointFile {
                 let is_called_so =
                     |file: &&InputFile| extension(file).is_some_and(|extension| Self::EXTENSIONS.contains(&extension.as_str()));
                 let called_so: Vec<&InputFile> = files.iter().filter(is_called_so).collect();
-                // Trainers have names of their own: `model.pth.tar-50`.
+                // Trainers use names of their own: `model.pth.tar-50`.
                 if called_so.is_empty() {
                     files.iter().filter(|file| file.begin(64).is_ok_and(|head| Checkpoint::may_begin(&head))).collect()
                 } else {
@@ -267,9 +267,9 @@ impl Artifact for CheckpointFile {
     }
 }
 
-/// What a training continues from, besides its weights.
+/// The state from which a training continues, besides its weights.
 pub struct TrainingState {
-    /// Where it lies, and what it is to hold: safetensors.
+    /// The file, safetensors.
     pub file: InputFile,
 }
 
@@ -285,7 +285,7 @@ impl Artifact for TrainingState {
 
 /// The name of a file of class embeddings.
 pub(crate) const PROMPTS_FILE: &str = "prompts.safetensors";
-/// What files call the rows of class embeddings.
+/// The name of the rows of class embeddings in files.
 pub(crate) const EMBEDDINGS: &str = "embeddings";
 
 /// Class embeddings.
@@ -293,11 +293,11 @@ pub(crate) const EMBEDDINGS: &str = "embeddings";
 pub struct Prompts {
     /// Class names, in the order of the rows.
     pub names: Vec<String>,
-    /// f32 `[K, D]`; whether rows have unit norm is the recipe's affair.
+    /// f32 `[K, D]`; of unit norm or not.
     pub embeddings: Tensor,
-    /// How cosines to them become logits, where that was learned with them.
+    /// How cosines become logits, if that was learned with the embeddings.
     pub scale: Option<LogitScale>,
-    /// Which CLIP made them, where that is known.
+    /// The CLIP that made them, if known.
     pub clip: Option<Space>,
 }
 
@@ -314,11 +314,11 @@ impl Artifact for Prompts {
 
 /// A `.pth` file of class embeddings as OADP and DetPro publish them, not yet read.
 ///
-/// A dict: `embeddings` `[K, D]`, `names` (a list of K texts), and where they were learned `scaler` and `bias`, one number each; or
-/// `[K, D]` alone, whose rows are named elsewhere.
+/// A dict: `embeddings` `[K, D]`, `names` (a list of K texts), and, if they were learned, `scaler` and `bias`, one number each; or only
+/// a tensor `[K, D]`, whose rows are named elsewhere.
 #[derive(Debug, Clone)]
 pub struct PublishedPrompts {
-    /// Where it lies, and what it is to hold.
+    /// The file.
     pub file: InputFile,
 }
 
@@ -333,7 +333,8 @@ impl Artifact for PublishedPrompts {
 }
 
 impl Prompts {
-    /// Embeddings of any floating kind, one row a name. Fails where they do not fit the names, are no numbers, or a name occurs twice.
+    /// Takes embeddings of any floating kind, one row per name. Fails if rows and names differ in number, a number is not finite, a row is
+    /// zero, or a name occurs twice.
     pub(crate) fn new(names: Vec<String>, embeddings: &Tensor, scale: Option<LogitScale>) -> Result<Self, String> {
         let (kind, size) = (embeddings.kind(), embeddings.size());
         let is_floating = matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double);
@@ -354,8 +355,7 @@ impl Prompts {
         Ok(Self { names, embeddings, scale, clip: None })
     }
 
-    /// What a file holds: `embeddings`, and where they were learned `scaler` and `bias`; in the metadata `names`, a JSON list, and
-    /// `ovenbird.clip`, where it is known.
+    /// Reads `embeddings`, and `scaler` and `bias` if present; from the metadata `names`, a JSON list, and `ovenbird.clip` if present.
     pub(crate) fn of(checkpoint: &Checkpoint) -> Result<Self, String> {
         let text = |name: &str| checkpoint.metadata().get(name);
         let names = text("names").and_then(|names| serde_json::from_str::<Vec<String>>(names).ok());
@@ -380,7 +380,7 @@ impl Prompts {
         Ok(Self { clip: Space::read(text(SPACE_KEY))?, ..Self::new(names, embeddings, scale)? })
     }
 
-    /// Every tensor by the name that files have for it.
+    /// The tensors by their names in files.
     pub(crate) fn tensors(&self) -> BTreeMap<String, Tensor> {
         let mut tensors = BTreeMap::from([(EMBEDDINGS.to_owned(), self.embeddings.shallow_clone())]);
         match self.scale {
@@ -417,7 +417,7 @@ impl Prompts {
         draft.write_tensors(port, PROMPTS_FILE, &tensors, &metadata)
     }
 
-    /// The rows of some classes, f32 `[K, D]`, in the order asked for. A missing name is an error.
+    /// The rows of these classes, f32 `[K, D]`, in this order. Fails if a name is missing.
     pub fn select(&self, names: &[String]) -> Result<Tensor> {
         let row = |name: &String| {
             self.names.iter().position(|known| known == name).map(|row| row as i64).ok_or_else(|| Error::Input {
@@ -451,10 +451,10 @@ impl Artifact for EvaluationFile {
     }
 }
 
-/// A results file of COCO and LVIS, for the programs of others; no stage reads it.
+/// A results file of COCO and LVIS for other programs; no stage reads it.
 #[derive(Debug, Clone)]
 pub struct ResultsFile {
-    /// Where it lies, and what it is to hold.
+    /// The file.
     pub file: InputFile,
 }
 

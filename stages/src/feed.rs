@@ -1,6 +1,6 @@
-//! Work that overlaps: threads prepare jobs ahead of one consumer, who takes the results in order.
+//! Threads prepare jobs ahead of one consumer, which takes the results in order.
 //!
-//! Jobs have a weight in bytes; no more than a stated room is ahead of the consumer, whatever the number of jobs and threads.
+//! Jobs have a weight in bytes; the jobs ahead of the consumer weigh no more than a given limit, regardless of the number of threads.
 
 use std::{
     collections::BTreeMap,
@@ -13,23 +13,23 @@ use std::{
 
 use crate::Result;
 
-/// What threads and consumer share.
+/// The state that threads and consumer share.
 struct Line<F, O> {
     /// Gives the next job with its weight.
     next: F,
     n_issued: u64,
-    /// Weight of the jobs that are issued and not taken.
+    /// Weight of the jobs that are issued and not consumed.
     ahead: usize,
     /// Results that wait for their turn.
     ready: BTreeMap<u64, (Result<O>, usize)>,
-    /// No job is left, or nobody wants one.
+    /// No job is left, or the consumer has ended.
     is_over: bool,
     /// A thread panicked.
     is_broken: bool,
 }
 
 /// Prepares jobs on `n_threads` threads and consumes their results on this one, in the order in which `next` gives them. At most
-/// `room` bytes of jobs, and one job, are ahead of the consumer, who is also told how many of them are ready. The first failure
+/// `room` bytes of jobs, and one job, are ahead of the consumer, which is also told how many of them are ready. The first failure
 /// of `next` or of the consumer ends it.
 pub(crate) fn stream<J: Send, O: Send>(
     n_threads: usize,
@@ -79,7 +79,7 @@ pub(crate) fn stream<J: Send, O: Send>(
         for _ in 0..n_threads.max(1) {
             scope.spawn(work);
         }
-        // A consumer that panics must not leave the threads waiting: the scope joins them.
+        // If the consumer panics, the threads must end: the scope joins them.
         let alarm = Alarm(|| {
             lock(line).is_over = true;
             has_room.notify_all();
@@ -115,7 +115,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Does something where a thread unwinds.
+/// Calls a function if its thread panics.
 struct Alarm<F: Fn()>(F);
 
 impl<F: Fn()> Drop for Alarm<F> {
@@ -126,7 +126,7 @@ impl<F: Fn()> Drop for Alarm<F> {
     }
 }
 
-/// Does something with every index below `n` on `n_threads` threads; results are in order.
+/// Calls `make` with every index below `n` on `n_threads` threads; results are in order.
 pub(crate) fn in_parallel<T: Send>(n: usize, n_threads: usize, make: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
     let next = AtomicUsize::new(0);
     let worker = || -> Result<Vec<(usize, T)>> {

@@ -157,7 +157,7 @@ impl JsonSchema for Metric {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        let choice = |metric: &Metric| json_schema!({"const": metric.name, "description": metric.definition, "type": "string"});
+        let choice = |metric: &Self| json_schema!({"const": metric.name, "description": metric.definition, "type": "string"});
         json_schema!({"oneOf": METRICS.iter().map(choice).collect::<Vec<_>>()})
     }
 }

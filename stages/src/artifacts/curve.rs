@@ -1,4 +1,4 @@
-//! How a training went: a CSV of named numbers over its steps.
+//! The measurements of a training: a CSV of named numbers by step.
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
@@ -6,12 +6,12 @@ use ovenbird_cache::inputs::InputFile;
 
 use crate::{Artifact, Result, error::malformed};
 
-/// Named numbers over the steps of a training.
+/// Named numbers by step of a training.
 ///
-/// As CSV: a header `step,NAME,...`, a row for each step that was measured, ascending; a number that a step lacks is empty.
+/// As CSV: a header `step,NAME,...` and one row per measured step, ascending; a missing number is empty.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Curve {
-    /// Steps, counted from 1, with what was measured there.
+    /// Steps, counted from 1, with their measurements.
     pub rows: Vec<(u64, BTreeMap<String, f64>)>,
 }
 
@@ -20,7 +20,7 @@ impl Artifact for Curve {
     const EXTENSIONS: &'static [&'static str] = &["csv"];
     const SHAPE: &'static str = "a CSV with a header `step,NAME,...`";
 
-    /// Of a training with several checkpoints, the last one's, which is the longest.
+    /// Opens the curve of the last checkpoint, which is the longest.
     fn open(files: &[InputFile]) -> Result<Self> {
         let Some(file) = files.last() else { return Ok(Self::default()) };
         let text = String::from_utf8(file.read()?).map_err(|error| malformed(&file.path, error.to_string()))?;
@@ -29,7 +29,7 @@ impl Artifact for Curve {
 }
 
 impl Curve {
-    /// The names of everything measured, sorted.
+    /// The names of all measurements, sorted.
     pub fn names(&self) -> Vec<&str> {
         let mut names: Vec<&str> = self.rows.iter().flat_map(|(_, values)| values.keys().map(String::as_str)).collect();
         names.sort_unstable();
@@ -37,12 +37,12 @@ impl Curve {
         names
     }
 
-    /// The steps at which something was measured, with its values.
+    /// The steps that have a measurement, with its values.
     pub fn of(&self, name: &str) -> Vec<(u64, f64)> {
         self.rows.iter().filter_map(|(step, values)| Some((*step, *values.get(name)?))).collect()
     }
 
-    /// As CSV; six digits of each number.
+    /// The curve as CSV, with six digits of each number.
     pub fn to_csv(&self) -> String {
         let names = self.names();
         let mut csv = format!("step{}\n", names.iter().map(|name| format!(",{name}")).collect::<String>());

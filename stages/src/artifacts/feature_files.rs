@@ -1,10 +1,10 @@
-//! Features as the OADP reference keeps them: a folder with one `torch.save` file an image, `{id:012}.pth`.
+//! Features in the format of the OADP reference: a folder with one `torch.save` file per image, `{id:012}.pth`.
 //!
-//! Of whole images (globals) a bare tensor f16 `[D]`. Of blocks a dict of `embeddings` f16 `[N, D]` and `bboxes` f16 `[N, 4]`, xyxy in px
-//! of the original image. Of objects also `objectness` f16 `[N, 1]`. (OADP, section 1.)
+//! For whole images (globals) the file is a tensor f16 `[D]`; for blocks a dict of `embeddings` f16 `[N, D]` and `bboxes` f16 `[N, 4]`, xyxy
+//! in px of the original image; for objects the dict also has `objectness` f16 `[N, 1]`. (OADP, section 1.)
 //!
-//! What is read is checked: names, types, shapes, lengths, that numbers are finite, embeddings of unit norm (section 9, O8), boxes in
-//! their image. Files are written as PyTorch 1.6 and later read them.
+//! Reading checks names, types, shapes and lengths, that numbers are finite, that embeddings have unit norm (section 9, O8) and boxes lie in
+//! the image. PyTorch 1.6 and later can read the written files.
 
 use std::{
     collections::BTreeMap,
@@ -23,18 +23,18 @@ use tch::Kind;
 use super::features::Regions;
 use crate::{Artifact, Error, Result};
 
-/// By how much the norm of an embedding may differ from 1: f16 has three digits.
+/// The tolerance of unit norms: f16 has three digits.
 const NORM_TOLERANCE: f64 = 2e-3;
-/// How far a box may reach outside its image, in px, besides what f16 rounds: proposal networks round, too.
+/// How far a box may reach outside its image, in px, besides the rounding of f16: proposal networks round, too.
 const TOLERANCE_PX: f32 = 1.0;
-/// How many missing files a message names.
+/// The most missing files that a message names.
 const MAX_NAMED: usize = 3;
 
 const EMBEDDINGS: &str = "embeddings";
 const BOXES: &str = "bboxes";
 const OBJECTNESS: &str = "objectness";
 
-/// What a file holds of an image.
+/// The content of an image's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Holds {
     /// The whole image's embedding.
@@ -85,15 +85,14 @@ impl Artifact for FeatureFiles {
     }
 }
 
-/// What a file holds, widened, and how many numbers an embedding has.
+/// The content of a file as f32, and the dimension of its embeddings.
 pub(crate) struct Read<T> {
     pub(crate) row: T,
     pub(crate) dim: usize,
 }
 
 impl FeatureFiles {
-    /// One digest an image, in the order given: of its id, its size and its file's content. Images without a file are counted, and the
-    /// first of them named.
+    /// One digest per image, in the order given: of its id, size and file content. Fails if images have no file.
     pub(crate) fn items(&self, images: &[ImageInfo]) -> Result<Vec<Digest>> {
         let missing: Vec<String> = images.iter().map(|image| file_name(image.id)).filter(|name| !self.by_name.contains_key(name)).collect();
         if !missing.is_empty() {
@@ -115,7 +114,7 @@ impl FeatureFiles {
         Ok(images.iter().map(item).collect())
     }
 
-    /// How many files are of none of some images.
+    /// How many files belong to other images than these.
     pub(crate) fn n_others(&self, images: &[ImageInfo]) -> usize {
         self.by_name.len() - images.iter().filter(|image| self.by_name.contains_key(&file_name(image.id))).count()
     }
@@ -159,7 +158,7 @@ impl FeatureFiles {
         Ok(Read { row, dim })
     }
 
-    /// What is wrong with the file of an image.
+    /// The error that an image's file is malformed.
     pub(crate) fn malformed(&self, info: &ImageInfo, problem: String, hint: &str) -> Error {
         ovenbird_data::Error::Malformed { path: self.file(info).path.clone(), problem, hint: Some(hint.into()) }.into()
     }
@@ -187,7 +186,7 @@ impl FeatureFile<'_> {
         self.of.malformed(self.info, problem, "extract the features of this image again, or leave it out: `on_bad_item: skip`")
     }
 
-    /// The numbers of a tensor f16 of a shape, whose lengths may be any where none is given.
+    /// The numbers of an f16 tensor of this shape; `None` stands for any length.
     fn numbers(&self, name: &str, shape: &[Option<i64>]) -> Result<Vec<f32>> {
         let Array { kind, shape: found, bytes } = &self.arrays[name];
         let fits = found.len() == shape.len() && shape.iter().zip(found).all(|(expected, found)| expected.is_none_or(|n| n == *found));
@@ -216,13 +215,13 @@ impl FeatureFile<'_> {
     }
 }
 
-/// By how much f16 may have moved a corner within an image, in px, and by how much proposal networks do.
+/// The tolerance of box corners in an image, in px: rounding of f16 and of proposal networks.
 pub(crate) fn slack_px([width, height]: [u32; 2]) -> f32 {
-    // Half of the last of eleven bits.
+    // f16 has eleven bits: half of the last one.
     TOLERANCE_PX + width.max(height) as f32 / 2048.0
 }
 
-/// What is wrong with boxes, the first of which is row `first`; nothing, if every one lies in its image and is not inside out.
+/// Describes the first box that leaves the image or is inside out; `None` if there is none. `first`: the row of the first box.
 pub(crate) fn box_problem(boxes: &[Xyxy], first: usize, size: [u32; 2]) -> Option<String> {
     let slack = slack_px(size);
     let [width, height] = size.map(|side| side as f32 + slack);
@@ -239,12 +238,12 @@ pub(crate) fn box_problem(boxes: &[Xyxy], first: usize, size: [u32; 2]) -> Optio
     })
 }
 
-/// Writes the file of a whole image. Fails for numbers that f16 does not hold, and where `out` does.
+/// Writes the file of a whole image. Fails for numbers beyond the range of f16.
 pub(crate) fn write_global(embedding: &[f32], out: impl Write) -> io::Result<()> {
     write_torch(&Saved::Array(&halves(BARE_TENSOR, embedding, &[embedding.len()])?), out)
 }
 
-/// Writes the file of an image's regions, whose embeddings have `dim` numbers. Fails as [`write_global`].
+/// Writes the file of an image's regions, whose embeddings have `dim` numbers. Fails for numbers beyond the range of f16.
 pub(crate) fn write_regions(regions: &Regions, dim: usize, holds: Holds, out: impl Write) -> io::Result<()> {
     let n = regions.boxes.len();
     let corners: Vec<f32> = regions.boxes.iter().flat_map(|xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2]).collect();

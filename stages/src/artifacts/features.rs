@@ -1,13 +1,13 @@
 //! CLIP features and image crops in Arrow shards.
 //!
-//! `image-features`: `image_id` u64, `embedding` `[D]`. `region-features`: one row an image: `image_id` u64, `width_px` and
+//! `image-features`: `image_id` u64, `embedding` `[D]`. `region-features`: one row per image: `image_id` u64, `width_px` and
 //! `height_px` u32 of the original image, and lists of equal length: `embedding` `[N, D]`, `xyxy` f32 `[N, 4]` px of the
-//! original image, `objectness` f32 `[N]`. `crops`: one row an object: `image_id` u64, `annotation_id` u64, `category_id` u64,
+//! original image, `objectness` f32 `[N]`. `crops`: one row per object: `image_id` u64, `annotation_id` u64, `category_id` u64,
 //! `jpeg` bytes.
 //!
 //! Embeddings are f16 unless a parameter says otherwise. Arrow has no bf16: it is stored as u16 in a field whose metadata
 //! says `ovenbird.bf16`. A record batch holds [`ROWS_PER_BATCH`] rows. The schema's metadata says which [`Space`] embeddings are of
-//! (`ovenbird.clip`), where that is known.
+//! (`ovenbird.clip`), if known.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -114,7 +114,7 @@ pub struct ImageFeaturesWriter {
 }
 
 impl ImageFeaturesWriter {
-    /// Begins the shard of a unit with embeddings of `dim` numbers, of a space that may be unknown.
+    /// Begins the shard of a unit with embeddings of `dim` numbers, of the embedding space `clip`, if known.
     pub fn new(file: DraftFile, unit: &Fingerprint, dtype: Dtype, dim: usize, clip: Option<Space>) -> Result<Self> {
         let schema = Schema::new(vec![
             Field::new("image_id", DataType::UInt64, false),
@@ -150,7 +150,7 @@ impl ImageFeaturesWriter {
     }
 }
 
-/// One embedding an image.
+/// One embedding per image.
 #[derive(Debug, Clone)]
 pub struct ImageFeatures {
     shards: Vec<InputFile>,
@@ -172,7 +172,7 @@ impl ImageFeatures {
         rows_of(&self.shards, image_rows)
     }
 
-    /// Which CLIP made them, where that is known.
+    /// The CLIP that made them, if known.
     pub fn clip(&self) -> Result<Option<Space>> {
         clip_of(&self.shards)
     }
@@ -218,7 +218,7 @@ impl<'a> Places<'a> {
         Ok(Self { shards: files.iter().map(open).collect::<Result<_>>()? })
     }
 
-    /// One digest a row, of its shard's content and its place in it; no row is read.
+    /// One digest per row, of its shard's content and its place in it. Reads no row.
     pub(crate) fn items(&self) -> Vec<Digest> {
         let of_shard = |(file, shard): &(&InputFile, ShardReader)| {
             let digest = file.digest;
@@ -308,7 +308,7 @@ pub(crate) enum RowWriter {
 }
 
 impl RowWriter {
-    /// Begins the shard of a unit with embeddings of `dim` numbers, where its rows have any, of a space that may be unknown.
+    /// Begins the shard of a unit with embeddings of `dim` numbers, where its rows have any, of the embedding space `clip`, if known.
     pub(crate) fn new(kind: RowKind, file: DraftFile, unit: &Fingerprint, dim: usize, clip: Option<Space>) -> Result<Self> {
         Ok(match kind {
             RowKind::Image(dtype) => Self::Image(ImageFeaturesWriter::new(file, unit, dtype, dim, clip)?),
@@ -451,7 +451,7 @@ pub struct RegionFeaturesWriter {
 }
 
 impl RegionFeaturesWriter {
-    /// Begins the shard of a unit with embeddings of `dim` numbers, of a space that may be unknown.
+    /// Begins the shard of a unit with embeddings of `dim` numbers, of the embedding space `clip`, if known.
     pub fn new(file: DraftFile, unit: &Fingerprint, dtype: Dtype, dim: usize, clip: Option<Space>) -> Result<Self> {
         let schema = Schema::new(vec![
             Field::new("image_id", DataType::UInt64, false),
@@ -543,7 +543,7 @@ impl RegionFeatures {
         rows_of(&self.shards, region_rows)
     }
 
-    /// Which CLIP made them, where that is known.
+    /// The CLIP that made them, if known.
     pub fn clip(&self) -> Result<Option<Space>> {
         clip_of(&self.shards)
     }
@@ -577,7 +577,7 @@ pub(crate) struct ByImage<R> {
 }
 
 impl<R> ByImage<R> {
-    /// Every batch is checked once; what is not asked for stays in the file.
+    /// Checks every batch once, and indexes the images. Rows are read later, when they are asked for.
     fn of(shards: &[InputFile], read: fn(&Path, &RecordBatch) -> Result<Vec<R>>) -> Result<Self> {
         let batches = batches(shards).collect::<Result<Vec<_>>>()?;
         let mut places = BTreeMap::new();

@@ -1,8 +1,8 @@
-//! A folder of images, and how the names in annotations find its files.
+//! A folder of images, whose files are found by the names in annotations.
 //!
-//! A name is that of the path below the folder. Tools spell it otherwise: with `\`, as an address (`%20`), in another Unicode form, with
-//! `./` before it. Where no file has the name as it is, the one file that it can only mean is taken; where several can be meant, or two
-//! spellings mean one file, they are named.
+//! A name is the file's path below the folder. Some tools spell it differently: with `\`, percent-encoded (`%20`), in another Unicode form,
+//! with a leading `./`. If no file has exactly this name, the file with an equivalent name is used. Two files with equivalent names, or two
+//! spellings of one file, are an error that names them.
 
 use std::{
     collections::BTreeMap,
@@ -30,10 +30,10 @@ const MAX_NAMED: usize = 3;
 #[derive(Debug)]
 pub struct Images {
     by_name: BTreeMap<String, InputFile>,
-    /// The names of all files by what they come to, however they are spelled. Made when a name is not found as it is.
+    /// The names of all files by their normal form. Made when a name is first not found exactly.
     by_meaning: OnceLock<BTreeMap<String, Vec<String>>>,
-    /// Images whose EXIF orientation their size does not tell, until they are said: how many, and the first. Threads that decode wait for
-    /// each other, for no longer than counting takes.
+    /// Images with an EXIF orientation that their size does not reveal, since the last remark: how many, and the first. The decoding threads
+    /// lock it only to count.
     turned: Mutex<(usize, Option<String>)>,
 }
 
@@ -51,15 +51,15 @@ impl Artifact for Images {
 /// How a name found its file.
 #[derive(Debug, PartialEq, Eq)]
 enum Found<'a> {
-    /// As it is, or as another spelling of the same path.
+    /// By its exact name, or another spelling of the same path.
     Same(&'a str),
-    /// As the only one that it can mean.
+    /// By an equivalent name.
     Meant(&'a str),
     Nothing,
 }
 
 impl Images {
-    /// The content digest of an image, or of its absence.
+    /// The content digest of an image; a missing image has a digest of its own.
     pub fn digest(&self, file_name: &str) -> Result<Digest> {
         Ok(match self.find(file_name)? {
             Found::Same(name) | Found::Meant(name) => self.by_name[name].digest,
@@ -67,7 +67,7 @@ impl Images {
         })
     }
 
-    /// The file of an image. Fails when the folder has no such file.
+    /// The file of an image. Fails if the folder has none.
     pub fn file(&self, file_name: &str) -> Result<&InputFile> {
         match self.find(file_name)? {
             Found::Same(name) | Found::Meant(name) => Ok(&self.by_name[name]),
@@ -77,12 +77,12 @@ impl Images {
                     Some(what) => format!("expected an image, found {what}"),
                     None => format!("not in the folder of images ({} files)", self.by_name.len()),
                 },
-                hint: Some(format!("{FOLDER_HINT}, or leave it out: `on_bad_item: skip`")),
+                hint: Some(format!("{FOLDER_HINT}, or skip it: `on_bad_item: skip`")),
             })),
         }
     }
 
-    /// What lies at a name and is no file, in words.
+    /// Describes an entry with this name that is no regular file.
     fn stray(&self, file_name: &str) -> Option<&'static str> {
         let (name, file) = self.by_name.first_key_value()?;
         let folder = file.path.ancestors().nth(Path::new(name).components().count())?;
@@ -134,7 +134,7 @@ impl Images {
         self.decode_with(file_name, stated, |bytes, path| Image::decode_sized(bytes, path, stated))
     }
 
-    /// As [`Self::decode_sized`], at a part of its size where that leaves its shorter side long enough: see [`Image::decode_draft`].
+    /// As [`Self::decode_sized`], but at a fraction of its size if its shorter side is then still long enough: see [`Image::decode_draft`].
     pub(crate) fn decode_draft(&self, file_name: &str, stated: [u32; 2], least_side: u32) -> Result<Image> {
         self.decode_with(file_name, stated, |bytes, path| Image::decode_draft(bytes, path, stated, least_side))
     }
@@ -151,7 +151,7 @@ impl Images {
         if is_turned_in_place(&bytes, stated) {
             let mut turned = self.turned.lock().unwrap_or_else(PoisonError::into_inner);
             turned.0 += 1;
-            // The first by name, whichever thread came first.
+            // The first by name, so that the order of threads does not matter.
             if turned.1.as_deref().is_none_or(|first| file_name < first) {
                 turned.1 = Some(file_name.to_owned());
             }
@@ -159,7 +159,7 @@ impl Images {
         Ok(image)
     }
 
-    /// One digest an image of some annotations, in ascending id: of its id, the size that is stated, and its content or absence.
+    /// One digest per annotated image, in ascending id: of its id, its annotated size, and its content or absence.
     pub(crate) fn items(&self, annotations: &Annotations) -> Result<Vec<Digest>> {
         let item = |image: &ImageInfo| {
             let stated = format!("{} {}x{}", image.id, image.width, image.height);
@@ -168,8 +168,8 @@ impl Images {
         annotations.images.iter().map(item).collect()
     }
 
-    /// Looks for some images before the work begins: says which are found by another spelling, and fails where two spellings mean one
-    /// file, or where some are not there and the stage's policy is not to leave them out.
+    /// Finds the files of images before the work begins, and notes which are found by another spelling. Fails if two spellings mean one file,
+    /// or if images are missing and the stage's policy is not to skip them.
     pub(crate) fn look_for<'a>(&self, images: impl IntoIterator<Item = &'a ImageInfo>, cx: &Context<'_>) -> Result<()> {
         let (mut n_images, mut missing, mut meant) = (0_usize, Vec::new(), Vec::new());
         let mut asked: BTreeMap<&str, &str> = BTreeMap::new();
@@ -199,7 +199,7 @@ impl Images {
             let n_missing = missing.len();
             let n_files = self.by_name.len();
             let problem = format!("{n_missing} of {n_images} images are not in the folder ({n_files} files): {}", listed(&missing));
-            let hint = format!("{FOLDER_HINT}, or leave these out: `on_bad_item: skip`");
+            let hint = format!("{FOLDER_HINT}, or skip them: `on_bad_item: skip`");
             return Err(Error::Input { port: Self::KIND, problem, hint });
         }
         if let Some((asked, name)) = meant.first() {
@@ -211,12 +211,12 @@ impl Images {
         Ok(())
     }
 
-    /// What to say of the images that were decoded since it was last asked.
+    /// A remark on the images that were decoded since the last call, if there is something to say.
     pub(crate) fn remarks(&self) -> Option<String> {
         let (n_turned, first) = std::mem::take(&mut *self.turned.lock().unwrap_or_else(PoisonError::into_inner));
         Some(format!(
-            "{n_turned} images, `{}` among them, have an EXIF orientation by which viewers turn them and which their size does not tell: they \
-             are taken as they are stored, and boxes must be meant so",
+            "{n_turned} images, `{}` among them, have an EXIF orientation that viewers apply and that their size does not reveal: they are used \
+             as stored, and boxes must refer to the stored orientation",
             first?
         ))
     }
@@ -232,7 +232,7 @@ fn listed(names: &[impl AsRef<str>]) -> String {
     format!("{}{more}", named.join(", "))
 }
 
-/// A path without `.`, `..` and empty parts; `None` where it leads out of its folder.
+/// The path without `.`, `..` and empty parts; `None` if it leads out of its folder.
 fn plain_path(name: &str) -> Option<String> {
     let mut parts = Vec::new();
     for part in name.split('/') {
@@ -245,13 +245,13 @@ fn plain_path(name: &str) -> Option<String> {
     Some(parts.join("/"))
 }
 
-/// What all spellings of a name have in common; `None` for what leads out of its folder.
+/// The normal form of a name, equal for all its spellings; `None` if it leads out of its folder.
 fn meaning(name: &str) -> Option<String> {
     let decoded = percent_decoded(name).unwrap_or_else(|| name.to_owned());
     plain_path(&decoded.replace('\\', "/")).map(|path| path.nfc().collect())
 }
 
-/// `%20` as the byte it stands for; `None` where there is nothing to decode, or what comes out is no text.
+/// Decodes percent-encoding; `None` if there is none, or the result is not UTF-8.
 fn percent_decoded(name: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(name.len());
     let mut rest = name.as_bytes();

@@ -1,10 +1,10 @@
 //! Parquet tables with zstd: proposals and detections.
 //!
-//! Both hold one row a box, grouped by image in ascending id: `image_id` u64, [`category_id` u64,] `x1 y1 x2 y2` f32 in px
+//! Both have one row per box, grouped by image in ascending id: `image_id` u64, [`category_id` u64,] `x1 y1 x2 y2` f32 in px
 //! of the original image, `score` f32[, `mask` utf8, null or `WIDTHxHEIGHT:` and COCO's packed run lengths]. An image without a box has
 //! one row with nulls; in a table of detections these rows come last. The version is in the file's key-value metadata: 1, and for
 //! detections 2, which also has the names of the categories there, as JSON by id. In tables of detections of version 1 images without a
-//! box have no row, so that nobody can tell which were looked at.
+//! box have no row, so it is unknown which images were processed.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -48,7 +48,7 @@ const FORMAT_KEY: &str = "ovenbird.table";
 const PROPOSALS_FORMAT: u32 = 1;
 const DETECTIONS_FORMAT: u32 = 2;
 const CATEGORIES_KEY: &str = "ovenbird.categories";
-/// Rows that are read at once.
+/// Rows per read.
 const BATCH_ROWS: usize = 1 << 16;
 
 /// Class-agnostic boxes of every image, best first.
@@ -85,7 +85,7 @@ impl Artifact for Proposals {
 }
 
 impl Proposals {
-    /// The proposals of some images, in their order. Fails where an image has no entry.
+    /// The proposals of these images, in their order. Fails if an image has no entry.
     pub(crate) fn of_images<'a>(mut self, images: impl IntoIterator<Item = &'a ImageInfo>) -> Result<Vec<Vec<Proposal>>> {
         let of_image = |image: &ImageInfo| {
             self.by_image.remove(&image.id).ok_or_else(|| Error::Input {
@@ -117,7 +117,7 @@ impl Proposals {
     }
 }
 
-/// Scored boxes with their classes, and masks where a detector draws some; not yet read.
+/// Scored boxes with their classes, and masks if the detector predicts them; not yet read.
 #[derive(Debug, Clone)]
 pub struct Detections {
     files: Vec<InputFile>,
@@ -134,12 +134,12 @@ impl Artifact for Detections {
 }
 
 impl Detections {
-    /// Reads them piece by piece, in the files' order. An image whose rows lie together is in one piece.
+    /// Reads them piece by piece, in the files' order. An image with consecutive rows is in one piece.
     pub fn pieces(&self) -> impl Iterator<Item = Result<Vec<Detection>>> {
         Pieces { files: self.files.iter(), table: None, begun: Vec::new() }
     }
 
-    /// The images that were looked at, whether or not something was found there; `None` for tables that do not say.
+    /// The images that were processed, with or without detections; `None` for tables of version 1.
     pub fn looked_at(&self) -> Result<Option<BTreeSet<ImageId>>> {
         let mut looked_at = BTreeSet::new();
         for file in &self.files {
@@ -154,7 +154,7 @@ impl Detections {
         Ok(Some(looked_at))
     }
 
-    /// The names of the categories that were looked for, by id; `None` for tables that do not say. Fails where tables differ in a name.
+    /// The names of the detector's categories, by id; `None` for tables of version 1. Fails if tables differ in a name.
     pub fn categories(&self) -> Result<Option<BTreeMap<CategoryId, String>>> {
         let mut categories: BTreeMap<CategoryId, String> = BTreeMap::new();
         for file in &self.files {
@@ -174,7 +174,7 @@ impl Detections {
 
     /// Writes a table and finishes the file. Masks have a column of their own only if there are some.
     ///
-    /// `looked_at`: the images of the detections, and those in which nothing was found. `categories`: the names of what was looked for.
+    /// `looked_at`: all processed images, with or without detections. `categories`: the names of the detector's categories.
     pub fn write(
         detections: &[Detection],
         looked_at: &BTreeSet<ImageId>,
@@ -207,7 +207,7 @@ impl Detections {
 struct Pieces<'a> {
     files: slice::Iter<'a, InputFile>,
     table: Option<Table<'a>>,
-    /// Rows that are read, of which those of the last image may go on.
+    /// Rows that are read; the last image may have more.
     begun: Vec<Detection>,
 }
 
@@ -274,7 +274,7 @@ fn box_columns(boxes: &[Option<(Xyxy, f32)>]) -> [(&'static str, ArrayRef); 5] {
     ]
 }
 
-/// Fails where a box or a score is no number.
+/// Fails if a box or a score is not finite.
 fn check_numbers(boxes: &[Option<(Xyxy, f32)>]) -> Result<()> {
     let is_sound = |(Xyxy { x1, y1, x2, y2 }, score): &(Xyxy, f32)| [x1, y1, x2, y2, score].into_iter().all(|number| number.is_finite());
     match boxes.iter().flatten().find(|row| !is_sound(row)) {
@@ -313,7 +313,7 @@ struct Table<'a> {
     /// Names by id, JSON.
     categories: Option<String>,
     batches: ParquetRecordBatchReader,
-    /// What is still to be asked at the end.
+    /// The check that the file did not change, made at the end.
     checked: Option<Checked<'a>>,
 }
 
