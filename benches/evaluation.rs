@@ -187,7 +187,7 @@ fn write_detections(set: &Set, folder: &Path) {
             }
         }
         let recipe = Recipe { kind: "detector/test".into(), version: 1, params: json!({"part": part}), inputs: BTreeMap::new() };
-        let key = UnitKey { kind: recipe.kind.clone(), fingerprint: recipe.fingerprint(), family: None };
+        let key = UnitKey { kind: recipe.kind.clone(), fingerprint: recipe.fingerprint(), item_key: None };
         let draft = store.begin_unit(&key).unwrap();
         let file = draft.create("detections/detections.parquet").unwrap();
         let path = file.path().to_owned();

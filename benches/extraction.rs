@@ -230,7 +230,7 @@ fn end_to_end(folder: &Path, stages: &[(&str, &Value)], precision: &str, n_image
     let listed = |index: usize| json!({"id": index + 1, "file_name": format!("{index:06}.jpg"), "width": SIZE[0], "height": SIZE[1]});
     let listed: Vec<Value> = (0..n_images).map(listed).collect();
     fs::write(folder.join("annotations.json"), json!({"images": listed, "annotations": [], "categories": []}).to_string()).unwrap();
-    let key = UnitKey { kind: "bench/proposals".into(), fingerprint: Digest::of(b"proposals").to_hex().parse().unwrap(), family: None };
+    let key = UnitKey { kind: "bench/proposals".into(), fingerprint: Digest::of(b"proposals").to_hex().parse().unwrap(), item_key: None };
     let draft = store.begin_unit(&key).unwrap();
     proposals(n_images, per_image).write(draft.create("proposals/proposals.parquet").unwrap()).unwrap();
     let record = store.commit_unit(draft, key, &[], BTreeMap::new()).unwrap();

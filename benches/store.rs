@@ -103,7 +103,7 @@ fn one_file_an_image(folder: &Path, scanned_per_s: f64) {
 /// An artifact of `clip/globals` with rows of unit norm, published as the program would; and how long writing took, in s.
 fn made(folder: &Path, store: &Store, n_items: usize) -> (Vec<UnitRecord>, f64) {
     let recipe = recipe(folder);
-    let family = Some(recipe.fingerprint());
+    let item_key = Some(recipe.fingerprint());
     let mut random = ChaCha8Rng::seed_from_u64(3);
     let row: Vec<f32> = (0..DIM).map(|_| random.random_range(-1.0..1.0)).collect();
     let norm = row.iter().map(|number| number * number).sum::<f32>().sqrt();
@@ -113,7 +113,7 @@ fn made(folder: &Path, store: &Store, n_items: usize) -> (Vec<UnitRecord>, f64) 
     for first in (0..n_items).step_by(ROWS) {
         let items: Vec<Digest> = (first..n_items.min(first + ROWS)).map(|item| Digest::of(&item.to_le_bytes())).collect();
         let fingerprint = recipe.fingerprint().part("bench", &(first as u64).to_le_bytes());
-        let key = UnitKey { kind: recipe.kind.clone(), fingerprint, family };
+        let key = UnitKey { kind: recipe.kind.clone(), fingerprint, item_key };
         let draft = store.begin_unit(&key).unwrap();
         let mut shard =
             ImageFeaturesWriter::new(draft.create("features/globals.arrow").unwrap(), &fingerprint, Dtype::F16, DIM, None).unwrap();
@@ -335,7 +335,7 @@ fn overhead(folder: &Path) {
     let make = |n: usize| {
         let clock = Instant::now();
         for unit in &units[..n] {
-            let key = UnitKey { kind: recipe.kind.clone(), fingerprint: unit.fingerprint, family: None };
+            let key = UnitKey { kind: recipe.kind.clone(), fingerprint: unit.fingerprint, item_key: None };
             drop(store.commit_unit(store.begin_unit(&key).unwrap(), key, &[], BTreeMap::new()).unwrap());
         }
         clock.elapsed().as_secs_f64() / n as f64 * 1e6
@@ -343,7 +343,7 @@ fn overhead(folder: &Path) {
     println!("publishing an empty unit: {:.0} us", make(10_000));
     let n_shards = 100_000.min(units.len());
     for unit in &units[10_000..n_shards] {
-        let key = UnitKey { kind: recipe.kind.clone(), fingerprint: unit.fingerprint, family: None };
+        let key = UnitKey { kind: recipe.kind.clone(), fingerprint: unit.fingerprint, item_key: None };
         drop(store.commit_unit(store.begin_unit(&key).unwrap(), key, &[], BTreeMap::new()).unwrap());
     }
     let clock = Instant::now();

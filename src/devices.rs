@@ -25,7 +25,7 @@ impl Demand {
 
     /// The demand of a step that is about to start. Units that hold items are shared among devices; other steps run on one.
     pub(crate) fn of(step: &Step, work: &Work) -> Self {
-        let is_shared = work.units.first().is_some_and(|unit| unit.family.is_some());
+        let is_shared = work.units.first().is_some_and(|unit| unit.item_key.is_some());
         match step.resources.gpu {
             _ if !step.entry.uses_device => Self::NONE,
             0 if is_shared => Self { least: 1, most: work.missing.len().max(1) },

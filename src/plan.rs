@@ -175,11 +175,11 @@ pub(crate) fn is_whole(step: &Step, record: &UnitRecord) -> bool {
 
 /// How many of the missing items other units hold already, in words.
 fn reused_items(step: &Step, store: &Store, units: &[Unit], items: &[Digest], missing: &[usize]) -> Result<Option<String>> {
-    let Some(family) = units.first().and_then(|unit| unit.family) else { return Ok(None) };
+    let Some(item_key) = units.first().and_then(|unit| unit.item_key) else { return Ok(None) };
     let wanted: Vec<Digest> = missing.iter().flat_map(|unit| items[units[*unit].items.clone()].iter().copied()).collect();
-    let donors = store.donors(step.entry.kind, &family, &wanted.iter().copied().collect(), None)?;
-    let n_taken = donors.count(&wanted);
-    let names: Vec<String> = donors.names().collect();
+    let reusable = store.reusable_items(step.entry.kind, &item_key, &wanted.iter().copied().collect(), None)?;
+    let n_taken = reusable.count(&wanted);
+    let names: Vec<String> = reusable.names().collect();
     Ok(match names.as_slice() {
         [] => None,
         // Damage in a unit that was set aside shows when it is read.

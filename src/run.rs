@@ -407,7 +407,7 @@ impl<'a> Coordinator<'a> {
             let State::Queued(work) = state else { continue };
             let step = &self.pipeline.steps[*place];
             let Demand { least: needed, .. } = Demand::of(step, work);
-            if needed > 1 && work.units.iter().all(|unit| unit.family.is_none()) {
+            if needed > 1 && work.units.iter().all(|unit| unit.item_key.is_none()) {
                 let problem = format!("`resources.gpu` asks for {needed} devices, but `{}` runs on one", step.entry.kind);
                 refused.push((*place, Error::Usage { problem, hint: "write `gpu: 1`, or leave it out".into() }));
             } else if needed > n_left {
@@ -853,7 +853,8 @@ mod tests {
         fn run(&self, units: &[Unit], cx: &Context<'_>) -> ovenbird_stages::Result<()> {
             self.floor.work(self.id, cx.device, self.meets);
             for unit in units {
-                let claimed = unit.family.map(|_| cx.store.claim(cx.kind, &unit.fingerprint, &mut cx.watch.lock().unwrap())).transpose()?;
+                let claimed =
+                    unit.item_key.map(|_| cx.store.claim(cx.kind, &unit.fingerprint, &mut cx.watch.lock().unwrap())).transpose()?;
                 if let None | Some(Claim::Mine(_)) = &claimed {
                     let draft = cx.begin(unit)?;
                     draft.write(SUM, "sum.json", format!("{} {:?}", self.id, unit.items).as_bytes())?;

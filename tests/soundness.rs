@@ -453,7 +453,7 @@ fn features_that_are_no_directions_are_not_published() {
         let key = ovenbird_cache::UnitKey {
             kind: "clip/globals".into(),
             fingerprint: Digest::of(words.as_bytes()).to_hex().parse().unwrap(),
-            family: None,
+            item_key: None,
         };
         let draft = store.begin_unit(&key).unwrap();
         let file = draft.create("features/globals.arrow").unwrap();

@@ -46,8 +46,8 @@ fn the_kind_of_a_stage_is_the_path_of_its_file() {
     for (file, kinds) in stage_files() {
         for kind in kinds {
             let path = kind.replace('-', "_");
-            let family = path.split('/').next().unwrap();
-            assert!(file == path || file == family, "expected {kind} in {path}.rs or {family}.rs, found it in {file}.rs");
+            let item_key = path.split('/').next().unwrap();
+            assert!(file == path || file == item_key, "expected {kind} in {path}.rs or {item_key}.rs, found it in {file}.rs");
         }
     }
 }

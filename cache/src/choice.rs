@@ -27,7 +27,7 @@ pub(crate) const CHOICE_FILE: &str = "choice.json";
 struct Choice {
     format: u32,
     kind: String,
-    family: Fingerprint,
+    item_key: Fingerprint,
     /// The metric under which units record it.
     name: String,
     chosen: String,
@@ -36,7 +36,7 @@ struct Choice {
 
 impl Sealed for Choice {
     fn key(&self) -> [u8; 32] {
-        *self.family.as_bytes()
+        *self.item_key.as_bytes()
     }
 
     fn seal_mut(&mut self) -> &mut Digest {
@@ -49,31 +49,31 @@ impl Store {
     pub fn choice<E: From<crate::Error>>(
         &self,
         kind: &str,
-        family: &Fingerprint,
+        item_key: &Fingerprint,
         name: &str,
         choose: impl FnOnce() -> Result<String, E>,
     ) -> Result<String, E> {
-        if let Some(chosen) = self.chosen(kind, family, name)? {
+        if let Some(chosen) = self.chosen(kind, item_key, name)? {
             return Ok(chosen);
         }
-        let chosen = match self.chosen_by_units(kind, family, name)? {
+        let chosen = match self.chosen_by_units(kind, item_key, name)? {
             Some(chosen) => chosen,
             None => choose()?,
         };
         let seal = Digest::of(&[]);
         let choice =
-            Choice { format: FORMAT, kind: kind.into(), family: *family, name: name.into(), chosen: chosen.clone(), seal }.sealed();
-        let draft = self.publisher().begin(&self.choice_path(kind, family))?;
+            Choice { format: FORMAT, kind: kind.into(), item_key: *item_key, name: name.into(), chosen: chosen.clone(), seal }.sealed();
+        let draft = self.publisher().begin(&self.choice_path(kind, item_key))?;
         if draft.commit(CHOICE_FILE, &to_json(&choice))? {
             return Ok(chosen);
         }
-        Ok(self.chosen(kind, family, name)?.unwrap_or(chosen))
+        Ok(self.chosen(kind, item_key, name)?.unwrap_or(chosen))
     }
 
     /// Reads the published choice. A damaged one is moved to quarantine under a lease, so that no process moves the sound one that another
     /// has published in the meantime.
-    fn chosen(&self, kind: &str, family: &Fingerprint, name: &str) -> Result<Option<String>> {
-        let place = format!("{}/{}", kind_name(kind), family.short());
+    fn chosen(&self, kind: &str, item_key: &Fingerprint, name: &str) -> Result<Option<String>> {
+        let place = format!("{}/{}", kind_name(kind), item_key.short());
         let look = || match self.read_choice(&place) {
             Ok(Some(choice)) if choice.name == name => Ok(Ok(Some(choice.chosen))),
             Ok(Some(choice)) => Ok(Err(format!("is a choice of `{}`, expected a choice of `{name}`", choice.name))),
@@ -93,7 +93,7 @@ impl Store {
             return match look()? {
                 Ok(chosen) => Ok(chosen),
                 Err(problem) => {
-                    self.set_aside(&self.choice_path(kind, family), "choices", &problem)?;
+                    self.set_aside(&self.choice_path(kind, item_key), "choices", &problem)?;
                     Ok(None)
                 }
             };
@@ -101,9 +101,9 @@ impl Store {
     }
 
     /// The choice that a unit recorded among its metrics, also a unit in quarantine.
-    fn chosen_by_units(&self, kind: &str, family: &Fingerprint, name: &str) -> Result<Option<String>> {
+    fn chosen_by_units(&self, kind: &str, item_key: &Fingerprint, name: &str) -> Result<Option<String>> {
         let mut found = None;
-        self.each_of_family(kind, family, &mut |record, _folder| {
+        self.each_with_item_key(kind, item_key, &mut |record, _folder| {
             found = record.metrics.get(name).and_then(|chosen| chosen.as_str()).map(str::to_owned);
             if found.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
@@ -114,13 +114,13 @@ impl Store {
     pub(crate) fn unsound_choices(&self) -> Result<Vec<(PathBuf, String)>> {
         let (choices, mut found) = (self.home().join("choices"), Vec::new());
         for (kind, _) in self.publisher().list(&choices)?.into_iter().filter(|(name, is_folder)| *is_folder && !name.starts_with('.')) {
-            for (family, _) in self.publisher().list(&choices.join(&kind))?.into_iter().filter(|(name, _)| !name.starts_with('.')) {
-                let problem = match self.read_choice(&format!("{kind}/{family}")) {
+            for (item_key, _) in self.publisher().list(&choices.join(&kind))?.into_iter().filter(|(name, _)| !name.starts_with('.')) {
+                let problem = match self.read_choice(&format!("{kind}/{item_key}")) {
                     Ok(Some(_)) => continue,
                     Ok(None) => format!("expected {CHOICE_FILE}, found none"),
                     Err(error) => error.to_string(),
                 };
-                found.push((choices.join(&kind).join(&family), problem));
+                found.push((choices.join(&kind).join(&item_key), problem));
             }
         }
         Ok(found)
@@ -130,12 +130,12 @@ impl Store {
     fn read_choice(&self, place: &str) -> Result<Option<Choice>> {
         let folder = self.home().join("choices").join(place);
         let Some(choice) = self.read_record_of::<Choice>(&folder, CHOICE_FILE)? else { return Ok(None) };
-        let own = format!("{}/{}", kind_name(&choice.kind), choice.family.short());
+        let own = format!("{}/{}", kind_name(&choice.kind), choice.item_key.short());
         if own == place { Ok(Some(choice)) } else { Err(crate::Error::malformed(&folder, format!("is the choice of {own}"))) }
     }
 
-    fn choice_path(&self, kind: &str, family: &Fingerprint) -> PathBuf {
-        self.home().join("choices").join(kind_name(kind)).join(family.short())
+    fn choice_path(&self, kind: &str, item_key: &Fingerprint) -> PathBuf {
+        self.home().join("choices").join(kind_name(kind)).join(item_key.short())
     }
 }
 
@@ -149,12 +149,12 @@ mod tests {
     use super::*;
     use crate::{Error, UnitKey, publish::replace};
 
-    fn family() -> Fingerprint {
-        blake3::hash(b"family").into()
+    fn item_key() -> Fingerprint {
+        blake3::hash(b"item_key").into()
     }
 
     fn choose(store: &Store, proposed: &str) -> String {
-        store.choice::<Error>("clip/globals", &family(), "precision", || Ok(proposed.into())).unwrap()
+        store.choice::<Error>("clip/globals", &item_key(), "precision", || Ok(proposed.into())).unwrap()
     }
 
     fn store() -> (tempfile::TempDir, Store) {
@@ -173,7 +173,7 @@ mod tests {
             let (_home, store) = self::store();
             if is_damaged {
                 choose(&store, "lost");
-                replace(&store.choice_path("clip/globals", &family()).join(CHOICE_FILE), b"{").unwrap();
+                replace(&store.choice_path("clip/globals", &item_key()).join(CHOICE_FILE), b"{").unwrap();
             }
             assert_eq!(chosen_at_once(&store).len(), 1, "{is_damaged}");
             assert!(store.verify_house().unwrap().is_empty(), "{is_damaged}");
@@ -199,15 +199,15 @@ mod tests {
     fn a_damaged_or_lost_choice_is_read_from_the_units() {
         let (_home, store) = store();
         assert_eq!(choose(&store, "bf16"), "bf16");
-        let key = UnitKey { kind: "clip/globals".into(), fingerprint: blake3::hash(b"unit").into(), family: Some(family()) };
+        let key = UnitKey { kind: "clip/globals".into(), fingerprint: blake3::hash(b"unit").into(), item_key: Some(item_key()) };
         let draft = store.begin_unit(&key).unwrap();
         store.commit_unit(draft, key, &[], BTreeMap::from([("precision".into(), "bf16".into())])).unwrap();
-        let path = store.choice_path("clip/globals", &family()).join(CHOICE_FILE);
+        let path = store.choice_path("clip/globals", &item_key()).join(CHOICE_FILE);
         let sound = fs::read_to_string(&path).unwrap();
         for (damaged, words) in [
             (sound.replace("bf16", "fp32"), "the record does not match its digest"),
             (String::new(), "EOF"),
-            (sound.replace(&family().to_hex(), &Fingerprint::from(blake3::hash(b"other")).to_hex()), "the record does not match"),
+            (sound.replace(&item_key().to_hex(), &Fingerprint::from(blake3::hash(b"other")).to_hex()), "the record does not match"),
         ] {
             replace(&path, damaged.as_bytes()).unwrap();
             let found = store.verify_house().unwrap();
@@ -215,7 +215,7 @@ mod tests {
             assert_eq!(choose(&store, "f32"), "bf16");
             assert!(store.verify_house().unwrap().is_empty());
         }
-        let forget = || store.publisher().remove(&store.choice_path("clip/globals", &family())).unwrap();
+        let forget = || store.publisher().remove(&store.choice_path("clip/globals", &item_key())).unwrap();
         forget();
         assert_eq!(choose(&store, "f32"), "bf16");
         // The unit is recomputed with the same choice.

@@ -12,7 +12,7 @@
 //! records.rs   the records that garbage collection relies on: pins, pipelines, plans, requests, logs, the journal of commits
 //! store.rs     the layout of a home; units and artifacts, each valid, damaged or absent
 //! choice.rs    a choice that holds for all units with the same item key
-//! donors.rs    results of single items that can be reused from other units
+//! reusable.rs    results of single items that can be reused from other units
 //! verify.rs    checks of units, manifests and the folders of a home
 //! ledger.rs    sled: an index that can be deleted (digests of input files)
 //! inputs.rs    content digests of the user's files
@@ -24,7 +24,6 @@
 mod choice;
 pub mod chunk;
 mod disk;
-mod donors;
 mod error;
 pub mod inputs;
 pub mod journal;
@@ -34,6 +33,7 @@ pub mod publish;
 mod recipe;
 mod record;
 mod records;
+mod reusable;
 pub mod shard;
 #[cfg(test)]
 mod simulation;
@@ -42,7 +42,6 @@ mod store;
 pub mod verify;
 
 pub use disk::crash_at;
-pub use donors::Donors;
 pub use error::Error;
 pub use lease::{Lease, Owner, Session, Watch};
 pub use ledger::{Ledger, Verified};
@@ -50,6 +49,7 @@ pub use publish::{Draft, DraftFile, FileRecord, Publisher};
 pub use recipe::{Change, Digest, Fingerprint, Recipe};
 pub use record::{Manifest, Provenance, UnitKey, UnitRecord, files_digest};
 pub use records::{CURSOR, Noted};
+pub use reusable::ReusableItems;
 pub use stats::{Stats, VectorStats};
 pub use store::{Artifact, Claim, Recovered, Status, Store, unit_name};
 

@@ -22,7 +22,7 @@ pub struct UnitKey {
     /// The item key, for units with items: a fingerprint of everything except the item that an item's result depends on. An
     /// item has the same result in all units with the same key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub family: Option<Fingerprint>,
+    pub item_key: Option<Fingerprint>,
 }
 
 /// A published unit.

@@ -51,9 +51,9 @@ pub(crate) enum CommitLine {
     Commit {
         unit: String,
         bytes: u64,
-        /// See [`crate::UnitKey::family`].
+        /// See [`crate::UnitKey::item_key`].
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        family: Option<Fingerprint>,
+        item_key: Option<Fingerprint>,
     },
     /// A unit was removed.
     Gone { unit: String, why: String },
@@ -72,8 +72,8 @@ pub(crate) enum CommitLine {
 pub struct Noted {
     /// Size of its files.
     pub bytes: u64,
-    /// See [`crate::UnitKey::family`].
-    pub family: Option<Fingerprint>,
+    /// See [`crate::UnitKey::item_key`].
+    pub item_key: Option<Fingerprint>,
 }
 
 /// The length of a finished log.
@@ -270,7 +270,7 @@ impl Store {
 
     pub(crate) fn note_unit(&self, record: &UnitRecord) -> Result<()> {
         let unit = unit_name(&record.key.kind, &record.key.fingerprint);
-        self.note(&CommitLine::Commit { unit, bytes: record.bytes(), family: record.key.family })
+        self.note(&CommitLine::Commit { unit, bytes: record.bytes(), item_key: record.key.item_key })
     }
 
     /// Reads the journal of commits; damaged lines are listed and otherwise ignored.
@@ -281,7 +281,7 @@ impl Store {
         commits.damaged = lines.damaged().to_vec();
         for line in lines.sound() {
             match serde_json::from_str(&line) {
-                Ok(CommitLine::Commit { unit, bytes, family }) => drop(commits.units.insert(unit, Noted { bytes, family })),
+                Ok(CommitLine::Commit { unit, bytes, item_key }) => drop(commits.units.insert(unit, Noted { bytes, item_key })),
                 Ok(CommitLine::Gone { unit, .. }) => drop(commits.units.remove(&unit)),
                 Ok(CommitLine::Kept { record, ended }) => drop(commits.records.insert(record, ended)),
                 Ok(CommitLine::Removed { record, .. }) => drop(commits.records.remove(&record)),

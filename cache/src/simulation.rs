@@ -365,7 +365,7 @@ struct Scenario {
 const KIND: &str = "clip/globals";
 
 fn key(unit: u8) -> UnitKey {
-    UnitKey { kind: KIND.into(), fingerprint: blake3::hash(&[unit]).into(), family: Some(blake3::hash(b"family").into()) }
+    UnitKey { kind: KIND.into(), fingerprint: blake3::hash(&[unit]).into(), item_key: Some(blake3::hash(b"item_key").into()) }
 }
 
 fn name(unit: u8) -> String {

@@ -190,12 +190,12 @@ impl Store {
     }
 
     /// The mean size of the published units with an item key; of all units of the kind if there are none. `None` without units.
-    pub fn mean_unit_bytes(&self, kind: &str, family: Option<Fingerprint>) -> Result<Option<u64>> {
+    pub fn mean_unit_bytes(&self, kind: &str, item_key: Option<Fingerprint>) -> Result<Option<u64>> {
         let prefix = format!("{}/", kind_name(kind));
         let of_kind: Vec<Noted> =
             self.noted_units()?.into_iter().filter(|(unit, _)| unit.starts_with(&prefix)).map(|(_, noted)| noted).collect();
-        let of_family: Vec<Noted> = of_kind.iter().filter(|noted| family.is_some() && noted.family == family).copied().collect();
-        let like = if of_family.is_empty() { of_kind } else { of_family };
+        let with_key: Vec<Noted> = of_kind.iter().filter(|noted| item_key.is_some() && noted.item_key == item_key).copied().collect();
+        let like = if with_key.is_empty() { of_kind } else { with_key };
         Ok(like.iter().map(|noted| noted.bytes).sum::<u64>().checked_div(like.len() as u64))
     }
 
@@ -609,7 +609,7 @@ mod tests {
     }
 
     fn key(name: &[u8]) -> UnitKey {
-        UnitKey { kind: "clip/globals".into(), fingerprint: blake3::hash(name).into(), family: None }
+        UnitKey { kind: "clip/globals".into(), fingerprint: blake3::hash(name).into(), item_key: None }
     }
 
     fn made_unit(store: &Store, name: &[u8], content: &[u8]) -> UnitRecord {

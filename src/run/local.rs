@@ -254,8 +254,8 @@ impl<'a> StepRun<'a> {
         }
         let (store, kind) = (self.context.store, step.entry.kind);
         self.count_failed()?;
-        let family = work.units.first().and_then(|unit| unit.family);
-        if let Some(unit_bytes) = store.mean_unit_bytes(kind, family)?
+        let item_key = work.units.first().and_then(|unit| unit.item_key);
+        if let Some(unit_bytes) = store.mean_unit_bytes(kind, item_key)?
             && let Some(words) = lacks_space(store, work.missing.len(), unit_bytes)
         {
             report(Progress::Note(words));
@@ -268,7 +268,7 @@ impl<'a> StepRun<'a> {
         let (Task { step, work, .. }, store) = (self.task, self.context.store);
         let OnBadItem::Skip { max_failed_ratio } = step.on_bad_item else { return Ok(()) };
         let (mut n_failed, mut last) = (0, String::new());
-        for unit in work.units.iter().filter(|unit| unit.family.is_some()) {
+        for unit in work.units.iter().filter(|unit| unit.item_key.is_some()) {
             if let Status::Valid(record) = store.unit(step.entry.kind, &unit.fingerprint)? {
                 let failed = failed_items(store, &record)?;
                 n_failed += failed.len();
@@ -291,7 +291,7 @@ impl<'a> StepRun<'a> {
             self.proceed()?;
             // The stage claims units with items one by one; other steps are claimed as a whole.
             let first = &work.units[missing[0]];
-            let claimed = if first.family.is_some() { &first.fingerprint } else { &work.recipe.fingerprint() };
+            let claimed = if first.item_key.is_some() { &first.fingerprint } else { &work.recipe.fingerprint() };
             let claim = store.claim(kind, claimed, &mut self.watch.lock().unwrap_or_else(PoisonError::into_inner))?;
             let lease = match claim {
                 Claim::Mine(lease) => lease,
@@ -331,7 +331,7 @@ impl<'a> StepRun<'a> {
                 }
             }
             // The stage claims units with items itself.
-            let lease = first.family.is_none().then_some(lease);
+            let lease = first.item_key.is_none().then_some(lease);
             return Ok(Pending::Units(missing, lease));
         }
     }

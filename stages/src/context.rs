@@ -11,7 +11,7 @@ use std::{
 };
 
 use ovenbird_cache::{
-    Claim, Digest, Donors, Draft, DraftFile, Lease, Status, Store, UnitKey, UnitRecord, Watch, inputs::InputFile, unit_name,
+    Claim, Digest, Draft, DraftFile, Lease, ReusableItems, Status, Store, UnitKey, UnitRecord, Watch, inputs::InputFile, unit_name,
 };
 use ovenbird_data::annotations::ImageId;
 use ovenbird_models::checkpoint::{not_finite, write_safetensors};
@@ -93,7 +93,7 @@ pub enum OnBadItem {
 pub const FAILED_FILE: &str = "failed.json";
 
 /// Checkpoints kept before the last one, to continue from if that one is damaged.
-const SPARE_LINKS: usize = 2;
+const SPARE_CHECKPOINTS: usize = 2;
 /// How often a transient failure is retried, counting the first attempt.
 const ATTEMPTS: u32 = 4;
 /// How long to wait before the second time; four times as long before each further one.
@@ -204,10 +204,10 @@ impl Context<'_> {
     }
 
     /// Units of the store that already hold items of this unit; `made_with`: a metric's name and the value that such a unit must have.
-    pub(crate) fn donors(&self, draft: &UnitDraft, made_with: Option<(&str, &str)>) -> Result<Donors> {
-        let Some(family) = draft.unit.family else { return Ok(Donors::default()) };
+    pub(crate) fn reusable_items(&self, draft: &UnitDraft, made_with: Option<(&str, &str)>) -> Result<ReusableItems> {
+        let Some(item_key) = draft.unit.item_key else { return Ok(ReusableItems::default()) };
         let wanted: HashSet<Digest> = self.items[draft.unit.items.clone()].iter().copied().collect();
-        Ok(self.store.donors(self.kind, &family, &wanted, made_with)?)
+        Ok(self.store.reusable_items(self.kind, &item_key, &wanted, made_with)?)
     }
 
     /// Prepares an item; transient failures, such as a network file system that does not answer, are retried.
@@ -275,7 +275,7 @@ impl Context<'_> {
     }
 
     fn key(&self, unit: &Unit) -> UnitKey {
-        UnitKey { kind: self.kind.into(), fingerprint: unit.fingerprint, family: unit.family }
+        UnitKey { kind: self.kind.into(), fingerprint: unit.fingerprint, item_key: unit.item_key }
     }
 
     /// Publishes a unit. Of the earlier checkpoints of a training that are not to stay, it deletes all but the last few.
@@ -287,13 +287,13 @@ impl Context<'_> {
         }
         let record = self.store.commit_unit(draft, self.key(&unit), &self.items[unit.items.clone()], metrics)?;
         (self.report)(Progress::Committed { unit: unit.index, bytes: record.bytes() });
-        if unit.family.is_some() { Ok(()) } else { self.prune(&self.units[..unit.index]) }
+        if unit.item_key.is_some() { Ok(()) } else { self.prune(&self.units[..unit.index]) }
     }
 
     /// Deletes checkpoints that are no longer needed.
-    fn prune(&self, links: &[Unit]) -> Result<()> {
-        for link in links.iter().rev().skip(SPARE_LINKS).filter(|link| !link.stays) {
-            let name = unit_name(self.kind, &link.fingerprint);
+    fn prune(&self, checkpoints: &[Unit]) -> Result<()> {
+        for checkpoint in checkpoints.iter().rev().skip(SPARE_CHECKPOINTS).filter(|checkpoint| !checkpoint.stays) {
+            let name = unit_name(self.kind, &checkpoint.fingerprint);
             if self.store.unit_path(&name).exists() {
                 self.store.remove_unit(&name, "the training went on from later checkpoints")?;
             }

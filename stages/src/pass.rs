@@ -250,8 +250,8 @@ impl JobSource<'_> {
             cursor.reused = None;
             if let Some(draft) = cx.begin_claimed(unit)? {
                 let items = &cx.items[unit.items.clone()];
-                let donors = cx.donors(&draft, precision.map(|precision| (PRECISION, precision)))?;
-                let reused = ReusedRows::new(*rows, &donors, items, &self.list.infos[unit.items.clone()], port);
+                let reusable = cx.reusable_items(&draft, precision.map(|precision| (PRECISION, precision)))?;
+                let reused = ReusedRows::new(*rows, &reusable, items, &self.list.infos[unit.items.clone()], port);
                 cursor.reused = Some(unit.items.clone().filter(|place| reused.has(&cx.items[*place])).collect());
                 self.jobs.push_back((Job::Open { consumer, opened: Box::new(Opened { draft, reused }) }, 0));
             }

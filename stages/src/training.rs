@@ -2,10 +2,10 @@
 //!
 //! A stage brings three things: a [`DataLoader`], which gives the batches of each step; a [`Criterion`], which is the network with its losses;
 //! and a [`TrainingConfig`]. The loop does the rest: it loads batches ahead of the network, makes steps, refuses losses that are no numbers,
-//! records the curve, and publishes the links of the chain.
+//! records the curve, and publishes the checkpoints of the chain.
 //!
-//! A batch must follow from the recipe and the step's number alone. Then a training that was killed anywhere continues at its last link,
-//! with the weights and the optimizer's state of that link, and ends with the same bytes.
+//! A batch must follow from the recipe and the step's number alone. Then a training that was killed anywhere continues at its last checkpoint,
+//! with the weights and the optimizer's state of that checkpoint, and ends with the same bytes.
 
 mod algorithm;
 mod optimizer;
@@ -55,10 +55,10 @@ pub(crate) struct TrainingConfig {
 impl TrainingConfig {
     /// The chain of the training's checkpoints.
     pub(crate) fn units(&self) -> Units {
-        let links = self.steps.div_ceil(self.checkpoint_every.max(1));
-        let n = self.keep_checkpoints.min(links);
-        let stay = (1..n).map(|place| (links * place).div_ceil(n) - 1).collect();
-        Units::Chain { links, steps: self.steps, stay }
+        let checkpoints = self.steps.div_ceil(self.checkpoint_every.max(1));
+        let n = self.keep_checkpoints.min(checkpoints);
+        let stay = (1..n).map(|place| (checkpoints * place).div_ceil(n) - 1).collect();
+        Units::Chain { checkpoints, steps: self.steps, stay }
     }
 }
 
@@ -150,7 +150,7 @@ impl<W: Artifact> Ports<W> {
     }
 }
 
-/// Makes the given links of a chain, each a checkpoint.
+/// Computes the given checkpoints.
 pub(crate) fn train<L: DataLoader, W: Artifact>(
     config: &TrainingConfig,
     loader: &L,
@@ -162,7 +162,7 @@ pub(crate) fn train<L: DataLoader, W: Artifact>(
     let Some(first) = units.first() else { return Ok(()) };
     let mut optimizer = Optimizer::new(&config.optimizer, criterion.parameters());
     let mut curve = Curve::default();
-    // Images that could not be read so far: each link lists all of them, because a training sees them again and again.
+    // Images that could not be read so far: each checkpoint lists all of them, because a training sees them again and again.
     let mut unreadable = Vec::new();
     if let Some(before) = first.index.checked_sub(1) {
         let weights = read_weights(&cx.published(before, ports.weights_file())?.file)?;
@@ -240,7 +240,7 @@ pub(crate) fn train<L: DataLoader, W: Artifact>(
     )
 }
 
-/// The steps of some consecutive links; of a dry run the first ones.
+/// The steps of some consecutive checkpoints; of a dry run the first ones.
 fn steps_of(config: &TrainingConfig, units: &[Unit], most_items: Option<usize>) -> Range<u32> {
     let start = units[0].index as u32 * config.checkpoint_every;
     let end = config.steps.min(start + units.len() as u32 * config.checkpoint_every);
@@ -323,8 +323,8 @@ mod tests {
         let stay = |steps, keep_checkpoints| {
             let config =
                 TrainingConfig { steps, checkpoint_every: 1000, keep_checkpoints, optimizer: optimizer.clone(), max_loss: f64::INFINITY };
-            let Units::Chain { links, stay, .. } = config.units() else { panic!() };
-            (links, stay)
+            let Units::Chain { checkpoints, stay, .. } = config.units() else { panic!() };
+            (checkpoints, stay)
         };
         assert_eq!(stay(40_000, 20), (40, (0..19).map(|place| 2 * place + 1).collect()));
         assert_eq!(stay(10_000, 3), (10, vec![3, 6]));

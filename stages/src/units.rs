@@ -19,7 +19,7 @@ pub enum Units {
     /// Checkpoints of a training, each of which continues from the one before. The artifact holds the last one and those that are to stay.
     Chain {
         /// How many checkpoints.
-        links: u32,
+        checkpoints: u32,
         /// How many steps of training in all.
         steps: u32,
         /// Indices of the checkpoints that stay besides the last.
@@ -36,8 +36,8 @@ pub struct Unit {
     pub items: Range<usize>,
     /// Its name.
     pub fingerprint: Fingerprint,
-    /// For a unit with items: see [`ovenbird_cache::UnitKey::family`].
-    pub family: Option<Fingerprint>,
+    /// For a unit with items: see [`ovenbird_cache::UnitKey::item_key`].
+    pub item_key: Option<Fingerprint>,
     /// Whether the artifact holds it. Only checkpoints of a training may be left out.
     pub stays: bool,
 }
@@ -57,34 +57,34 @@ impl Units {
         match self {
             Self::One => {}
             Self::Independent { items, .. } => items.truncate(n_items),
-            Self::Chain { links, steps, .. } => {
-                *steps = steps.div_ceil((*links).max(1)).min(u32::try_from(n_items).unwrap_or(u32::MAX));
-                *links = (*links).min(1);
+            Self::Chain { checkpoints, steps, .. } => {
+                *steps = steps.div_ceil((*checkpoints).max(1)).min(u32::try_from(n_items).unwrap_or(u32::MAX));
+                *checkpoints = (*checkpoints).min(1);
             }
         }
     }
 
     /// The units of a stage with this recipe, with their names; and the items that they are ranges of.
     pub fn of(self, recipe: &Recipe) -> (Vec<Unit>, Vec<Digest>) {
-        let without_items = |index: usize, fingerprint, stays| Unit { index, items: 0..0, fingerprint, family: None, stays };
+        let without_items = |index: usize, fingerprint, stays| Unit { index, items: 0..0, fingerprint, item_key: None, stays };
         match self {
             Self::One => (vec![without_items(0, recipe.fingerprint(), true)], Vec::new()),
-            Self::Chain { links, stay, .. } => {
+            Self::Chain { checkpoints, stay, .. } => {
                 let chain = recipe.fingerprint();
-                let link = |link: u32| {
-                    let stays = link + 1 == links || stay.contains(&link);
-                    without_items(link as usize, chain.part("ovenbird link 1", &link.to_le_bytes()), stays)
+                let checkpoint = |checkpoint: u32| {
+                    let stays = checkpoint + 1 == checkpoints || stay.contains(&checkpoint);
+                    without_items(checkpoint as usize, chain.part("ovenbird checkpoint 1", &checkpoint.to_le_bytes()), stays)
                 };
-                ((0..links).map(link).collect(), Vec::new())
+                ((0..checkpoints).map(checkpoint).collect(), Vec::new())
             }
             Self::Independent { items, replaces } => {
                 let mut shared = recipe.clone();
                 shared.inputs.retain(|port, _| !replaces.contains(&port.as_str()));
-                let family = shared.fingerprint();
+                let item_key = shared.fingerprint();
                 let unit = |(index, range): (usize, Range<usize>)| {
                     let content = Digest::of_list("ovenbird items 1", items[range.clone()].iter().map(|item| ("", *item)));
-                    let fingerprint = family.part("ovenbird unit 1", content.as_bytes());
-                    Unit { index, items: range, fingerprint, family: Some(family), stays: true }
+                    let fingerprint = item_key.part("ovenbird unit 1", content.as_bytes());
+                    Unit { index, items: range, fingerprint, item_key: Some(item_key), stays: true }
                 };
                 (chunk::cut(&items).into_iter().enumerate().map(unit).collect(), items)
             }

@@ -127,7 +127,7 @@ fn audit_step(
     }
     done.push(artifact.manifest.fingerprint);
     let (units, items) = step.stage.units(&inputs)?.of(&recipe);
-    let Some(family) = units.first().and_then(|unit| unit.family) else { return Ok(Some("it holds no items")) };
+    let Some(item_key) = units.first().and_then(|unit| unit.item_key) else { return Ok(Some("it holds no items")) };
     let n_rows = ((items.len() as f64 * part).ceil() as usize).min(items.len());
     // Which rows, follows from the artifact's name: other rows for each artifact, the same rows each time.
     let seed = u64::from_le_bytes(*recipe.fingerprint().as_bytes().first_chunk::<8>().expect("BUG: a fingerprint has 32 bytes"));
@@ -136,7 +136,7 @@ fn audit_step(
     let sample = |(index, item): (usize, &usize)| {
         let name = [recipe.fingerprint().as_bytes().as_slice(), &(*item as u64).to_le_bytes()].concat();
         let fingerprint = ovenbird_cache::Digest::of(&name).to_hex().parse().expect("BUG: both are 64 digits");
-        Unit { index, items: *item..*item + 1, fingerprint, family: Some(family), stays: true }
+        Unit { index, items: *item..*item + 1, fingerprint, item_key: Some(item_key), stays: true }
     };
     let samples: Vec<Unit> = chosen.iter().enumerate().map(sample).collect();
     let scratch = tempfile::tempdir().map_err(|source| ovenbird_cache::Error::Write { path: std::env::temp_dir(), source })?;
@@ -144,7 +144,7 @@ fn audit_step(
     let (_session, _recovered) = scratch.enter()?;
     // With the precision that the artifact was computed with.
     if let Some(precision) = artifact.manifest.units.iter().find_map(|unit| unit.metrics.get(PRECISION)?.as_str()) {
-        scratch.choice(step.entry.kind, &family, PRECISION, || Ok::<_, Error>(precision.to_owned()))?;
+        scratch.choice(step.entry.kind, &item_key, PRECISION, || Ok::<_, Error>(precision.to_owned()))?;
     }
     let progress = std::sync::Mutex::new((TaskProgress::new(&format!("recompute {}", step.id)), 0));
     let report = |said: ovenbird_stages::Progress| {

@@ -173,7 +173,7 @@ pub(super) fn sharing(store: &Store, findings: &[Finding]) -> Result<Vec<Finding
         let Status::Valid(record) = store.unit_at(&unit)? else { continue };
         // A damaged list is among the findings already.
         let items: BTreeSet<_> = store.items_of(&record).unwrap_or_default().into_iter().collect();
-        for (other, _) in noted.iter().filter(|(_, noted)| record.key.family.is_some() && noted.family == record.key.family) {
+        for (other, _) in noted.iter().filter(|(_, noted)| record.key.item_key.is_some() && noted.item_key == record.key.item_key) {
             let Status::Valid(record) = store.unit_at(other)? else { continue };
             if !wrong.contains(other) && store.items_of(&record).unwrap_or_default().iter().any(|item| items.contains(item)) {
                 wrong.insert(other.clone());

@@ -26,7 +26,7 @@ use arrow::{
 };
 use half::{bf16, f16, slice::HalfFloatSliceExt as _};
 use ovenbird_cache::{
-    Digest, Donors, DraftFile, Fingerprint,
+    Digest, DraftFile, Fingerprint, ReusableItems,
     inputs::InputFile,
     shard::{Compression, ShardReader, ShardWriter},
 };
@@ -358,20 +358,20 @@ pub(crate) struct ReusedRows {
 }
 
 impl ReusedRows {
-    /// Finds the rows of some items among their donors. Rows that cannot be read are not reused.
-    pub(crate) fn new(kind: RowKind, donors: &Donors, items: &[Digest], images: &[ImageInfo], port: &str) -> Self {
+    /// Finds the rows of some items among reusable items. Rows that cannot be read are not reused.
+    pub(crate) fn new(kind: RowKind, reusable: &ReusableItems, items: &[Digest], images: &[ImageInfo], port: &str) -> Self {
         let mut reused = Self { kind, shards: Vec::new(), places: HashMap::new(), open: None };
         if kind == RowKind::Crops {
             return reused;
         }
         let mut wanted: BTreeMap<usize, HashMap<ImageId, Digest>> = BTreeMap::new();
         for (item, image) in items.iter().zip(images) {
-            if let Some(unit) = donors.of(item) {
+            if let Some(unit) = reusable.of(item) {
                 wanted.entry(unit).or_default().insert(image.id, *item);
             }
         }
         for (unit, wanted) in wanted {
-            for file in donors.port(unit, port) {
+            for file in reusable.port(unit, port) {
                 let Ok(shard) = file.shard() else { continue };
                 for batch_idx in 0..shard.n_batches() {
                     let ids = shard.batch(batch_idx).ok().and_then(|batch| u64_column(&file.path, &batch, "image_id").ok());

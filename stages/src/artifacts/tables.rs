@@ -385,7 +385,7 @@ mod tests {
         let store = Store::open(&folder.path().join("home")).unwrap();
         let _session = store.enter().unwrap();
         let recipe = Recipe { kind: "detector/test".into(), version: 1, params: serde_json::json!({}), inputs: BTreeMap::new() };
-        let draft = store.begin_unit(&UnitKey { kind: recipe.kind.clone(), fingerprint: recipe.fingerprint(), family: None }).unwrap();
+        let draft = store.begin_unit(&UnitKey { kind: recipe.kind.clone(), fingerprint: recipe.fingerprint(), item_key: None }).unwrap();
         let file = draft.create("detections/detections.parquet").unwrap();
         let path = file.path().to_owned();
         write(file).unwrap();
@@ -441,7 +441,7 @@ mod tests {
         let key = UnitKey {
             kind: "detect/zero-shot".into(),
             fingerprint: ovenbird_cache::Digest::of(b"boxes").to_hex().parse().unwrap(),
-            family: None,
+            item_key: None,
         };
         let draft = store.begin_unit(&key).unwrap();
         let xyxy = Xyxy { x1: 1.0, y1: 2.0, x2: 3.0, y2: f32::INFINITY };

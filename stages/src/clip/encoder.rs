@@ -169,10 +169,10 @@ impl Clip {
         if self.precision != Precision::Auto {
             return load(self.precision);
         }
-        let family = cx.units.first().and_then(|unit| unit.family).expect("BUG: stages that embed images have units that hold items");
+        let item_key = cx.units.first().and_then(|unit| unit.item_key).expect("BUG: stages that embed images have units that hold items");
         // Networks that were compared need not be loaded again.
         let (mut compared, mut why) = (Vec::new(), "as chosen earlier in this home".to_owned());
-        let chosen = cx.store.choice(cx.kind, &family, PRECISION, || -> Result<String> {
+        let chosen = cx.store.choice(cx.kind, &item_key, PRECISION, || -> Result<String> {
             if !cx.has_bf16 {
                 why = "the device has no bf16".into();
                 return Ok("f32".into());

@@ -158,7 +158,7 @@ struct CaptionLoader<'a> {
     preprocess: Preprocess,
     batch_size: usize,
     checkpoint_every: u32,
-    /// The random numbers of each link.
+    /// The random numbers of each checkpoint.
     random: Vec<ChaCha8Rng>,
 }
 
@@ -203,7 +203,7 @@ impl DataLoader for CaptionLoader<'_> {
     type Spec = Vec<Augmentation>;
     type Batch = Batch;
 
-    /// Within a link every picture is seen once before any is seen twice.
+    /// Within a checkpoint every picture is seen once before any is seen twice.
     fn specs(&self, steps: Range<u32>) -> impl Iterator<Item = (Vec<Augmentation>, usize)> + Send {
         let (mut order, mut random) = (Vec::new(), self.random[0].clone());
         let bytes = 4 * self.batch_size * self.preprocess.n_numbers();

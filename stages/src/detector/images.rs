@@ -40,7 +40,7 @@ pub(crate) struct TestImage<'a> {
 impl TestImages {
     /// The images of some annotations. Fails at once where files are missing.
     pub(crate) fn open(images: Images, annotations: Annotations, cx: &Context<'_>) -> Result<Self> {
-        // Links of a chain have no items of their own.
+        // Checkpoints of a training have no items of their own.
         let n_images = if cx.items.is_empty() { annotations.images.len() } else { cx.items.len() };
         images.look_for(annotations.images.iter().take(n_images), cx)?;
         Ok(Self { images, annotations })

@@ -92,9 +92,9 @@ impl Stage for Select {
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
-        let links = inputs.read(CHECKPOINTS)?.0.len() as u32;
+        let checkpoints = inputs.read(CHECKPOINTS)?.0.len() as u32;
         let n_images = inputs.read(ANNOTATIONS)?.load()?.images.len() as u32;
-        Ok(Units::Chain { links, steps: links * n_images, stay: Vec::new() })
+        Ok(Units::Chain { checkpoints, steps: checkpoints * n_images, stay: Vec::new() })
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {

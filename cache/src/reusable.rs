@@ -15,18 +15,18 @@ use crate::{
 
 /// Units with items that can be reused, and the unit of each item.
 #[derive(Debug, Default)]
-pub struct Donors {
-    units: Vec<Donor>,
+pub struct ReusableItems {
+    units: Vec<ReusableUnit>,
     by_item: HashMap<Digest, usize>,
 }
 
 #[derive(Debug)]
-struct Donor {
+struct ReusableUnit {
     record: UnitRecord,
     folder: PathBuf,
 }
 
-impl Donors {
+impl ReusableItems {
     /// The index of the unit that has an item's result; `None` if no unit has it.
     pub fn of(&self, item: &Digest) -> Option<usize> {
         self.by_item.get(item).copied()
@@ -39,15 +39,15 @@ impl Donors {
 
     /// The names of the units, `KIND/FINGERPRINT`; of units in quarantine the last two parts of their path.
     pub fn names(&self) -> impl Iterator<Item = String> {
-        self.units.iter().map(|donor| {
-            let parts: Vec<_> = donor.folder.iter().rev().take(2).map(|part| part.to_string_lossy()).collect();
+        self.units.iter().map(|unit| {
+            let parts: Vec<_> = unit.folder.iter().rev().take(2).map(|part| part.to_string_lossy()).collect();
             format!("{}/{}", parts[1], parts[0])
         })
     }
 
     /// The files of an output port of a unit, by its index.
     pub fn port(&self, unit: usize, port: &str) -> Vec<InputFile> {
-        let Donor { record, folder } = &self.units[unit];
+        let ReusableUnit { record, folder } = &self.units[unit];
         record.port_in(folder, port)
     }
 
@@ -55,7 +55,7 @@ impl Donors {
         let found: Vec<&Digest> = items.iter().filter(|item| wanted.contains(*item) && !self.by_item.contains_key(*item)).collect();
         if !found.is_empty() {
             self.by_item.extend(found.into_iter().map(|item| (*item, self.units.len())));
-            self.units.push(Donor { record, folder: folder.to_owned() });
+            self.units.push(ReusableUnit { record, folder: folder.to_owned() });
         }
     }
 }
@@ -65,35 +65,41 @@ impl Store {
     ///
     /// The caller checks the bytes that it reads; items that turn out damaged are computed like the others. `alike` is a metric and the value
     /// that a unit must have if it has this metric.
-    pub fn donors(&self, kind: &str, family: &Fingerprint, wanted: &HashSet<Digest>, alike: Option<(&str, &str)>) -> Result<Donors> {
-        let mut donors = Donors::default();
+    pub fn reusable_items(
+        &self,
+        kind: &str,
+        item_key: &Fingerprint,
+        wanted: &HashSet<Digest>,
+        alike: Option<(&str, &str)>,
+    ) -> Result<ReusableItems> {
+        let mut reusable = ReusableItems::default();
         let is_alike = |record: &UnitRecord| {
             alike.is_none_or(|(name, value)| record.metrics.get(name).is_none_or(|noted| noted.as_str() == Some(value)))
         };
         if wanted.is_empty() {
-            return Ok(donors);
+            return Ok(reusable);
         }
-        self.each_of_family(kind, family, &mut |record, folder| {
+        self.each_with_item_key(kind, item_key, &mut |record, folder| {
             if is_alike(&record)
                 && let Ok(items) = self.items_in(folder, &record)
             {
-                donors.add(record, folder, &items, wanted);
+                reusable.add(record, folder, &items, wanted);
             }
             ControlFlow::Continue(())
         })?;
-        Ok(donors)
+        Ok(reusable)
     }
 
     /// Visits the units with an item key whose records are sound: first the published ones, then those in quarantine, the latest first.
-    pub(crate) fn each_of_family(
+    pub(crate) fn each_with_item_key(
         &self,
         kind: &str,
-        family: &Fingerprint,
+        item_key: &Fingerprint,
         visit: &mut dyn FnMut(UnitRecord, &Path) -> ControlFlow<()>,
     ) -> Result<()> {
         let of_kind = format!("{}/", kind_name(kind));
         for (name, noted) in self.noted_units()? {
-            if noted.family == Some(*family)
+            if noted.item_key == Some(*item_key)
                 && name.starts_with(&of_kind)
                 && let Status::Valid(record) = self.unit_at(&name)?
                 && visit(record, &self.unit_path(&name)).is_break()
@@ -103,7 +109,7 @@ impl Store {
         }
         for folder in self.quarantined(kind)? {
             if let Ok(Some(record)) = self.read_record::<UnitRecord>(&folder.join(UNIT_FILE))
-                && record.key.family == Some(*family)
+                && record.key.item_key == Some(*item_key)
                 && visit(record, &folder).is_break()
             {
                 return Ok(());
