@@ -155,7 +155,7 @@ fn write_compact(out: &mut impl Write, json: &str) -> io::Result<()> {
 ///
 /// Fails when a listed class is not in the file or is there twice, when an LVIS class is not listed (classes of COCO that are
 /// not listed are dropped), and when an image's category lists cannot be renumbered.
-pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, keep: LabelFilter, out: &mut impl Write) -> Result<Counts> {
+pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, filter: LabelFilter, out: &mut impl Write) -> Result<Counts> {
     let malformed = |problem: String, hint: &str| Error::Malformed { path: path.to_owned(), problem, hint: Some(hint.into()) };
     let again = "check that the download is complete and that this is an `instances` or `lvis_v1` json";
     let parts: Parts<'_> = json::parse(json).map_err(|fault| malformed(fault.to_string(), again))?;
@@ -196,7 +196,7 @@ pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, keep: LabelFi
     }
     categories.sort_by_key(|(new_id, _)| *new_id);
 
-    let n_kept = match keep {
+    let n_kept = match filter {
         LabelFilter::All | LabelFilter::AllAnnotated => classes.base.len() + classes.novel.len(),
         LabelFilter::Base => classes.base.len(),
     };
@@ -213,7 +213,7 @@ pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, keep: LabelFi
         }
     }
     let is_kept =
-        |image: &&Fields<'_>| keep != LabelFilter::AllAnnotated || image.get("id").is_some_and(|Whole(id)| labelled.contains(&id));
+        |image: &&Fields<'_>| filter != LabelFilter::AllAnnotated || image.get("id").is_some_and(|Whole(id)| labelled.contains(&id));
     let images: Vec<&Fields<'_>> = parts.images.iter().filter(is_kept).collect();
     let lists: Vec<Vec<(&str, String)>> = images
         .iter()
@@ -288,9 +288,9 @@ mod tests {
         ClassSplit { base: vec!["owl".into(), "wren".into()], novel: vec!["heron".into(), "crane".into()] }
     }
 
-    fn split(input: &str, classes: &ClassSplit, keep: LabelFilter) -> Result<String> {
+    fn split(input: &str, classes: &ClassSplit, filter: LabelFilter) -> Result<String> {
         let mut out = Vec::new();
-        write_split(&fs::read(golden(input)).unwrap(), &golden(input), classes, keep, &mut out)?;
+        write_split(&fs::read(golden(input)).unwrap(), &golden(input), classes, filter, &mut out)?;
         Ok(String::from_utf8(out).unwrap())
     }
 
@@ -298,9 +298,9 @@ mod tests {
     #[test]
     fn every_file_is_equal_to_the_one_that_python_writes() {
         for (input, name) in [("coco.json", "coco"), ("lvis.json", "lvis")] {
-            for (keep, suffix) in [(LabelFilter::All, "all"), (LabelFilter::Base, "base"), (LabelFilter::AllAnnotated, "all-annotated")] {
+            for (filter, suffix) in [(LabelFilter::All, "all"), (LabelFilter::Base, "base"), (LabelFilter::AllAnnotated, "all-annotated")] {
                 let expected = fs::read_to_string(golden(&format!("{name}.{suffix}.json"))).unwrap();
-                assert_eq!(split(input, &classes(), keep).unwrap(), expected, "{name} {suffix}");
+                assert_eq!(split(input, &classes(), filter).unwrap(), expected, "{name} {suffix}");
             }
         }
     }
@@ -370,6 +370,28 @@ mod tests {
         write_split(json.as_bytes(), Path::new("a.json"), &owls, LabelFilter::AllAnnotated, &mut out).unwrap();
         let expected = r#"{"categories":[{"id":0,"name":"owl"}],"annotations":[{"id":0,"image_id":1,"category_id":0,"iscrowd":1,"x":1.50},{"id":2,"image_id":1,"category_id":0,"iscrowd":0}],"images":[{"id":1,"width":64,"height":48}]}"#;
         assert_eq!(String::from_utf8(out).unwrap(), expected);
+    }
+
+    /// Objects365, as a data set of one's own, has more categories than the class file lists, ids with gaps, and fields that COCO has not.
+    #[test]
+    fn a_class_file_of_one_s_own_splits_any_json_in_coco_s_form() {
+        let json = br#"{"licenses": [], "images": [{"id": 420917, "width": 40, "height": 30, "file_name": "images/v1/patch8/a.jpg", "url": ""},
+            {"id": 7, "width": 40, "height": 30, "file_name": "b.jpg"}],
+            "annotations": [{"id": 1, "image_id": 420917, "category_id": 365, "bbox": [1, 2, 3, 4], "area": 12, "isfake": 0, "isreflected": 1},
+            {"id": 2, "image_id": 420917, "category_id": 3, "bbox": [1, 2, 3, 4], "area": 12},
+            {"id": 3, "image_id": 7, "category_id": 211, "bbox": [1, 2, 3, 4], "area": 12}],
+            "categories": [{"id": 3, "name": "Other Shoes"}, {"id": 211, "name": "Kite"}, {"id": 365, "name": "Table Tennis"}]}"#;
+        let classes: ClassSplit = serde_json::from_str(r#"{"base": ["Table Tennis"], "novel": ["Kite"]}"#).unwrap();
+        let split = |filter| {
+            let mut out = Vec::new();
+            let counts = write_split(json, Path::new("objects365.json"), &classes, filter, &mut out).unwrap();
+            (counts, String::from_utf8(out).unwrap())
+        };
+        let (counts, written) = split(LabelFilter::Base);
+        assert_eq!(counts, Counts { images: 2, annotations: 1 });
+        assert!(written.contains(r#""categories":[{"id":0,"name":"Table Tennis"},{"id":1,"name":"Kite"}]"#), "{written}");
+        assert!(written.contains(r#""category_id":0,"bbox":[1,2,3,4],"area":12,"isfake":0,"isreflected":1}],"#), "{written}");
+        assert_eq!(split(LabelFilter::AllAnnotated).0, Counts { images: 2, annotations: 2 });
     }
 
     /// make.py asserts the same of lvis-api on the same files.
