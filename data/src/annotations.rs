@@ -81,7 +81,7 @@ pub struct Category {
     pub synonyms: Vec<String>,
 }
 
-/// An image and what LVIS says about its labels.
+/// An image, with LVIS's lists of absent and partly labelled classes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageInfo {
     /// Its id.
@@ -111,9 +111,9 @@ pub struct Annotation {
     pub bbox: [f64; 4],
     /// Its box in px.
     pub xyxy: Xyxy,
-    /// px², of the mask where there is one; of the box where the file does not say.
+    /// px², of the mask if there is one; of the box if the file does not state it.
     pub area: f64,
-    /// Whether the file says the area.
+    /// Whether the file states the area.
     pub has_area: bool,
     /// Whether this is a region of many objects.
     pub is_crowd: bool,
@@ -144,7 +144,7 @@ pub struct Annotations {
     pub annotations: Vec<Annotation>,
 }
 
-/// What a stage needs of a file. What it does not need may be missing, and is not looked at.
+/// The parts of a file that a stage needs. Other parts may be missing, and are not checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Needs {
     /// The images alone: lists of test images have no more.
@@ -201,7 +201,7 @@ struct RawAnnotation<S> {
     segmentation: Option<S>,
 }
 
-/// An outline as it is written, looked at once the file is read.
+/// An outline as it is written; parsed after the file is read.
 #[derive(Deserialize)]
 #[serde(transparent)]
 struct AnyOutline<'a>(#[serde(borrow)] &'a RawValue);
@@ -226,11 +226,11 @@ struct OtherAnnotation {
     bbox: Option<IgnoredAny>,
 }
 
-/// What is done about a file that is not what it should be.
+/// The hint for a file of another kind.
 const AGAIN: &str = "check that the download is complete and that this is an `instances` or `lvis_v1` json";
 /// The same, where its content contradicts itself.
 const MEND: &str = "mend the file, or make it again from its source";
-/// What is done about annotations that have no numbers of their own.
+/// The hint for annotations without numeric ids.
 const NUMBER: &str = "number the annotations: give each a whole number of its own as `id`";
 
 impl Annotations {
@@ -380,7 +380,7 @@ impl<S: Into<Outline>> RawFile<Vec<RawAnnotation<S>>> {
     }
 }
 
-/// What is wrong with a file that could not be read, and what to do about it.
+/// The error of a file that could not be read, with its hint.
 fn in_words(json: &[u8], fault: &Fault) -> (String, String) {
     const EXPECTED: &str = "expected a COCO or LVIS annotation file";
     let other = |found: &str, hint: &str| (format!("{EXPECTED}, found {found}"), hint.to_owned());
@@ -481,7 +481,7 @@ fn problems(raw: &RawFile<Vec<RawAnnotation<Outline>>>) -> Problems {
             problems.push(problem, "give each category an `id` of its own");
         }
     }
-    // Without categories, nothing can be said of those that are named.
+    // Without categories, category ids cannot be checked.
     let images_with_lists = raw.images.iter().enumerate().filter(|_| raw.categories.is_some());
     for (place, image) in images_with_lists {
         for (field, ids) in

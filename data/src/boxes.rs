@@ -36,7 +36,7 @@ impl Xyxy {
         self.width() * self.height()
     }
 
-    /// What of it lies in an image of `[width, height]` px; without area where nothing does.
+    /// The part of it inside an image of `[width, height]` px; without area if it is outside.
     pub fn clipped(&self, [width, height]: [u32; 2]) -> Self {
         let [width, height] = [width as f32, height as f32];
         let Self { x1, y1, x2, y2 } = *self;
@@ -151,7 +151,7 @@ impl Block {
 
     /// Marks the lanes whose IoU with a box is above a threshold, by the arithmetic of [`Xyxy::iou`].
     fn mark_overlapping(&self, xyxy: &Xyxy, threshold: f32, marked: &mut [bool; LANES]) {
-        // Unlike f32::min, a single instruction: nothing is said here about NaN.
+        // Unlike f32::min, a single instruction; NaN needs no special result here.
         let (min, max) = (|a: f32, b: f32| if a < b { a } else { b }, |a: f32, b: f32| if a > b { a } else { b });
         let area = xyxy.area();
         let is_above: [bool; LANES] = std::array::from_fn(|lane| {

@@ -1,6 +1,6 @@
-//! What a file is by its first bytes, whatever its name says: for messages about files that are not what they are called.
+//! The format of a file by its first bytes, whatever its name says: for messages about files with the wrong name.
 
-/// Names a file's content as it follows "found"; `None` where the first bytes tell nothing.
+/// Names a file's content for messages, after "found"; `None` for unknown first bytes.
 pub fn describe(bytes: &[u8]) -> Option<&'static str> {
     image_format(bytes).map(Format::name).or_else(|| other(bytes))
 }
@@ -16,7 +16,7 @@ impl Format {
     }
 }
 
-/// The format of a picture; `None` for what is no picture, or of a format that is not known here.
+/// The format of a picture; `None` for other files and unknown formats.
 pub fn image_format(bytes: &[u8]) -> Option<Format> {
     const MAGIC: &[(&[u8], &str)] = &[
         (b"\xff\xd8", "a JPEG"),

@@ -1,4 +1,4 @@
-//! What can be wrong with the files a user brings, in words that name the file, the place in it, what was expected and
+//! Errors of the user's files, in messages that name the file, the place in it, what was expected and
 //! what was found.
 
 use std::{io, path::PathBuf};
@@ -11,31 +11,31 @@ pub enum Error {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
     /// Writing failed half-way.
     #[error("cannot write {what}")]
     Write {
-        /// What was being written.
+        /// The file that was being written.
         what: &'static str,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// The file is there, but says something it may not.
+    /// The file exists, but its content is wrong.
     #[error("{}: {problem}", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// Where in the file, what was expected, what was found.
+        /// The place in the file, what was expected, and what was found.
         problem: String,
-        /// What the operator can do about it.
+        /// The next step for the user.
         hint: Option<String>,
     },
 }
 
 impl Error {
-    /// What the operator can do next, as an imperative.
+    /// The next step for the user, as an imperative.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => Some("check the path, or make the file first".into()),

@@ -65,7 +65,7 @@ pub enum IouType {
     Masks,
 }
 
-/// A scored box with its class, and the mask within it where a detector draws some.
+/// A scored box with its class, and its mask if the detector has a mask head.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Detection {
     /// The image.
@@ -93,9 +93,9 @@ pub struct Evaluator<'a> {
     iou_type: IouType,
     annotations: &'a Annotations,
     classes: &'a ClassSplit,
-    /// Of the classes, base ++ novel.
+    /// The ids of the classes, base ++ novel.
     ids: Vec<CategoryId>,
-    /// With the numbers that matching knows them by, from 1: it takes 0 for unmatched, and files may count from 0.
+    /// With their numbers in the matching, from 1: it reserves 0 for unmatched, and files may count from 0.
     objects: BTreeMap<ImageId, Vec<(u64, &'a Annotation)>>,
     judged: BTreeSet<ImageId>,
     strays: Strays,
@@ -136,7 +136,7 @@ impl<'a> Evaluator<'a> {
         Ok(Self { protocol, iou_type, annotations, classes, ids, objects, judged: BTreeSet::new(), strays: Strays::default(), matches })
     }
 
-    /// Matches all detections of some images with their objects.
+    /// Matches all detections of some images to their objects.
     ///
     /// Fails for an image that has been judged before, for images and categories that the annotations do not have, for numbers that
     /// are not finite, boxes that are inside out, and, where masks are evaluated, for a detection without a sound
@@ -334,7 +334,7 @@ impl Slices<'_> {
     }
 }
 
-/// The mean of what is there, in a fixed order.
+/// The mean of the values that exist, in a fixed order.
 fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
     let (sum, n) = values.filter(|value| *value > -1.0).fold((0.0, 0_usize), |(sum, n), value| (sum + value, n + 1));
     (n > 0).then(|| sum / n as f64)

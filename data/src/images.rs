@@ -82,8 +82,8 @@ impl Image {
             && let Some(found) = content::describe(bytes)
         {
             let hint = match content::image_format(bytes) {
-                Some(_) => format!("it is {found} whatever its name says: convert it to JPEG or PNG, or leave it out: `on_bad_item: skip`"),
-                None => "it is no image whatever its name says: fetch it again, or leave it out: `on_bad_item: skip`".into(),
+                Some(_) => format!("it is {found} with another extension: convert it to JPEG or PNG, or skip it with `on_bad_item: skip`"),
+                None => "it is not an image: download it again, or skip it with `on_bad_item: skip`".into(),
             };
             return Err(refused(format!("expected a JPEG or PNG image, found {found}"), hint));
         }
@@ -140,7 +140,7 @@ impl Image {
         bytes
     }
 
-    /// The rectangle `[x1, y1, x2, y2]` px, half-open; what lies outside the image is black, as in Pillow.
+    /// The rectangle `[x1, y1, x2, y2]` px, half-open; black outside the image, as in Pillow.
     pub fn crop(&self, [x1, y1, x2, y2]: [i64; 4]) -> Self {
         assert!(x1 < x2 && y1 < y2, "BUG: an empty crop");
         let (width, height) = ((x2 - x1) as usize, (y2 - y1) as usize);
@@ -167,7 +167,7 @@ impl Image {
         self.resize_window(rectangle, [width, height], [0, 0, width, height])
     }
 
-    /// As [`Self::resize_of`] and then [`Self::crop`] to a window inside of it, without computing what is cut off.
+    /// As [`Self::resize_of`] and then [`Self::crop`] to a window inside of it, without computing the pixels outside.
     fn resize_window(&self, rectangle: [i64; 4], to: [u32; 2], window: [u32; 4]) -> Self {
         let [from, to] = [[self.width, self.height], to].map(|size| size.map(|side| side as usize));
         let rgb = bicubic(&self.rgb, from, rectangle, to, window.map(|edge| edge as usize));
@@ -182,7 +182,7 @@ const JPEG_START: &[u8] = &[0xff, 0xd8];
 const PNG_START: &[u8] = b"\x89PNG\r\n\x1a\n";
 /// The most pixels of an image that is decoded: a file of a few KB may claim any number, and each takes memory.
 const MAX_PIXELS: u64 = 1 << 28;
-/// Of the widest pixels, four numbers of 16 bits.
+/// Bytes of the widest pixels, four numbers of 16 bits.
 const MAX_PIXEL_BYTES: u64 = 8;
 
 fn is_too_large([width, height]: [u32; 2]) -> bool {
@@ -289,7 +289,7 @@ pub enum SquareResize {
 }
 
 impl Preprocess {
-    /// Numbers of one input, `3 * side * side`.
+    /// The number of values of one input, `3 * side * side`.
     pub fn n_numbers(&self) -> usize {
         3 * (self.side_px * self.side_px) as usize
     }
@@ -506,11 +506,7 @@ mod tests {
     #[test]
     fn images_of_other_formats_and_what_is_none_are_named_by_content() {
         for (bytes, found, hint) in [
-            (
-                b"RIFF\x10\0\0\0WEBPVP8 ".as_slice(),
-                "a WebP",
-                "it is a WebP whatever its name says: convert it to JPEG or PNG, or leave it out",
-            ),
+            (b"RIFF\x10\0\0\0WEBPVP8 ".as_slice(), "a WebP", "it is a WebP with another extension: convert it to JPEG or PNG, or skip it"),
             (b"GIF89a", "a GIF", "convert it"),
             (b"BM\x9a\0\0\0\0\0\0\0\x36", "a BMP", "convert it"),
             (b"II*\0", "a TIFF", "convert it"),
@@ -520,7 +516,7 @@ mod tests {
             (b"\0\0\x01\0", "an icon (ICO)", "convert it"),
             (b"8BPS", "a Photoshop file (PSD)", "convert it"),
             (b"<svg>", "an SVG", "convert it"),
-            (b"<html>", "a web page", "it is no image whatever its name says: fetch it again"),
+            (b"<html>", "a web page", "it is not an image: download it again"),
             (b"", "an empty file", "fetch it again"),
         ] {
             let (problem, advice) = refused(bytes, None);

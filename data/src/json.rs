@@ -1,4 +1,4 @@
-//! Json that people bring: read as exporters write it, and what is wrong with it said with its place, `annotations[4].bbox[2]`.
+//! The user's JSON files: read as exporters write them; errors name the place, `annotations[4].bbox[2]`.
 //!
 //! Whole numbers may be written as `1.0` or `"1"`, and a UTF-8 file may begin with a byte order mark. Everything else is as the standard
 //! says: `NaN`, which Python writes, is refused by its place.
@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, de};
 
 use crate::content;
 
-/// What editors on Windows put before UTF-8.
+/// The byte order mark that editors on Windows write before UTF-8.
 pub(crate) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// The greatest number below which f64 tells all whole numbers apart.
@@ -20,16 +20,16 @@ const EXACT: f64 = 9_007_199_254_740_992.0;
 pub struct Fault {
     /// The fields and indices that lead to it, `annotations[4].bbox[2]`; empty for the file as a whole.
     pub place: String,
-    /// What is wrong there: what was expected and what was found, and the line.
+    /// What was expected, what was found, and the line.
     pub problem: String,
-    /// What kind of fault it is.
+    /// The kind of the fault.
     pub kind: FaultKind,
 }
 
-/// What kind of fault it is, for advice.
+/// The kind of a fault, which decides the hint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FaultKind {
-    /// The file is no json at all: its first bytes tell what it is.
+    /// The file is not JSON: its first bytes show its format.
     OtherFile,
     /// It is in UTF-16.
     OtherEncoding,
@@ -122,7 +122,7 @@ fn token_at(json: &[u8], line: usize, column: usize) -> String {
     String::from_utf8_lossy(&line[at - before.min(64)..at + after]).into_owned()
 }
 
-/// What serde says of a shape, in the words of every other message.
+/// serde's message about a shape, in the words of every other message.
 fn plainly(words: &str) -> String {
     let found = |rest: &str| {
         let (found, expected) = rest.split_once(", expected ")?;

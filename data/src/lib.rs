@@ -1,4 +1,4 @@
-//! What detectors are trained and judged on: COCO / LVIS annotations, class splits, images, boxes and masks, proposals,
+//! Training and evaluation data of detectors: COCO / LVIS annotations, class splits, images, boxes and masks, proposals,
 //! evaluation, and the toy world.
 //!
 //! This crate knows files and their meaning. It knows nothing of networks, stages or the store.
@@ -23,5 +23,5 @@ pub mod warnings;
 
 pub use error::Error;
 
-/// What every function of this crate returns.
+/// The result of every function of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

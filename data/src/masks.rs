@@ -3,7 +3,7 @@
 //! COCO keeps them as polygons or as run lengths, plain or packed into text, column by column; outside this module pixels run
 //! row by row, and sizes are `[width, height]`. The run length arithmetic is `hotcoco`'s, which is pycocotools' own.
 //!
-//! What a detector draws within a box is pasted as mmdet does (`_do_paste_mask`, that is `grid_sample`, bilinear, without aligned
+//! Masks of a detector within boxes are pasted as mmdet does (`_do_paste_mask`, that is `grid_sample`, bilinear, without aligned
 //! corners, zeros outside). Where this differs: a box without area holds nothing, and pixels farther from the box are never looked
 //! at, which changes nothing at a threshold of 0.5.
 
@@ -38,7 +38,7 @@ pub struct PackedMask {
     pub counts: Box<str>,
 }
 
-/// What a file says of an object's pixels.
+/// The outline of an object in a file.
 #[derive(Debug, Clone, Default)]
 pub enum Outline {
     /// Nothing.
@@ -63,7 +63,7 @@ impl From<Segmentation> for Outline {
 }
 
 impl Outline {
-    /// What a json value draws. (Of a shape that is not COCO's.)
+    /// The outline that a json value describes, in shapes other than COCO's.
     pub(crate) fn of_json(json: &str) -> Self {
         if let Ok(segmentation) = serde_json::from_str::<Segmentation>(json) {
             return segmentation.into();
@@ -144,7 +144,7 @@ impl Mask {
         mask::fr_polys(polygons, height, width).map(|rle| Self { rle }).map_err(|error| error.to_string())
     }
 
-    /// The mask of given pixels, `[H, W]`. Fails when there are more or fewer than the size says.
+    /// The mask of given pixels, `[H, W]`. Fails if their number differs from the size.
     pub fn from_pixels(pixels: &[bool], [width, height]: [u32; 2]) -> Result<Self, String> {
         let (n_columns, n_rows) = (width as usize, height as usize);
         if n_columns.checked_mul(n_rows) != Some(pixels.len()) {
@@ -154,7 +154,7 @@ impl Mask {
         mask::encode(&columns, height, width).map(|rle| Self { rle }).map_err(|error| error.to_string())
     }
 
-    /// What a detector drew within a box, in the image: the pixels whose centres have a probability of at least 0.5 by bilinear
+    /// The mask that a detector predicts within a box, in the image: the pixels whose centres have a probability of at least 0.5 by bilinear
     /// interpolation.
     ///
     /// `probabilities`: `[side, side]`, row by row, in [0, 1], of cells that divide the box evenly; beyond them it is 0. `xyxy`: px of the
@@ -228,7 +228,7 @@ impl Mask {
         [self.rle.w, self.rle.h]
     }
 
-    /// How many pixels there are.
+    /// The number of pixels.
     pub fn area(&self) -> u64 {
         mask::area(&self.rle)
     }
@@ -239,7 +239,7 @@ impl Mask {
     }
 }
 
-/// Checks that objects have outlines to compare or to learn. The message names the first that has none and says how many there are.
+/// Checks that objects have outlines. The message names the first that has none and counts them.
 ///
 /// A missing segmentation is none, and so are polygons all of which have fewer than three corners, and run lengths without a pixel. Other
 /// polygons are not drawn for it: millions would take seconds. Whether run lengths are sound is not checked.

@@ -11,7 +11,7 @@
 //! only class), or a dict of `bboxes` and `scores`; without boxes it may have any width. Numbers are floats or integers of any size.
 //!
 //! Entries that stand in order are in ascending image id or, as mmdet itself writes them, in the order in which the annotation file
-//! lists the images; where these differ, the boxes tell, or the operator.
+//! lists the images; if these differ, the order that the boxes fit is taken, or the one that the user gives.
 
 mod containers;
 mod matching;
@@ -42,21 +42,21 @@ pub struct Proposal {
     pub score: f32,
 }
 
-/// What a file of proposals holds.
+/// The content of a file of proposals.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pickled {
     /// The boxes of each image.
     pub entries: Entries,
-    /// What was taken for granted, in words.
+    /// Notes about assumptions, such as missing scores.
     pub notes: Vec<String>,
 }
 
-/// The boxes of each image, and what says which image.
+/// The boxes of each image, and the names of the images if the file has them.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Entries {
-    /// Only their order.
+    /// Without names: matched by their order.
     InOrder(Vec<Vec<Proposal>>),
-    /// A name each.
+    /// With the name of each image.
     Named(Vec<(ImageName, Vec<Proposal>)>),
 }
 
@@ -120,7 +120,7 @@ fn pickle_of(file: &[u8]) -> Result<&[u8], (String, &'static str)> {
     }
 }
 
-/// Writes the same, float32.
+/// Writes proposals as mmdet's pickle, float32.
 pub fn write_mmdet(images: &[Vec<Proposal>], out: &mut impl Write) -> io::Result<()> {
     let row = |proposal: &Proposal| [proposal.xyxy.x1, proposal.xyxy.y1, proposal.xyxy.x2, proposal.xyxy.y2, proposal.score];
     let array = |proposals: &Vec<Proposal>| (proposals.len(), 5, proposals.iter().flat_map(row).collect::<Vec<f32>>());

@@ -9,7 +9,7 @@ const PRECISION_BITS: u32 = 32 - 8 - 2;
 /// Reach of the bicubic kernel, in source pixels at scale 1.
 const SUPPORT: f64 = 2.0;
 
-/// Which source pixels make one target pixel, and with which weights.
+/// The source pixels of one target pixel, and their weights.
 struct Taps {
     first: usize,
     weights: Vec<i32>,
@@ -17,8 +17,8 @@ struct Taps {
 
 /// Resizes a rectangle `[x1, y1, x2, y2]` of packed RGB `[H, W, 3]`, which is black outside of it.
 ///
-/// Of the result, `to` in width and height, the window `[x1, y1, x2, y2]` is computed. Black adds nothing to a sum: what lies outside
-/// the image is never looked at, and takes no memory.
+/// Only the window `[x1, y1, x2, y2]` of the result, `to` in width and height, is computed. Black adds nothing to a sum: pixels outside
+/// the image are never read, and take no memory.
 pub(crate) fn bicubic(rgb: &[u8], [width, height]: [usize; 2], rectangle: [i64; 4], to: [usize; 2], window: [usize; 4]) -> Vec<u8> {
     let [x1, y1, x2, y2] = rectangle;
     assert!(x1 < x2 && y1 < y2 && rgb.len() == 3 * width * height, "BUG: an image without pixels");

@@ -6,7 +6,7 @@
 //!
 //! Ids, sizes and `iscrowd` that are written as `1.0`, `"1"` or `false` become plain numbers.
 //!
-//! Different from the reference: nothing in what is said. Python writes numbers and text anew, and this keeps their tokens, so bytes differ
+//! The content does not differ from the reference's. Python reformats numbers and text, and this module keeps their tokens, so bytes differ
 //! where a file has them in another spelling than Python's: `1.50`, `1e-5` for its `1e-05`, `é` for its `\u00e9`; in names of fields this
 //! writes `é` for either. Files that Python or the COCO tools wrote with ASCII names and shortest numbers come out byte for byte the same.
 
@@ -44,7 +44,7 @@ pub enum LabelFilter {
     AllAnnotated,
 }
 
-/// What was written.
+/// The number of images and annotations that were written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Counts {
     /// Images.

@@ -1,7 +1,7 @@
 //! The toy world: a deterministic generator of photograph-like scenes, in the file formats of the real ones.
 //!
 //! Objects are a shape x a colour x a pattern, such as `striped red circle`. Sixty combinations are categories: 40 base and
-//! 20 novel; every shape, colour and pattern of a novel category occurs in base ones, so that what is learned on base
+//! 20 novel; every shape, colour and pattern of a novel category occurs in base ones, so that training on base
 //! classes can carry over. A captioned web set, with wrong and noisy captions, stands in for what CLIP was trained on and
 //! for LAION; a clean held-out set measures zero-shot accuracy; proposals have the recall and the noise of OLN.
 //!
@@ -25,7 +25,7 @@ pub use web::{Captioned, Labelled};
 pub(crate) const SHAPES: [&str; 6] = ["circle", "square", "triangle", "star", "cross", "ring"];
 pub(crate) const COLOURS: [&str; 6] = ["red", "green", "blue", "yellow", "purple", "orange"];
 pub(crate) const PATTERNS: [&str; 4] = ["plain", "striped", "dotted", "checked"];
-/// How many combinations are novel; twice as many are base.
+/// The number of novel combinations; twice as many are base.
 const N_NOVEL: usize = 20;
 
 /// Size and seed of a world.
@@ -104,9 +104,9 @@ pub fn image_id(set: Set, index: usize) -> u64 {
 pub struct Object {
     /// Its place among base ++ novel.
     pub class: usize,
-    /// Of what is visible.
+    /// The box of the visible part.
     pub xyxy: Xyxy,
-    /// Of what is visible, in px².
+    /// The area of the visible part, px².
     pub area: f64,
     /// Polygons or compressed run lengths, as in COCO json.
     pub segmentation: Value,
@@ -123,7 +123,7 @@ pub struct Scene {
     pub labels: Labels,
 }
 
-/// What is known of a scene.
+/// The annotations of a scene.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Labels {
     /// Its id.
@@ -134,7 +134,7 @@ pub struct Labels {
     pub width: u32,
     /// px.
     pub height: u32,
-    /// What is to be seen.
+    /// The caption's object.
     pub objects: Vec<Object>,
     /// Boxes as a proposal network would give them, best first.
     pub proposals: Vec<Proposal>,

@@ -1,9 +1,9 @@
-//! What a detector is trained on: which images and objects of an annotation file, in which order, at which size, mirrored or not.
+//! Training samples of a detector: the images and objects of an annotation file, their order, size and mirroring.
 //!
 //! The rules are those of mmdet 3 as OADP uses it (methods, section 6.2). Boxes and images go the same way through a [`Placement`]; boxes
 //! of stored features do, too.
 //!
-//! Where this differs: nothing is drawn at random here. Who trains draws a [`Placement`] with random numbers of its own.
+//! Difference: this module uses no random numbers. The training loop draws each [`Placement`].
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -106,7 +106,7 @@ pub fn batches(order: &[usize], is_tall: impl Fn(usize) -> bool, size: usize) ->
 pub struct Placement {
     /// `[width, height]` px of the image.
     pub from: [u32; 2],
-    /// `[width, height]` px of what is shown.
+    /// `[width, height]` of the training image, px.
     pub to: [u32; 2],
     /// Whether left is right.
     pub is_mirrored: bool,
@@ -125,7 +125,7 @@ impl Placement {
         Self { is_mirrored: !self.is_mirrored, ..self }
     }
 
-    /// Where a box of the image lies in what is shown, clipped to it.
+    /// A box of the image in the training image, clipped to it.
     pub fn show(&self, xyxy: &Xyxy) -> Xyxy {
         let [x, y] = [0, 1].map(|axis| self.to[axis] as f32 / self.from[axis] as f32);
         let Xyxy { x1, y1, x2, y2 } = Xyxy { x1: xyxy.x1 * x, y1: xyxy.y1 * y, x2: xyxy.x2 * x, y2: xyxy.y2 * y }.clipped(self.to);
@@ -133,7 +133,7 @@ impl Placement {
         if self.is_mirrored { Xyxy { x1: width - x2, y1, x2: width - x1, y2 } } else { Xyxy { x1, y1, x2, y2 } }
     }
 
-    /// Where a box of what is shown lies in the image, clipped to it.
+    /// A box of the training image in the image, clipped to it.
     pub fn find(&self, xyxy: &Xyxy) -> Xyxy {
         let width = self.to[0] as f32;
         let Xyxy { x1, y1, x2, y2 } = if self.is_mirrored { Xyxy { x1: width - xyxy.x2, x2: width - xyxy.x1, ..*xyxy } } else { *xyxy };
@@ -141,7 +141,7 @@ impl Placement {
         Xyxy { x1: x1 * x, y1: y1 * y, x2: x2 * x, y2: y2 * y }.clipped(self.from)
     }
 
-    /// What is shown of the image, packed RGB.
+    /// The pixels of the training image, packed RGB.
     pub fn pixels(&self, image: &Image) -> Image {
         assert_eq!([image.width, image.height], self.from, "BUG: a view of another image");
         let [from, to] = [self.from, self.to].map(|size| size.map(|side| side as usize));
@@ -159,7 +159,7 @@ impl Placement {
 /// A part of a mask, as it is shown: it holds all pixels of the object and some of none around them, except where the image ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShownMask {
-    /// The first column and row, px of what is shown.
+    /// The first column and row, px of the training image.
     pub from: [u32; 2],
     /// `[width, height]` px.
     pub size: [u32; 2],

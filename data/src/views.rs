@@ -1,4 +1,4 @@
-//! What OADP shows CLIP of an image: overlapping blocks of a pyramid, and squares around objects with a mask of what is the
+//! The views of an image that OADP embeds with CLIP: overlapping blocks of a pyramid, and squares around objects with a mask of the
 //! object (sections 4.2 and 4.3 there).
 //!
 //! Geometry alone; pixels are cut by [`crate::images`]. All of it is in f32, as in the reference.
@@ -51,7 +51,7 @@ fn level(size: [u32; 2], scale: f32, side: u32) -> Option<Level> {
 }
 
 impl Level {
-    /// Where a block lies in the image.
+    /// The box of a block in the image.
     pub fn xyxy(&self, [x, y]: [u32; 2], side: u32) -> Xyxy {
         let [x1, y1, x2, y2] = [x, y, x + side, y + side].map(|length| length as f32 * self.scale);
         Xyxy { x1, y1, x2, y2 }
@@ -116,7 +116,7 @@ pub fn rounded(square: &Xyxy) -> [i64; 4] {
     [square.x1, square.y1, square.x2, square.y2].map(|corner| corner.round_ties_even() as i64)
 }
 
-/// Which cells of a grid over a square are the object's: `[grid, grid]`, row by row, 0 the object's, 1 background.
+/// The mask of an object on a grid over a square: `[grid, grid]`, row by row, 0 object, 1 background.
 ///
 /// The square is sampled at whole pixels, `ceil(side)` of them on an axis; each cell takes the nearest sample before it, as
 /// PyTorch's `interpolate(mode="nearest")` does.

@@ -10,7 +10,7 @@ use crate::{
 /// How far a box may reach outside its image before it counts as leaving it, in px.
 pub(crate) const TOLERANCE_PX: f64 = 1.0;
 
-/// What to know about an evaluation of some categories. `looked_at`: the images that were searched for objects, where that is known.
+/// The warnings of an evaluation of some categories. `looked_at`: the images that the detector was run on, if known.
 pub(crate) fn warnings(
     protocol: Protocol,
     annotations: &Annotations,
@@ -28,7 +28,7 @@ pub(crate) fn warnings(
         let n_lost = objects.iter().filter(|object| is_missing(&object.image_id)).count();
         warnings.extend((n_missing > 0).then(|| {
             format!(
-                "{n_missing} of {n_images} images were not looked at (left out upstream, as by `on_bad_item: skip`): their {n_lost} \
+                "{n_missing} of {n_images} images were skipped by an earlier stage (`on_bad_item: skip`): their {n_lost} \
                  objects count as missed"
             )
         }));
@@ -99,7 +99,7 @@ pub fn of_boxes(annotations: &Annotations) -> Option<String> {
     Some(format!("of {n_labels} annotated boxes {} (annotation {} is the first)", counts.join(", "), first?))
 }
 
-/// Whether a box that should be `[x, y, width, height]` lies in its image only as corners.
+/// Whether a box that should be `[x, y, width, height]` fits its image only as corners.
 fn seem_corners([x, y, width, height]: [f64; 4], image: &ImageInfo) -> bool {
     let [right, bottom] = [image.width, image.height].map(|side| f64::from(side) + TOLERANCE_PX);
     let leaves = x + width > right || y + height > bottom;
@@ -243,9 +243,8 @@ mod tests {
     fn images_that_were_not_looked_at_are_counted_with_their_objects() {
         let looked_at = BTreeSet::from([ImageId(2)]);
         let said = |categories: u64| warnings(Protocol::Coco, &owls(), &BTreeSet::from([CategoryId(categories)]), Some(&looked_at));
-        let expected = |n: usize| {
-            format!("1 of 2 images were not looked at (left out upstream, as by `on_bad_item: skip`): their {n} objects count as missed")
-        };
+        let expected =
+            |n: usize| format!("1 of 2 images were skipped by an earlier stage (`on_bad_item: skip`): their {n} objects count as missed");
         assert_eq!((said(2), said(3)), (vec![expected(2)], vec![expected(0)]));
     }
 }

@@ -11,7 +11,7 @@
 //! weights (optimizers, which are dicts with `param_groups`; messages) is not read, nor is anything that a model holds in lists; but texts,
 //! numbers and lists of texts are.
 //!
-//! Where in a file the weights of a network lie, its own names tell: see [`Place`].
+//! The place of a network's weights in a file follows from its own names: see [`Place`].
 
 use std::{
     collections::BTreeMap,
@@ -38,7 +38,7 @@ pub use self::{
 /// The name of a tensor that is all that a file of `torch.save` holds.
 pub const BARE_TENSOR: &str = "(bare tensor)";
 
-/// What to do about a file that is not what it was when it was written.
+/// The hint for a file that was damaged after it was written.
 const AGAIN: &str = "the file is cut short or damaged: download or make it again";
 
 /// How a file lays out its weights.
@@ -66,11 +66,11 @@ pub struct Checkpoint {
 /// Numbers without libtorch, whose threads get in each other's way where many small files are read or written at once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Array {
-    /// What the numbers are.
+    /// The type of the numbers.
     pub kind: Kind,
     /// The length of each axis.
     pub shape: Vec<i64>,
-    /// The numbers in C order, little-endian, as many as the shape says.
+    /// The numbers in C order, little-endian, as many as the shape has.
     pub bytes: Vec<u8>,
 }
 
@@ -120,13 +120,13 @@ impl Checkpoint {
         self.format
     }
 
-    /// What the writer put beside the weights: text (safetensors); text, numbers, and as JSON lists of text, by their dotted names
+    /// Metadata beside the weights: text (safetensors); text, numbers, and as JSON lists of text, by their dotted names
     /// (`torch.save`).
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
 
-    /// What lies at a place alone, under its names there. What the writer put beside the weights stays under its whole names as well.
+    /// Only the tensors at a place, without its prefix. The metadata keeps its whole names as well.
     #[must_use]
     pub fn at(self, place: &Place) -> Self {
         let Self { path, format, mut metadata, tensors } = self;
@@ -137,9 +137,9 @@ impl Checkpoint {
         Self { path, format, metadata, tensors }
     }
 
-    /// What lies where the one tensor of this name lies; everything where there is no such tensor. Fails where there are several.
+    /// The tensors at the place of the one tensor with this name; all tensors if there is none. Fails if there are several.
     pub fn around(self, name: &str) -> Result<Self> {
-        let how = "save the one that is meant alone";
+        let how = "save only that network";
         let place = Place::choose(&prefixes(&self.tensors, name), None, &self.tensors, &self.path, &format!("one tensor `{name}`"), how)?;
         Ok(match place {
             Some(place) => self.at(&place),
@@ -267,7 +267,7 @@ fn numbers(tensor: &Tensor) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// How many numbers of a tensor are infinite or none, in words; nothing, if all are finite.
+/// The number of infinities and NaNs of a tensor, in words; `None` if all numbers are finite.
 pub fn not_finite(tensor: &Tensor) -> Option<String> {
     let is_floating = matches!(tensor.kind(), Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double);
     // A sum is finite only if all of its terms are, and takes one pass and no memory.

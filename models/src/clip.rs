@@ -293,7 +293,7 @@ impl Clip {
         Self::load_as(architecture, tensors, origin, device, kind)
     }
 
-    /// Builds a frozen CLIP from a checkpoint whose sizes are known; for heads that are not 64 channels wide, which tensors cannot say.
+    /// Builds a frozen CLIP from a checkpoint whose sizes are known; for heads that are not 64 channels wide, which do not follow from tensors.
     pub fn load_as(
         architecture: impl Into<Architecture>,
         tensors: &BTreeMap<String, Tensor>,
@@ -372,7 +372,7 @@ impl Clip {
         self.towers.text.causal().ok_or_else(found)
     }
 
-    /// What the towers compute in, and the kind of every embedding.
+    /// The kind that the towers compute in, which is also that of every embedding.
     pub fn kind(&self) -> Kind {
         self.kind
     }
@@ -448,14 +448,14 @@ impl Clip {
         Ok(to_unit_length(&self.encode_text(tokens)?))
     }
 
-    /// What cosine similarities are multiplied by to become logits, f32 scalar. Fails where the checkpoint has none.
+    /// The factor from cosine similarities to logits, f32 scalar. Fails if the checkpoint has none.
     pub fn logit_scale(&self) -> Result<Tensor> {
         let found = || Error::Input { what: LOGIT_SCALE, expected: "a checkpoint that has it".into(), found: "one without".into() };
         self.log_logit_scale.as_ref().map(Tensor::exp).ok_or_else(found)
     }
 }
 
-/// Scales each row of `[B, D]` to unit length, and a row of zeros to no numbers: whoever checks weights finds them.
+/// Scales each row of `[B, D]` to unit length, and a row of zeros to NaN, so that checks of weights find it.
 fn to_unit_length(rows: &Tensor) -> Tensor {
     rows / rows.norm_scalaropt_dim(2.0, -1_i64, true)
 }

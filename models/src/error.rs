@@ -1,4 +1,4 @@
-//! What can be wrong with a checkpoint or with what a network is fed.
+//! Errors of checkpoints and of the inputs of networks.
 
 use std::{fmt, io, path::PathBuf};
 
@@ -14,35 +14,35 @@ pub enum Error {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// The file is there, but is not what its name promises, or is damaged.
+    /// The file exists, but has another format than its name says, or is damaged.
     #[error("{}: {problem}", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// Where in the file, what was expected, what was found.
+        /// The place in the file, what was expected, and what was found.
         problem: String,
-        /// What the operator can do about it.
+        /// The next step for the user.
         hint: Option<String>,
     },
-    /// Tensors of a checkpoint that do not belong to the network.
+    /// Tensors of a checkpoint that do not fit the network.
     #[error("{}: {} tensors do not fit the network: {}", path.display(), problems.len(), join(problems))]
     Misfits {
         /// The file.
         path: PathBuf,
-        /// All of them, by name.
+        /// All tensors that do not fit, by name.
         problems: Vec<Misfit>,
     },
-    /// What a network was given is not what it takes.
+    /// An input that a network does not accept.
     #[error("{what}: expected {expected}, found {found}")]
     Input {
         /// The argument or field.
         what: &'static str,
         /// Kind, shape, range.
         expected: String,
-        /// The same of what was given.
+        /// The same properties of the input.
         found: String,
     },
     /// Libtorch refused; shapes are checked before it is asked, so this is memory or a device.
@@ -73,7 +73,7 @@ fn join(problems: &[Misfit]) -> String {
 }
 
 impl Error {
-    /// What the operator can do next, as an imperative.
+    /// The next step for the user, as an imperative.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => {
@@ -84,7 +84,7 @@ impl Error {
                 "the weights have parts that the network has not, and results may depend on them: if they do not, save the weights without them"
                     .into(),
             ),
-            Self::Misfits { .. } => Some("check that the checkpoint has a known layout, and that it is the one that was meant".into()),
+            Self::Misfits { .. } => Some("check that the checkpoint has a known layout, and that it is the right one".into()),
             Self::Malformed { hint, .. } => hint.clone(),
         }
     }

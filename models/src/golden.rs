@@ -1,4 +1,4 @@
-//! What the golden tests share: numbers that both sides make from a name, so that no file has to hold them.
+//! Shared by the golden tests: numbers that both sides compute from a name, so that no file has to hold them.
 
 use tch::Tensor;
 

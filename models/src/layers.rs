@@ -1,7 +1,7 @@
 //! The layers that all networks have in common.
 //!
 //! A layer takes what it is given in any kind, and casts its weights to that: f32 weights and half images make mixed precision (Micikevicius
-//! et al. 2018), in which weights and their gradients stay f32. At equal kinds nothing is cast.
+//! et al. 2018), in which weights and their gradients are f32.
 
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -40,24 +40,24 @@ const BATCH_NORM_MOMENTUM: f64 = 0.1;
 /// PyTorch's default for what batch normalisation adds to a variance.
 pub(crate) const BATCH_NORM_EPS: f64 = 1e-5;
 
-/// What a forward pass is for. It is always an argument: no part of a network remembers it.
+/// The purpose of a forward pass. It is always an argument: no part of a network stores it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Learning: batch statistics; of a detector also training temperatures, and only the base classes.
+    /// Training: batch statistics; in a detector also training temperatures, and only the base classes.
     Train,
-    /// Embedding, detecting: running statistics.
+    /// Embedding or predicting: running statistics.
     Test,
 }
 
-/// What batch normalisation normalises by while a network learns; otherwise always by the running statistics.
+/// The statistics that batch normalisation uses in training; in testing it always uses the running statistics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Statistics {
-    /// The running statistics of pretraining, which never change; scale and shift learn (mmdet's `norm_eval`).
+    /// The running statistics of pretraining, which never change; scale and shift are trained (mmdet's `norm_eval`).
     Frozen,
-    /// The same, and scale and shift do not learn either (torchvision's `FrozenBatchNorm2d`).
+    /// The same, and scale and shift are not trained either (torchvision's `FrozenBatchNorm2d`).
     Fixed,
-    /// Those of the batch, which the running ones follow.
+    /// The statistics of the batch, which also update the running statistics.
     Batch,
 }
 
@@ -166,7 +166,7 @@ impl BatchNorm {
         phase == Phase::Train && self.statistics == Statistics::Batch
     }
 
-    /// What it multiplies each channel by and then adds, `[C]` each, where it normalises by the running statistics.
+    /// The factor and the summand of each channel, `[C]` each, when it uses the running statistics.
     fn scale_and_shift(&self) -> (Tensor, Tensor) {
         let scale = &self.weight * (&self.running_var + self.eps).rsqrt();
         let shift = &self.bias - &self.running_mean * &scale;
@@ -187,7 +187,7 @@ impl BatchNorm {
     }
 }
 
-/// Scales each row of `[N, D]` to unit length; a row of zeros stays one.
+/// Scales each row of `[N, D]` to unit length; a row of zeros is unchanged.
 pub fn to_unit_length(rows: &Tensor) -> Tensor {
     rows / rows.norm_scalaropt_dim(2.0, -1_i64, true).clamp_min(1e-12)
 }

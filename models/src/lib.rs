@@ -22,5 +22,5 @@ pub use layers::{Phase, Statistics, to_unit_length};
 /// The version of libtorch that the program is built against.
 pub const LIBTORCH: &str = "2.11.0";
 
-/// What every function of this crate returns.
+/// The result of every function of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,4 +1,4 @@
-//! Several labels at once: what an image, or a block of one, shows.
+//! Multilabel classification: the classes that an image or a block of an image shows.
 
 use tch::{Kind, Tensor};
 

@@ -49,7 +49,7 @@ pub(crate) enum Fill {
     Blank,
 }
 
-/// Whether the tensors at a place learn.
+/// Whether the tensors at a place are trained.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Learning {
     Trains,

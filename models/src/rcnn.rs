@@ -1,7 +1,7 @@
 //! Two-stage detectors: a backbone, a feature pyramid, region proposals, and heads that look at regions.
 //!
 //! [`Detector`] has an open vocabulary (ViLD, OADP), [`MaskRcnn`](mask_rcnn::MaskRcnn) classes of its own, [`Oln`](oln::Oln) none. They are
-//! declared under mmdet's parameter names; [`layout`] translates torchvision's. Images arrive normalised, padded with zeros on the right and
+//! declared under mmdet's parameter names; [`layout`] translates torchvision's. Images are normalised, padded with zeros on the right and
 //! at the bottom. Decoding and normalising images, and the training loop, are elsewhere.
 //!
 //! Differences from mmdet and OADP: batch normalisation uses the statistics of one device (the reference synchronises several); the scores
@@ -54,7 +54,7 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// What finds regions.
+    /// The first stage.
     pub regions: RegionsConfig,
     /// How regions are pooled for all heads but the mask head.
     pub pool: RoiAlign,
@@ -62,13 +62,13 @@ pub struct Config {
     pub embed_dim: i64,
     /// The head that detects: classes, background and boxes (ViLD-text).
     pub bbox_head: OpenHeadConfig,
-    /// The head that learns from an image tower's embeddings of objects (ViLD-image).
+    /// The head that is trained on an image tower's embeddings of objects (ViLD-image).
     pub object_head: Option<OpenHeadConfig>,
-    /// The head that learns from embeddings of blocks (OADP).
+    /// The head that is trained on embeddings of blocks (OADP).
     pub block_head: Option<OpenHeadConfig>,
-    /// Whether there is a head that learns from embeddings of whole images (OADP).
+    /// Whether there is a head that is trained on embeddings of whole images (OADP).
     pub has_global_head: bool,
-    /// The head that draws masks, and how its regions are pooled.
+    /// The mask head, and how its regions are pooled.
     pub mask_head: Option<MaskConfig>,
 }
 
@@ -98,7 +98,7 @@ impl Config {
         Self { mask_head: Some(MaskConfig { pool: RoiAlign { side: 14, ..self.pool }, head }), ..self }
     }
 
-    /// OADP for a toy world, small enough to learn in minutes on two cores.
+    /// OADP for a toy world, small enough to train in minutes on two cores.
     pub fn toy(embed_dim: i64) -> Self {
         let slim = |head: OpenHeadConfig| OpenHeadConfig {
             trunk: TrunkConfig { n_convs: head.trunk.n_convs.min(1), width: 256, ..head.trunk },
@@ -134,17 +134,17 @@ impl Config {
 /// An open-vocabulary detector.
 #[derive(Debug)]
 pub struct Detector {
-    /// What finds regions.
+    /// The first stage.
     pub regions: RegionNetwork,
     /// The head that detects.
     pub bbox_head: OpenHead,
-    /// The head that learns from embeddings of objects.
+    /// The head that is trained on embeddings of objects.
     pub object_head: Option<OpenHead>,
-    /// The head that learns from embeddings of blocks.
+    /// The head that is trained on embeddings of blocks.
     pub block_head: Option<OpenHead>,
-    /// The head that learns from embeddings of whole images.
+    /// The head that is trained on embeddings of whole images.
     pub global_head: Option<GlobalHead>,
-    /// The head that draws masks.
+    /// The mask head.
     pub mask_head: Option<MaskHead>,
     parameters: BTreeMap<String, Tensor>,
     config: Config,
@@ -183,7 +183,7 @@ impl Detector {
         Ok(Self { parameters: declared.into_inner(), ..detector })
     }
 
-    /// What it is made of.
+    /// The configuration.
     pub fn config(&self) -> &Config {
         &self.config
     }
@@ -195,7 +195,7 @@ impl Detector {
 
     /// Detects objects in images f32, bf16 or f16 `[B, 3, H, W]`, normalised, H and W at least 32, without gradients; `sizes`: of each, without padding.
     ///
-    /// Scores are those of the box head; where `vocabularies` has classes for the object head, they are joined with that head's.
+    /// Scores are those of the box head; if `vocabularies` has classes for the object head, both heads' scores are combined.
     pub fn detect(
         &self,
         images: &Tensor,
@@ -232,24 +232,24 @@ impl Detector {
     }
 }
 
-/// The classes that the heads of a [`Detector`] tell apart, the same ones in the same order.
+/// The classes of the heads of a [`Detector`]; all heads have the same ones in the same order.
 #[derive(Clone, Copy, Debug)]
 pub struct Vocabularies<'a> {
     /// For the box head.
     pub bbox: &'a Vocabulary,
-    /// For the object head; none leaves it out.
+    /// For the object head; `None` does not use that head.
     pub object: Option<&'a Vocabulary>,
 }
 
-/// How a [`Detector`] detects.
+/// The test settings of a [`Detector`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TestRule {
-    /// How many proposals are made.
+    /// The choice of proposals.
     pub proposals: ProposalRule,
-    /// How the scores of two heads are joined.
+    /// How the scores of two heads are combined.
     pub ensemble: Ensemble,
-    /// Which detections are made.
+    /// The choice of detections.
     pub detections: DetectionRule,
 }
 

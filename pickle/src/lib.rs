@@ -32,7 +32,7 @@ pub struct Error {
     pub problem: String,
 }
 
-/// What a pickle holds. Clones are cheap: the contents are shared.
+/// A value of a pickle. Clones are cheap: the contents are shared.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
     /// `None`.
@@ -64,7 +64,7 @@ pub enum Value {
         /// Such as `_rebuild_tensor_v2`.
         name: Arc<str>,
     },
-    /// What calling something would have made.
+    /// The result of a call that was not made.
     Object(Arc<Object>),
     /// A reference to something outside the pickle: a storage of `torch.save`.
     Persistent(Arc<Self>),
@@ -72,16 +72,16 @@ pub enum Value {
     Circle,
 }
 
-/// What Python would have built by a call.
+/// An object that Python would have built by a call.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Object {
-    /// What would have been called: mostly a [`Value::Global`].
+    /// The callable: mostly a [`Value::Global`].
     pub callable: Value,
     /// With which positional arguments.
     pub args: Arc<[Value]>,
     /// With which named arguments: a dict, mostly none.
     pub kwargs: Option<Value>,
-    /// What `__setstate__` would have been given, or the attributes.
+    /// The argument of `__setstate__`, or the attributes.
     pub state: Option<Value>,
     /// Items that would have been appended.
     pub items: Arc<[Value]>,
@@ -139,7 +139,7 @@ impl Value {
         }
     }
 
-    /// What would have been called, if this is the result of a call.
+    /// The callable, if this is the result of a call.
     pub fn as_object(&self) -> Option<&Object> {
         match self {
             Self::Object(object) => Some(object),
@@ -166,7 +166,7 @@ impl Value {
         matches!(self, Self::Global { module: m, name: n } if **m == *module && **n == *name)
     }
 
-    /// What this is, for messages: `a list`, `an object of torch.nn.modules.linear.Linear`.
+    /// The kind of this value for messages: `a list`, `an object of torch.nn.modules.linear.Linear`.
     pub fn kind(&self) -> String {
         let kind = match self {
             Self::None => "None",

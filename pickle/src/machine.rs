@@ -11,7 +11,7 @@ use crate::{Error, Object, Value, opcode};
 
 /// In the table. A state dict of 2,000 tensors has about 50,000 values, a proposal file of 120,000 images about 1,500,000.
 const MAX_VALUES: usize = 30_000_000;
-/// In the result, where what is referred to twice counts twice: who walks it needs that long.
+/// The most values of a result, counting shared values once for each reference, as a walk over it does.
 const MAX_WALK: u64 = 200_000_000;
 /// Python itself refuses to write more than about 1,000, its recursion limit.
 const MAX_DEPTH: u16 = 1_000;
@@ -30,16 +30,16 @@ enum Node {
     Dict(Vec<(Place, Place)>),
     Object(Box<Call>),
     Persistent(Place),
-    /// Its parts are being made: who meets it now is one of them.
+    /// Its parts are being built; a reference to it now is a cycle.
     Open,
 }
 
 #[derive(Debug)]
 struct Done {
     value: Value,
-    /// How many containers are inside each other.
+    /// The depth of nested containers.
     depth: u16,
-    /// How many values there are, counting what is referred to twice twice.
+    /// The number of values, counting a shared value once for each reference.
     n_values: u64,
 }
 
@@ -583,7 +583,7 @@ impl<'a> Machine<'a> {
         Ok(bytes)
     }
 
-    /// Makes the value at a place, and first, once each, what it is made of.
+    /// Builds the value at a place, and before it each of its parts once.
     fn make(&mut self, root: Place) -> Result<Value, Error> {
         enum Step {
             Enter(Place),
@@ -615,7 +615,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// Makes a value out of its parts, all of which are done or, in a circle, open.
+    /// Builds a value from its parts, each of which is built or, in a cycle, being built.
     fn join(&self, node: Node) -> Result<Done, Error> {
         let (mut depth, mut n_values) = (0_u16, 1_u64);
         let mut part = |place: Place| match &self.nodes[place as usize] {
@@ -690,7 +690,7 @@ impl Node {
     }
 }
 
-/// What older protocols can only write as calls, as what it is.
+/// Converts values that older protocols can only write as calls.
 fn simplified(mut object: Object) -> Value {
     let Value::Global { module, name } = &object.callable else { return Value::Object(Arc::new(object)) };
     let is_builtin = matches!(&**module, "__builtin__" | "builtins");

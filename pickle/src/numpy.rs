@@ -14,21 +14,21 @@ use half::f16;
 
 use crate::{Object, Value};
 
-/// Of numpy 2.
+/// The module name in numpy 2.
 const MAX_AXES: usize = 64;
-/// How many lists without items an array of Python objects may be.
+/// The most empty lists that an array of Python objects may hold.
 const MAX_EMPTY_LISTS: usize = 1_000_000;
 
-/// An array as it lies in a pickle.
+/// An array in a pickle.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NumpyArray {
     /// Byte order (`<`, `>`, `=` for this machine's, `|` for none), type and size in bytes: `<f4`.
     pub dtype: String,
-    /// Length of each axis; none of a scalar.
+    /// Length of each axis; empty for a scalar.
     pub shape: Vec<usize>,
     /// Whether the first axis runs fastest.
     pub is_fortran: bool,
-    /// The numbers, as many as the shape says.
+    /// The numbers, as many as the shape has.
     pub data: Arc<[u8]>,
 }
 
@@ -74,7 +74,7 @@ impl Value {
 }
 
 impl Value {
-    /// The parts of a numpy array of numbers along its first axis: numbers of an array of one axis, else arrays. `None` for anything else.
+    /// The items of a numpy array of numbers along its first axis: numbers if it has one axis, else arrays. `None` for other values.
     pub fn array_items(&self) -> Option<Vec<Self>> {
         let array = self.to_array().ok()?;
         let (length, inner) = array.shape.split_first()?;

@@ -230,7 +230,7 @@ pub struct Evaluation {
     pub format: u32,
     /// The rules.
     pub protocol: Protocol,
-    /// Boxes or masks; boxes where a file does not say.
+    /// Boxes or masks; boxes if a file does not state it.
     #[serde(default)]
     pub iou_type: IouType,
     /// `all`, `base`, `novel`; LVIS: also `rare`, `common`, `frequent`.
@@ -240,7 +240,7 @@ pub struct Evaluation {
     /// Precision at IoU 0.50 and recall 0.00, 0.01, ..., 1.00, mean over the classes of a group; groups without data are
     /// absent.
     pub curves: BTreeMap<String, Vec<f64>>,
-    /// Reasons why the numbers may mean less than they seem to, with counts; none where a file does not say.
+    /// Reasons why the numbers may be misleading, with counts; empty if a file does not state them.
     #[serde(default)]
     pub warnings: Vec<String>,
 }

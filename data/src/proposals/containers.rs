@@ -7,7 +7,7 @@ use super::{
     rows::{of_fields, of_image},
 };
 
-/// What is said of scores, of the whole file.
+/// The state of the scores of a whole file.
 #[derive(Debug, Default)]
 pub(super) struct Scores {
     /// Boxes that have none.
@@ -17,7 +17,7 @@ pub(super) struct Scores {
 }
 
 impl Scores {
-    /// Makes scores of logits, and says what was taken for granted.
+    /// Turns logits into scores; returns notes about assumptions.
     pub(super) fn settle(self, entries: &mut Entries) -> Vec<String> {
         let mut notes = Vec::new();
         if self.n_absent > 0 {
@@ -120,7 +120,7 @@ pub(super) fn field<'a>(value: &'a Value, name: &str) -> Option<&'a Value> {
     value.get(name).or_else(|| value.as_object()?.state.as_ref()?.get(name))
 }
 
-/// What a value names an image by.
+/// The image name that a value holds.
 fn name_of(value: &Value) -> Option<ImageName> {
     let whole = |number: f64| (number.fract() == 0.0 && number.abs() < 9e15).then_some(ImageName::Id(number as i64));
     match value {
@@ -140,7 +140,7 @@ fn name_of(value: &Value) -> Option<ImageName> {
 const XYXY_ABS: i64 = 0;
 const XYWH_ABS: i64 = 1;
 
-/// Whether boxes are a corner and a size, as `bbox_mode` says.
+/// Whether `bbox_mode` states that boxes are a corner and a size.
 pub(super) fn is_xywh(value: &Value) -> Result<bool, String> {
     let Some(mode) = field(value, "bbox_mode") else { return Ok(false) };
     // An `IntEnum` is pickled as a call with its number.

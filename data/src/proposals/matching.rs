@@ -1,4 +1,4 @@
-//! Which image each entry of a file of proposals is of, and whether its boxes fit that image.
+//! Matches the entries of a file of proposals to images, and checks that boxes fit their images.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -11,28 +11,28 @@ use crate::{
 
 /// How far a box may reach outside its image, in px: proposal networks round.
 const TOLERANCE_PX: f32 = 1.0;
-/// Proposals with the images that they are of.
+/// Proposals by image.
 #[derive(Debug)]
 pub struct Matched {
     /// One entry for every image of the annotations.
     pub by_image: BTreeMap<ImageId, Vec<Proposal>>,
-    /// The order that entries without names had.
+    /// The order of entries without names.
     pub order: Option<ImageOrder>,
-    /// How many images the file has besides.
+    /// The number of images in the file that the annotations do not have.
     pub n_others: usize,
 }
 
-/// Why boxes may lie outside their images.
+/// Explanations for boxes outside their images.
 const OTHERS: &str = "the proposals seem to be of other images, or of resized ones";
 const OTHERS_OR_ORDER: &str = "the proposals seem to be of other images, or of resized ones, or in another order";
 
-/// What is wrong with an entry, and what to do about it.
+/// A fault of an entry, with its hint.
 struct Misfit {
     problem: String,
     hint: &'static str,
 }
 
-/// Finds the image of every entry, and checks the boxes against it.
+/// Matches every entry to an image, and checks the boxes against it.
 ///
 /// Entries without names are matched by [`order`]. Names that the annotations do not have are left out, and counted. Fails where an image has
 /// no entry or two, and where boxes or scores do not fit.

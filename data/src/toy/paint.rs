@@ -16,7 +16,7 @@ pub(super) struct Canvas {
     sun: [f32; 2],
 }
 
-/// Which pixels an object covers.
+/// The pixels that an object covers.
 #[derive(Debug, Clone)]
 pub(super) struct Mask {
     pub(super) width: usize,
@@ -255,7 +255,7 @@ fn muted(dice: &mut Dice) -> [f32; 3] {
     [grey + warmth, grey + green, grey - warmth]
 }
 
-/// What the background is made of.
+/// The pattern of the background.
 enum Ground {
     Plaster,
     Planks,

@@ -5,7 +5,7 @@ use super::{
     paint::{Canvas, Look},
 };
 
-/// How many captions of a hundred name another object than the picture shows.
+/// The percentage of captions that name another object than the picture shows.
 const WRONG_PERCENT: f32 = 8.0;
 
 /// A picture found on the web, with the text beside it.

@@ -12,29 +12,29 @@ use tch::Tensor;
 
 use crate::{Error, Result};
 
-/// How many names a message lists.
+/// The number of names that a message lists.
 const N_LISTED: usize = 4;
 
 /// Where the tensors of a network lie.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Place {
-    /// What stands before each of their names: nothing, or something that ends with a dot.
+    /// The prefix of their names: empty, or ending with a dot.
     pub prefix: String,
     /// The names of the tensors that lie elsewhere.
     pub beside: Vec<String>,
 }
 
-/// What stands before a name in the names of a file.
+/// The prefixes before a name in the names of a file.
 pub(crate) fn prefixes(tensors: &BTreeMap<String, Tensor>, name: &str) -> BTreeSet<String> {
     let before = |found: &String| found.strip_suffix(name).filter(|prefix| prefix.is_empty() || prefix.ends_with('.')).map(str::to_owned);
     tensors.keys().filter_map(before).collect()
 }
 
 impl Place {
-    /// The place of `places` that is meant. `asked`: the whole prefix or its end, with or without the last dot; `network`: what lies there, as `a
+    /// Chooses one of `places`. `asked`: the whole prefix or its end, with or without the last dot; `network`: what is searched for, as `a
     /// CLIP`; `how`: what to do where there are several.
     ///
-    /// Fails where no place is the one that was asked for, or where nobody asked and there are several.
+    /// Fails if no place has the prefix that was asked for, or if none was asked for and there are several.
     pub(crate) fn choose(
         places: &BTreeSet<String>,
         asked: Option<&str>,
@@ -69,13 +69,13 @@ impl Place {
         Ok(Some(Self { prefix: prefix.to_owned(), beside }))
     }
 
-    /// What lies there, under its names there.
+    /// The tensors at this place, without the prefix.
     pub(crate) fn tensors(&self, tensors: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
         let below = |(name, tensor): (&String, &Tensor)| Some((name.strip_prefix(&self.prefix)?.to_owned(), tensor.shallow_clone()));
         tensors.iter().filter_map(below).collect()
     }
 
-    /// That tensors which lie elsewhere are left out, if there are any.
+    /// A note that tensors at other places are ignored, if there are any.
     pub fn note(&self) -> Option<String> {
         let words = || format!("the weights are {}; left out of the file: {}", in_words(&self.prefix), list(&self.beside));
         (!self.beside.is_empty()).then(words)
@@ -103,7 +103,7 @@ mod tests {
         names.iter().map(|name| ((*name).to_owned(), Tensor::from(1.0_f32))).collect()
     }
 
-    /// The prefix that is chosen among those before `w.x`, and what lies elsewhere; or what is wrong.
+    /// The prefix that is chosen among those before `w.x`, and the tensors elsewhere; or the problem.
     fn chosen(names: &[&str], asked: Option<&str>) -> Result<Option<(String, Vec<String>)>, String> {
         let tensors = tensors(names);
         let place = Place::choose(&prefixes(&tensors, "w.x"), asked, &tensors, Path::new("f.pt"), "one net", "say which");

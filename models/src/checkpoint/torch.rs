@@ -1,4 +1,4 @@
-//! What PyTorch writes: a pickle that describes tensors, and the storages that they lie in.
+//! Files of `torch.save`: a pickle that describes tensors, and their storages.
 //!
 //! An archive is a zip of stored entries under one folder: `data.pkl`, `data/KEY` for each storage, `code/` in TorchScript.
 //! Before PyTorch 1.6 a file was five pickles (a magic number, a version, the machine, the value, the keys of the storages)
@@ -24,7 +24,7 @@ const LEGACY_MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 
 const PICKLES_BYTES: u64 = 4 << 20;
 const SAVE_AGAIN: &str = "load it with PyTorch and save `model.state_dict()` with torch.save or safetensors";
 
-/// What PyTorch calls storages of numbers.
+/// PyTorch's names of storages.
 const STORAGES: [(&str, Kind); 10] = [
     ("FloatStorage", Kind::Float),
     ("HalfStorage", Kind::Half),
@@ -54,13 +54,13 @@ struct Storage {
     n_numbers: i64,
 }
 
-/// What a file holds.
+/// The content of a file.
 pub(super) struct Contents {
     pub(super) metadata: BTreeMap<String, String>,
     pub(super) tensors: BTreeMap<String, Tensor>,
 }
 
-/// What the pickle of a zip archive says of its contents.
+/// The content of a zip archive as its pickle describes it.
 struct Described {
     format: Format,
     metadata: BTreeMap<String, String>,
@@ -251,7 +251,7 @@ impl<'a> Archive<'a> {
         self.zip.index_for_name(&format!("{}{name}", self.prefix)).is_some()
     }
 
-    /// What the pickle describes.
+    /// The value that the pickle describes.
     fn described(&mut self) -> Result<Described> {
         if self.has("byteorder") && self.entry("byteorder")? == b"big" {
             return Err(self.origin.malformed("expected little-endian numbers, found big-endian".into(), SAVE_AGAIN));
@@ -316,7 +316,7 @@ fn n_entries(file: &mut BufReader<File>) -> io::Result<Option<usize>> {
     .filter(|n_entries| *n_entries != usize::from(u16::MAX)))
 }
 
-/// Tensors that were found in a pickle, and what to say where there are none.
+/// Tensors that were found in a pickle, and the message if there are none.
 struct Found {
     tensors: Vec<(String, Result<Description, String>)>,
     none: String,
@@ -349,7 +349,7 @@ impl Found {
         Self { tensors, none: format!("expected a module with parameters, found {}", value.kind()) }
     }
 
-    /// All of them, checked for names that occur twice and for layouts that are not supported.
+    /// All tensors, checked for names that occur twice and for layouts that are not supported.
     fn described(self, origin: Origin<'_>) -> Result<BTreeMap<String, Description>> {
         if self.tensors.is_empty() {
             return Err(origin.malformed(self.none, SAVE_AGAIN));
@@ -525,7 +525,7 @@ fn visit(value: &Value, look: &mut impl FnMut(&Value)) {
     }
 }
 
-/// What [`write_torch`] writes.
+/// A value for [`write_torch`].
 #[derive(Debug)]
 pub enum Saved<'a> {
     /// Numbers.

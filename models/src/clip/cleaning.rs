@@ -187,7 +187,7 @@ impl Cleaner {
         text.char_indices().next_back().is_some_and(|(start, _)| self.continuations.is_match(&text[start..]))
     }
 
-    /// Puts byte A0 back where it was taken for a space.
+    /// Restores byte A0 where it was replaced by a space.
     fn restore_a0(&self, bytes: &[u8]) -> Vec<u8> {
         // `à` that stands alone keeps its space; `às` and `àquele` are Portuguese words.
         const WORDS: [&[u8]; 5] = [b" ", b"quele", b"quela", b"quilo", b"s "];
@@ -207,7 +207,7 @@ impl Cleaner {
         self.space_for_a0.replace_all(&restored, to_a0).into_owned()
     }
 
-    /// What a C1 control stands for in Windows-1252; other characters stand for themselves.
+    /// The character of a C1 control in Windows-1252; other characters are unchanged.
     fn windows_1252_of(&self, c: char) -> char {
         match (c as u32).checked_sub(0x80) {
             Some(index) if index < 0x20 => self.windows_1252().upper_half[index as usize],
@@ -275,7 +275,7 @@ fn named(entity: &str) -> String {
     entity.to_owned()
 }
 
-/// What an entity stands for, spelled as in the HTML standard with its ampersand.
+/// The characters of an entity, spelled as in the HTML standard with its ampersand.
 fn expansion(entity: &str) -> Option<&'static str> {
     ENTITIES.get(entity.as_bytes()).map(|expansion| str::from_utf8(expansion).expect("BUG: entities stand for text"))
 }
@@ -349,7 +349,7 @@ fn decode_utf8_variants(bytes: &[u8]) -> Option<String> {
 #[derive(Debug)]
 struct Encoding {
     name: String,
-    /// What bytes 80 to FF stand for.
+    /// The characters of bytes 80 to FF.
     upper_half: Vec<char>,
     bytes: BTreeMap<char, u8>,
 }

@@ -29,7 +29,7 @@ const HUGGING_FACE_MARK: &str = "text_model.embeddings.token_embedding.weight";
 const OPENAI_MARK: &str = "token_embedding.weight";
 /// How open_clip's newer class calls its text tower.
 const TEXT: &str = "text.";
-/// What the names of image towers begin with.
+/// Prefixes of the names of image towers.
 const IMAGE_MARKS: [&str; 2] = ["visual.", "vision_model."];
 
 type Tensors = BTreeMap<String, Tensor>;
@@ -103,7 +103,7 @@ pub struct Normalised {
 }
 
 impl Normalised {
-    /// What to know about a checkpoint that is read nevertheless.
+    /// Remarks about a checkpoint that can be loaded: unused tensors, a missing logit scale.
     pub fn notes(&self) -> Vec<String> {
         let unused = (!self.unused.is_empty())
             .then(|| format!("of the weights, embeddings do not depend on {}, which is not used", list(&self.unused)));
@@ -113,9 +113,9 @@ impl Normalised {
     }
 }
 
-/// Where in a file the one CLIP lies, or the one that was `asked` for: the prefix of its names or its end.
+/// Finds the CLIP in a file: the only one, or the one `asked` for by the prefix of its names or by the end of that prefix.
 ///
-/// Fails where there is none, or more than one and nobody asked.
+/// Fails if there is none, or more than one and `asked` is `None`.
 pub fn place(tensors: &BTreeMap<String, Tensor>, asked: Option<&str>, origin: &Path) -> Result<Place> {
     let of_text =
         prefixes(tensors, OPENAI_MARK).into_iter().filter(|prefix| !format!("{prefix}{OPENAI_MARK}").ends_with(HUGGING_FACE_MARK));
@@ -133,8 +133,7 @@ pub fn place(tensors: &BTreeMap<String, Tensor>, asked: Option<&str>, origin: &P
     let whole: BTreeSet<String> = with_text.iter().filter(has_image).cloned().collect();
     let places = if whole.is_empty() { &with_text } else { &whole };
     let example = places.iter().next_back().map_or_else(String::new, |place| place.trim_end_matches('.').to_owned());
-    let how =
-        format!("say which one in the pipeline, such as `with: {{clip: {{prefix: \"{example}\"}}}}`, or save the one that is meant alone");
+    let how = format!("name it in the pipeline, such as `with: {{clip: {{prefix: \"{example}\"}}}}`, or save only that CLIP");
     Place::choose(places, asked, tensors, origin, "one CLIP", &how)?.ok_or_else(|| Error::Malformed {
         path: origin.to_owned(),
         problem: format!(
@@ -313,7 +312,7 @@ pub(super) fn from_hugging_face(tensors: Tensors, origin: &Path) -> Result<Tenso
     if problems.is_empty() { Ok(translated) } else { Err(Error::Misfits { path: origin.to_owned(), problems }) }
 }
 
-/// What becomes of a tensor of Hugging Face.
+/// The translation of a tensor of Hugging Face.
 enum Translation {
     Dropped,
     Renamed(String),
@@ -377,7 +376,7 @@ fn translate_in_block(block: &str, rest: &str) -> Option<Translation> {
     .find_map(|(theirs, ours)| Some(Translation::Renamed(format!("{block}.{ours}{}", rest.strip_prefix(theirs)?))))
 }
 
-/// Reads shapes, and collects what is wrong with them.
+/// Reads shapes and collects the tensors that are missing or have another rank.
 pub(super) struct Shapes<'a> {
     pub(super) tensors: &'a Tensors,
     pub(super) problems: Vec<Misfit>,
@@ -396,7 +395,7 @@ impl Shapes<'_> {
         }
     }
 
-    /// One more than the largest index that follows `prefix`; no more than there are tensors, whatever a damaged name says.
+    /// One more than the largest index after `prefix`; at most the number of tensors, even with damaged names.
     pub(super) fn depth(&self, prefix: &str) -> usize {
         let indices = self.tensors.keys().filter_map(|name| name.strip_prefix(prefix)?.split('.').next()?.parse::<usize>().ok());
         indices.max().map_or(0, |largest| largest.saturating_add(1).min(self.tensors.len()))

@@ -1,7 +1,7 @@
 //! Texts that begin with shared vectors in place of words: a learned context (CoOp, Zhou et al. 2022; OADP, section 5.2).
 //!
-//! The vectors learn while the tower is frozen, so every step of a training embeds every text anew. No token sees what follows it, so the
-//! start of text and the context come to the same in all texts, and texts are packed: a pack is one row of tokens, `start, context, words of
+//! The vectors are trained while the tower is frozen, so every training step embeds every text again. No token attends to later tokens, so the
+//! start of text and the context have the same features in all texts, and texts are packed: a pack is one row of tokens, `start, context, words of
 //! one text, words of the next, ...`, in which words stand at the positions that they have alone, and see the beginning and what goes before
 //! them in their own text. What is computed is the beginning once a pack and no padding: of COCO's 48 base classes 150 tokens instead of 385
 //! (432 with padding), of LVIS's 1,203 classes 4,660 instead of 10,585 (19,248).
@@ -39,7 +39,7 @@ struct Pack {
 }
 
 impl Text {
-    /// The embeddings of the tokens of some words, f32 `[M, C]`, without start and end: what a context can begin as.
+    /// The embeddings of the tokens of some words, f32 `[M, C]`, without start and end: first values of a context.
     pub fn words(&self, tokenizer: &Tokenizer, words: &str) -> Result<Tensor> {
         let tokens = tokenizer.encode(words);
         self.embedded(&tokens[1..tokens.len() - 1])

@@ -1,4 +1,4 @@
-//! The config files that are published beside a CLIP's weights: what tensors cannot tell.
+//! The config files that are published beside a CLIP's weights: they state what does not follow from tensors.
 //!
 //! | file | read |
 //! |---|---|
@@ -29,7 +29,7 @@ pub struct Sourced<T> {
     pub source: String,
 }
 
-/// Properties of a CLIP that its tensors do not tell, or may tell differently. `None`: not stated; the layout's default is used.
+/// Properties of a CLIP that do not follow from its tensors. `None`: not stated; the layout's default is used.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Settings {
     /// The activation of the transformer blocks.

@@ -36,14 +36,14 @@ impl LayerNorm {
     }
 }
 
-/// Which tokens a token may look at.
+/// The tokens that a token attends to.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Attention<'a> {
-    /// All of them.
+    /// All tokens.
     Full,
     /// Itself and those before it.
     Causal,
-    /// Those with 0 in its row of `[L, L]`, and none with minus infinity.
+    /// Tokens with 0 in its row of `[L, L]`, not those with minus infinity.
     Masked(&'a Tensor),
 }
 
@@ -75,7 +75,7 @@ impl SelfAttention {
         self.out_proj.forward(&mixed.transpose(1, 2).reshape([b, l, c]))
     }
 
-    /// What some tokens take from others: `queries` `[B, Q, C]`, `keys` `[B, K, C]`, `bias` added to the scaled logits,
+    /// Attention of some tokens to others: `queries` `[B, Q, C]`, `keys` `[B, K, C]`, `bias` added to the scaled logits,
     /// `[B, 1, Q, K]`.
     pub(super) fn take(&self, queries: &Tensor, keys: &Tensor, bias: Option<&Tensor>) -> Tensor {
         let (q, kv) = (self.projected(queries, 0, 1), self.projected(keys, 1, 2));
@@ -204,7 +204,7 @@ pub(super) struct Shape {
     pub(super) heads: i64,
     pub(super) depth: usize,
     pub(super) mlp_width: i64,
-    /// Of LayerNorm.
+    /// The epsilon of LayerNorm.
     pub(super) eps: f64,
 }
 
@@ -227,7 +227,7 @@ impl BlockInit {
         }
     }
 
-    /// The rule of the text tower: what is added to the stream shrinks with depth.
+    /// The rule of the text tower: residual branches start smaller in deeper networks.
     pub(super) fn scaled_by_depth(shape: &Shape) -> Self {
         let width = shape.width as f64;
         let residual = Init::Normal(width.powf(-0.5) * (2.0 * shape.depth as f64).powf(-0.5));

@@ -20,7 +20,7 @@ use crate::{
     parameters::{Init, Parameters},
 };
 
-/// What is added to the logits of patches that are not the object's (OADP).
+/// Added to the attention logits of patches outside the object (OADP).
 const MASK_BIAS: f64 = -100.0;
 
 /// The vision transformer.
@@ -74,7 +74,7 @@ impl Vit {
         (side + 2 * (stride - 1) - self.patch) / stride + 1
     }
 
-    /// What enters the first block, `[B, 1 + grid, C]`: class token and patches, with positions, after `ln_pre`.
+    /// The input of the first block, `[B, 1 + grid, C]`: class token and patches, with positions, after `ln_pre`.
     pub(crate) fn tokens(&self, images: &Tensor, stride: i64, padding: i64) -> Tensor {
         let patches = images.conv2d(&self.conv1, None::<&Tensor>, stride, padding, 1, 1);
         let (b, c, rows, columns) = patches.size4().expect("BUG: a convolution of images has four dimensions");

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::boxes::Corners;
 
-/// Which anchors there are at a cell.
+/// The anchors of a cell.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Anchors {

@@ -1,4 +1,4 @@
-//! What is done to boxes: overlap, deltas between boxes, suppression of duplicates.
+//! Operations on boxes: overlap, deltas between boxes, suppression of duplicates.
 //!
 //! Boxes are xyxy, half-open, in px. Overlaps and suppression are plain loops on the CPU in f32, in the order of operations of torchvision's
 //! kernels, so that the same boxes are kept to the last bit. Unlike torchvision's, suppression ends once enough boxes are kept.
@@ -68,7 +68,7 @@ pub(crate) fn iou(a: Corners, b: Corners) -> f32 {
     if union > 0.0 { shared / union } else { 0.0 }
 }
 
-/// How much of the area of `inner` lies within `outer`; 0 where it is empty.
+/// The share of the area of `inner` within `outer`; 0 if it is empty.
 pub(crate) fn share_within(inner: Corners, outer: Corners) -> f32 {
     let area = area(inner);
     if area > 0.0 { intersection(inner, outer) / area } else { 0.0 }
@@ -81,7 +81,7 @@ pub fn iou_matrix(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_slice(&all).reshape([a.len() as i64, b.len() as i64]))
 }
 
-/// Moves the corners of `boxes` `[N, 4]` into the image; a box that lies outside becomes empty.
+/// Moves the corners of `boxes` `[N, 4]` into the image; a box outside becomes empty.
 pub(crate) fn clip_to_image(boxes: &Tensor, size: ImageSize) -> Tensor {
     let limit = Tensor::from_slice(&[size.width as f32, size.height as f32, size.width as f32, size.height as f32]);
     boxes.clamp_min(0.0).minimum(&limit.to_device(boxes.device()).to_kind(boxes.kind()))
@@ -92,7 +92,7 @@ pub(crate) fn clip_to_image(boxes: &Tensor, size: ImageSize) -> Tensor {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BoxCoder {
-    /// What dx, dy, dw, dh are divided by.
+    /// The divisors of dx, dy, dw, dh.
     pub stds: [f64; 4],
 }
 
@@ -128,7 +128,7 @@ impl BoxCoder {
     }
 }
 
-/// How far deltas are off, number by number.
+/// The loss of box deltas, number by number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BoxLoss {
@@ -179,20 +179,20 @@ impl PartialOrd for Candidate {
     }
 }
 
-/// When boxes are duplicates, and how many are wanted.
+/// Non-maximum suppression, and the number of boxes to keep.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Suppression {
     /// A box goes if its intersection over union with a better one of its group is more than this.
     pub iou: f32,
-    /// How many boxes are kept at most, over all groups.
+    /// The most boxes that are kept, over all groups.
     pub keep: usize,
 }
 
 impl Suppression {
     /// Keeps the best of `boxes` `[N, 4]` by `scores` `[N]`, where boxes of different `groups` (i64 `[N]`) do not compete.
     ///
-    /// Returns the indices of what is kept, best first; among equal scores the lowest index first.
+    /// Returns the indices of the kept boxes, best first; among equal scores the lowest index first.
     pub fn of_groups(&self, boxes: &Tensor, scores: &Tensor, groups: &Tensor) -> Result<Vec<i64>> {
         let corners = corners(boxes, "boxes")?;
         let n = corners.len() as i64;
@@ -235,7 +235,7 @@ impl Suppression {
         })
     }
 
-    /// Takes candidates from the best on; each is compared with what is kept of its group.
+    /// Visits candidates from the best on; each is compared with the kept boxes of its group.
     fn greedy(
         &self,
         candidates: Vec<Candidate>,
@@ -259,12 +259,12 @@ impl Suppression {
     }
 }
 
-/// What is kept of boxes and their classes, best first.
+/// The boxes that survive suppression, with their classes, best first.
 #[derive(Debug)]
 pub struct Kept {
     /// f32 `[M, 4]` on the CPU, px.
     pub boxes: Tensor,
-    /// The row of each among what was given.
+    /// The row of each in the input.
     pub rows: Vec<i64>,
     /// The class of each.
     pub classes: Vec<i64>,

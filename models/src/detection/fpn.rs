@@ -11,17 +11,17 @@ pub const FINEST_STRIDE: i64 = 4;
 /// P2 to P6.
 pub const N_LEVELS: usize = 5;
 
-/// What a pyramid is made of.
+/// The configuration of a pyramid.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// The channels of every level.
     pub channels: i64,
-    /// What follows a convolution; there is no activation.
+    /// The normalisation after each convolution; there is no activation.
     pub norm: Norm,
 }
 
-/// What follows a convolution of a pyramid.
+/// The normalisation after a convolution of a pyramid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Norm {

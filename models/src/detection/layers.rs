@@ -28,7 +28,7 @@ impl ConvModule {
 
     pub(crate) fn forward(&self, x: &Tensor, phase: Phase) -> Tensor {
         match &self.bn {
-            // Batch statistics of nothing are none: without a row there is nothing to normalise.
+            // Without a row there are no batch statistics.
             Some(bn) if x.numel() > 0 => self.conv.normalised(bn, x, phase),
             _ => self.conv.forward(x),
         }

@@ -1,6 +1,6 @@
-//! Which boxes stand for which objects in training, and which of them are learned from.
+//! Matching of boxes to objects in training, and sampling of the matches.
 //!
-//! Plain loops on the CPU: what is chosen depends on boxes and the generator alone, not on a device or on threads.
+//! Plain loops on the CPU: the choice depends on boxes and the generator alone, not on a device or on threads.
 
 use rand_chacha::{ChaCha8Rng, rand_core::RngCore};
 use serde::{Deserialize, Serialize};
@@ -9,15 +9,15 @@ use tch::{Device, Kind, Tensor};
 use super::boxes::{Corners, corners, iou, share_within};
 use crate::Result;
 
-/// A box that lies in a crowd with at least this part of its area is no background (mmdet's `ignore_iof_thr`, where it is used).
+/// A box with at least this share of its area in a crowd is not background (mmdet's `ignore_iof_thr`, where it is used).
 const CROWDED: f32 = 0.5;
 
-/// What is known to be on an image, px.
+/// The annotated objects of an image, px.
 #[derive(Debug)]
 pub struct Truth {
     /// `[G, 4]`.
     pub objects: Tensor,
-    /// `[C, 4]`, regions of many objects: what lies in them is not learned to be background.
+    /// `[C, 4]`, crowd regions: boxes within them are not trained as background.
     pub crowds: Tensor,
 }
 
@@ -29,7 +29,7 @@ impl From<Tensor> for Truth {
 }
 
 impl Truth {
-    /// Has the background among `boxes` ignored that lies in a crowd.
+    /// Changes background boxes within a crowd to ignored ones.
     pub(crate) fn ignore_crowded(&self, boxes: &[Corners], matches: &mut [Match]) -> Result<()> {
         let crowds = corners(&self.crowds, "crowds")?;
         for (found, &inner) in matches.iter_mut().zip(boxes) {
@@ -41,18 +41,18 @@ impl Truth {
     }
 }
 
-/// What a box stands for.
+/// The match of a box.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Match {
     /// The object of this index.
     Object(usize),
     /// No object.
     Background,
-    /// Neither: it is not learned from.
+    /// Neither: the box is not used in training.
     Ignored,
 }
 
-/// When a box stands for an object, by its intersection over union (mmdet's `MaxIoUAssigner`).
+/// Thresholds of intersection over union for matching boxes to objects (mmdet's `MaxIoUAssigner`).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Assigner {
@@ -64,24 +64,24 @@ pub struct Assigner {
     pub best_of_object_iou: Option<f32>,
 }
 
-/// What a box stands for that an object claims as one of its best.
+/// The match of a box that is among the best of an object.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Claim {
-    /// That object, the last one of several (mmdet).
+    /// The object that it is the best of, the last one of several (mmdet).
     #[default]
     Claimant,
-    /// The object that the box overlaps most, whoever claims it (torchvision).
+    /// The object that the box overlaps most (torchvision).
     Nearest,
 }
 
 impl Assigner {
-    /// Says what each of `boxes` stands for among `objects`. Where two objects claim a box as their best, the later one gets it.
+    /// Matches each of `boxes` to `objects`. If a box is the best of two objects, the later object gets it.
     pub fn assign(&self, boxes: &[Corners], objects: &[Corners]) -> Vec<Match> {
         self.assign_claims(boxes, objects, Claim::Claimant)
     }
 
-    /// The same, with another rule for boxes that are claimed.
+    /// The same, with another rule for such boxes.
     pub fn assign_claims(&self, boxes: &[Corners], objects: &[Corners], claim: Claim) -> Vec<Match> {
         let mut best_of_box = vec![(0.0_f32, 0_usize); boxes.len()];
         let mut best_of_object = vec![0.0_f32; objects.len()];
@@ -118,17 +118,17 @@ impl Assigner {
     }
 }
 
-/// How many boxes of an image are learned from.
+/// The number of boxes of an image that are used in training.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sampler {
-    /// Boxes of an image at most.
+    /// The most boxes per image.
     pub n: usize,
-    /// How much of that may be objects; background fills the rest.
+    /// The largest share of matched boxes; background fills the rest.
     pub object_fraction: f64,
 }
 
-/// The boxes of an image that are learned from.
+/// The boxes of an image that are used in training.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sample {
     /// Indices of boxes that stand for objects, ascending.
@@ -138,7 +138,7 @@ pub struct Sample {
 }
 
 impl Sampler {
-    /// Draws boxes evenly, objects first; `rng` decides alone.
+    /// Samples boxes evenly, matched ones first; the result depends only on `rng`.
     pub fn draw(&self, matches: &[Match], rng: &mut ChaCha8Rng) -> Sample {
         let places = |wanted: fn(&Match) -> bool| -> Vec<usize> {
             matches.iter().enumerate().filter(|(_, found)| wanted(found)).map(|(place, _)| place).collect()

@@ -13,7 +13,7 @@ use crate::{
     parameters::{Init, Parameters},
 };
 
-/// What a ResNet is made of.
+/// The configuration of a ResNet.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -23,11 +23,11 @@ pub struct Config {
     pub width: i64,
     /// Where the first bottleneck of a stage halves the side; blocks of two convolutions do it in the first.
     pub stride: StridePlace,
-    /// How many parts learn, counted from the last stage: 4 are all stages, 5 the stem too.
+    /// The number of trained parts, counted from the last stage: 4 are all stages, 5 the stem too.
     pub trainable_parts: usize,
-    /// What batch normalisation normalises by in training.
+    /// The statistics of batch normalisation in training.
     pub statistics: Statistics,
-    /// What batch normalisation adds to a variance; 1e-5, but 0 in torchvision's published Mask R-CNN.
+    /// The epsilon of batch normalisation; 1e-5, but 0 in torchvision's published Mask R-CNN.
     pub norm_eps: f64,
 }
 

@@ -27,13 +27,13 @@ const SUM: i64 = 0;
 /// Boxes farther out than this are no boxes of an image, px.
 const MAX_COORDINATE: f32 = 1e6;
 
-/// How boxes of an image become feature maps of one size.
+/// Pooling of boxes to feature maps of one size.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RoiAlign {
     /// The side of a pooled map, in cells.
     pub side: i64,
-    /// How many points a pooled cell is the mean of.
+    /// The number of sampling points of a pooled cell.
     pub sampling: Sampling,
     /// Where feature cells lie.
     pub alignment: Alignment,
@@ -41,7 +41,7 @@ pub struct RoiAlign {
     pub finest_scale: f32,
 }
 
-/// How many points a pooled cell is the mean of, along each axis.
+/// The number of sampling points of a pooled cell, along each axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Sampling {

@@ -14,21 +14,21 @@ use crate::{
     parameters::{Init, Parameters},
 };
 
-/// What a region may be besides the classes of the vocabulary.
+/// The treatment of background.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Background {
     /// Background, by a learned embedding; its logit is the last column.
     Learned,
-    /// Nothing else: the embedding is there and never learns, and its logit, the last column, is minus infinity.
+    /// The embedding exists and is not trained; its logit, the last column, is minus infinity.
     Masked,
-    /// Nothing else: the embedding is there and never learns, and it has no column.
+    /// The embedding exists and is not trained; it has no column.
     Dropped,
     /// Nothing else, and there is no such embedding.
     Absent,
 }
 
-/// What logits are made of cosines by.
+/// The conversion of cosines to logits.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum LogitScale {
@@ -39,11 +39,11 @@ pub enum LogitScale {
         /// In detection.
         test: f64,
     },
-    /// `z * scaler - bias`, as learned with the prompts (OADP's multi-label prompts).
+    /// `z * scaler - bias`, as trained with the prompts (OADP's multilabel prompts).
     Affine {
         /// The factor.
         scaler: f64,
-        /// What is taken off.
+        /// The bias that is subtracted.
         bias: f64,
     },
 }
@@ -58,7 +58,7 @@ impl LogitScale {
     }
 }
 
-/// The classes that a classifier tells apart. Clones share the embeddings.
+/// The classes of a classifier. Clones share the embeddings.
 #[derive(Debug)]
 pub struct Vocabulary {
     embeddings: Tensor,
@@ -118,7 +118,7 @@ pub struct EmbeddingClassifier {
 }
 
 impl EmbeddingClassifier {
-    /// The classifier of a head that looks at regions.
+    /// The classifier of a head for regions.
     pub(crate) fn of_regions(at: &Parameters<'_>, n_in: i64, embed_dim: i64, background: Background) -> Self {
         let linear = Linear::declare(&(at / "_linear"), n_in, embed_dim, Init::Normal(0.01), Init::Constant(0.0));
         let embedding = |at: &Parameters<'_>| at.trainable("_bg_embedding", &[1, embed_dim], Init::xavier(embed_dim, 1));

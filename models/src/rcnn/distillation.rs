@@ -1,4 +1,4 @@
-//! What heads learn from an image tower's embeddings: the losses of OADP's distillation pyramid (section 6.4).
+//! Distillation from an image tower's embeddings: the losses of OADP's distillation pyramid (section 6.4).
 //!
 //! Embeddings are f32 `[N, D]` of unit length, of the head and of the tower, row by row of the same thing. All losses are f32 scalars, and
 //! 0 where there are no rows.

@@ -1,4 +1,4 @@
-//! What looks at regions, and at the whole image: heads on pooled features, and what they learn from.
+//! Box heads, embedding heads and the head for whole images, with their training samples and losses.
 //!
 //! Labels of regions are 0 to K - 1 for classes, and K for background, as in mmdet.
 
@@ -19,7 +19,7 @@ use crate::{
     parameters::{Init, Parameters},
 };
 
-/// What lies between pooled features and a classifier.
+/// The layers between pooled features and a classifier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrunkConfig {
@@ -27,7 +27,7 @@ pub struct TrunkConfig {
     pub n_convs: usize,
     /// Fully connected layers with ReLU, at least one.
     pub n_fcs: usize,
-    /// The outputs of each of them.
+    /// The outputs of each fully connected layer.
     pub width: i64,
 }
 
@@ -72,13 +72,13 @@ pub struct OpenHead {
     fc_reg: Option<Linear>,
 }
 
-/// What an [`OpenHead`] is made of.
+/// The configuration of an [`OpenHead`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OpenHeadConfig {
-    /// What lies before the classifier.
+    /// The layers before the classifier.
     pub trunk: TrunkConfig,
-    /// What a region may be besides a class.
+    /// The treatment of background.
     pub background: Background,
     /// Whether the head corrects boxes.
     pub boxes: Boxes,
@@ -94,7 +94,7 @@ pub enum Boxes {
     None,
 }
 
-/// What a head says of regions.
+/// The predictions of a head for regions.
 #[derive(Debug)]
 pub struct Regions {
     /// f32 `[N, D]`, of unit length.
@@ -173,19 +173,19 @@ impl GlobalHead {
     }
 }
 
-/// Which regions are learned from, and how boxes are corrected.
+/// The choice of training regions, and the encoding of their boxes.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RegionRule {
-    /// Which regions stand for objects.
+    /// Matches regions to objects.
     pub assigner: Assigner,
-    /// How many are learned from.
+    /// Samples the matched regions.
     pub sampler: Sampler,
     /// How boxes differ from regions.
     pub coder: BoxCoder,
 }
 
-/// The regions of an image that are learned from: first those that stand for objects, then background.
+/// The training regions of an image: first those that match objects, then background.
 #[derive(Debug)]
 pub struct RegionSample {
     /// f32 `[N, 4]` on the CPU, px.
@@ -232,7 +232,7 @@ impl RegionRule {
     }
 }
 
-/// What a head learns from, f32 scalars.
+/// The losses of a head, f32 scalars.
 #[derive(Debug)]
 pub struct RegionLosses {
     /// Cross entropy over classes and background.
@@ -241,7 +241,7 @@ pub struct RegionLosses {
     pub boxes: Tensor,
 }
 
-/// Compares what a head says with the regions of all images, in their order; both losses are divided by the number of regions.
+/// The losses of a head over the regions of all images, in their order; both are divided by the number of regions.
 ///
 /// `logits`: f32 `[N, K + 1]`; `deltas`: f32 `[N, 4]`, or `[N, 4 K]` where each class has its own.
 pub fn region_losses(box_loss: BoxLoss, logits: &Tensor, deltas: &Tensor, samples: &[RegionSample]) -> Result<RegionLosses> {
@@ -272,13 +272,13 @@ pub fn region_losses(box_loss: BoxLoss, logits: &Tensor, deltas: &Tensor, sample
     Ok(RegionLosses { classes: sum_over(&entropy, n as usize), boxes: sum_over(&box_loss.between(&said, &targets), n as usize) })
 }
 
-/// Which detections are made of an image.
+/// The choice of an image's detections.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DetectionRule {
     /// Only classes with a score above this.
     pub threshold: f32,
-    /// Which of a class are duplicates, and how many stay of the image.
+    /// Suppresses duplicates within a class; limits the detections of an image.
     pub suppression: Suppression,
 }
 

@@ -25,10 +25,10 @@ const CLIP_MARK: &str = "attnpool.positional_embedding";
 /// Only torchvision's detectors have it.
 const TORCHVISION_MARK: &str = "roi_heads.box_predictor.cls_score.weight";
 
-/// What became of the tensors of a checkpoint.
+/// Which tensors of a checkpoint were loaded, and which were not.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LoadReport {
-    /// Where in the file the weights lie, and what lies elsewhere.
+    /// The place of the weights in the file, and the tensors elsewhere.
     pub place: Place,
     /// Names of parameters that have the checkpoint's values.
     pub loaded: Vec<String>,
@@ -103,7 +103,7 @@ fn malformed(origin: &Path, problem: String) -> Error {
     Error::Malformed { path: origin.to_owned(), problem, hint: Some(hint.into()) }
 }
 
-/// Where a detector lies, or a ResNet where there is none.
+/// Finds the place of a detector, or of a ResNet if there is no detector.
 fn place(tensors: &BTreeMap<String, Tensor>, parameters: &BTreeMap<String, Tensor>, origin: &Path) -> Result<Place> {
     let mut n_known: BTreeMap<&str, usize> = BTreeMap::new();
     for name in tensors.keys() {
@@ -119,7 +119,7 @@ fn place(tensors: &BTreeMap<String, Tensor>, parameters: &BTreeMap<String, Tenso
         prefixes(tensors, CLASSIFIER_MARK).into_iter().filter(|prefix| !tensors.contains_key(&format!("{prefix}{CLIP_MARK}")));
     let candidates: [BTreeSet<String>; 3] = [prefixes(tensors, TORCHVISION_MARK), whole.collect(), classifiers.collect()];
     let places = candidates.into_iter().find(|places| !places.is_empty()).unwrap_or_default();
-    let how = "save the one that is meant alone: `torch.save` of its `state_dict()`";
+    let how = "save only that network: `torch.save` of its `state_dict()`";
     Ok(Place::choose(&places, None, tensors, origin, "one network", how)?.unwrap_or_default())
 }
 
@@ -150,7 +150,7 @@ enum Classes {
     None,
     /// One row each, of which the first is background.
     BackgroundFirst,
-    /// This many rows each, of which the first ones, background's, are read by nobody.
+    /// This many rows each; the first ones, of background, are not used.
     ForEach(i64),
 }
 

@@ -35,7 +35,7 @@ impl MaskConfig {
     }
 }
 
-/// What a [`MaskHead`] is made of.
+/// The configuration of a [`MaskHead`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MaskHeadConfig {
@@ -47,7 +47,7 @@ pub struct MaskHeadConfig {
     pub n_masks: i64,
 }
 
-/// Draws the object of a region, at twice the side of what was pooled (Mask R-CNN, figure 4).
+/// Predicts the mask of a region, at twice the side of the pooled features (Mask R-CNN, figure 4).
 #[derive(Debug)]
 pub struct MaskHead {
     convs: Vec<ConvModule>,
@@ -132,13 +132,13 @@ pub struct ObjectMask {
     pub top: i64,
 }
 
-/// What a mask head is to draw within a box.
+/// The target of a mask head within a box.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MaskRule {
     /// Where the px of a mask lie.
     pub alignment: Alignment,
-    /// A cell is 1 where at least this much of it is the object's, else 0; without, it is how much of it is.
+    /// A cell is 1 if the object covers at least this share of it, else 0; `None`: the share itself.
     pub threshold: Option<f64>,
 }
 
@@ -148,7 +148,7 @@ impl MaskRule {
     /// torchvision's.
     pub const TORCHVISION: Self = Self { alignment: Alignment::Corner, threshold: None };
 
-    /// What the masks of objects look like within boxes, by RoIAlign: f32 `[N, side, side]`, from 0 to 1.
+    /// The masks of objects within boxes, by RoIAlign: f32 `[N, side, side]`, from 0 to 1.
     ///
     /// `masks`: of the objects of one image; `boxes`: `[N, 4]`, px of that image; `objects`: for each box which mask it is.
     pub fn targets(&self, masks: &[ObjectMask], boxes: &Tensor, objects: &[usize], side: i64) -> Result<Tensor> {

@@ -28,27 +28,27 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MaskRcnnConfig {
-    /// What finds regions.
+    /// The first stage.
     pub regions: RegionsConfig,
-    /// How many proposals are made.
+    /// The choice of proposals.
     pub proposals: ProposalRule,
     /// How regions are pooled for the box head.
     pub pool: RoiAlign,
     /// The number K of classes, background not counted.
     pub n_classes: i64,
-    /// What lies before the classifier.
+    /// The layers before the classifier.
     pub trunk: TrunkConfig,
-    /// Which detections are made.
+    /// The choice of detections.
     pub detections: DetectionRule,
     /// The mask head.
     pub mask: MaskConfig,
-    /// How many proposals are made in training.
+    /// The choice of proposals in training.
     pub training_proposals: ProposalRule,
-    /// Which regions are learned from; in detection too, how boxes differ from regions.
+    /// The choice of training regions; its box encoding is used in testing too.
     pub regions_rule: RegionRule,
-    /// How far deltas are off.
+    /// The loss of box deltas.
     pub box_loss: BoxLoss,
-    /// What the mask head is to draw.
+    /// The targets of the mask head.
     pub mask_rule: MaskRule,
 }
 
@@ -94,7 +94,7 @@ impl MaskRcnnConfig {
 /// A Mask R-CNN.
 #[derive(Debug)]
 pub struct MaskRcnn {
-    /// What finds regions.
+    /// The first stage.
     pub regions: RegionNetwork,
     /// Classes and boxes.
     pub bbox_head: ClosedHead,
@@ -141,7 +141,7 @@ impl MaskRcnn {
         })
     }
 
-    /// Compares what the network says of images with the objects on them; `rng` chooses the anchors and regions that are learned from.
+    /// Computes the losses against the objects of each image; `rng` samples anchors and regions.
     ///
     /// `images`: f32, bf16 or f16 `[B, 3, H, W]`, normalised, H and W at least 32; `sizes`: of each, without padding.
     pub fn losses(&self, images: &Tensor, sizes: &[ImageSize], objects: &[Objects], rng: &mut ChaCha8Rng) -> Result<MaskRcnnLosses> {
@@ -174,7 +174,7 @@ impl MaskRcnn {
     }
 }
 
-/// The objects of an image, for a [`MaskRcnn`] to learn.
+/// The objects of a training image of a [`MaskRcnn`].
 #[derive(Debug)]
 pub struct Objects {
     /// `[G, 4]`, px.
@@ -185,14 +185,14 @@ pub struct Objects {
     pub masks: Vec<ObjectMask>,
 }
 
-/// What a [`MaskRcnn`] learns from.
+/// The losses of a [`MaskRcnn`].
 #[derive(Debug)]
 pub struct MaskRcnnLosses {
-    /// Of the proposal network.
+    /// The losses of the proposal network.
     pub proposals: rpn::Losses,
-    /// Of the box head.
+    /// The losses of the box head.
     pub regions: RegionLosses,
-    /// Of the mask head, f32 scalar: cross entropy.
+    /// The loss of the mask head, f32 scalar: cross entropy.
     pub masks: Tensor,
 }
 

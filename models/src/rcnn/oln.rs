@@ -1,11 +1,11 @@
 //! The object localisation network (Kim et al. 2022, "Learning Open-World Object Proposals without Learning to Classify"): proposals whose
-//! scores say how well a box lies on whatever is there, not whether it looks like what was labelled.
+//! scores predict how well a box localises an object of any class, not whether it looks like a labelled one.
 //!
 //! At each cell one anchor; its hidden features are brought to unit length, and give the distances to the four sides of the box and the
 //! centerness. A head looks at the boxes again, corrects them, and says their overlap with the object. A score is the geometric mean of both
 //! qualities. Names and rules are those of the authors' code, whose unused classifiers (`rpn_cls`, `fc_cls`) are not here.
 //!
-//! What differs: the authors' code leaves objects that touch the left or the upper border of the image out of the proposals' box loss, by
+//! Difference: the authors' code leaves objects that touch the left or the upper border of the image out of the proposals' box loss, by
 //! a check that was meant for distances. Here they count.
 
 use std::{cell::RefCell, collections::BTreeMap};
@@ -35,7 +35,7 @@ use crate::{
     parameters::{Fill, Init, Parameters},
 };
 
-/// What an [`Oln`] is made of.
+/// The configuration of an [`Oln`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -43,32 +43,32 @@ pub struct Config {
     pub backbone: resnet::Config,
     /// The pyramid.
     pub neck: fpn::Config,
-    /// One at each cell: of one ratio.
+    /// One anchor per cell: a single ratio.
     pub anchors: Anchors,
     /// How regions are pooled.
     pub pool: RoiAlign,
-    /// What lies before the box and its quality.
+    /// The layers before the outputs for the box and its quality.
     pub trunk: TrunkConfig,
 }
 
-/// Which anchors the distances to sides are learned at.
+/// The anchors that train the distances to sides.
 const BOXES: Assigner = Assigner { object_iou: 0.7, background_iou: 0.3, best_of_object_iou: Some(0.3) };
 const BOX_SAMPLE: Sampler = Sampler { n: 256, object_fraction: 0.5 };
 /// Which anchors centerness is learned at. Background, of centerness 0, fills the sample where there are not enough objects: the paper says
 /// otherwise, the code does so.
 const CENTRES: Assigner = Assigner { object_iou: 0.3, background_iou: 0.1, best_of_object_iou: Some(0.3) };
 const CENTRE_SAMPLE: Sampler = Sampler { n: 256, object_fraction: 1.0 };
-/// Which regions the head learns from: of those sampled, the ones on objects.
+/// The regions that train the head: the sampled ones that match objects.
 const REGIONS: RegionRule = RegionRule {
     assigner: Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None },
     sampler: Sampler { n: 512, object_fraction: 0.25 },
     coder: REGION_CODER,
 };
-/// The best proposals of each level that the head looks at.
+/// The number of the best proposals of each level that go through the head.
 const PER_LEVEL: i64 = 2000;
 /// The weight of the proposals' box loss.
-const BOX_GAIN: f64 = 10.0;
-/// Below this overlaps are taken for it, and unions.
+const BOX_WEIGHT: f64 = 10.0;
+/// Overlaps and unions are at least this.
 const LEAST_OVERLAP: f64 = 1e-6;
 
 impl Config {
@@ -112,7 +112,7 @@ pub struct Oln {
     config: Config,
 }
 
-/// What the network says of a batch of images, before it looks at regions.
+/// The predictions for a batch of images, before the head.
 struct Seen {
     levels: [Tensor; N_LEVELS],
     /// Of each level, `[B, A, 4]`: from an anchor's centre to the upper, lower, left and right side, in its heights and widths.
@@ -123,7 +123,7 @@ struct Seen {
     anchors: Vec<Vec<Corners>>,
 }
 
-/// What the network learns from, f32 scalars.
+/// The losses of the network, f32 scalars.
 #[derive(Debug)]
 pub struct Losses {
     /// What proposals' overlaps with their objects lack to 1, tenfold.
@@ -132,7 +132,7 @@ pub struct Losses {
     pub centerness: Tensor,
     /// The absolute differences of the head's deltas.
     pub boxes: Tensor,
-    /// The absolute differences of the overlaps that the head says.
+    /// The absolute errors of the overlaps that the head predicts.
     pub overlaps: Tensor,
 }
 
@@ -222,7 +222,7 @@ impl Oln {
         })
     }
 
-    /// Compares what the network says with the objects of each image; `rng` chooses the anchors and regions that are learned from.
+    /// Computes the losses against the objects of each image; `rng` samples anchors and regions.
     ///
     /// `images`: f32, bf16 or f16 `[B, 3, H, W]`; `sizes`: of each, without padding; `objects`: for each image `[G, 4]`, px.
     pub fn losses(&self, images: &Tensor, sizes: &[ImageSize], objects: &[Tensor], rng: &mut ChaCha8Rng) -> Result<Losses> {
@@ -313,7 +313,7 @@ impl Seen {
         let lacking = 1.0 - overlaps_of(&said, &on_device(boxes_tensor(&to))).clamp_min(LEAST_OVERLAP);
         let said = centerness.index_select(0, &on_device(Tensor::from_slice(&centre_rows))).sigmoid();
         let apart = (said - on_device(Tensor::from_slice(&expected))).abs();
-        Ok((sum_over(&lacking, n) * BOX_GAIN, sum_over(&apart, n)))
+        Ok((sum_over(&lacking, n) * BOX_WEIGHT, sum_over(&apart, n)))
     }
 }
 
@@ -325,7 +325,7 @@ fn around(anchors: &Tensor, sides: &Tensor) -> Tensor {
     Tensor::stack(&[&x - left * &width, &y - up * &height, &x + right * &width, &y + down * &height], 1)
 }
 
-/// How near the centre of a box lies to the centre of an object: 1 at it, 0 on its border and beyond (FCOS, equation 3).
+/// The centerness of a box centre in an object: 1 at its centre, 0 on its border and beyond (FCOS, equation 3).
 fn centerness_of([x1, y1, x2, y2]: Corners, object: Corners) -> f32 {
     let (x, y) = ((x1 + x2) * 0.5, (y1 + y2) * 0.5);
     let [left, up, right, down] = [x - object[0], y - object[1], object[2] - x, object[3] - y];

@@ -1,4 +1,4 @@
-//! What all two-stage detectors begin with: backbone, pyramid and region proposals.
+//! The shared first stage of two-stage detectors: backbone, pyramid and region proposals.
 
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -18,7 +18,7 @@ use crate::{
     parameters::Parameters,
 };
 
-/// What finds regions, without heads.
+/// The configuration of the first stage.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RegionsConfig {
@@ -37,7 +37,7 @@ pub const REGION_CODER: BoxCoder = BoxCoder { stds: [0.1, 0.1, 0.2, 0.2] };
 pub const POOL: RoiAlign = RoiAlign { side: 7, sampling: Sampling::Adaptive, alignment: Alignment::Centre, finest_scale: 56.0 };
 
 impl RegionsConfig {
-    /// OADP's: a ResNet-50 of caffe style, of which the last three stages learn, and a pyramid of 256 channels with batch normalisation.
+    /// OADP's: a ResNet-50 of caffe style, whose last three stages are trained, and a pyramid of 256 channels with batch normalisation.
     pub fn oadp() -> Self {
         Self {
             backbone: resnet::Config {
@@ -75,7 +75,7 @@ impl RegionsConfig {
         }
     }
 
-    /// For images of 128 to 256 px of a toy world, from scratch: a ResNet-18 of a quarter of the width that learns everything, 64 channels.
+    /// For images of 128 to 256 px of a toy world, from scratch: a ResNet-18 of a quarter of the width, trained completely, 64 channels.
     pub fn toy() -> Self {
         let oadp = Self::oadp();
         let backbone = resnet::Config { depth: Depth::R18, width: 16, trainable_parts: 5, statistics: Statistics::Batch, ..oadp.backbone };
@@ -95,7 +95,7 @@ impl RegionsConfig {
     }
 }
 
-/// What finds regions: backbone, pyramid, proposals.
+/// The first stage: backbone, pyramid, region proposals.
 #[derive(Debug)]
 pub struct RegionNetwork {
     /// The backbone.
@@ -106,12 +106,12 @@ pub struct RegionNetwork {
     pub rpn: Rpn,
 }
 
-/// What a [`RegionNetwork`] sees in a batch of images.
+/// The output of a [`RegionNetwork`] for a batch of images.
 #[derive(Debug)]
 pub struct Pyramid {
     /// P2 to P6, `[B, C, h, w]` of strides 4 to 64.
     pub levels: [Tensor; N_LEVELS],
-    /// What the proposal network says of each anchor.
+    /// The predictions of the proposal network for each anchor.
     pub predictions: rpn::Predictions,
 }
 

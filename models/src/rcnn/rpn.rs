@@ -23,7 +23,7 @@ use crate::{
 /// Images are padded to a multiple of this, px.
 const PADDING: i64 = 32;
 
-/// What a region proposal network is, and how it learns.
+/// The configuration of a region proposal network and its training.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -31,24 +31,24 @@ pub struct Config {
     pub anchors: Anchors,
     /// How boxes differ from anchors.
     pub coder: BoxCoder,
-    /// Which anchors stand for objects.
+    /// Matches anchors to objects.
     pub assigner: Assigner,
-    /// Which anchors are learned from.
+    /// Samples the matched anchors.
     pub sampler: Sampler,
-    /// The rest of how it learns.
+    /// Differences of training between mmdet and torchvision.
     #[serde(default, skip_serializing_if = "Learning::is_mmdets")]
     pub learning: Learning,
 }
 
-/// How a proposal network learns, as far as mmdet (the default) and torchvision differ.
+/// The training of a proposal network, as far as mmdet (the default) and torchvision differ.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Learning {
-    /// What an anchor stands for that an object claims as one of its best.
+    /// The match of an anchor that is among the best of an object.
     pub claim: Claim,
-    /// How far anchors are learned from.
+    /// The area whose anchors are used in training.
     pub reach: Reach,
-    /// How far deltas are off.
+    /// The loss of box deltas.
     pub box_loss: BoxLoss,
 }
 
@@ -61,7 +61,7 @@ impl Learning {
     }
 }
 
-/// How far anchors are learned from, to the right and below.
+/// The area whose anchors are used in training, to the right and below.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reach {
@@ -72,13 +72,13 @@ pub enum Reach {
     Batch,
 }
 
-/// How many proposals are made of an image.
+/// The choice of an image's proposals.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ProposalRule {
     /// The best of each level that go on.
     pub per_level: usize,
-    /// Which of them are duplicates, each level for itself, and how many stay.
+    /// Suppresses duplicates within a level; limits the proposals of an image.
     pub suppression: Suppression,
     /// Boxes go whose width or height is not more than this, px.
     pub least_side: f32,
@@ -93,7 +93,7 @@ pub struct Rpn {
     config: Config,
 }
 
-/// What the network says of each anchor.
+/// The predictions for each anchor.
 #[derive(Debug)]
 pub struct Predictions {
     /// For each level, logits `[B, A]`, A anchors in order of rows, columns, ratios.
@@ -114,7 +114,7 @@ pub struct Proposals {
     pub scores: Tensor,
 }
 
-/// What the network learns from, f32 scalars.
+/// The losses of the network, f32 scalars.
 #[derive(Debug)]
 pub struct Losses {
     /// Cross entropy of objectness.
@@ -185,7 +185,7 @@ impl Rpn {
         Ok(Proposals { boxes: boxes.index_select(0, &kept), scores: scores.index_select(0, &kept) })
     }
 
-    /// Compares what the network says with what is on each image; `rng` chooses the anchors that are learned from.
+    /// Computes the losses against the objects of each image; `rng` samples the anchors.
     ///
     /// `sizes`: of each image, without padding.
     pub fn losses(&self, predictions: &Predictions, sizes: &[ImageSize], truths: &[Truth], rng: &mut ChaCha8Rng) -> Result<Losses> {
