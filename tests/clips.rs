@@ -98,7 +98,7 @@ fn the_same_weights_in_another_file_are_the_same_embeddings_or_are_refused() {
     assert!(beside.contains("or name the folder instead of the file, so that open_clip_config.json is read"), "{beside}");
     world.write("bare/config.json", r#"{"model_type": "clip", "vision_config": {"hidden_act": "gelu"}, "text_config": {}}"#);
     let towers = globals(&world, "./bare", "").unwrap_err();
-    assert!(towers.contains("config.json: expected one activation of both towers, found exact GELU in `vision_config`"), "{towers}");
+    assert!(towers.contains("config.json: expected one activation for both towers, found exact GELU in `vision_config`"), "{towers}");
     world.write("bare/config.json", "{");
     assert!(globals(&world, "./bare", "").unwrap_err().contains("config.json: EOF while parsing"));
     world.write("bare/more.pt", "weights");

@@ -10,7 +10,7 @@ use crate::support::{World, python, until};
 /// A detector of almost nothing, in seconds.
 const SMALL: &str = r#"version: 1
 name: small
-variables: {lr_mult: 0.005}
+variables: {rate: 0.005}
 stages:
   - id: world
     use: toy/world

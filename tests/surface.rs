@@ -47,7 +47,7 @@ fn the_schema_knows_every_stage_and_its_parameters() {
 #[test]
 fn a_stage_is_documented_from_its_types() {
     let page = World::new().run(["stages", "detect/zero-shot"]).success().stdout;
-    for words in ["detect/zero-shot (version 3)", "features: region-features", "nms_iou: number = 0.5", "A box falls when it overlaps"] {
+    for words in ["detect/zero-shot (version 3)", "features: region-features", "nms_iou: number = 0.5", "NMS removes"] {
         assert!(page.contains(words), "expected `{words}` in\n{page}");
     }
     let output = World::new().run(["stages", "detect/zeroshot"]);

@@ -534,7 +534,7 @@ variants:
         line 13: variants.c.cilp.steps: no stage `cilp`, did you mean `clip`?
         line 14: variants.c.clip.in.image: no input `image`, did you mean `images`?
         line 15: variants.c.clip.in.images: `toy/world` has no output `web_image`, did you mean `web_images`?
-        line 16: variants.c.clip.in.captions: missing: `clip/pretrain` needs captions here (Their alt text.)
+        line 16: variants.c.clip.in.captions: missing: `clip/pretrain` needs captions here (The caption of each picture.)
         line 17: variants.c.val.in.annotations: expected text, found - world.val
         line 18: variants.c.world.seed.deeper: `seed` is not a mapping with such an entry
         line 19: variants.c.seed: a variant cannot set `seed` where the file has `seeds`

@@ -13,8 +13,8 @@ use std::{
 };
 
 use ovenbird_cache::inputs;
-use ovenbird_stages::{AnyStage, OnBadItem, PortInfo, Presence, STAGES, StageEntry};
-use serde_json::Value;
+use ovenbird_stages::{AnyStage, OnBadItem, PortInfo, Presence, STAGES, StageEntry, renamed_parameter};
+use serde_json::{Value, json};
 use serde_yaml::Value as Yaml;
 
 use super::{
@@ -260,6 +260,10 @@ impl Reader {
         let schema = (entry.schema)();
         let known: Vec<&str> =
             schema.get("properties").and_then(Value::as_object).into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+        if let Some(problem) = serde_json::to_value(with).ok().as_ref().and_then(renamed_parameter) {
+            self.push(join(&path, &problem.field), problem.problem);
+            return None;
+        }
         let Some(mut params) = self.keys(&path, with, &known) else {
             self.push(path, format!("expected a mapping of parameters, found {}", shown(with)));
             return None;
@@ -271,7 +275,11 @@ impl Reader {
             }
             let (name, below) = param.split_once('.').map_or((param.as_str(), None), |(name, below)| (name, Some(below)));
             if !known.contains(&name) {
-                self.push(path, format!("no parameter `{name}`{}", suggestion(name, known.iter().copied())));
+                let hint = match renamed_parameter(&json!({name: null})) {
+                    Some(problem) => format!(": it {}", problem.problem),
+                    None => suggestion(name, known.iter().copied()),
+                };
+                self.push(path, format!("no parameter `{name}`{hint}"));
                 continue;
             }
             let old = params.remove(name).unwrap_or(Yaml::Null);

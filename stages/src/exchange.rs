@@ -5,11 +5,11 @@
 //! files (the reference's defect 4) and f32 here. What the reference gets wrong in the files is corrected or refused: boxes of whole images
 //! (defect 2), files that are cut short (defect 8).
 
-use std::io;
+use std::{borrow::Cow, io};
 
 use ovenbird_cache::DraftFile;
 use ovenbird_data::annotations::{Annotations, ImageId, ImageInfo};
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
@@ -43,9 +43,20 @@ pub(crate) trait Readable: Serialize + DeserializeOwned + JsonSchema + Send + Sy
 }
 
 /// A stage that reads features of other programs.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(crate) struct Import<P>(P);
+
+// A derived schema would have the documentation of this struct.
+impl<P: JsonSchema> JsonSchema for Import<P> {
+    fn schema_name() -> Cow<'static, str> {
+        P::schema_name()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        P::json_schema(generator)
+    }
+}
 
 impl<P: Readable> Stage for Import<P> {
     const KIND: &'static str = P::KIND;
@@ -130,9 +141,20 @@ pub(crate) trait Writable: Serialize + DeserializeOwned + JsonSchema + Send + Sy
 }
 
 /// A stage that writes features for other programs.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(crate) struct Export<P>(P);
+
+// A derived schema would have the documentation of this struct.
+impl<P: JsonSchema> JsonSchema for Export<P> {
+    fn schema_name() -> Cow<'static, str> {
+        P::schema_name()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        P::json_schema(generator)
+    }
+}
 
 impl<P: Writable> Stage for Export<P> {
     const KIND: &'static str = P::KIND;

@@ -42,7 +42,7 @@ pub use error::Error;
 pub use pass::ImageConsumer;
 pub use ports::{Artifact, In, Inputs, Out, PortInfo, Presence};
 pub use registry::{STAGES, StageEntry, find, run_together};
-pub use renamed::renamed_kind;
+pub use renamed::{renamed_kind, renamed_parameter};
 pub use units::{Unit, Units};
 
 /// What every function of this crate returns.

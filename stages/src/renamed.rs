@@ -46,7 +46,7 @@ pub fn renamed_kind(old: &str) -> Option<&'static str> {
 }
 
 /// The first parameter, or value of one, that still has its old name.
-pub(crate) fn renamed_parameter(parameters: &Value) -> Option<Problem> {
+pub fn renamed_parameter(parameters: &Value) -> Option<Problem> {
     find(parameters, "", false)
 }
 
