@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: quickstart test test-capabilities faults check bench peers libtorch clean
+.PHONY: quickstart test test-capabilities faults check bench peers evaluation-peers libtorch clean
 
 quickstart: libtorch
 	$(CARGO) build --release
@@ -28,12 +28,16 @@ check: libtorch
 bench: libtorch
 	$(CARGO) bench --bench evaluation --bench extraction --bench detector --bench training --bench store
 
-# The programs that `make bench` compares with; it says so where they are absent.
+# The programs that benches and tests compare with; both say so where they are absent. Evaluation's are small, torch is not.
 peers:
 	python3 -m venv target/peers
 	target/peers/bin/pip install --quiet --disable-pip-version-check -r benches/peers/requirements.txt
 	python3 -m venv target/clip-retrieval
 	target/clip-retrieval/bin/pip install --quiet --disable-pip-version-check -r benches/peers/requirements-clip-retrieval.txt
+
+evaluation-peers:
+	python3 -m venv target/peers
+	target/peers/bin/pip install --quiet --disable-pip-version-check -r benches/peers/requirements-evaluation.txt
 
 # Once per user: the libraries go into the cache folder, the source tree gets a link.
 libtorch:

@@ -386,7 +386,7 @@ fn what_a_training_cannot_use_is_said_in_words() {
     world.write("wordless.yaml", SMALL.replace(&format!(", {without}"), "}"));
     let wordless = world.run(["run", "./wordless.yaml", "--until", "test"]);
     assert_eq!((wordless.code, wordless.steps("failed")), (4, vec!["test".to_owned()]), "{}", wordless.stderr);
-    assert!(wordless.stderr.contains("the detector was trained without `prompts`, and gets some"), "{}", wordless.stderr);
+    assert!(wordless.stderr.contains("the detector was trained without `prompts`, but some are given"), "{}", wordless.stderr);
 
     // Weights to begin with: what has no place is named, and a file without any is refused.
     world.write("begun.yaml", SMALL.replace("globals: globals.features}", "globals: globals.features, pretrained: clip.checkpoint}"));

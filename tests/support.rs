@@ -126,7 +126,9 @@ impl World {
     /// The published units of a stage; a process may be at work.
     pub(crate) fn units_of(&self, kind: &str) -> BTreeSet<PathBuf> {
         let units = fs::read_dir(self.path(".ovenbird/units").join(kind.replace('/', "-"))).into_iter().flatten().flatten();
-        units.map(|unit| unit.path()).filter(|unit| unit.join("unit.json").exists()).collect()
+        // A temporary folder has its record, too, just before it gets its name.
+        let is_published = |unit: &fs::DirEntry| !unit.file_name().to_string_lossy().starts_with('.');
+        units.filter(is_published).map(|unit| unit.path()).filter(|unit| unit.join("unit.json").exists()).collect()
     }
 
     /// How many units are published.

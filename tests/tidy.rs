@@ -337,3 +337,21 @@ fn every_command_is_a_file() {
     let files = files.filter(|file| file.is_file()).map(|file| file.file_stem().unwrap().to_string_lossy().into_owned());
     assert_eq!(listed, files.collect());
 }
+
+#[test]
+fn the_first_page_is_short_and_documents_name_files_that_exist() {
+    let read = |name: &str| fs::read_to_string(root().join(name)).unwrap();
+    assert!(read("README.md").lines().count() <= 120);
+    for document in ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"] {
+        let text = read(document);
+        let in_code = text.split('`').skip(1).step_by(2);
+        let linked = text.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(link, _)| link);
+        for name in in_code.chain(linked) {
+            let is_path =
+                !name.contains([' ', '{', '*', '<', ':']) && !name.contains("NAME") && name.rsplit('/').next().unwrap().contains('.');
+            let is_ours = name.split_once('/').is_some_and(|(top, _)| root().join(top).is_dir());
+            let is_users = name.starts_with("data/") && !name.starts_with("data/src/");
+            assert!(!is_path || !is_ours || is_users || root().join(name).exists(), "{document} names {name}");
+        }
+    }
+}

@@ -260,7 +260,7 @@ impl Reader {
         let schema = (entry.schema)();
         let known: Vec<&str> =
             schema.get("properties").and_then(Value::as_object).into_iter().flatten().map(|(name, _)| name.as_str()).collect();
-        if let Some(problem) = serde_json::to_value(with).ok().as_ref().and_then(renamed_parameter) {
+        if let Some(problem) = serde_json::to_value(with).ok().and_then(|with| renamed_parameter(&with, &schema)) {
             self.push(join(&path, &problem.field), problem.problem);
             return None;
         }
@@ -275,7 +275,7 @@ impl Reader {
             }
             let (name, below) = param.split_once('.').map_or((param.as_str(), None), |(name, below)| (name, Some(below)));
             if !known.contains(&name) {
-                let hint = match renamed_parameter(&json!({name: null})) {
+                let hint = match renamed_parameter(&json!({name: null}), &schema) {
                     Some(problem) => format!(": it {}", problem.problem),
                     None => suggestion(name, known.iter().copied()),
                 };

@@ -115,7 +115,7 @@ pub fn run_together(stages: &[(&StageEntry, &dyn AnyStage, &[Unit], &Context<'_>
 }
 
 fn parse<S: Stage>(params: &Value) -> Result<Box<dyn AnyStage>, Problem> {
-    if let Some(problem) = renamed_parameter(params) {
+    if let Some(problem) = renamed_parameter(params, &schema_for!(S)) {
         return Err(problem);
     }
     match serde_path_to_error::deserialize::<_, S>(params) {

@@ -1,5 +1,8 @@
 //! Names of parameters and stages before 0.1.0, so that an old pipeline file is refused with the new name.
 
+use std::collections::BTreeSet;
+
+use schemars::Schema;
 use serde_json::Value;
 
 use crate::Problem;
@@ -45,24 +48,45 @@ pub fn renamed_kind(old: &str) -> Option<&'static str> {
     KINDS.iter().find(|(kind, _)| *kind == old).map(|(_, new)| *new)
 }
 
-/// The first parameter, or value of one, that still has its old name.
-pub fn renamed_parameter(parameters: &Value) -> Option<Problem> {
-    find(parameters, "", false)
+/// The first parameter, or value of one, that still has its old name. `schema`: that of the stage's parameters, which has the new name.
+pub fn renamed_parameter(parameters: &Value, schema: &Schema) -> Option<Problem> {
+    let mut fields = BTreeSet::new();
+    collect_fields(schema.as_value(), &mut fields);
+    find(parameters, "", false, &fields)
+}
+
+/// The names of all parameters in a schema, at any depth.
+fn collect_fields<'a>(schema: &'a Value, fields: &mut BTreeSet<&'a str>) {
+    match schema {
+        Value::Object(object) => {
+            fields.extend(object.get("properties").and_then(Value::as_object).into_iter().flatten().map(|(name, _)| name.as_str()));
+            object.values().for_each(|value| collect_fields(value, fields));
+        }
+        Value::Array(list) => list.iter().for_each(|value| collect_fields(value, fields)),
+        _ => {}
+    }
+}
+
+/// The parameters that a new name stands for.
+fn names(new: &str) -> impl Iterator<Item = &str> {
+    new.split("` and `")
 }
 
 /// Looks below `path`. `are_groups`: the keys of `value` are names that the user chose.
-fn find(value: &Value, path: &str, are_groups: bool) -> Option<Problem> {
+fn find(value: &Value, path: &str, are_groups: bool, fields: &BTreeSet<&str>) -> Option<Problem> {
     value.as_object()?.iter().find_map(|(key, value)| {
         let field = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
         let in_group = path.rsplit('.').nth(1) == Some("groups");
         let pattern = if in_group { format!("groups.*.{key}") } else { key.clone() };
-        if !are_groups && let Some((_, new)) = PARAMETERS.iter().find(|(old, _)| *old == pattern) {
+        let is_renamed = |(old, new): &&(&str, &str)| *old == pattern && names(new).all(|new| fields.contains(new));
+        if !are_groups && let Some((_, new)) = PARAMETERS.iter().find(is_renamed) {
             return Some(Problem::new(field, format!("is now called `{new}`")));
         }
-        if let Some((_, old, new)) = VALUES.iter().find(|(parameter, old, _)| parameter == key && value == old) {
+        let is_renamed = |(parameter, old, _): &&(&str, &str, &str)| parameter == key && value == old && fields.contains(parameter);
+        if let Some((_, old, new)) = VALUES.iter().find(is_renamed) {
             return Some(Problem::new(field, format!("the value `{old}` is now called `{new}`")));
         }
-        find(value, &field, key == "groups")
+        find(value, &field, key == "groups", fields)
     })
 }
 
@@ -73,25 +97,14 @@ mod tests {
     use super::*;
     use crate::STAGES;
 
-    /// Every field of a stage's parameters, at any depth.
-    fn fields(schema: &Value, found: &mut Vec<String>) {
-        match schema {
-            Value::Object(object) => {
-                found.extend(object.get("properties").and_then(Value::as_object).into_iter().flatten().map(|(name, _)| name.clone()));
-                object.values().for_each(|value| fields(value, found));
-            }
-            Value::Array(list) => list.iter().for_each(|value| fields(value, found)),
-            _ => {}
-        }
-    }
-
     #[test]
     fn no_stage_has_an_old_name_and_every_new_name_is_one_of_a_stage() {
-        let mut all = Vec::new();
-        STAGES.iter().for_each(|stage| fields((stage.schema)().as_value(), &mut all));
+        let schemas: Vec<Schema> = STAGES.iter().map(|stage| (stage.schema)()).collect();
+        let mut fields = BTreeSet::new();
+        schemas.iter().for_each(|schema| collect_fields(schema.as_value(), &mut fields));
         for (old, new) in PARAMETERS {
-            assert!(!all.iter().any(|field| field == old), "{old}");
-            assert!(new.split("` and `").all(|new| all.iter().any(|field| field == new)), "{new}");
+            assert!(!fields.contains(old), "{old}");
+            assert!(names(new).all(|new| fields.contains(new)), "{new}");
         }
         for (old, new) in KINDS {
             assert!(crate::find(old).is_none() && crate::find(new).is_some(), "{old}");
@@ -111,6 +124,9 @@ mod tests {
             assert_eq!(problem.field, field);
             assert!(problem.problem.ends_with(&format!("is now called {new}")), "{}", problem.problem);
         }
+        // A stage without the new name never had the old one.
+        let other = (crate::find("eval/coco").unwrap().parse)(&json!({"view": "native"})).err().unwrap();
+        assert!(other.problem.starts_with("unknown field `view`"), "{}", other.problem);
         let group = json!({"training": {"groups": {"view": {"decay_mult": 0.5}}}});
         assert!((crate::find("detector/train").unwrap().parse)(&group).is_ok());
     }

@@ -54,21 +54,26 @@ pub(super) struct Lost {
     pub(super) why: String,
 }
 
-/// The advice for a finding.
-fn how_to_repair(class: Class) -> &'static str {
+/// The advice for a finding of a check of this depth: a lesser one would not find it again.
+fn how_to_repair(class: Class, depth: Depth) -> String {
+    let command = match depth {
+        Depth::Quick => "`ovenbird verify --fix`",
+        Depth::Full => "`ovenbird verify --full --fix`",
+        Depth::Deep => "`ovenbird verify --deep --fix`",
+    };
     match class {
-        Class::Damaged | Class::Missing | Class::Manifest => "`ovenbird verify --fix` sets it aside and recomputes it",
-        Class::Wrong => "`ovenbird verify --fix` recomputes it and everything computed from it",
-        Class::Tainted => "`ovenbird verify --fix` recomputes it if its inputs change",
+        Class::Damaged | Class::Missing | Class::Manifest => format!("{command} moves it to `quarantine/` and recomputes it"),
+        Class::Wrong => format!("{command} recomputes it and everything computed from it"),
+        Class::Tainted => format!("{command} recomputes it if its inputs change"),
         Class::Record => {
-            "`ovenbird verify --fix` restores it from other records or names what is lost; `cache gc` deletes nothing until then"
+            format!("{command} restores it from other records or names what is lost; `cache gc` deletes nothing until then")
         }
-        Class::Choice => "`ovenbird verify --fix` sets it aside: it is restored from the units",
-        Class::Foreign => "`ovenbird verify --fix` moves it into the quarantine",
-        Class::Leftover => "the next run, or `ovenbird verify --fix`, removes it",
-        Class::Ledger => "nothing to do: it is rebuilt",
-        Class::Input => "restore the file from where it came from",
-        Class::Suspect => "the bytes are intact; check the images and boxes that they were computed from",
+        Class::Choice => format!("{command} restores it from the units"),
+        Class::Foreign => format!("{command} moves it to `quarantine/`"),
+        Class::Leftover => format!("the next run, or {command}, removes it"),
+        Class::Ledger => "nothing to do: it is rebuilt".into(),
+        Class::Input => "restore the file from where it came from".into(),
+        Class::Suspect => "the bytes are intact; check the images and boxes that they were computed from".into(),
     }
 }
 
@@ -81,7 +86,7 @@ impl Report {
             let class = class.as_str().unwrap_or_default().to_owned();
             text.push_str(&format!("{class:9} {}: {}\n", finding.path.display(), finding.problem));
             if !options.fix {
-                text.push_str(&format!("          {}\n", how_to_repair(finding.class)));
+                text.push_str(&format!("          {}\n", how_to_repair(finding.class, options.depth)));
             }
         }
         text.extend(self.repaired.iter().map(|repaired| format!("repaired  {repaired}\n")));
