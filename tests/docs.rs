@@ -68,7 +68,7 @@ fn every_stage_is_documented() {
 const JSON: &str = "# JSON forms
 
 Generated from the program's answers to a small pipeline. Every `--json` form is one object with `version` (1) and one more key. Within a
-version fields are added, never changed or removed. A list without a type may be empty.
+version fields are added, never changed or removed. A list without a type may be empty; a field with two types (`plan[].outlook`) has either.
 
 A log (`ovenbird log RUN --json`) is one event a line; its first event, `run_started`, has the version. Besides the events below there are
 `notice`, `step_note`, `step_progress`, `measured`, `item_failed`, `step_failed`, `step_skipped` and `interrupted` (`src/event.rs`).

@@ -238,14 +238,14 @@ fn a_home_that_vanishes_under_a_run_is_none_of_the_user_s_files() {
 fn an_old_name_is_refused_with_the_new_one() {
     let world = brought();
     world.write("brought.yaml", BROUGHT.replace("checkpoint: ./clip.pt}\n", "checkpoint: ./clip.pt}\n    with: {view: native}\n"));
-    check(&world, 3, &["line 11: stages.globals.with.view: is now called `resize`"]);
+    check(&world, 3, &["line 11: stages.globals.with.view: `view` is now called `resize`"]);
     world.write("brought.yaml", BROUGHT.replace("coco-48-17}", "coco-48-17, keep: all-min}"));
     check(&world, 3, &["line 7: stages.split.with.keep: the value `all-min` is now called `all-annotated`"]);
     world.write("brought.yaml", BROUGHT.replace("annotations/split", "coco/split"));
     check(&world, 3, &["line 5: stages.split.use: no stage `coco/split`: it is now called `annotations/split`"]);
     world.write("brought.yaml", BROUGHT);
     for (set, words) in
-        [("globals.view=native", "no parameter `view`: it is now called `resize`"), ("split.keep=all-min", "`all-annotated`")]
+        [("globals.view=native", "no parameter `view`: `view` is now called `resize`"), ("split.keep=all-min", "`all-annotated`")]
     {
         let output = world.run(["plan", "./brought.yaml", "--set", set]);
         assert!(output.code == 3 && output.stderr.contains(words), "{set}: {}", output.stderr);

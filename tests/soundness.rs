@@ -676,3 +676,44 @@ fn a_training_goes_on_from_the_last_link_that_is_sound() {
     };
     assert!(needed(&world) == needed(&clean));
 }
+
+/// Steps without an image that can be read, and each checkpoint made again by itself.
+#[test]
+fn a_training_that_skips_images_is_the_same_whichever_checkpoint_is_recomputed() {
+    let world = World::new();
+    world.write(
+        "skips.yaml",
+        "version: 1
+name: skips
+stages:
+  - id: world
+    use: toy/world
+    with: {train_images: 6, val_images: 2, web_images: 12, held_out_images: 6, side_px: 160}
+  - id: oln
+    use: oln/train
+    in: {images: ./images, annotations: world.train, classes: world.classes}
+    with:
+      network: toy
+      training: {steps: 6, checkpoint_every: 1, keep_checkpoints: 6, batch_size: 1, max_size: [96, 128], min_size: [96, 128]}
+    on_bad_item: skip
+    max_failed_ratio: 0.6
+",
+    );
+    world.write("images/train/README", "");
+    world.run(["run", "./skips.yaml", "--until", "world"]).success();
+    crate::support::copy(world.find(&["toy-world", "images/train"]).parent().unwrap(), &world.path("images/train"));
+    let mut images: Vec<PathBuf> = fs::read_dir(world.path("images/train")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    images.retain(|image| image.extension().is_some_and(|extension| extension == "jpg"));
+    images.sort();
+    assert_eq!(images.len(), 6);
+    images.iter().step_by(2).for_each(|image| fs::write(image, "broken").unwrap());
+    let run = world.run(["run", "./skips.yaml"]).success();
+    assert!(run.stderr.contains("3 of 6") || run.stderr.contains("skipped"), "{}", run.stderr);
+    let checkpoints = world.units_of("oln/train");
+    assert_eq!(checkpoints.len(), 6);
+    for checkpoint in checkpoints {
+        flip(&checkpoint.join("network/network.safetensors"));
+        let fixed = world.run(["verify", "--full", "--fix"]);
+        assert!(fixed.code == 0 && fixed.stdout.contains("with the same digests"), "{}{}", fixed.stdout, fixed.stderr);
+    }
+}

@@ -276,7 +276,7 @@ impl Reader {
             let (name, below) = param.split_once('.').map_or((param.as_str(), None), |(name, below)| (name, Some(below)));
             if !known.contains(&name) {
                 let hint = match renamed_parameter(&json!({name: null}), &schema) {
-                    Some(problem) => format!(": it {}", problem.problem),
+                    Some(problem) => format!(": {}", problem.problem),
                     None => suggestion(name, known.iter().copied()),
                 };
                 self.push(path, format!("no parameter `{name}`{hint}"));

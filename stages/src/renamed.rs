@@ -52,7 +52,7 @@ pub fn renamed_kind(old: &str) -> Option<&'static str> {
 pub fn renamed_parameter(parameters: &Value, schema: &Schema) -> Option<Problem> {
     let mut fields = BTreeSet::new();
     collect_fields(schema.as_value(), &mut fields);
-    find(parameters, "", false, &fields)
+    find(parameters, "", Keys::Parameters, &fields)
 }
 
 /// The names of all parameters in a schema, at any depth.
@@ -72,21 +72,37 @@ fn names(new: &str) -> impl Iterator<Item = &str> {
     new.split("` and `")
 }
 
-/// Looks below `path`. `are_groups`: the keys of `value` are names that the user chose.
-fn find(value: &Value, path: &str, are_groups: bool, fields: &BTreeSet<&str>) -> Option<Problem> {
+/// The keys of a mapping of parameters.
+#[derive(Clone, Copy, PartialEq)]
+enum Keys {
+    Parameters,
+    /// Names of groups, which the user chooses.
+    Groups,
+    /// The parameters of one group.
+    OfGroup,
+}
+
+/// Looks below `path`.
+fn find(value: &Value, path: &str, keys: Keys, fields: &BTreeSet<&str>) -> Option<Problem> {
     value.as_object()?.iter().find_map(|(key, value)| {
         let field = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-        let in_group = path.rsplit('.').nth(1) == Some("groups");
-        let pattern = if in_group { format!("groups.*.{key}") } else { key.clone() };
+        let pattern = if keys == Keys::OfGroup { format!("groups.*.{key}") } else { key.clone() };
         let is_renamed = |(old, new): &&(&str, &str)| *old == pattern && names(new).all(|new| fields.contains(new));
-        if !are_groups && let Some((_, new)) = PARAMETERS.iter().find(is_renamed) {
-            return Some(Problem::new(field, format!("is now called `{new}`")));
+        if keys != Keys::Groups
+            && let Some((_, new)) = PARAMETERS.iter().find(is_renamed)
+        {
+            return Some(Problem::new(field, format!("`{key}` is now called `{new}`")));
         }
         let is_renamed = |(parameter, old, _): &&(&str, &str, &str)| parameter == key && value == old && fields.contains(parameter);
         if let Some((_, old, new)) = VALUES.iter().find(is_renamed) {
             return Some(Problem::new(field, format!("the value `{old}` is now called `{new}`")));
         }
-        find(value, &field, key == "groups", fields)
+        let below = match keys {
+            Keys::Groups => Keys::OfGroup,
+            Keys::Parameters if key == "groups" => Keys::Groups,
+            Keys::Parameters | Keys::OfGroup => Keys::Parameters,
+        };
+        find(value, &field, below, fields)
     })
 }
 
@@ -117,6 +133,7 @@ mod tests {
             ("clip/globals", json!({"view": "native"}), "view", "`resize`"),
             ("detector/train", json!({"training": {"decay": "cosine"}}), "training.decay", "`lr_schedule`"),
             ("detector/train", json!({"training": {"groups": {"view": {"decay": 0.5}}}}), "training.groups.view.decay", "`decay_mult`"),
+            ("oln/train", json!({"training": {"groups": {"a.b": {"rate": 0.5}}}}), "training.groups.a.b.rate", "`lr_mult`"),
             ("detector/import", json!({"fits": [1333, 800]}), "fits", "`max_size` and `min_size`"),
             ("annotations/split", json!({"keep": "all-min"}), "keep", "`all-annotated`"),
         ] {

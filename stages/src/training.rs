@@ -175,7 +175,7 @@ pub(crate) fn train<L: DataLoader, W: Artifact>(
     let mut specs = loader.specs(steps.clone());
     let (mut units, mut draft): (VecDeque<&Unit>, Option<UnitDraft>) = (units.iter().collect(), None);
     let (mut of_unit, mut of_row) = (Means::default(), Means::default());
-    let (mut step, mut n_accumulated) = (steps.start, 0);
+    let (mut step, mut n_accumulated, mut has_gradient) = (steps.start, 0, false);
     stream(
         cx.threads,
         ROOM,
@@ -196,14 +196,19 @@ pub(crate) fn train<L: DataLoader, W: Artifact>(
                 }
             }
             let mut values = match batch {
-                Some(batch) => backward(criterion.losses(step, batch)?, optimizer.loss_factor(), config.max_loss, (step, &images))?,
+                Some(batch) => {
+                    has_gradient = true;
+                    backward(criterion.losses(step, batch)?, optimizer.loss_factor(), config.max_loss, (step, &images))?
+                }
                 None => Vec::new(),
             };
             cx.flow(images.len(), n_ready);
             n_accumulated += 1;
             let is_whole = n_accumulated == n_pieces;
             if is_whole {
-                values.push(("gradient".to_owned(), optimizer.step(step)?));
+                // A step whose images are all skipped changes nothing.
+                let gradient = if std::mem::take(&mut has_gradient) { optimizer.step(step)? } else { 0.0 };
+                values.push(("gradient".to_owned(), gradient));
             }
             of_unit.add(&values);
             of_row.add(&values);

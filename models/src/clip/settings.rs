@@ -154,7 +154,8 @@ fn of_preprocessor(config: &Value) -> Result<Stated, String> {
     let crop = side(&config["crop_size"], "crop_size")?;
     let shortest = side(&config["size"]["shortest_edge"], "size.shortest_edge")?;
     let size = if config["size"].get("shortest_edge").is_some() { None } else { side(&config["size"], "size")? };
-    let is_cropped = config["do_center_crop"] == true;
+    // CLIPImageProcessor crops unless it is told not to; SigLIP's processor knows no crop.
+    let is_cropped = config["do_center_crop"].as_bool().unwrap_or(crop.is_some());
     let whole = shortest.or(size);
     if is_cropped
         && let (Some(crop), Some(whole)) = (crop, whole)
@@ -163,7 +164,7 @@ fn of_preprocessor(config: &Value) -> Result<Stated, String> {
         return Err(format!("expected `crop_size` to be `size`, {whole} px, found {crop} px"));
     }
     let image_side = if is_cropped { crop.or(whole) } else { whole };
-    let squash = size.is_some() && config["do_center_crop"] != true && config["size"].is_object();
+    let squash = size.is_some() && !is_cropped && config["size"].is_object();
     let resize = if squash { Some(ResizeMode::Squash) } else { is_cropped.then_some(ResizeMode::Shortest) };
     Ok(Stated {
         image_side,
@@ -270,6 +271,7 @@ mod tests {
         let clip =
             json!({"crop_size": {"height": 336, "width": 336}, "do_center_crop": true, "size": {"shortest_edge": 336}, "resample": 3});
         assert_eq!(found("preprocessor_config.json", clip), Preprocessing { image_side: 336, ..default });
+        assert_eq!(found("preprocessor_config.json", json!({"crop_size": 336})), Preprocessing { image_side: 336, ..default });
         let old = json!({"crop_size": 224, "do_center_crop": true, "size": 224, "image_mean": [0.1, 0.2, 0.3]});
         assert_eq!(found("preprocessor_config.json", old), Preprocessing { mean: [0.1, 0.2, 0.3], ..default });
         assert_eq!(found("config.json", json!({"vision_config": {"image_size": 336}})), Preprocessing { image_side: 336, ..default });

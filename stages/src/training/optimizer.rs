@@ -100,19 +100,21 @@ impl<'a> Optimizer<'a> {
 
     /// Makes a step, counted from 0, by the gradients that have added up, and sets them to zero. Returns the gradient's length before clipping;
     /// fails where it is not finite, unless losses are scaled: then the step is left out and the scale becomes smaller.
+    ///
+    /// A parameter that no loss of the step depends on has a gradient of zero, whether an earlier step has left it one or not: otherwise a
+    /// training that continues from a checkpoint would have other moments than one that was not interrupted.
     pub(crate) fn step(&mut self, step: u32) -> Result<f64> {
         no_grad(|| {
             let gradients: BTreeMap<&String, Tensor> = self
                 .parameters
                 .iter()
                 .filter(|(_, parameter)| parameter.tensor.requires_grad())
-                .map(|(name, parameter)| (name, parameter, parameter.tensor.grad()))
-                .filter(|(.., gradient)| gradient.defined())
-                .map(|(name, parameter, gradient)| (name, parameter.rows_of(&gradient)))
+                .map(|(name, parameter)| {
+                    let gradient = parameter.tensor.grad();
+                    let gradient = if gradient.defined() { gradient } else { parameter.tensor.zeros_like() };
+                    (name, parameter.rows_of(&gradient))
+                })
                 .collect();
-            if gradients.is_empty() {
-                return Ok(0.0);
-            }
             let Progress { loss_scale, .. } = self.progress;
             let lengths: Vec<Tensor> = gradients.values().map(Tensor::norm).collect();
             let length = Tensor::stack(&lengths, 0).to_kind(tch::Kind::Double).norm().double_value(&[]) / loss_scale;
@@ -344,5 +346,42 @@ mod tests {
         let optimizer = Optimizer::new(&config, plain(&parameters));
         let weights = BTreeMap::from([("a".to_owned(), parameters["a"].shallow_clone()), ("b".to_owned(), parameters["b"].copy())]);
         assert_eq!(optimizer.state(&weights).into_keys().collect::<Vec<_>>(), ["moment0.a", "moment0.b", "progress", "raw.b"]);
+    }
+
+    /// A training that continues does not remember which gradients earlier steps left.
+    #[test]
+    fn a_parameter_without_a_gradient_is_the_same_after_a_restart() {
+        let config = OptimizerConfig {
+            algorithm: Algorithm::Sgd { momentum: 0.9 },
+            schedule: Schedule { peak: 0.1, warmup: Warmup::NONE, decay: Decay::Constant },
+            weight_decay: 0.01,
+            accumulation_steps: 1,
+            clip_grad_norm: None,
+            ema_decay: None,
+            scales_losses: false,
+        };
+        let after = |is_restarted: bool| {
+            let tensors = ["a", "b"].map(|name| (name, Tensor::from_slice(&[1.0_f32, -2.0]).set_requires_grad(true)));
+            let parameters = || tensors.iter().map(|(name, tensor)| ((*name).to_owned(), Parameter::plain(tensor))).collect();
+            let mut optimizer = Optimizer::new(&config, parameters());
+            let [(_, a), (_, b)] = &tensors;
+            (a * a + b * b).sum(Kind::Float).backward();
+            optimizer.step(0).unwrap();
+            if is_restarted {
+                let moments: Vec<(String, Vec<Tensor>)> = optimizer.moments.into_iter().collect();
+                let tensors = tensors.each_ref().map(|(name, tensor)| (*name, tensor.detach().copy().set_requires_grad(true)));
+                let fresh = tensors.iter().map(|(name, tensor)| ((*name).to_owned(), Parameter::plain(tensor))).collect();
+                let mut restarted = Optimizer::new(&config, fresh);
+                restarted.moments = moments.into_iter().collect();
+                let [(_, a), (_, b)] = &tensors;
+                (a * a).sum(Kind::Float).backward();
+                restarted.step(1).unwrap();
+                return Vec::<f32>::try_from(b.detach()).unwrap();
+            }
+            (a * a).sum(Kind::Float).backward();
+            optimizer.step(1).unwrap();
+            Vec::<f32>::try_from(b.detach()).unwrap()
+        };
+        assert_eq!(after(false), after(true));
     }
 }
