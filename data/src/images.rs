@@ -118,7 +118,7 @@ impl Image {
         }
         if is_too_large([width, height]) {
             let problem = format!("{} px, more than the {MAX_PIXELS} px that an image may have", size([width, height]));
-            return Err(refused(problem, "cut it into smaller images, or leave it out: `on_bad_item: skip`".into()));
+            return Err(refused(problem, "cut it into smaller images, or skip it with `on_bad_item: skip`".into()));
         }
         let rgb = to_rgb8(DynamicImage::from_decoder(decoder).map_err(not_an_image)?);
         Ok(Self { width, height, rgb })
@@ -517,7 +517,7 @@ mod tests {
             (b"8BPS", "a Photoshop file (PSD)", "convert it"),
             (b"<svg>", "an SVG", "convert it"),
             (b"<html>", "a web page", "it is not an image: download it again"),
-            (b"", "an empty file", "fetch it again"),
+            (b"", "an empty file", "download it again"),
         ] {
             let (problem, advice) = refused(bytes, None);
             assert_eq!(problem, format!("a.jpg: expected a JPEG or PNG image, found {found}"));
