@@ -227,6 +227,7 @@ fn bare(clip: &Clip, shown: Shown, at_least: Duration) -> f64 {
 fn end_to_end(folder: &Path, stages: &[(&str, &Value)], precision: &str, n_images: usize, per_image: usize) -> f64 {
     let home = tempfile::tempdir().unwrap();
     let store = Store::open(home.path()).unwrap();
+    let _session = store.enter().unwrap();
     let listed = |index: usize| json!({"id": index + 1, "file_name": format!("{index:06}.jpg"), "width": SIZE[0], "height": SIZE[1]});
     let listed: Vec<Value> = (0..n_images).map(listed).collect();
     fs::write(folder.join("annotations.json"), json!({"images": listed, "annotations": [], "categories": []}).to_string()).unwrap();
@@ -328,7 +329,10 @@ fn peers(folder: &Path, fastest: &str, n_images: usize) {
             .arg(fastest)
             .output()
             .unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        if !output.status.success() {
+            println!("skipped {script}: {}", String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or_default());
+            continue;
+        }
         print!("{}", String::from_utf8_lossy(&output.stdout));
     }
 }

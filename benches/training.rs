@@ -61,6 +61,7 @@ fn write_world(folder: &Path) {
 fn step(folder: &Path, images: &str, [width, height]: [u32; 2]) -> f64 {
     let home = tempfile::tempdir().unwrap();
     let store = Store::open(home.path()).unwrap();
+    let _session = store.enter().unwrap();
     let listed = |index: usize| json!({"id": index + 1, "file_name": format!("{index}.jpg"), "width": width, "height": height});
     let object = |index: usize| {
         let bbox = [width / 8, height / 8, width / 3, height / 2];
