@@ -115,12 +115,12 @@ pub fn run_together(stages: &[(&StageEntry, &dyn AnyStage, &[Unit], &Context<'_>
 }
 
 fn parse<S: Stage>(params: &Value) -> Result<Box<dyn AnyStage>, Problem> {
-    if let Some(problem) = renamed_parameter(params, &schema_for!(S)) {
-        return Err(problem);
-    }
     match serde_path_to_error::deserialize::<_, S>(params) {
         Ok(stage) => Ok(Box::new(stage)),
         Err(error) => {
+            if let Some(problem) = renamed_parameter(params, &schema_for!(S)) {
+                return Err(problem);
+            }
             let field = error.path().to_string();
             Err(Problem::new(if field == "." { String::new() } else { field }, error.into_inner().to_string()))
         }
