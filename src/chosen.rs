@@ -2,9 +2,11 @@
 
 use std::str::FromStr;
 
+use ovenbird_data::words::nearest;
+
 use crate::{
     error::{Error, Result},
-    pipeline::{Pipeline, Step, changes::Setting, file, yaml::nearest},
+    pipeline::{Pipeline, Step, changes::Setting, file},
 };
 
 /// A pipeline and changes to it.
@@ -12,7 +14,7 @@ use crate::{
 pub(crate) struct Chosen {
     /// A named pipeline, or a file (with a slash or ending in .yaml)
     pub(crate) pipeline: String,
-    /// Change a variable, a parameter or an input of a stage: `--set seed=8`, `--set detect.score_threshold=0.1`, `--set
+    /// Change a variable, a parameter or an input of a step: `--set seed=8`, `--set detect.score_threshold=0.1`, `--set
     /// detector.in.features=objects.features`
     #[arg(long = "set", value_name = "KEY=VALUE")]
     settings: Vec<Setting>,
@@ -26,8 +28,8 @@ pub(crate) struct Chosen {
 pub(crate) struct Wanted {
     #[command(flatten)]
     pub(crate) chosen: Chosen,
-    /// Stop after this stage
-    #[arg(long, value_name = "STAGE")]
+    /// Stop after this step
+    #[arg(long, value_name = "STEP")]
     until: Option<String>,
 }
 
@@ -73,7 +75,7 @@ pub(crate) fn places(pipeline: &Pipeline, name: &str) -> Result<Vec<usize>> {
     let instances: Vec<String> = pipeline.steps.iter().map(|step| step.id.to_string()).filter(|_| name.contains('@')).collect();
     let hint = match nearest(name, stages.iter().copied().chain(instances.iter().map(String::as_str))) {
         Some(nearest) => format!("did you mean `{nearest}`?"),
-        None => format!("its stages are {}", stages.join(", ")),
+        None => format!("its steps are {}", stages.join(", ")),
     };
-    Err(Error::Usage { problem: format!("{name}: the pipeline has no such stage"), hint })
+    Err(Error::Usage { problem: format!("{name}: the pipeline has no such step"), hint })
 }

@@ -25,7 +25,7 @@ struct Cli {
     /// For tests of crash safety: exit at the n-th step of publishing
     #[arg(long = "crash-at", global = true, env = "OVENBIRD_CRASH_AT", hide = true)]
     crash_step: Option<u32>,
-    /// Print more on stderr: every event with its run, stage and unit (-v), and messages of the libraries (-vv)
+    /// Print more on stderr: every event with its run, step and unit (-v), and messages of the libraries (-vv)
     #[arg(long, short, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
     #[command(subcommand)]

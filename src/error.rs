@@ -32,7 +32,7 @@ pub(crate) enum Error {
     #[error("{problem}")]
     Usage { problem: String, hint: String },
     /// Some stages failed; each was reported when it failed.
-    #[error("{} failed: {}", count(failed.len(), "stage"), listed(failed))]
+    #[error("{} failed: {}", count(failed.len(), "step"), listed(failed))]
     StagesFailed { failed: Vec<StepId>, skipped: Vec<StepId>, worst: ExitCode },
     /// Stored results are damaged.
     #[error("{} {}", count(*n_left, "problem"), if *is_fixed { "could not be repaired" } else { "found in the home" })]
@@ -44,7 +44,7 @@ pub(crate) enum Error {
     #[error("no progress for {} s: it hangs", after.as_secs())]
     Hangs { after: Duration },
     /// Too few devices are left for a step.
-    #[error("needs {} and only {n_left} can be used: stages that hang hold the others", count(*needed, "device"))]
+    #[error("needs {} and only {n_left} can be used: steps that hang hold the others", count(*needed, "device"))]
     LacksDevices { needed: usize, n_left: usize },
     /// The user asked to stop.
     #[error("stopped on request; finished units are kept")]
@@ -80,7 +80,7 @@ impl ExitCode {
     /// Every code with its meaning, ascending.
     pub(crate) const TABLE: &'static [(Self, &'static str)] = &[
         (Self::Success, "everything requested is done"),
-        (Self::Stage, "a stage failed: a bug, memory or a device; finished results are kept"),
+        (Self::Stage, "a step failed: a bug, memory or a device; finished results are kept"),
         (Self::Usage, "the command line is wrong"),
         (Self::Pipeline, "the pipeline file is wrong; nothing was run"),
         (Self::Input, "an input file is missing, damaged or of the wrong kind; finished results are kept"),
@@ -135,13 +135,13 @@ impl Error {
             }),
             Self::Usage { hint, .. } => Some(hint.clone()),
             Self::StagesFailed { skipped, .. } => {
-                let skipped = if skipped.is_empty() { String::new() } else { format!("; stages that did not run because of this: {}", listed(skipped)) };
+                let skipped = if skipped.is_empty() { String::new() } else { format!("; steps that did not run because of this: {}", listed(skipped)) };
                 Some(format!("fix the cause above and type the same command again: the run continues{skipped}"))
             }
             Self::DamagedRecords { .. } => {
                 Some("`ovenbird verify --fix` repairs them or names what is lost; then type the same command again".into())
             }
-            Self::Damage { is_fixed: false, .. } => Some("`ovenbird verify --fix` sets damaged files aside and recomputes them".into()),
+            Self::Damage { is_fixed: false, .. } => Some("`ovenbird verify --fix` moves damaged files to `quarantine/` and recomputes them".into()),
             Self::Damage { is_fixed: true, .. } => {
                 Some("restore the inputs of what is named above and type the same command again".into())
             }
@@ -200,7 +200,7 @@ fn cache_hint(error: &ovenbird_cache::Error, home: &Path) -> Option<String> {
             Some("it was deleted: `ovenbird verify` lists what else is missing, and the next run recomputes it".into())
         }
         Cache::Read { source, .. } if is_ours && source.kind() != std::io::ErrorKind::PermissionDenied => {
-            Some("`ovenbird verify --fix` sets aside what is not a file, and recomputes it".into())
+            Some("`ovenbird verify --fix` moves anything that is not a file to `quarantine/`, and recomputes it".into())
         }
         Cache::Malformed { path, .. } if path == home => Some("check that its disk is mounted, and type the same command again".into()),
         Cache::Flipped { .. } | Cache::Malformed { .. } if !is_ours => Some("repair the file, or restore it from its source".into()),

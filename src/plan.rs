@@ -180,13 +180,12 @@ fn reused_items(step: &Step, store: &Store, units: &[Unit], items: &[Digest], mi
     let reusable = store.reusable_items(step.entry.kind, &item_key, &wanted.iter().copied().collect(), None)?;
     let n_taken = reusable.count(&wanted);
     let names: Vec<String> = reusable.names().collect();
+    // Damage in a unit that was set aside shows when it is read.
+    let copied = |from: &str| format!("{n_taken} of {} items copied from {from} after checking", wanted.len());
     Ok(match names.as_slice() {
         [] => None,
-        // Damage in a unit that was set aside shows when it is read.
-        [name] => Some(format!("{n_taken} of {} items reused from {name} as far as they are sound", wanted.len())),
-        [name, rest @ ..] => {
-            Some(format!("{n_taken} of {} items reused from {name} and {} more as far as they are sound", wanted.len(), rest.len()))
-        }
+        [name] => Some(copied(name)),
+        names => Some(copied(&format!("{} earlier units", names.len()))),
     })
 }
 

@@ -78,7 +78,7 @@ impl RunProgress {
                     self.step_line(step, &format!("  hint: {hint}"));
                 }
             }
-            Event::StepSkipped { step, because } => self.step_line(step, &format!("not run, because `{because}` is missing")),
+            Event::StepSkipped { step, because } => self.step_line(step, &format!("not run: it needs `{because}`, which has no result")),
             Event::Interrupted => {
                 self.say("stopping at the next unit; press Ctrl-C again to stop at once (finished units are kept either way)");
             }

@@ -411,7 +411,7 @@ impl<'a> Coordinator<'a> {
             let Demand { least: needed, .. } = Demand::of(step, work);
             if needed > 1 && work.units.iter().all(|unit| unit.item_key.is_none()) {
                 let problem = format!("`resources.gpu` asks for {needed} devices, but `{}` runs on one", step.entry.kind);
-                refused.push((*place, Error::Usage { problem, hint: "write `gpu: 1`, or leave it out".into() }));
+                refused.push((*place, Error::Usage { problem, hint: "write `gpu: 1`, or leave out `gpu`".into() }));
             } else if needed > n_left {
                 refused.push((*place, Error::LacksDevices { needed, n_left }));
             }
@@ -670,7 +670,7 @@ impl<'a> Coordinator<'a> {
         if !damage.is_empty()
             && let Some(aside) = self.store.quarantine(&unit, &damage)?
         {
-            self.emit(Event::Notice { words: format!("the damaged unit {unit} was set aside at {}", aside.display()) })?;
+            self.emit(Event::Notice { words: format!("the damaged unit {unit} was moved to {}", aside.display()) })?;
         }
         let may_succeed = match self.store.unit_at(&unit)? {
             Status::Absent => true,

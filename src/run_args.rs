@@ -7,10 +7,10 @@ use crate::{machine, output::count, run::local::Options};
 /// The part of the machine that a command uses; results do not depend on it.
 #[derive(clap::Args)]
 pub(crate) struct RunArgs {
-    /// Processor cores for all stages together [default: all]
+    /// Processor cores for all steps together [default: all]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     jobs: Option<u16>,
-    /// Where networks run. A training takes one device; stages that process images take all free ones. `cuda` means all CUDA devices
+    /// Where networks run. A training takes one device; steps that process images take all free ones. `cuda` means all CUDA devices
     #[arg(long, default_value = "cpu", value_name = "cpu|cuda|cuda:N,N")]
     device: Devices,
 }

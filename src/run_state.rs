@@ -167,7 +167,7 @@ pub(crate) fn state(log: &[Stamped]) -> RunState {
             }),
             Event::StepSkipped { step, because } => with(step, &|step| {
                 step.state = StepStatus::Skipped;
-                step.words = format!("`{because}` is missing");
+                step.words = format!("it needs `{because}`, which has no result");
             }),
             Event::Notice { words } => state.notices.push(words.clone()),
             Event::StepNote { step, words } => state.notices.push(format!("{step}: {words}")),

@@ -154,10 +154,10 @@ stages:
     error: 7 problems in ./wrong.yaml
       line 3: variabels: unknown key `variabels`, did you mean `variables`?
       line 6: stages.world.use: no stage `toy/wrld`, did you mean `toy/world`?
-      line 9: stages.split.in.annotations: no stage `wolrd`, did you mean `world`? (a file is written with a slash: ./wolrd.train)
+      line 9: stages.split.in.annotations: no step `wolrd`, did you mean `world`? (a file is written with a slash: ./wolrd.train)
       line 10: stages.split.with.kep: unknown key `kep`, did you mean `keep`?
       line 13: stages.detect.in.features: expected region-features, but `prompts.prompts` is prompts
-      line 14: stages.detect.with.temperature: expected a number above 0
+      line 14: stages.detect.with.temperature: expected a number above 0, found -1.0
       line 17: stages.prompts.in.checkpoint: missing: `prompts/ensemble` needs checkpoint here (CLIP weights: OpenAI, open_clip or Hugging Face; a file, or a folder with its config.)
     hint: correct the pipeline file; `ovenbird stages KIND` documents every parameter
     ");

@@ -313,12 +313,12 @@ fn a_poisoned_image_is_left_out_by_policy_noted_and_tried_again() {
 
     // Trying again what cannot go well leaves it out again, and computes nothing else.
     let retried = world.run(["retry", "./bad.yaml", "--failed"]).success();
-    assert!(retried.stderr.contains("skipped 3.png") && retried.stderr.contains("items reused from"), "{}", retried.stderr);
+    assert!(retried.stderr.contains("skipped 3.png") && retried.stderr.contains("items copied from"), "{}", retried.stderr);
 
     // With the file mended, only that item is computed.
     world.write("images/3.png", &golden);
     let mended = world.run(["run", "./bad.yaml"]).success();
-    assert!(mended.stderr.contains("3 of 4 items reused from"), "{}", mended.stderr);
+    assert!(mended.stderr.contains("3 of 4 items copied from"), "{}", mended.stderr);
 }
 
 #[test]
@@ -339,7 +339,7 @@ fn items_that_another_pipeline_has_computed_are_taken_from_there() {
     world.write("lvis.json", labels(&[2, 3, 5]));
     world.run(["run", "./coco.yaml"]).success();
     let plan = world.run(["plan", "./lvis.yaml"]).success();
-    assert!(plan.stdout.contains("2 of 3 items reused from clip-globals/"), "{}", plan.stdout);
+    assert!(plan.stdout.contains("2 of 3 items copied from clip-globals/"), "{}", plan.stdout);
     world.run(["run", "./lvis.yaml"]).success();
     let taken = world.units().into_iter().filter(|(name, _)| name.contains("clip-globals") && name.ends_with("unit.json"));
     let taken: Vec<u64> =

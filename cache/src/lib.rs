@@ -46,7 +46,7 @@ pub use error::Error;
 pub use lease::{Lease, Owner, Session, Watch};
 pub use ledger::{Ledger, Verified};
 pub use publish::{Draft, DraftFile, FileRecord, Publisher};
-pub use recipe::{Change, Digest, Fingerprint, Recipe};
+pub use recipe::{Change, Digest, Fingerprint, Recipe, shown};
 pub use record::{Manifest, Provenance, UnitKey, UnitRecord, files_digest};
 pub use records::{CURSOR, Noted};
 pub use reusable::ReusableItems;

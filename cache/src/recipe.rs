@@ -192,12 +192,29 @@ fn diff_values(field: &str, was: &Value, is: &Value, changes: &mut Vec<Change>) 
                 let field = format!("{field}.{key}");
                 match (was.get(key), is.get(key)) {
                     (Some(was), Some(is)) => diff_values(&field, was, is, changes),
-                    (was, is) => changes.push(Change { field, was: was.map(Value::to_string), is: is.map(Value::to_string) }),
+                    (was, is) => changes.push(Change { field, was: was.map(shown), is: is.map(shown) }),
                 }
             }
         }
         (was, is) if was == is => {}
-        (was, is) => changes.push(Change { field: field.into(), was: Some(was.to_string()), is: Some(is.to_string()) }),
+        (was, is) => changes.push(Change { field: field.into(), was: Some(shown(was)), is: Some(shown(is)) }),
+    }
+}
+
+/// A value on one line, as in a pipeline file. A number that was stored in single precision is written with its shortest digits: 0.4, not
+/// 0.4000000059604645.
+pub fn shown(value: &Value) -> String {
+    match value {
+        Value::Array(values) => format!("[{}]", values.iter().map(shown).collect::<Vec<_>>().join(", ")),
+        Value::Object(entries) => {
+            let entries = entries.iter().map(|(key, value)| format!("{key}: {}", shown(value)));
+            format!("{{{}}}", entries.collect::<Vec<_>>().join(", "))
+        }
+        Value::Number(number) => match number.as_f64().filter(|_| number.is_f64()) {
+            Some(double) if f64::from(double as f32).to_bits() == double.to_bits() => format!("{:?}", double as f32),
+            _ => number.to_string(),
+        },
+        Value::Null | Value::Bool(_) | Value::String(_) => value.to_string(),
     }
 }
 
@@ -247,11 +264,17 @@ mod tests {
             (Recipe { kind: "clip/globals".into(), ..recipe() }, "use: clip/objects -> clip/globals"),
             (Recipe { version: 2, ..recipe() }, "stage version: 1 -> 2"),
             (Recipe { params: json!({"expand": 2.0, "clip": {"precision": "bf16"}}), ..recipe() }, "with.expand: 1.5 -> 2.0"),
+            // As `0.4_f32` and `[0.7_f32]` are stored.
+            (Recipe { params: json!({"expand": 0.4_f32, "clip": {"precision": "bf16"}}), ..recipe() }, "with.expand: 1.5 -> 0.4"),
+            (
+                Recipe { params: json!({"expand": [0.7_f32, 0.1], "clip": {"precision": "bf16"}}), ..recipe() },
+                "with.expand: 1.5 -> [0.7, 0.1]",
+            ),
             (
                 Recipe { params: json!({"expand": 1.5, "clip": {"precision": "f32"}}), ..recipe() },
                 r#"with.clip.precision: "bf16" -> "f32""#,
             ),
-            (Recipe { params: json!({"expand": 1.5}), ..recipe() }, r#"with.clip: {"precision":"bf16"} -> (absent)"#),
+            (Recipe { params: json!({"expand": 1.5}), ..recipe() }, r#"with.clip: {precision: "bf16"} -> (absent)"#),
             (swapped, &swapped_words),
         ];
         for (changed, words) in cases {

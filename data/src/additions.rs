@@ -13,6 +13,7 @@ use crate::{
     annotations::{CategoryId, ImageId},
     boxes::{Xyxy, xyxy_to_xywh},
     json::{self, Whole},
+    words::plainly,
 };
 
 /// An object to add.
@@ -61,8 +62,9 @@ pub fn write_with(json: &[u8], path: &Path, added: &[Added], out: &mut impl Writ
         hint: Some("check that the download is complete and that this is an `instances` or `lvis_v1` json".into()),
     };
     let json = json::without_mark(json);
-    let Parts { annotations } = serde_json::from_slice(json).map_err(|error| malformed(error.to_string()))?;
-    let numbered: Vec<Numbered> = serde_json::from_str(annotations.get()).map_err(|error| malformed(format!("annotations: {error}")))?;
+    let Parts { annotations } = serde_json::from_slice(json).map_err(|error| malformed(plainly(&error.to_string())))?;
+    let numbered: Vec<Numbered> =
+        serde_json::from_str(annotations.get()).map_err(|error| malformed(format!("annotations: {}", plainly(&error.to_string()))))?;
     let greatest = numbered.iter().map(|annotation| annotation.id.0).max().unwrap_or(0);
     if greatest.checked_add(added.len() as u64).is_none() {
         return Err(malformed(format!("annotation {greatest}: no id is left after it for {} more", added.len())));
@@ -120,8 +122,8 @@ mod tests {
     #[test]
     fn what_cannot_be_added_to_is_named() {
         let cases = [
-            (r#"{"images":[]}"#, "missing field `annotations`"),
-            (r#"{"annotations":{}}"#, "annotations: invalid type: map"),
+            (r#"{"images":[]}"#, "expected the key `annotations`"),
+            (r#"{"annotations":{}}"#, "annotations: expected a list, found an object"),
             (r#"{"annotations":[{"id":18446744073709551615}]}"#, "no id is left after it for 1 more"),
         ];
         for (json, words) in cases {

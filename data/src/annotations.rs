@@ -420,7 +420,7 @@ fn in_words(json: &[u8], fault: &Fault) -> (String, String) {
         ("iscrowd", None) => "write 0 for an object and 1 for a region of many".into(),
         ("width" | "height", None) => "write the size of the image file, in px".into(),
         (_, None) if field.starts_with("bbox") => "write boxes as [x, y, width, height] in px, or leave the annotation out".into(),
-        (_, None) if fault.problem.starts_with("expected `id`") && is_in("annotations[") => NUMBER.into(),
+        (_, None) if fault.problem.starts_with("expected the key `id`") && is_in("annotations[") => NUMBER.into(),
         (_, None) => AGAIN.into(),
     };
     (format!("{EXPECTED}: {fault}"), hint)
@@ -665,7 +665,7 @@ mod tests {
                 "annotations[0].id: expected a whole number of 0 or more, found the text",
                 "number the annotations",
             ),
-            (&[("\"id\": 7, ", "")], "annotations[0]: expected `id`, found none", "number the annotations"),
+            (&[("\"id\": 7, ", "")], "annotations[0]: expected the key `id`, found none", "number the annotations"),
             (
                 &[("\"image_id\": 1", "\"image_id\": 1.5")],
                 "annotations[0].image_id: expected a whole number of 0 or more, found 1.5",
@@ -675,7 +675,7 @@ mod tests {
             (&[("\"id\": 7", "\"id\": -7")], "annotations[0].id: expected a whole number of 0 or more, found -7", "number the annotations"),
             (&[("\"iscrowd\": 0", "\"iscrowd\": 7")], "annotations[0].iscrowd: expected 0 or 1, found 7", "write 0 for an object"),
             (&[("20, 16", "NaN, 16")], "annotations[0].bbox[2]: expected a number, found NaN, which is no json", "json has no NaN"),
-            (&[("20, 16", "20")], "annotations[0].bbox: expected 4 numbers, found 3 entries", "[x, y, width, height]"),
+            (&[("20, 16", "20")], "annotations[0].bbox: expected a list of 4, found a list of 3", "[x, y, width, height]"),
             (&[("20, 16", "1e308, 16")], "annotations[0].bbox: expected [x, y, width, height] in px, found", "[x, y, width, height]"),
             (&[("320", "1e300")], "annotations[0].area: expected an area of 0 or more px²", "mend the file"),
             (
@@ -740,7 +740,7 @@ mod tests {
         for (json, words) in [
             ("{\"images\": [", "line 1 column 12"),
             ("{\"images\": {}}", "images: expected a list, found an object (line 1 column"),
-            ("{\"annotations\": []}", "expected `images`, found none"),
+            ("{\"annotations\": []}", "expected the key `images`, found none"),
         ] {
             let error = read(json).unwrap_err().to_string();
             assert!(error.starts_with("instances.json: expected a COCO or LVIS annotation file") && error.contains(words), "{error}");

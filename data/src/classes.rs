@@ -33,6 +33,7 @@ impl TryFrom<Lists> for ClassSplit {
     fn try_from(Lists { base, novel }: Lists) -> Result<Self, String> {
         let split = Self { base, novel };
         match split.duplicate() {
+            _ if split.all().next().is_none() => Err("expected at least one class, found two empty lists".into()),
             Some(twice) => Err(format!("the class list names `{twice}` twice")),
             None => Ok(split),
         }
@@ -99,6 +100,7 @@ mod tests {
         for (json, words) in [
             (r#"{"base": ["a", "a"], "novel": []}"#, "the class list names `a` twice"),
             (r#"{"base": ["a"], "novel": ["a"]}"#, "the class list names `a` twice"),
+            (r#"{"base": [], "novel": []}"#, "expected at least one class, found two empty lists"),
             (r#"{"base": ["a"], "novel": [], "rare": []}"#, "unknown field `rare`"),
         ] {
             let error = read(json).unwrap_err();

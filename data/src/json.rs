@@ -7,7 +7,7 @@ use std::fmt;
 
 use serde::{Deserialize, Deserializer, de};
 
-use crate::content;
+use crate::{content, words::plainly};
 
 /// The byte order mark that editors on Windows write before UTF-8.
 pub(crate) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -120,36 +120,6 @@ fn token_at(json: &[u8], line: usize, column: usize) -> String {
     let before = line[..at].iter().rev().take_while(|byte| belongs(byte)).count();
     let after = line[at..].iter().take_while(|byte| belongs(byte)).take(64).count();
     String::from_utf8_lossy(&line[at - before.min(64)..at + after]).into_owned()
-}
-
-/// serde's message about a shape, in the words of every other message.
-fn plainly(words: &str) -> String {
-    let found = |rest: &str| {
-        let (found, expected) = rest.split_once(", expected ")?;
-        let found = match found {
-            "map" => "an object".into(),
-            "sequence" => "a list".into(),
-            "null" => "null".into(),
-            other => match other.split_once(' ') {
-                Some(("string", text)) => format!("the text {text}"),
-                Some(("integer" | "floating", number)) => number.trim_start_matches("point ").replace('`', ""),
-                Some(("boolean", value)) => value.replace('`', ""),
-                Some(("length", length)) => format!("{length} entries"),
-                _ => other.to_owned(),
-            },
-        };
-        let expected = expected.replace("a sequence", "a list").replace("an array of length 4", "4 numbers").replace("a string", "a text");
-        Some(format!("expected {expected}, found {found}"))
-    };
-    let rest =
-        words.strip_prefix("invalid type: ").or_else(|| words.strip_prefix("invalid value: ")).or_else(|| words.strip_prefix("invalid "));
-    if let Some(words) = rest.and_then(found) {
-        return words;
-    }
-    match words.strip_prefix("missing field ") {
-        Some(field) => format!("expected {field}, found none"),
-        None => words.to_owned(),
-    }
 }
 
 /// A whole number of 0 or more, however it is written: `1`, `1.0`, `"1"`.
@@ -335,12 +305,12 @@ mod tests {
                 "things[0].corners[0]: expected a number, found -Infinity, which",
             ),
             (r#"{"things": [{"id": 1, "other": Infinity}]}"#, NoNumber, "things[0].other: expected a number, found Infinity, which"),
-            (r#"{"things": [{"id": 1, "corners": [1, 2, 3]}]}"#, Shape, "things[0].corners: expected 4 numbers, found 3 entries"),
+            (r#"{"things": [{"id": 1, "corners": [1, 2, 3]}]}"#, Shape, "things[0].corners: expected a list of 4, found a list of 3"),
             (r#"{"things": [{"id": 1, "corners": [1, 2, 3, 1e999]}]}"#, Syntax, "things[0].corners[3]: number out of range"),
-            (r#"{"things": [{"id": 1, "corners": "x"}]}"#, Shape, "things[0].corners: expected 4 numbers, found the text \"x\""),
-            (r#"{"things": [{"id": 1, "name": 5}]}"#, Shape, "things[0].name: expected a text, found 5"),
+            (r#"{"things": [{"id": 1, "corners": "x"}]}"#, Shape, "things[0].corners: expected a list of 4, found the text \"x\""),
+            (r#"{"things": [{"id": 1, "name": 5}]}"#, Shape, "things[0].name: expected text, found 5"),
             (r#"{"things": [{"id": 1, "flag": 7}]}"#, Shape, "things[0].flag: expected 0 or 1, found 7"),
-            (r#"{"things": [{}]}"#, Shape, "things[0]: expected `id`, found none"),
+            (r#"{"things": [{}]}"#, Shape, "things[0]: expected the key `id`, found none"),
             (r#"{"things": {}}"#, Shape, "things: expected a list, found an object"),
             (r#"{"things": [{"id": 1"#, Cut, "things[0]: the file ends there (line 1 column"),
             (r#"{"things": []} x"#, Syntax, "trailing characters (line 1 column"),

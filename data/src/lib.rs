@@ -20,6 +20,7 @@ pub mod toy;
 pub mod training;
 pub mod views;
 pub mod warnings;
+pub mod words;
 
 pub use error::Error;
 

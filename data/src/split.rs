@@ -29,18 +29,19 @@ use crate::{
     Error, Result,
     classes::ClassSplit,
     json::{self, Flag, Whole},
+    words::{nearest, plainly},
 };
 
 /// Which labels and images are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum LabelFilter {
-    /// Labels of every listed class, all images (OADP's files `.65`, `.1203`).
+    /// Labels of every listed class, all images (OADP's `instances_*.65.json`, `lvis_v1_*.1203.json`).
     #[default]
     All,
-    /// Labels of base classes only, all images; the category list keeps every class (`.48`, `.866`).
+    /// Labels of base classes only, all images; the category list keeps every class (OADP's `instances_*.48.json`, `lvis_v1_*.866.json`).
     Base,
-    /// Labels of every listed class, only images with at least one label (`.65.min`).
+    /// Labels of every listed class, only images with at least one label (OADP's `instances_val2017.65.min.json`).
     AllAnnotated,
 }
 
@@ -51,6 +52,10 @@ pub struct Counts {
     pub images: usize,
     /// Annotations.
     pub annotations: usize,
+    /// Categories that are not listed, which were dropped.
+    pub unlisted_categories: usize,
+    /// Their annotations.
+    pub unlisted_annotations: usize,
 }
 
 #[derive(Deserialize)]
@@ -189,10 +194,8 @@ pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, filter: Label
         }
     }
     let found: BTreeSet<usize> = categories.iter().map(|(new_id, _)| *new_id).collect();
-    let missing: Vec<&String> = classes.all().enumerate().filter(|(new_id, _)| !found.contains(new_id)).map(|(_, name)| name).collect();
-    if !missing.is_empty() {
-        let problem = format!("no category is named {}", missing.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", "));
-        return Err(malformed(problem, "take the class list of this data set; its spelling counts"));
+    if let Some(problem) = unknown_classes(classes, &found, &parts.categories) {
+        return Err(malformed(problem, "name classes as the annotations do, or take the class list of this data set"));
     }
     categories.sort_by_key(|(new_id, _)| *new_id);
 
@@ -201,15 +204,19 @@ pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, filter: Label
         LabelFilter::Base => classes.base.len(),
     };
     let mut annotations = Vec::new();
-    let mut labelled = BTreeSet::new();
+    let (mut labelled, mut n_unlisted) = (BTreeSet::new(), 0);
     for (row, annotation) in parts.annotations.iter().enumerate() {
         let ids = (annotation.get("id"), annotation.get("image_id"), annotation.get("category_id"));
         let (Some(Whole(_)), Some(Whole(image)), Some(Whole(category))) = ids else {
             return Err(malformed(format!("annotations[{row}]: expected `id`, `image_id` and `category_id`"), again));
         };
-        if let Some(new_id) = new_ids.get(&category).filter(|new_id| **new_id < n_kept) {
-            labelled.insert(image);
-            annotations.push((annotation, *new_id));
+        match new_ids.get(&category) {
+            Some(new_id) if *new_id < n_kept => {
+                labelled.insert(image);
+                annotations.push((annotation, *new_id));
+            }
+            Some(_) => {}
+            None => n_unlisted += 1,
         }
     }
     let is_kept =
@@ -225,7 +232,12 @@ pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, filter: Label
         .collect::<Result<_, String>>()
         .map_err(|problem| malformed(problem, again))?;
 
-    let counts = Counts { images: images.len(), annotations: annotations.len() };
+    let counts = Counts {
+        images: images.len(),
+        annotations: annotations.len(),
+        unlisted_categories: parts.categories.len() - categories.len(),
+        unlisted_annotations: n_unlisted,
+    };
     let mut write = || -> io::Result<()> {
         out.write_all(b"{\"categories\":[")?;
         for (place, (new_id, category)) in categories.iter().enumerate() {
@@ -250,13 +262,30 @@ pub fn write_split(json: &[u8], path: &Path, classes: &ClassSplit, filter: Label
     Ok(counts)
 }
 
+/// Names the listed classes that are not among the categories, with their places in the list and similar names.
+fn unknown_classes(classes: &ClassSplit, found: &BTreeSet<usize>, categories: &[Fields<'_>]) -> Option<String> {
+    const SHOWN: usize = 3;
+    let places = |list: &'static str, names: &[String]| (0..names.len()).map(move |place| format!("{list}[{place}]")).collect::<Vec<_>>();
+    let places = [places("base", &classes.base), places("novel", &classes.novel)].concat();
+    let unknown: Vec<(usize, &String)> = classes.all().enumerate().filter(|(new_id, _)| !found.contains(new_id)).collect();
+    let known: Vec<String> = categories.iter().filter_map(|category| category.get("name")).collect();
+    let shown = unknown.iter().take(SHOWN).map(|(new_id, name)| {
+        let similar = nearest(name, known.iter().map(String::as_str)).map_or_else(String::new, |near| format!(", did you mean `{near}`?"));
+        format!("`{name}` ({}){similar}", places[*new_id])
+    });
+    let more = (unknown.len() > SHOWN).then(|| format!("and {} more", unknown.len() - SHOWN));
+    let words = format!("the class list has names that no category has: {}", shown.chain(more).collect::<Vec<_>>().join("; "));
+    (!unknown.is_empty()).then_some(words)
+}
+
 /// The category lists of an image of LVIS with new ids, in their order.
 fn renumbered(image: &Fields<'_>, new_ids: &BTreeMap<u64, usize>) -> Result<Vec<(&'static str, String)>, String> {
     let place = || image.raw("id").map_or_else(|| "an image without id".into(), |id| format!("image {id}"));
     let mut lists = Vec::new();
     for key in ["neg_category_ids", "not_exhaustive_category_ids"] {
         let Some(raw) = image.raw(key) else { continue };
-        let old: Vec<Whole> = serde_json::from_str(raw.get()).map_err(|error| format!("{}: {key}: {error}", place()))?;
+        let old: Vec<Whole> =
+            serde_json::from_str(raw.get()).map_err(|error| format!("{}: {key}: {}", place(), plainly(&error.to_string())))?;
         let new_id = |Whole(id): &Whole| {
             new_ids.get(id).copied().ok_or_else(|| format!("{}: {key} names category {id}, which is not a listed one", place()))
         };
@@ -309,7 +338,10 @@ mod tests {
     fn a_listed_class_that_is_not_there_is_named() {
         let classes = ClassSplit { novel: vec!["heron".into(), "cranes".into()], ..classes() };
         let error = split("coco.json", &classes, LabelFilter::All).unwrap_err().to_string();
-        assert!(error.ends_with("coco.json: no category is named `cranes`"), "{error}");
+        assert!(
+            error.ends_with("coco.json: the class list has names that no category has: `cranes` (novel[1]), did you mean `crane`?"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -388,10 +420,11 @@ mod tests {
             (counts, String::from_utf8(out).unwrap())
         };
         let (counts, written) = split(LabelFilter::Base);
-        assert_eq!(counts, Counts { images: 2, annotations: 1 });
+        let expected = Counts { images: 2, annotations: 1, unlisted_categories: 1, unlisted_annotations: 1 };
+        assert_eq!(counts, expected);
         assert!(written.contains(r#""categories":[{"id":0,"name":"Table Tennis"},{"id":1,"name":"Kite"}]"#), "{written}");
         assert!(written.contains(r#""category_id":0,"bbox":[1,2,3,4],"area":12,"isfake":0,"isreflected":1}],"#), "{written}");
-        assert_eq!(split(LabelFilter::AllAnnotated).0, Counts { images: 2, annotations: 2 });
+        assert_eq!(split(LabelFilter::AllAnnotated).0, Counts { annotations: 2, ..expected });
     }
 
     /// make.py asserts the same of lvis-api on the same files.

@@ -79,7 +79,7 @@ struct Gc {
     #[arg(long, default_value = "24h", value_name = "TIME", value_parser = time)]
     grace: Duration,
     /// Also drop results of a kind of stage, such as clip/blocks, that pipelines still need; their records stay, and they are
-    /// recomputed when a stage reads them
+    /// recomputed when a step reads them
     #[arg(long, value_name = "KIND")]
     drop: Vec<String>,
     /// Print JSON

@@ -14,13 +14,13 @@ use crate::{
     plan::{self, Seen},
 };
 
-/// Explain why a stage, or one unit of it, would run or would not
+/// Explain why a step, or one unit of it, would run or would not
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     chosen: Chosen,
-    /// A stage's id, or a unit of it: `globals`, `globals/3`
-    #[arg(value_name = "STAGE[/UNIT]")]
+    /// A step's id, or a unit of it: `globals`, `globals/3`
+    #[arg(value_name = "STEP[/UNIT]")]
     what: String,
     /// Print JSON
     #[arg(long)]
@@ -32,7 +32,7 @@ pub(crate) fn explain(home: &Path, Args { chosen, what, json }: &Args) -> Result
     let (stage, unit) = match what.split_once('/') {
         Some((stage, unit)) => {
             let unit = unit.parse().map_err(|_| Error::Usage {
-                problem: format!("{what}: expected STAGE or STAGE/UNIT"),
+                problem: format!("{what}: expected STEP or STEP/UNIT"),
                 hint: "units are counted from 0, such as globals/3".into(),
             })?;
             (stage, Some(unit))

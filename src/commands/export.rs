@@ -17,13 +17,13 @@ use crate::{
     plan::{self, Seen},
 };
 
-/// Copy the output of a stage into a folder, for other programs
+/// Copy the output of a step into a folder, for other programs
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     chosen: Chosen,
-    /// A stage's id, with the output's name where it has several: `detections`, `coco.evaluation`
-    #[arg(value_name = "STAGE[.OUTPUT]")]
+    /// A step's id, with the output's name where it has several: `detections`, `coco.evaluation`
+    #[arg(value_name = "STEP[.OUTPUT]")]
     what: String,
     /// The folder; created if missing, files with the same name are replaced
     folder: PathBuf,
@@ -51,7 +51,7 @@ pub(crate) fn export(home: &Path, Args { chosen, what, folder }: &Args) -> Resul
     for (file, record) in artifact.records(port) {
         if let Some((other, _)) = by_name.insert(file.name.clone(), (file, record)) {
             let problem = format!("`{}.{port}` has several units, each with a file {}", step.id, other.name);
-            let hint = "such files are for later stages only; export the output of an export stage such as `globals/export` instead";
+            let hint = "such files are for later steps only; export the output of an export stage such as `globals/export` instead";
             return Err(Error::Usage { problem, hint: hint.into() });
         }
     }

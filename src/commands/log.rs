@@ -58,7 +58,7 @@ pub(crate) fn log(home: &Path, Args { run, json, follow }: &Args) -> Result<()> 
     let line = |state: &RunState| {
         let n_made = state.steps.iter().filter(|step| step.state == StepStatus::Done).count();
         let of = state.steps.len();
-        format!("{}  {}  {}, {n_made} of {of} stages run, {}\n", state.run, state.pipeline, state.outcome_words(), duration(state.wall_s))
+        format!("{}  {}  {}, {n_made} of {of} steps run, {}\n", state.run, state.pipeline, state.outcome_words(), duration(state.wall_s))
     };
     Ok(print(&states.iter().map(line).collect::<String>())?)
 }
@@ -87,7 +87,7 @@ fn words(event: &Event) -> String {
         Event::StepNote { step, words } => format!("{step}: {words}"),
         Event::StepDone { step, items, wall_s, .. } => format!("{step}: done, {items} items in {}", duration(*wall_s)),
         Event::StepFailed { step, error, .. } => format!("{step}: failed: {error}"),
-        Event::StepSkipped { step, because } => format!("{step}: not run, because `{because}` is missing"),
+        Event::StepSkipped { step, because } => format!("{step}: not run: it needs `{because}`, which has no result"),
         Event::Interrupted => "stop requested".into(),
         Event::RunEnded { outcome, wall_s } => format!("ended: {outcome:?} after {}", duration(*wall_s)).to_lowercase(),
     }

@@ -1,14 +1,12 @@
 //! `ovenbird pipelines`: the named pipelines.
 
+use ovenbird_data::words::nearest;
 use serde_json::json;
 
 use crate::{
     error::{Error, Result},
     output::{print, to_json},
-    pipeline::{
-        named::{NAMED, Title},
-        yaml::nearest,
-    },
+    pipeline::named::{NAMED, Title},
 };
 
 /// List the named pipelines, or print the file of one

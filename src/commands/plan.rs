@@ -1,4 +1,4 @@
-//! `ovenbird plan`: what a run would do, stage by stage.
+//! `ovenbird plan`: what a run would do, step by step.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ use crate::{
     plan::{self, Outlook},
 };
 
-/// Show what a run would do, stage by stage, and why
+/// Show what a run would do, step by step, and why
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -79,7 +79,7 @@ fn outlook_words(pipeline: &Pipeline, outlook: &Outlook) -> String {
     };
     match outlook {
         Outlook::Reused => "reused".to_owned(),
-        Outlook::Dropped => "dropped  earlier; no stage that would run needs it".to_owned(),
+        Outlook::Dropped => "dropped  earlier; no step that would run needs it".to_owned(),
         Outlook::Run { units_done: 0, reasons, .. } => format!("run      {}", reasons.join("; ")),
         Outlook::Run { units_done, units_total, reasons } => {
             format!("resume   {units_done} of {units_total} units done; {}", reasons.join("; "))

@@ -19,7 +19,7 @@ use crate::{
     run_state,
 };
 
-/// How many items of each stage `--estimate` measures without `--dry-run`.
+/// How many items of each step `--estimate` measures without `--dry-run`.
 const SAMPLE: usize = 64;
 
 /// Run a pipeline, or continue it; stored results are reused
@@ -32,10 +32,10 @@ pub(crate) struct Args {
     /// Hash every input file again, even where its size and times are unchanged
     #[arg(long)]
     rehash: bool,
-    /// Process only the first N items of every stage, and one unit of a training; results are stored separately
+    /// Process only the first N items of every step, and one unit of a training; results are stored separately
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     dry_run: Option<u32>,
-    /// Predict time, bytes and memory of every stage from a dry run, one stage after the other [default: of 64 items]
+    /// Predict time, bytes and memory of every step from a dry run, one step after the other [default: of 64 items]
     #[arg(long)]
     estimate: bool,
 }
@@ -70,10 +70,10 @@ pub(crate) fn run_and_report(home: &Path, wanted: &Wanted, options: &Options, mo
     }
     let n_made = run_state::n_made(home, &ended.run)?;
     if n_made == 0 {
-        text.push_str("nothing to do: the results of every stage are stored already\n");
+        text.push_str("nothing to do: the results of every step are stored already\n");
     }
     if let Some(n) = most_items {
-        text.push_str(&format!("a dry run with {n} items per stage; its results are in {}\n", home.display()));
+        text.push_str(&format!("a dry run with {n} items a step; its results are in {}\n", home.display()));
     }
     if options.is_measuring {
         text.push_str(&estimate(home, &ended.run)?);
@@ -92,7 +92,7 @@ fn next_commands(name: &str, pipeline: &Pipeline) -> String {
     )
 }
 
-/// A table with a line for each stage: what the sample took, and a prediction for all items. Time and bytes are taken to grow with the
+/// A table with a line for each step: what the sample took, and a prediction for all items. Time and bytes are taken to grow with the
 /// number of items; start-up is counted with them, so a small sample predicts too much rather than too little.
 fn estimate(home: &Path, run: &str) -> Result<String> {
     let mut samples: BTreeMap<StepId, (u64, u64)> = BTreeMap::new();
@@ -101,7 +101,7 @@ fn estimate(home: &Path, run: &str) -> Result<String> {
         .iter()
         .filter_map(|stamped| if let Event::StepDone { step, .. } = &stamped.event { Some(step.to_string().len()) } else { None });
     let width = ids.max().unwrap_or(0).max(12);
-    let mut text = format!("\n{:width$} {:>9} {:>10} {:>12} {:>12} {:>12}\n", "stage", "sample", "whole", "time", "written", "memory");
+    let mut text = format!("\n{:width$} {:>9} {:>10} {:>12} {:>12} {:>12}\n", "step", "sample", "whole", "time", "written", "memory");
     let (mut all_s, mut all_bytes, mut most) = (0.0, 0, 0);
     for stamped in log {
         match stamped.event {
@@ -119,6 +119,6 @@ fn estimate(home: &Path, run: &str) -> Result<String> {
     }
     let (written, memory) = (HumanBytes(all_bytes).to_string(), HumanBytes(most).to_string());
     text.push_str(&format!("{:width$} {:>9} {:>10} {:>12} {written:>12} {memory:>12}\n", "all", "", "", duration(all_s)));
-    text.push_str("stages run one after the other; stages without items are listed as measured, reused stages are not listed\n");
+    text.push_str("steps run one after the other; steps without items are listed as measured, reused steps are not listed\n");
     Ok(text)
 }

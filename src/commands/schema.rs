@@ -33,11 +33,11 @@ pub(crate) fn schema(Args {}: &Args) -> Result<()> {
     }
     let resources = json!({
         "type": "object",
-        "description": "What the stage uses while it runs",
+        "description": "What the step uses while it runs",
         "properties": {
             "cpu": {"type": "integer", "minimum": 1, "default": 1},
             "memory": {"type": "string", "pattern": r"^[0-9.]+ ?([KMGT]i?B|kB)$", "default": "1GiB"},
-            "gpu": {"type": "integer", "minimum": 0, "default": 0, "description": "How many devices of --device the stage takes; 0: one, or, for stages that process images, all that are free"},
+            "gpu": {"type": "integer", "minimum": 0, "default": 0, "description": "How many devices of --device the step takes; 0: one, or, for steps that process images, all that are free"},
         },
         "additionalProperties": false,
     });

@@ -1,12 +1,13 @@
 //! `ovenbird stages`: the stages, with their documentation from the types.
 
+use ovenbird_cache::shown;
+use ovenbird_data::words::nearest;
 use ovenbird_stages::{PortInfo, Presence, STAGES, StageEntry};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::{
     error::{Error, Result},
     output::{print, to_json},
-    pipeline::yaml::nearest,
 };
 
 /// List the stages, or document one: inputs, outputs, parameters, defaults
@@ -73,45 +74,44 @@ fn page(entry: &StageEntry) -> String {
     }
     let schema = (entry.schema)();
     let definitions = schema.get("$defs").cloned().unwrap_or_default();
-    if let Some(properties) = schema.get("properties").and_then(Value::as_object).filter(|properties| !properties.is_empty()) {
+    if schema.get("properties").and_then(Value::as_object).is_some_and(|properties| !properties.is_empty()) {
         text.push_str("\nParameters\n");
-        push_properties(&mut text, properties, &definitions, "  ");
+        push_properties(&mut text, schema.as_value(), &definitions, &Value::Null, "  ");
     }
     text
 }
 
-fn push_properties(text: &mut String, properties: &Map<String, Value>, definitions: &Value, indent: &str) {
-    for (name, schema) in properties {
-        let lists = |key: &str, what: Value| schema.get(key).and_then(Value::as_array).is_some_and(|listed| listed.contains(&what));
-        let is_optional = lists("anyOf", json!({"type": "null"})) || lists("type", json!("null"));
-        let default = match schema.get("default") {
-            // A parameter in single precision is not shown with the digits of double precision.
-            Some(Value::Number(number)) if number.is_f64() => format!(" = {:?}", number.as_f64().unwrap_or(f64::NAN) as f32),
-            Some(default) => format!(" = {default}"),
-            None if is_optional => " (optional)".into(),
-            None => " (required)".into(),
+/// Documents the fields of a schema. `defaults`: those of the mapping, which replace the fields' own.
+fn push_properties(text: &mut String, schema: &Value, definitions: &Value, defaults: &Value, indent: &str) {
+    let is_required = |name: &str| schema.get("required").and_then(Value::as_array).is_some_and(|names| names.contains(&json!(name)));
+    for (name, schema) in schema.get("properties").and_then(Value::as_object).into_iter().flatten() {
+        let default = defaults.get(name).or_else(|| schema.get("default"));
+        let words = match default {
+            // The fields have theirs below.
+            Some(Value::Object(fields)) if !fields.is_empty() => String::new(),
+            Some(default) => format!(" = {}", shown(default)),
+            None if is_required(name) => " (required)".into(),
+            None => " (optional)".into(),
         };
-        text.push_str(&format!("{indent}{name}: {}{default}\n", type_words(schema, definitions)));
+        text.push_str(&format!("{indent}{name}: {}{words}\n", type_words(schema, definitions)));
         if let Some(doc) = schema.get("description").and_then(Value::as_str) {
             text.push_str(&format!("{}\n", indented(doc, &format!("{indent}    "))));
         }
-        push_details(text, schema, definitions, &format!("{indent}    "));
+        push_details(text, schema, definitions, default.unwrap_or(&Value::Null), &format!("{indent}    "));
     }
 }
 
 /// Documents the values of a parameter that has a few, and the entries of a mapping.
-fn push_details(text: &mut String, schema: &Value, definitions: &Value, indent: &str) {
+fn push_details(text: &mut String, schema: &Value, definitions: &Value, defaults: &Value, indent: &str) {
     let schema = resolved(schema, definitions);
-    if let Some(properties) = schema.get("properties").and_then(Value::as_object) {
-        push_properties(text, properties, definitions, indent);
-    }
+    push_properties(text, schema, definitions, defaults, indent);
     for case in ["oneOf", "anyOf"].into_iter().filter_map(|cases| schema.get(cases)?.as_array()).flatten() {
         match (case.get("const").and_then(Value::as_str), case.get("description").and_then(Value::as_str)) {
             (Some(value), Some(doc)) => {
                 let doc = indented(&format!("{value}: {doc}"), &format!("{indent}  "));
                 text.push_str(&format!("{indent}{}\n", doc.trim_start()));
             }
-            _ => push_details(text, case, definitions, indent),
+            _ => push_details(text, case, definitions, defaults, indent),
         }
     }
 }
@@ -123,7 +123,7 @@ fn resolved<'a>(schema: &'a Value, definitions: &'a Value) -> &'a Value {
     name.and_then(|name| definitions.get(name)).unwrap_or(one)
 }
 
-/// A type in words: `integer`, `one of f16, bf16, f32`, `a mapping with base, novel`.
+/// A type in words: `whole number`, `one of f16, bf16, f32`, `a list of text`.
 fn type_words(schema: &Value, definitions: &Value) -> String {
     let schema = resolved(schema, definitions);
     if let Some(values) = schema.get("enum").and_then(Value::as_array) {
@@ -139,17 +139,28 @@ fn type_words(schema: &Value, definitions: &Value) -> String {
     if let Some(value) = schema.get("const") {
         return value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     }
-    if let Some(properties) = schema.get("properties").and_then(Value::as_object) {
-        return format!("a mapping with {}", properties.keys().cloned().collect::<Vec<_>>().join(", "));
-    }
     match schema.get("type") {
         Some(Value::String(kind)) if kind == "array" => {
             let items = schema.get("items").map_or_else(|| "anything".into(), |items| type_words(items, definitions));
             format!("a list of {items}")
         }
-        Some(Value::String(kind)) => kind.clone(),
-        Some(Value::Array(kinds)) => words_of(&kinds.iter().filter(|kind| *kind != "null").cloned().collect::<Vec<_>>()),
+        Some(Value::String(kind)) => type_name(kind).into(),
+        Some(Value::Array(kinds)) => {
+            let given = kinds.iter().filter_map(Value::as_str).filter(|kind| *kind != "null");
+            given.map(type_name).collect::<Vec<_>>().join(" or ")
+        }
         _ => "anything".into(),
+    }
+}
+
+/// A type of JSON in plain words.
+fn type_name(kind: &str) -> &str {
+    match kind {
+        "integer" => "whole number",
+        "string" => "text",
+        "boolean" => "true or false",
+        "object" => "a mapping",
+        other => other,
     }
 }
 

@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ovenbird_data::words::suggestion;
 use serde_json::Value;
 use serde_yaml::Value as Yaml;
 
@@ -19,7 +20,7 @@ use super::{
     changes::{Change, Key},
     matrix::{Combination, Matrix},
     problem::Problem,
-    yaml::{Reader, is_id, shown, suggestion},
+    yaml::{Reader, is_id, shown},
 };
 
 /// The variable that `seeds` are values of.
@@ -130,7 +131,7 @@ impl Reader {
             };
             let path = format!("variants.{name}");
             if name.parse::<u64>().is_ok() {
-                self.push(&path, format!("`{name}`: a number would be read as a seed in `stage@{name}`; add a letter"));
+                self.push(&path, format!("`{name}`: a number would be read as a seed in `step@{name}`; add a letter"));
                 continue;
             }
             let Some(entries) = self.entries(&path, changed) else {
@@ -526,33 +527,33 @@ variants:
         line 4: seeds.1: expected a whole number, found eight
         line 4: seeds.2: 7 is listed twice
         line 6: variants.a,b: `a,b`: a variant's name has letters, digits, `-` and `_` only
-        line 7: variants.12: `12`: a number would be read as a seed in `stage@12`; add a letter
+        line 7: variants.12: `12`: a number would be read as a seed in `step@12`; add a letter
         line 8: variants.wrong: expected a mapping from what `--set` takes to values, found 3
         line 10: variants.c.step: no variable `step`, did you mean `steps`?
         line 11: variants.c.clip.step: no parameter `step`, did you mean `steps`?
-        line 12: variants.c.clip.steps: invalid value: integer `-1`, expected u32
-        line 13: variants.c.cilp.steps: no stage `cilp`, did you mean `clip`?
+        line 12: variants.c.clip.steps: expected a whole number from 0 to 4294967295, found -1
+        line 13: variants.c.cilp.steps: no step `cilp`, did you mean `clip`?
         line 14: variants.c.clip.in.image: no input `image`, did you mean `images`?
         line 15: variants.c.clip.in.images: `toy/world` has no output `web_image`, did you mean `web_images`?
         line 16: variants.c.clip.in.captions: missing: `clip/pretrain` needs captions here (The caption of each picture.)
-        line 17: variants.c.val.in.annotations: expected text, found - world.val
+        line 17: variants.c.val.in.annotations: expected text, found ["world.val"]
         line 18: variants.c.world.seed.deeper: `seed` is not a mapping with such an entry
         line 19: variants.c.seed: a variant cannot set `seed` where the file has `seeds`
-        line 28: stages.clip.with.steps: invalid type: string "none", expected u32 (with the variant `d`)
+        line 28: stages.clip.with.steps: expected a whole number of 0 or more, found the text "none" (with the variant `d`)
         "#);
         let seedless = STAGES.replace("\"${seed}\"", "7");
         insta::assert_snapshot!(problems_of(&format!("variables: {{steps: 10}}\nseeds: [7]\n{seedless}"), &[], &[]), @r"
-        line 4: seeds: no variable `seed`; expected one of `steps`
+        line 4: seeds: no variable `seed`; expected `steps`
         ");
         let empty = "variables: {seed: 7, steps: 10}\nseeds: []\nvariants: {}\n";
         insta::assert_snapshot!(problems(empty, &[], &[]), @r"
         line 4: seeds: expected at least one; without `seeds`, the variable `seed` has its value
         line 5: variants: expected at least one; one that changes nothing is written `NAME: {}`
         ");
-        insta::assert_snapshot!(problems("variables: {seed: 7, steps: 10}\nseeds: 3\nvariants: [a]\n", &[], &[]), @r"
+        insta::assert_snapshot!(problems("variables: {seed: 7, steps: 10}\nseeds: 3\nvariants: [a]\n", &[], &[]), @r#"
         line 4: seeds: expected a list of whole numbers, found 3
-        line 5: variants: expected a mapping from names to what they change, found - a
-        ");
+        line 5: variants: expected a mapping from names to what they change, found ["a"]
+        "#);
         insta::assert_snapshot!(problems(BOTH, &["seed=some"], &["blnd"]), @r"
         --set seed: expected a whole number, found some
         --variant blnd: no variant `blnd`, did you mean `blind`?

@@ -13,6 +13,7 @@ use std::{
 };
 
 use ovenbird_cache::inputs;
+use ovenbird_data::words::{nearest, suggestion};
 use ovenbird_stages::{AnyStage, OnBadItem, PortInfo, Presence, STAGES, StageEntry, renamed_parameter};
 use serde_json::{Value, json};
 use serde_yaml::Value as Yaml;
@@ -25,7 +26,7 @@ use super::{
     named::NAMED,
     problem::Fault,
     step_id::StepId,
-    yaml::{ID_WORDS, Reader, is_id, nearest, shown, suggestion},
+    yaml::{ID_WORDS, Reader, is_id, shown},
 };
 use crate::error::{Error, Result};
 
@@ -129,9 +130,12 @@ impl Reader {
         let mut changes = self.changes(&request.settings);
         let axes = self.axes(&file, &mut changes, &request.variants);
         let Some(Yaml::Sequence(stages)) = file.get("stages") else {
-            self.push("stages", "expected a list of stages");
+            self.push("stages", "expected a list of steps");
             return None;
         };
+        if stages.is_empty() {
+            self.push("stages", "expected at least one step, found an empty list");
+        }
         let n_before = self.problems.len();
         let (mut combinations, mut found) = (Vec::new(), Vec::new());
         for at in axes.combinations() {
@@ -166,7 +170,7 @@ impl Reader {
         for (stage_idx, yaml) in stages.iter().enumerate() {
             if let Some(draft) = self.stage(stage_idx, yaml, &variables, &changes) {
                 if !ids.insert(draft.id.clone()) {
-                    self.push(format!("stages.{}.id", draft.id), "two stages have this id");
+                    self.push(format!("stages.{}.id", draft.id), "two steps have this id");
                 }
                 drafts.push(draft);
             }
@@ -174,7 +178,7 @@ impl Reader {
         ids.extend(self.broken.iter().cloned());
         for Change { path, key, .. } in &changes {
             if let Some(id) = key.stage().filter(|id| !ids.contains(*id)) {
-                self.push(path, format!("no stage `{id}`{}", suggestion(id, ids.iter().map(String::as_str))));
+                self.push(path, format!("no step `{id}`{}", suggestion(id, ids.iter().map(String::as_str))));
             }
         }
         let edges = self.edges(&drafts);
@@ -318,7 +322,7 @@ impl Reader {
         let path = format!("{path}.in");
         let ports: Vec<&str> = entry.inputs.iter().map(|port| port.name).collect();
         let Some(written) = self.keys(&path, yaml.unwrap_or(&Yaml::Null), &ports) else {
-            self.push(path, "expected a mapping from inputs to files or `stage.output`");
+            self.push(path, "expected a mapping from inputs to files or `step.output`");
             return BTreeMap::new();
         };
         let mut given: BTreeMap<String, (Yaml, String)> = BTreeMap::new();
@@ -429,7 +433,7 @@ impl Reader {
                         (0..drafts.len()).filter(|draft| !order.contains(draft)).map(|draft| drafts[draft].id.as_str()).collect();
                     self.push(
                         format!("stages.{}.in", stuck[0]),
-                        format!("these stages wait for each other in a circle: {}", stuck.join(", ")),
+                        format!("these steps wait for each other in a circle: {}", stuck.join(", ")),
                     );
                     return None;
                 }
@@ -456,11 +460,11 @@ fn source(value: &str, wanted: &PortInfo, drafts: &[Draft], broken: &BTreeSet<St
         };
     }
     let Some((id, output)) = value.split_once('.') else {
-        return Err(format!("expected `stage.output` or a path with a slash, found `{value}`").into());
+        return Err(format!("expected `step.output` or a path with a slash, found `{value}`").into());
     };
     let Some(step) = drafts.iter().position(|draft| draft.id == id) else {
         let nearest = suggestion(id, drafts.iter().map(|draft| draft.id.as_str()).chain(broken.iter().map(String::as_str)));
-        return Err(format!("no stage `{id}`{nearest} (a file is written with a slash: ./{value})").into());
+        return Err(format!("no step `{id}`{nearest} (a file is written with a slash: ./{value})").into());
     };
     let outputs = drafts[step].entry.outputs;
     let Some(found) = outputs.iter().find(|known| known.name == output) else {

@@ -62,7 +62,9 @@ impl Lines {
 
     /// The line of a path, or of the nearest part of it that is there; from 1.
     pub(super) fn of_path(&self, path: &str) -> Option<usize> {
-        let mut path = path;
+        // Paths of parameters have indices in brackets.
+        let path = path.replace('[', ".").replace(']', "");
+        let mut path = path.as_str();
         loop {
             if let Some(line) = self.by_path.get(path) {
                 return Some(*line);

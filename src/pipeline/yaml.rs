@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ovenbird_data::words::suggestion;
+use serde_json::Value;
 use serde_yaml::Value as Yaml;
 
 use super::{
@@ -119,22 +121,6 @@ impl Reader {
     }
 }
 
-/// The most similar of the valid spellings, if one is similar at all.
-pub(crate) fn nearest<'a>(found: &str, valid: impl IntoIterator<Item = &'a str>) -> Option<String> {
-    let scored = valid.into_iter().map(|valid| (strsim::jaro_winkler(found, valid), valid));
-    let best = scored.max_by(|a, b| a.0.total_cmp(&b.0))?;
-    (best.0 > 0.75).then(|| best.1.to_owned())
-}
-
-/// `, did you mean `x`?`, or a list of the valid names.
-pub(super) fn suggestion<'a>(found: &str, valid: impl IntoIterator<Item = &'a str> + Clone) -> String {
-    if let Some(nearest) = nearest(found, valid.clone()) {
-        return format!(", did you mean `{nearest}`?");
-    }
-    let valid: Vec<String> = valid.into_iter().map(|valid| format!("`{valid}`")).collect();
-    if valid.is_empty() { String::new() } else { format!("; expected one of {}", valid.join(", ")) }
-}
-
 /// What [`is_id`] asks for.
 pub(super) const ID_WORDS: &str = "expected letters, digits, `-` and `_` only, 64 at most";
 
@@ -145,5 +131,8 @@ pub(super) fn is_id(text: &str) -> bool {
 
 /// A value as it would be written in the file, on one line.
 pub(super) fn shown(yaml: &Yaml) -> String {
-    serde_yaml::to_string(yaml).map_or_else(|_| "something unreadable".into(), |text| text.trim().replace('\n', " "))
+    match serde_json::to_value(yaml) {
+        Ok(list @ (Value::Array(_) | Value::Object(_))) => ovenbird_cache::shown(&list),
+        _ => serde_yaml::to_string(yaml).map_or_else(|_| "something unreadable".into(), |text| text.trim().replace('\n', " ")),
+    }
 }

@@ -298,7 +298,7 @@ fn nobody_gets_the_device_of_a_step_that_hangs() {
     };
     let (steps, floor) = run_beside_one_that_hangs(&CUDA[..1], &[("one", 0, 0)]);
     assert_eq!((failed(&steps), floor.devices_of("one")), (vec!["hung".into(), "one".into()], vec![]));
-    let words = "needs 1 device and only 0 can be used: stages that hang hold the others";
+    let words = "needs 1 device and only 0 can be used: steps that hang hold the others";
     assert!(steps[2].words.contains(words), "{}", steps[2].words);
 
     let (steps, floor) = run_beside_one_that_hangs(&CUDA, &[("one", 0, 0), ("both", 6000, 2), ("two", 6000, 0)]);

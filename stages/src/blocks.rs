@@ -142,7 +142,7 @@ mod tests {
         // 700 x 200.
         assert_eq!(found(2, WholeBox::Fixed).unwrap(), Xyxy::from([250.0, 0.0, 450.0, 200.0]));
         let (problem, hint) = found(2, WholeBox::Reference).unwrap_err();
-        assert!(problem.ends_with("000000000139.pth: bboxes, row 0: box [250, 0, 200, 200] is inside out"), "{problem}");
+        assert!(problem.ends_with("000000000139.pth: bboxes, row 0: box [250, 0, 200, 200] has x2 < x1 or y2 < y1"), "{problem}");
         assert_eq!(hint.unwrap(), "replace the boxes of whole images: `with: {whole_box: fixed}`");
     }
 
@@ -160,8 +160,8 @@ mod tests {
         let none = problem([640, 480], |row| row.boxes.clear());
         assert!(none.ends_with("bboxes: expected the whole image's box, found none"), "{none}");
         let inside_out = problem([640, 480], |row| row.boxes[2] = Xyxy::from([9.0, 1.0, 3.0, 2.0]));
-        assert!(inside_out.ends_with("bboxes, row 2: box [9, 1, 3, 2] is inside out"), "{inside_out}");
+        assert!(inside_out.ends_with("bboxes, row 2: box [9, 1, 3, 2] has x2 < x1 or y2 < y1"), "{inside_out}");
         let outside = problem([640, 480], |row| row.boxes[1] = Xyxy::from([9.0, 1.0, 643.0, 2.0]));
-        assert!(outside.ends_with("bboxes, row 1: box [9, 1, 643, 2] leaves the image of 640 x 480 px"), "{outside}");
+        assert!(outside.ends_with("bboxes, row 1: box [9, 1, 643, 2] extends beyond the image of 640 x 480 px"), "{outside}");
     }
 }

@@ -8,7 +8,7 @@
 
 use std::any::Any;
 
-use ovenbird_cache::inputs::InputFile;
+use ovenbird_cache::{inputs::InputFile, shown};
 use schemars::JsonSchema;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -34,7 +34,8 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// Whether it runs a network on [`Context::device`]. A run gives such stages devices of their own; the others are given the CPU.
     const USES_DEVICE: bool = false;
 
-    /// Contradictions among the parameters, all of them, found without touching files or devices.
+    /// Contradictions among the parameters, all of them, found without touching files or devices. A problem says what was expected;
+    /// the value that was found is added.
     fn check(&self) -> Vec<Problem> {
         Vec::new()
     }
@@ -70,6 +71,15 @@ pub struct Problem {
     pub problem: String,
 }
 
+/// The value at a path such as `training.max_size[0]`.
+fn at<'a>(params: &'a Value, field: &str) -> Option<&'a Value> {
+    let mut keys = field.split(['.', '[']).map(|key| key.trim_end_matches(']'));
+    keys.try_fold(params, |value, key| match value {
+        Value::Array(values) => values.get(key.parse::<usize>().ok()?),
+        _ => value.get(key),
+    })
+}
+
 impl Problem {
     /// The problems among some parameters, each given with whether its value is allowed and which values are.
     pub(crate) fn unless(checks: &[(&str, bool, &str)]) -> Vec<Self> {
@@ -101,7 +111,14 @@ impl<S: Stage> AnyStage for S {
     }
 
     fn check(&self) -> Vec<Problem> {
-        Stage::check(self)
+        let mut problems = Stage::check(self);
+        let params = AnyStage::params(self);
+        for Problem { field, problem } in &mut problems {
+            if let Some(found) = at(&params, field) {
+                problem.push_str(&format!(", found {}", shown(found)));
+            }
+        }
+        problems
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
@@ -198,8 +215,8 @@ mod tests {
             (r#"["owl", "wren"]"#, "expected an object, found another value"),
             (r#"[["owl"], ["wren"]]"#, "expected an object, found another value"),
             (r#""owl""#, "expected an object, found another value"),
-            (r#"{"seen": ["owl"], "unseen": []}"#, "unknown field `seen`, expected `base` or `novel`"),
-            (r#"{"base": ["owl"]}"#, "expected `novel`, found none"),
+            (r#"{"seen": ["owl"], "unseen": []}"#, "unknown key `seen`; expected one of `base`, `novel`"),
+            (r#"{"base": ["owl"]}"#, "expected the key `novel`, found none"),
             (r#"{"base": "owl", "novel": []}"#, "base: expected a list, found the text \"owl\""),
             ("<html>", "expected json, found a web page"),
         ] {

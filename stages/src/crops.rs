@@ -111,14 +111,10 @@ impl Stage for Objects {
     const OUTPUTS: &'static [PortInfo] = &[CROPS.info()];
 
     fn check(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
-        if !(self.expand.is_finite() && self.expand > 0.0) {
-            problems.push(Problem::new("expand", format!("expected a factor above 0, found {}", self.expand)));
-        }
-        if !(1..=100).contains(&self.quality) {
-            problems.push(Problem::new("quality", format!("expected 1 to 100, found {}", self.quality)));
-        }
-        problems
+        Problem::unless(&[
+            ("expand", self.expand.is_finite() && self.expand > 0.0, "a factor above 0"),
+            ("quality", (1..=100).contains(&self.quality), "from 1 to 100"),
+        ])
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {

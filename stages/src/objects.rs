@@ -20,7 +20,7 @@ const IMPORTED: Out<RegionFeatures> =
 ///
 /// Reads the file `{id:012}.pth` of every image of the annotations: a dict of `embeddings` f16 [N, D] of unit norm, `bboxes` f16 [N, 4] in
 /// the image and `objectness` f16 [N, 1] in [0, 1]. All rows are kept, also boxes that rounding to f16 made smaller than 4 px, which the
-/// reference drops once more when it trains (its defect 4). (OADP, section 1.)
+/// reference drops once more when it trains (defect 4 in docs/recipes/oadp.md). (OADP, section 1.)
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct FromFiles {}

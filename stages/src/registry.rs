@@ -1,5 +1,6 @@
 //! Every stage there is, in one table.
 
+use ovenbird_data::words::plainly;
 use schemars::{Schema, schema_for};
 use serde_json::Value;
 
@@ -122,7 +123,10 @@ fn parse<S: Stage>(params: &Value) -> Result<Box<dyn AnyStage>, Problem> {
                 return Err(problem);
             }
             let field = error.path().to_string();
-            Err(Problem::new(if field == "." { String::new() } else { field }, error.into_inner().to_string()))
+            Err(Problem::new(
+                if field == "." { String::new() } else { field },
+                plainly(&error.into_inner().to_string()).replace("an object", "a mapping"),
+            ))
         }
     }
 }

@@ -143,7 +143,7 @@ mod tests {
         }
         // A stage without the new name never had the old one.
         let other = (crate::find("eval/coco").unwrap().parse)(&json!({"view": "native"})).err().unwrap();
-        assert!(other.problem.starts_with("unknown field `view`"), "{}", other.problem);
+        assert!(other.problem.starts_with("unknown key `view`"), "{}", other.problem);
         let group = json!({"training": {"groups": {"view": {"decay_mult": 0.5}}}});
         assert!((crate::find("detector/train").unwrap().parse)(&group).is_ok());
     }

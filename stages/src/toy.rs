@@ -74,16 +74,11 @@ impl Stage for World {
     ];
 
     fn check(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
-        if !(64..=4096).contains(&self.side_px) {
-            problems.push(Problem::new("side_px", format!("expected 64 to 4096, found {}", self.side_px)));
-        }
-        for (field, n_images) in [("train_images", self.train_images), ("val_images", self.val_images)] {
-            if n_images == 0 {
-                problems.push(Problem::new(field, "expected at least 1"));
-            }
-        }
-        problems
+        Problem::unless(&[
+            ("side_px", (64..=4096).contains(&self.side_px), "from 64 to 4096 px"),
+            ("train_images", self.train_images > 0, "at least 1"),
+            ("val_images", self.val_images > 0, "at least 1"),
+        ])
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {

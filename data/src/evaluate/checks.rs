@@ -34,7 +34,7 @@ impl Strays {
             return Err(format!("image {image_id}: expected finite numbers, found a detection [{x1}, {y1}, {x2}, {y2}], score {score}"));
         }
         if x2 < x1 || y2 < y1 {
-            return Err(format!("image {image_id}: a detection [{x1}, {y1}, {x2}, {y2}] is inside out: expected x1, y1, x2, y2"));
+            return Err(format!("image {image_id}: a detection [{x1}, {y1}, {x2}, {y2}]: expected x1 <= x2 and y1 <= y2"));
         }
         self.count(detection, image);
         match (iou_type, mask) {

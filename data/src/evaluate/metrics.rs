@@ -10,6 +10,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _, ser::SerializeMap as _};
 
 use super::{IouType, Protocol, Slices};
+use crate::words::suggestion;
 
 /// A metric of a group of classes, in [0, 1].
 #[derive(Debug)]
@@ -143,10 +144,8 @@ impl Serialize for Metric {
 impl<'de> Deserialize<'de> for &'static Metric {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let name = Cow::<'de, str>::deserialize(deserializer)?;
-        let unknown = || {
-            let names: Vec<String> = METRICS.iter().map(|metric| format!("`{}`", metric.name)).collect();
-            D::Error::custom(format!("unknown metric `{name}`, expected one of {}", names.join(", ")))
-        };
+        let unknown =
+            || D::Error::custom(format!("unknown metric `{name}`{}", suggestion(&name, METRICS.iter().map(|metric| metric.name))));
         Metric::named(&name).ok_or_else(unknown)
     }
 }

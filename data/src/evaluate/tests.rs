@@ -218,7 +218,7 @@ fn detections_are_checked_as_proposals_are() {
     assert_eq!(remarks.unwrap(), "2 of 3 detections reach more than 1 px outside their image; 1 of them lie outside it");
     for (corners, problem) in [
         (([2.0, 3.0, 22.0, 19.0], 7.0), "1 of 1 scores are not in [0, 1], that of image 1 is 7"),
-        (([22.0, 3.0, 2.0, 19.0], 0.5), "image 1: a detection [22, 3, 2, 19] is inside out: expected x1, y1, x2, y2"),
+        (([22.0, 3.0, 2.0, 19.0], 0.5), "image 1: a detection [22, 3, 2, 19]: expected x1 <= x2 and y1 <= y2"),
         (([2.0, 3.0, f32::INFINITY, 19.0], 0.5), "image 1: expected finite numbers, found a detection [2, 3, inf, 19], score 0.5"),
         (
             ([200.0, 3.0, 220.0, 19.0], 0.5),

@@ -181,10 +181,11 @@ fn check(proposals: &[Vec<Proposal>], images: &[&ImageInfo], outside: &'static s
                 );
             }
             if xyxy.width() < 0.0 || xyxy.height() < 0.0 {
-                return misfit(format!("{place}: box [{x1}, {y1}, {x2}, {y2}] is inside out"), "expected x1, y1, x2, y2, score");
+                return misfit(format!("{place}: box [{x1}, {y1}, {x2}, {y2}] has x2 < x1 or y2 < y1"), "expected x1, y1, x2, y2, score");
             }
             if x1 < -TOLERANCE_PX || y1 < -TOLERANCE_PX || x2 > width || y2 > height {
-                let problem = format!("{place}: box [{x1}, {y1}, {x2}, {y2}] leaves the image of {} x {} px", image.width, image.height);
+                let problem =
+                    format!("{place}: box [{x1}, {y1}, {x2}, {y2}] extends beyond the image of {} x {} px", image.width, image.height);
                 return misfit(problem, outside);
             }
             if !(0.0..=1.0).contains(score) {

@@ -93,9 +93,9 @@ fn proposals_that_cannot_belong_to_these_images_are_named() {
         (vec![vec![]], "proposals.pkl: proposals of 1 images, but the annotations have 2"),
         (
             vec![vec![], vec![proposal(0.0, 0.0, 42.0, 1.0, 0.5)]],
-            "proposals.pkl: image 9, row 0: box [0, 0, 42, 1] leaves the image of 40 x 30 px",
+            "proposals.pkl: image 9, row 0: box [0, 0, 42, 1] extends beyond the image of 40 x 30 px",
         ),
-        (vec![vec![proposal(5.0, 0.0, 1.0, 1.0, 0.5)], vec![]], "proposals.pkl: image 4, row 0: box [5, 0, 1, 1] is inside out"),
+        (vec![vec![proposal(5.0, 0.0, 1.0, 1.0, 0.5)], vec![]], "proposals.pkl: image 4, row 0: box [5, 0, 1, 1] has x2 < x1 or y2 < y1"),
         (vec![vec![proposal(0.0, 0.0, 1.0, 1.0, 1.5)], vec![]], "proposals.pkl: image 4, row 0: expected a score in [0, 1], found 1.5"),
         (
             vec![vec![proposal(0.0, f32::NAN, 1.0, 1.0, 0.5)], vec![]],
@@ -137,13 +137,13 @@ fn the_order_of_entries_is_what_the_boxes_fit_or_what_is_said() {
     };
     let both = "the entries have no image ids, the annotations do not list the images in ascending id, and the boxes fit both orders";
     refused(small, small, None, both, &["`with: {order: file}`", "`with: {order: id}`"]);
-    let leaves = "image 4, row 0: box [0, 0, 80, 20] leaves the image of 20 x 80 px";
+    let leaves = "image 4, row 0: box [0, 0, 80, 20] extends beyond the image of 20 x 80 px";
     refused(wide, tall, id, &format!("{leaves}, with entries in ascending image id"), &["set `with: {order: file}`"]);
-    let in_file = "image 9, row 0: box [0, 0, 20, 80] leaves the image of 80 x 20 px";
+    let in_file = "image 9, row 0: box [0, 0, 20, 80] extends beyond the image of 80 x 20 px";
     let order_of_file = "with entries in the order in which the annotations list the images";
     refused(tall, wide, file, &format!("{in_file}, {order_of_file}"), &["set `with: {order: id}`"]);
-    let neither = "the boxes fit neither order of the images: in ascending id, image 9, row 0: box [0, 0, 20, 80] leaves the image of \
-        80 x 20 px; in the order of the annotations' file, image 9, row 0: box [0, 0, 20, 80] leaves the image of 80 x 20 px";
+    let neither = "the boxes fit neither order of the images: in ascending id, image 9, row 0: box [0, 0, 20, 80] extends beyond the image of \
+        80 x 20 px; in the order of the annotations' file, image 9, row 0: box [0, 0, 20, 80] extends beyond the image of 80 x 20 px";
     refused(tall, tall, None, neither, &["`with: {order: file}`", "{order: id}"]);
 
     // Ascending ids are one order, whatever is asked for.
@@ -306,6 +306,6 @@ fn named_entries_are_matched_whatever_the_order_and_those_that_do_not_belong_are
     large.images[2].width = 2;
     let entries = Entries::Named(["2.jpg", "4.jpg", "9.jpg"].map(entry).into());
     let error = matched(entries, &large, None, Path::new("p.pkl")).unwrap_err();
-    assert_eq!(error.to_string(), "p.pkl: image 9, row 0: box [0, 0, 4, 4] leaves the image of 2 x 30 px");
+    assert_eq!(error.to_string(), "p.pkl: image 9, row 0: box [0, 0, 4, 4] extends beyond the image of 2 x 30 px");
     assert!(!error.hint().unwrap().contains("order"));
 }

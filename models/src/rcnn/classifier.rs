@@ -190,7 +190,7 @@ impl HeadWeight {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum SumAboveOne {
-    /// Its scores are used as they are. (Fixes the reference's defect 3.)
+    /// Its scores are used as they are. (Fixes defect 3 in docs/recipes/oadp.md.)
     #[default]
     Fixed,
     /// All its scores are 0: the reference turns scores into logits, with 1 minus their sum for background, and gets NaN for such a region.

@@ -64,7 +64,7 @@ impl Stage for Split {
                 let given = cx.inputs.read_if_given(CLASSES)?.map(|Classes(classes)| classes);
                 given.ok_or_else(|| Error::Input {
                     port: "classes",
-                    problem: "missing, but `classes: input` takes the class list from this port".into(),
+                    problem: "missing, but `classes: input` reads the class list from the input `classes`".into(),
                     hint: "give `in: {classes: ...}`, or `with: {classes: coco-48-17}` or `lvis-frequency`".into(),
                 })?
             }
@@ -83,6 +83,10 @@ impl Stage for Split {
         let mut file = draft.create(SPLIT, "annotations.json")?;
         let counts = write_split(&annotations.file.read()?, &annotations.file.path, &classes, self.keep, &mut file)?;
         file.finish()?;
+        if counts.unlisted_categories > 0 {
+            let (n_categories, n_annotations) = (counts.unlisted_categories, counts.unlisted_annotations);
+            cx.note(format!("{n_categories} categories that are not in the class list are dropped, with {n_annotations} annotations"));
+        }
         draft.write(LIST, "classes.json", &serde_json::to_vec(&classes).expect("BUG: names are plain JSON"))?;
         cx.tick(counts.images as u64);
         cx.commit(draft, [("images".into(), counts.images.into()), ("annotations".into(), counts.annotations.into())].into())

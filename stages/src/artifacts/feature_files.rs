@@ -183,7 +183,7 @@ struct FeatureFile<'a> {
 
 impl FeatureFile<'_> {
     fn malformed(&self, problem: String) -> Error {
-        self.of.malformed(self.info, problem, "extract the features of this image again, or leave it out: `on_bad_item: skip`")
+        self.of.malformed(self.info, problem, "extract the features of this image again, or skip the image: `on_bad_item: skip`")
     }
 
     /// The numbers of an f16 tensor of this shape; `None` stands for any length.
@@ -228,9 +228,9 @@ pub(crate) fn box_problem(boxes: &[Xyxy], first: usize, size: [u32; 2]) -> Optio
     boxes.iter().enumerate().find_map(|(place, xyxy)| {
         let Xyxy { x1, y1, x2, y2 } = *xyxy;
         let problem = if x2 < x1 || y2 < y1 {
-            "is inside out".to_owned()
+            "has x2 < x1 or y2 < y1".to_owned()
         } else if x1 < -slack || y1 < -slack || x2 > width || y2 > height {
-            format!("leaves the image of {} x {} px", size[0], size[1])
+            format!("extends beyond the image of {} x {} px", size[0], size[1])
         } else {
             return None;
         };

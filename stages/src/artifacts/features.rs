@@ -425,7 +425,7 @@ pub struct Regions {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum WholeBox {
-    /// The centre square, which the network gets. (Corrects the reference's defect 2.)
+    /// The centre square, which the network gets. (Fixes defect 2 in docs/recipes/oadp.md.)
     #[default]
     Fixed,
     /// Its left, top, side and side: the reference stores these as xyxy.

@@ -22,7 +22,7 @@ use crate::{
 #[serde(rename_all = "kebab-case")]
 pub enum Square {
     /// Eight times the object's area, regardless of the image, as in published features. An object more than eight times as long as wide is
-    /// cut off; the square around a large object reaches beyond the image and is black there (the reference's defect 6).
+    /// cut off; the square around a large object reaches beyond the image and is black there (defect 6 in docs/recipes/oadp.md).
     #[default]
     Reference,
     /// The same, but at most the image's shorter side and at least the object's longer side.

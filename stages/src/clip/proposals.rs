@@ -74,14 +74,8 @@ impl Stage for Proposals {
     const USES_DEVICE: bool = true;
 
     fn check(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
-        if self.expand.is_empty() || self.expand.iter().any(|factor| !(factor.is_finite() && *factor > 0.0)) {
-            problems.push(Problem::new("expand", format!("expected factors above 0, found {:?}", self.expand)));
-        }
-        if self.min_side.is_nan() || self.min_side < 0.0 {
-            problems.push(Problem::new("min_side", format!("expected 0 or more, found {}", self.min_side)));
-        }
-        problems
+        let are_factors = !self.expand.is_empty() && self.expand.iter().all(|factor| factor.is_finite() && *factor > 0.0);
+        Problem::unless(&[("expand", are_factors, "factors above 0"), ("min_side", self.min_side >= 0.0, "0 px or more")])
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {

@@ -49,7 +49,7 @@ const IMAGE_BEST: i64 = 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Crowds {
-    /// As background, as in OADP and most detectors. (The reference's defect 13.)
+    /// As background, as in OADP and most detectors. (Defect 13 in docs/recipes/oadp.md.)
     #[default]
     Background,
     /// Not at all: boxes with half of their area in a crowd that match no object are left out of the losses.

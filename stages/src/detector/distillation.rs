@@ -26,7 +26,7 @@ impl LossWeight {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum LabelWarmup {
-    /// They grow with the steps, as the paper says. (The reference's defect 1, fixed.)
+    /// They grow with the steps, as the paper says. (Fixes defect 1 in docs/recipes/oadp.md.)
     #[default]
     Fixed,
     /// They stay at the first step's weight, a thousandth of the full weight or less, as in the published OADP.

@@ -96,7 +96,7 @@ pub(crate) fn spec_of<T: DeserializeOwned>(checkpoint: &Checkpoint, key: &str, p
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Network {
-    /// OADP's: a ResNet-50 of caffe style, a feature pyramid of 256 channels with batch normalisation, heads of four convolutions; 512 regions
+    /// OADP's: a ResNet-50, a feature pyramid of 256 channels with batch normalisation, heads of four convolutions; 512 regions
     /// of each image are sampled for the heads.
     #[default]
     R50,

@@ -125,7 +125,8 @@ pub struct Training {
     pub lr_epochs: Vec<u32>,
     /// Weight decay of all parameters.
     pub weight_decay: f64,
-    /// Parameters with other learning rates or decays, by a part of their names; where several keys match, the longest counts.
+    /// Parameters with other learning rates or decays, by a part of their names; where several keys match, the longest counts:
+    /// `{backbone: {lr_mult: 0.1}, norm: {decay_mult: 0}}`.
     pub groups: BTreeMap<String, Group>,
     /// Maximum norm of the gradient of all parameters together; longer gradients are scaled down.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -30,7 +30,7 @@ use crate::{
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Train {
-    /// Size of the network; `r50` is of torchvision's style here.
+    /// Size of the network. The ResNet-50 of `r50` is of torchvision's style here, of caffe style in `detector/train`.
     pub network: Network,
     /// How the network is trained.
     pub training: Training,

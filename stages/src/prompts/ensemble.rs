@@ -52,8 +52,9 @@ impl Stage for Ensemble {
         let sentences = self.templates.sentences();
         let mut problems: Vec<Problem> = sentences
             .iter()
-            .filter(|sentence| sentence.matches("{}").count() != 1)
-            .map(|sentence| Problem::new("templates", format!("expected one {{}} for the class name, found `{sentence}`")))
+            .enumerate()
+            .filter(|(_, sentence)| sentence.matches("{}").count() != 1)
+            .map(|(sentence_idx, _)| Problem::new(format!("templates[{sentence_idx}]"), "expected one {} for the class name"))
             .collect();
         if sentences.is_empty() {
             problems.push(Problem::new("templates", "expected at least one sentence"));
