@@ -2,11 +2,27 @@
 
 CARGO ?= cargo
 
-.PHONY: quickstart test test-capabilities faults check bench peers evaluation-peers libtorch clean
+PREFIX ?= $(HOME)/.local
 
-quickstart: libtorch
-	$(CARGO) build --release
+.PHONY: quickstart build install test test-capabilities faults check bench peers evaluation-peers libtorch clean
+
+quickstart: build
 	target/release/ovenbird run quickstart
+
+build: libtorch
+	$(CARGO) build --release
+
+# The program in PREFIX/bin, the libraries that it loads in PREFIX/lib/ovenbird, man pages in PREFIX/share/man.
+install: build
+	mkdir -p $(PREFIX)/bin $(PREFIX)/lib $(PREFIX)/share/man/man1
+	rm -rf $(PREFIX)/lib/ovenbird.new
+	cp -rlL .libtorch/lib $(PREFIX)/lib/ovenbird.new 2>/dev/null || { rm -rf $(PREFIX)/lib/ovenbird.new; cp -rL .libtorch/lib $(PREFIX)/lib/ovenbird.new; }
+	rm -rf $(PREFIX)/lib/ovenbird
+	mv $(PREFIX)/lib/ovenbird.new $(PREFIX)/lib/ovenbird
+	install target/release/ovenbird $(PREFIX)/bin/ovenbird
+	target/release/ovenbird man $(PREFIX)/share/man/man1
+	@$(PREFIX)/bin/ovenbird --version
+	@case ":$$PATH:" in *":$(PREFIX)/bin:"*) ;; *) echo "add $(PREFIX)/bin to PATH to type just: ovenbird" ;; esac
 
 test: libtorch
 	$(CARGO) test --release --workspace --no-fail-fast

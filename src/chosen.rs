@@ -43,6 +43,19 @@ impl FromStr for Setting {
 }
 
 impl Chosen {
+    /// The arguments as typed, with some more changes: `./mine.yaml --set seed=8`.
+    pub(crate) fn as_typed(&self, changes: &[&str]) -> Vec<String> {
+        let settings = self.settings.iter().map(|Setting { key, value }| format!("{key}={value}"));
+        let settings = settings.chain(changes.iter().map(|change| (*change).to_owned())).flat_map(|change| ["--set".to_owned(), change]);
+        let variants = self.variants.iter().flat_map(|variant| ["--variant".to_owned(), variant.clone()]);
+        [self.pipeline.clone()].into_iter().chain(settings).chain(variants).collect()
+    }
+
+    /// Whether a change of this key was given.
+    pub(crate) fn changes(&self, key: &str) -> bool {
+        self.settings.iter().any(|setting| setting.key == key)
+    }
+
     /// Reads and checks the pipeline.
     pub(crate) fn load(&self) -> Result<Pipeline> {
         file::load(&self.pipeline, &self.settings, &self.variants)

@@ -12,7 +12,7 @@ use ovenbird_cache::{crash_at, publish};
 use crate::{
     commands::{cache, doctor, explain, export, log, pipelines, plan, report, retry, run, schema, stages, status, verify},
     error::{Error, ExitCode, Result},
-    output::print,
+    output::{DEFAULT_HOME, print},
 };
 
 /// Build open-vocabulary object detectors offline, from resumable, content-hashed stages
@@ -20,7 +20,7 @@ use crate::{
 #[command(name = "ovenbird", version, after_help = exit_codes(), max_term_width = 120, disable_help_subcommand = true)]
 struct Cli {
     /// Folder for all results, logs and reports
-    #[arg(long, global = true, env = "OVENBIRD_HOME", default_value = ".ovenbird", value_name = "FOLDER")]
+    #[arg(long, global = true, env = "OVENBIRD_HOME", default_value = DEFAULT_HOME, value_name = "FOLDER")]
     home: PathBuf,
     /// For tests of crash safety: exit at the n-th step of publishing
     #[arg(long = "crash-at", global = true, env = "OVENBIRD_CRASH_AT", hide = true)]
@@ -118,16 +118,16 @@ fn begin(cli: Cli) -> Result<()> {
 }
 
 fn man(folder: &Path) -> Result<()> {
-    let command = Cli::command();
-    let mut pages = vec![(String::from("ovenbird.1"), command.clone())];
-    for sub in command.get_subcommands() {
-        let name = format!("ovenbird-{}", sub.get_name());
-        pages.push((format!("{name}.1"), sub.clone().display_name(name)));
-    }
-    for (file, command) in pages {
-        let mut page = Vec::new();
-        clap_mangen::Man::new(command).render(&mut page).expect("BUG: writing to memory does not fail");
-        publish::replace(&folder.join(file), &page)?;
+    let mut command = Cli::command();
+    // Gives commands of commands their full names.
+    command.build();
+    let mut pages = vec![&command];
+    while let Some(command) = pages.pop() {
+        pages.extend(command.get_subcommands().filter(|command| command.get_name() != "help"));
+        let page = clap_mangen::Man::new(command.clone());
+        let mut text = Vec::new();
+        page.render(&mut text).expect("BUG: writing to memory does not fail");
+        publish::replace(&folder.join(page.get_filename()), &text)?;
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use ovenbird_cache::verify::Finding;
 use crate::{
     output::count,
     pipeline::{
-        problem::{Fault, Problem},
+        problem::Problem,
         step_id::{StepId, labels},
     },
 };
@@ -94,8 +94,10 @@ impl Error {
     /// The exit code. A damaged file in the home is never the user's mistake; the user's own files are inputs.
     pub(crate) fn exit_code(&self, home: &Path) -> ExitCode {
         match self {
-            Self::Pipeline { .. } | Self::UnknownPipeline { .. } => ExitCode::Pipeline,
-            Self::Usage { .. } => ExitCode::Usage,
+            Self::Pipeline { problems, .. } if problems.iter().all(Problem::is_missing_file) => ExitCode::Input,
+            Self::Pipeline { problems, .. } if problems.iter().all(Problem::is_of_command_line) => ExitCode::Usage,
+            Self::Pipeline { .. } => ExitCode::Pipeline,
+            Self::UnknownPipeline { .. } | Self::Usage { .. } => ExitCode::Usage,
             Self::StagesFailed { worst, .. } => *worst,
             Self::Damage { .. } | Self::DamagedRecords { .. } => ExitCode::Damage,
             Self::Hangs { .. } | Self::LacksDevices { .. } => ExitCode::Stage,
@@ -121,11 +123,14 @@ impl Error {
     /// What the user can type next.
     pub(crate) fn hint(&self, home: &Path) -> Option<String> {
         match self {
-            Self::Pipeline { problems, .. } if problems.iter().all(|problem| matches!(problem.fault, Fault::NoFile(_))) => Some(
+            Self::Pipeline { problems, .. } if problems.iter().all(Problem::is_missing_file) => Some(
                 "put the files there, or set the pipeline's variables to where they are with `--set NAME=VALUE`; \
                  `ovenbird pipelines NAME` prints a named pipeline"
                     .into(),
             ),
+            Self::Pipeline { problems, .. } if problems.iter().all(Problem::is_of_command_line) => {
+                Some("correct the command line; `ovenbird stages KIND` documents every parameter".into())
+            }
             Self::Pipeline { .. } => Some("correct the pipeline file; `ovenbird stages KIND` documents every parameter".into()),
             Self::UnknownPipeline { nearest, .. } => Some(match nearest {
                 Some(nearest) => {

@@ -3,11 +3,15 @@
 use std::{
     borrow::Cow,
     io::{self, Write as _},
+    path::Path,
 };
 
 use ovenbird_cache::Error as CacheError;
 use serde::Serialize;
 use serde_json::json;
+
+/// The home without `--home` and OVENBIRD_HOME.
+pub(crate) const DEFAULT_HOME: &str = ".ovenbird";
 
 /// The version of every `--json` form.
 const JSON_VERSION: u32 = 1;
@@ -77,6 +81,16 @@ pub(crate) fn duration(seconds: f64) -> String {
         60..3600 => format!("{} min {} s", whole / 60, whole % 60),
         _ => format!("{} h {} min", whole / 3600, whole % 3600 / 60),
     }
+}
+
+/// A command line of this program that works as typed in the same shell.
+#[expect(clippy::disallowed_methods, reason = "the home that the next command would use")]
+pub(crate) fn as_typed(home: &Path, words: &[String]) -> String {
+    let program = std::env::args().next().unwrap_or_else(|| "ovenbird".into());
+    let default = std::env::var_os("OVENBIRD_HOME").unwrap_or_else(|| DEFAULT_HOME.into());
+    let home = if home.as_os_str() == default { vec![] } else { vec!["--home".to_owned(), home.display().to_string()] };
+    let all = [program].iter().chain(words).chain(&home).cloned().collect::<Vec<_>>();
+    shlex::try_join(all.iter().map(String::as_str)).unwrap_or_else(|_| all.join(" "))
 }
 
 #[cfg(test)]

@@ -277,7 +277,7 @@ fn published_pipelines_run_on_the_published_layout() {
     // Nothing is wrong with either but that files are not there.
     for name in ["vild-ov-coco", "vild-ov-lvis", "oadp-ov-coco", "oadp-ov-lvis"] {
         let refused = world.run(["plan", name]);
-        assert!(refused.code == 3 && refused.stderr.contains("hint: put the files there"), "{}", refused.stderr);
+        assert!(refused.code == 4 && refused.stderr.contains("hint: put the files there"), "{}", refused.stderr);
     }
 
     let header = r#"{"backbone.conv1.weight":{"dtype":"F32","shape":[64,3,7,7],"data_offsets":[0,37632]}}"#;

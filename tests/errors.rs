@@ -47,7 +47,7 @@ fn brought() -> World {
 fn a_missing_file_is_named_before_anything_runs() {
     let world = brought();
     fs::remove_file(world.path("labels.json")).unwrap();
-    check(&world, 3, &["no file or folder `./labels.json`", "line 6: stages.split.in.annotations"]);
+    check(&world, 4, &["no file or folder `./labels.json`", "line 6: stages.split.in.annotations"]);
     assert!(!world.path(".ovenbird").exists());
 }
 
@@ -170,10 +170,10 @@ fn a_circle_is_named() {
     let world = World::new();
     world.write(
         "circle.yaml",
-        "version: 1\nname: circle\nstages:\n  - {id: a, use: annotations/split, in: {annotations: b.annotations}, with: {classes: coco-48-17}}\n  - {id: b, use: annotations/split, in: {annotations: a.annotations}, with: {classes: coco-48-17}}\n",
+        "version: 1\nname: circle\nstages:\n  - {id: a, use: annotations/split, in: {annotations: b.annotations}, with: {classes: coco-48-17}}\n  - {id: b, use: annotations/split, in: {annotations: a.annotations}, with: {classes: coco-48-17}}\n  - {id: after, use: annotations/split, in: {annotations: b.annotations}, with: {classes: coco-48-17}}\n",
     );
     let output = world.run(["plan", "./circle.yaml"]);
-    assert!(output.code == 3 && output.stderr.contains("wait for each other in a circle: a, b"), "{}", output.stderr);
+    assert!(output.code == 3 && output.stderr.contains("wait for each other in a circle: a, b\n"), "{}", output.stderr);
 }
 
 #[test]
@@ -193,6 +193,19 @@ fn a_home_that_cannot_be_written_or_is_newer_is_refused() {
     world.write(".ovenbird/format.json", r#"{"format": 9}"#);
     let output = world.run(["run", "./tiny.yaml"]);
     assert!(output.code == 5 && output.stderr.contains("written by a newer version (format 9"), "{}", output.stderr);
+}
+
+#[test]
+fn a_folder_of_the_user_does_not_become_a_home() {
+    let world = World::tiny();
+    world.write("mine/thesis.tex", "years of work");
+    for command in [["run", "./tiny.yaml", "--home", "mine"].as_slice(), &["verify", "--fix", "--home", "mine"]] {
+        let output = world.run(command.iter().copied());
+        assert!(output.code == 5 && output.stderr.contains("it has `thesis.tex` and no `format.json`"), "{}", output.stderr);
+        assert!(output.stderr.contains("hint: choose a new or empty folder"), "{}", output.stderr);
+    }
+    assert_eq!(fs::read(world.path("mine/thesis.tex")).unwrap(), b"years of work");
+    assert!(!world.path("mine/quarantine").exists());
 }
 
 /// A tmpfs of 1 MiB stands for a full disk; mounting one needs root.
@@ -248,6 +261,6 @@ fn an_old_name_is_refused_with_the_new_one() {
         [("globals.view=native", "no parameter `view`: `view` is now called `resize`"), ("split.keep=all-min", "`all-annotated`")]
     {
         let output = world.run(["plan", "./brought.yaml", "--set", set]);
-        assert!(output.code == 3 && output.stderr.contains(words), "{set}: {}", output.stderr);
+        assert!(output.code == 2 && output.stderr.contains(words), "{set}: {}", output.stderr);
     }
 }

@@ -11,6 +11,10 @@ fn main() {
     println!("cargo::rerun-if-changed={}", libtorch.join("build-version").display());
     match fs::canonicalize(&libtorch) {
         Ok(real) => {
+            // Installed libraries lie beside the program's folder (`make install`), others in the cache folder of the user who built it.
+            for folder in ["lib/ovenbird", "lib/ovenbird/cuda"] {
+                println!("cargo::rustc-link-arg=-Wl,-rpath,$ORIGIN/../{folder}");
+            }
             for folder in ["lib", "lib/cuda"] {
                 println!("cargo::rustc-link-arg=-Wl,-rpath,{}", real.join(folder).display());
             }

@@ -70,6 +70,14 @@ pub enum Error {
         /// The expected and the found content.
         problem: String,
     },
+    /// A folder with other files should become a home.
+    #[error("{}: is no home of ovenbird: it has `{found}` and no `format.json`", path.display())]
+    NotAHome {
+        /// The folder.
+        path: PathBuf,
+        /// A file or folder in it.
+        found: String,
+    },
     /// A file of the home has another format version.
     #[error("{}: written by {} version (format {found}, this program reads {known})", path.display(), if found > known { "a newer" } else { "an older" })]
     OtherFormat {
@@ -104,6 +112,7 @@ impl Error {
             | Self::Changed { path, .. }
             | Self::Gone { path }
             | Self::Malformed { path, .. }
+            | Self::NotAHome { path, .. }
             | Self::OtherFormat { path, .. } => Some(path),
             Self::Unsound { .. } | Self::Stopped => None,
         }
@@ -132,6 +141,7 @@ impl Error {
                 "`ovenbird verify --full --fix` moves it to `quarantine/` and recomputes it; `ovenbird run PIPELINE` does so if a step reads it"
                     .into()
             }
+            Self::NotAHome { .. } => "choose a new or empty folder with `--home FOLDER`".into(),
             Self::OtherFormat { found, known, .. } if found > known => {
                 "update ovenbird, or choose another home with `--home FOLDER`".into()
             }

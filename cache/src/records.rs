@@ -31,7 +31,7 @@ use crate::{
     record::Sealed,
     store::{FORMAT, kind_name, to_json},
     unit_name,
-    verify::{Class, FOLDERS, Finding},
+    verify::{Class, FILES, FOLDERS, Finding},
 };
 
 /// The journal of commits.
@@ -155,8 +155,18 @@ impl Store {
         self.check_home()?;
         match self.read_if_there(&self.home().join(HOME_FORMAT))? {
             Some(_) => Ok(()),
-            None => self.write_home_format(),
+            None => match self.foreign_name() {
+                Some(found) => Err(Error::NotAHome { path: self.home().to_owned(), found }),
+                None => self.write_home_format(),
+            },
         }
+    }
+
+    /// Something in the folder that a home does not have. Hidden files and a file system's `lost+found` do not count.
+    fn foreign_name(&self) -> Option<String> {
+        let listed = self.publisher().disk().list(self.home()).unwrap_or_default();
+        let is_ours = |name: &str| name.starts_with('.') || name == "lost+found" || [&FOLDERS[..], &FILES].concat().contains(&name);
+        listed.into_iter().map(|(name, _)| name).find(|name| !is_ours(name))
     }
 
     fn write_home_format(&self) -> Result<()> {

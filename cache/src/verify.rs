@@ -87,6 +87,9 @@ pub struct Finding {
 pub(crate) const FOLDERS: [&str; 12] =
     ["artifacts", "choices", "dry-run", "leases", "ledger", "pins", "pipelines", "plans", "quarantine", "runs", "sessions", "units"];
 
+/// The files of a home.
+pub(crate) const FILES: [&str; 3] = ["commits.jsonl", "format.json", CURSOR];
+
 const BUFFER_BYTES: usize = 1 << 18;
 
 impl Store {
@@ -231,7 +234,6 @@ impl Store {
             }
             Ok(())
         };
-        const FILES: [&str; 3] = ["commits.jsonl", "format.json", CURSOR];
         check(self.home(), &|name, is_folder| if is_folder { &FOLDERS[..] } else { &FILES }.contains(&name))?;
         let is_json = |name: &str, is_folder: bool| !is_folder && name.ends_with(".json");
         check(&self.home().join("pins"), &is_json)?;

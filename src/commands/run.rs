@@ -7,10 +7,10 @@ use ovenbird_cache::Store;
 
 use super::report;
 use crate::{
-    chosen::Wanted,
+    chosen::{Chosen, Wanted},
     error::Result,
     event::{self, Event, Verdict},
-    output::{duration, print},
+    output::{as_typed, duration, print},
     pipeline::{Pipeline, step_id::StepId},
     progress::RunProgress,
     results,
@@ -55,7 +55,7 @@ pub(crate) fn run(home: &Path, Args { wanted, machine, rehash, dry_run, estimate
 
 /// Runs the wanted steps, writes the report and prints the tables. `most_items` limits a dry run.
 pub(crate) fn run_and_report(home: &Path, wanted: &Wanted, options: &Options, most_items: Option<usize>) -> Result<()> {
-    let name = &wanted.chosen.pipeline;
+    let chosen = &wanted.chosen;
     let (mut pipeline, wanted) = wanted.load()?;
     pipeline.steps.iter_mut().for_each(|step| step.most_items = most_items);
     let store = Store::open(home)?;
@@ -79,17 +79,26 @@ pub(crate) fn run_and_report(home: &Path, wanted: &Wanted, options: &Options, mo
         text.push_str(&estimate(home, &ended.run)?);
     }
     text.push_str(&format!("report: {}\n", report.display()));
-    text.push_str(&next_commands(name, &pipeline));
+    if most_items.is_none() {
+        text.push_str(&next_commands(home, chosen, &pipeline));
+    }
     Ok(print(&text)?)
 }
 
-/// Three commands worth typing after a run.
-fn next_commands(name: &str, pipeline: &Pipeline) -> String {
+/// Three commands worth typing after a run, with the program and the home as this run was started.
+fn next_commands(home: &Path, chosen: &Chosen, pipeline: &Pipeline) -> String {
     let tunable = pipeline.steps.iter().rev().find(|step| step.entry.kind.starts_with("detect/"));
-    let change = tunable.map_or_else(String::new, |step| format!(" --set {}.nms_iou=0.4", step.id.stage));
-    format!(
-        "next:\n  ovenbird plan {name}{change}    what a changed parameter would run again\n  ovenbird stages    all stages and their parameters\n  ovenbird log    past runs\n"
-    )
+    let key = tunable.map(|step| format!("{}.nms_iou", step.id.stage)).filter(|key| !chosen.changes(key));
+    let change = key.map(|key| format!("{key}=0.4"));
+    let plan = [vec!["plan".to_owned()], chosen.as_typed(change.as_deref().as_slice())].concat();
+    let line = |words: &[String], meaning: &str| format!("  {}    {meaning}\n", as_typed(home, words));
+    [
+        "next:\n".into(),
+        line(&plan, if change.is_some() { "what a changed parameter would run again" } else { "what would run again" }),
+        line(&["log".into()], "past runs"),
+        line(&["stages".into()], "all stages and their parameters"),
+    ]
+    .concat()
 }
 
 /// A table with a line for each step: what the sample took, and a prediction for all items. Time and bytes are taken to grow with the

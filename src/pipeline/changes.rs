@@ -65,8 +65,12 @@ impl Reader {
     /// Reads the changes of the command line.
     pub(super) fn changes(&mut self, settings: &[Setting]) -> Vec<Change> {
         let mut changes = Vec::new();
-        for Setting { key, value } in settings {
+        for (place, Setting { key, value }) in settings.iter().enumerate() {
             let path = format!("--set {key}");
+            if settings[..place].iter().any(|earlier| earlier.key == *key) {
+                self.push(path, "given twice");
+                continue;
+            }
             match serde_yaml::from_str(value) {
                 Ok(value) => changes.push(Change { path, key: Key::of(key), value }),
                 Err(error) => self.push(path, format!("`{value}` is not YAML: {error}")),

@@ -429,8 +429,7 @@ impl Reader {
             match (0..drafts.len()).find(is_ready) {
                 Some(ready) => order.push(ready),
                 None => {
-                    let stuck: Vec<&str> =
-                        (0..drafts.len()).filter(|draft| !order.contains(draft)).map(|draft| drafts[draft].id.as_str()).collect();
+                    let stuck: Vec<&str> = circle(edges, &order).into_iter().map(|draft| drafts[draft].id.as_str()).collect();
                     self.push(
                         format!("stages.{}.in", stuck[0]),
                         format!("these steps wait for each other in a circle: {}", stuck.join(", ")),
@@ -441,6 +440,26 @@ impl Reader {
         }
         Some(order)
     }
+}
+
+/// Steps that wait for each other. `done`: those that wait for none of them.
+fn circle(edges: &[BTreeMap<String, Source>], done: &[usize]) -> Vec<usize> {
+    let next = |draft: usize| {
+        let mut sources = edges[draft].values();
+        sources.find_map(|source| match source {
+            Source::Step { step, .. } if !done.contains(step) => Some(*step),
+            _ => None,
+        })
+    };
+    // Every step that is not done waits for another one, so a walk comes back to a step.
+    let mut walk: Vec<usize> = (0..edges.len()).filter(|draft| !done.contains(draft)).take(1).collect();
+    while let Some(step) = walk.last().and_then(|last| next(*last)) {
+        if let Some(start) = walk.iter().position(|seen| *seen == step) {
+            return walk.split_off(start);
+        }
+        walk.push(step);
+    }
+    walk
 }
 
 fn source(value: &str, wanted: &PortInfo, drafts: &[Draft], broken: &BTreeSet<String>) -> Result<Source, Fault> {
@@ -460,7 +479,8 @@ fn source(value: &str, wanted: &PortInfo, drafts: &[Draft], broken: &BTreeSet<St
         };
     }
     let Some((id, output)) = value.split_once('.') else {
-        return Err(format!("expected `step.output` or a path with a slash, found `{value}`").into());
+        let hint = if Path::new(value).exists() { format!(": write ./{value}") } else { String::new() };
+        return Err(format!("expected `step.output` or a path with a slash, found `{value}`{hint}").into());
     };
     let Some(step) = drafts.iter().position(|draft| draft.id == id) else {
         let nearest = suggestion(id, drafts.iter().map(|draft| draft.id.as_str()).chain(broken.iter().map(String::as_str)));
@@ -468,12 +488,12 @@ fn source(value: &str, wanted: &PortInfo, drafts: &[Draft], broken: &BTreeSet<St
     };
     let outputs = drafts[step].entry.outputs;
     let Some(found) = outputs.iter().find(|known| known.name == output) else {
-        return Err(format!(
-            "`{}` has no output `{output}`{}",
-            drafts[step].entry.kind,
-            suggestion(output, outputs.iter().map(|port| port.name))
-        )
-        .into());
+        let kind = drafts[step].entry.kind;
+        let words = match Path::new(value).exists() {
+            true => format!("`{kind}` has no output `{output}`; the file `{value}` is written with a slash: ./{value}"),
+            false => format!("`{kind}` has no output `{output}`{}", suggestion(output, outputs.iter().map(|port| port.name))),
+        };
+        return Err(words.into());
     };
     if found.kind != wanted.kind {
         return Err(format!("expected {}, but `{value}` is {}", wanted.kind, found.kind).into());

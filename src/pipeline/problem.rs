@@ -14,6 +14,18 @@ pub(crate) struct Problem {
     pub(crate) only_with: String,
 }
 
+impl Problem {
+    /// Whether the pipeline is right and a file that it names does not exist.
+    pub(crate) fn is_missing_file(&self) -> bool {
+        matches!(self.fault, Fault::NoFile(_))
+    }
+
+    /// Whether it is something that was typed, such as `--set seed`, and not in the file.
+    pub(crate) fn is_of_command_line(&self) -> bool {
+        self.path.starts_with("--")
+    }
+}
+
 /// What is wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Fault {
