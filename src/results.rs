@@ -258,7 +258,7 @@ fn values(found: &[(Option<u64>, &Evaluation)], beside: &[(Option<u64>, &Evaluat
     let number = |evaluation: &Evaluation, group: &str, metric: &Metric| evaluation.groups.get(group)?.get(metric);
     let mut values = Vec::new();
     for group in GROUPS {
-        for (header, metric) in Metric::columns() {
+        for (header, metric) in Metric::columns(found.iter().flat_map(|(_, evaluation)| evaluation.groups.values())) {
             let of =
                 |(seed, evaluation): &(Option<u64>, &Evaluation)| Some(BySeed { seed: *seed, value: number(evaluation, group, metric)? });
             let by_seed: Vec<BySeed> = found.iter().filter_map(of).collect();

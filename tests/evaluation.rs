@@ -456,6 +456,24 @@ stages:
     let ids = |results: &[Value]| results.iter().map(|entry| entry["category_id"].as_u64().unwrap()).collect::<Vec<_>>();
     assert_eq!(ids(&results), found.iter().map(|detection| gapped(detection.category_id.0)).collect::<Vec<_>>());
 
+    // Or the detections' own ids; and images that the annotations lack are left out, or not.
+    let exported = |world: &World, parameter: &str| -> Vec<Value> {
+        let changed = world.run(["run", "./gaps.yaml", "--set", parameter, "--set", "export.in.annotations=./fewer.json"]).success();
+        let report = changed.stderr.contains("detections are not exported");
+        assert_eq!(report, parameter.contains("category"), "{}", changed.stderr);
+        world.run(["export", "./gaps.yaml", "export", "out", "--set", parameter, "--set", "export.in.annotations=./fewer.json"]).success();
+        serde_json::from_slice(&fs::read(world.path("out/results.json")).unwrap()).unwrap()
+    };
+    let mut fewer: Value = serde_json::from_slice(&fs::read(world.path("brought.json")).unwrap()).unwrap();
+    let dropped = fewer["images"].as_array_mut().unwrap().remove(0)["id"].as_u64().unwrap();
+    fewer["annotations"].as_array_mut().unwrap().retain(|annotation| annotation["image_id"] != dropped);
+    world.write("fewer.json", fewer.to_string());
+    let own = exported(&world, "export.category_ids=detections");
+    let kept: Vec<u64> = found.iter().filter(|it| it.image_id.0 != dropped).map(|it| it.category_id.0).collect();
+    assert!(kept.len() < found.len());
+    assert_eq!(ids(&own), kept);
+    assert_eq!(ids(&exported(&world, "export.images=detections")), ids(&results));
+
     // Detections are not judged by annotations that mean other classes by the same ids.
     brought(&world, |json| {
         let categories = json["categories"].as_array_mut().unwrap();

@@ -80,8 +80,9 @@ pub struct Detection {
     pub mask: Option<Box<PackedMask>>,
 }
 
-/// Detections of a class in an image that count, in COCO: AP itself is stated for the first limit, all else for the last.
-const COCO_LIMITS: [usize; 3] = [100, 300, 1000];
+/// Detections of a class in an image that count, in COCO: AP itself is stated for [`COCO_AP_LIMIT`], recall for each, all else for the last.
+const COCO_LIMITS: [usize; 5] = [1, 10, 100, 300, 1000];
+const COCO_AP_LIMIT: usize = 100;
 /// Detections of an image that count, in LVIS.
 const LVIS_LIMIT: usize = 300;
 /// The version of [`Evaluation`].
@@ -232,7 +233,7 @@ impl<'a> Evaluator<'a> {
                 name: name.clone(),
                 is_novel: row >= n_base,
                 n_ground_truth: n_ground_truth.get(id).copied().unwrap_or(0),
-                ap: slices.precision(&of_class, None, "all", Slices::first_limit()),
+                ap: slices.precision(&of_class, None, "all", slices.ap_limit()),
                 ap50: slices.precision(&of_class, Some(0), "all", slices.last_limit()),
             }
         };
@@ -296,8 +297,8 @@ struct Slices<'a> {
 
 impl Slices<'_> {
     /// The limit of detections that AP itself is stated for.
-    fn first_limit() -> usize {
-        0
+    fn ap_limit(&self) -> usize {
+        self.limits.iter().position(|limit| *limit == COCO_AP_LIMIT).unwrap_or(0)
     }
 
     /// The limit of everything else.

@@ -56,7 +56,7 @@ const EVAL_INPUTS: &[PortInfo] = &[ANNOTATIONS.info(), FOUND.info(), CLASSES.inf
 
 impl Stage for Coco {
     const KIND: &'static str = "eval/coco";
-    const VERSION: u32 = 3;
+    const VERSION: u32 = 4;
     const INPUTS: &'static [PortInfo] = EVAL_INPUTS;
     const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
 
@@ -67,7 +67,7 @@ impl Stage for Coco {
 
 impl Stage for Lvis {
     const KIND: &'static str = "eval/lvis";
-    const VERSION: u32 = 4;
+    const VERSION: u32 = 5;
     const INPUTS: &'static [PortInfo] = EVAL_INPUTS;
     const OUTPUTS: &'static [PortInfo] = &[EVALUATION.info()];
 

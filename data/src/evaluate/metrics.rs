@@ -26,12 +26,12 @@ pub struct Metric {
 }
 
 /// All metrics, in the order of files and tables.
-pub static METRICS: [Metric; 12] = [
+pub static METRICS: [Metric; 14] = [
     Metric {
         name: "ap",
         header: Some("AP"),
         definition: "Mean over IoU 0.50 to 0.95.",
-        compute: |slices, classes| slices.precision(classes, None, "all", Slices::first_limit()),
+        compute: |slices, classes| slices.precision(classes, None, "all", slices.ap_limit()),
     },
     Metric {
         name: "ap50",
@@ -62,6 +62,18 @@ pub static METRICS: [Metric; 12] = [
         header: Some("APl"),
         definition: "AP of objects above 96² px.",
         compute: |slices, classes| slices.precision(classes, None, "large", slices.last_limit()),
+    },
+    Metric {
+        name: "ar_1",
+        header: Some("AR1"),
+        definition: "Recall with at most 1 detection an image and class; LVIS has no such limit.",
+        compute: |slices, classes| slices.recall_at(classes, 1),
+    },
+    Metric {
+        name: "ar_10",
+        header: Some("AR10"),
+        definition: "Recall with at most 10 detections an image and class; LVIS has no such limit.",
+        compute: |slices, classes| slices.recall_at(classes, 10),
     },
     Metric {
         name: "ar_100",
@@ -115,9 +127,10 @@ impl Metric {
         METRICS.iter().find(|metric| metric.name == name)
     }
 
-    /// The metrics that tables show, with their headers.
-    pub fn columns() -> impl Iterator<Item = (&'static str, &'static Self)> {
-        METRICS.iter().filter_map(|metric| Some((metric.header?, metric)))
+    /// The metrics that tables show, with their headers. Those that no summary has, because the protocol does not define them, are left out.
+    pub fn columns<'a>(summaries: impl Iterator<Item = &'a Summary> + Clone) -> impl Iterator<Item = (&'static str, &'static Self)> {
+        let has = move |metric: &Self| summaries.clone().any(|summary| summary.get(metric).is_some());
+        METRICS.iter().filter_map(|metric| Some((metric.header?, metric))).filter(move |(_, metric)| has(metric))
     }
 
     fn place(&self) -> usize {
@@ -271,12 +284,12 @@ impl Evaluation {
     /// The groups as a plain text table, numbers x 100, novel first; then the warnings, a line each.
     pub fn table(&self) -> String {
         let mut text = " ".repeat(8);
-        Metric::columns().for_each(|(header, _)| text.push_str(&format!(" {header:>5}")));
+        Metric::columns(self.groups.values()).for_each(|(header, _)| text.push_str(&format!(" {header:>5}")));
         text.push('\n');
         for name in GROUPS {
             let Some(group) = self.groups.get(name) else { continue };
             let _infallible = write!(text, "{name:<8}");
-            for (_, metric) in Metric::columns() {
+            for (_, metric) in Metric::columns(self.groups.values()) {
                 let _infallible = match group.get(metric) {
                     Some(value) => write!(text, " {:5.1}", 100.0 * value),
                     None => write!(text, "     –"),

@@ -191,12 +191,13 @@ fn warnings(out: &mut String, warnings: &[String]) {
 
 fn groups(out: &mut String, evaluation: &Evaluation) {
     out.push_str("<div class=\"wide\"><table><tr><th>classes</th>");
-    Metric::columns().for_each(|(name, _)| put!(out, "<th class=\"number\">{name}</th>"));
+    Metric::columns(evaluation.groups.values()).for_each(|(name, _)| put!(out, "<th class=\"number\">{name}</th>"));
     out.push_str("</tr>");
     for name in GROUPS {
         let Some(group) = evaluation.groups.get(name) else { continue };
         put!(out, "<tr class=\"{name}\"><th>{name}</th>");
-        Metric::columns().for_each(|(_, metric)| put!(out, "<td class=\"number\">{}</td>", percent(group.get(metric))));
+        Metric::columns(evaluation.groups.values())
+            .for_each(|(_, metric)| put!(out, "<td class=\"number\">{}</td>", percent(group.get(metric))));
         out.push_str("</tr>");
     }
     out.push_str("</table></div>");

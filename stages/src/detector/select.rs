@@ -80,7 +80,7 @@ const CURVE: Out<Curve> = Out::new("curve", "AP and AP50 of base and novel class
 
 impl Stage for Select {
     const KIND: &'static str = "detector/select";
-    const VERSION: u32 = 3;
+    const VERSION: u32 = 4;
     const INPUTS: &'static [PortInfo] =
         &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), MULTILABEL_PROMPTS.info(), CHECKPOINTS.info()];
     const OUTPUTS: &'static [PortInfo] = &[BEST.info(), BEST_EVALUATION.info(), LAST_EVALUATION.info(), CURVE.info()];

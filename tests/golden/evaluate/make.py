@@ -132,7 +132,8 @@ LIMITS = [100, 300, 1000]
 boxes = build("coco", 200, 1)
 gt = COCO(str(HERE / "coco.json"))
 for name, results, kind in (("coco", boxes, "bbox"), ("coco.masks", masks("coco", boxes, 5), "segm")):
-    e = COCOeval(gt, gt.loadRes(results), kind)
+    # pycocotools writes into what it is given.
+    e = COCOeval(gt, gt.loadRes(copy.deepcopy(results)), kind)
     e.params.maxDets = LIMITS
     e.evaluate()
     e.accumulate()
@@ -143,6 +144,16 @@ for name, results, kind in (("coco", boxes, "bbox"), ("coco.masks", masks("coco"
     e.summarize()
     assert np.allclose(e.stats[:6], [official[key] for key in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")], atol=1e-12, rtol=0)
     assert np.allclose(e.stats[6:9], [official["ar_100"], official["ar_300"], official["ar"]], atol=1e-12, rtol=0)
+    # The limits of pycocotools' own table.
+    usual = COCOeval(gt, gt.loadRes(results), kind)
+    usual.evaluate()
+    usual.accumulate()
+    usual.summarize()
+    for g, s in GROUPS.items():
+        recall = usual.eval["recall"][:, s, 0]
+        golden["groups"][g].update({f"ar_{limit}": mean(recall[..., m]) for m, limit in ((0, 1), (1, 10))})
+    assert np.allclose(usual.stats[6:9], [official["ar_1"], official["ar_10"], official["ar_100"]], atol=1e-12, rtol=0)
+    assert official["ar_1"] + 0.003 < official["ar_10"] and official["ar_10"] + 0.003 < official["ar_100"]
     assert official["ar_100"] + 0.003 < official["ar_300"] and official["ar_300"] + 0.003 < official["ar"]
     save(name, golden, p, 2)
 
