@@ -107,6 +107,10 @@ fn several_devices_share_the_units_and_kills_lose_nothing_of_them() {
     alone.run(["run", "./many.yaml"]).success();
     let n_units = alone.units_of("clip/globals").len();
     assert!(n_units >= 2, "{n_units}");
+    alone.run(["export", "./many.yaml", "globals", "out"]).success();
+    let mut exported: Vec<_> = std::fs::read_dir(alone.path("out")).unwrap().map(|file| file.unwrap().file_name()).collect();
+    exported.sort();
+    assert_eq!((exported.len(), exported[1].to_str()), (n_units, Some("00001-features.arrow")), "one file a unit, numbered");
 
     shared.run(["run", "./many.yaml", "--until", "clip"]).success();
     let mut running = shared.command(["run", "./many.yaml", "--device", "cpu,cpu"]).spawn().unwrap();

@@ -8,7 +8,7 @@ use std::{
 };
 
 use clap::Subcommand;
-use indicatif::HumanBytes;
+use indicatif::{HumanBytes, HumanDuration};
 use jiff::Timestamp;
 use ovenbird_cache::{
     Ledger, Manifest, Status, Store,
@@ -471,7 +471,13 @@ fn words(options: &Gc, list: &[Deletion], going: &BTreeMap<String, u64>, left_al
     }
     let (what, bytes) = (count(going.len(), "unit"), HumanBytes(going.values().sum()));
     match (options.delete, going.is_empty()) {
-        (_, true) => text.push_str("nothing to delete\n"),
+        (_, true) => {
+            text.push_str(&format!(
+                "nothing to delete: everything is needed by a pipeline, by a run that is pinned or of the last {} (`--keep-for`), or newer than {} (`--grace`)\n",
+                HumanDuration(options.keep_for),
+                HumanDuration(options.grace),
+            ));
+        }
         (true, false) => text.push_str(&format!("{what} deleted, {bytes}\n")),
         (false, false) => text.push_str(&format!("{what} not needed, {bytes}; `ovenbird cache gc --delete` deletes them\n")),
     }

@@ -1,7 +1,7 @@
 //! `ovenbird export`: copies a stage's output into a folder.
 
 use std::{
-    collections::BTreeMap,
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
 };
@@ -12,7 +12,7 @@ use ovenbird_cache::{Digest, Error as CacheError, FileRecord, Ledger, Store, inp
 use crate::{
     chosen::{Chosen, places},
     error::{Error, Result},
-    output::{count, print},
+    output::{as_typed, count, print},
     pipeline::Step,
     plan::{self, Seen},
 };
@@ -45,22 +45,28 @@ pub(crate) fn export(home: &Path, Args { chosen, what, folder }: &Args) -> Resul
     let seen = plan::look(&pipeline, &pipeline.needed(&[place]), &store, ledger.as_ref())?.remove(&place);
     let Some(Seen::Stored(artifact)) = seen.filter(|seen| !matches!(seen, Seen::Stored(artifact) if artifact.is_dropped)) else {
         let problem = format!("there is no stored result of `{}` for the pipeline as it is now", step.id);
-        return Err(Error::Usage { problem, hint: format!("run it first: `ovenbird run {} --until {}`", pipeline.name, step.id) });
+        let run = [vec!["run".to_owned()], chosen.as_typed(&[]), vec!["--until".to_owned(), step.id.to_string()]].concat();
+        return Err(Error::Usage { problem, hint: format!("run it first: `{}`", as_typed(home, &run)) });
     };
-    let mut by_name: BTreeMap<String, (InputFile, &FileRecord)> = BTreeMap::new();
-    for (file, record) in artifact.records(port) {
-        if let Some((other, _)) = by_name.insert(file.name.clone(), (file, record)) {
-            let problem = format!("`{}.{port}` has several units, each with a file {}", step.id, other.name);
-            let hint = "such files are for later steps only; export the output of an export stage such as `globals/export` instead";
-            return Err(Error::Usage { problem, hint: hint.into() });
-        }
-    }
-    let (n_files, mut n_bytes) = (by_name.len(), 0);
-    for (name, (file, record)) in by_name {
+    let records = artifact.records(port);
+    let (n_files, mut n_bytes) = (records.len(), 0);
+    for (name, (file, record)) in names(&records).into_iter().zip(&records) {
         n_bytes += copy(&file.path, record, &folder.join(name))?;
     }
     let text = format!("{} of `{}.{port}`, {}, in {}\n", count(n_files, "file"), step.id, HumanBytes(n_bytes), folder.display());
     Ok(print(&text)?)
+}
+
+/// The names of some files in a folder: their own, or, where several units have files of one name, with the unit's number before it.
+fn names(records: &[(InputFile, &FileRecord)]) -> Vec<String> {
+    let own: BTreeSet<&String> = records.iter().map(|(file, _)| &file.name).collect();
+    if own.len() == records.len() {
+        return records.iter().map(|(file, _)| file.name.clone()).collect();
+    }
+    let mut units: Vec<_> = records.iter().map(|(file, _)| file.unit).collect();
+    units.dedup();
+    let number = |file: &InputFile| units.iter().position(|unit| *unit == file.unit).unwrap_or_default();
+    records.iter().map(|(file, _)| format!("{:05}-{}", number(file), file.name)).collect()
 }
 
 /// The named output, or the only one.

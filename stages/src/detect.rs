@@ -30,11 +30,14 @@ pub struct ZeroShot {
     pub nms_iou: f32,
     /// The most detections per image, best first.
     pub max_per_image: usize,
+    /// Accept embeddings of two CLIPs, which is refused otherwise: cosines between them mean nothing, unless both share one space.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub mixed_clips: bool,
 }
 
 impl Default for ZeroShot {
     fn default() -> Self {
-        Self { temperature: 0.01, objectness_weight: 0.5, score_threshold: 0.01, nms_iou: 0.5, max_per_image: 300 }
+        Self { temperature: 0.01, objectness_weight: 0.5, score_threshold: 0.01, nms_iou: 0.5, max_per_image: 300, mixed_clips: false }
     }
 }
 
@@ -67,7 +70,7 @@ impl Stage for ZeroShot {
         let ids = Classes::category_ids(&annotations, classes.all())?;
         let names: Vec<String> = classes.all().cloned().collect();
         let (features, prompts) = (cx.inputs.read(FEATURES)?, cx.inputs.read(PROMPTS)?);
-        space::common(&[(FEATURES.info().name, features.clip()?), (PROMPTS.info().name, prompts.clip)])?;
+        space::common_unless(self.mixed_clips, &[(FEATURES.info().name, features.clip()?), (PROMPTS.info().name, prompts.clip)])?;
         let prompts = prompts.select(&names)?;
         cx.total(annotations.images.len() as u64);
         let (mut detections, mut looked_at) = (Vec::new(), BTreeSet::new());

@@ -43,12 +43,23 @@ pub struct PseudoLabels {
     pub score_threshold: f32,
     /// The most proposals to consider per image, those of greatest objectness.
     pub max_per_image: usize,
+    /// Accept embeddings of two CLIPs, which is refused otherwise: cosines between them mean nothing, unless both share one space.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub mixed_clips: bool,
 }
 
 impl Default for PseudoLabels {
     fn default() -> Self {
         let (probability_power, objectness_power) = (0.306, 0.758);
-        Self { temperature: None, probability_power, objectness_power, nms_iou: 0.49705, score_threshold: 0.5, max_per_image: 100 }
+        Self {
+            temperature: None,
+            probability_power,
+            objectness_power,
+            nms_iou: 0.49705,
+            score_threshold: 0.5,
+            max_per_image: 100,
+            mixed_clips: false,
+        }
     }
 }
 
@@ -85,7 +96,7 @@ impl Stage for PseudoLabels {
         let annotations = file.load()?;
         let ids = Classes::category_ids(&annotations, classes.all())?;
         let (features, prompts) = (cx.inputs.read(FEATURES)?, cx.inputs.read(PROMPTS)?);
-        space::common(&[(FEATURES.info().name, features.clip()?), (PROMPTS.info().name, prompts.clip)])?;
+        space::common_unless(self.mixed_clips, &[(FEATURES.info().name, features.clip()?), (PROMPTS.info().name, prompts.clip)])?;
         let labeller = self.labeller(&prompts, &classes.all().cloned().collect::<Vec<_>>(), ids)?;
         let images = &annotations.images[..annotations.images.len().min(cx.most_items.unwrap_or(usize::MAX))];
         let mut waiting: BTreeSet<_> = images.iter().map(|image| image.id).collect();

@@ -65,7 +65,10 @@ pub(crate) fn settle(given: Option<Activation>, file: &CheckpointFile, checkpoin
             "leave `gelu` out",
         )),
         (_, Some(_)) => Ok(stated),
-        (Some(given), None) => Ok(Settings { activation: Settings::from(given).activation, ..stated }),
+        (Some(given), None) => {
+            let given = Settings::of_activation(given, "the parameter `gelu`".into());
+            Ok(Settings { activation: given.activation, ..stated })
+        }
         (None, None) => {
             let layout = layout::normalise(checkpoint.tensors(), &file.file.path)?.layout.name;
             let problem =

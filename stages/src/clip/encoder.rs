@@ -206,6 +206,9 @@ impl Clip {
         let place = layout::place(checkpoint.tensors(), self.prefix.as_deref(), path)?;
         let checkpoint = checkpoint.at(&place);
         let settings = activation::settle(self.gelu, file, &checkpoint)?;
+        if let Some(activation) = &settings.activation {
+            cx.note(format!("{}: activation `{}`, from {}", path.display(), activation.value.name(), activation.source));
+        }
         let normalised = layout::normalise(checkpoint.tensors(), path)?;
         for words in place.note().into_iter().chain(normalised.notes()) {
             cx.note(format!("{}: {words}", path.display()));

@@ -56,6 +56,17 @@ pub(crate) fn common(ports: &[(&'static str, Option<Space>)]) -> Result<Option<S
     }
 }
 
+/// As [`common`], of a stage with the parameter `mixed_clips`; if that is set, nothing is compared and the space counts as unknown.
+pub(crate) fn common_unless(mixed_clips: bool, ports: &[(&'static str, Option<Space>)]) -> Result<Option<Space>> {
+    if mixed_clips {
+        return Ok(None);
+    }
+    common(ports).map_err(|error| match error {
+        Error::Input { port, problem, hint } => Error::Input { port, problem, hint: format!("{hint}; `mixed_clips: true` accepts both") },
+        other => other,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use ovenbird_models::clip::layout::CLIP_PROJECTIONS;
@@ -101,6 +112,10 @@ mod tests {
         let error = common(&[("features", Some(one)), ("labels", None), ("prompts", Some(other))]).unwrap_err();
         let words = format!("prompts: `features` has embeddings of the CLIP {}, `prompts` of the CLIP {}", one.0, other.0);
         assert_eq!((error.to_string(), error.hint()), (words, Some("make both with the same checkpoint".into())));
+        let ports = [("features", Some(one)), ("prompts", Some(other))];
+        assert_eq!(common_unless(true, &ports).unwrap(), None);
+        let hint = "make both with the same checkpoint; `mixed_clips: true` accepts both";
+        assert_eq!(common_unless(false, &ports).unwrap_err().hint().unwrap(), hint);
     }
 
     #[test]

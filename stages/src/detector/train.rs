@@ -44,6 +44,9 @@ pub struct Train {
     pub distillation: Distillation,
     /// How the detector is trained.
     pub training: Training,
+    /// Accept embeddings of two CLIPs, which is refused otherwise: cosines between them mean nothing, unless both share one space.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub mixed_clips: bool,
 }
 
 impl Default for Train {
@@ -56,6 +59,7 @@ impl Default for Train {
             crowds: Crowds::default(),
             distillation: Distillation::default(),
             training: Training::default(),
+            mixed_clips: false,
         }
     }
 }
@@ -136,20 +140,20 @@ impl Train {
             has_multilabel_prompts: is_given(MULTILABEL_PROMPTS.info()),
             fits: self.training.fits(),
             scale: LogitScale::Temperature { train: self.train_temperature, test: self.test_temperature },
-            clip: clip_of(inputs)?,
+            clip: clip_of(inputs, self.mixed_clips)?,
         })
     }
 }
 
-/// The CLIP of all embeddings in training, where it is known. Fails where they come from several CLIPs.
-fn clip_of(inputs: &Inputs) -> Result<Option<Space>> {
+/// The CLIP of all embeddings in training, where it is known. Fails where they come from several CLIPs, unless that is allowed.
+fn clip_of(inputs: &Inputs, mixed_clips: bool) -> Result<Option<Space>> {
     let [text, image] = spaces_of_prompts(inputs)?;
     let regions = |port: In<RegionFeatures>| {
         let clip = inputs.read_if_given(port)?.map(|features| features.clip()).transpose()?;
         Ok::<_, Error>((port.info().name, clip.flatten()))
     };
     let globals = inputs.read_if_given(GLOBALS)?.map(|features| features.clip()).transpose()?.flatten();
-    space::common(&[text, image, regions(FEATURES)?, regions(BLOCKS)?, (GLOBALS.info().name, globals)])
+    space::common_unless(mixed_clips, &[text, image, regions(FEATURES)?, regions(BLOCKS)?, (GLOBALS.info().name, globals)])
 }
 
 #[cfg(test)]
