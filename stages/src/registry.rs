@@ -67,6 +67,8 @@ pub struct StageEntry {
     pub outputs: &'static [PortInfo],
     /// See [`Stage::USES_DEVICE`].
     pub uses_device: bool,
+    /// See [`Stage::SKIPS_ITEMS`].
+    pub skips_items: bool,
     /// JSON Schema of its parameters, with documentation and defaults.
     pub schema: fn() -> Schema,
     /// Reads its parameters; each problem names the field.
@@ -87,6 +89,7 @@ impl StageEntry {
             inputs: S::INPUTS,
             outputs: S::OUTPUTS,
             uses_device: S::USES_DEVICE,
+            skips_items: S::SKIPS_ITEMS,
             schema: || schema_for!(S),
             parse: parse::<S>,
             consumer: None,
