@@ -49,6 +49,7 @@ pub use features::{
     Crop, Crops, CropsWriter, Dtype, ImageFeatures, ImageFeaturesWriter, RegionFeatures, RegionFeaturesWriter, Regions, WholeBox,
 };
 pub use images::Images;
+pub(crate) use images::listed;
 pub use tables::{Detections, Proposals};
 
 use crate::{

@@ -21,6 +21,7 @@ use crate::{
 pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<toy::World>(),
     StageEntry::of::<annotations::split::Split>(),
+    StageEntry::of::<annotations::folder::Folder>(),
     StageEntry::of::<proposals::import::Import>(),
     StageEntry::of::<proposals::export::Export>(),
     StageEntry::of_images::<crops::Objects>(),
@@ -164,6 +165,7 @@ mod tests {
         let others = [
             "toy/world",
             "annotations/split",
+            "annotations/folder",
             "proposals/import",
             "proposals/export",
             "crops/objects",

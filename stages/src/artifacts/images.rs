@@ -59,6 +59,11 @@ enum Found<'a> {
 }
 
 impl Images {
+    /// All files in the folder, in ascending name.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &InputFile> {
+        self.by_name.values()
+    }
+
     /// The content digest of an image; a missing image has a digest of its own.
     pub fn digest(&self, file_name: &str) -> Result<Digest> {
         Ok(match self.find(file_name)? {
@@ -232,7 +237,7 @@ impl Images {
 const FOLDER_HINT: &str = "point `images` at the folder that the annotations' file names are relative to";
 
 /// The first names, and how many more there are.
-fn listed(names: &[impl AsRef<str>]) -> String {
+pub(crate) fn listed(names: &[impl AsRef<str>]) -> String {
     let named: Vec<String> = names.iter().take(MAX_NAMED).map(|name| format!("`{}`", name.as_ref())).collect();
     let n_more = names.len().saturating_sub(MAX_NAMED);
     let more = if n_more > 0 { format!(" and {n_more} more") } else { String::new() };
