@@ -107,6 +107,11 @@ impl AnnotationFile {
         self.load_for(Needs::Images)
     }
 
+    /// Reads whatever it has; lists that it lacks are empty.
+    pub fn load_all(&self) -> Result<Annotations> {
+        Ok(Annotations::parse_all(&self.file.read()?, &self.file.path)?)
+    }
+
     fn load_for(&self, needs: Needs) -> Result<Annotations> {
         Ok(Annotations::parse_for(&self.file.read()?, &self.file.path, needs)?)
     }
