@@ -173,10 +173,10 @@ fn class_lists_in_the_pipeline_are_checked_when_it_is_read() {
         ("{base: [cat], novel: [cat]}", "the class list names `cat` twice"),
         ("{base: [], novel: []}", "expected at least one class, found two empty lists"),
         ("{base: [cat]}", "stages.split.with.classes: expected the key `novel`, found none"),
-        ("{base: [cat], novle: []}", "unknown key `novle`; expected one of `base`, `novel`"),
-        ("{base: [cat, 7], novel: []}", "stages.split.with.classes.base[1]: expected text, found the number 7"),
+        ("{base: [cat], novle: []}", "stages.split.with.classes.novle: unknown key `novle`, did you mean `novel`?"),
+        ("{base: [cat, 7], novel: []}", "stages.split.with.classes.base[1]: expected text, found 7"),
         ("[cat, dog]", "expected `input`, `coco-48-17`, `lvis-frequency`, or two lists `{base: [..], novel: [..]}`, found a list"),
-        ("coco", "unknown value `coco`; expected one of `input`, `coco-48-17`, `lvis-frequency`"),
+        ("coco", "unknown value `coco`, did you mean `coco-48-17`?"),
     ] {
         world.write("brought.yaml", BROUGHT.replace("coco-48-17", lists));
         let output = world.run(["plan", "./brought.yaml"]);
