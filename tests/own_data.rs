@@ -264,3 +264,36 @@ fn init_writes_a_pipeline_that_can_be_planned() {
     assert_eq!(world.run(["init", "data/val", "--clip", "wrong.json"]).code, 4);
     assert!(!world.path("mine.yaml").exists());
 }
+
+/// Every command of the page is run, in a fresh folder. Blocks that begin with a file's name are written to it.
+#[test]
+fn the_page_about_your_own_data_can_be_followed_word_by_word() {
+    let world = World::new();
+    let page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/your-data.md")).unwrap();
+    let mut n_commands = 0;
+    for block in page.split("\n```").skip(1).step_by(2) {
+        let (kind, block) = block.split_once('\n').unwrap();
+        let (first, rest) = block.split_once('\n').unwrap_or((block, ""));
+        match (kind, first.strip_prefix("# ").and_then(|name| name.split_once(", more"))) {
+            ("yaml", Some((name, _))) => {
+                world.write(name, format!("{}{rest}\n", fs::read_to_string(world.path(name)).unwrap()));
+            }
+            ("yaml", None) if first.starts_with("# ") => world.write(&first[2..], rest),
+            ("sh", _) => {
+                for line in block.lines() {
+                    let mut args: Vec<String> = Vec::new();
+                    // Words in quotes have spaces.
+                    for (place, part) in line.split('"').enumerate() {
+                        if place % 2 == 1 { args.push(part.into()) } else { args.extend(part.split_whitespace().map(str::to_owned)) }
+                    }
+                    let output = world.run(args[1..].iter().map(String::as_str));
+                    assert_eq!((args[0].as_str(), output.code), ("ovenbird", 0), "{line}\n{}{}", output.stdout, output.stderr);
+                    n_commands += 1;
+                }
+            }
+            _ => {}
+        }
+    }
+    assert!(n_commands > 20, "{n_commands}");
+    assert!(world.path("out/results.json").exists() && world.path("out/regions.arrow").exists());
+}
