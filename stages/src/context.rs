@@ -160,7 +160,7 @@ pub fn count_failed(store: &Store, units: &[UnitRecord], n_items: usize) -> Resu
         n_failed += failed.len();
         last = failed.into_iter().next_back().map_or(last, |failed| failed.reason);
     }
-    // Programs before 0.2 did not write down of how many.
+    // Older units without items do not say of how many.
     Ok(([if n_items == 0 { 0 } else { n_failed }, n_items], last))
 }
 
