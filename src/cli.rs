@@ -10,7 +10,7 @@ use clap_complete::Shell;
 use ovenbird_cache::{crash_at, publish};
 
 use crate::{
-    commands::{cache, doctor, explain, export, log, pipelines, plan, report, retry, run, schema, stages, status, verify},
+    commands::{cache, check, doctor, explain, export, init, log, pipelines, plan, report, retry, run, schema, stages, status, verify},
     error::{Error, ExitCode, Result},
     output::{DEFAULT_HOME, print},
 };
@@ -35,8 +35,10 @@ struct Cli {
 /// The commands; each has a file of its name in `src/commands/`, but for the two that describe the command line itself.
 #[derive(Subcommand)]
 enum Command {
+    Init(init::Args),
     Run(run::Args),
     Plan(plan::Args),
+    Check(check::Args),
     Explain(explain::Args),
     Retry(retry::Args),
     Export(export::Args),
@@ -94,8 +96,10 @@ fn begin(cli: Cli) -> Result<()> {
         crash_at(step);
     }
     match &command {
+        Command::Init(args) => init::init(args),
         Command::Run(args) => run::run(&home, args),
         Command::Plan(args) => plan::plan(&home, args),
+        Command::Check(args) => check::check(args),
         Command::Explain(args) => explain::explain(&home, args),
         Command::Retry(args) => retry::retry(&home, args),
         Command::Export(args) => export::export(&home, args),

@@ -1,9 +1,11 @@
 //! The commands, one file each, with its arguments.
 
 pub(crate) mod cache;
+pub(crate) mod check;
 pub(crate) mod doctor;
 pub(crate) mod explain;
 pub(crate) mod export;
+pub(crate) mod init;
 pub(crate) mod log;
 pub(crate) mod pipelines;
 pub(crate) mod plan;

@@ -34,6 +34,9 @@ pub(crate) enum Error {
     /// Some stages failed; each was reported when it failed.
     #[error("{} failed: {}", count(failed.len(), "step"), listed(failed))]
     StagesFailed { failed: Vec<StepId>, skipped: Vec<StepId>, worst: ExitCode },
+    /// `check` found problems of a pipeline's inputs, and printed them.
+    #[error("{} of the inputs", count(*n_problems, "problem"))]
+    Inputs { n_problems: usize },
     /// Stored results are damaged.
     #[error("{} {}", count(*n_left, "problem"), if *is_fixed { "could not be repaired" } else { "found in the home" })]
     Damage { n_left: usize, is_fixed: bool },
@@ -99,6 +102,7 @@ impl Error {
             Self::Pipeline { .. } => ExitCode::Pipeline,
             Self::UnknownPipeline { .. } | Self::Usage { .. } => ExitCode::Usage,
             Self::StagesFailed { worst, .. } => *worst,
+            Self::Inputs { .. } => ExitCode::Input,
             Self::Damage { .. } | Self::DamagedRecords { .. } => ExitCode::Damage,
             Self::Hangs { .. } | Self::LacksDevices { .. } => ExitCode::Stage,
             Self::Interrupted => ExitCode::Interrupted,
@@ -143,6 +147,7 @@ impl Error {
                 let skipped = if skipped.is_empty() { String::new() } else { format!("; steps that did not run because of this: {}", listed(skipped)) };
                 Some(format!("fix the cause above and type the same command again: the run continues{skipped}"))
             }
+            Self::Inputs { .. } => Some("mend what is named above, and type the same command again".into()),
             Self::DamagedRecords { .. } => {
                 Some("`ovenbird verify --fix` repairs them or names what is lost; then type the same command again".into())
             }

@@ -7,7 +7,7 @@ pub(crate) mod previous_run;
 use std::{collections::BTreeMap, path::PathBuf};
 
 use ovenbird_cache::{Artifact, Digest, Ledger, Recipe, Status, Store, UnitRecord, files_digest, inputs};
-use ovenbird_stages::{FAILED_FILE, Inputs, OnBadItem, Unit, Units, failed_items, refuse_too_many};
+use ovenbird_stages::{FAILED_FILE, Inputs, OnBadItem, Unit, Units, count_failed, refuse_too_many};
 use serde::Serialize;
 
 use crate::{
@@ -161,10 +161,13 @@ pub(crate) fn missing(step: &Step, store: &Store, units: &[Unit], is_chain: bool
 /// A reason to run, where more items of an artifact failed than the step allows: another pipeline may have made it.
 fn too_many_failed(step: &Step, store: &Store, artifact: &Artifact) -> Result<Option<String>> {
     let OnBadItem::Skip { max_failed_ratio } = step.on_bad_item else { return Ok(None) };
-    let n_items: u64 = artifact.manifest.units.iter().map(UnitRecord::n_items).sum();
-    let failed = artifact.manifest.units.iter().map(|unit| Ok(failed_items(store, unit)?.len()));
-    let n_failed: usize = if n_items == 0 || artifact.is_dropped { 0 } else { failed.sum::<Result<_>>()? };
-    let is_too_many = refuse_too_many([n_failed, n_items as usize], max_failed_ratio, "").is_err();
+    if artifact.is_dropped {
+        return Ok(None);
+    }
+    let units = &artifact.manifest.units;
+    let n_items: u64 = units.iter().map(UnitRecord::n_items).sum();
+    let ([n_failed, n_items], _) = count_failed(store, units, n_items as usize)?;
+    let is_too_many = refuse_too_many([n_failed, n_items], max_failed_ratio, "").is_err();
     Ok(is_too_many.then(|| format!("{n_failed} of {n_items} items failed, more than max_failed_ratio {max_failed_ratio} allows")))
 }
 

@@ -166,6 +166,35 @@ stages:
 }
 
 #[test]
+fn class_lists_in_the_pipeline_are_checked_when_it_is_read() {
+    let world = brought();
+    for (lists, words) in [
+        ("{base: [cat, cat], novel: []}", "line 7: stages.split.with.classes: the class list names `cat` twice"),
+        ("{base: [cat], novel: [cat]}", "the class list names `cat` twice"),
+        ("{base: [], novel: []}", "expected at least one class, found two empty lists"),
+        ("{base: [cat]}", "stages.split.with.classes: expected the key `novel`, found none"),
+        ("{base: [cat], novle: []}", "stages.split.with.classes.novle: unknown key `novle`, did you mean `novel`?"),
+        ("{base: [cat, 7], novel: []}", "stages.split.with.classes.base[1]: expected text, found 7"),
+        ("[cat, dog]", "expected `input`, `coco-48-17`, `lvis-frequency`, or two lists `{base: [..], novel: [..]}`, found a list"),
+        ("coco", "unknown value `coco`, did you mean `coco-48-17`?"),
+    ] {
+        world.write("brought.yaml", BROUGHT.replace("coco-48-17", lists));
+        let output = world.run(["plan", "./brought.yaml"]);
+        assert!(output.code == 3 && output.stderr.contains(words), "{lists}: expected `{words}` in\n{}", output.stderr);
+    }
+}
+
+#[test]
+fn a_stage_without_items_takes_no_policy_for_them() {
+    let world = brought();
+    world.write("brought.yaml", BROUGHT.replace("use: annotations/split\n", "use: annotations/split\n    on_bad_item: skip\n"));
+    let words = "line 6: stages.split.on_bad_item: `annotations/split` has no items that could be skipped: leave `on_bad_item: skip` out";
+    check(&world, 3, &[words]);
+    world.write("brought.yaml", BROUGHT.replace("use: annotations/split\n", "use: annotations/split\n    on_bad_item: fail\n"));
+    world.run(["plan", "./brought.yaml"]).success();
+}
+
+#[test]
 fn a_circle_is_named() {
     let world = World::new();
     world.write(

@@ -12,6 +12,7 @@ mod extraction;
 mod faults;
 mod interchange;
 mod matrix;
+mod own_data;
 mod prompts;
 mod quickstart;
 mod records;

@@ -245,6 +245,12 @@ impl Annotations {
         Self::parse_for(json, path, Needs::Labels)
     }
 
+    /// As [`Self::parse`], of whatever a file has: lists that it lacks are empty.
+    pub fn parse_all(json: &[u8], path: &Path) -> Result<Self> {
+        let malformed = |(problem, hint): (String, String)| Error::Malformed { path: path.to_owned(), problem, hint: Some(hint) };
+        Self::checked(read(json, Needs::Labels).map_err(malformed)?, path)
+    }
+
     /// As [`Self::parse`], for a stage that does not need everything: lists that it does not need are empty.
     pub fn parse_for(json: &[u8], path: &Path, needs: Needs) -> Result<Self> {
         let malformed = |problem: String, hint: String| Error::Malformed { path: path.to_owned(), problem, hint: Some(hint) };
@@ -261,9 +267,13 @@ impl Annotations {
                         embeddings of whole images and of blocks, and for proposals";
             return Err(malformed(format!("the file has no {names}, which are needed here"), hint.into()));
         }
+        Self::checked(raw, path)
+    }
+
+    fn checked(raw: RawFile<Vec<RawAnnotation<Outline>>>, path: &Path) -> Result<Self> {
         match problems(&raw).into_words() {
             None => Ok(Self::from_raw(raw)),
-            Some((problem, hint)) => Err(malformed(problem, hint.into())),
+            Some((problem, hint)) => Err(Error::Malformed { path: path.to_owned(), problem, hint: Some(hint.into()) }),
         }
     }
 

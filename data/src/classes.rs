@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::annotations::{Annotations, Frequency};
@@ -10,8 +11,9 @@ use crate::annotations::{Annotations, Frequency};
 const COCO_48_17: &str = include_str!("classes/coco_48_17.json");
 
 /// Base classes, labelled in training, and novel classes. The order counts: a class's new id is its place in [`Self::all`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "Lists")]
+#[schemars(!try_from)]
 pub struct ClassSplit {
     /// Classes with labels in training.
     pub base: Vec<String>,

@@ -9,7 +9,7 @@
 use std::{fs, io::Cursor, path::Path};
 
 use image::{
-    DynamicImage, ExtendedColorType, ImageDecoder as _, ImageEncoder as _, ImageReader, Limits,
+    DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder as _, ImageReader, Limits,
     codecs::{jpeg::JpegEncoder, png::PngEncoder},
     metadata::Orientation,
 };
@@ -74,53 +74,21 @@ impl Image {
         Self::decode_if(bytes, path, None)
     }
 
+    /// The size of a JPEG or PNG, `[width, height]` px, from its header: fails where [`Self::decode`] would fail for what the header, or the
+    /// end of a JPEG, says. `path` is for the message.
+    pub fn size(bytes: &[u8], path: &Path) -> Result<[u32; 2]> {
+        header(bytes, path, None).map(|decoder| decoder.dimensions().into())
+    }
+
+    /// As [`Self::size`], of an image whose size is known, `[width, height]` px: fails where [`Self::decode_sized`] would.
+    pub fn check_size(bytes: &[u8], path: &Path, stated: [u32; 2]) -> Result<()> {
+        header(bytes, path, Some(stated)).map(drop)
+    }
+
     fn decode_if(bytes: &[u8], path: &Path, stated: Option<[u32; 2]>) -> Result<Self> {
-        let refused = |problem: String, hint: String| Error::Malformed { path: path.to_owned(), problem, hint: Some(hint) };
-        let malformed = |problem: String| refused(problem, "the file is cut short or damaged: fetch or make it again".into());
-        if !bytes.starts_with(JPEG_START)
-            && !bytes.starts_with(PNG_START)
-            && let Some(found) = content::describe(bytes)
-        {
-            let hint = match content::image_format(bytes) {
-                Some(_) => format!("it is {found} with another extension: convert it to JPEG or PNG, or skip it with `on_bad_item: skip`"),
-                None => "it is not an image: download it again, or skip it with `on_bad_item: skip`".into(),
-            };
-            return Err(refused(format!("expected a JPEG or PNG image, found {found}"), hint));
-        }
-        // The decoder forgives a JPEG that ends early and fills the rest with grey.
-        if bytes.starts_with(JPEG_START) && !reaches_end(bytes) {
-            return Err(malformed(format!("a JPEG without its end: {} bytes", bytes.len())));
-        }
-        let not_an_image = |error: image::ImageError| malformed(format!("expected a JPEG or PNG image: {error}"));
-        let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| not_an_image(error.into()))?;
-        let mut limits = Limits::default();
-        limits.max_alloc = Some(MAX_PIXELS * MAX_PIXEL_BYTES);
-        reader.limits(limits);
-        let decoder = reader.into_decoder().map_err(not_an_image)?;
+        let decoder = header(bytes, path, stated)?;
         let (width, height) = decoder.dimensions();
-        let size = |[width, height]: [u32; 2]| format!("{width} x {height}");
-        if let Some(stated) = stated.filter(|stated| *stated != [width, height]) {
-            let problem = format!("the annotations say {} px, the image has {}", size(stated), size([width, height]));
-            return Err(match (stated == [height, width], orientation(bytes)) {
-                (false, _) => {
-                    refused(problem, "use the images the annotations were made for; a resized copy does not fit its boxes".into())
-                }
-                (true, Some(tag @ 5..=8)) => refused(
-                    format!("{problem}: width and height are exchanged, and the file has the EXIF orientation {tag}, by which viewers turn it"),
-                    "turn the pixels and drop the tag (`mogrify -auto-orient FILE` or `exiftran -ai FILE`): images are taken as they are stored"
-                        .into(),
-                ),
-                (true, _) => refused(
-                    format!("{problem}: width and height are exchanged"),
-                    "use the images the annotations were made for, or exchange `width` and `height` in the annotations".into(),
-                ),
-            });
-        }
-        if is_too_large([width, height]) {
-            let problem = format!("{} px, more than the {MAX_PIXELS} px that an image may have", size([width, height]));
-            return Err(refused(problem, "cut it into smaller images, or skip it with `on_bad_item: skip`".into()));
-        }
-        let rgb = to_rgb8(DynamicImage::from_decoder(decoder).map_err(not_an_image)?);
+        let rgb = to_rgb8(DynamicImage::from_decoder(decoder).map_err(|error| not_an_image(path, &error))?);
         Ok(Self { width, height, rgb })
     }
 
@@ -187,6 +155,68 @@ const MAX_PIXEL_BYTES: u64 = 8;
 
 fn is_too_large([width, height]: [u32; 2]) -> bool {
     u64::from(width) * u64::from(height) > MAX_PIXELS
+}
+
+/// Reads the header of a JPEG or PNG, and checks the size against a stated one.
+fn header<'a>(bytes: &'a [u8], path: &Path, stated: Option<[u32; 2]>) -> Result<impl ImageDecoder + 'a> {
+    let refused = |problem: String, hint: String| Error::Malformed { path: path.to_owned(), problem, hint: Some(hint) };
+    if !bytes.starts_with(JPEG_START)
+        && !bytes.starts_with(PNG_START)
+        && let Some(found) = content::describe(bytes)
+    {
+        let hint = match content::image_format(bytes) {
+            Some(_) => format!("it is {found} with another extension: convert it to JPEG or PNG, or skip it with `on_bad_item: skip`"),
+            None => "it is not an image: download it again, or skip it with `on_bad_item: skip`".into(),
+        };
+        return Err(refused(format!("expected a JPEG or PNG image, found {found}"), hint));
+    }
+    // The decoder forgives a JPEG that ends early and fills the rest with grey.
+    if bytes.starts_with(JPEG_START) && !reaches_end(bytes) {
+        return Err(cut_short(path, format!("a JPEG without its end: {} bytes", bytes.len())));
+    }
+    let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|error| not_an_image(path, &error.into()))?;
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(MAX_PIXELS * MAX_PIXEL_BYTES);
+    reader.limits(limits);
+    let decoder = reader.into_decoder().map_err(|error| not_an_image(path, &error))?;
+    let (width, height) = decoder.dimensions();
+    let size = |[width, height]: [u32; 2]| format!("{width} x {height}");
+    if let Some(stated) = stated.filter(|stated| *stated != [width, height]) {
+        let problem = format!("the annotations say {} px, the image has {}", size(stated), size([width, height]));
+        return Err(match (stated == [height, width], orientation(bytes)) {
+            (false, _) => {
+                refused(problem, "use the images the annotations were made for; a resized copy does not fit its boxes".into())
+            }
+            (true, Some(tag @ 5..=8)) => refused(
+                format!("{problem}: width and height are exchanged, and the file has the EXIF orientation {tag}, by which viewers turn it"),
+                "turn the pixels and drop the tag (`mogrify -auto-orient FILE` or `exiftran -ai FILE`): images are taken as they are stored"
+                    .into(),
+            ),
+            (true, _) => refused(
+                format!("{problem}: width and height are exchanged"),
+                "use the images the annotations were made for, or exchange `width` and `height` in the annotations".into(),
+            ),
+        });
+    }
+    if is_too_large([width, height]) {
+        let problem = format!("{} px, more than the {MAX_PIXELS} px that an image may have", size([width, height]));
+        return Err(refused(problem, "cut it into smaller images, or skip it with `on_bad_item: skip`".into()));
+    }
+    Ok(decoder)
+}
+
+fn not_an_image(path: &Path, error: &image::ImageError) -> Error {
+    cut_short(path, format!("expected a JPEG or PNG image: {error}"))
+}
+
+fn cut_short(path: &Path, problem: String) -> Error {
+    let hint = Some("the file is cut short or damaged: fetch or make it again".into());
+    Error::Malformed { path: path.to_owned(), problem, hint }
+}
+
+/// Whether a file has an EXIF orientation by which viewers turn or mirror it.
+pub fn is_turned(bytes: &[u8]) -> bool {
+    orientation(bytes).is_some_and(|tag| tag > 1)
 }
 
 /// Whether a file has an EXIF orientation that moves pixels and not the size of `[width, height]` px, which is therefore not found out by

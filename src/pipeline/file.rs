@@ -247,7 +247,7 @@ impl Reader {
         let stage = self.parameters(&path, &id, entry, &with, changes);
         let inputs = self.inputs(&path, &id, entry, keys.get("in"), changes);
         let resources = self.resources(&path, entry, keys.get("resources"));
-        let on_bad_item = self.on_bad_item(&path, keys.get("on_bad_item"), keys.get("max_failed_ratio"));
+        let on_bad_item = self.on_bad_item(&path, entry, keys.get("on_bad_item"), keys.get("max_failed_ratio"));
         let max_silence = match keys.get("max_silence_s").map(|given| (given.as_u64(), given)) {
             None => MAX_SILENCE,
             Some((Some(seconds @ 1..), _)) => Duration::from_secs(seconds),
@@ -378,7 +378,7 @@ impl Reader {
         resources
     }
 
-    fn on_bad_item(&mut self, path: &str, policy: Option<&Yaml>, ratio: Option<&Yaml>) -> OnBadItem {
+    fn on_bad_item(&mut self, path: &str, entry: &StageEntry, policy: Option<&Yaml>, ratio: Option<&Yaml>) -> OnBadItem {
         let max_failed_ratio = match ratio.map(|ratio| (ratio.as_f64(), ratio)) {
             None => MAX_FAILED_RATIO,
             Some((Some(ratio), _)) if (0.0..=1.0).contains(&ratio) => ratio,
@@ -388,6 +388,10 @@ impl Reader {
             }
         };
         match policy.map(|policy| (policy.as_str(), policy)) {
+            Some((Some("skip"), _)) if !entry.skips_items => {
+                let why = format!("`{}` has no items that could be skipped: leave `on_bad_item: skip` out", entry.kind);
+                self.push(format!("{path}.on_bad_item"), why);
+            }
             Some((Some("skip"), _)) => return OnBadItem::Skip { max_failed_ratio },
             None | Some((Some("fail"), _)) if ratio.is_some() => {
                 self.push(format!("{path}.max_failed_ratio"), "has a meaning only with `on_bad_item: skip`");

@@ -15,7 +15,7 @@ use std::{
 use indicatif::HumanBytes;
 use jiff::Timestamp;
 use ovenbird_cache::{Artifact, Claim, Lease, Owner, Provenance, Status, Store, UnitRecord, Watch, unit_name};
-use ovenbird_stages::{AnyStage, Context, OnBadItem, Progress, Unit, failed_items, refuse_too_many, run_together};
+use ovenbird_stages::{AnyStage, Context, OnBadItem, Progress, Unit, count_failed, refuse_too_many, run_together};
 
 use crate::{
     error::{Error, Result},
@@ -267,16 +267,15 @@ impl<'a> StepRun<'a> {
     fn count_failed(&self) -> Result<()> {
         let (Task { step, work, .. }, store) = (self.task, self.context.store);
         let OnBadItem::Skip { max_failed_ratio } = step.on_bad_item else { return Ok(()) };
-        let (mut n_failed, mut last) = (0, String::new());
-        for unit in work.units.iter().filter(|unit| unit.item_key.is_some()) {
+        let mut published = Vec::new();
+        for unit in &work.units {
             if let Status::Valid(record) = store.unit(step.entry.kind, &unit.fingerprint)? {
-                let failed = failed_items(store, &record)?;
-                n_failed += failed.len();
-                last = failed.into_iter().next_back().map_or(last, |failed| failed.reason);
+                published.push(record);
             }
         }
-        self.n_failed.store(n_failed as u64, Ordering::Relaxed);
-        if n_failed == 0 { Ok(()) } else { Ok(refuse_too_many([n_failed, work.items.len()], max_failed_ratio, &last)?) }
+        let (counts, last) = count_failed(store, &published, work.items.len())?;
+        self.n_failed.store(counts[0] as u64, Ordering::Relaxed);
+        Ok(refuse_too_many(counts, max_failed_ratio, &last)?)
     }
 
     /// The missing units; damaged ones are set aside.

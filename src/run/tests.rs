@@ -26,6 +26,7 @@ const ENTRY: &StageEntry = &StageEntry {
     inputs: &[LEFT.info(), RIGHT.info()] as &[PortInfo],
     outputs: &[SUM.info()] as &[PortInfo],
     uses_device: false,
+    skips_items: true,
     consumer: None,
     schema: || schemars::schema_for!(u8),
     parse: |_| Ok(Box::new(Sum { number: 0 })),

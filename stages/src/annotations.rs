@@ -1,4 +1,5 @@
-//! Stages that change annotations.
+//! Stages that make and change annotations.
 
+pub mod folder;
 pub mod pseudo_labels;
 pub mod split;

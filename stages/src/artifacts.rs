@@ -49,6 +49,7 @@ pub use features::{
     Crop, Crops, CropsWriter, Dtype, ImageFeatures, ImageFeaturesWriter, RegionFeatures, RegionFeaturesWriter, Regions, WholeBox,
 };
 pub use images::Images;
+pub(crate) use images::listed;
 pub use tables::{Detections, Proposals};
 
 use crate::{
@@ -104,6 +105,11 @@ impl AnnotationFile {
     /// Reads its images alone; the file need not have anything else.
     pub fn load_images(&self) -> Result<Annotations> {
         self.load_for(Needs::Images)
+    }
+
+    /// Reads whatever it has; lists that it lacks are empty.
+    pub fn load_all(&self) -> Result<Annotations> {
+        Ok(Annotations::parse_all(&self.file.read()?, &self.file.path)?)
     }
 
     fn load_for(&self, needs: Needs) -> Result<Annotations> {

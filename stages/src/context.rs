@@ -92,6 +92,9 @@ pub enum OnBadItem {
 /// The file of a unit that lists its failed items; there only if there are some.
 pub const FAILED_FILE: &str = "failed.json";
 
+/// The metric of a unit with failed items: how many items there are in all.
+const FAILED_OF: &str = "failed_of";
+
 /// Checkpoints kept before the last one, to continue from if that one is damaged.
 const SPARE_CHECKPOINTS: usize = 2;
 /// How often a transient failure is retried, counting the first attempt.
@@ -138,6 +141,27 @@ pub fn failed_items(store: &Store, record: &UnitRecord) -> Result<Vec<FailedItem
     let unit = Some(record.key.fingerprint);
     let file = InputFile { name: FAILED_FILE.into(), path, bytes: listed.bytes, digest: listed.content(), unit };
     serde_json::from_slice(&file.read()?).map_err(|error| malformed(&file.path, error.to_string()))
+}
+
+/// How many items failed in some units of a stage, in their order, and of how many; and why the last one failed.
+///
+/// Units with items list their own failed items; `n_items`: how many items the stage has. Checkpoints of a training have none, and the last
+/// one lists all that failed so far.
+pub fn count_failed(store: &Store, units: &[UnitRecord], n_items: usize) -> Result<([usize; 2], String)> {
+    let (units, n_items) = match units {
+        [.., last] if n_items == 0 => {
+            (&units[units.len() - 1..], last.metrics.get(FAILED_OF).and_then(Value::as_u64).unwrap_or(0) as usize)
+        }
+        _ => (units, n_items),
+    };
+    let (mut n_failed, mut last) = (0, String::new());
+    for unit in units {
+        let failed = failed_items(store, unit)?;
+        n_failed += failed.len();
+        last = failed.into_iter().next_back().map_or(last, |failed| failed.reason);
+    }
+    // Older units without items do not say of how many.
+    Ok(([if n_items == 0 { 0 } else { n_failed }, n_items], last))
 }
 
 /// Fails if more items have failed than the policy allows; `last`: why the last one failed.
@@ -187,7 +211,13 @@ impl Context<'_> {
     /// Opens the draft of a unit without items. Dropping the draft discards the unit.
     pub fn begin(&self, unit: &Unit) -> Result<UnitDraft> {
         self.proceed()?;
-        Ok(UnitDraft { draft: self.store.begin_unit(&self.key(unit))?, unit: unit.clone(), failed: Mutex::default(), _lease: None })
+        Ok(UnitDraft {
+            draft: self.store.begin_unit(&self.key(unit))?,
+            unit: unit.clone(),
+            failed: Mutex::default(),
+            n_items: AtomicU64::new(0),
+            _lease: None,
+        })
     }
 
     /// Opens the draft of a unit with items; `None` if another process is making the unit: processes share the work of a stage unit by
@@ -198,7 +228,7 @@ impl Context<'_> {
             Claim::Made(_) | Claim::Held(_) => Ok(None),
             Claim::Mine(lease) => {
                 let draft = self.store.begin_unit(&self.key(unit))?;
-                Ok(Some(UnitDraft { draft, unit: unit.clone(), failed: Mutex::default(), _lease: Some(lease) }))
+                Ok(Some(UnitDraft { draft, unit: unit.clone(), failed: Mutex::default(), n_items: AtomicU64::new(0), _lease: Some(lease) }))
             }
         }
     }
@@ -250,6 +280,7 @@ impl Context<'_> {
         let failed = FailedItem { item: item.into(), reason: with_sources(&error), attempts };
         refuse_too_many(counts, max_failed_ratio, &failed.reason)?;
         (self.report)(Progress::Failed(failed.clone()));
+        draft.n_items.store(counts[1] as u64, Ordering::Relaxed);
         draft.failed.lock().unwrap_or_else(PoisonError::into_inner).push(failed);
         Ok(())
     }
@@ -279,10 +310,11 @@ impl Context<'_> {
     }
 
     /// Publishes a unit. Of the earlier checkpoints of a training that are not to stay, it deletes all but the last few.
-    pub fn commit(&self, draft: UnitDraft, metrics: BTreeMap<String, Value>) -> Result<()> {
-        let UnitDraft { draft, unit, failed, _lease } = draft;
+    pub fn commit(&self, draft: UnitDraft, mut metrics: BTreeMap<String, Value>) -> Result<()> {
+        let UnitDraft { draft, unit, failed, n_items, _lease } = draft;
         let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
         if !failed.is_empty() {
+            metrics.insert(FAILED_OF.into(), n_items.into_inner().into());
             draft.write(FAILED_FILE, &serde_json::to_vec_pretty(&failed).expect("BUG: names and reasons are plain JSON"))?;
         }
         let record = self.store.commit_unit(draft, self.key(&unit), &self.items[unit.items.clone()], metrics)?;
@@ -325,13 +357,16 @@ pub struct UnitDraft {
     draft: Draft,
     unit: Unit,
     failed: Mutex<Vec<FailedItem>>,
+    /// How many items there are of which some failed.
+    n_items: AtomicU64,
     /// Released after the draft.
     _lease: Option<Lease>,
 }
 
 impl UnitDraft {
-    /// Adds items that failed earlier.
-    pub(crate) fn carry(&self, failed: impl IntoIterator<Item = FailedItem>) {
+    /// Adds items that failed earlier; `n_items`: of how many.
+    pub(crate) fn carry(&self, failed: impl IntoIterator<Item = FailedItem>, n_items: usize) {
+        self.n_items.store(n_items as u64, Ordering::Relaxed);
         self.failed.lock().unwrap_or_else(PoisonError::into_inner).extend(failed);
     }
 

@@ -33,6 +33,8 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     const OUTPUTS: &'static [PortInfo];
     /// Whether it runs a network on [`Context::device`]. A run gives such stages devices of their own; the others are given the CPU.
     const USES_DEVICE: bool = false;
+    /// Whether it has items, such as images, that `on_bad_item: skip` can skip.
+    const SKIPS_ITEMS: bool = false;
 
     /// Contradictions among the parameters, all of them, found without touching files or devices. A problem says what was expected;
     /// the value that was found is added.

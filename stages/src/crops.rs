@@ -109,6 +109,7 @@ impl Stage for Objects {
     const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[CROPS.info()];
+    const SKIPS_ITEMS: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         Problem::unless(&[

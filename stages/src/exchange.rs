@@ -63,6 +63,7 @@ impl<P: Readable> Stage for Import<P> {
     const VERSION: u32 = 1;
     const INPUTS: &'static [PortInfo] = &[FILES.info(), ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[P::FEATURES];
+    const SKIPS_ITEMS: bool = true;
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
         let items = inputs.read(FILES)?.items(&inputs.read(ANNOTATIONS)?.load_images()?.images)?;

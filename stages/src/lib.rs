@@ -36,7 +36,7 @@ pub mod toy;
 mod training;
 mod units;
 
-pub use context::{Context, FAILED_FILE, FailedItem, OnBadItem, Progress, UnitDraft, failed_items, refuse_too_many};
+pub use context::{Context, FAILED_FILE, FailedItem, OnBadItem, Progress, UnitDraft, count_failed, failed_items, refuse_too_many};
 pub use contract::{AnyStage, ImageStage, Problem, Stage};
 pub use error::Error;
 pub use pass::ImageConsumer;

@@ -21,6 +21,7 @@ use crate::{
 pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<toy::World>(),
     StageEntry::of::<annotations::split::Split>(),
+    StageEntry::of::<annotations::folder::Folder>(),
     StageEntry::of::<proposals::import::Import>(),
     StageEntry::of::<proposals::export::Export>(),
     StageEntry::of_images::<crops::Objects>(),
@@ -67,6 +68,8 @@ pub struct StageEntry {
     pub outputs: &'static [PortInfo],
     /// See [`Stage::USES_DEVICE`].
     pub uses_device: bool,
+    /// See [`Stage::SKIPS_ITEMS`].
+    pub skips_items: bool,
     /// JSON Schema of its parameters, with documentation and defaults.
     pub schema: fn() -> Schema,
     /// Reads its parameters; each problem names the field.
@@ -87,6 +90,7 @@ impl StageEntry {
             inputs: S::INPUTS,
             outputs: S::OUTPUTS,
             uses_device: S::USES_DEVICE,
+            skips_items: S::SKIPS_ITEMS,
             schema: || schema_for!(S),
             parse: parse::<S>,
             consumer: None,
@@ -161,6 +165,7 @@ mod tests {
         let others = [
             "toy/world",
             "annotations/split",
+            "annotations/folder",
             "proposals/import",
             "proposals/export",
             "crops/objects",

@@ -185,7 +185,7 @@ pub(crate) fn train<L: DataLoader, W: Artifact>(
             let Loaded { batch, images, unreadable: failed } = loaded?;
             if draft.is_none() {
                 let begun = cx.begin(units.pop_front().expect("BUG: as many units as their steps"))?;
-                begun.carry(unreadable.drain(..));
+                begun.carry(unreadable.drain(..), loader.n_images());
                 draft = Some(begun);
             }
             let unit = draft.as_ref().expect("BUG: a unit is open");

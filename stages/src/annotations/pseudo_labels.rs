@@ -76,6 +76,7 @@ impl Stage for PseudoLabels {
     const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[FEATURES.info(), PROMPTS.info(), CLASSES.info(), ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[MORE.info(), ALL.info()];
+    const SKIPS_ITEMS: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let is_power = |power: f64| (0.0..=1.0).contains(&power);

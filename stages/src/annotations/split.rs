@@ -1,5 +1,7 @@
 //! `annotations/split`: a data set's annotations with its classes divided into base and novel.
 
+use std::fmt;
+
 use ovenbird_data::{
     Error as DataError,
     classes::ClassSplit,
@@ -7,7 +9,10 @@ use ovenbird_data::{
     warnings::of_boxes,
 };
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{self, IntoDeserializer as _, MapAccess, Visitor, value::MapAccessDeserializer},
+};
 
 use crate::{
     Context, Error, In, Out, PortInfo, Result, Stage, Unit,
@@ -15,9 +20,19 @@ use crate::{
 };
 
 /// Which classes are base and which are novel.
+#[derive(Debug, Clone, PartialEq, Eq, JsonSchema)]
+#[schemars(untagged)]
+pub enum ClassList {
+    /// By name.
+    Known(KnownList),
+    /// Two lists, `{base: [cat, dog], novel: [owl]}`, spelled as in the annotations; either may be empty.
+    Lists(ClassSplit),
+}
+
+/// A class list with a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub enum ClassList {
+pub enum KnownList {
     /// From the `classes` input.
     #[default]
     Input,
@@ -28,6 +43,46 @@ pub enum ClassList {
     LvisFrequency,
 }
 
+impl Default for ClassList {
+    fn default() -> Self {
+        Self::Known(KnownList::Input)
+    }
+}
+
+impl Serialize for ClassList {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Known(known) => known.serialize(serializer),
+            Self::Lists(lists) => lists.serialize(serializer),
+        }
+    }
+}
+
+// A derived one would not say what is wrong with the lists.
+impl<'de> Deserialize<'de> for ClassList {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ClassListVisitor)
+    }
+}
+
+struct ClassListVisitor;
+
+impl<'de> Visitor<'de> for ClassListVisitor {
+    type Value = ClassList;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("`input`, `coco-48-17`, `lvis-frequency`, or two lists `{base: [..], novel: [..]}`")
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<ClassList, E> {
+        KnownList::deserialize(name.into_deserializer()).map(ClassList::Known)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, lists: A) -> Result<ClassList, A::Error> {
+        ClassSplit::deserialize(MapAccessDeserializer::new(lists)).map(ClassList::Lists)
+    }
+}
+
 /// Annotations for open-vocabulary detection: classes renumbered, base classes first, and annotations of novel classes kept or dropped.
 ///
 /// New category ids count from 0. Everything else is copied unchanged: image and annotation ids, boxes, masks, areas, unknown fields. A class
@@ -35,7 +90,7 @@ pub enum ClassList {
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Split {
-    /// Where the class list comes from.
+    /// Which classes are base and which are novel: a list with a name, or the two lists.
     #[serde(default)]
     pub classes: ClassList,
     /// Which annotations and images are kept.
@@ -59,17 +114,19 @@ impl Stage for Split {
         let annotations = cx.inputs.read(ANNOTATIONS)?;
         // Contradictions are found before anything is built on the file.
         let checked = annotations.load()?;
-        let classes = match self.classes {
-            ClassList::Input => {
+        let classes = match &self.classes {
+            ClassList::Lists(classes) => classes.clone(),
+            ClassList::Known(KnownList::Input) => {
                 let given = cx.inputs.read_if_given(CLASSES)?.map(|Classes(classes)| classes);
                 given.ok_or_else(|| Error::Input {
                     port: "classes",
                     problem: "missing, but `classes: input` reads the class list from the input `classes`".into(),
-                    hint: "give `in: {classes: ...}`, or `with: {classes: coco-48-17}` or `lvis-frequency`".into(),
+                    hint: "give `in: {classes: ...}`, or `with: {classes: {base: [..], novel: [..]}}`, `coco-48-17` or `lvis-frequency`"
+                        .into(),
                 })?
             }
-            ClassList::Coco4817 => ClassSplit::coco_48_17(),
-            ClassList::LvisFrequency => ClassSplit::by_frequency(&checked).ok_or_else(|| DataError::Malformed {
+            ClassList::Known(KnownList::Coco4817) => ClassSplit::coco_48_17(),
+            ClassList::Known(KnownList::LvisFrequency) => ClassSplit::by_frequency(&checked).ok_or_else(|| DataError::Malformed {
                 path: annotations.file.path.clone(),
                 problem: "a category without `frequency`".into(),
                 hint: Some("`lvis-frequency` needs LVIS v1 annotations".into()),

@@ -21,7 +21,7 @@ use ovenbird_data::{
 };
 use unicode_normalization::UnicodeNormalization as _;
 
-use crate::{Artifact, Context, Error, OnBadItem, Result};
+use crate::{Artifact, Context, Error, OnBadItem, Result, context::refuse_too_many};
 
 /// Names in a message; the others are counted.
 const MAX_NAMED: usize = 3;
@@ -59,6 +59,11 @@ enum Found<'a> {
 }
 
 impl Images {
+    /// All files in the folder, in ascending name.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &InputFile> {
+        self.by_name.values()
+    }
+
     /// The content digest of an image; a missing image has a digest of its own.
     pub fn digest(&self, file_name: &str) -> Result<Digest> {
         Ok(match self.find(file_name)? {
@@ -169,7 +174,7 @@ impl Images {
     }
 
     /// Finds the files of images before the work begins, and notes which are found by another spelling. Fails if two spellings mean one file,
-    /// or if images are missing and the stage's policy is not to skip them.
+    /// or if more images are missing than the stage's policy allows.
     pub(crate) fn look_for<'a>(&self, images: impl IntoIterator<Item = &'a ImageInfo>, cx: &Context<'_>) -> Result<()> {
         let (mut n_images, mut missing, mut meant) = (0_usize, Vec::new(), Vec::new());
         let mut asked: BTreeMap<&str, &str> = BTreeMap::new();
@@ -195,12 +200,19 @@ impl Images {
                 });
             }
         }
-        if !missing.is_empty() && cx.on_bad_item == OnBadItem::Fail {
-            let n_missing = missing.len();
-            let n_files = self.by_name.len();
-            let problem = format!("{n_missing} of {n_images} images are not in the folder ({n_files} files): {}", listed(&missing));
-            let hint = format!("{FOLDER_HINT}, or skip them: `on_bad_item: skip`");
-            return Err(Error::Input { port: Self::KIND, problem, hint });
+        if let Some(last) = missing.last() {
+            let (n_missing, n_files) = (missing.len(), self.by_name.len());
+            match cx.on_bad_item {
+                OnBadItem::Fail => {
+                    let problem = format!("{n_missing} of {n_images} images are not in the folder ({n_files} files): {}", listed(&missing));
+                    let hint = format!("{FOLDER_HINT}, or skip them: `on_bad_item: skip`");
+                    return Err(Error::Input { port: Self::KIND, problem, hint });
+                }
+                OnBadItem::Skip { max_failed_ratio } => {
+                    let last = format!("{last}: not in the folder of images ({n_files} files)");
+                    refuse_too_many([n_missing, n_images], max_failed_ratio, &last)?;
+                }
+            }
         }
         if let Some((asked, name)) = meant.first() {
             let n_meant = meant.len();
@@ -225,7 +237,7 @@ impl Images {
 const FOLDER_HINT: &str = "point `images` at the folder that the annotations' file names are relative to";
 
 /// The first names, and how many more there are.
-fn listed(names: &[impl AsRef<str>]) -> String {
+pub(crate) fn listed(names: &[impl AsRef<str>]) -> String {
     let named: Vec<String> = names.iter().take(MAX_NAMED).map(|name| format!("`{}`", name.as_ref())).collect();
     let n_more = names.len().saturating_sub(MAX_NAMED);
     let more = if n_more > 0 { format!(" and {n_more} more") } else { String::new() };

@@ -96,6 +96,7 @@ impl Stage for Blocks {
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
     const USES_DEVICE: bool = true;
+    const SKIPS_ITEMS: bool = true;
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
         image_units(inputs)

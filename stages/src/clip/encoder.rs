@@ -202,6 +202,22 @@ impl Clip {
 
     /// The weights of the CLIP at `prefix`; notes which tensors of the file are not used.
     fn weights<'a>(&self, file: &'a CheckpointFile, cx: &Context<'_>) -> Result<Weights<'a>> {
+        let (weights, notes) = self.read(file)?;
+        for words in notes {
+            cx.note(format!("{}: {words}", file.file.path.display()));
+        }
+        Ok(weights)
+    }
+
+    /// Fails where a checkpoint has no CLIP that these parameters choose.
+    pub fn check(&self, file: &CheckpointFile) -> Result<()> {
+        let (Weights { checkpoint, settings, .. }, _) = self.read(file)?;
+        layout::architecture(checkpoint.tensors(), &file.file.path, &settings)?;
+        Ok(())
+    }
+
+    /// The weights of the CLIP at `prefix`, and which tensors of the file are not used.
+    fn read<'a>(&self, file: &'a CheckpointFile) -> Result<(Weights<'a>, Vec<String>)> {
         let (checkpoint, path) = (read_weights(&file.file)?, &file.file.path);
         let place = layout::place(checkpoint.tensors(), self.prefix.as_deref(), path)?;
         let checkpoint = checkpoint.at(&place);
@@ -210,10 +226,9 @@ impl Clip {
             cx.note(format!("{}: activation `{}`, from {}", path.display(), activation.value.name(), activation.source));
         }
         let normalised = layout::normalise(checkpoint.tensors(), path)?;
-        for words in place.note().into_iter().chain(normalised.notes()) {
-            cx.note(format!("{}: {words}", path.display()));
-        }
-        Ok(Weights { file, space: Space::of(&normalised.tensors, normalised.layout.projections), checkpoint, settings })
+        let notes = place.note().into_iter().chain(normalised.notes()).collect();
+        let space = Space::of(&normalised.tensors, normalised.layout.projections);
+        Ok((Weights { file, space, checkpoint, settings }, notes))
     }
 }
 

@@ -92,6 +92,7 @@ impl Stage for Globals {
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[GLOBALS.info()];
     const USES_DEVICE: bool = true;
+    const SKIPS_ITEMS: bool = true;
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
         image_units(inputs)

@@ -89,6 +89,7 @@ impl Stage for Objects {
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), PROPOSALS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
     const USES_DEVICE: bool = true;
+    const SKIPS_ITEMS: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         // A box without an area has no square.

@@ -72,6 +72,7 @@ impl Stage for Proposals {
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), PROPOSALS.info(), CHECKPOINT.info()];
     const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
     const USES_DEVICE: bool = true;
+    const SKIPS_ITEMS: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let are_factors = !self.expand.is_empty() && self.expand.iter().all(|factor| factor.is_finite() && *factor > 0.0);

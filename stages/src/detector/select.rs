@@ -85,6 +85,7 @@ impl Stage for Select {
         &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), MULTILABEL_PROMPTS.info(), CHECKPOINTS.info()];
     const OUTPUTS: &'static [PortInfo] = &[BEST.info(), BEST_EVALUATION.info(), LAST_EVALUATION.info(), CURVE.info()];
     const USES_DEVICE: bool = true;
+    const SKIPS_ITEMS: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let inner = |problem: Problem| Problem { field: format!("test.{}", problem.field), ..problem };

@@ -29,6 +29,7 @@ impl Stage for TestOptions {
         &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), MULTILABEL_PROMPTS.info(), DETECTOR.info()];
     const OUTPUTS: &'static [PortInfo] = &[DETECTIONS.info()];
     const USES_DEVICE: bool = true;
+    const SKIPS_ITEMS: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         self.check()

@@ -91,6 +91,7 @@ impl Stage for Train {
     ];
     const OUTPUTS: &'static [PortInfo] = &[PORTS.weights.info(), PORTS.state.info(), PORTS.curve.info()];
     const USES_DEVICE: bool = true;
+    const SKIPS_ITEMS: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let is_positive = |number: f64| number > 0.0 && number.is_finite();

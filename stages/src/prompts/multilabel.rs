@@ -101,6 +101,7 @@ impl Stage for Multilabel {
         &[CHECKPOINT.info(), CLASSES.info(), FEATURES.info(), ANNOTATIONS.info(), VAL_FEATURES.info(), VAL_ANNOTATIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[PORTS.weights.info(), PORTS.state.info(), PORTS.curve.info()];
     const USES_DEVICE: bool = true;
+    const SKIPS_ITEMS: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         let is_positive = |number: f64| number > 0.0 && number.is_finite();

@@ -50,6 +50,7 @@ impl Stage for Oln {
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), NETWORK.info()];
     const OUTPUTS: &'static [PortInfo] = &[PROPOSALS.info()];
     const USES_DEVICE: bool = true;
+    const SKIPS_ITEMS: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         Problem::unless(&[
