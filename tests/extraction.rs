@@ -110,7 +110,7 @@ fn several_devices_share_the_units_and_kills_lose_nothing_of_them() {
     alone.run(["export", "./many.yaml", "globals", "out"]).success();
     let mut exported: Vec<_> = std::fs::read_dir(alone.path("out")).unwrap().map(|file| file.unwrap().file_name()).collect();
     exported.sort();
-    assert_eq!((exported.len(), exported[1].to_str()), (n_units, Some("00001-features.arrow")), "one file a unit, numbered");
+    assert_eq!((exported.len(), exported[1].to_str()), (n_units, Some("00001-globals.arrow")), "one file a unit, numbered");
 
     shared.run(["run", "./many.yaml", "--until", "clip"]).success();
     let mut running = shared.command(["run", "./many.yaml", "--device", "cpu,cpu"]).spawn().unwrap();

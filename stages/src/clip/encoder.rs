@@ -216,17 +216,15 @@ impl Clip {
         Ok(())
     }
 
-    /// The weights of the CLIP at `prefix`, and which tensors of the file are not used.
+    /// The weights of the CLIP at `prefix`, and notes: its activation, and which tensors of the file are not used.
     fn read<'a>(&self, file: &'a CheckpointFile) -> Result<(Weights<'a>, Vec<String>)> {
         let (checkpoint, path) = (read_weights(&file.file)?, &file.file.path);
         let place = layout::place(checkpoint.tensors(), self.prefix.as_deref(), path)?;
         let checkpoint = checkpoint.at(&place);
         let settings = activation::settle(self.gelu, file, &checkpoint)?;
-        if let Some(activation) = &settings.activation {
-            cx.note(format!("{}: activation `{}`, from {}", path.display(), activation.value.name(), activation.source));
-        }
         let normalised = layout::normalise(checkpoint.tensors(), path)?;
-        let notes = place.note().into_iter().chain(normalised.notes()).collect();
+        let activation = settings.activation.as_ref().map(|found| format!("activation `{}`, from {}", found.value.name(), found.source));
+        let notes = activation.into_iter().chain(place.note()).chain(normalised.notes()).collect();
         let space = Space::of(&normalised.tensors, normalised.layout.projections);
         Ok((Weights { file, space, checkpoint, settings }, notes))
     }
