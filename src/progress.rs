@@ -7,11 +7,11 @@ use std::{
 };
 
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
-use jiff::{Timestamp, Zoned};
+use jiff::Timestamp;
 
 use crate::{
     event::{Event, Stamped, Verdict},
-    output::{count, cut, duration, harmless, say, write_stderr},
+    output::{clock, count, cut, duration, harmless, say, write_stderr},
     pipeline::step_id::StepId,
 };
 
@@ -125,7 +125,11 @@ impl RunProgress {
         let elapsed_s = shown.started.elapsed().as_secs_f64();
         let rate = done as f64 / elapsed_s.max(1e-9);
         let left = total.saturating_sub(done) as f64 / rate.max(1e-9);
-        let ends = if total > 0 && done > 0 { format!(", ends {}", clock_in(left)) } else { String::new() };
+        let ends = if total > 0 && done > 0 {
+            format!(", ends {}", clock(Timestamp::now() + Duration::from_secs_f64(left.min(1e8))))
+        } else {
+            String::new()
+        };
         let flow = match (views, ready) {
             (0, _) => String::new(),
             (views, 0) => format!(", {:.0} views/s, waits for images", views as f64 / elapsed_s.max(1e-9)),
@@ -211,12 +215,4 @@ impl Drop for TaskProgress {
             write_stderr(REWRITE);
         }
     }
-}
-
-/// The local time of day some seconds from now, with the date if that is not today.
-fn clock_in(seconds: f64) -> String {
-    let now = Zoned::now();
-    let then = Timestamp::now() + Duration::from_secs_f64(seconds.clamp(0.0, 1e8));
-    let then = then.to_zoned(now.time_zone().clone());
-    if then.date() == now.date() { then.strftime("%H:%M").to_string() } else { then.strftime("%Y-%m-%d %H:%M").to_string() }
 }

@@ -23,7 +23,7 @@ use std::{
 
 use jiff::Timestamp;
 use ovenbird_cache::{
-    Artifact, Fingerprint, Ledger, Recovered, Status, Store,
+    Artifact, Fingerprint, Ledger, Owner, Recovered, Status, Store,
     verify::{Class, Depth},
 };
 use ovenbird_stages::{FailedItem, Progress};
@@ -38,7 +38,7 @@ use crate::{
     devices::{self, Demand, DevicePool, Grant},
     error::{Error, ExitCode, Result},
     event::{self, Event, EventLog, Outcome, Stamped, StepInfo, Verdict},
-    machine::{peak_memory, reset_peak_memory},
+    machine::{host, peak_memory, reset_peak_memory},
     output::count,
     pipeline::{Pipeline, Step, step_id::StepId},
     plan::{self, Checked, FileInputs, Made, Work, previous_run::PreviousRun},
@@ -85,6 +85,8 @@ pub(crate) fn run(
         description: pipeline.description.clone(),
         command: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
         is_repair: options.is_repair,
+        process: Some(Owner::me().to_string()),
+        host: Some(host()),
         steps: wanted.iter().map(|step| info(pipeline, &pipeline.steps[*step])).collect(),
         matrix: pipeline.matrix.clone(),
     })?;

@@ -64,8 +64,107 @@ fn completions_and_man_pages_are_made() {
 
 #[test]
 fn asking_for_a_run_that_is_not_there_says_what_to_type() {
-    let output = World::new().run(["status"]);
+    let world = World::new();
+    for command in [&["status"][..], &["log"], &["log", "20261121-022350"], &["report"], &["verify"], &["cache", "du"]] {
+        let output = world.run(command.iter().copied());
+        let is_said = output.stderr.contains("there is no home here") && output.stderr.contains("ovenbird run quickstart");
+        assert!(output.code == 5 && is_said, "{command:?}: exit code {}\n{}", output.code, output.stderr);
+    }
+    std::fs::create_dir(world.path(".ovenbird")).unwrap();
+    let output = world.run(["status"]);
     assert!(output.code == 2 && output.stderr.contains("ovenbird run quickstart"), "{}", output.stderr);
+}
+
+/// A text with runs, fingerprints and times replaced.
+fn redacted(text: &str) -> String {
+    let is_number = |word: &str| word.chars().all(|c| c.is_ascii_digit() || c == '.');
+    let line = |line: &str| {
+        let mut words: Vec<&str> = line.split(' ').collect();
+        for place in 0..words.len() {
+            let is_time = matches!(words.get(place + 1), Some(unit) if ["s", "min", "s,"].contains(unit));
+            if !words[place].is_empty() && is_number(words[place]) && is_time {
+                words[place] = "N";
+            } else if words[place].len() >= 15 && words[place].as_bytes()[8] == b'-' && words[place].starts_with("20") {
+                words[place] = "RUN";
+            }
+        }
+        format!("{}\n", words.join(" "))
+    };
+    text.lines().map(line).collect()
+}
+
+/// A split, and embeddings with a checkpoint that is none.
+const PARTS: &str = r#"version: 1
+name: parts
+stages:
+  - {id: split, use: annotations/split, in: {annotations: ./labels.json, classes: ./classes.json}, with: {keep: all}}
+  - {id: globals, use: clip/globals, in: {images: ./images, annotations: split.annotations, checkpoint: ./clip.pt}}
+"#;
+
+fn parts() -> World {
+    let world = World::new();
+    world.write("parts.yaml", PARTS);
+    let image = r#"{"id": 3, "file_name": "a.png", "width": 33, "height": 21}"#;
+    world.write(
+        "labels.json",
+        format!(r#"{{"images": [{image}], "annotations": [], "categories": [{{"id": 1, "name": "cat"}}, {{"id": 2, "name": "dog"}}]}}"#),
+    );
+    world.write("classes.json", r#"{"base": ["cat"], "novel": ["dog"]}"#);
+    world.write("images/b.png", "");
+    world.write("clip.pt", "nothing\n");
+    world
+}
+
+#[test]
+fn status_shows_every_step_and_the_run_that_did_something() {
+    let world = parts();
+    assert_eq!(world.run(["run", "./parts.yaml"]).code, 4);
+    insta::assert_snapshot!(redacted(&world.run(["status"]).success().stdout), @r"
+    run RUN of `parts`: failed, N s
+      split    done     N s
+      globals  failed   ./clip.pt: expected safetensors, a torch.save archive or a TorchScript archive, found 8 bytes that begin with [6e, 6f, 74, 68, 69, 6e, 67, 0a]
+    1 result stored, none checked with `verify` yet
+    ");
+    world.run(["run", "./parts.yaml", "--until", "split"]).success();
+    // The latest run reused everything: the one before is shown.
+    let status = world.run(["status"]).success().stdout;
+    assert!(status.contains("`parts`: failed, "), "{status}");
+    let world = World::tiny();
+    world.run(["run", "./tiny.yaml", "--until", "val"]).success();
+    insta::assert_snapshot!(redacted(&world.run(["status"]).success().stdout), @r"
+    run RUN of `tiny`: done, N s
+      world  done     N s
+      val    done     N s
+    2 results stored, none checked with `verify` yet
+    ");
+    world.run(["verify"]).success();
+    let status = world.run(["status"]).success().stdout;
+    assert!(status.contains("2 results stored, all checked with `verify` since "), "{status}");
+}
+
+#[test]
+fn status_says_whether_a_run_is_alive_or_died() {
+    let world = World::tiny();
+    let mut running = world.command(["run", "./tiny.yaml", "--set", "clip.steps=100000", "--until", "prompts"]);
+    let mut running = running.stderr(std::process::Stdio::null()).spawn().unwrap();
+    crate::support::until(|| {
+        let status = world.run(["status"]);
+        status.code == 0 && status.stdout.contains("running steps: left ")
+    });
+    let status = world.run(["status"]).success().stdout;
+    let alive = json(&world, &["status", "--json"]);
+    running.kill().unwrap();
+    running.wait().unwrap();
+    assert!(status.contains(&format!("process {} on ", running.id())) && status.contains(" is alive: last sign of life "), "{status}");
+    assert!(status.contains("prompts  waiting  for clip"), "{status}");
+    assert!(
+        alive["run"]["life"] == "alive" && alive["run"]["process"]["pid"] == running.id() && alive["run"]["ends"].is_string(),
+        "{alive}"
+    );
+    let status = world.run(["status"]).success().stdout;
+    assert!(status.contains("`tiny`: died at ") && status.contains(" has ended: type the same command again"), "{status}");
+    let died = json(&world, &["status", "--json"]);
+    assert_eq!((&died["run"]["life"], &died["run"]["steps"][1]["state"]), (&"died".into(), &"cut off".into()), "{died}");
 }
 
 #[test]

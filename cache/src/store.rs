@@ -23,6 +23,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use serde::{Serialize, de::DeserializeOwned};
@@ -159,6 +160,11 @@ impl Store {
     /// The processes at work in this home.
     pub fn at_work(&self) -> Vec<Owner> {
         lease::sessions(&self.home)
+    }
+
+    /// The time since a process at work in this home gave its last sign of life; `None` where it has ended.
+    pub fn silence_of(&self, owner: &Owner) -> Option<Duration> {
+        lease::silence_of(&self.home, owner)
     }
 
     /// Removes unfinished files and folders of dead processes, and notes published units and records that the journal of

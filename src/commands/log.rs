@@ -6,10 +6,10 @@ use ovenbird_cache::Store;
 use serde_json::json;
 
 use crate::{
-    error::Result,
+    error::{Error, Result},
     event::{self, Event, Verdict, runs},
     output::{count, duration, print, to_json},
-    run_state::{RunState, StepStatus, find_run, state},
+    run_state::{RunState, StepStatus, find_run, state_in},
 };
 
 /// How often `--follow` reads the log again.
@@ -47,7 +47,11 @@ pub(crate) fn log(home: &Path, Args { run, json, follow }: &Args) -> Result<()> 
             thread::sleep(FOLLOW_EVERY);
         }
     }
-    let states = runs(home).iter().map(|run| Ok(state(&event::read_log(home, run)?))).collect::<Result<Vec<_>>>()?;
+    if !home.exists() {
+        return Err(Error::NoHome { home: home.to_owned() });
+    }
+    let store = Store::open(home)?;
+    let states = runs(home).iter().map(|run| state_in(&store, run)).collect::<Result<Vec<_>>>()?;
     if *json {
         let list: Vec<_> = states
             .iter()
