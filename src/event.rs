@@ -112,6 +112,9 @@ pub(crate) struct StepInfo {
     pub(crate) kind: String,
     /// The steps that it reads from.
     pub(crate) after: Vec<StepId>,
+    /// The source of each input: `world.train`, `./labels.json`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) inputs: BTreeMap<String, String>,
 }
 
 /// The result of checking a step.

@@ -42,6 +42,7 @@ use crate::{
     output::count,
     pipeline::{Pipeline, Step, step_id::StepId},
     plan::{self, Checked, FileInputs, Made, Work, previous_run::PreviousRun},
+    reason,
     request::request_path,
     results::check_shown,
 };
@@ -135,7 +136,7 @@ fn new_run_id(store: &Store, started: Timestamp) -> String {
 
 fn info(pipeline: &Pipeline, step: &Step) -> StepInfo {
     let after = step.upstream().into_iter().map(|step| pipeline.steps[step].id.clone()).collect();
-    StepInfo { id: step.id.clone(), kind: step.entry.kind.into(), after }
+    StepInfo { id: step.id.clone(), kind: step.entry.kind.into(), after, inputs: reason::sources(pipeline, step) }
 }
 
 /// The state of a step in the loop.

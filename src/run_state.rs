@@ -16,6 +16,7 @@ use crate::{
     event::{self, Event, Outcome, Stamped, Verdict, runs},
     output::{clock, duration},
     pipeline::{matrix::Matrix, step_id::StepId},
+    reason::{self, Sources},
 };
 
 /// A process is called silent after this time without a sign of life.
@@ -210,6 +211,7 @@ pub(crate) fn state(log: &[Stamped]) -> RunState {
     }
     let mut places: BTreeMap<StepId, usize> = BTreeMap::new();
     let (mut after, mut began) = (Vec::new(), BTreeMap::new());
+    let mut sources: BTreeMap<&StepId, &Sources> = BTreeMap::new();
     // When each running step ends at its rate so far.
     let mut ends: BTreeMap<&StepId, Timestamp> = BTreeMap::new();
     for Stamped { at, event } in log {
@@ -228,16 +230,19 @@ pub(crate) fn state(log: &[Stamped]) -> RunState {
                 (state.run, state.pipeline) = (run.clone(), pipeline.clone());
                 (state.description, state.command) = (description.clone(), command.clone());
                 for step in steps {
+                    sources.insert(&step.id, &step.inputs);
                     places.insert(step.id.clone(), state.steps.len());
                     state.steps.push(StepState::waiting(step.id.clone(), &step.kind));
                 }
             }
-            Event::StepChecked { step, fingerprint, verdict } => with(step, &|step| {
+            Event::StepChecked { step: id, fingerprint, verdict } => with(id, &|step| {
                 step.fingerprint = Some(*fingerprint);
                 match verdict {
                     Verdict::Reused => step.state = StepStatus::Reused,
                     Verdict::Dropped => step.state = StepStatus::Dropped,
-                    Verdict::Run { reasons, .. } => step.words = reasons.join("; "),
+                    Verdict::Run { reasons, .. } => {
+                        step.words = sources.get(id).map_or_else(|| reasons.join("; "), |sources| reason::listed(reasons, sources));
+                    }
                 }
             }),
             Event::StepStarted { step } => {

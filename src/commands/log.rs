@@ -1,14 +1,16 @@
 //! `ovenbird log`: past runs, and the events of one.
 
-use std::{path::Path, thread, time::Duration};
+use std::{collections::BTreeMap, path::Path, thread, time::Duration};
 
 use ovenbird_cache::Store;
 use serde_json::json;
 
 use crate::{
     error::{Error, Result},
-    event::{self, Event, Verdict, runs},
+    event::{self, Event, Stamped, Verdict, runs},
     output::{count, duration, print, to_json},
+    pipeline::step_id::StepId,
+    reason::{self, Sources},
     run_state::{RunState, StepStatus, find_run, state_in},
 };
 
@@ -34,9 +36,10 @@ pub(crate) fn log(home: &Path, Args { run, json, follow }: &Args) -> Result<()> 
         let mut n_shown = 0;
         loop {
             let log = event::read_log(home, &run)?;
+            let sources = sources_of(&log);
             let lines = log[n_shown.min(log.len())..].iter().map(|stamped| {
                 let line = serde_json::to_string(stamped).expect("BUG: events are plain JSON");
-                if *json { format!("{line}\n") } else { format!("{:.0}  {}\n", stamped.at, words(&stamped.event)) }
+                if *json { format!("{line}\n") } else { format!("{:.0}  {}\n", stamped.at, words(&stamped.event, &sources)) }
             });
             print(&lines.collect::<String>())?;
             n_shown = log.len();
@@ -67,15 +70,21 @@ pub(crate) fn log(home: &Path, Args { run, json, follow }: &Args) -> Result<()> 
     Ok(print(&states.iter().map(line).collect::<String>())?)
 }
 
+/// The sources of the inputs of each step of a run.
+fn sources_of(log: &[Stamped]) -> BTreeMap<StepId, Sources> {
+    let start = log.iter().find_map(|stamped| if let Event::RunStarted { steps, .. } = &stamped.event { Some(steps) } else { None });
+    start.into_iter().flatten().map(|step| (step.id.clone(), step.inputs.clone())).collect()
+}
+
 /// An event in words.
-fn words(event: &Event) -> String {
+fn words(event: &Event, sources: &BTreeMap<StepId, Sources>) -> String {
     match event {
         Event::RunStarted { run, pipeline, .. } => format!("run {run} of `{pipeline}` started"),
         Event::Notice { words } => words.clone(),
         Event::StepChecked { step, verdict: Verdict::Reused, .. } => format!("{step}: reused"),
         Event::StepChecked { step, verdict: Verdict::Dropped, .. } => format!("{step}: dropped, not needed"),
         Event::StepChecked { step, verdict: Verdict::Run { units_done, units_total, reasons, .. }, .. } => {
-            format!("{step}: will run, {units_done} of {units_total} units done: {}", reasons.join("; "))
+            format!("{step}: will run, {units_done} of {units_total} units done: {}", reason::listed(reasons, sources.get(step).unwrap_or(&Sources::new())))
         }
         Event::StepStarted { step } => format!("{step}: started"),
         Event::StepProgress { step, done, total, views: 0, .. } => format!("{step}: {done} of {total}"),
