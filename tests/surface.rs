@@ -257,3 +257,25 @@ fn a_terminal_that_is_gone_or_full_ends_nothing() {
         assert_eq!(status.code(), Some(code), "{script}");
     }
 }
+
+#[test]
+fn the_log_shows_commands_metrics_and_the_steps_that_ran() {
+    let world = World::tiny();
+    world.run(["run", "./tiny.yaml", "--until", "coco"]).success();
+    world.run(["run", "./tiny.yaml", "--until", "coco", "--set", "detect.nms_iou=0.4"]).success();
+    world.run(["run", "./tiny.yaml", "--until", "world"]).success();
+    let log = world.run(["log"]).success().stdout;
+    let lines: Vec<&str> = log.lines().collect();
+    assert!(lines[0].contains("  run ./tiny.yaml --until coco  ") && lines[0].contains("  done, ran 9 of 9 steps, "), "{log}");
+    let number = |line: &str| line.split_once("  coco novel AP50 ").unwrap().1.split(' ').next().unwrap().parse::<f64>().unwrap();
+    assert!(lines[1].contains("  run ./tiny.yaml --until coco --set detect.nms_iou=0.4  ") && number(lines[1]) >= 0.0, "{log}");
+    assert!(lines[1].contains("done, ran detect, coco, "), "{log}");
+    assert!(lines[2].contains("  –  ") && lines[2].contains("done, no step run, "), "{log}");
+    let list = json(&world, &["log", "--json"]);
+    assert_eq!(list["runs"][1]["steps_run"], serde_json::json!(["detect", "coco"]));
+    assert_eq!((&list["runs"][1]["headlines"][0]["group"], &list["runs"][1]["headlines"][0]["metric"]), (&"novel".into(), &"AP50".into()));
+    // Where a result is gone, the run is listed without it.
+    std::fs::remove_dir_all(world.path(".ovenbird/artifacts")).unwrap();
+    let log = world.run(["log"]).success().stdout;
+    assert!(log.lines().next().unwrap().contains("  coco –  "), "{log}");
+}
