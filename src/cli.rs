@@ -10,7 +10,7 @@ use clap_complete::Shell;
 use ovenbird_cache::{crash_at, publish};
 
 use crate::{
-    commands::{cache, doctor, explain, export, log, pipelines, plan, report, retry, run, schema, stages, status, verify},
+    commands::{cache, diff, doctor, explain, export, log, pipelines, plan, report, retry, run, schema, stages, status, verify},
     error::{Error, ExitCode, Result},
     output::print,
 };
@@ -42,6 +42,7 @@ enum Command {
     Export(export::Args),
     Status(status::Args),
     Log(log::Args),
+    Diff(diff::Args),
     Verify(verify::Args),
     Cache(cache::Args),
     Report(report::Args),
@@ -101,6 +102,7 @@ fn begin(cli: Cli) -> Result<()> {
         Command::Export(args) => export::export(&home, args),
         Command::Status(args) => status::status(&home, args),
         Command::Log(args) => log::log(&home, args),
+        Command::Diff(args) => diff::diff(&home, args),
         Command::Verify(args) => verify::verify(&home, args),
         Command::Cache(args) => cache::cache(&home, args),
         Command::Report(args) => report::report(&home, args),

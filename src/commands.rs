@@ -1,6 +1,7 @@
 //! The commands, one file each, with its arguments.
 
 pub(crate) mod cache;
+pub(crate) mod diff;
 pub(crate) mod doctor;
 pub(crate) mod explain;
 pub(crate) mod export;

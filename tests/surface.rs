@@ -279,3 +279,30 @@ fn the_log_shows_commands_metrics_and_the_steps_that_ran() {
     let log = world.run(["log"]).success().stdout;
     assert!(log.lines().next().unwrap().contains("  coco –  "), "{log}");
 }
+
+#[test]
+fn two_runs_are_compared_by_commands_steps_recipes_and_metrics() {
+    let world = World::tiny();
+    world.run(["run", "./tiny.yaml", "--until", "coco"]).success();
+    world.run(["run", "./tiny.yaml", "--until", "detect", "--set", "detect.nms_iou=0.4"]).success();
+    world.run(["run", "./tiny.yaml", "--until", "coco", "--set", "detect.score_threshold=0.9"]).success();
+    let list = json(&world, &["log", "--json"]);
+    let [a, b, c] = [0, 1, 2].map(|run| list["runs"][run]["run"].as_str().unwrap());
+    let diff = world.run(["diff", a, b]).success().stdout.replace(a, "A").replace(b, "B");
+    insta::assert_snapshot!(diff, @r"
+    A  run ./tiny.yaml --until coco  done
+    B  run ./tiny.yaml --until detect --set detect.nms_iou=0.4  done
+    only in A: coco
+    detect
+      with.nms_iou: 0.5 -> 0.4
+    ");
+    let diff = world.run(["diff", a, c]).success().stdout;
+    assert!(diff.contains("\ncoco\n  input `detections` changed (from `detect`)\n"), "{diff}");
+    assert!(diff.contains("\ncoco all AP50  "), "{diff}");
+    let form = json(&world, &["diff", a, c, "--json"]);
+    assert_eq!(form["diff"]["steps"][1]["changes"][0]["field"], "in.detections");
+    assert!(form["diff"]["metrics"].as_array().unwrap().iter().any(|metric| metric["first"] != metric["second"]), "{form}");
+    let same = world.run(["diff", a, a]).success().stdout;
+    assert!(same.ends_with("no step, parameter, input or metric differs\n"), "{same}");
+    assert_eq!(world.run(["diff", a, "20200101-000000"]).code, 2);
+}
