@@ -425,9 +425,14 @@ impl<'a> Coordinator<'a> {
     fn start_check(&self, place: usize, files: Arc<FileInputs>) {
         let (pipeline, store, sender) = (Arc::clone(self.pipeline), self.store.clone(), self.sender.clone());
         let (previous, is_demanded) = (self.previous.clone(), self.demanded.contains(&place));
+        let is_forced = self.options.forced.contains(&place) && !self.settled.contains_key(&place);
         let made: Made = pipeline.steps[place].upstream().into_iter().map(|step| (step, self.made[&step].clone())).collect();
         thread::spawn(move || {
-            let checked = guard(|| plan::check(&pipeline.steps[place], is_demanded, &files, &made, &store, &previous));
+            let step = &pipeline.steps[place];
+            let checked = guard(|| match plan::check(step, is_demanded || is_forced, &files, &made, &store, &previous)? {
+                Checked::Reused(stored) if is_forced => plan::anew(step, &files, &made, stored),
+                checked => Ok(checked),
+            });
             // The receiver is gone once the loop has ended because its log could not be written.
             drop(sender.send(Message::Checked(place, checked)));
         });
@@ -435,9 +440,11 @@ impl<'a> Coordinator<'a> {
 
     /// Whether two steps can share a pass over the same images.
     fn share_a_pass(&self, one: usize, other: usize) -> bool {
+        let is_alone = [one, other].map(|place| one != other && self.options.forced.contains(&place));
         let [one, other] = [one, other].map(|place| &self.pipeline.steps[place]);
         let is_same = |port: &str| one.inputs.get(port) == other.inputs.get(port);
         !self.options.is_measuring
+            && is_alone.iter().all(|is_alone| !is_alone)
             && one.entry.consumer.is_some()
             && other.entry.consumer.is_some()
             && is_same("images")
@@ -471,7 +478,11 @@ impl<'a> Coordinator<'a> {
             let reports = reports.iter().map(|report| report as &(dyn Fn(Progress) + Send + Sync));
             let tasks: Vec<Task<'_>> = tasks.into_iter().zip(reports).map(task).collect();
             let context = WorkerContext { store: &store, devices: &grant.devices, run: &run, stop: &stop };
-            let finished = local::run_steps(&tasks, context).into_iter().map(|finished| finished.map(Box::new));
+            let finished = match (&tasks[..], tasks[0].work.stored.as_deref()) {
+                ([task], Some(stored)) => vec![local::run_anew(task, stored, context)],
+                (tasks, _) => local::run_steps(tasks, context),
+            };
+            let finished = finished.into_iter().map(|finished| finished.map(Box::new));
             let finished = places.iter().copied().zip(finished).collect();
             // The receiver is gone once the loop has ended because its log could not be written.
             drop(sender.send(Message::Ended(grant, finished)));

@@ -306,3 +306,58 @@ fn two_runs_are_compared_by_commands_steps_recipes_and_metrics() {
     assert!(same.ends_with("no step, parameter, input or metric differs\n"), "{same}");
     assert_eq!(world.run(["diff", a, "20200101-000000"]).code, 2);
 }
+
+#[test]
+fn a_forced_step_is_computed_again_and_keeps_its_result_if_that_is_the_same() {
+    let world = World::tiny();
+    world.run(["run", "./tiny.yaml", "--until", "coco"]).success();
+    let before = world.units();
+    let forced = world.run(["run", "./tiny.yaml", "--until", "coco", "--force", "regions", "--force", "detect"]).success();
+    assert_eq!(forced.steps("will run"), ["detect", "regions"], "{}", forced.stderr);
+    assert_eq!(forced.stderr.matches("computed again: the same bytes").count(), 2, "{}", forced.stderr);
+    assert!(world.units() == before && !world.path(".ovenbird/quarantine").exists());
+    assert_eq!(std::fs::read_dir(world.path(".ovenbird/dry-run")).unwrap().count(), 0);
+    for (args, code) in
+        [(&["--force", "detekt"][..], 2), (&["--force", "detect", "--until", "world"], 2), (&["--force", "detect", "--dry-run", "3"], 2)]
+    {
+        assert_eq!(world.run(["run", "./tiny.yaml"].into_iter().chain(args.iter().copied())).code, code, "{args:?}");
+    }
+    world.run(["verify", "--full"]).success();
+}
+
+/// The home forgot in which precision embeddings are computed, and is now on a machine with bf16.
+#[test]
+fn a_forced_step_with_another_result_replaces_the_earlier_one() {
+    let world = World::tiny();
+    let run = |bf16: &str, args: &[&str]| {
+        let mut command = world.command(["run", "./tiny.yaml", "--until", "coco", "--set", "regions.clip.precision=auto"]);
+        command.args(args);
+        command.env("OVENBIRD_BF16", bf16);
+        world.output(command).success()
+    };
+    run("no", &[]);
+    std::fs::remove_dir_all(world.path(".ovenbird/choices")).unwrap();
+    let forced = run("yes", &["--force", "regions"]);
+    assert!(forced.stderr.contains("computed again: different: features; the earlier result is in quarantine"), "{}", forced.stderr);
+    assert!(forced.steps("will run").contains(&"detect".to_owned()), "{}", forced.stderr);
+    let n_aside = std::fs::read_dir(world.path(".ovenbird/quarantine")).unwrap().count();
+    assert!(n_aside >= 2, "{n_aside}");
+    let again = run("yes", &[]);
+    assert!(again.stdout.contains("nothing to do"), "{}", again.stdout);
+    world.run(["verify", "--full"]).success();
+}
+
+#[test]
+fn a_forced_step_that_is_interrupted_loses_nothing() {
+    let world = World::tiny();
+    world.run(["run", "./tiny.yaml", "--until", "clip"]).success();
+    let before = world.units();
+    for step in ["2", "9", "20"] {
+        let _died = world.run(["run", "./tiny.yaml", "--until", "clip", "--force", "clip", "--crash-at", step]);
+        assert!(world.units() == before, "after step {step}");
+        let run = world.run(["run", "./tiny.yaml", "--until", "clip"]).success();
+        assert!(run.stdout.contains("nothing to do"), "{}", run.stdout);
+    }
+    let forced = world.run(["run", "./tiny.yaml", "--until", "clip", "--force", "clip"]).success();
+    assert!(forced.stderr.contains("computed again: the same bytes") && world.units() == before, "{}", forced.stderr);
+}

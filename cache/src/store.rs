@@ -349,6 +349,15 @@ impl Store {
         }
     }
 
+    /// Moves a published unit of another home on the same disk into this one, where no such unit is.
+    pub fn adopt_unit(&self, from: &Self, name: &str) -> Result<()> {
+        let (path, target) = (from.unit_path(name), self.unit_path(name));
+        let Status::Valid(record) = from.unit_at(name)? else { return Err(Error::malformed(&path, "is missing or damaged")) };
+        let kind = target.parent().expect("BUG: a unit is in the folder of its kind");
+        self.publisher.set_aside(&path, kind)?;
+        self.note_unit(&record)
+    }
+
     /// Moves a damaged unit to quarantine, so that it is recomputed; its undamaged items can be reused from there. Returns the new
     /// path; `None` if the unit no longer exists.
     pub fn quarantine(&self, name: &str, findings: &[String]) -> Result<Option<PathBuf>> {
