@@ -10,7 +10,9 @@ use clap_complete::Shell;
 use ovenbird_cache::{crash_at, publish};
 
 use crate::{
-    commands::{cache, check, doctor, explain, export, init, log, pipelines, plan, report, retry, run, schema, stages, status, verify},
+    commands::{
+        cache, check, diff, doctor, explain, export, init, log, pipelines, plan, report, retry, run, schema, stages, status, verify,
+    },
     error::{Error, ExitCode, Result},
     output::{DEFAULT_HOME, print},
 };
@@ -44,6 +46,7 @@ enum Command {
     Export(export::Args),
     Status(status::Args),
     Log(log::Args),
+    Diff(diff::Args),
     Verify(verify::Args),
     Cache(cache::Args),
     Report(report::Args),
@@ -105,6 +108,7 @@ fn begin(cli: Cli) -> Result<()> {
         Command::Export(args) => export::export(&home, args),
         Command::Status(args) => status::status(&home, args),
         Command::Log(args) => log::log(&home, args),
+        Command::Diff(args) => diff::diff(&home, args),
         Command::Verify(args) => verify::verify(&home, args),
         Command::Cache(args) => cache::cache(&home, args),
         Command::Report(args) => report::report(&home, args),

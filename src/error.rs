@@ -5,7 +5,7 @@
 use std::{
     error::Error as _,
     fmt::Write as _,
-    path::{Path, absolute},
+    path::{Path, PathBuf, absolute},
     time::Duration,
 };
 
@@ -31,6 +31,9 @@ pub(crate) enum Error {
     /// A command-line value that clap cannot check.
     #[error("{problem}")]
     Usage { problem: String, hint: String },
+    /// There is no folder where the home should be.
+    #[error("{}: there is no home here", home.display())]
+    NoHome { home: PathBuf },
     /// Some stages failed; each was reported when it failed.
     #[error("{} failed: {}", count(failed.len(), "step"), listed(failed))]
     StagesFailed { failed: Vec<StepId>, skipped: Vec<StepId>, worst: ExitCode },
@@ -101,6 +104,7 @@ impl Error {
             Self::Pipeline { problems, .. } if problems.iter().all(Problem::is_of_command_line) => ExitCode::Usage,
             Self::Pipeline { .. } => ExitCode::Pipeline,
             Self::UnknownPipeline { .. } | Self::Usage { .. } => ExitCode::Usage,
+            Self::NoHome { .. } => ExitCode::Store,
             Self::StagesFailed { worst, .. } => *worst,
             Self::Inputs { .. } => ExitCode::Input,
             Self::Damage { .. } | Self::DamagedRecords { .. } => ExitCode::Damage,
@@ -143,6 +147,7 @@ impl Error {
                 None => "`ovenbird pipelines` lists all; write a file with a slash: ./my.yaml".into(),
             }),
             Self::Usage { hint, .. } => Some(hint.clone()),
+            Self::NoHome { .. } => Some("choose one with `--home FOLDER`; `ovenbird run quickstart` makes one".into()),
             Self::StagesFailed { skipped, .. } => {
                 let skipped = if skipped.is_empty() { String::new() } else { format!("; steps that did not run because of this: {}", listed(skipped)) };
                 Some(format!("fix the cause above and type the same command again: the run continues{skipped}"))

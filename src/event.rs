@@ -45,6 +45,12 @@ pub(crate) enum Event {
         /// Whether `verify --fix` started it: such a run does not count as the pipeline's latest.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         is_repair: bool,
+        /// The process that executes the run: an [`ovenbird_cache::Owner`] as text.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        process: Option<String>,
+        /// The name of its machine.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        host: Option<String>,
         steps: Vec<StepInfo>,
         /// Present where the pipeline has variants or seeds.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -106,6 +112,9 @@ pub(crate) struct StepInfo {
     pub(crate) kind: String,
     /// The steps that it reads from.
     pub(crate) after: Vec<StepId>,
+    /// The source of each input: `world.train`, `./labels.json`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) inputs: BTreeMap<String, String>,
 }
 
 /// The result of checking a step.

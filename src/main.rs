@@ -13,6 +13,7 @@ mod pipeline;
 mod plan;
 mod progress;
 mod quantities;
+mod reason;
 mod request;
 mod results;
 mod run;

@@ -6,6 +6,7 @@ use std::{
     path::Path,
 };
 
+use jiff::{Timestamp, Unit, Zoned};
 use ovenbird_cache::Error as CacheError;
 use serde::Serialize;
 use serde_json::json;
@@ -93,9 +94,34 @@ pub(crate) fn as_typed(home: &Path, words: &[String]) -> String {
     shlex::try_join(all.iter().map(String::as_str)).unwrap_or_else(|_| all.join(" "))
 }
 
+/// A time in local time: `14:10` for today, `Sat 14:10` for the next six days, `2026-11-28 14:10` for others.
+pub(crate) fn clock(then: Timestamp) -> String {
+    let now = Zoned::now();
+    clock_seen_at(&now, &then.to_zoned(now.time_zone().clone()))
+}
+
+fn clock_seen_at(now: &Zoned, then: &Zoned) -> String {
+    let days = now.date().until((Unit::Day, then.date())).map_or(i32::MAX, |span| span.get_days());
+    let format = match days {
+        0 => "%H:%M",
+        1..=6 => "%a %H:%M",
+        _ => "%Y-%m-%d %H:%M",
+    };
+    then.strftime(format).to_string()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_time_has_its_day_unless_that_is_today() {
+        let at = |text: &str| text.parse::<Timestamp>().unwrap().to_zoned(jiff::tz::TimeZone::UTC);
+        let now = at("2026-11-26T22:00:00Z");
+        let shown = ["2026-11-26T23:05:00Z", "2026-11-28T14:10:00Z", "2026-12-03T09:00:00Z", "2026-11-25T22:43:00Z"];
+        let shown = shown.map(|then| clock_seen_at(&now, &at(then)));
+        assert_eq!(shown, ["23:05", "Sat 14:10", "2026-12-03 09:00", "2026-11-25 22:43"]);
+    }
 
     #[test]
     fn durations_read_well_at_every_scale() {

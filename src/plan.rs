@@ -68,6 +68,8 @@ pub(crate) struct Work {
     pub(crate) reasons: Vec<String>,
     /// The artifact as it was before its bytes were dropped or damaged: steps that read from it can be checked already.
     pub(crate) was: Option<Artifact>,
+    /// The stored artifact, where the step is computed again by force: it stays until the new one is there.
+    pub(crate) stored: Option<Box<Artifact>>,
 }
 
 /// The recipe of a step whose inputs are all known, and its input files.
@@ -134,7 +136,35 @@ pub(crate) fn check(
     let (units, items) = divided.of(&recipe);
     let missing = missing(step, store, &units, is_chain)?;
     reasons.extend(reused_items(step, store, &units, &items, &missing)?);
-    Ok(Checked::Run(Box::new(Work { recipe, inputs, units, items, missing, n_made, n_whole, is_chain, reasons, was })))
+    Ok(Checked::Run(Box::new(Work { recipe, inputs, units, items, missing, n_made, n_whole, is_chain, reasons, was, stored: None })))
+}
+
+/// The work of a step whose artifact is stored, to compute it again by force.
+pub(crate) fn anew(step: &Step, files: &FileInputs, made: &Made, stored: Box<Artifact>) -> Result<Checked> {
+    let sources: Vec<usize> = step.upstream().into_iter().filter(|source| made[source].is_dropped).collect();
+    let reasons = vec!["forced (`--force`)".to_owned()];
+    if !sources.is_empty() {
+        return Ok(Checked::Lacks { sources, reasons });
+    }
+    let (recipe, inputs) = identify(step, files, made);
+    let divided = step.stage.units(&inputs)?;
+    let (is_chain, n_made) = (matches!(divided, Units::Chain { .. }), divided.count());
+    let (units, items) = divided.of(&recipe);
+    let missing = (0..units.len()).collect();
+    let stored = Some(stored);
+    Ok(Checked::Run(Box::new(Work {
+        recipe,
+        inputs,
+        units,
+        items,
+        missing,
+        n_made,
+        n_whole: n_made,
+        is_chain,
+        reasons,
+        was: None,
+        stored,
+    })))
 }
 
 /// Indices of the units that have to be made. In a chain, a checkpoint needs only the one before it, and those that are not kept may be

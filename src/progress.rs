@@ -6,17 +6,21 @@ use std::{
     time::{Duration, Instant},
 };
 
+use console::{Style, Term};
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
-use jiff::{Timestamp, Zoned};
+use jiff::Timestamp;
 
 use crate::{
     event::{Event, Stamped, Verdict},
-    output::{count, cut, duration, harmless, say, write_stderr},
+    output::{clock, count, cut, duration, harmless, say, write_stderr},
     pipeline::step_id::StepId,
+    reason::{self, Sources},
 };
 
 /// Makes a terminal write the current line again.
 const REWRITE: &str = "\r\x1b[K";
+/// The width of a terminal that does not tell it.
+const WIDTH: usize = 80;
 /// The interval of plain progress lines of a step.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
@@ -27,6 +31,8 @@ const PHASE_LINE_EVERY: Duration = Duration::from_secs(2);
 pub(crate) struct RunProgress {
     bars: Option<MultiProgress>,
     steps: BTreeMap<StepId, Shown>,
+    /// The source of each input of each step.
+    sources: BTreeMap<StepId, Sources>,
     width: usize,
 }
 
@@ -44,13 +50,14 @@ impl RunProgress {
     /// Bars if stderr is a terminal, plain lines if not.
     pub(crate) fn new() -> Self {
         let bars = std::io::stderr().is_terminal().then(MultiProgress::new);
-        Self { bars, steps: BTreeMap::new(), width: 0 }
+        Self { bars, steps: BTreeMap::new(), sources: BTreeMap::new(), width: 0 }
     }
 
     /// Shows one event.
     pub(crate) fn show(&mut self, stamped: &Stamped) {
         match &stamped.event {
             Event::RunStarted { run, pipeline, steps, matrix, .. } => {
+                self.sources = steps.iter().map(|step| (step.id.clone(), step.inputs.clone())).collect();
                 self.width = steps.iter().map(|step| step.id.to_string().len()).max().unwrap_or(0);
                 let combinations = matrix.as_ref().map_or_else(String::new, |matrix| format!(": {matrix}, {} steps", steps.len()));
                 self.say(&format!("run {run} of `{pipeline}`{combinations}"));
@@ -103,8 +110,11 @@ impl RunProgress {
             Verdict::Dropped => self.step_line(step, "dropped earlier; recomputed if a step needs it"),
             Verdict::Run { units_done, units_total, reasons, .. } => {
                 let resumed = (*units_done > 0).then(|| format!("{units_done} of {units_total} units done"));
-                let why = resumed.clone().into_iter().chain(reasons.iter().cloned()).collect::<Vec<_>>().join("; ");
-                self.step_line(step, &format!("will run: {why}"));
+                let reasons = reasons.iter().map(|reason| reason::in_words(reason, self.sources.get(step).unwrap_or(&NO_SOURCES)));
+                let why = resumed.clone().into_iter().chain(reasons).collect::<Vec<_>>().join("; ");
+                let line = format!("  {step:width$}  will run: {why}", width = self.width);
+                let is_short = self.bars.is_none() || line.chars().count() <= terminal_width();
+                self.say(&if is_short { line } else { cut_to(&line, terminal_width()) });
                 let now = Instant::now();
                 self.steps.insert(step.clone(), Shown { bar: None, started: now, resumed, last_line: now, loss: None });
             }
@@ -125,28 +135,34 @@ impl RunProgress {
         let elapsed_s = shown.started.elapsed().as_secs_f64();
         let rate = done as f64 / elapsed_s.max(1e-9);
         let left = total.saturating_sub(done) as f64 / rate.max(1e-9);
-        let ends = if total > 0 && done > 0 { format!(", ends {}", clock_in(left)) } else { String::new() };
+        let ends = (total > 0 && done > 0).then(|| format!("ends {}", clock(Timestamp::now() + Duration::from_secs_f64(left.min(1e8)))));
         let flow = match (views, ready) {
-            (0, _) => String::new(),
-            (views, 0) => format!(", {:.0} views/s, waits for images", views as f64 / elapsed_s.max(1e-9)),
-            (views, _) => format!(", {:.0} views/s, {ready} ready", views as f64 / elapsed_s.max(1e-9)),
+            (0, _) => None,
+            (views, 0) => Some(format!("{:.0} views/s, waits for images", views as f64 / elapsed_s.max(1e-9))),
+            (views, _) => Some(format!("{:.0} views/s, {ready} ready", views as f64 / elapsed_s.max(1e-9))),
         };
-        let flow = flow + &shown.loss.map_or_else(String::new, |loss| format!(", loss {loss:.3}"));
-        let words = match total {
-            0 => format!("{done} items, {rate:.1} items/s{flow}"),
-            total => format!("{done}/{total} ({:.0} %), {rate:.1} items/s{flow}{ends}", 100.0 * done as f64 / total as f64),
+        let amount = match total {
+            0 => format!("{done} items"),
+            total => format!("{done}/{total} ({:.0} %)", 100.0 * done as f64 / total as f64),
         };
+        // The most important parts have the smallest numbers.
+        let loss = shown.loss.map(|loss| format!("loss {loss:.3}"));
+        let parts = [(0, Some(amount)), (3, Some(format!("{rate:.1} items/s"))), (4, flow), (2, loss), (1, ends)];
+        let parts: Vec<(u8, String)> = parts.into_iter().filter_map(|(rank, part)| Some((rank, part?))).collect();
         if let Some(bar) = &shown.bar {
+            // The spaces between the columns, and the time so far.
+            let room = terminal_width().saturating_sub(self.width + 12);
+            let bar_width = if room >= 24 + 40 { 24 } else { 8 };
             if total > 0 {
                 bar.set_length(total);
                 bar.set_position(done);
-                let template = format!("  {{prefix:{}}}  {{bar:24}} {{elapsed}}  {{msg}}", self.width);
+                let template = format!("  {{prefix:{}}}  {{bar:{bar_width}}} {{elapsed}}  {{msg}}", self.width);
                 bar.set_style(ProgressStyle::with_template(&template).expect("BUG: the template is valid").progress_chars("=> "));
             }
-            bar.set_message(words);
+            bar.set_message(fitted(&parts, room.saturating_sub(bar_width)));
         } else if shown.last_line.elapsed() >= LINE_EVERY {
             shown.last_line = Instant::now();
-            self.step_line(step, &words);
+            self.step_line(step, &fitted(&parts, usize::MAX));
         }
     }
 
@@ -164,9 +180,43 @@ impl RunProgress {
     fn say(&self, line: &str) {
         match &self.bars {
             // A closed terminal does not end a run.
-            Some(bars) => drop(bars.println(cut(&harmless(line)))),
+            Some(bars) => drop(bars.println(coloured(&cut(&harmless(line))))),
             None => say(&format!("{line}\n")),
         }
+    }
+}
+
+static NO_SOURCES: Sources = Sources::new();
+
+/// The columns of the terminal at stderr.
+fn terminal_width() -> usize {
+    Term::stderr().size_checked().map_or(WIDTH, |(_, columns)| usize::from(columns).max(20))
+}
+
+/// A line that ends with `…` where it is longer than some columns.
+fn cut_to(line: &str, columns: usize) -> String {
+    match line.char_indices().nth(columns) {
+        None => line.to_owned(),
+        Some(_) => line.chars().take(columns - 1).chain(['…']).collect(),
+    }
+}
+
+/// As many parts as fit into some columns, in their order. Those with the highest rank are left out first; the one with rank 0 stays.
+fn fitted(parts: &[(u8, String)], columns: usize) -> String {
+    let joined = |most: u8| parts.iter().filter(|(rank, _)| *rank <= most).map(|(_, part)| part.as_str()).collect::<Vec<_>>().join(", ");
+    let highest = parts.iter().map(|(rank, _)| *rank).max().unwrap_or(0);
+    (0..=highest).rev().map(joined).find(|line| line.chars().count() <= columns).unwrap_or_else(|| joined(0))
+}
+
+/// A line with its first word of state in colour; without where `NO_COLOR` is set.
+fn coloured(line: &str) -> String {
+    let words = [("  done in ", Style::new().green()), ("  failed: ", Style::new().red()), ("note: ", Style::new().yellow())];
+    let found = words.into_iter().filter_map(|(word, style)| Some((line.find(word)?, word, style))).min_by_key(|(at, ..)| *at);
+    match found {
+        Some((at, word, style)) => {
+            format!("{}{}{}", &line[..at], style.for_stderr().apply_to(word), &line[at + word.len()..])
+        }
+        None => line.to_owned(),
     }
 }
 
@@ -198,7 +248,7 @@ impl TaskProgress {
         let line = format!("{}: {done}{of}, {rate:.0}/s {more}", self.words);
         if self.is_terminal {
             self.is_shown = true;
-            write_stderr(&format!("{REWRITE}{}", harmless(&line)));
+            write_stderr(&format!("{REWRITE}{}", cut_to(&harmless(&line), terminal_width() - 1)));
         } else {
             say(&format!("{line}\n"));
         }
@@ -213,10 +263,21 @@ impl Drop for TaskProgress {
     }
 }
 
-/// The local time of day some seconds from now, with the date if that is not today.
-fn clock_in(seconds: f64) -> String {
-    let now = Zoned::now();
-    let then = Timestamp::now() + Duration::from_secs_f64(seconds.clamp(0.0, 1e8));
-    let then = then.to_zoned(now.time_zone().clone());
-    if then.date() == now.date() { then.strftime("%H:%M").to_string() } else { then.strftime("%Y-%m-%d %H:%M").to_string() }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_shortened_by_its_least_important_parts() {
+        let parts = [(0, "123/4000 (3 %)"), (3, "41.0 items/s"), (4, "512 views/s, 3 ready"), (2, "loss 1.250"), (1, "ends Sat 14:10")];
+        let parts = parts.map(|(rank, part)| (rank, part.to_owned()));
+        let check = |columns: usize, expected: &str| assert_eq!(fitted(&parts, columns), expected);
+        check(90, "123/4000 (3 %), 41.0 items/s, 512 views/s, 3 ready, loss 1.250, ends Sat 14:10");
+        check(60, "123/4000 (3 %), 41.0 items/s, loss 1.250, ends Sat 14:10");
+        check(50, "123/4000 (3 %), loss 1.250, ends Sat 14:10");
+        check(30, "123/4000 (3 %), ends Sat 14:10");
+        check(29, "123/4000 (3 %)");
+        check(5, "123/4000 (3 %)");
+        assert_eq!((cut_to("abcdef", 6), cut_to("abcdefg", 6)), ("abcdef".into(), "abcde…".into()));
+    }
 }

@@ -37,8 +37,7 @@ pub(crate) struct Evaluated {
 
 /// The evaluations in the artifact of a step.
 pub(crate) fn evaluations(store: &Store, step: &StepState) -> Result<Vec<Evaluated>> {
-    let outputs = find(&step.kind).into_iter().flat_map(|entry| entry.outputs);
-    let ports: Vec<&'static str> = outputs.filter(|port| port.kind == EvaluationFile::KIND).map(|port| port.name).collect();
+    let ports: Vec<&'static str> = evaluation_ports(&step.kind).collect();
     let Some(fingerprint) = step.fingerprint.filter(|_| !ports.is_empty()) else { return Ok(Vec::new()) };
     let Status::Valid(artifact) = store.artifact(&step.kind, &fingerprint)? else { return Ok(Vec::new()) };
     if artifact.is_dropped {
@@ -49,6 +48,51 @@ pub(crate) fn evaluations(store: &Store, step: &StepState) -> Result<Vec<Evaluat
         Ok(Evaluated { step: step.id.clone(), kind: step.kind.clone(), port, evaluation })
     };
     ports.into_iter().map(open).collect()
+}
+
+/// The metric of an evaluation that papers compare: AP50 for COCO, AP for LVIS; of novel classes where there are some.
+#[derive(Debug, Serialize)]
+pub(crate) struct Headline {
+    pub(crate) step: StepId,
+    pub(crate) output: &'static str,
+    pub(crate) group: Option<&'static str>,
+    pub(crate) metric: Option<&'static str>,
+    /// In [0, 1]; `None` where there is no result, or it cannot be read.
+    pub(crate) value: Option<f64>,
+}
+
+impl fmt::Display for Headline {
+    /// `coco novel AP50 57.4`, `coco –`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.step)?;
+        match (self.group, self.metric, self.value) {
+            (Some(group), Some(metric), Some(value)) => write!(f, " {group} {metric} {:.1}", 100.0 * value),
+            _ => f.write_str(" –"),
+        }
+    }
+}
+
+/// The headline of every evaluation of some steps.
+pub(crate) fn headlines(store: &Store, steps: &[StepState]) -> Vec<Headline> {
+    let mut headlines = Vec::new();
+    for step in steps {
+        let found = evaluations(store, step).unwrap_or_default();
+        for port in evaluation_ports(&step.kind) {
+            let evaluation = found.iter().find(|found| found.port == port).map(|found| &found.evaluation);
+            let metric = evaluation.map(|evaluation| evaluation.protocol.headline());
+            let of = |group: &&'static str| Some((*group, evaluation?.groups.get(*group)?.get(metric?)?));
+            let number = ["novel", "all"].iter().find_map(of);
+            let (group, value) = number.unzip();
+            headlines.push(Headline { step: step.id.clone(), output: port, group, metric: metric.and_then(|metric| metric.header), value });
+        }
+    }
+    headlines
+}
+
+/// The outputs of a stage that are evaluations.
+fn evaluation_ports(kind: &str) -> impl Iterator<Item = &'static str> + use<> {
+    let outputs = find(kind).into_iter().flat_map(|entry| entry.outputs);
+    outputs.filter(|port| port.kind == EvaluationFile::KIND).map(|port| port.name)
 }
 
 /// Fails where a reused artifact has an output that is printed or reported and whose bytes are damaged.
@@ -171,8 +215,7 @@ impl fmt::Display for Spread {
 pub(crate) fn compare(matrix: &Matrix, steps: &[StepState], evaluated: &[Evaluated]) -> Vec<Comparison> {
     let mut comparisons: Vec<Comparison> = Vec::new();
     for step in steps {
-        let outputs = find(&step.kind).into_iter().flat_map(|entry| entry.outputs);
-        let ports: Vec<&str> = outputs.filter(|port| port.kind == EvaluationFile::KIND).map(|port| port.name).collect();
+        let ports: Vec<&str> = evaluation_ports(&step.kind).collect();
         for port in &ports {
             let stage = &step.id.stage;
             let evaluation = if ports.len() > 1 { format!("{stage}.{port}") } else { stage.clone() };

@@ -23,7 +23,7 @@ use std::{
 
 use jiff::Timestamp;
 use ovenbird_cache::{
-    Artifact, Fingerprint, Ledger, Recovered, Status, Store,
+    Artifact, Fingerprint, Ledger, Owner, Recovered, Status, Store,
     verify::{Class, Depth},
 };
 use ovenbird_stages::{FailedItem, Progress};
@@ -38,10 +38,11 @@ use crate::{
     devices::{self, Demand, DevicePool, Grant},
     error::{Error, ExitCode, Result},
     event::{self, Event, EventLog, Outcome, Stamped, StepInfo, Verdict},
-    machine::{peak_memory, reset_peak_memory},
+    machine::{host, peak_memory, reset_peak_memory},
     output::count,
     pipeline::{Pipeline, Step, step_id::StepId},
     plan::{self, Checked, FileInputs, Made, Work, previous_run::PreviousRun},
+    reason,
     request::request_path,
     results::check_shown,
 };
@@ -85,6 +86,8 @@ pub(crate) fn run(
         description: pipeline.description.clone(),
         command: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
         is_repair: options.is_repair,
+        process: Some(Owner::me().to_string()),
+        host: Some(host()),
         steps: wanted.iter().map(|step| info(pipeline, &pipeline.steps[*step])).collect(),
         matrix: pipeline.matrix.clone(),
     })?;
@@ -133,7 +136,7 @@ fn new_run_id(store: &Store, started: Timestamp) -> String {
 
 fn info(pipeline: &Pipeline, step: &Step) -> StepInfo {
     let after = step.upstream().into_iter().map(|step| pipeline.steps[step].id.clone()).collect();
-    StepInfo { id: step.id.clone(), kind: step.entry.kind.into(), after }
+    StepInfo { id: step.id.clone(), kind: step.entry.kind.into(), after, inputs: reason::sources(pipeline, step) }
 }
 
 /// The state of a step in the loop.
@@ -422,9 +425,14 @@ impl<'a> Coordinator<'a> {
     fn start_check(&self, place: usize, files: Arc<FileInputs>) {
         let (pipeline, store, sender) = (Arc::clone(self.pipeline), self.store.clone(), self.sender.clone());
         let (previous, is_demanded) = (self.previous.clone(), self.demanded.contains(&place));
+        let is_forced = self.options.forced.contains(&place) && !self.settled.contains_key(&place);
         let made: Made = pipeline.steps[place].upstream().into_iter().map(|step| (step, self.made[&step].clone())).collect();
         thread::spawn(move || {
-            let checked = guard(|| plan::check(&pipeline.steps[place], is_demanded, &files, &made, &store, &previous));
+            let step = &pipeline.steps[place];
+            let checked = guard(|| match plan::check(step, is_demanded || is_forced, &files, &made, &store, &previous)? {
+                Checked::Reused(stored) if is_forced => plan::anew(step, &files, &made, stored),
+                checked => Ok(checked),
+            });
             // The receiver is gone once the loop has ended because its log could not be written.
             drop(sender.send(Message::Checked(place, checked)));
         });
@@ -432,9 +440,11 @@ impl<'a> Coordinator<'a> {
 
     /// Whether two steps can share a pass over the same images.
     fn share_a_pass(&self, one: usize, other: usize) -> bool {
+        let is_alone = [one, other].map(|place| one != other && self.options.forced.contains(&place));
         let [one, other] = [one, other].map(|place| &self.pipeline.steps[place]);
         let is_same = |port: &str| one.inputs.get(port) == other.inputs.get(port);
         !self.options.is_measuring
+            && is_alone.iter().all(|is_alone| !is_alone)
             && one.entry.consumer.is_some()
             && other.entry.consumer.is_some()
             && is_same("images")
@@ -468,7 +478,11 @@ impl<'a> Coordinator<'a> {
             let reports = reports.iter().map(|report| report as &(dyn Fn(Progress) + Send + Sync));
             let tasks: Vec<Task<'_>> = tasks.into_iter().zip(reports).map(task).collect();
             let context = WorkerContext { store: &store, devices: &grant.devices, run: &run, stop: &stop };
-            let finished = local::run_steps(&tasks, context).into_iter().map(|finished| finished.map(Box::new));
+            let finished = match (&tasks[..], tasks[0].work.stored.as_deref()) {
+                ([task], Some(stored)) => vec![local::run_anew(task, stored, context)],
+                (tasks, _) => local::run_steps(tasks, context),
+            };
+            let finished = finished.into_iter().map(|finished| finished.map(Box::new));
             let finished = places.iter().copied().zip(finished).collect();
             // The receiver is gone once the loop has ended because its log could not be written.
             drop(sender.send(Message::Ended(grant, finished)));

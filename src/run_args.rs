@@ -27,6 +27,7 @@ impl RunArgs {
             rehash: false,
             is_measuring: false,
             is_repair: false,
+            forced: Vec::new(),
         }
     }
 }

@@ -83,14 +83,18 @@ fn every_json_form_is_documented() {
     world.run(["run", "./tiny.yaml", "--until", "coco"]).success();
     let status: Value = serde_json::from_str(&world.run(["status", "--json"]).success().stdout).unwrap();
     let run = status["run"]["run"].as_str().unwrap().to_owned();
+    world.run(["run", "./tiny.yaml", "--until", "coco", "--set", "detect.score_threshold=0.9"]).success();
+    let second: Value = serde_json::from_str(&world.run(["status", "--json"]).success().stdout).unwrap();
+    let second = second["run"]["run"].as_str().unwrap();
     let record = world.find(&["annotations-split", "unit.json"]);
-    let forms: [(&str, &[&str]); 13] = [
+    let forms: [(&str, &[&str]); 14] = [
         ("plan PIPELINE", &["plan", "./tiny.yaml", "--until", "lvis", "--set", "detect.nms_iou=0.3", "--json"]),
         ("explain PIPELINE STEP", &["explain", "./tiny.yaml", "coco", "--set", "detect.nms_iou=0.3", "--json"]),
         ("explain PIPELINE STEP/UNIT", &["explain", "./tiny.yaml", "coco/0", "--json"]),
         ("status", &["status", "--json"]),
         ("log", &["log", "--json"]),
         ("log RUN", &["log", &run, "--json"]),
+        ("diff RUN RUN", &["diff", &run, second, "--json"]),
         ("report", &["report", "--json"]),
         ("cache du", &["cache", "du", "--json"]),
         ("cache gc", &["cache", "gc", "--keep-for", "0s", "--grace", "0s", "--json"]),
@@ -141,7 +145,7 @@ fn paths(value: &Value, path: &str, found: &mut BTreeSet<String>) {
             }
             for (name, value) in fields {
                 // Names that data choose.
-                let is_chosen = [".kinds", ".ports", ".groups", ".steps"].iter().any(|of| path.ends_with(of));
+                let is_chosen = [".kinds", ".ports", ".groups", ".steps", ".inputs"].iter().any(|of| path.ends_with(of));
                 let name = if is_chosen { "NAME" } else { name };
                 paths(value, &format!("{path}.{name}"), found);
             }

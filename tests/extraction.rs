@@ -201,7 +201,7 @@ fn a_dry_run_goes_through_every_stage_and_leaves_the_home_as_it_was() {
     assert_eq!(dry.steps("done").len(), 9, "{}", dry.stderr);
     assert!(!world.path(".ovenbird/units").exists());
     let plan = world.run(["plan", "./all.yaml"]).success();
-    assert!(plan.stdout.contains("0 reused"), "{}", plan.stdout);
+    assert!(plan.stdout.contains("0 up to date"), "{}", plan.stdout);
     world.run(["verify", "--deep", "--home", ".ovenbird/dry-run/3"]).success();
     let estimate = world.run(["run", "./all.yaml", "--estimate", "--dry-run", "3"]).success();
     let objects = estimate.stdout.lines().find(|line| line.starts_with("objects ")).unwrap_or_default();

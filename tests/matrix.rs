@@ -96,14 +96,14 @@ fn common_stages_run_once_and_all_variants_end_in_one_table() {
     let world = small();
     insta::assert_snapshot!(world.run(["plan", "./matrix.yaml"]).success().stdout, @r"
     world        run      first run
-    clip (2)     depends  on the result of world
-    val          depends  on the result of world
-    prompts (2)  depends  on the result of clip, val
-    proposals    depends  on the result of world, val
-    regions (2)  depends  on the result of world, clip, val, proposals
-    detect (6)   depends  on the result of val, prompts, regions
-    coco (6)     depends  on the result of val, detect
-    0 reused, 1 to run, 20 depending on these
+    clip (2)     waits    for world
+    val          waits    for world
+    prompts (2)  waits    for clip, val
+    proposals    waits    for world, val
+    regions (2)  waits    for world, clip, val, proposals
+    detect (6)   waits    for val, prompts, regions
+    coco (6)     waits    for val, detect
+    0 up to date, 1 to run, up to 20 more after it
     ");
     let first = world.run(["run", "./matrix.yaml"]).success();
     assert_eq!(first.steps("will run"), STEPS);
@@ -171,18 +171,19 @@ fn a_changed_variant_runs_what_it_touches_and_what_is_not_chosen_is_said() {
     let text = std::fs::read_to_string(world.path("matrix.yaml")).unwrap();
     world.write("matrix.yaml", text.replace("warm: {temperature: 0.5}", "warm: {temperature: 0.4}"));
     insta::assert_snapshot!(world.run(["plan", "./matrix.yaml", "--set", "seed=8"]).success().stdout, @r"
-    world                 reused
-    val                   reused
-    proposals             reused
-    clip@8                reused
-    prompts@8             reused
-    regions@8             reused
-    detect@cool,8         reused
-    coco@cool,8           reused
-    detect@warm,8         run      with.temperature: 0.5 -> 0.4
-    coco@{warm,strict},8  depends  on the result of detect
-    detect@strict,8       run      first run
-    8 reused, 2 to run, 2 depending on these
+    world            up to date
+    val              up to date
+    proposals        up to date
+    clip@8           up to date
+    prompts@8        up to date
+    regions@8        up to date
+    detect@cool,8    up to date
+    coco@cool,8      up to date
+    detect@warm,8    run      with.temperature: 0.5 -> 0.4
+    coco@warm,8      waits    for detect; runs again only if its output changes
+    detect@strict,8  run      first run
+    coco@strict,8    waits    for detect
+    8 up to date, 2 to run, up to 2 more after them
     ");
     // A name of the file stands for all copies.
     let explained = world.run(["explain", "./matrix.yaml", "detect", "--set", "seed=8"]).success().stdout;

@@ -31,7 +31,7 @@ fn a_changed_parameter_runs_its_stage_and_what_depends_on_it() {
     world.run(["run", "./tiny.yaml", "--until", "coco"]).success();
     let plan = world.run(["plan", "./tiny.yaml", "--until", "coco", "--set", "detect.nms_iou=0.4"]).success();
     assert!(plan.stdout.contains("detect     run      with.nms_iou: 0.5 -> 0.4"), "{}", plan.stdout);
-    assert!(plan.stdout.contains("coco       depends  on the result of detect"), "{}", plan.stdout);
+    assert!(plan.stdout.contains("coco       waits    for detect; runs again only if its output changes"), "{}", plan.stdout);
     let run = world.run(["run", "./tiny.yaml", "--until", "coco", "--set", "detect.nms_iou=0.4"]).success();
     assert_eq!(run.steps("will run"), ["coco", "detect"]);
 }

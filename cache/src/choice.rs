@@ -70,6 +70,17 @@ impl Store {
         Ok(self.chosen(kind, item_key, name)?.unwrap_or(chosen))
     }
 
+    /// Takes over the choices of another home for a kind.
+    pub fn take_choices(&self, from: &Self, kind: &str) -> Result<()> {
+        let folder = from.home().join("choices").join(kind_name(kind));
+        for (item_key, _) in from.publisher().list(&folder)? {
+            if let Ok(Some(choice)) = from.read_choice(&format!("{}/{item_key}", kind_name(kind))) {
+                self.choice(kind, &choice.item_key, &choice.name, || Ok::<_, crate::Error>(choice.chosen.clone()))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Reads the published choice. A damaged one is moved to quarantine under a lease, so that no process moves the sound one that another
     /// has published in the meantime.
     fn chosen(&self, kind: &str, item_key: &Fingerprint, name: &str) -> Result<Option<String>> {

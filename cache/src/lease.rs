@@ -56,6 +56,11 @@ impl Owner {
         })
     }
 
+    /// The number by which its machine names it.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
     /// Whether it is of the same boot and process namespace as this process, so that `/proc` shows it.
     fn is_visible(&self) -> bool {
         self.boot == Self::me().boot
@@ -236,7 +241,7 @@ pub(crate) fn is_over(home: &Path, owner: &Owner) -> bool {
 
 /// The time since a session file was touched; `None` if there is none. If this process has a session in the home, the time is measured by
 /// the file system's clock, from the last touch of its own session file.
-fn silence_of(home: &Path, owner: &Owner) -> Option<Duration> {
+pub(crate) fn silence_of(home: &Path, owner: &Owner) -> Option<Duration> {
     let now = touched(home, Owner::me()).unwrap_or_else(SystemTime::now);
     Some(now.duration_since(touched(home, owner)?).unwrap_or_default())
 }

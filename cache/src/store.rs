@@ -23,6 +23,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use serde::{Serialize, de::DeserializeOwned};
@@ -159,6 +160,11 @@ impl Store {
     /// The processes at work in this home.
     pub fn at_work(&self) -> Vec<Owner> {
         lease::sessions(&self.home)
+    }
+
+    /// The time since a process at work in this home gave its last sign of life; `None` where it has ended.
+    pub fn silence_of(&self, owner: &Owner) -> Option<Duration> {
+        lease::silence_of(&self.home, owner)
     }
 
     /// Removes unfinished files and folders of dead processes, and notes published units and records that the journal of
@@ -341,6 +347,15 @@ impl Store {
             Status::Damaged(findings) => Err(Error::malformed(&self.unit_path(&name), findings.join("; "))),
             Status::Absent => Err(Error::malformed(&self.unit_path(&name), "was published by another process and then removed")),
         }
+    }
+
+    /// Moves a published unit of another home on the same disk into this one, where no such unit is.
+    pub fn adopt_unit(&self, from: &Self, name: &str) -> Result<()> {
+        let (path, target) = (from.unit_path(name), self.unit_path(name));
+        let Status::Valid(record) = from.unit_at(name)? else { return Err(Error::malformed(&path, "is missing or damaged")) };
+        let kind = target.parent().expect("BUG: a unit is in the folder of its kind");
+        self.publisher.set_aside(&path, kind)?;
+        self.note_unit(&record)
     }
 
     /// Moves a damaged unit to quarantine, so that it is recomputed; its undamaged items can be reused from there. Returns the new

@@ -114,8 +114,7 @@ fn opened(home: &Path) -> Result<Store> {
     if home.exists() {
         return Ok(Store::open(home)?);
     }
-    let problem = format!("{}: there is no home here", home.display());
-    Err(Error::Usage { problem, hint: "choose one with `--home FOLDER`".into() })
+    Err(Error::NoHome { home: home.to_owned() })
 }
 
 /// Runs and artifacts, as the logs of a home record them.

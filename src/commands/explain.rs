@@ -10,8 +10,9 @@ use crate::{
     chosen::{Chosen, places},
     error::{Error, Result},
     output::{count, print, to_json},
-    pipeline::{Pipeline, Source, Step, step_id::StepId},
-    plan::{self, Seen},
+    pipeline::{Pipeline, Step, step_id::StepId},
+    plan::{self, Seen, previous_run::PreviousRun},
+    reason::{self, Sources},
 };
 
 /// Explain why a step, or one unit of it, would run or would not
@@ -49,8 +50,8 @@ pub(crate) fn explain(home: &Path, Args { chosen, what, json }: &Args) -> Result
         let told = places.iter().map(of_step).collect::<Result<Vec<_>>>()?;
         return Ok(print(&if *json { to_json("units", &told) } else { told.iter().map(ToString::to_string).collect() })?);
     }
-    let mut causes = Vec::new();
-    places.iter().for_each(|place| chain(&pipeline, &seen, *place, 0, &mut causes));
+    let (previous, mut causes) = (PreviousRun::of(store, &pipeline)?, Vec::new());
+    places.iter().for_each(|place| chain(&pipeline, &seen, &previous, *place, 0, &mut causes));
     if *json {
         let list: Vec<_> = causes.iter().map(|(depth, step, words)| json!({"depth": depth, "step": step, "words": words})).collect();
         return Ok(print(&to_json("explain", &list))?);
@@ -58,14 +59,23 @@ pub(crate) fn explain(home: &Path, Args { chosen, what, json }: &Args) -> Result
     let line = |(depth, step, words): &(usize, StepId, Vec<String>)| {
         let indent = "  ".repeat(*depth);
         let because = if *depth == 0 { "" } else { "because " };
-        let more: String = words[1..].iter().map(|words| format!("{indent}    {words}\n")).collect();
+        let of_step = pipeline.steps.iter().find(|known| known.id == *step);
+        let sources = of_step.map_or_else(Sources::new, |step| reason::sources(&pipeline, step));
+        let more: String = words[1..].iter().map(|words| format!("{indent}    {}\n", reason::in_words(words, &sources))).collect();
         format!("{indent}{because}{step}: {}\n{more}", words[0])
     };
     Ok(print(&causes.iter().map(line).collect::<String>())?)
 }
 
 /// Collects a step and, one level deeper, the steps that make it run.
-fn chain(pipeline: &Pipeline, seen: &BTreeMap<usize, Seen>, place: usize, depth: usize, causes: &mut Vec<(usize, StepId, Vec<String>)>) {
+fn chain(
+    pipeline: &Pipeline,
+    seen: &BTreeMap<usize, Seen>,
+    previous: &PreviousRun,
+    place: usize,
+    depth: usize,
+    causes: &mut Vec<(usize, StepId, Vec<String>)>,
+) {
     let step = &pipeline.steps[place];
     if causes.iter().any(|(_, id, _)| *id == step.id) {
         return;
@@ -83,28 +93,22 @@ fn chain(pipeline: &Pipeline, seen: &BTreeMap<usize, Seen>, place: usize, depth:
         Seen::Runs(work) => {
             let n_done = work.units.len() - work.missing.len();
             let mut words = vec![format!("would run, {n_done} of {} done", count(work.units.len(), "unit"))];
-            words.extend(work.reasons.iter().map(|reason| named_source(pipeline, step, reason)));
+            words.extend(work.reasons.iter().cloned());
             causes.push((depth, step.id.clone(), words));
         }
         Seen::Waits { steps, reasons } => {
-            let whether = if reasons.is_empty() { "runs if its inputs change; depends on" } else { "would run after" };
-            let mut words = vec![format!("{whether} {}", listed(steps))];
-            words.extend(reasons.iter().map(|reason| named_source(pipeline, step, reason)));
+            let is_certain = !reasons.is_empty() || !previous.steps.contains_key(&step.id);
+            let of = steps.iter().map(|step| format!("`{step}`")).collect::<Vec<_>>();
+            let mut words = vec![match is_certain {
+                true => format!("would run after {}", of.join(", ")),
+                false => format!("will run again if {} gives a different result", of.join(" or ")),
+            }];
+            words.extend(reasons.iter().cloned());
             causes.push((depth, step.id.clone(), words));
             for source in step.upstream().into_iter().filter(|source| !matches!(seen[source], Seen::Stored(_))) {
-                chain(pipeline, seen, source, depth + 1, causes);
+                chain(pipeline, seen, previous, source, depth + 1, causes);
             }
         }
-    }
-}
-
-/// A reason `in.PORT: old -> new` with the source of the port.
-fn named_source(pipeline: &Pipeline, step: &Step, reason: &str) -> String {
-    let port = reason.strip_prefix("in.").and_then(|rest| rest.split_once(':')).map(|(port, _)| port);
-    match port.and_then(|port| step.inputs.get(port)) {
-        Some(Source::File(path)) => format!("{reason} (the file or folder {} has changed)", path.display()),
-        Some(Source::Step { step, port }) => format!("{reason} (`{}.{port}` has changed)", pipeline.steps[*step].id),
-        None => reason.to_owned(),
     }
 }
 
@@ -178,9 +182,4 @@ impl fmt::Display for ExplainedUnit {
             _ => writeln!(f, "{}: {unit}: has to be computed", self.step),
         }
     }
-}
-
-/// Ids of steps in one line.
-fn listed(steps: &[StepId]) -> String {
-    steps.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }

@@ -1,15 +1,18 @@
 //! `ovenbird log`: past runs, and the events of one.
 
-use std::{path::Path, thread, time::Duration};
+use std::{collections::BTreeMap, path::Path, thread, time::Duration};
 
 use ovenbird_cache::Store;
 use serde_json::json;
 
 use crate::{
-    error::Result,
-    event::{self, Event, Verdict, runs},
+    error::{Error, Result},
+    event::{self, Event, Stamped, Verdict, runs},
     output::{count, duration, print, to_json},
-    run_state::{RunState, StepStatus, find_run, state},
+    pipeline::step_id::{StepId, labels},
+    reason::{self, Sources},
+    results::{Headline, headlines},
+    run_state::{RunState, StepStatus, find_run, state_in},
 };
 
 /// How often `--follow` reads the log again.
@@ -34,9 +37,10 @@ pub(crate) fn log(home: &Path, Args { run, json, follow }: &Args) -> Result<()> 
         let mut n_shown = 0;
         loop {
             let log = event::read_log(home, &run)?;
+            let sources = sources_of(&log);
             let lines = log[n_shown.min(log.len())..].iter().map(|stamped| {
                 let line = serde_json::to_string(stamped).expect("BUG: events are plain JSON");
-                if *json { format!("{line}\n") } else { format!("{:.0}  {}\n", stamped.at, words(&stamped.event)) }
+                if *json { format!("{line}\n") } else { format!("{:.0}  {}\n", stamped.at, words(&stamped.event, &sources)) }
             });
             print(&lines.collect::<String>())?;
             n_shown = log.len();
@@ -47,31 +51,75 @@ pub(crate) fn log(home: &Path, Args { run, json, follow }: &Args) -> Result<()> 
             thread::sleep(FOLLOW_EVERY);
         }
     }
-    let states = runs(home).iter().map(|run| Ok(state(&event::read_log(home, run)?))).collect::<Result<Vec<_>>>()?;
+    if !home.exists() {
+        return Err(Error::NoHome { home: home.to_owned() });
+    }
+    let store = Store::open(home)?;
+    let states = runs(home).iter().map(|run| state_in(&store, run)).collect::<Result<Vec<_>>>()?;
+    let lines: Vec<Line> = states.iter().map(|state| Line::of(&store, state)).collect();
     if *json {
-        let list: Vec<_> = states
-            .iter()
-            .map(|state| json!({"run": state.run, "pipeline": state.pipeline, "started": state.started, "outcome": state.outcome, "wall_s": state.wall_s}))
-            .collect();
+        let fields = |(state, line): (&RunState, &Line)| json!({"run": state.run, "pipeline": state.pipeline, "started": state.started, "outcome": state.outcome, "wall_s": state.wall_s, "command": state.command, "life": state.life, "headlines": line.headlines, "steps_run": line.made, "steps": state.steps.len()});
+        let list: Vec<_> = states.iter().zip(&lines).map(fields).collect();
         return Ok(print(&to_json("runs", &list))?);
     }
-    let line = |state: &RunState| {
-        let n_made = state.steps.iter().filter(|step| step.state == StepStatus::Done).count();
-        let of = state.steps.len();
-        format!("{}  {}  {}, {n_made} of {of} steps run, {}\n", state.run, state.pipeline, state.outcome_words(), duration(state.wall_s))
+    let cells: Vec<[String; 4]> = states.iter().zip(&lines).map(|(state, line)| line.cells(state)).collect();
+    let width = |column: usize| cells.iter().map(|cells| cells[column].chars().count()).max().unwrap_or(0);
+    let widths = [0, 1, 2].map(width);
+    let line = |[run, command, headlines, end]: &[String; 4]| {
+        format!("{run:0$}  {command:1$}  {headlines:2$}  {end}\n", widths[0], widths[1], widths[2])
     };
-    Ok(print(&states.iter().map(line).collect::<String>())?)
+    Ok(print(&cells.iter().map(line).collect::<String>())?)
+}
+
+/// How many steps and evaluations a line of the list names.
+const NAMED: usize = 3;
+
+/// A run in the list.
+struct Line {
+    headlines: Vec<Headline>,
+    /// The steps that ran.
+    made: Vec<StepId>,
+}
+
+impl Line {
+    fn of(store: &Store, state: &RunState) -> Self {
+        let made = state.steps.iter().filter(|step| step.state == StepStatus::Done).map(|step| step.id.clone()).collect();
+        Self { headlines: headlines(store, &state.steps), made }
+    }
+
+    /// The run, the command, the metrics, and the end.
+    fn cells(&self, state: &RunState) -> [String; 4] {
+        let mut headlines: Vec<String> = self.headlines.iter().take(NAMED).map(ToString::to_string).collect();
+        headlines.extend((self.headlines.len() > NAMED).then(|| format!("{} more", self.headlines.len() - NAMED)));
+        let made = match self.made.len() {
+            0 => "no step run".to_owned(),
+            1..=NAMED => format!("ran {}", labels(&self.made).join(", ")),
+            n_made => format!("ran {n_made} of {} steps", state.steps.len()),
+        };
+        let end = format!("{}, {made}, {}", state.outcome_words(), duration(state.wall_s));
+        let headlines = if headlines.is_empty() { "–".to_owned() } else { headlines.join(", ") };
+        [state.run.clone(), state.command.replace('\n', " "), headlines, end]
+    }
+}
+
+/// The sources of the inputs of each step of a run.
+fn sources_of(log: &[Stamped]) -> BTreeMap<StepId, Sources> {
+    let start = log.iter().find_map(|stamped| if let Event::RunStarted { steps, .. } = &stamped.event { Some(steps) } else { None });
+    start.into_iter().flatten().map(|step| (step.id.clone(), step.inputs.clone())).collect()
 }
 
 /// An event in words.
-fn words(event: &Event) -> String {
+fn words(event: &Event, sources: &BTreeMap<StepId, Sources>) -> String {
     match event {
         Event::RunStarted { run, pipeline, .. } => format!("run {run} of `{pipeline}` started"),
         Event::Notice { words } => words.clone(),
         Event::StepChecked { step, verdict: Verdict::Reused, .. } => format!("{step}: reused"),
         Event::StepChecked { step, verdict: Verdict::Dropped, .. } => format!("{step}: dropped, not needed"),
         Event::StepChecked { step, verdict: Verdict::Run { units_done, units_total, reasons, .. }, .. } => {
-            format!("{step}: will run, {units_done} of {units_total} units done: {}", reasons.join("; "))
+            format!(
+                "{step}: will run, {units_done} of {units_total} units done: {}",
+                reason::listed(reasons, sources.get(step).unwrap_or(&Sources::new()))
+            )
         }
         Event::StepStarted { step } => format!("{step}: started"),
         Event::StepProgress { step, done, total, views: 0, .. } => format!("{step}: {done} of {total}"),

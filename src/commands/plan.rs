@@ -13,7 +13,8 @@ use crate::{
         Pipeline,
         step_id::{StepId, labels},
     },
-    plan::{self, Outlook},
+    plan::{self, Outlook, previous_run::PreviousRun},
+    reason,
 };
 
 /// Show what a run would do, step by step, and why
@@ -39,20 +40,29 @@ pub(crate) fn plan(home: &Path, Args { wanted, json }: &Args) -> Result<()> {
             .collect();
         return Ok(print(&to_json("plan", &steps))?);
     }
-    let mut text = plan_lines(&pipeline, &outlooks);
+    let previous = PreviousRun::of(&store, &pipeline)?;
+    let mut text = plan_lines(&pipeline, &outlooks, &previous);
     let n_of = |wanted: fn(&Outlook) -> bool| outlooks.iter().filter(|(_, outlook)| wanted(outlook)).count();
     let (reused, run) =
         (n_of(|outlook| matches!(outlook, Outlook::Reused | Outlook::Dropped)), n_of(|outlook| matches!(outlook, Outlook::Run { .. })));
-    text.push_str(&format!("{reused} reused, {run} to run, {} depending on these\n", outlooks.len() - reused - run));
+    text.push_str(&summary(reused, run, outlooks.len() - reused - run));
     Ok(print(&text)?)
 }
 
+/// How many steps are up to date, how many run, and how many may run after those.
+fn summary(n_reused: usize, n_run: usize, n_after: usize) -> String {
+    let run = if n_run == 0 { "nothing to run".to_owned() } else { format!("{n_run} to run") };
+    let after =
+        if n_after == 0 { String::new() } else { format!(", up to {n_after} more after {}", if n_run == 1 { "it" } else { "them" }) };
+    format!("{n_reused} up to date, {run}{after}\n")
+}
+
 /// A line for each step; instances of a stage with the same outlook share a line.
-fn plan_lines(pipeline: &Pipeline, outlooks: &[(usize, Outlook)]) -> String {
+fn plan_lines(pipeline: &Pipeline, outlooks: &[(usize, Outlook)], previous: &PreviousRun) -> String {
     let mut lines: Vec<(&str, String, Vec<&StepId>)> = Vec::new();
     for (place, outlook) in outlooks {
         let id = &pipeline.steps[*place].id;
-        let words = outlook_words(pipeline, outlook);
+        let words = outlook_words(pipeline, *place, outlook, previous);
         match lines.iter_mut().find(|(stage, known, _)| *stage == id.stage && *known == words) {
             Some((_, _, ids)) => ids.push(id),
             None => lines.push((&id.stage, words, vec![id])),
@@ -70,7 +80,9 @@ fn plan_lines(pipeline: &Pipeline, outlooks: &[(usize, Outlook)]) -> String {
 }
 
 /// What a run would do with a step, in words.
-fn outlook_words(pipeline: &Pipeline, outlook: &Outlook) -> String {
+fn outlook_words(pipeline: &Pipeline, place: usize, outlook: &Outlook, previous: &PreviousRun) -> String {
+    let step = &pipeline.steps[place];
+    let words = |reasons: &[String]| reason::listed(reasons, &reason::sources(pipeline, step));
     // The ids of stages are enough: the instances are those that the step reads from.
     let stages = |steps: &[StepId]| {
         let mut stages: Vec<&str> = steps.iter().map(|step| step.stage.as_str()).collect();
@@ -78,13 +90,17 @@ fn outlook_words(pipeline: &Pipeline, outlook: &Outlook) -> String {
         stages.join(", ")
     };
     match outlook {
-        Outlook::Reused => "reused".to_owned(),
+        Outlook::Reused => "up to date".to_owned(),
         Outlook::Dropped => "dropped  earlier; no step that would run needs it".to_owned(),
-        Outlook::Run { units_done: 0, reasons, .. } => format!("run      {}", reasons.join("; ")),
+        Outlook::Run { units_done: 0, reasons, .. } => format!("run      {}", words(reasons)),
         Outlook::Run { units_done, units_total, reasons } => {
-            format!("resume   {units_done} of {units_total} units done; {}", reasons.join("; "))
+            format!("resume   {units_done} of {units_total} units done; {}", words(reasons))
         }
-        Outlook::DependsOn { steps, reasons } if reasons.is_empty() => format!("depends  on the result of {}", stages(steps)),
-        Outlook::DependsOn { steps, reasons } => format!("run      after {}; {}", stages(steps), reasons.join("; ")),
+        Outlook::DependsOn { steps, reasons } if reasons.is_empty() && previous.steps.contains_key(&step.id) => {
+            let output = if steps.len() == 1 { "its output changes" } else { "one of their outputs changes" };
+            format!("waits    for {}; runs again only if {output}", stages(steps))
+        }
+        Outlook::DependsOn { steps, reasons } if reasons.is_empty() => format!("waits    for {}", stages(steps)),
+        Outlook::DependsOn { steps, reasons } => format!("run      after {}; {}", stages(steps), words(reasons)),
     }
 }

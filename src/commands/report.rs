@@ -26,7 +26,7 @@ use page::{Gathered, parts_of, render};
 /// Write an HTML file about a run: graph, tables, curves, images, manifests
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// A run's id [default: the latest]
+    /// A run's id [default: the latest that computed something or failed]
     run: Option<String>,
     /// The file to write [default: report.html beside the run's log]
     #[arg(long, short, value_name = "FILE")]
@@ -49,7 +49,7 @@ pub(crate) fn report(home: &Path, Args { run, output, json }: &Args) -> Result<(
 /// Writes the report of a run; returns its path. The report beside the run's log is not replaced by one that shows less; the second
 /// value says so.
 pub(crate) fn write(store: &Store, run: &str, output: Option<&Path>) -> Result<(PathBuf, Option<String>)> {
-    let gathered = gather(store, &event::read_log(store.home(), run)?)?;
+    let gathered = gather(store, run)?;
     if let Some(path) = output {
         publish::replace(path, render(&gathered).as_bytes())?;
         return Ok((path.to_owned(), None));
@@ -103,8 +103,9 @@ fn unread(store: &Store, run: &RunState) -> Result<Vec<String>> {
 }
 
 /// Reads the log, manifests and tables of a run. Parts that cannot be read are left out and named.
-fn gather(store: &Store, log: &[Stamped]) -> Result<Gathered> {
-    let run = run_state::state(log);
+fn gather(store: &Store, run: &str) -> Result<Gathered> {
+    let log = &event::read_log(store.home(), run)?;
+    let run = run_state::state_in(store, run)?;
     let start_ms = log.first().map_or(0, |first| first.at.as_millisecond());
     let (mut after, mut spans, mut bytes) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
     let mut flow: BTreeMap<_, Vec<_>> = BTreeMap::new();

@@ -7,8 +7,8 @@ use ovenbird_cache::Store;
 
 use super::report;
 use crate::{
-    chosen::{Chosen, Wanted},
-    error::Result,
+    chosen::{Chosen, Wanted, places},
+    error::{Error, Result},
     event::{self, Event, Verdict},
     output::{as_typed, duration, print},
     pipeline::{Pipeline, step_id::StepId},
@@ -32,6 +32,10 @@ pub(crate) struct Args {
     /// Hash every input file again, even where its size and times are unchanged
     #[arg(long)]
     rehash: bool,
+    /// Compute a step again even if it is up to date, and say whether the result is the same; may be repeated. Later steps run only if it
+    /// differs. The earlier result moves to quarantine only when another one is complete
+    #[arg(long, value_name = "STEP", conflicts_with_all = ["dry_run", "estimate"])]
+    force: Vec<String>,
     /// Process only the first N items of every step, and one unit of a training; results are stored separately
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     dry_run: Option<u32>,
@@ -40,9 +44,10 @@ pub(crate) struct Args {
     estimate: bool,
 }
 
-pub(crate) fn run(home: &Path, Args { wanted, machine, rehash, dry_run, estimate }: &Args) -> Result<()> {
+pub(crate) fn run(home: &Path, Args { wanted, machine, rehash, force, dry_run, estimate }: &Args) -> Result<()> {
     let sample = dry_run.map(|n| n as usize).or(estimate.then_some(SAMPLE));
-    let options = Options { rehash: *rehash, is_measuring: *estimate, ..machine.options() };
+    let forced = forced(wanted, force)?;
+    let options = Options { rehash: *rehash, is_measuring: *estimate, forced, ..machine.options() };
     let Some(n) = sample else { return run_and_report(home, wanted, &options, None) };
     let name = if *estimate { "estimate".to_owned() } else { n.to_string() };
     let separate = home.join("dry-run").join(name);
@@ -51,6 +56,25 @@ pub(crate) fn run(home: &Path, Args { wanted, machine, rehash, dry_run, estimate
         Store::open(&separate)?.publisher().remove(&separate)?;
     }
     run_and_report(&separate, wanted, &options, Some(n))
+}
+
+/// The places of the steps that are to be computed again.
+fn forced(wanted: &Wanted, names: &[String]) -> Result<Vec<usize>> {
+    if names.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (pipeline, wanted) = wanted.load()?;
+    let mut forced = Vec::new();
+    for name in names {
+        for place in places(&pipeline, name)? {
+            if !wanted.contains(&place) {
+                let problem = format!("--force {name}: this run does not include the step");
+                return Err(Error::Usage { problem, hint: "leave out `--until`, or give a later step".into() });
+            }
+            forced.push(place);
+        }
+    }
+    Ok(forced)
 }
 
 /// Runs the wanted steps, writes the report and prints the tables. `most_items` limits a dry run.

@@ -69,8 +69,7 @@ pub(crate) fn verify(home: &Path, args: &Args) -> Result<()> {
     let options = &args.options();
     let home = std::path::absolute(home).unwrap_or_else(|_| home.to_owned());
     if !home.exists() {
-        let problem = format!("{}: there is no home here", home.display());
-        return Err(Error::Usage { problem, hint: "choose one with `--home FOLDER`".into() });
+        return Err(Error::NoHome { home });
     }
     let store = Store::open_to_repair(&home)?;
     // Where something else is in the place of a file or folder, nothing below it can be checked.

@@ -49,6 +49,8 @@ pub(crate) struct Options {
     pub(crate) is_measuring: bool,
     /// Whether the run repairs damaged results: it does not count as the pipeline's latest run.
     pub(crate) is_repair: bool,
+    /// The places of the steps that are computed again though their artifacts are stored.
+    pub(crate) forced: Vec<usize>,
 }
 
 /// Why a worker ended without an artifact.
@@ -110,6 +112,61 @@ pub(crate) fn run_steps(tasks: &[Task<'_>], context: WorkerContext<'_>) -> Vec<R
         })
     };
     runs.iter().map(alone).collect()
+}
+
+/// Computes a step again whose artifact is stored; the stored one stays if the step fails or is stopped. Results go to a home of their own,
+/// and replace the stored ones only where they differ.
+pub(crate) fn run_anew(task: &Task<'_>, stored: &Artifact, context: WorkerContext<'_>) -> Result<Artifact, Failure> {
+    let (store, kind) = (context.store, task.step.entry.kind);
+    let fingerprint = task.work.recipe.fingerprint();
+    // Another process that forces the same step would work in the same folder.
+    let folder = store.home().join("dry-run").join(format!("force-{}", unit_name(kind, &fingerprint).replace('/', ".")));
+    let lease = guard(|| match store.lease(&format!("{}.force", unit_name(kind, &fingerprint)))? {
+        Ok(lease) => Ok(lease),
+        Err(holder) => {
+            let problem = format!("{} computes it by force already", holder.words());
+            Err(Error::Usage { problem, hint: "wait for it to end".into() })
+        }
+    })?;
+    let separate = guard(|| Ok(Store::open(&folder)?))?;
+    let session = guard(|| Ok(separate.enter()?))?;
+    // The precision of a network and such: the same choice gives the same bytes.
+    guard(|| Ok(separate.take_choices(store, kind)?))?;
+    let computed = run_steps(std::slice::from_ref(task), WorkerContext { store: &separate, ..context }).into_iter().next();
+    let computed = computed.expect("BUG: one step has one result")?;
+    let ended = guard(|| {
+        let differing: Vec<&str> = computed
+            .manifest
+            .ports
+            .iter()
+            .filter(|(port, digest)| stored.manifest.ports.get(*port) != Some(*digest))
+            .map(|(port, _)| port.as_str())
+            .collect();
+        if differing.is_empty() {
+            (task.report)(Progress::Note("computed again: the same bytes".into()));
+            return Ok(stored.clone());
+        }
+        (task.report)(Progress::Note(format!("computed again: different: {}; the earlier result is in quarantine", differing.join(", "))));
+        replace(store, stored, &separate, &computed)
+    })?;
+    drop(session);
+    guard(|| Ok(store.publisher().remove(&folder)?))?;
+    drop(lease);
+    Ok(ended)
+}
+
+/// Moves an artifact to quarantine, and puts one of another home in its place. After a crash in between, the step is computed again.
+fn replace(store: &Store, stored: &Artifact, from: &Store, by: &Artifact) -> Result<Artifact> {
+    let why = "computed again by force, with a different result";
+    let recipe = &stored.manifest.recipe;
+    store.quarantine_manifest(&store.manifest_path(&recipe.kind, &stored.manifest.fingerprint), why)?;
+    for unit in &by.manifest.units {
+        let name = unit_name(&recipe.kind, &unit.key.fingerprint);
+        store.condemn(&name, &[why.into()])?;
+        store.adopt_unit(from, &name)?;
+    }
+    let ports: Vec<&str> = by.manifest.ports.keys().map(String::as_str).collect();
+    Ok(store.commit_artifact(recipe.clone(), &ports, by.manifest.units.clone(), by.manifest.made.clone())?)
 }
 
 /// A step that is running.
