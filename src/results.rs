@@ -427,8 +427,16 @@ mod tests {
             let groups = BTreeMap::from([("novel".to_owned(), group(*novel)), ("all".to_owned(), group(*all))]);
             let (classes, curves) = (Vec::new(), BTreeMap::new());
             let warnings = if *all < 0.2 { vec!["4 of 4 boxes are odd".to_owned()] } else { Vec::new() };
-            let evaluation =
-                Evaluation { format: 2, protocol: Protocol::Coco, iou_type: IouType::Boxes, groups, classes, curves, warnings };
+            let evaluation = Evaluation {
+                format: 2,
+                protocol: Protocol::Coco,
+                iou_type: IouType::Boxes,
+                groups,
+                classes,
+                curves,
+                warnings,
+                n_images_without_detections: None,
+            };
             Evaluated { step: format!("coco{id}").into(), kind: "eval/coco".into(), port: "evaluation", evaluation }
         };
         let found: Vec<Evaluated> = found.iter().map(evaluated).collect();

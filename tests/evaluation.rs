@@ -417,9 +417,11 @@ fn images_that_the_detector_never_saw_are_said_at_the_table() {
     assert_eq!(warnings(&world), Vec::<String>::new());
     world.write(&format!("images/{}", broken.file_name), "broken");
     let expected =
-        format!("1 of 12 images were skipped by an earlier stage (`on_bad_item: skip`): their {n_objects} objects count as missed");
+        format!("1 of 12 images were skipped by an earlier step (`on_bad_item: skip`): their {n_objects} objects count as missed");
     assert!(n_objects > 0);
     assert_eq!(warnings(&world), std::slice::from_ref(&expected));
+    let report: Value = serde_json::from_str(&world.run(["report", "--json"]).success().stdout).unwrap();
+    assert_eq!(report["report"]["evaluations"][0]["n_images_without_detections"], 1, "{report}");
     // An image in which nothing is found was looked at nevertheless.
     world.write("brought.yaml", pipeline + &test.replace("max_per_image: 5", "score_threshold: 0.999"));
     assert_eq!(warnings(&world), [expected]);

@@ -232,7 +232,7 @@ fn init_writes_a_pipeline_that_can_be_planned() {
         let said = world.run(["init"].into_iter().chain(args.iter().copied())).success();
         let plan = world.run(["plan", "./mine.yaml"]).success();
         let found: Vec<&str> =
-            plan.stdout.lines().filter(|line| !line.contains(" reused, ")).map(|line| line.split(' ').next().unwrap()).collect();
+            plan.stdout.lines().filter(|line| !line.contains(" up to date, ")).map(|line| line.split(' ').next().unwrap()).collect();
         assert_eq!(found, steps, "{}", plan.stdout);
         assert!(said.stdout.ends_with("next: ovenbird check ./mine.yaml\n"), "{}", said.stdout);
         let again = world.run(["init"].into_iter().chain(args.iter().copied()));

@@ -164,6 +164,9 @@ stages:
   - id: results
     use: detections/export
     in: {detections: detect.detections, annotations: world.val}
+  - id: listed
+    use: annotations/folder
+    in: {images: world.images, classes: split.classes}
 "#;
 
 /// Flips a bit in the middle of a file, whose size and time of change stay.

@@ -237,6 +237,9 @@ impl<'a> Evaluator<'a> {
                 ap50: slices.precision(&of_class, Some(0), "all", slices.last_limit()),
             }
         };
+        let is_left = |image: &&ImageInfo, looked_at: &BTreeSet<ImageId>| !looked_at.contains(&image.id);
+        let n_images_without_detections =
+            looked_at.map(|looked_at| annotations.images.iter().filter(|image| is_left(image, looked_at)).count());
         Ok(Evaluation {
             format: FORMAT,
             protocol,
@@ -245,6 +248,7 @@ impl<'a> Evaluator<'a> {
             classes: classes.all().zip(&ids).enumerate().map(class).collect(),
             curves: members.iter().filter_map(|(name, of_group)| Some((name.clone(), slices.curve(of_group)?))).collect(),
             warnings: warnings(protocol, annotations, &ids.into_iter().collect(), looked_at),
+            n_images_without_detections,
         })
     }
 }

@@ -76,7 +76,17 @@ fn numbers(store: &Store, run: &str) -> Result<()> {
         evaluated.extend(results::evaluations(store, step)?);
     }
     let comparisons = state.matrix.as_ref().map_or_else(Vec::new, |matrix| compare(matrix, &state.steps, &evaluated));
-    let as_json = |Evaluated { step, kind, port, evaluation }: &Evaluated| json!({"step": step, "use": kind, "output": port, "of": evaluation.title(), "groups": evaluation.groups, "warnings": evaluation.warnings});
+    let as_json = |Evaluated { step, kind, port, evaluation }: &Evaluated| {
+        json!({
+            "step": step,
+            "use": kind,
+            "output": port,
+            "of": evaluation.title(),
+            "groups": evaluation.groups,
+            "warnings": evaluation.warnings,
+            "n_images_without_detections": evaluation.n_images_without_detections,
+        })
+    };
     let evaluations: Vec<_> = evaluated.iter().map(as_json).collect();
     let not_shown = unread(store, &state)?;
     let report = json!({"run": state.run, "pipeline": state.pipeline, "evaluations": evaluations, "comparisons": comparisons, "not_shown": not_shown});

@@ -255,6 +255,10 @@ pub struct Evaluation {
     /// Reasons why the numbers may be misleading, with counts; empty if a file does not state them.
     #[serde(default)]
     pub warnings: Vec<String>,
+    /// Images that the detector was not run on, because a step skipped them: their objects count as missed. `None` where the detections do
+    /// not list their images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_images_without_detections: Option<usize>,
 }
 
 impl fmt::Display for Protocol {

@@ -538,6 +538,7 @@ mod tests {
             classes: vec![class],
             curves: BTreeMap::from([("novel".into(), vec![1.0; 101])]),
             warnings: vec!["4 of 4 <odd>".into()],
+            n_images_without_detections: None,
         };
         Gathered {
             run,

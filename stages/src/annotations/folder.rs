@@ -111,8 +111,8 @@ impl Stage for Folder {
         }
         if !turned.is_empty() {
             let n_turned = turned.len();
-            let words = "have an EXIF orientation, by which viewers turn or mirror them: they are used as stored";
-            cx.note(format!("{n_turned} images {words}: {}", listed(&turned)));
+            let words = "with an EXIF orientation, by which viewers turn or mirror them, used as stored";
+            cx.note(format!("images {words}: {n_turned}: {}", listed(&turned)));
         }
         let names = classes.iter().flat_map(ClassSplit::all);
         let categories = names.enumerate().map(|(id, name)| Category { id: CategoryId(id as u64), name }).collect();
