@@ -40,6 +40,12 @@ pub(crate) enum Error {
     /// `check` found problems of a pipeline's inputs, and printed them.
     #[error("{} of the inputs", count(*n_problems, "problem"))]
     Inputs { n_problems: usize },
+    /// The log of a run does not say what the run was.
+    #[error("{}: the first line of the run's log is missing or damaged", log.display())]
+    DamagedLog { log: PathBuf },
+    /// Another process computes the step by force.
+    #[error("{holder} computes it with `--force` already; the earlier result is kept")]
+    ForcedElsewhere { holder: String },
     /// Stored results are damaged.
     #[error("{} {}", count(*n_left, "problem"), if *is_fixed { "could not be repaired" } else { "found in the home" })]
     Damage { n_left: usize, is_fixed: bool },
@@ -104,11 +110,11 @@ impl Error {
             Self::Pipeline { problems, .. } if problems.iter().all(Problem::is_of_command_line) => ExitCode::Usage,
             Self::Pipeline { .. } => ExitCode::Pipeline,
             Self::UnknownPipeline { .. } | Self::Usage { .. } => ExitCode::Usage,
-            Self::NoHome { .. } => ExitCode::Store,
+            Self::NoHome { .. } | Self::DamagedLog { .. } => ExitCode::Store,
             Self::StagesFailed { worst, .. } => *worst,
             Self::Inputs { .. } => ExitCode::Input,
             Self::Damage { .. } | Self::DamagedRecords { .. } => ExitCode::Damage,
-            Self::Hangs { .. } | Self::LacksDevices { .. } => ExitCode::Stage,
+            Self::Hangs { .. } | Self::LacksDevices { .. } | Self::ForcedElsewhere { .. } => ExitCode::Stage,
             Self::Interrupted => ExitCode::Interrupted,
             Self::Stage(error) => stage_exit_code(error, home),
         }
@@ -165,6 +171,8 @@ impl Error {
             }
             Self::LacksDevices { .. } => Some("type the same command again: a new run can use all devices".into()),
             Self::Interrupted => Some("type the same command again to continue".into()),
+            Self::DamagedLog { .. } => Some("`ovenbird verify --full --fix` repairs logs; `ovenbird log` lists the other runs".into()),
+            Self::ForcedElsewhere { .. } => Some("wait for it to end, and type the same command again".into()),
             Self::Stage(ovenbird_stages::Error::Cache(error)) => cache_hint(error, home),
             Self::Stage(error) => error.hint(),
         }

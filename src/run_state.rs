@@ -38,7 +38,7 @@ pub(crate) fn find_run(home: &Path, run: Option<&str>) -> Result<String> {
             known.iter().rev().find(did_something).or(known.last())
         }
     };
-    found.cloned().ok_or_else(|| Error::Usage {
+    let found = found.cloned().ok_or_else(|| Error::Usage {
         problem: match run {
             Some(run) => format!("{}: no run `{run}`", home.display()),
             None => format!("{}: no run yet", home.display()),
@@ -47,7 +47,11 @@ pub(crate) fn find_run(home: &Path, run: Option<&str>) -> Result<String> {
             None => "there is no run yet: `ovenbird run quickstart` makes one".into(),
             Some(latest) => format!("`ovenbird log` lists all runs; the latest is {latest}"),
         },
-    })
+    })?;
+    match event::read_start(home, &found)? {
+        Some(Event::RunStarted { .. }) => Ok(found),
+        _ => Err(Error::DamagedLog { log: home.join(event::log_path(&found)) }),
+    }
 }
 
 /// The state of a step in a run.

@@ -234,6 +234,15 @@ fn a_folder_of_the_user_does_not_become_a_home() {
         assert!(output.stderr.contains("hint: choose a new or empty folder"), "{}", output.stderr);
     }
     assert_eq!(fs::read(world.path("mine/thesis.tex")).unwrap(), b"years of work");
+    // Nor one with a folder of the same name as a home's.
+    world.write("other/runs/exp1/model.pt", "weights");
+    for command in
+        [["run", "./tiny.yaml", "--home", "other"].as_slice(), &["verify", "--fix", "--home", "other"], &["status", "--home", "other"]]
+    {
+        let output = world.run(command.iter().copied());
+        assert!(output.code == 5 && output.stderr.contains("is no home of ovenbird: it has `runs`"), "{}", output.stderr);
+    }
+    assert_eq!(fs::read_dir(world.path("other")).unwrap().count(), 1);
     assert!(!world.path("mine/quarantine").exists());
 }
 

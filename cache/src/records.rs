@@ -40,6 +40,8 @@ const COMMITS: &str = "commits.jsonl";
 const HOME_FORMAT: &str = "format.json";
 /// Entries that only a home in use has.
 const IN_USE: [&str; 4] = ["units", "artifacts", "runs", COMMITS];
+/// Names that a folder of other programs hardly has.
+const HOMES_ONLY: [&str; 2] = [COMMITS, "sessions"];
 /// The end of the place of a run's log.
 const LOG: &str = "/events.jsonl";
 
@@ -136,9 +138,11 @@ impl Store {
         if self.kept::<Value>(HOME_FORMAT)?.is_some() {
             return Ok(());
         }
-        match IN_USE.iter().find(|name| self.publisher().disk().look(&self.home().join(name)).is_ok()) {
-            Some(name) => Err(Error::malformed(&path, format!("is missing, although the home has a `{name}`"))),
-            None => Ok(()),
+        let has = |name: &&&str| self.publisher().disk().look(&self.home().join(name)).is_ok();
+        match (HOMES_ONLY.iter().find(has), IN_USE.iter().find(has)) {
+            (Some(name), _) => Err(Error::malformed(&path, format!("is missing, although the home has a `{name}`"))),
+            (None, Some(name)) => Err(Error::NotAHome { path: self.home().to_owned(), found: (*name).into() }),
+            (None, None) => Ok(()),
         }
     }
 

@@ -123,10 +123,7 @@ pub(crate) fn run_anew(task: &Task<'_>, stored: &Artifact, context: WorkerContex
     let folder = store.home().join("dry-run").join(format!("force-{}", unit_name(kind, &fingerprint).replace('/', ".")));
     let lease = guard(|| match store.lease(&format!("{}.force", unit_name(kind, &fingerprint)))? {
         Ok(lease) => Ok(lease),
-        Err(holder) => {
-            let problem = format!("{} computes it by force already", holder.words());
-            Err(Error::Usage { problem, hint: "wait for it to end".into() })
-        }
+        Err(holder) => Err(Error::ForcedElsewhere { holder: holder.words() }),
     })?;
     let separate = guard(|| Ok(Store::open(&folder)?))?;
     let session = guard(|| Ok(separate.enter()?))?;
