@@ -105,6 +105,14 @@ pub(crate) enum Event {
     RunEnded { outcome: Outcome, wall_s: f64 },
 }
 
+impl Event {
+    /// For the start of a run, the sources of the inputs of each step: see [`StepInfo::inputs`]; otherwise empty.
+    pub(crate) fn sources(&self) -> BTreeMap<StepId, BTreeMap<String, String>> {
+        let Self::RunStarted { steps, .. } = self else { return BTreeMap::new() };
+        steps.iter().map(|step| (step.id.clone(), step.inputs.clone())).collect()
+    }
+}
+
 /// A step as it stands in the pipeline.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct StepInfo {

@@ -57,7 +57,7 @@ impl RunProgress {
     pub(crate) fn show(&mut self, stamped: &Stamped) {
         match &stamped.event {
             Event::RunStarted { run, pipeline, steps, matrix, .. } => {
-                self.sources = steps.iter().map(|step| (step.id.clone(), step.inputs.clone())).collect();
+                self.sources = stamped.event.sources();
                 self.width = steps.iter().map(|step| step.id.to_string().len()).max().unwrap_or(0);
                 let combinations = matrix.as_ref().map_or_else(String::new, |matrix| format!(": {matrix}, {} steps", steps.len()));
                 self.say(&format!("run {run} of `{pipeline}`{combinations}"));

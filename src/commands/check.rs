@@ -57,7 +57,7 @@ pub(crate) fn check(Args { wanted, full }: &Args) -> Result<()> {
     let scratch = tempfile::tempdir().map_err(|source| ovenbird_cache::Error::Write { path: std::env::temp_dir(), source })?;
     let store = Store::open(scratch.path())?;
     let (_session, _recovered) = store.enter()?;
-    let mut check = Check { is_full: *full, ..Check::default() };
+    let mut check = Check { is_full: *full, scratch: scratch.path().to_owned(), ..Check::default() };
     let mut made = Made::new();
     for place in wanted {
         let step = &pipeline.steps[place];
@@ -78,7 +78,7 @@ pub(crate) fn check(Args { wanted, full }: &Args) -> Result<()> {
         if known.ports.len() == step.inputs.len() && !known.ports.is_empty() {
             match run(step, &check.files, &made, &store) {
                 Ok(artifact) => made.extend(artifact.map(|artifact| (place, artifact))),
-                Err(error) => check.push(step, &error),
+                Err(error) => check.push(step, error),
             }
         }
     }
@@ -141,6 +141,8 @@ fn run(step: &Step, files: &FileInputs, made: &Made, scratch: &Store) -> Result<
 #[derive(Default)]
 struct Check {
     is_full: bool,
+    /// The home in which converting steps run; everything outside is the user's.
+    scratch: PathBuf,
     files: FileInputs,
     /// Files that cannot be opened as what they should be.
     broken: BTreeSet<PathBuf>,
@@ -155,15 +157,10 @@ struct Check {
 }
 
 impl Check {
-    fn push(&mut self, step: &Step, error: &StageError) {
-        let mut causes = vec![error.to_string()];
-        let mut cause = std::error::Error::source(error);
-        while let Some(found) = cause {
-            causes.push(found.to_string());
-            cause = found.source();
-        }
-        let hint = error.hint().map_or_else(String::new, |hint| format!("\n  hint: {hint}"));
-        let words = format!("{}{hint}", causes.join(": "));
+    fn push(&mut self, step: &Step, error: impl Into<Error>) {
+        let error = error.into();
+        let hint = error.hint(&self.scratch).map_or_else(String::new, |hint| format!("\n  hint: {hint}"));
+        let words = format!("{}{hint}", error.message());
         // Steps that read the same file find the same.
         if !self.problems.iter().any(|known| known.ends_with(&words)) {
             self.problems.push(format!("{}: {words}", step.id));
@@ -179,7 +176,7 @@ impl Check {
                     Ok(files) => drop(self.files.insert(path.clone(), files)),
                     Err(error) => {
                         self.broken.insert(path.clone());
-                        self.push(step, &error.into());
+                        self.push(step, error);
                     }
                 }
             }
@@ -191,7 +188,7 @@ impl Check {
                 && let Err(error) = open(kind, files, clip.as_ref())
             {
                 self.broken.insert(path.clone());
-                self.push(step, &error);
+                self.push(step, error);
             }
         }
     }

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::{
     error::Result,
-    event::{self, Event},
+    event,
     output::{print, to_json},
     pipeline::step_id::{StepId, labels},
     reason::{self, Sources},
@@ -43,9 +43,7 @@ pub(crate) fn diff(home: &Path, Args { first, second, json }: &Args) -> Result<(
 fn sources(home: &Path, runs: &[String]) -> Result<BTreeMap<StepId, Sources>> {
     let mut sources = BTreeMap::new();
     for run in runs {
-        if let Some(Event::RunStarted { steps, .. }) = event::read_start(home, run)? {
-            sources.extend(steps.into_iter().map(|step| (step.id, step.inputs)));
-        }
+        sources.extend(event::read_start(home, run)?.into_iter().flat_map(|start| start.sources()));
     }
     Ok(sources)
 }

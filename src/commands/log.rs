@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::{
     error::{Error, Result},
-    event::{self, Event, Stamped, Verdict, runs},
+    event::{self, Event, Verdict, runs},
     output::{count, duration, print, to_json},
     pipeline::step_id::{StepId, labels},
     reason::{self, Sources},
@@ -37,7 +37,7 @@ pub(crate) fn log(home: &Path, Args { run, json, follow }: &Args) -> Result<()> 
         let mut n_shown = 0;
         loop {
             let log = event::read_log(home, &run)?;
-            let sources = sources_of(&log);
+            let sources = log.first().map_or_else(BTreeMap::new, |start| start.event.sources());
             let lines = log[n_shown.min(log.len())..].iter().map(|stamped| {
                 let line = serde_json::to_string(stamped).expect("BUG: events are plain JSON");
                 if *json { format!("{line}\n") } else { format!("{:.0}  {}\n", stamped.at, words(&stamped.event, &sources)) }
@@ -100,12 +100,6 @@ impl Line {
         let headlines = if headlines.is_empty() { "–".to_owned() } else { headlines.join(", ") };
         [state.run.clone(), state.command.replace('\n', " "), headlines, end]
     }
-}
-
-/// The sources of the inputs of each step of a run.
-fn sources_of(log: &[Stamped]) -> BTreeMap<StepId, Sources> {
-    let start = log.iter().find_map(|stamped| if let Event::RunStarted { steps, .. } = &stamped.event { Some(steps) } else { None });
-    start.into_iter().flatten().map(|step| (step.id.clone(), step.inputs.clone())).collect()
 }
 
 /// An event in words.

@@ -166,16 +166,14 @@ fn networks(steps: &[(&'static str, u32, usize)], meets: usize) -> (Pipeline, Ar
 
 const CUDA: [tch::Device; 2] = [tch::Device::Cuda(0), tch::Device::Cuda(1)];
 
+/// The options of a plain run.
+fn options(cpu: usize, devices: &[tch::Device]) -> Options {
+    let devices = devices.to_vec();
+    Options { cpu, memory: 1 << 30, devices, rehash: false, is_measuring: false, is_repair: false, forced: Vec::new() }
+}
+
 fn run_on(devices: &[tch::Device], pipeline: Pipeline, store: &Store) -> Result<Ended> {
-    let options = Options {
-        cpu: 8,
-        memory: 1 << 30,
-        devices: devices.to_vec(),
-        rehash: false,
-        is_measuring: false,
-        is_repair: false,
-        forced: Vec::new(),
-    };
+    let options = options(8, devices);
     let wanted: Vec<usize> = (0..pipeline.steps.len()).collect();
     run(&Arc::new(pipeline), &wanted, store, &options, &mut |_| {})
 }
@@ -323,15 +321,7 @@ fn states(store: &Store, run: &str) -> Vec<StepState> {
 fn a_stage_that_hangs_is_given_up_and_the_others_are_not() {
     let home = tempfile::tempdir().unwrap();
     let store = Store::open(home.path()).unwrap();
-    let options = Options {
-        cpu: 2,
-        memory: 1 << 30,
-        devices: vec![tch::Device::Cpu],
-        rehash: false,
-        is_measuring: false,
-        is_repair: false,
-        forced: Vec::new(),
-    };
+    let options = options(2, &[tch::Device::Cpu]);
     let mut pipeline = pipeline(&[(1, None, None), (2, None, None), (3, Some(0), None)]);
     pipeline.steps[0].stage = Box::new(Hung);
     pipeline.steps[0].max_silence = Duration::from_secs(1);
@@ -346,15 +336,7 @@ fn a_stage_that_hangs_is_given_up_and_the_others_are_not() {
 fn of_steps_with_the_same_recipe_one_runs_and_the_others_reuse_its_artifact() {
     let home = tempfile::tempdir().unwrap();
     let store = Store::open(home.path()).unwrap();
-    let options = Options {
-        cpu: 4,
-        memory: 1 << 30,
-        devices: vec![tch::Device::Cpu],
-        rehash: false,
-        is_measuring: false,
-        is_repair: false,
-        forced: Vec::new(),
-    };
+    let options = options(4, &[tch::Device::Cpu]);
     // The sums of 1 and 5 are one number, modulo 4, and what reads them comes to one recipe.
     let pipeline = pipeline(&[(1, None, None), (5, None, None), (2, Some(0), None), (2, Some(1), None), (3, Some(3), None)]);
     let mut started = Vec::new();
@@ -467,7 +449,7 @@ proptest! {
     ) {
         let home = tempfile::tempdir().unwrap();
         let store = Store::open(home.path()).unwrap();
-        let options = Options { cpu: 2, memory: 1 << 30, devices: vec![tch::Device::Cpu], rehash: false, is_measuring: false, is_repair: false, forced: Vec::new() };
+        let options = options(2, &[tch::Device::Cpu]);
         let mut known = BTreeSet::new();
         let mut nodes = first;
         for edit in std::iter::once(None).chain(edits.into_iter().map(Some)) {
