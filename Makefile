@@ -4,7 +4,7 @@ CARGO ?= cargo
 
 PREFIX ?= $(HOME)/.local
 
-.PHONY: quickstart build install test test-capabilities faults check bench peers evaluation-peers libtorch clean
+.PHONY: quickstart build install test test-capabilities faults check bench toy-clip peers evaluation-peers libtorch clean
 
 quickstart: build
 	target/release/ovenbird run quickstart
@@ -43,6 +43,16 @@ check: libtorch
 
 bench: libtorch
 	$(CARGO) bench --bench evaluation --bench extraction --bench detector --bench training --bench store
+
+# Trains the small CLIPs of the stage `toy/clip` anew, in some 40 minutes on 2 cores: see stages/assets/toy-clip/README.md.
+toy-clip: build
+	target/release/ovenbird run toy-clip
+	for clip in resnet vit; do \
+	    rm -rf target/toy-clip/$$clip && \
+	    target/release/ovenbird export toy-clip $$clip.checkpoint target/toy-clip/$$clip && \
+	    $(CARGO) run --release --package ovenbird-stages --example pack_toy_clip -- \
+	        target/toy-clip/$$clip/clip.safetensors stages/assets/toy-clip/$$clip.safetensors.zst || exit 1; \
+	done
 
 # The programs that benches and tests compare with; both say so where they are absent. Evaluation's are small, torch is not.
 peers:

@@ -330,7 +330,7 @@ fn overhead(folder: &Path) {
     drop(store.enter().unwrap());
     let recipe = Recipe { kind: "bench/empty".into(), version: 1, params: json!({}), inputs: BTreeMap::new() };
     let clock = Instant::now();
-    let (units, _) = Units::Chain { checkpoints: 1_000_000, steps: 1_000_000, stay: Vec::new() }.of(&recipe);
+    let (units, _) = Units::Chain { checkpoints: 1_000_000, steps: 1_000_000, images_per_step: 1, stay: Vec::new() }.of(&recipe);
     let n_there =
         units.iter().filter(|unit| matches!(store.unit("bench/empty", &unit.fingerprint), Ok(ovenbird_cache::Status::Valid(_)))).count();
     println!("-- a stage of {} units planned in {:.2} s ({n_there} there)", units.len(), clock.elapsed().as_secs_f64());

@@ -14,8 +14,8 @@ use crate::{
 pub(crate) struct Chosen {
     /// A named pipeline, or a file (with a slash or ending in .yaml)
     pub(crate) pipeline: String,
-    /// Change a variable, a parameter or an input of a step: `--set seed=8`, `--set detect.score_threshold=0.1`, `--set
-    /// detector.in.features=objects.features`
+    /// Change a variable, a parameter, an input or the stage of a step: `--set seed=8`, `--set detect.score_threshold=0.1`, `--set
+    /// detector.in.features=objects.features`, `--set clip.use=clip/pretrain`
     #[arg(long = "set", value_name = "KEY=VALUE")]
     settings: Vec<Setting>,
     /// Only this variant of the pipeline; may be repeated

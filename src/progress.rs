@@ -87,7 +87,7 @@ impl RunProgress {
             }
             Event::StepSkipped { step, because } => self.step_line(step, &format!("not run: it needs `{because}`, which has no result")),
             Event::Interrupted => {
-                self.say("stopping at the next unit; press Ctrl-C again to stop at once (finished units are kept either way)");
+                self.say("stopping: running steps keep what they have finished (`--grace`); Ctrl-C again stops at once");
             }
             Event::Measured { step, values, .. } => {
                 let losses: Vec<f64> = values.iter().filter(|(name, _)| name.starts_with("loss.")).map(|(_, loss)| *loss).collect();

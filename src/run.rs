@@ -39,7 +39,7 @@ use crate::{
     error::{Error, ExitCode, Result},
     event::{self, Event, EventLog, Outcome, Stamped, StepInfo, Verdict},
     machine::{host, peak_memory, reset_peak_memory},
-    output::count,
+    output::{count, duration},
     pipeline::{Pipeline, Step, step_id::StepId},
     plan::{self, Checked, FileInputs, Made, Work, previous_run::PreviousRun},
     reason,
@@ -98,7 +98,6 @@ pub(crate) fn run(
     if let Some(damage) = coordinator.previous.damage.clone() {
         coordinator.emit(Event::Notice { words: format!("{damage}: set aside, and written again from the logs of earlier runs") })?;
     }
-    let clock = Instant::now();
     let steps: Vec<&Step> = wanted.iter().map(|step| &pipeline.steps[*step]).collect();
     let error = coordinator.work(&steps, &ledger).err();
     let outcome = match &error {
@@ -106,7 +105,7 @@ pub(crate) fn run(
         Some(Error::Interrupted) => Outcome::Interrupted,
         Some(_) => Outcome::Failed,
     };
-    coordinator.emit(Event::RunEnded { outcome, wall_s: clock.elapsed().as_secs_f64() })?;
+    coordinator.emit(Event::RunEnded { outcome, wall_s: coordinator.clock.elapsed().as_secs_f64() })?;
     Ok(Ended { run: coordinator.run, error })
 }
 
@@ -190,6 +189,9 @@ struct Coordinator<'a> {
     failed: Vec<StepId>,
     skipped: Vec<StepId>,
     worst: ExitCode,
+    clock: Instant,
+    /// Once the user has asked to stop: when running steps that have not ended are given up.
+    given_up: Option<Instant>,
 }
 
 impl<'a> Coordinator<'a> {
@@ -224,6 +226,8 @@ impl<'a> Coordinator<'a> {
             failed: Vec::new(),
             skipped: Vec::new(),
             worst: ExitCode::Success,
+            clock: Instant::now(),
+            given_up: None,
         })
     }
 
@@ -309,17 +313,43 @@ impl<'a> Coordinator<'a> {
             tokio::select! {
                 Some(message) = self.receiver.recv() => self.handle(message)?,
                 () = signals.recv() => self.interrupt()?,
-                _ = timer.tick() => self.tell_progress()?,
+                _ = timer.tick() => {
+                    self.tell_progress()?;
+                    if self.given_up.is_some_and(|at| Instant::now() >= at) {
+                        return self.stop_at_once();
+                    }
+                }
             }
         }
     }
 
-    #[expect(clippy::disallowed_methods, reason = "a second Ctrl-C ends the program at once; published units are safe")]
+    /// Asks running steps to keep what they have finished and to end; the second time, ends the program.
+    #[expect(clippy::disallowed_methods, reason = "the threads of running steps end with the program; published units are safe")]
     fn interrupt(&mut self) -> Result<()> {
         if self.stop.swap(true, Ordering::SeqCst) {
+            self.stop_at_once()?;
+            self.emit(Event::RunEnded { outcome: Outcome::Interrupted, wall_s: self.clock.elapsed().as_secs_f64() })?;
             std::process::exit(ExitCode::Interrupted as i32);
         }
+        self.given_up = Some(Instant::now() + self.options.grace);
         self.emit(Event::Interrupted)
+    }
+
+    /// Says of every running step how much of its work is lost. Their threads end with the program.
+    fn stop_at_once(&mut self) -> Result<()> {
+        let running = self.states.iter().filter(|(_, state)| matches!(state, State::Running(_))).map(|(place, _)| *place);
+        running.collect::<Vec<_>>().into_iter().try_for_each(|place| self.stopped(place))
+    }
+
+    /// Notes that a step has stopped, and how much of its work is lost.
+    fn stopped(&mut self, place: usize) -> Result<()> {
+        let before = self.states.insert(place, State::Failed);
+        let Some(State::Running(gauge)) = before else { return Ok(()) };
+        if gauge.is_kept {
+            return Ok(());
+        }
+        let words = format!("stopped: {} of work will be done again", duration(gauge.saved.elapsed().as_secs_f64()));
+        self.emit(Event::StepNote { step: self.id(place), words })
     }
 
     fn start_what_can(&mut self, files: &Arc<FileInputs>) -> Result<()> {
@@ -603,6 +633,7 @@ impl<'a> Coordinator<'a> {
                 let is_first = gauge.bytes == 0;
                 gauge.bytes += bytes;
                 gauge.units_left = gauge.units_left.saturating_sub(1);
+                gauge.saved = Instant::now();
                 let lacks = if is_first { lacks_space(self.store, gauge.units_left, bytes) } else { None };
                 self.emit(Event::UnitCommitted { step: step.clone(), unit, bytes })?;
                 return lacks.map_or(Ok(()), |words| self.emit(Event::StepNote { step, words }));
@@ -613,6 +644,10 @@ impl<'a> Coordinator<'a> {
                 return self.emit(Event::ItemFailed { step, item, reason, attempts });
             }
             Progress::Note(words) => return self.emit(Event::StepNote { step, words }),
+            Progress::Kept(words) => {
+                gauge.is_kept = true;
+                return self.emit(Event::StepNote { step, words });
+            }
         }
         Ok(())
     }
@@ -654,11 +689,13 @@ impl<'a> Coordinator<'a> {
             let words = format!("{}: nothing was published, and the step is checked again", error.message());
             return self.emit(Event::StepNote { step, words });
         }
+        // The run as a whole reports that it was stopped.
+        if matches!(failure, Failure::Known(Error::Stage(ovenbird_stages::Error::Stopped))) {
+            return self.stopped(place);
+        }
         self.states.insert(place, State::Failed);
         self.release(place);
         let (error, hint, code) = match failure {
-            // The run as a whole reports this.
-            Failure::Known(Error::Stage(ovenbird_stages::Error::Stopped)) => return Ok(()),
             Failure::Known(error) => (error.message(), error.hint(self.store.home()), error.exit_code(self.store.home())),
             Failure::Bug(words) => {
                 let hint = "this is a bug in ovenbird: please report it with the run's log; finished units are kept";

@@ -1,8 +1,8 @@
 //! Arguments of the commands that compute: `run`, `retry` and `verify --fix`.
 
-use std::{str::FromStr, thread};
+use std::{str::FromStr, thread, time::Duration};
 
-use crate::{machine, output::count, run::local::Options};
+use crate::{machine, output::count, quantities::time, run::local::Options};
 
 /// The part of the machine that a command uses; results do not depend on it.
 #[derive(clap::Args)]
@@ -13,6 +13,9 @@ pub(crate) struct RunArgs {
     /// Where networks run. A training takes one device; steps that process images take all free ones. `cuda` means all CUDA devices
     #[arg(long, default_value = "cpu", value_name = "cpu|cuda|cuda:N,N")]
     device: Devices,
+    /// How long running steps have, after Ctrl-C, SIGTERM or SIGUSR1, to keep what they have finished. A second signal stops at once
+    #[arg(long, default_value = "60s", value_name = "TIME", value_parser = time)]
+    grace: Duration,
 }
 
 impl RunArgs {
@@ -27,6 +30,7 @@ impl RunArgs {
             rehash: false,
             is_measuring: false,
             is_repair: false,
+            grace: self.grace,
             forced: Vec::new(),
         }
     }

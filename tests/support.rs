@@ -65,7 +65,11 @@ impl World {
             .replace("val_images: 120", "val_images: 12")
             .replace("web_images: 4000", "web_images: 40")
             .replace("web_images: \"${web_images}\"}", "web_images: \"${web_images}\", held_out_images: 60, side_px: 160}")
-            .replace("with: {seed: \"${seed}\"}", "with: {seed: \"${seed}\", steps: 6, checkpoint_every: 2, batch_size: 8}")
+            .replace(
+                "use: toy/clip\n    in: {",
+                "use: clip/pretrain\n    with: {seed: \"${seed}\", steps: 6, checkpoint_every: 2, batch_size: 8}
+    in: {images: world.web_images, captions: world.captions, ",
+            )
             .replace("name: quickstart", "name: tiny");
         assert!(small.contains("steps: 6") && small.contains("side_px: 160"), "the quickstart pipeline changed");
         world.write("tiny.yaml", &small);

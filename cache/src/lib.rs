@@ -12,7 +12,8 @@
 //! records.rs   the records that garbage collection relies on: pins, pipelines, plans, requests, logs, the journal of commits
 //! store.rs     the layout of a home; units and artifacts, each valid, damaged or absent
 //! choice.rs    a choice that holds for all units with the same item key
-//! reusable.rs    results of single items that can be reused from other units
+//! parts.rs     the finished work of units that were cut off, from which the next run continues
+//! reusable.rs  results of single items that can be reused from other units
 //! verify.rs    checks of units, manifests and the folders of a home
 //! ledger.rs    sled: an index that can be deleted (digests of input files)
 //! inputs.rs    content digests of the user's files
@@ -29,6 +30,7 @@ pub mod inputs;
 pub mod journal;
 mod lease;
 mod ledger;
+mod parts;
 pub mod publish;
 mod recipe;
 mod record;

@@ -265,6 +265,13 @@ impl Draft {
         files
     }
 
+    /// The same draft, to be published as another folder of the same disk.
+    pub(crate) fn to(mut self, target: &Path) -> Result<Self> {
+        self.publisher.create_dir_all(parent_and_name(target).0)?;
+        self.target = target.to_owned();
+        Ok(self)
+    }
+
     /// Adds the record that describes the folder, and publishes the folder.
     ///
     /// Returns false if another process published the same target; this draft is then deleted and the target stays.

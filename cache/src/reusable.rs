@@ -1,5 +1,5 @@
-//! Reusable items: results of single items in other units with the same item key, or in the undamaged part of a unit in
-//! quarantine.
+//! Reusable items: results of single items in other units with the same item key, in units that were cut off, or in the undamaged part of
+//! a unit in quarantine.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -61,7 +61,7 @@ impl ReusableItems {
 }
 
 impl Store {
-    /// Finds wanted items with an item key in published units, then in units in quarantine.
+    /// Finds wanted items with an item key in published units, then in units that were cut off, then in units in quarantine.
     ///
     /// The caller checks the bytes that it reads; items that turn out damaged are computed like the others. `alike` is a metric and the value
     /// that a unit must have if it has this metric.
@@ -90,7 +90,8 @@ impl Store {
         Ok(reusable)
     }
 
-    /// Visits the units with an item key whose records are sound: first the published ones, then those in quarantine, the latest first.
+    /// Visits the units with an item key whose records are sound: first the published ones, then those that were cut off, then those in
+    /// quarantine, the latest first.
     pub(crate) fn each_with_item_key(
         &self,
         kind: &str,
@@ -107,7 +108,8 @@ impl Store {
                 return Ok(());
             }
         }
-        for folder in self.quarantined(kind)? {
+        let parts = self.part_names()?.into_iter().filter(|name| name.starts_with(&of_kind)).map(|name| self.part_path(&name));
+        for folder in parts.chain(self.quarantined(kind)?) {
             if let Ok(Some(record)) = self.read_record::<UnitRecord>(&folder.join(UNIT_FILE))
                 && record.key.item_key == Some(*item_key)
                 && visit(record, &folder).is_break()

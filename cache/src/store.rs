@@ -3,6 +3,7 @@
 //! ```text
 //! HOME/format.json                         version of this layout
 //! HOME/units/KIND/FINGERPRINT/unit.json    a unit: its record, and its files below PORT/
+//! HOME/parts/KIND/FINGERPRINT/             the finished work of a unit that was cut off: see `parts.rs`
 //! HOME/artifacts/KIND/FINGERPRINT.json     an artifact: the manifest that lists its units
 //! HOME/choices/KIND/ITEM_KEY/              a choice that holds for all units with an item key: see `choice.rs`
 //! HOME/plans/ HOME/pins/ HOME/pipelines/ HOME/runs/ HOME/commits.jsonl    records: see `records.rs`
@@ -35,6 +36,7 @@ use crate::{
     inputs::InputFile,
     journal::Journal,
     lease::{self, Lease, Owner, Session, Watch},
+    parts::PARTS,
     publish::Publisher,
     record::{Manifest, Provenance, Sealed, UnitKey, UnitRecord, port_digest},
     records::{CommitLine, plan_place},
@@ -173,7 +175,7 @@ impl Store {
         let is_over = |owner: &Owner| lease::is_over(&self.home, owner);
         let sweep = |folder: &Path| self.publisher.sweep(folder, &is_over);
         let mut recovered = Recovered { swept: sweep(&self.home)?, ..Recovered::default() };
-        for top in ["units", "artifacts", "choices", "plans", "pins", "pipelines", "runs", "quarantine"] {
+        for top in ["units", PARTS, "artifacts", "choices", "plans", "pins", "pipelines", "runs", "quarantine"] {
             recovered.swept += sweep(&self.home.join(top))?;
             for (name, is_folder) in self.publisher.list(&self.home.join(top))? {
                 if is_folder {
@@ -228,8 +230,12 @@ impl Store {
 
     /// As [`Self::unit`], by the unit's name `KIND/FINGERPRINT`.
     pub fn unit_at(&self, name: &str) -> Result<Status<UnitRecord>> {
-        let folder = self.unit_path(name);
-        let record: UnitRecord = match self.read_record_of(&folder, UNIT_FILE) {
+        self.status_of(&self.unit_path(name), name)
+    }
+
+    /// The status of a unit or its part in a folder.
+    pub(crate) fn status_of(&self, folder: &Path, name: &str) -> Result<Status<UnitRecord>> {
+        let record: UnitRecord = match self.read_record_of(folder, UNIT_FILE) {
             Ok(Some(record)) => record,
             Ok(None) => return Ok(Status::Absent),
             Err(error @ (Error::OtherFormat { .. } | Error::Read { .. })) => return Err(error),
@@ -239,7 +245,7 @@ impl Store {
         if own_name != name {
             return Ok(Status::Damaged(vec![format!("{}: contains unit {own_name}", folder.display())]));
         }
-        let findings = self.missing_or_resized(&folder, &record);
+        let findings = self.missing_or_resized(folder, &record);
         Ok(if findings.is_empty() { Status::Valid(record) } else { Status::Damaged(findings) })
     }
 
@@ -332,13 +338,8 @@ impl Store {
     /// Publishes a unit's draft and returns its record. If another process published the unit first, returns that record.
     pub fn commit_unit(&self, draft: Draft, key: UnitKey, items: &[Digest], metrics: BTreeMap<String, Value>) -> Result<UnitRecord> {
         let name = unit_name(&key.kind, &key.fingerprint);
-        if !items.is_empty() {
-            let bytes: Vec<u8> = items.iter().flat_map(|item| *item.as_bytes()).collect();
-            draft.write(ITEMS_FILE, &bytes)?;
-        }
-        let seal = Digest::of(&[]);
-        let record = UnitRecord { format: FORMAT, key, files: draft.files(), metrics, seal }.sealed();
-        if draft.commit(UNIT_FILE, &to_json(&record))? {
+        let (record, is_published) = commit_draft(draft, key, items, metrics)?;
+        if is_published {
             self.note_unit(&record)?;
             return Ok(record);
         }
@@ -561,6 +562,17 @@ impl Store {
         }
         Ok(Some(record))
     }
+}
+
+/// Publishes a draft with its record. False: another process published the same folder first.
+pub(crate) fn commit_draft(draft: Draft, key: UnitKey, items: &[Digest], metrics: BTreeMap<String, Value>) -> Result<(UnitRecord, bool)> {
+    if !items.is_empty() {
+        let bytes: Vec<u8> = items.iter().flat_map(|item| *item.as_bytes()).collect();
+        draft.write(ITEMS_FILE, &bytes)?;
+    }
+    let record = UnitRecord { format: FORMAT, key, files: draft.files(), metrics, seal: Digest::of(&[]) }.sealed();
+    let is_published = draft.commit(UNIT_FILE, &to_json(&record))?;
+    Ok((record, is_published))
 }
 
 /// Whether the seal of a record with another format number fits this format: then only the number is damaged.

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Digest, Manifest, Result, Status, Store, UnitRecord,
     lease::{self, Owner},
+    parts::PARTS,
     publish::TEMPORARY,
     records::CURSOR,
     shard::ShardReader,
@@ -56,6 +57,8 @@ pub enum Class {
     Foreign,
     /// An unfinished file or folder of a dead process.
     Leftover,
+    /// The part of a unit that was cut off is damaged: its work is done again.
+    Part,
     /// A record that garbage collection relies on is damaged or missing: a pin, a plan, a run's log or request, the last run of a
     /// pipeline, the journal, the home's format.
     Record,
@@ -84,8 +87,8 @@ pub struct Finding {
 }
 
 /// The folders of a home.
-pub(crate) const FOLDERS: [&str; 12] =
-    ["artifacts", "choices", "dry-run", "leases", "ledger", "pins", "pipelines", "plans", "quarantine", "runs", "sessions", "units"];
+pub(crate) const FOLDERS: [&str; 13] =
+    ["artifacts", "choices", "dry-run", "leases", "ledger", PARTS, "pins", "pipelines", "plans", "quarantine", "runs", "sessions", "units"];
 
 /// The files of a home.
 pub(crate) const FILES: [&str; 3] = ["commits.jsonl", "format.json", CURSOR];
@@ -242,8 +245,13 @@ impl Store {
         let is_record: fn(&str, bool) -> bool =
             |name, is_folder| !is_folder && name.strip_suffix(".json").is_some_and(crate::store::is_folder_name);
         let is_folder_of_ours: fn(&str, bool) -> bool = |name, is_folder| is_folder && crate::store::is_folder_name(name);
-        for (top, is_ours) in [("units", is_folder_of_ours), ("choices", is_folder_of_ours), ("artifacts", is_record), ("plans", is_record)]
-        {
+        for (top, is_ours) in [
+            ("units", is_folder_of_ours),
+            (PARTS, is_folder_of_ours),
+            ("choices", is_folder_of_ours),
+            ("artifacts", is_record),
+            ("plans", is_record),
+        ] {
             let top = self.home().join(top);
             check(&top, &|_, is_folder| is_folder)?;
             for (kind, _) in self.publisher().list(&top)?.into_iter().filter(|(name, is_folder)| *is_folder && !name.starts_with('.')) {
@@ -289,7 +297,7 @@ impl Store {
     }
 }
 
-fn hash(path: &Path, read: &dyn Fn(u64)) -> io::Result<Digest> {
+pub(crate) fn hash(path: &Path, read: &dyn Fn(u64)) -> io::Result<Digest> {
     let mut file = File::open(path)?;
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; BUFFER_BYTES];

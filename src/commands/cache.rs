@@ -289,9 +289,19 @@ fn du(home: &Path, json: bool) -> Result<()> {
         (used.units, used.bytes) = (used.units + 1, used.bytes + bytes);
         used.needed_bytes += if needed.contains(&name) { bytes } else { 0 };
     }
+    // The finished work of units that were cut off counts with their stage.
+    for name in store.part_names()? {
+        let (kind, _) = name.split_once('/').unwrap_or_default();
+        let bytes = bytes_below(&store.part_path(&name));
+        let used = by_kind.entry(kind.to_owned()).or_default();
+        used.bytes += bytes;
+        used.needed_bytes += if is_part_needed(&store, &needed, &name) { bytes } else { 0 };
+    }
     let quarantine = bytes_below(&home.join("quarantine"));
+    let dry_runs: u64 = dry_runs(home).values().sum();
     if json {
-        return Ok(print(&to_json("du", &serde_json::json!({"kinds": by_kind, "quarantine_bytes": quarantine})))?);
+        let report = serde_json::json!({"kinds": by_kind, "quarantine_bytes": quarantine, "dry_run_bytes": dry_runs});
+        return Ok(print(&to_json("du", &report))?);
     }
     let human = |bytes: u64| HumanBytes(bytes).to_string();
     let mut text = format!("{:24} {:>8} {:>12} {:>12}\n", "stage", "units", "size", "not needed");
@@ -299,6 +309,10 @@ fn du(home: &Path, json: bool) -> Result<()> {
     for (kind, DiskUse { units, bytes, needed_bytes }) in &by_kind {
         text.push_str(&format!("{kind:24} {units:>8} {:>12} {:>12}\n", human(*bytes), human(bytes - needed_bytes)));
         (all, free) = (all + bytes, free + bytes - needed_bytes);
+    }
+    if dry_runs > 0 {
+        text.push_str(&format!("{:24} {:>8} {:>12} {:>12}\n", "dry runs", "", human(dry_runs), human(dry_runs)));
+        (all, free) = (all + dry_runs, free + dry_runs);
     }
     text.push_str(&format!("{:24} {:>8} {:>12} {:>12}\n", "all", "", human(all), human(free)));
     if quarantine > 0 {
@@ -308,6 +322,22 @@ fn du(home: &Path, json: bool) -> Result<()> {
         text.push_str("`ovenbird cache gc` lists what is not needed, `ovenbird cache gc --delete` deletes it\n");
     }
     Ok(print(&text)?)
+}
+
+/// Whether a run may continue from the part of a unit: the unit is needed and is not published.
+fn is_part_needed(store: &Store, needed: &BTreeSet<String>, unit: &str) -> bool {
+    needed.contains(unit) && !store.unit_path(unit).exists()
+}
+
+/// The homes of dry runs, by their folders, with their sizes.
+fn dry_runs(home: &Path) -> BTreeMap<PathBuf, u64> {
+    let entries = fs::read_dir(home.join("dry-run")).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries.filter(|path| path.is_dir()).map(|path| (path.clone(), bytes_below(&path))).collect()
+}
+
+/// Whether a process is at work in the home of a dry run.
+fn is_at_work(home: &Path) -> bool {
+    Store::open(home).is_ok_and(|store| !store.at_work().is_empty())
 }
 
 fn bytes_below(path: &Path) -> u64 {
@@ -373,6 +403,14 @@ fn gc(home: &Path, options: &Gc) -> Result<()> {
             going.insert(unit, bytes_below(&path));
         }
     }
+    let dry_runs: BTreeMap<PathBuf, u64> =
+        dry_runs(home).into_iter().filter(|(path, _)| is_old(&path.join("runs")) && !is_at_work(path)).collect();
+    let parts: BTreeMap<String, u64> = store
+        .part_names()?
+        .into_iter()
+        .filter(|unit| !is_part_needed(&store, &needed, unit) && is_old(&store.part_path(unit)))
+        .map(|unit| (unit.clone(), bytes_below(&store.part_path(&unit))))
+        .collect();
     let list = listed(&store, &history, &going, dropped.iter().chain(&forgotten).copied())?;
     let hours: f64 = list.iter().map(|going| going.hours).sum();
     let mut left_alone = 0;
@@ -395,14 +433,23 @@ fn gc(home: &Path, options: &Gc) -> Result<()> {
                 Err(_) => left_alone += 1,
             }
         }
+        for path in dry_runs.keys() {
+            store.publisher().remove(path)?;
+        }
+        for unit in parts.keys() {
+            match store.lease(unit)? {
+                Ok(_lease) => store.remove_part(unit)?,
+                Err(_) => left_alone += 1,
+            }
+        }
     }
-    let bytes: u64 = going.values().sum();
+    let bytes: u64 = going.values().chain(parts.values()).chain(dry_runs.values()).sum();
     if options.json {
         let units: Vec<&String> = going.keys().collect();
         let report = serde_json::json!({"removed": options.delete, "artifacts": list, "units": units, "bytes": bytes, "hours": hours});
         return Ok(print(&to_json("gc", &report))?);
     }
-    Ok(print(&words(options, &list, &going, left_alone))?)
+    Ok(print(&words(options, &list, [&going, &parts], &dry_runs, left_alone))?)
 }
 
 /// Fails where a record of what to keep is damaged or missing: `gc` would delete what it names.
@@ -452,7 +499,13 @@ fn listed<'a>(
 }
 
 /// The result of `gc` in words.
-fn words(options: &Gc, list: &[Deletion], going: &BTreeMap<String, u64>, left_alone: usize) -> String {
+fn words(
+    options: &Gc,
+    list: &[Deletion],
+    [going, parts]: [&BTreeMap<String, u64>; 2],
+    dry_runs: &BTreeMap<PathBuf, u64>,
+    left_alone: usize,
+) -> String {
     let mut text = String::new();
     for Deletion { kind, step, run, changed, units, bytes, hours, .. } in list {
         let changed = if changed.is_empty() { String::new() } else { format!("; changed since: {}", changed.join("; ")) };
@@ -468,8 +521,19 @@ fn words(options: &Gc, list: &[Deletion], going: &BTreeMap<String, u64>, left_al
     if n_others > 0 {
         text.push_str(&format!("{} without an artifact\n", count(n_others, "unit")));
     }
-    let (what, bytes) = (count(going.len(), "unit"), HumanBytes(going.values().sum()));
-    match (options.delete, going.is_empty()) {
+    if !parts.is_empty() {
+        text.push_str(&format!("{} that no run will continue\n", count(parts.len(), "unfinished unit")));
+    }
+    if !dry_runs.is_empty() {
+        text.push_str(&format!("{}\n", count(dry_runs.len(), "dry run")));
+    }
+    let (n_units, bytes) = (going.len() + parts.len(), HumanBytes(going.values().chain(parts.values()).chain(dry_runs.values()).sum()));
+    let what = match (n_units, dry_runs.len()) {
+        (_, 0) => count(n_units, "unit"),
+        (0, n) => count(n, "dry run"),
+        (_, n) => format!("{} and {}", count(n_units, "unit"), count(n, "dry run")),
+    };
+    match (options.delete, n_units + dry_runs.len() == 0) {
         (_, true) => {
             text.push_str(&format!(
                 "nothing to delete: everything is needed by a pipeline, by a run that is pinned or of the last {} (`--keep-for`), or newer than {} (`--grace`)\n",

@@ -1,26 +1,23 @@
 //! `ovenbird run`: runs a pipeline, or continues it; a dry run; an estimate.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+mod estimate;
 
-use indicatif::HumanBytes;
+use std::{path::Path, sync::Arc};
+
 use ovenbird_cache::Store;
 
 use super::report;
 use crate::{
     chosen::{Chosen, Wanted, places},
     error::{Error, Result},
-    event::{self, Event, Verdict},
-    output::{as_typed, duration, print},
-    pipeline::{Pipeline, step_id::StepId},
+    output::{as_typed, print},
+    pipeline::Pipeline,
     progress::RunProgress,
     results,
     run::{self, local::Options},
     run_args::RunArgs,
     run_state,
 };
-
-/// How many items of each step `--estimate` measures without `--dry-run`.
-const SAMPLE: usize = 64;
 
 /// Run a pipeline, or continue it; stored results are reused
 #[derive(clap::Args)]
@@ -36,26 +33,27 @@ pub(crate) struct Args {
     /// differs. The earlier result moves to quarantine only when another one is complete
     #[arg(long, value_name = "STEP", conflicts_with_all = ["dry_run", "estimate"])]
     force: Vec<String>,
-    /// Process only the first N items of every step, and one unit of a training; results are stored separately
+    /// Process only the first N items of every step, and as many steps of a training as see N images; results are stored separately and mean
+    /// nothing
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     dry_run: Option<u32>,
-    /// Predict time, bytes and memory of every step from a dry run, one step after the other [default: of 64 items]
+    /// Predict time, bytes and memory of every step from dry runs of growing sizes, one step after the other; with `--dry-run N`, up to N
+    /// items
     #[arg(long)]
     estimate: bool,
 }
 
 pub(crate) fn run(home: &Path, Args { wanted, machine, rehash, force, dry_run, estimate }: &Args) -> Result<()> {
-    let sample = dry_run.map(|n| n as usize).or(estimate.then_some(SAMPLE));
+    let sample = dry_run.map(|n| n as usize);
     let forced = forced(wanted, force)?;
     let options = Options { rehash: *rehash, is_measuring: *estimate, forced, ..machine.options() };
-    let Some(n) = sample else { return run_and_report(home, wanted, &options, None) };
-    let name = if *estimate { "estimate".to_owned() } else { n.to_string() };
-    let separate = home.join("dry-run").join(name);
     if *estimate {
-        // Reused results would not be measured.
-        Store::open(&separate)?.publisher().remove(&separate)?;
+        return estimate::estimate(home, wanted, &options, sample);
     }
-    run_and_report(&separate, wanted, &options, Some(n))
+    match sample {
+        Some(n) => run_and_report(&home.join("dry-run").join(n.to_string()), wanted, &options, sample),
+        None => run_and_report(home, wanted, &options, None),
+    }
 }
 
 /// The places of the steps that are to be computed again.
@@ -97,10 +95,7 @@ pub(crate) fn run_and_report(home: &Path, wanted: &Wanted, options: &Options, mo
         text.push_str("nothing to do: the results of every step are stored already\n");
     }
     if let Some(n) = most_items {
-        text.push_str(&format!("a dry run with {n} items a step; its results are in {}\n", home.display()));
-    }
-    if options.is_measuring {
-        text.push_str(&estimate(home, &ended.run)?);
+        text.push_str(&format!("a dry run with {n} items a step: its numbers mean nothing; its results are in {}\n", home.display()));
     }
     text.push_str(&format!("report: {}\n", report.display()));
     if most_items.is_none() {
@@ -123,35 +118,4 @@ fn next_commands(home: &Path, chosen: &Chosen, pipeline: &Pipeline) -> String {
         line(&["stages".into()], "all stages and their parameters"),
     ]
     .concat()
-}
-
-/// A table with a line for each step: what the sample took, and a prediction for all items. Time and bytes are taken to grow with the
-/// number of items; start-up is counted with them, so a small sample predicts too much rather than too little.
-fn estimate(home: &Path, run: &str) -> Result<String> {
-    let mut samples: BTreeMap<StepId, (u64, u64)> = BTreeMap::new();
-    let log = event::read_log(home, run)?;
-    let ids = log
-        .iter()
-        .filter_map(|stamped| if let Event::StepDone { step, .. } = &stamped.event { Some(step.to_string().len()) } else { None });
-    let width = ids.max().unwrap_or(0).max(12);
-    let mut text = format!("\n{:width$} {:>9} {:>10} {:>12} {:>12} {:>12}\n", "step", "sample", "whole", "time", "written", "memory");
-    let (mut all_s, mut all_bytes, mut most) = (0.0, 0, 0);
-    for stamped in log {
-        match stamped.event {
-            Event::StepChecked { step, verdict: Verdict::Run { sample: Some(sample), .. }, .. } => drop(samples.insert(step, sample)),
-            Event::StepDone { step, bytes, wall_s, peak_bytes, .. } => {
-                let (sample, whole) = samples.get(&step).copied().unwrap_or((1, 1));
-                let scale = whole as f64 / sample.max(1) as f64;
-                let (seconds, bytes) = (wall_s * scale, (bytes as f64 * scale) as u64);
-                (all_s, all_bytes, most) = (all_s + seconds, all_bytes + bytes, most.max(peak_bytes));
-                let (written, memory) = (HumanBytes(bytes).to_string(), HumanBytes(peak_bytes).to_string());
-                text.push_str(&format!("{step:width$} {sample:>9} {whole:>10} {:>12} {written:>12} {memory:>12}\n", duration(seconds)));
-            }
-            _ => {}
-        }
-    }
-    let (written, memory) = (HumanBytes(all_bytes).to_string(), HumanBytes(most).to_string());
-    text.push_str(&format!("{:width$} {:>9} {:>10} {:>12} {written:>12} {memory:>12}\n", "all", "", "", duration(all_s)));
-    text.push_str("steps run one after the other; steps without items are listed as measured, reused steps are not listed\n");
-    Ok(text)
 }

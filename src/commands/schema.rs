@@ -71,7 +71,7 @@ pub(crate) fn schema(Args {}: &Args) -> Result<()> {
             "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1, "uniqueItems": true, "description": "Values of the variable `seed`: every stage that depends on it runs once for each"},
             "variants": {
                 "type": "object",
-                "description": "By name, the changes of each variant: `variable`, `stage.parameter` or `stage.in.input` (null removes an input). The others are compared with the first",
+                "description": "By name, the changes of each variant: `variable`, `step.parameter`, `step.in.input` (null removes an input) or `step.use`. The others are compared with the first",
                 "minProperties": 1,
                 "propertyNames": {"pattern": "^[A-Za-z0-9_-]+$"},
                 "additionalProperties": {"type": ["object", "null"]},

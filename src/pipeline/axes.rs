@@ -500,6 +500,19 @@ variants:
     }
 
     #[test]
+    fn a_step_becomes_another_stage() {
+        let head = "variables: {seed: 7}
+variants: {trained: {}, given: {clip.use: toy/clip, clip.in.images: null, clip.in.captions: null}}
+";
+        let stages = STAGES.replace("    with: {seed: 7, steps: \"${steps}\"}\n", "");
+        let pipeline = read_all(&format!("{head}{stages}"), &[], &[]).unwrap_or_else(|error| panic!("{}", error.message()));
+        let kinds = pipeline.steps.iter().filter(|step| step.id.stage == "clip").map(|step| (step.id.to_string(), step.entry.kind));
+        assert_eq!(kinds.collect::<Vec<_>>(), [("clip@trained".to_owned(), "clip/pretrain"), ("clip@given".to_owned(), "toy/clip")]);
+        insta::assert_snapshot!(problems("variables: {seed: 7, steps: 10}\n", &["clip.use=toy/clop", "lvis.use=annotations/folder"], &[]), @r"
+        ");
+    }
+
+    #[test]
     fn every_mistake_is_named_with_its_place() {
         let head = "variables: {seed: 7, steps: 10}
 seeds: [7, eight, 7]

@@ -8,7 +8,7 @@ use super::yaml::Reader;
 /// Changes from the command line: `--set key=value`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Setting {
-    /// A variable, `stage.parameter`, or `stage.in.input`.
+    /// A variable, `step.parameter`, `step.in.input` or `step.use`.
     pub(crate) key: String,
     /// YAML.
     pub(crate) value: String,
@@ -36,6 +36,10 @@ pub(super) enum Key {
         stage: String,
         port: String,
     },
+    /// The stage that a step is: its `use`.
+    Use {
+        stage: String,
+    },
 }
 
 impl Key {
@@ -43,6 +47,7 @@ impl Key {
         let Some((stage, rest)) = text.split_once('.') else { return Self::Variable(text.into()) };
         match rest.strip_prefix("in.") {
             Some(port) => Self::Input { stage: stage.into(), port: port.into() },
+            None if rest == "use" => Self::Use { stage: stage.into() },
             None => Self::Parameter { stage: stage.into(), path: rest.into() },
         }
     }
@@ -50,7 +55,7 @@ impl Key {
     pub(super) fn stage(&self) -> Option<&str> {
         match self {
             Self::Variable(_) => None,
-            Self::Parameter { stage, .. } | Self::Input { stage, .. } => Some(stage),
+            Self::Parameter { stage, .. } | Self::Input { stage, .. } | Self::Use { stage } => Some(stage),
         }
     }
 

@@ -234,13 +234,18 @@ impl Reader {
                 self.substitute(&format!("{path}.{key}"), value, variables);
             }
         }
-        let kind = self.text(&format!("{path}.use"), keys.get("use"));
+        let replaced = |key: &Key| matches!(key, Key::Use { stage } if Some(stage) == id.as_ref());
+        let (use_path, kind) = match changes.iter().rev().find(|change| replaced(&change.key)) {
+            Some(Change { path, value, .. }) => (path.clone(), Some(value)),
+            None => (format!("{path}.use"), keys.get("use")),
+        };
+        let kind = self.text(&use_path, kind);
         let (id, kind) = (id?, kind?);
         let Some(entry) = ovenbird_stages::find(&kind) else {
             self.broken.insert(id);
             let renamed = ovenbird_stages::renamed_kind(&kind).map(|new| format!(": it is now called `{new}`"));
             let hint = renamed.unwrap_or_else(|| suggestion(&kind, STAGES.iter().map(|entry| entry.kind)));
-            self.push(format!("{path}.use"), format!("no stage `{kind}`{hint}"));
+            self.push(use_path, format!("no stage `{kind}`{hint}"));
             return None;
         };
         let with = keys.get("with").cloned().unwrap_or(Yaml::Null);

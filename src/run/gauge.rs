@@ -35,6 +35,10 @@ pub(super) struct Gauge {
     pub(super) total: u64,
     pub(super) units_left: usize,
     pub(super) bytes: u64,
+    /// When it began or last published a unit.
+    pub(super) saved: Instant,
+    /// Whether it kept what it had finished when it was asked to stop.
+    pub(super) is_kept: bool,
     /// Crops or images that went through the network.
     pub(super) views: u64,
     /// Batches that were ready for the network when it last reported.
@@ -58,6 +62,8 @@ impl Gauge {
             total: 0,
             units_left: work.missing.len(),
             bytes: 0,
+            saved: now,
+            is_kept: false,
             views: 0,
             ready: 0,
             is_stale: false,

@@ -49,6 +49,8 @@ pub(crate) struct Options {
     pub(crate) is_measuring: bool,
     /// Whether the run repairs damaged results: it does not count as the pipeline's latest run.
     pub(crate) is_repair: bool,
+    /// How long running steps have to keep what they have finished, once the user has asked to stop.
+    pub(crate) grace: Duration,
     /// The places of the steps that are computed again though their artifacts are stored.
     pub(crate) forced: Vec<usize>,
 }

@@ -169,7 +169,16 @@ const CUDA: [tch::Device; 2] = [tch::Device::Cuda(0), tch::Device::Cuda(1)];
 /// The options of a plain run.
 fn options(cpu: usize, devices: &[tch::Device]) -> Options {
     let devices = devices.to_vec();
-    Options { cpu, memory: 1 << 30, devices, rehash: false, is_measuring: false, is_repair: false, forced: Vec::new() }
+    Options {
+        cpu,
+        memory: 1 << 30,
+        devices,
+        rehash: false,
+        is_measuring: false,
+        is_repair: false,
+        grace: Duration::from_secs(60),
+        forced: Vec::new(),
+    }
 }
 
 fn run_on(devices: &[tch::Device], pipeline: Pipeline, store: &Store) -> Result<Ended> {

@@ -9,8 +9,10 @@ pub mod objects;
 mod on_device;
 mod pretrain;
 pub mod proposals;
+pub(crate) mod small;
 pub(crate) mod space;
 
 pub use encoder::{Clip, PRECISION, Precision};
-pub use pretrain::{Architecture, Pretrain};
+pub use pretrain::Pretrain;
+pub use small::Architecture;
 pub use space::Space;

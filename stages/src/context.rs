@@ -12,6 +12,7 @@ use std::{
 
 use ovenbird_cache::{
     Claim, Digest, Draft, DraftFile, Lease, ReusableItems, Status, Store, UnitKey, UnitRecord, Watch, inputs::InputFile, unit_name,
+    verify::Depth,
 };
 use ovenbird_data::annotations::ImageId;
 use ovenbird_models::checkpoint::{not_finite, write_safetensors};
@@ -55,6 +56,8 @@ pub enum Progress {
     },
     /// An item failed and is skipped.
     Failed(FailedItem),
+    /// The finished work of a unit that was cut off is kept; how far it got, in words.
+    Kept(String),
     /// A unit is published.
     Committed {
         /// Its place among the units of its stage.
@@ -96,7 +99,7 @@ pub const FAILED_FILE: &str = "failed.json";
 const FAILED_OF: &str = "failed_of";
 
 /// Checkpoints kept before the last one, to continue from if that one is damaged.
-const SPARE_CHECKPOINTS: usize = 2;
+const SPARE_CHECKPOINTS: usize = 1;
 /// How often a transient failure is retried, counting the first attempt.
 const ATTEMPTS: u32 = 4;
 /// How long to wait before the second time; four times as long before each further one.
@@ -173,6 +176,11 @@ pub fn refuse_too_many([n_failed, n_items]: [usize; 2], max_failed_ratio: f64, l
 }
 
 impl Context<'_> {
+    /// Whether this is a dry run on the CPU, which tries a pipeline out before it goes to a GPU.
+    pub(crate) fn is_light(&self) -> bool {
+        self.most_items.is_some() && self.device == tch::Device::Cpu
+    }
+
     /// Random numbers of a unit: the same in every run, on every machine.
     pub fn rng(&self, unit: &Unit) -> ChaCha8Rng {
         ChaCha8Rng::from_seed(*unit.fingerprint.as_bytes())
@@ -309,6 +317,28 @@ impl Context<'_> {
         UnitKey { kind: self.kind.into(), fingerprint: unit.fingerprint, item_key: unit.item_key }
     }
 
+    /// Keeps the finished work of a unit that is cut off: the next run continues from it. `done`: how far it got, in words.
+    pub(crate) fn keep_part(&self, draft: UnitDraft, items: &[Digest], metrics: BTreeMap<String, Value>, done: String) -> Result<()> {
+        let UnitDraft { draft, unit, .. } = draft;
+        self.store.keep_part(draft, self.key(&unit), items, metrics)?;
+        (self.report)(Progress::Kept(done));
+        Ok(())
+    }
+
+    /// The part of a unit that was cut off, every byte of it checked. A damaged one is set aside.
+    pub(crate) fn part(&self, unit: &Unit) -> Result<Option<UnitRecord>> {
+        let Status::Valid(record) = self.store.part(self.kind, &unit.fingerprint)? else { return self.set_part_aside(unit) };
+        let findings = self.store.verify_part(&unit_name(self.kind, &unit.fingerprint), Depth::Full, &|_| {})?;
+        if findings.is_empty() { Ok(Some(record)) } else { self.set_part_aside(unit) }
+    }
+
+    fn set_part_aside(&self, unit: &Unit) -> Result<Option<UnitRecord>> {
+        if let Some(path) = self.store.set_part_aside(&unit_name(self.kind, &unit.fingerprint), "damaged")? {
+            self.note(format!("the work of a run that was cut off is damaged, and done again; it is now at {}", path.display()));
+        }
+        Ok(None)
+    }
+
     /// Publishes a unit. Of the earlier checkpoints of a training that are not to stay, it deletes all but the last few.
     pub fn commit(&self, draft: UnitDraft, mut metrics: BTreeMap<String, Value>) -> Result<()> {
         let UnitDraft { draft, unit, failed, n_items, _lease } = draft;
@@ -318,6 +348,7 @@ impl Context<'_> {
             draft.write(FAILED_FILE, &serde_json::to_vec_pretty(&failed).expect("BUG: names and reasons are plain JSON"))?;
         }
         let record = self.store.commit_unit(draft, self.key(&unit), &self.items[unit.items.clone()], metrics)?;
+        self.store.remove_part(&unit_name(self.kind, &unit.fingerprint))?;
         (self.report)(Progress::Committed { unit: unit.index, bytes: record.bytes() });
         if unit.item_key.is_some() { Ok(()) } else { self.prune(&self.units[..unit.index]) }
     }

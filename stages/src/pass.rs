@@ -11,6 +11,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use ovenbird_cache::Digest;
 use ovenbird_data::{Error as DataError, annotations::ImageInfo, images::Image};
 use serde_json::Value;
 
@@ -110,7 +111,7 @@ pub(crate) fn run(consumers: &[ImageConsumer<'_>]) -> Result<()> {
         Job::Reuse { consumer, place } => Ready::Reuse { consumer, place },
         Job::Close { consumer } => Ready::Close { consumer },
     };
-    stream(
+    let ended = stream(
         n_threads,
         ROOM,
         || source.next(),
@@ -121,7 +122,11 @@ pub(crate) fn run(consumers: &[ImageConsumer<'_>]) -> Result<()> {
             Ready::Cut { consumer, place, is_first, cut } => writers[consumer].receive(place, is_first, cut, n_ready),
             Ready::Close { consumer } => writers[consumer].close(),
         },
-    )?;
+    );
+    if matches!(ended, Err(Error::Stopped)) {
+        writers.iter_mut().try_for_each(UnitWriter::keep_part)?;
+    }
+    ended?;
     if let Some(remarks) = list.images.remarks() {
         consumers.iter().for_each(|consumer| consumer.cx.note(&remarks));
     }
@@ -307,11 +312,14 @@ struct UnitState {
     n_rows: usize,
     /// The image that was skipped last.
     skipped: Option<usize>,
+    /// The items whose rows are in the shard.
+    finished: Vec<Digest>,
 }
 
+/// An image whose row is not written yet, by its place.
 enum Waiting {
     ForViews { place: usize, n_views: usize },
-    Row(Row),
+    Row { place: usize, row: Row },
 }
 
 impl<'a> UnitWriter<'a> {
@@ -339,7 +347,7 @@ impl<'a> UnitWriter<'a> {
         let Opened { draft, reused } = opened;
         let file = draft.create_at(self.port, self.rows.file_name())?;
         let shard = RowWriter::new(self.rows, file, &draft.unit().fingerprint, self.dim(), self.encoder.map(|encoder| encoder.space))?;
-        self.unit = Some(UnitState { shard, reused, draft, n_reused: 0, n_rows: 0, skipped: None });
+        self.unit = Some(UnitState { shard, reused, draft, n_reused: 0, n_rows: 0, skipped: None, finished: Vec::new() });
         Ok(())
     }
 
@@ -353,7 +361,7 @@ impl<'a> UnitWriter<'a> {
         let unit = self.unit();
         let row = unit.reused.take(&item, image)?;
         unit.n_reused += 1;
-        self.waiting.push_back(Waiting::Row(row));
+        self.waiting.push_back(Waiting::Row { place, row });
         self.write_finished()
     }
 
@@ -366,7 +374,7 @@ impl<'a> UnitWriter<'a> {
         }
         match cx.accept_or_skip(&unit.draft, name, cut, cx.items.len())? {
             None => unit.skipped = Some(place),
-            Some(Cut::Row(row)) => self.waiting.push_back(Waiting::Row(row)),
+            Some(Cut::Row(row)) => self.waiting.push_back(Waiting::Row { place, row }),
             Some(Cut::Views(views)) => {
                 if is_first {
                     self.waiting.push_back(Waiting::ForViews { place, n_views: self.how.n_views(place, &self.list.infos[place]) });
@@ -396,8 +404,8 @@ impl<'a> UnitWriter<'a> {
     fn write_finished(&mut self) -> Result<()> {
         let (dim, mut used, mut n_written) = (self.dim(), 0, 0);
         while let Some(front) = self.waiting.pop_front() {
-            let row = match front {
-                Waiting::Row(row) => row,
+            let (place, row) = match front {
+                Waiting::Row { place, row } => (place, row),
                 Waiting::ForViews { place, n_views } => {
                     let n_numbers = n_views * dim;
                     if self.embeddings.len() - used < n_numbers {
@@ -413,11 +421,12 @@ impl<'a> UnitWriter<'a> {
                         self.cx.accept_or_skip(&unit.draft, &info.file_name, attempted, self.cx.items.len())?;
                         continue;
                     }
-                    self.how.row(place, info, embeddings, dim)
+                    (place, self.how.row(place, info, embeddings, dim))
                 }
             };
             let unit = self.unit.as_mut().expect("BUG: a unit is opened before its images come");
             unit.n_rows += row.len();
+            unit.finished.push(self.cx.items[place]);
             unit.shard.push(row)?;
             n_written += 1;
         }
@@ -426,6 +435,31 @@ impl<'a> UnitWriter<'a> {
             self.cx.tick(n_written);
         }
         Ok(())
+    }
+
+    /// Keeps the finished rows of the unit that is cut off here, unless the next run can reuse as many without them.
+    fn keep_part(&mut self) -> Result<()> {
+        if self.unit.is_none() {
+            return Ok(());
+        }
+        self.embeddings.extend(self.in_flight.take().into_iter().flat_map(Pending::rows));
+        self.write_finished()?;
+        let UnitState { shard, draft, n_reused, n_rows, finished, reused, .. } = self.unit.take().expect("BUG: a unit is open");
+        if finished.len() <= reused.n_items() || self.rows == RowKind::Crops {
+            return Ok(());
+        }
+        shard.finish()?;
+        let done = format!("{} of the {} images of a unit are kept for the next run", finished.len(), draft.unit().items.len());
+        self.cx.keep_part(draft, &finished, self.metrics(finished.len(), n_rows, n_reused), done)
+    }
+
+    fn metrics(&self, n_images: usize, n_rows: usize, n_reused: usize) -> BTreeMap<String, Value> {
+        let counts = [("images", n_images), ("rows", n_rows), ("reused", n_reused)];
+        let mut metrics: BTreeMap<String, Value> = counts.map(|(name, n)| (name.to_owned(), n.into())).into();
+        if let Some(encoder) = self.encoder {
+            metrics.insert(PRECISION.into(), encoder.precision.into());
+        }
+        metrics
     }
 
     fn close(&mut self) -> Result<()> {
@@ -437,11 +471,7 @@ impl<'a> UnitWriter<'a> {
         assert!(self.waiting.is_empty() && self.embeddings.is_empty(), "BUG: a unit ends with all its views encoded");
         let UnitState { shard, draft, n_reused, n_rows, .. } = self.unit.take().expect("BUG: a unit is closed once");
         shard.finish()?;
-        let counts = [("images", draft.unit().items.len()), ("rows", n_rows), ("reused", n_reused)];
-        let mut metrics: BTreeMap<String, Value> = counts.map(|(name, n)| (name.to_owned(), n.into())).into();
-        if let Some(encoder) = self.encoder {
-            metrics.insert(PRECISION.into(), encoder.precision.into());
-        }
+        let metrics = self.metrics(draft.unit().items.len(), n_rows, n_reused);
         self.cx.commit(draft, metrics)
     }
 }

@@ -20,6 +20,7 @@ use crate::{
 /// Every stage, in the order `ovenbird stages` lists them.
 pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<toy::World>(),
+    StageEntry::of::<toy::Clip>(),
     StageEntry::of::<annotations::split::Split>(),
     StageEntry::of::<annotations::folder::Folder>(),
     StageEntry::of::<proposals::import::Import>(),
@@ -148,6 +149,7 @@ mod tests {
     fn these_stages_run_networks_on_the_devices_of_a_run() {
         let kinds = |uses_device: bool| STAGES.iter().filter(move |entry| entry.uses_device == uses_device).map(|entry| entry.kind);
         let networks = [
+            "toy/clip",
             "clip/pretrain",
             "prompts/multilabel",
             "clip/globals",

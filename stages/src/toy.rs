@@ -1,4 +1,6 @@
-//! `toy/world`: a synthetic data set to try everything on.
+//! The toy world: `toy/world`, a synthetic data set to try everything on, and `toy/clip`, small CLIPs that know it.
+
+mod clip;
 
 use ovenbird_data::{
     proposals::write_mmdet,
@@ -7,6 +9,7 @@ use ovenbird_data::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use self::clip::Clip;
 use crate::{
     Context, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft,
     artifacts::{AnnotationFile, Caption, Captions, Classes, Images, MmdetProposals},

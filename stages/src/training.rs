@@ -5,7 +5,8 @@
 //! records the curve, and publishes the checkpoints of the chain.
 //!
 //! A batch must follow from the recipe and the step's number alone. Then a training that was killed anywhere continues at its last checkpoint,
-//! with the weights and the optimizer's state of that checkpoint, and ends with the same bytes.
+//! with the weights and the optimizer's state of that checkpoint, and ends with the same bytes. One that is asked to stop keeps its state
+//! after the present step, and continues there.
 
 mod algorithm;
 mod optimizer;
@@ -13,9 +14,14 @@ mod schedule;
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    mem,
     ops::Range,
+    path::Path,
 };
 
+use ovenbird_cache::UnitRecord;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 pub(crate) use self::{
@@ -26,7 +32,10 @@ pub(crate) use self::{
 use crate::{
     Artifact, Context, Error, Out, Result, Unit, UnitDraft, Units,
     artifacts::{Curve, TrainingState, read_weights},
+    context::FailedItem,
+    error::malformed,
     feed::stream,
+    units::steps_for,
 };
 
 /// Bytes of batches that may be loaded ahead of the network.
@@ -45,6 +54,8 @@ pub(crate) struct TrainingConfig {
     pub(crate) steps: u32,
     /// Steps between checkpoints.
     pub(crate) checkpoint_every: u32,
+    /// Images that a step sees.
+    pub(crate) images_per_step: u32,
     /// Checkpoints that stay in the artifact, evenly spaced, the last one among them.
     pub(crate) keep_checkpoints: u32,
     pub(crate) optimizer: OptimizerConfig,
@@ -58,7 +69,7 @@ impl TrainingConfig {
         let checkpoints = self.steps.div_ceil(self.checkpoint_every.max(1));
         let n = self.keep_checkpoints.min(checkpoints);
         let stay = (1..n).map(|place| (checkpoints * place).div_ceil(n) - 1).collect();
-        Units::Chain { checkpoints, steps: self.steps, stay }
+        Units::Chain { checkpoints, steps: self.steps, images_per_step: self.images_per_step, stay }
     }
 }
 
@@ -160,22 +171,29 @@ pub(crate) fn train<L: DataLoader, W: Artifact>(
     cx: &Context<'_>,
 ) -> Result<()> {
     let Some(first) = units.first() else { return Ok(()) };
+    let (all, n_pieces) = (steps_of(config, units, cx.most_items), config.optimizer.accumulation_steps);
     let mut optimizer = Optimizer::new(&config.optimizer, criterion.parameters());
     let mut curve = Curve::default();
     // Images that could not be read so far: each checkpoint lists all of them, because a training sees them again and again.
     let mut unreadable = Vec::new();
-    if let Some(before) = first.index.checked_sub(1) {
+    let (mut of_unit, mut of_row, mut step) = (Means::default(), Means::default(), all.start);
+    if let Some(part) = cx.part(first)? {
+        let port = |port: &str| cx.store.part_port(&part, port);
+        let weights = read_weights(&TrainingState::open(&port(ports.weights.info().name))?.file)?;
+        optimizer.restore(&weights, &read_weights(&TrainingState::open(&port(ports.state.info().name))?.file)?)?;
+        curve = Curve::open(&port(ports.curve.info().name))?;
+        Halfway { step, of_unit, of_row, failed: unreadable } = Halfway::of(&part)?;
+        cx.note(format!("continues after step {step}, where a run was stopped"));
+    } else if let Some(before) = first.index.checked_sub(1) {
         let weights = read_weights(&cx.published(before, ports.weights_file())?.file)?;
         optimizer.restore(&weights, &read_weights(&cx.published(before, ports.state)?.file)?)?;
         curve = cx.published(before, ports.curve)?;
         unreadable = cx.failed_before(before)?;
     }
-    let (steps, n_pieces) = (steps_of(config, units, cx.most_items), config.optimizer.accumulation_steps);
-    cx.total(steps.len() as u64);
-    let mut specs = loader.specs(steps.clone());
+    cx.total(u64::from(all.end - step));
+    let mut specs = loader.specs(all.clone()).skip((step - all.start) as usize * n_pieces as usize);
     let (mut units, mut draft): (VecDeque<&Unit>, Option<UnitDraft>) = (units.iter().collect(), None);
-    let (mut of_unit, mut of_row) = (Means::default(), Means::default());
-    let (mut step, mut n_accumulated, mut has_gradient) = (steps.start, 0, false);
+    let (mut n_accumulated, mut has_gradient) = (0, false);
     stream(
         cx.threads,
         ROOM,
@@ -207,24 +225,24 @@ pub(crate) fn train<L: DataLoader, W: Artifact>(
             let is_whole = n_accumulated == n_pieces;
             if is_whole {
                 // A step whose images are all skipped changes nothing.
-                let gradient = if std::mem::take(&mut has_gradient) { optimizer.step(step)? } else { 0.0 };
+                let gradient = if mem::take(&mut has_gradient) { optimizer.step(step)? } else { 0.0 };
                 values.push(("gradient".to_owned(), gradient));
             }
             of_unit.add(&values);
             of_row.add(&values);
             if !is_whole {
-                return cx.proceed();
+                return Ok(());
             }
             cx.tick(1);
             let lr = config.optimizer.schedule.lr_at(step);
             (step, n_accumulated) = (step + 1, 0);
-            let ends_unit = step % config.checkpoint_every == 0 || step == steps.end;
+            let ends_unit = step % config.checkpoint_every == 0 || step == all.end;
             let measured = match ends_unit {
                 true => criterion.validate(unit.unit().index + 1 == cx.units.len(), cx)?,
                 false => BTreeMap::new(),
             };
             if step % ROW_STEPS == 0 || ends_unit {
-                let mut row = std::mem::take(&mut of_row).taken();
+                let mut row = mem::take(&mut of_row).taken();
                 row.insert("lr".into(), lr);
                 row.extend(measured.clone());
                 cx.measured(u64::from(step), &row);
@@ -235,10 +253,16 @@ pub(crate) fn train<L: DataLoader, W: Artifact>(
                 unreadable = draft.failed();
                 write(&draft, ports, criterion.weights()?, &optimizer, step)?;
                 draft.write(ports.curve, "curve.csv", curve.to_csv().as_bytes())?;
-                let mut metrics = std::mem::take(&mut of_unit).taken();
+                let mut metrics = mem::take(&mut of_unit).taken();
                 metrics.insert("lr".into(), lr);
                 metrics.extend(measured);
                 cx.commit(draft, metrics.into_iter().map(|(name, value)| (name, value.into())).collect())?;
+            } else if cx.proceed().is_err() && cx.most_items.is_none() {
+                let draft = draft.take().expect("BUG: a unit is open");
+                write(&draft, ports, criterion.weights()?, &optimizer, step)?;
+                draft.write(ports.curve, "curve.csv", curve.to_csv().as_bytes())?;
+                let halfway = Halfway { step, of_unit: mem::take(&mut of_unit), of_row: mem::take(&mut of_row), failed: draft.failed() };
+                cx.keep_part(draft, &[], halfway.metrics(), format!("the state after step {step} is kept for the next run"))?;
             }
             cx.proceed()
         },
@@ -249,7 +273,7 @@ pub(crate) fn train<L: DataLoader, W: Artifact>(
 fn steps_of(config: &TrainingConfig, units: &[Unit], most_items: Option<usize>) -> Range<u32> {
     let start = units[0].index as u32 * config.checkpoint_every;
     let end = config.steps.min(start + units.len() as u32 * config.checkpoint_every);
-    start..most_items.map_or(end, |most| end.min(start + most as u32))
+    start..most_items.map_or(end, |most| end.min(start + steps_for(most, config.images_per_step)))
 }
 
 /// Adds up the gradients of a batch, whose loss is multiplied by `factor`, and returns its losses and measures. Fails where the loss is no
@@ -292,20 +316,43 @@ fn write<W>(draft: &UnitDraft, ports: &Ports<W>, weights: Weights, optimizer: &O
     draft.write_tensors(ports.state, "state.safetensors", &optimizer.state(&tensors), &BTreeMap::new())
 }
 
-/// Means of named numbers.
-#[derive(Default)]
-struct Means(BTreeMap<String, (f64, u32)>);
+/// Where a training was stopped between two checkpoints, besides its weights and its curve.
+#[derive(Serialize, Deserialize)]
+struct Halfway {
+    step: u32,
+    of_unit: Means,
+    of_row: Means,
+    failed: Vec<FailedItem>,
+}
+
+impl Halfway {
+    /// The metric of a part that holds it.
+    const METRIC: &'static str = "halfway";
+
+    fn metrics(&self) -> BTreeMap<String, Value> {
+        BTreeMap::from([(Self::METRIC.to_owned(), serde_json::to_value(self).expect("BUG: numbers and names are plain JSON"))])
+    }
+
+    fn of(part: &UnitRecord) -> Result<Self> {
+        let halfway = part.metrics.get(Self::METRIC).cloned().unwrap_or_default();
+        serde_json::from_value(halfway).map_err(|error| malformed(Path::new(Self::METRIC), error.to_string()))
+    }
+}
+
+/// Means of named numbers: for each the bits of the sum, since JSON has no NaN, and how many were added.
+#[derive(Default, Serialize, Deserialize)]
+struct Means(BTreeMap<String, (u64, u32)>);
 
 impl Means {
     fn add(&mut self, values: &[(String, f64)]) {
         for (name, value) in values {
             let (sum, n) = self.0.entry(name.clone()).or_default();
-            (*sum, *n) = (*sum + value, *n + 1);
+            (*sum, *n) = ((f64::from_bits(*sum) + value).to_bits(), *n + 1);
         }
     }
 
     fn taken(self) -> BTreeMap<String, f64> {
-        self.0.into_iter().map(|(name, (sum, n))| (name, sum / f64::from(n))).collect()
+        self.0.into_iter().map(|(name, (sum, n))| (name, f64::from_bits(sum) / f64::from(n))).collect()
     }
 }
 
@@ -326,8 +373,14 @@ mod tests {
             scales_losses: false,
         };
         let stay = |steps, keep_checkpoints| {
-            let config =
-                TrainingConfig { steps, checkpoint_every: 1000, keep_checkpoints, optimizer: optimizer.clone(), max_loss: f64::INFINITY };
+            let config = TrainingConfig {
+                steps,
+                checkpoint_every: 1000,
+                images_per_step: 16,
+                keep_checkpoints,
+                optimizer: optimizer.clone(),
+                max_loss: f64::INFINITY,
+            };
             let Units::Chain { checkpoints, stay, .. } = config.units() else { panic!() };
             (checkpoints, stay)
         };

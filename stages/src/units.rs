@@ -22,6 +22,8 @@ pub enum Units {
         checkpoints: u32,
         /// How many steps of training in all.
         steps: u32,
+        /// How many images a step sees.
+        images_per_step: u32,
         /// Indices of the checkpoints that stay besides the last.
         stay: Vec<u32>,
     },
@@ -42,6 +44,11 @@ pub struct Unit {
     pub stays: bool,
 }
 
+/// How many steps of a training see so many images; at least one.
+pub(crate) fn steps_for(n_images: usize, images_per_step: u32) -> u32 {
+    u32::try_from(n_images / images_per_step.max(1) as usize).unwrap_or(u32::MAX).max(1)
+}
+
 impl Units {
     /// The number of items, or of steps of a training, or 1.
     pub fn count(&self) -> usize {
@@ -52,13 +59,13 @@ impl Units {
         }
     }
 
-    /// Keeps the first items, or the first steps of a training up to its first checkpoint.
+    /// Keeps the first items, or as many steps of a training as see so many images, up to its first checkpoint.
     pub fn truncate(&mut self, n_items: usize) {
         match self {
             Self::One => {}
             Self::Independent { items, .. } => items.truncate(n_items),
-            Self::Chain { checkpoints, steps, .. } => {
-                *steps = steps.div_ceil((*checkpoints).max(1)).min(u32::try_from(n_items).unwrap_or(u32::MAX));
+            Self::Chain { checkpoints, steps, images_per_step, .. } => {
+                *steps = steps.div_ceil((*checkpoints).max(1)).min(steps_for(n_items, *images_per_step));
                 *checkpoints = (*checkpoints).min(1);
             }
         }

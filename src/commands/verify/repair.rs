@@ -50,6 +50,11 @@ pub(super) fn repair(store: &Store, options: &VerifyOptions, report: &mut Report
             }
             (Class::Choice, _) => drop(store.publisher().set_aside(&finding.path, &store.home().join("quarantine").join("choices"))?),
             (Class::Foreign, _) => drop(store.publisher().set_aside(&finding.path, &store.home().join("quarantine").join("foreign"))?),
+            (Class::Part, _) => {
+                if let Some(part) = store.part_of(&finding.path) {
+                    store.set_part_aside(&part, &finding.problem)?;
+                }
+            }
             (Class::Manifest | Class::Tainted, _) => {
                 // If the artifact does not change, it is published again from its units.
                 store.quarantine_manifest(&finding.path, &finding.problem)?;

@@ -71,6 +71,7 @@ fn how_to_repair(class: Class, depth: Depth) -> String {
         Class::Choice => format!("{command} restores it from the units"),
         Class::Foreign => format!("{command} moves it to `quarantine/`"),
         Class::Leftover => format!("the next run, or {command}, removes it"),
+        Class::Part => format!("{command} moves it to `quarantine/`; its work is done again"),
         Class::Ledger => "nothing to do: it is rebuilt".into(),
         Class::Input => "restore the file from where it came from".into(),
         Class::Suspect => "the bytes are intact; check the images and boxes that they were computed from".into(),

@@ -142,6 +142,9 @@ pub(super) fn scan(store: &Store, options: &VerifyOptions) -> Result<Report> {
     for path in store.manifest_paths()? {
         report.findings.extend(store.verify_manifest(&path)?);
     }
+    for unit in store.part_names()? {
+        report.findings.extend(store.verify_part(&unit, options.depth, &read)?);
+    }
     report.findings.extend(store.verify_house()?);
     report.findings.extend(store.verify_records()?);
     if options.depth == Depth::Deep && !report.is_cut_short {

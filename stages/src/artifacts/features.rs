@@ -358,6 +358,11 @@ pub(crate) struct ReusedRows {
 }
 
 impl ReusedRows {
+    /// How many items have a row.
+    pub(crate) fn n_items(&self) -> usize {
+        self.places.len()
+    }
+
     /// Finds the rows of some items among reusable items. Rows that cannot be read are not reused.
     pub(crate) fn new(kind: RowKind, reusable: &ReusableItems, items: &[Digest], images: &[ImageInfo], port: &str) -> Self {
         let mut reused = Self { kind, shards: Vec::new(), places: HashMap::new(), open: None };

@@ -166,6 +166,10 @@ impl Clip {
             let (name, _, kind) = found.expect("BUG: `auto` is settled before");
             Ok(Encoder::new(weights.load(cx.device, *kind)?, weights.space, &file.file.path, mode, name))
         };
+        if cx.is_light() && (self.precision == Precision::F16 || self.precision == Precision::Bf16 && !cx.has_bf16) {
+            cx.note("a dry run on the CPU: computes in f32, since half precision is slow here");
+            return load(Precision::F32);
+        }
         if self.precision != Precision::Auto {
             return load(self.precision);
         }

@@ -8,7 +8,7 @@ use std::{
 use ovenbird_data::images::{Image, Preprocess};
 use ovenbird_models::{
     Phase,
-    clip::{self, Activation, Config, ImageConfig, TextConfig, tokenizer::Overlong},
+    clip::{self, tokenizer::Overlong},
     to_unit_length,
 };
 use rand::{Rng as _, seq::SliceRandom as _};
@@ -17,12 +17,15 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn, no_grad};
 
-use super::{activation::GELU_KEY, encoder::preprocess_of};
+use super::{
+    activation::GELU_KEY,
+    encoder::preprocess_of,
+    small::{ACTIVATION, Architecture, HELD_OUT, HELD_OUT_IMAGES, SIDE, ZERO_SHOT_ACCURACY, zero_shot_accuracy},
+};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Caption, Captions, CheckpointFile, Images},
     feed::in_parallel,
-    prompts::texts::mean_embedding,
     training::{
         Algorithm, Criterion, DataLoader, Decay, Loaded, Losses, OptimizerConfig, Parameter, Ports, Schedule, TrainingConfig, Warmup,
         Weights, train,
@@ -33,28 +36,13 @@ use crate::{
 const ALGORITHM: Algorithm = Algorithm::AdamW { betas: [0.9, 0.98], epsilon: 1e-6 };
 /// CLIP keeps the logit scale below 100.
 const MAX_LOG_SCALE: f64 = 4.605_170_185_988_092;
-/// OpenAI's activation.
-const ACTIVATION: Activation = Activation::QuickGelu;
-/// Side of the network's input, px.
-const SIDE: u32 = 64;
 /// Pictures are kept this much larger than the network's input, for random crops.
 const MARGIN: f32 = 1.18;
-
-/// The kind of image tower.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Architecture {
-    /// A vision transformer: 64 px, patches of 8 px, width 128, 3 blocks.
-    Vit,
-    /// A ModifiedResNet with attention pooling: 64 px, width 16, one bottleneck a level.
-    #[default]
-    Resnet,
-}
 
 /// Trains a small CLIP from scratch on captioned pictures, with the symmetric contrastive loss (Radford et al. 2021).
 ///
 /// For data whose classes no published CLIP knows. AdamW, warm-up over the first tenth of the steps, cosine decay; pictures are randomly
-/// cropped, mirrored and brightened. A killed training continues at the last checkpoint and ends with the same bytes.
+/// cropped, mirrored and brightened. Words that no caption has are embedded as zero. A killed training continues at the last checkpoint and ends with the same bytes.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Pretrain {
@@ -90,14 +78,12 @@ impl Default for Pretrain {
 
 const IMAGES: In<Images> = In::required("images", "The captioned pictures.");
 const CAPTIONS: In<Captions> = In::required("captions", "The caption of each picture.");
-const HELD_OUT_IMAGES: In<Images> = In::optional("held_out_images", "Clean pictures of one class each, to measure zero-shot accuracy.");
-const HELD_OUT: In<Captions> = In::optional("held_out", "The class name of each held-out picture.");
 const PORTS: Ports<CheckpointFile> =
     Ports::new(Out::new("checkpoint", "Weights in OpenAI's layout, safetensors, f32."), "clip.safetensors");
 
 impl Stage for Pretrain {
     const KIND: &'static str = "clip/pretrain";
-    const VERSION: u32 = 3;
+    const VERSION: u32 = 4;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), CAPTIONS.info(), HELD_OUT_IMAGES.info(), HELD_OUT.info()];
     const OUTPUTS: &'static [PortInfo] = &[PORTS.weights.info(), PORTS.state.info(), PORTS.curve.info()];
     const USES_DEVICE: bool = true;
@@ -137,17 +123,8 @@ impl Pretrain {
             scales_losses: false,
         };
         let Self { steps, checkpoint_every, .. } = *self;
-        TrainingConfig { steps, checkpoint_every, keep_checkpoints: 1, optimizer, max_loss: f64::INFINITY }
-    }
-
-    fn network(&self) -> Config {
-        let image_side = i64::from(SIDE);
-        let image = match self.architecture {
-            Architecture::Vit => ImageConfig::Vit { image_side, patch: 8, width: 128, depth: 3, heads: 2, mlp_width: 512 },
-            Architecture::Resnet => ImageConfig::ResNet { image_side, layers: [1, 1, 1, 1], width: 16, heads: 8 },
-        };
-        let text = TextConfig { context: 77, vocabulary: 49_408, width: 128, heads: 2, depth: 2 };
-        Config { embed_dim: 128, image, text, activation: ACTIVATION }
+        let images_per_step = u32::try_from(self.batch_size).unwrap_or(u32::MAX);
+        TrainingConfig { steps, checkpoint_every, images_per_step, keep_checkpoints: 1, optimizer, max_loss: f64::INFINITY }
     }
 }
 
@@ -256,8 +233,8 @@ fn augmented(picture: &Image, Augmentation { corner: [x, y], is_mirrored, bright
 struct ClipCriterion {
     store: nn::VarStore,
     clip: clip::Clip,
-    /// i64 `[U]`: the tokens that occur in the captions. Rows of other tokens never have a gradient, so the optimizer leaves
-    /// them out: 49,408 rows would cost more than the rest of a step.
+    /// i64 `[U]`: the tokens that occur in the captions. Rows of other tokens never have a gradient: they are zero, so that unknown words
+    /// add nothing, and the optimizer leaves them out, since 49,408 rows would cost more than the rest of a step.
     used_tokens: Tensor,
 }
 
@@ -269,39 +246,15 @@ const LOGIT_SCALE: &str = "logit_scale";
 impl ClipCriterion {
     fn new(stage: &Pretrain, captions: &[Caption], device: Device) -> Result<Self> {
         let store = nn::VarStore::new(device);
-        let clip = clip::Clip::new(&store.root(), &stage.network(), stage.seed)?;
+        let clip = clip::Clip::new(&store.root(), &stage.architecture.config(), stage.seed)?;
         let used: BTreeSet<i64> = captions.iter().flat_map(|caption| clip.tokenizer().encode(&caption.text)).map(i64::from).collect();
         let used_tokens = Tensor::from_slice(&used.into_iter().collect::<Vec<_>>()).to_device(device);
+        no_grad(|| {
+            let mut embedding = store.variables().remove(TOKEN_EMBEDDING).expect("BUG: CLIP's text tower embeds tokens");
+            let used_rows = embedding.index_select(0, &used_tokens);
+            let _in_place = embedding.zero_().index_copy_(0, &used_tokens, &used_rows);
+        });
         Ok(Self { store, clip, used_tokens })
-    }
-
-    /// The fraction of held-out pictures whose nearest text is that of their class; `None` without held-out pictures.
-    fn zero_shot(&self, cx: &Context<'_>) -> Result<Option<f64>> {
-        let (Some(images), Some(Captions(held_out))) = (cx.inputs.read_if_given(HELD_OUT_IMAGES)?, cx.inputs.read_if_given(HELD_OUT)?)
-        else {
-            return Ok(None);
-        };
-        let mut names: Vec<&String> = held_out.iter().map(|picture| &picture.text).collect();
-        names.sort();
-        names.dedup();
-        let row = |name: &&String| mean_embedding(&self.clip, &[format!("a photo of a {name}"), format!("This is a {name}")]);
-        let classes = to_unit_length(&Tensor::stack(&names.iter().map(row).collect::<Result<Vec<_>>>()?, 0));
-        let (preprocess, mut n_right) = (preprocess_of(&self.clip), 0);
-        for pictures in held_out.chunks(128) {
-            let mut pixels = vec![0.0; pictures.len() * preprocess.n_numbers()];
-            for (picture, numbers) in pictures.iter().zip(pixels.chunks_exact_mut(preprocess.n_numbers())) {
-                preprocess.normalise(&preprocess.square(&images.decode(&picture.file)?), numbers);
-            }
-            let shape = [pictures.len() as i64, 3, i64::from(SIDE), i64::from(SIDE)];
-            let nearest = no_grad(|| -> Result<Tensor> {
-                let images = Tensor::from_slice(&pixels).view(shape).to_device(self.store.device());
-                Ok(self.clip.encode_image_features(&images, Phase::Test)?.matmul(&classes.tr()).argmax(-1, false))
-            })?;
-            for (picture, place) in pictures.iter().zip(Vec::<i64>::try_from(&nearest).map_err(ovenbird_models::Error::from)?) {
-                n_right += usize::from(*names[place as usize] == picture.text);
-            }
-        }
-        Ok(Some(n_right as f64 / held_out.len().max(1) as f64))
     }
 }
 
@@ -343,9 +296,7 @@ impl Criterion for ClipCriterion {
     }
 
     fn validate(&self, is_last: bool, cx: &Context<'_>) -> Result<BTreeMap<String, f64>> {
-        let accuracy = if is_last { self.zero_shot(cx)? } else { None };
-        let Some(accuracy) = accuracy else { return Ok(BTreeMap::new()) };
-        cx.note(format!("zero-shot accuracy on held-out pictures: {:.1} %", 100.0 * accuracy));
-        Ok(BTreeMap::from([("zero_shot_accuracy".to_owned(), accuracy)]))
+        let accuracy = if is_last { zero_shot_accuracy(&self.clip, cx)? } else { None };
+        Ok(accuracy.into_iter().map(|accuracy| (ZERO_SHOT_ACCURACY.to_owned(), accuracy)).collect())
     }
 }

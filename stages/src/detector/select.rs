@@ -95,7 +95,7 @@ impl Stage for Select {
     fn units(&self, inputs: &Inputs) -> Result<Units> {
         let checkpoints = inputs.read(CHECKPOINTS)?.0.len() as u32;
         let n_images = inputs.read(ANNOTATIONS)?.load()?.images.len() as u32;
-        Ok(Units::Chain { checkpoints, steps: checkpoints * n_images, stay: Vec::new() })
+        Ok(Units::Chain { checkpoints, steps: checkpoints * n_images, images_per_step: 1, stay: Vec::new() })
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {

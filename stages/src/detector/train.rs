@@ -114,9 +114,10 @@ impl Stage for Train {
         let spec = self.spec(embeddings.size()[1], cx.inputs)?;
         let (dim, classes) = (spec.config.embed_dim, spec.tables(embeddings, cx.inputs, &classes, cx.device)?);
         let n_regions = self.network.regions_per_image();
-        let criterion = MaskRcnnCriterion::new(spec, classes, n_regions, self.crowds, &self.distillation, &self.training, cx.device)?;
+        let training = self.training.light(cx);
+        let criterion = MaskRcnnCriterion::new(spec, classes, n_regions, self.crowds, &self.distillation, &training, cx.device)?;
         load_pretrained(criterion.tensors(), units, cx)?;
-        let mut loader = DetectionLoader::new(&self.training, cx)?.with_features([FEATURES, BLOCKS], GLOBALS, dim, cx)?;
+        let mut loader = DetectionLoader::new(&training, cx)?.with_features([FEATURES, BLOCKS], GLOBALS, dim, cx)?;
         if self.masks {
             loader = loader.with_masks()?;
         }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::{
-    Problem,
+    Context, Problem,
     training::{Algorithm, Decay, OptimizerConfig, Parameter, Schedule, TrainingConfig, Warmup},
 };
 
@@ -209,6 +209,15 @@ impl Training {
         }
     }
 
+    /// The same; in a dry run on the CPU, which emulates half precision many times slower, in f32.
+    pub(crate) fn light(&self, cx: &Context<'_>) -> Self {
+        if self.precision == TrainPrecision::F32 || !cx.is_light() {
+            return self.clone();
+        }
+        cx.note("a dry run on the CPU: computes in f32, since half precision is slow here");
+        Self { precision: TrainPrecision::F32, ..self.clone() }
+    }
+
     fn of_epochs(&self, epochs: u32, n_images: usize) -> Self {
         let n_batches = n_images.div_ceil(self.batch_size);
         let steps =
@@ -251,7 +260,8 @@ impl Training {
             scales_losses: self.precision == TrainPrecision::F16,
         };
         let Self { steps, checkpoint_every, keep_checkpoints, .. } = *self;
-        TrainingConfig { steps, checkpoint_every, keep_checkpoints, optimizer, max_loss: MAX_LOSS }
+        let images_per_step = u32::try_from(self.batch_size).unwrap_or(u32::MAX).saturating_mul(self.accumulation_steps);
+        TrainingConfig { steps, checkpoint_every, images_per_step, keep_checkpoints, optimizer, max_loss: MAX_LOSS }
     }
 
     /// The parameters of a network with the factors of their groups.

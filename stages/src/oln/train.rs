@@ -83,9 +83,10 @@ impl Stage for Train {
         let network = Oln::new(&store.root(), &config, self.training.seed)?;
         load_pretrained(network.parameters(), units, cx)?;
         let spec = OlnSpec { config, fits: self.training.fits() };
-        let loader = DetectionLoader::new(&self.training, cx)?;
+        let training = self.training.light(cx);
+        let loader = DetectionLoader::new(&training, cx)?;
         loader.look_for_images(cx)?;
-        let criterion = OlnCriterion { network, spec, training: &self.training, device: cx.device };
+        let criterion = OlnCriterion { network, spec, training: &training, device: cx.device };
         train(&loader.training().config(), &loader, &criterion, &PORTS, units, cx)
     }
 }

@@ -165,7 +165,8 @@ impl Multilabel {
             scales_losses: false,
         };
         let checkpoint_every = self.checkpoint_every;
-        Ok(TrainingConfig { steps, checkpoint_every, keep_checkpoints: 1, optimizer, max_loss: f64::INFINITY })
+        let images_per_step = u32::try_from(self.batch_size).unwrap_or(u32::MAX);
+        Ok(TrainingConfig { steps, checkpoint_every, images_per_step, keep_checkpoints: 1, optimizer, max_loss: f64::INFINITY })
     }
 }
 
