@@ -153,7 +153,8 @@ fn side_by_side(out: &mut String, comparison: &Comparison) {
     put!(out, "<section><h2>{}: side by side</h2><p class=\"quiet\">{of}: {}</p>", escape(evaluation), escape(&comparison.legend()));
     out.push_str("<div class=\"wide\"><table><tr><th>variant</th>");
     groups.iter().for_each(|group| put!(out, "<th class=\"number\">{group}</th><th></th>"));
-    out.push_str("</tr>");
+    let has_settings = rows.iter().any(|row| !row.settings.is_empty());
+    out.push_str(if has_settings { "<th>settings</th></tr>" } else { "</tr>" });
     for row in rows {
         put!(out, "<tr><th>{}</th>", name(row));
         for group in &groups {
@@ -161,6 +162,10 @@ fn side_by_side(out: &mut String, comparison: &Comparison) {
             let words = value.map_or_else(|| "–".into(), |value| value.over_seeds.to_string());
             let difference = value.and_then(|value| value.difference.as_ref()).map(results::Spread::signed);
             put!(out, "<td class=\"number\">{words}</td><td class=\"number\">{}</td>", difference.unwrap_or_default());
+        }
+        let settings: Vec<String> = row.settings.iter().map(|setting| format!("<code>{}</code>", escape(setting))).collect();
+        if has_settings {
+            put!(out, "<td class=\"words\">{}</td>", if settings.is_empty() { "as the file".into() } else { settings.join("<br>") });
         }
         out.push_str("</tr>");
     }
