@@ -410,27 +410,26 @@ fn throughput(out: &mut String, gathered: &Gathered) {
     out.push_str("</table></div></section>");
 }
 
-/// Views per second (items where a step has no views) over time, and the batches that were ready for the network.
+/// Views per second (items where a step has no views) over time; and the batches that were ready for the network, which have an axis of their own.
 fn flow(out: &mut String, gathered: &Gathered) {
     let long_enough: Vec<_> = gathered.flow.iter().filter(|(_, points)| points.len() >= 4).collect();
     if long_enough.is_empty() {
         return;
     }
-    out.push_str("<section><h2>Flow</h2>");
+    out.push_str("<section><h2>Flow</h2><div class=\"plots\">");
     for (step, points) in long_enough {
         let counts_views = points.iter().any(|(_, _, views, _)| *views > 0);
         let amount = |(_, done, views, _): &(f64, u64, u64, u64)| if counts_views { *views } else { *done } as f64;
         let rate = |pair: &[(f64, u64, u64, u64)]| (pair[1].0, (amount(&pair[1]) - amount(&pair[0])) / (pair[1].0 - pair[0].0).max(1e-3));
-        let mut lines = vec![("base", points.windows(2).map(rate).collect())];
-        let mut caption = format!("{}: {} (dashed)", escape(&step.to_string()), if counts_views { "views/s" } else { "items/s" });
+        let step = escape(&step.to_string());
+        let rates: Vec<(f64, f64)> = points.windows(2).map(rate).collect();
+        plot(out, &rates, "s", &format!("{step}: {}", if counts_views { "views/s" } else { "items/s" }));
         if counts_views {
-            lines.push(("all", points.iter().map(|(at, .., ready)| (*at, *ready as f64)).collect()));
-            let most_ready = points.iter().map(|(.., ready)| *ready).max().unwrap_or(0);
-            caption.push_str(&format!("; batches ready for the network (dotted, at most {most_ready}): at 0 it waits for images"));
+            let ready: Vec<(f64, f64)> = points.iter().map(|(at, .., ready)| (*at, *ready as f64)).collect();
+            plot(out, &ready, "s", &format!("{step}: batches ready for the network; at 0 it waits for images"));
         }
-        plot(out, &lines, "s", &caption);
     }
-    out.push_str("</section>");
+    out.push_str("</div></section>");
 }
 
 /// Losses and learning rate of trainings over their steps.
@@ -440,7 +439,7 @@ fn trainings(out: &mut String, gathered: &Gathered) {
         for name in curve.names() {
             let points: Vec<(f64, f64)> = curve.of(name).into_iter().map(|(step, value)| (step as f64, value)).collect();
             let last = points.last().map_or(0.0, |(_, value)| *value);
-            plot(out, &[("novel", points)], "steps", &format!("{}, {} at the end", escape(name), digits(last)));
+            plot(out, &points, "steps", &format!("{}, {} at the end", escape(name), digits(last)));
         }
         out.push_str("</div></section>");
     }
@@ -451,27 +450,27 @@ fn digits(value: f64) -> String {
     if value == 0.0 || (0.01..1e4).contains(&value.abs()) { format!("{value:.3}") } else { format!("{value:.2e}") }
 }
 
-/// Lines of points (x, y), each with the class of its style, from 0 to each one's own most; the axis is the first one's.
-fn plot(out: &mut String, lines: &[(&str, Vec<(f64, f64)>)], unit: &str, caption: &str) {
+/// A line of points (x, y) over an axis that begins at 0, or below it where values do.
+fn plot(out: &mut String, points: &[(f64, f64)], unit: &str, caption: &str) {
     let (width, height, left, bottom) = (520.0, 150.0, 56.0, 30.0);
-    let all = || lines.iter().flat_map(|(_, points)| points);
-    let (start, end) = all().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), (x, _)| (low.min(*x), high.max(*x)));
-    let most_of = |points: &[(f64, f64)]| points.iter().map(|(_, y)| *y).fold(0.0, f64::max);
-    let most = lines.first().map_or(0.0, |(_, points)| most_of(points));
+    let (start, end) = points.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), (x, _)| (low.min(*x), high.max(*x)));
+    let (least, most) = points.iter().fold((0.0, 0.0), |(least, most): (f64, f64), (_, y)| (least.min(*y), most.max(*y)));
     put!(out, "<figure><svg class=\"plot\" viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{caption}\">");
     put!(out, "<line class=\"grid\" x1=\"{left}\" x2=\"{}\" y1=\"{y}\" y2=\"{y}\"/>", width - 12.0, y = height - bottom);
-    let (margin, top) = (left - 6.0, if most >= 100.0 { format!("{most:.0}") } else { digits(most) });
-    put!(out, "<text x=\"{margin}\" y=\"18\" text-anchor=\"end\">{top}</text>");
-    put!(out, "<text x=\"{margin}\" y=\"{}\" text-anchor=\"end\">0</text>", height - bottom + 4.0);
+    let mark = |value: f64| match value {
+        0.0 => "0".into(),
+        value if value.abs() >= 100.0 => format!("{value:.0}"),
+        value => digits(value),
+    };
+    let margin = left - 6.0;
+    put!(out, "<text x=\"{margin}\" y=\"18\" text-anchor=\"end\">{}</text>", mark(most));
+    put!(out, "<text x=\"{margin}\" y=\"{}\" text-anchor=\"end\">{}</text>", height - bottom + 4.0, mark(least));
     put!(out, "<text x=\"{left}\" y=\"{}\">{start:.0} {unit}</text>", height - 8.0);
     put!(out, "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{end:.0} {unit}</text>", width - 12.0, height - 8.0);
-    for (class, points) in lines {
-        let most = most_of(points).max(1e-12);
-        let x = |x: f64| left + (x - start) / (end - start).max(1e-9) * (width - left - 12.0);
-        let y = |y: f64| height - bottom - y / most * (height - bottom - 14.0);
-        let points: String = points.iter().map(|(at, value)| format!("{:.1},{:.1} ", x(*at), y(*value))).collect();
-        put!(out, "<polyline class=\"curve {class}\" points=\"{points}\"/>");
-    }
+    let x = |x: f64| left + (x - start) / (end - start).max(1e-9) * (width - left - 12.0);
+    let y = |y: f64| height - bottom - (y - least) / (most - least).max(1e-12) * (height - bottom - 14.0);
+    let points: String = points.iter().map(|(at, value)| format!("{:.1},{:.1} ", x(*at), y(*value))).collect();
+    put!(out, "<polyline class=\"curve only\" points=\"{points}\"/>");
     put!(out, "</svg><figcaption>{caption}</figcaption></figure>");
 }
 
