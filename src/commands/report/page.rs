@@ -7,10 +7,10 @@ use std::{
 
 use ovenbird_cache::Artifact;
 use ovenbird_data::evaluate::{Evaluation, GROUPS, Metric};
-use ovenbird_stages::artifacts::Curve;
+use ovenbird_stages::{FailedItem, artifacts::Curve};
 
 use super::{
-    gallery::Picture,
+    gallery::Gallery,
     html::{escape, put},
 };
 use crate::{
@@ -33,7 +33,9 @@ pub(super) struct Gathered {
     pub(super) artifacts: BTreeMap<StepId, Artifact>,
     pub(super) evaluations: Vec<Evaluated>,
     pub(super) trainings: Vec<(StepId, Curve)>,
-    pub(super) pictures: Vec<Picture>,
+    pub(super) pictures: Option<Gallery>,
+    /// The items that each step skipped.
+    pub(super) skipped: BTreeMap<StepId, Vec<FailedItem>>,
     /// What could not be read.
     pub(super) unread: Vec<String>,
 }
@@ -53,7 +55,7 @@ impl Gathered {
         let evaluations = self.evaluations.iter().map(|it| format!("{}.{}", it.step, it.port));
         let trainings = self.trainings.iter().map(|(step, _)| format!("{step}.curve"));
         let artifacts = self.artifacts.keys().map(|step| format!("{step}.artifact"));
-        let pictures = (!self.pictures.is_empty()).then(|| "pictures".to_owned());
+        let pictures = self.pictures.as_ref().filter(|pictures| !pictures.is_empty()).map(|_| "pictures".to_owned());
         evaluations.chain(trainings).chain(artifacts).chain(pictures).collect()
     }
 }
@@ -89,13 +91,8 @@ pub(super) fn render(gathered: &Gathered) -> String {
         classes(&mut out, evaluation);
         out.push_str("</section>");
     }
-    if !gathered.pictures.is_empty() {
-        out.push_str("<section><h2>Pictures</h2><p>Dashed: ground truth. Solid: the best detections. ★ and orange: novel classes.</p><div class=\"gallery\">");
-        for picture in &gathered.pictures {
-            picture.render(&mut out);
-        }
-        out.push_str("</div></section>");
-    }
+    gathered.pictures.iter().for_each(|pictures| pictures.render(&mut out));
+    skipped(&mut out, gathered);
     trainings(&mut out, gathered);
     graph(&mut out, gathered);
     timeline(&mut out, gathered);
@@ -138,7 +135,30 @@ fn header(out: &mut String, gathered: &Gathered) {
     for step in run.steps.iter().filter(|step| step.state == StepStatus::Failed) {
         put!(out, "<p class=\"failure\"><strong>{} failed.</strong> {}</p>", escape(&step.id.to_string()), escape(&step.words));
     }
+    left_out(out, gathered);
     out.push_str("</header>");
+}
+
+/// Says at the top that numbers are not of all images.
+fn left_out(out: &mut String, gathered: &Gathered) {
+    let n_all: usize = gathered.skipped.values().map(Vec::len).sum();
+    if n_all > 0 {
+        let of_step = |(step, items): (&StepId, &Vec<FailedItem>)| format!("{step} {}", items.len());
+        let steps: Vec<String> = gathered.skipped.iter().map(of_step).collect();
+        let (n_items, steps) = (count(n_all, "item"), escape(&steps.join(", ")));
+        put!(out, "<p class=\"failure\"><a href=\"#skipped\">{n_items} skipped</a> ({steps}): the results are without them.</p>");
+    }
+    let mut evaluations: BTreeMap<usize, Vec<String>> = BTreeMap::new();
+    for Evaluated { step, evaluation, .. } in &gathered.evaluations {
+        if let Some(n_images @ 1..) = evaluation.n_images_without_detections {
+            evaluations.entry(n_images).or_default().push(step.to_string());
+        }
+    }
+    for (n_images, steps) in evaluations {
+        let were = if n_images == 1 { "was" } else { "were" };
+        let (n_images, steps) = (count(n_images, "image"), escape(&steps.join(", ")));
+        put!(out, "<p class=\"failure\">{steps}: {n_images} {were} not looked at by the detector: its objects count as missed.</p>");
+    }
 }
 
 fn percent(value: Option<f64>) -> String {
@@ -248,6 +268,27 @@ fn classes(out: &mut String, evaluation: &Evaluation) {
     out.push_str("</table></div></details>");
 }
 
+/// The most skipped items of a step that are listed.
+const MAX_SKIPPED: usize = 1000;
+
+fn skipped(out: &mut String, gathered: &Gathered) {
+    if gathered.skipped.is_empty() {
+        return;
+    }
+    out.push_str("<section id=\"skipped\"><h2>Skipped</h2><p>`ovenbird retry PIPELINE --failed` tries them again.</p>");
+    for (step, items) in &gathered.skipped {
+        let first = if items.len() > MAX_SKIPPED { format!(", the first {MAX_SKIPPED}") } else { String::new() };
+        let (step, n_items) = (escape(&step.to_string()), count(items.len(), "item"));
+        put!(out, "<details><summary>{step} <span class=\"quiet\">{n_items}{first}</span></summary>");
+        out.push_str("<div class=\"wide\"><table><tr><th>item</th><th>reason</th></tr>");
+        for FailedItem { item, reason, .. } in items.iter().take(MAX_SKIPPED) {
+            put!(out, "<tr><td>{}</td><td class=\"words\">{}</td></tr>", escape(item), escape(reason));
+        }
+        out.push_str("</table></div></details>");
+    }
+    out.push_str("</section>");
+}
+
 fn state_words(step: &StepState) -> String {
     match step.wall_s {
         Some(wall_s) => format!("done in {}", duration(wall_s)),
@@ -337,8 +378,9 @@ fn graph(out: &mut String, gathered: &Gathered) {
     }
     put!(
         out,
-        "<section><h2>Steps</h2><div class=\"wide\"><svg class=\"graph\" viewBox=\"0 0 {width} {height}\" style=\"min-width:{:.0}px\" role=\"img\" aria-label=\"The graph of steps\">",
-        width * 0.72
+        "<section><h2>Steps</h2><div class=\"wide\"><svg class=\"graph\" viewBox=\"0 0 {width} {height}\" style=\"min-width:{:.0}px;max-width:{:.0}px\" role=\"img\" aria-label=\"The graph of steps\">",
+        width * 0.72,
+        width * 1.2
     );
     for (node, to) in nodes.iter().zip(&corner) {
         for from in node.above.iter().map(|above| corner[*above]) {
@@ -481,9 +523,6 @@ fn manifests(out: &mut String, gathered: &Gathered) {
             put!(out, "<p class=\"quiet\">{}: no artifact</p>", escape(&step.id.to_string()));
             continue;
         };
-        if step.failed > 0 {
-            put!(out, "<p class=\"failure\">{}: {} skipped</p>", escape(&step.id.to_string()), count(step.failed as usize, "item"));
-        }
         let manifest = &artifact.manifest;
         let files = || manifest.units.iter().flat_map(|unit| &unit.files);
         let metrics: BTreeMap<_, _> = manifest.units.iter().flat_map(|unit| &unit.metrics).collect();
@@ -544,6 +583,7 @@ mod tests {
             warnings: vec!["4 of 4 <odd>".into()],
             n_images_without_detections: None,
         };
+        let skipped = vec![FailedItem { item: "<a>.jpg".into(), reason: "cut & gone".into(), attempts: 1 }];
         Gathered {
             run,
             after: vec![vec![]],
@@ -553,7 +593,8 @@ mod tests {
             artifacts: BTreeMap::new(),
             evaluations: vec![Evaluated { step: "coco".into(), kind: "eval/coco".into(), port: "evaluation", evaluation }],
             trainings: vec![("<b>".into(), Curve { rows: vec![(10, BTreeMap::from([("loss.boxes".into(), 0.5)]))] })],
-            pictures: vec![],
+            pictures: None,
+            skipped: BTreeMap::from([("<script>".into(), skipped)]),
             unread: vec![],
         }
     }
@@ -570,6 +611,8 @@ mod tests {
             "<h2>Throughput</h2>",
             "<h2>Manifests</h2>",
             "<h2>Notes</h2>",
+            "1 item skipped</a> (&lt;script&gt; 1)",
+            "<td>&lt;a&gt;.jpg</td><td class=\"words\">cut &amp; gone</td>",
             "–",
         ] {
             assert!(page.contains(words), "{words}");
