@@ -433,6 +433,13 @@ fn images_that_the_detector_never_saw_are_said_at_the_table() {
     assert!(rest.contains("Pictures of coco</h2>") && rest.contains(&format!("<td>{}</td>", broken.file_name)), "{rest}");
     assert_eq!((rest.matches("<figure><svg viewBox").count(), rest.matches("data:image/jpeg;base64,").count()), (12, 11));
     assert_eq!(rest.matches("Skipped by an earlier step: no detections.<br><strong>The image cannot be shown:</strong>").count(), 1);
+    // Without their folder the boxes remain.
+    fs::rename(world.path("images"), world.path("moved")).unwrap();
+    world.run(["report", "--output", "report.html"]).success();
+    let page = fs::read_to_string(world.path("report.html")).unwrap();
+    assert_eq!((page.matches("<figure><svg viewBox=\"0 0 1").count(), page.matches("data:image/jpeg;base64,").count()), (12, 0));
+    assert_eq!(page.matches("The image cannot be shown:</strong> ").count(), 12);
+    fs::rename(world.path("moved"), world.path("images")).unwrap();
     // An image in which nothing is found was looked at nevertheless.
     world.write("brought.yaml", pipeline + &test.replace("max_per_image: 5", "score_threshold: 0.999"));
     assert_eq!(warnings(&world), [expected]);

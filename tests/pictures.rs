@@ -124,6 +124,12 @@ fn a_report_shows_images_of_any_folder_and_says_where_one_is_gone() {
     assert!(second.contains("The folder of images that `globals` read has changed since"));
     assert_eq!((second.matches("data:image/jpeg;base64,").count(), second.matches(GONE).count()), (16, 2));
     assert!(second.contains(&format!("{GONE} birds/&lt;16&gt;.png: not in the folder of images (19 files)")), "{second}");
+    // The report beside the log is not replaced by one without images.
+    let gone = folder.path("birds");
+    fs::rename(&gone, folder.path("moved")).unwrap();
+    assert!(page("second.html").contains("None: no step of the run reads the images of `coco`, or they are gone."));
+    assert!(world.run(["report"]).success().stdout.contains("not replaced, because a new report would not show pictures"));
+    fs::rename(folder.path("moved"), gone).unwrap();
     // Annotations that changed are not those that the numbers are of.
     world.write("data/ann.json", fs::read_to_string(world.path("data/ann.json")).unwrap().replace("wren", "gull"));
     let third = page("third.html");

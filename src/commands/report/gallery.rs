@@ -75,7 +75,7 @@ pub(super) fn gallery(steps: &[StepState], artifacts: &BTreeMap<StepId, Artifact
 
     let mut notes = Vec::new();
     let Some(images) = images(&step.id, &subject.annotations, origins, &mut notes) else {
-        notes.push(format!("None: no step of the run reads the images of `{}`.", step.id));
+        notes.push(format!("None: no step of the run reads the images of `{}`, or they are gone.", step.id));
         let step = step.id.clone();
         return Ok(Some(Gallery { step, has_detections: false, has_scores: false, notes, groups: Vec::new(), classes: Vec::new() }));
     };
@@ -283,15 +283,16 @@ fn chosen(scores: &[Score], all: impl Iterator<Item = ImageId>) -> [(&'static st
 }
 
 impl Gallery {
-    pub(super) fn is_empty(&self) -> bool {
-        self.groups.is_empty()
+    /// Whether an image can be shown.
+    pub(super) fn has_images(&self) -> bool {
+        self.groups.iter().flat_map(|(_, pictures)| pictures).any(|picture| picture.jpeg.is_ok())
     }
 
     pub(super) fn render(&self, out: &mut String) {
         let Self { step, has_detections, has_scores, notes, groups, classes } = self;
         put!(out, "<section id=\"pictures\"><h2>Pictures of {}</h2>", escape(&step.to_string()));
         notes.iter().for_each(|note| put!(out, "<p class=\"failure\">{}</p>", escape(note)));
-        if self.is_empty() {
+        if groups.is_empty() {
             return out.push_str("</section>");
         }
         if *has_scores {

@@ -55,7 +55,7 @@ impl Gathered {
         let evaluations = self.evaluations.iter().map(|it| format!("{}.{}", it.step, it.port));
         let trainings = self.trainings.iter().map(|(step, _)| format!("{step}.curve"));
         let artifacts = self.artifacts.keys().map(|step| format!("{step}.artifact"));
-        let pictures = self.pictures.as_ref().filter(|pictures| !pictures.is_empty()).map(|_| "pictures".to_owned());
+        let pictures = self.pictures.as_ref().filter(|pictures| pictures.has_images()).map(|_| "pictures".to_owned());
         evaluations.chain(trainings).chain(artifacts).chain(pictures).collect()
     }
 }
