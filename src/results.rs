@@ -152,6 +152,8 @@ pub(crate) struct Comparison {
 pub(crate) struct Row {
     /// `None` where one row stands for all variants.
     pub(crate) variant: Option<String>,
+    /// What the variant changes, as `--set` takes it.
+    pub(crate) settings: Vec<String>,
     pub(crate) values: Vec<Value>,
 }
 
@@ -254,7 +256,8 @@ fn one<'a>(
     let row = |variant: &Option<&String>| {
         let is_first = variant.is_none() || *variant == first;
         let values = values(&found(*variant), if is_first { &[] } else { &beside });
-        Row { variant: variant.cloned(), values }
+        let settings = variant.and_then(|variant| matrix.settings.get(variant)).cloned().unwrap_or_default();
+        Row { variant: variant.cloned(), settings, values }
     };
     let any = variants.iter().flat_map(|variant| found(*variant)).next().map(|(_, evaluation)| evaluation);
     Comparison {
@@ -414,6 +417,7 @@ mod tests {
         Matrix {
             variants: variants.iter().map(|name| (*name).to_owned()).collect(),
             seeds: seeds.to_vec(),
+            settings: BTreeMap::new(),
             combinations: combinations.collect(),
         }
     }

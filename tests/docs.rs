@@ -145,7 +145,7 @@ fn paths(value: &Value, path: &str, found: &mut BTreeSet<String>) {
             }
             for (name, value) in fields {
                 // Names that data choose.
-                let is_chosen = [".kinds", ".ports", ".groups", ".steps", ".inputs"].iter().any(|of| path.ends_with(of));
+                let is_chosen = [".kinds", ".ports", ".groups", ".steps", ".inputs", ".settings"].iter().any(|of| path.ends_with(of));
                 let name = if is_chosen { "NAME" } else { name };
                 paths(value, &format!("{path}.{name}"), found);
             }

@@ -98,9 +98,13 @@ enum Masks {
     None,
 }
 
-/// Writes `detections.parquet`, as if every image of the split had been looked at for every class.
+/// Writes `detections.parquet` for the images of the split.
 fn write_table(world: &World, detections: &[Detection]) {
-    let annotations = Annotations::load(&annotations(world, "coco")).unwrap();
+    write_detections(world, Annotations::load(&annotations(world, "coco")).unwrap(), detections);
+}
+
+/// Writes `detections.parquet`, as if every image of some annotations had been looked at for every class.
+pub(crate) fn write_detections(world: &World, annotations: Annotations, detections: &[Detection]) {
     let looked_at: BTreeSet<ImageId> = annotations.images.iter().map(|image| image.id).collect();
     let categories = annotations.categories.into_iter().map(|category| (category.id, category.name)).collect();
     let store = Store::open(&world.path("scratch")).unwrap();
@@ -422,6 +426,20 @@ fn images_that_the_detector_never_saw_are_said_at_the_table() {
     assert_eq!(warnings(&world), std::slice::from_ref(&expected));
     let report: Value = serde_json::from_str(&world.run(["report", "--json"]).success().stdout).unwrap();
     assert_eq!(report["report"]["evaluations"][0]["n_images_without_detections"], 1, "{report}");
+    // The report says it at its top, and shows the images that the detector read.
+    let page = fs::read_to_string(world.path("report.html")).unwrap();
+    let (head, rest) = page.split_once("</header>").unwrap();
+    assert!(head.contains("coco: 1 image was not looked at by the detector") && head.contains("1 item skipped</a> (test 1)"), "{head}");
+    assert!(rest.contains("Pictures of coco</h2>") && rest.contains(&format!("<td>{}</td>", broken.file_name)), "{rest}");
+    assert_eq!((rest.matches("<figure><svg viewBox").count(), rest.matches("data:image/jpeg;base64,").count()), (12, 11));
+    assert_eq!(rest.matches("Skipped by an earlier step: no detections.<br><strong>The image cannot be shown:</strong>").count(), 1);
+    // Without their folder the boxes remain.
+    fs::rename(world.path("images"), world.path("moved")).unwrap();
+    world.run(["report", "--output", "report.html"]).success();
+    let page = fs::read_to_string(world.path("report.html")).unwrap();
+    assert_eq!((page.matches("<figure><svg viewBox=\"0 0 1").count(), page.matches("data:image/jpeg;base64,").count()), (12, 0));
+    assert_eq!(page.matches("The image cannot be shown:</strong> ").count(), 12);
+    fs::rename(world.path("moved"), world.path("images")).unwrap();
     // An image in which nothing is found was looked at nevertheless.
     world.write("brought.yaml", pipeline + &test.replace("max_per_image: 5", "score_threshold: 0.999"));
     assert_eq!(warnings(&world), [expected]);

@@ -132,6 +132,9 @@ fn common_stages_run_once_and_all_variants_end_in_one_table() {
     let place = |words: &str| page.find(words).unwrap_or_else(|| panic!("{words}"));
     // A stage is drawn once, with how many copies it has.
     assert!(page.contains(">clip × 2</text>") && !page.contains(">clip@7</text>"));
+    // Each variant is shown with what it sets.
+    assert!(page.contains("<code>temperature=0.5</code>") && page.contains("<td class=\"words\">as the file</td>"));
+    assert!(page.contains("<code>detect.nms_iou=0.1</code><br><code>detect.score_threshold=0.02</code>"));
     assert!(place("<h2>coco: side by side</h2>") < place("Every seed") && place("Every seed") < place("<h2>coco@cool,7</h2>"));
     let report: Value = serde_json::from_str(&world.run(["report", "--json"]).success().stdout).unwrap();
     // Without the first variant there is nothing to differ from.
@@ -143,6 +146,7 @@ fn common_stages_run_once_and_all_variants_end_in_one_table() {
     };
     let warm = &report["report"]["comparisons"][0]["rows"][1];
     assert_eq!(warm["variant"], "warm");
+    assert_eq!(warm["settings"], serde_json::json!(["temperature=0.5"]));
     let value = warm["values"].as_array().unwrap().iter().find(|value| value["group"] == "novel" && value["metric"] == "AP50").unwrap();
     let differences = [ap50("coco@warm,7") - ap50("coco@cool,7"), ap50("coco@warm,8") - ap50("coco@cool,8")];
     let sd = (differences[0] - differences[1]).abs() / 2_f64.sqrt();

@@ -1,8 +1,10 @@
-//! `ovenbird report`: one self-contained HTML file about a run, without scripts and network access; or its numbers as JSON.
+//! `ovenbird report`: one self-contained HTML file about a run, which needs neither network nor scripts; or its numbers as JSON.
 
 mod gallery;
 mod html;
+mod origins;
 mod page;
+mod picture;
 
 use std::{
     collections::BTreeMap,
@@ -10,17 +12,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ovenbird_cache::{Status, Store, publish};
-use ovenbird_stages::{Artifact as _, artifacts::Curve, find};
+use ovenbird_cache::{Artifact, Status, Store, publish};
+use ovenbird_stages::{Artifact as _, FailedItem, artifacts::Curve, failed_items, find};
 use serde_json::json;
 
 use crate::{
     error::{Error, Result},
     event::{self, Event, Stamped},
     output::{count, print, to_json},
+    pipeline::step_id::StepId,
     results::{self, Evaluated, compare},
     run_state::{self, RunState, StepStatus, find_run},
 };
+use origins::Origins;
 use page::{Gathered, parts_of, render};
 
 /// Write an HTML file about a run: graph, tables, curves, images, manifests
@@ -118,6 +122,7 @@ fn gather(store: &Store, run: &str) -> Result<Gathered> {
     let run = run_state::state_in(store, run)?;
     let start_ms = log.first().map_or(0, |first| first.at.as_millisecond());
     let (mut after, mut spans, mut bytes) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
+    let mut skipped: BTreeMap<StepId, Vec<FailedItem>> = BTreeMap::new();
     let mut flow: BTreeMap<_, Vec<_>> = BTreeMap::new();
     for Stamped { at, event } in log {
         let now = (at.as_millisecond() - start_ms) as f64 / 1e3;
@@ -131,6 +136,10 @@ fn gather(store: &Store, run: &str) -> Result<Gathered> {
             Event::StepProgress { step, done, views, ready, .. } => {
                 spans.entry(step.clone()).and_modify(|span| span.1 = now);
                 flow.entry(step.clone()).or_default().push((now, *done, *views, *ready));
+            }
+            Event::ItemFailed { step, item, reason, attempts } => {
+                let item = FailedItem { item: item.clone(), reason: reason.clone(), attempts: *attempts };
+                skipped.entry(step.clone()).or_default().push(item);
             }
             Event::StepFailed { step, .. } => drop(spans.entry(step.clone()).and_modify(|span| span.1 = now)),
             _ => {}
@@ -153,12 +162,29 @@ fn gather(store: &Store, run: &str) -> Result<Gathered> {
                 Ok(found) => evaluations.extend(found),
                 Err(error) => unread.push(error.message()),
             }
+            match skipped_items(store, &artifact) {
+                Ok(items) if items.is_empty() => drop(skipped.remove(&step.id)),
+                Ok(items) => drop(skipped.insert(step.id.clone(), items)),
+                Err(error) => unread.push(error.message()),
+            }
             artifacts.insert(step.id.clone(), artifact);
         }
     }
-    let pictures = gallery::pictures(&run.steps, &artifacts).unwrap_or_else(|error| {
-        unread.push(error.message());
-        Vec::new()
+    let sources = log.first().map_or_else(BTreeMap::new, |first| first.event.sources());
+    let origins = Origins::of(store, &run.run, sources, &run.steps, &artifacts);
+    let pictures = origins.and_then(|origins| gallery::gallery(&run.steps, &artifacts, &origins)).unwrap_or_else(|error| {
+        unread.push(format!("pictures: {}", error.message()));
+        None
     });
-    Ok(Gathered { run, after, spans, bytes, flow, artifacts, evaluations, trainings, pictures, unread })
+    Ok(Gathered { run, after, spans, bytes, flow, artifacts, evaluations, trainings, pictures, skipped, unread })
+}
+
+/// The items that a step skipped, whichever run did; each once, in ascending name.
+fn skipped_items(store: &Store, artifact: &Artifact) -> Result<Vec<FailedItem>> {
+    let mut items = BTreeMap::new();
+    // Each checkpoint of a training lists the items of those before it.
+    for unit in artifact.manifest.units.iter().filter(|_| !artifact.is_dropped) {
+        items.extend(failed_items(store, unit)?.into_iter().map(|failed| (failed.item.clone(), failed)));
+    }
+    Ok(items.into_values().collect())
 }

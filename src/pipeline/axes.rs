@@ -40,6 +40,17 @@ struct Variant {
     changes: Vec<Change>,
 }
 
+impl Variant {
+    /// What it changes, as `--set` takes it.
+    fn settings(&self) -> Vec<String> {
+        let setting = |Change { path, value, .. }: &Change| {
+            let key = path.strip_prefix(&format!("variants.{}.", self.name)).unwrap_or(path);
+            format!("{key}={}", shown(value))
+        };
+        self.changes.iter().map(setting).collect()
+    }
+}
+
 /// The places of a combination's seed and variant in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct At {
@@ -232,6 +243,7 @@ impl Axes {
         let matrix = Matrix {
             variants: self.variants.iter().map(|variant| variant.name.clone()).collect(),
             seeds: self.seeds.clone(),
+            settings: self.variants.iter().map(|variant| (variant.name.clone(), variant.settings())).collect(),
             combinations: combinations.iter().map(combination).collect(),
         };
         let is_kept: BTreeSet<usize> = combinations.iter().flat_map(|(_, places)| places).copied().collect();

@@ -17,6 +17,9 @@ pub(crate) struct Matrix {
     pub(crate) variants: Vec<String>,
     /// All seeds of the file, in its order. Empty where the file has none.
     pub(crate) seeds: Vec<u64>,
+    /// What each variant changes, as `--set` takes it: `detect.nms_iou=0.4`. Absent in logs of older versions.
+    #[serde(default)]
+    pub(crate) settings: BTreeMap<String, Vec<String>>,
     /// The chosen combinations, seed by seed.
     pub(crate) combinations: Vec<Combination>,
 }

@@ -7,10 +7,10 @@ use std::{
 
 use ovenbird_cache::Artifact;
 use ovenbird_data::evaluate::{Evaluation, GROUPS, Metric};
-use ovenbird_stages::artifacts::Curve;
+use ovenbird_stages::{FailedItem, artifacts::Curve};
 
 use super::{
-    gallery::Picture,
+    gallery::Gallery,
     html::{escape, put},
 };
 use crate::{
@@ -33,7 +33,9 @@ pub(super) struct Gathered {
     pub(super) artifacts: BTreeMap<StepId, Artifact>,
     pub(super) evaluations: Vec<Evaluated>,
     pub(super) trainings: Vec<(StepId, Curve)>,
-    pub(super) pictures: Vec<Picture>,
+    pub(super) pictures: Option<Gallery>,
+    /// The items that each step skipped.
+    pub(super) skipped: BTreeMap<StepId, Vec<FailedItem>>,
     /// What could not be read.
     pub(super) unread: Vec<String>,
 }
@@ -53,7 +55,7 @@ impl Gathered {
         let evaluations = self.evaluations.iter().map(|it| format!("{}.{}", it.step, it.port));
         let trainings = self.trainings.iter().map(|(step, _)| format!("{step}.curve"));
         let artifacts = self.artifacts.keys().map(|step| format!("{step}.artifact"));
-        let pictures = (!self.pictures.is_empty()).then(|| "pictures".to_owned());
+        let pictures = self.pictures.as_ref().filter(|pictures| pictures.has_images()).map(|_| "pictures".to_owned());
         evaluations.chain(trainings).chain(artifacts).chain(pictures).collect()
     }
 }
@@ -89,13 +91,8 @@ pub(super) fn render(gathered: &Gathered) -> String {
         classes(&mut out, evaluation);
         out.push_str("</section>");
     }
-    if !gathered.pictures.is_empty() {
-        out.push_str("<section><h2>Pictures</h2><p>Dashed: ground truth. Solid: the best detections. ★ and orange: novel classes.</p><div class=\"gallery\">");
-        for picture in &gathered.pictures {
-            picture.render(&mut out);
-        }
-        out.push_str("</div></section>");
-    }
+    gathered.pictures.iter().for_each(|pictures| pictures.render(&mut out));
+    skipped(&mut out, gathered);
     trainings(&mut out, gathered);
     graph(&mut out, gathered);
     timeline(&mut out, gathered);
@@ -138,7 +135,30 @@ fn header(out: &mut String, gathered: &Gathered) {
     for step in run.steps.iter().filter(|step| step.state == StepStatus::Failed) {
         put!(out, "<p class=\"failure\"><strong>{} failed.</strong> {}</p>", escape(&step.id.to_string()), escape(&step.words));
     }
+    left_out(out, gathered);
     out.push_str("</header>");
+}
+
+/// Says at the top that numbers are not of all images.
+fn left_out(out: &mut String, gathered: &Gathered) {
+    let n_all: usize = gathered.skipped.values().map(Vec::len).sum();
+    if n_all > 0 {
+        let of_step = |(step, items): (&StepId, &Vec<FailedItem>)| format!("{step} {}", items.len());
+        let steps: Vec<String> = gathered.skipped.iter().map(of_step).collect();
+        let (n_items, steps) = (count(n_all, "item"), escape(&steps.join(", ")));
+        put!(out, "<p class=\"failure\"><a href=\"#skipped\">{n_items} skipped</a> ({steps}): the results are without them.</p>");
+    }
+    let mut evaluations: BTreeMap<usize, Vec<String>> = BTreeMap::new();
+    for Evaluated { step, evaluation, .. } in &gathered.evaluations {
+        if let Some(n_images @ 1..) = evaluation.n_images_without_detections {
+            evaluations.entry(n_images).or_default().push(step.to_string());
+        }
+    }
+    for (n_images, steps) in evaluations {
+        let were = if n_images == 1 { "was" } else { "were" };
+        let (n_images, steps) = (count(n_images, "image"), escape(&steps.join(", ")));
+        put!(out, "<p class=\"failure\">{steps}: {n_images} {were} not looked at by the detector: its objects count as missed.</p>");
+    }
 }
 
 fn percent(value: Option<f64>) -> String {
@@ -153,7 +173,8 @@ fn side_by_side(out: &mut String, comparison: &Comparison) {
     put!(out, "<section><h2>{}: side by side</h2><p class=\"quiet\">{of}: {}</p>", escape(evaluation), escape(&comparison.legend()));
     out.push_str("<div class=\"wide\"><table><tr><th>variant</th>");
     groups.iter().for_each(|group| put!(out, "<th class=\"number\">{group}</th><th></th>"));
-    out.push_str("</tr>");
+    let has_settings = rows.iter().any(|row| !row.settings.is_empty());
+    out.push_str(if has_settings { "<th>settings</th></tr>" } else { "</tr>" });
     for row in rows {
         put!(out, "<tr><th>{}</th>", name(row));
         for group in &groups {
@@ -161,6 +182,10 @@ fn side_by_side(out: &mut String, comparison: &Comparison) {
             let words = value.map_or_else(|| "–".into(), |value| value.over_seeds.to_string());
             let difference = value.and_then(|value| value.difference.as_ref()).map(results::Spread::signed);
             put!(out, "<td class=\"number\">{words}</td><td class=\"number\">{}</td>", difference.unwrap_or_default());
+        }
+        let settings: Vec<String> = row.settings.iter().map(|setting| format!("<code>{}</code>", escape(setting))).collect();
+        if has_settings {
+            put!(out, "<td class=\"words\">{}</td>", if settings.is_empty() { "as the file".into() } else { settings.join("<br>") });
         }
         out.push_str("</tr>");
     }
@@ -241,6 +266,27 @@ fn classes(out: &mut String, evaluation: &Evaluation) {
         put!(out, "<td class=\"bar\"><span style=\"width:{bar:.0}%\"></span></td></tr>");
     }
     out.push_str("</table></div></details>");
+}
+
+/// The most skipped items of a step that are listed.
+const MAX_SKIPPED: usize = 1000;
+
+fn skipped(out: &mut String, gathered: &Gathered) {
+    if gathered.skipped.is_empty() {
+        return;
+    }
+    out.push_str("<section id=\"skipped\"><h2>Skipped</h2><p>`ovenbird retry PIPELINE --failed` tries them again.</p>");
+    for (step, items) in &gathered.skipped {
+        let first = if items.len() > MAX_SKIPPED { format!(", the first {MAX_SKIPPED}") } else { String::new() };
+        let (step, n_items) = (escape(&step.to_string()), count(items.len(), "item"));
+        put!(out, "<details><summary>{step} <span class=\"quiet\">{n_items}{first}</span></summary>");
+        out.push_str("<div class=\"wide\"><table><tr><th>item</th><th>reason</th></tr>");
+        for FailedItem { item, reason, .. } in items.iter().take(MAX_SKIPPED) {
+            put!(out, "<tr><td>{}</td><td class=\"words\">{}</td></tr>", escape(item), escape(reason));
+        }
+        out.push_str("</table></div></details>");
+    }
+    out.push_str("</section>");
 }
 
 fn state_words(step: &StepState) -> String {
@@ -332,8 +378,9 @@ fn graph(out: &mut String, gathered: &Gathered) {
     }
     put!(
         out,
-        "<section><h2>Steps</h2><div class=\"wide\"><svg class=\"graph\" viewBox=\"0 0 {width} {height}\" style=\"min-width:{:.0}px\" role=\"img\" aria-label=\"The graph of steps\">",
-        width * 0.72
+        "<section><h2>Steps</h2><div class=\"wide\"><svg class=\"graph\" viewBox=\"0 0 {width} {height}\" style=\"min-width:{:.0}px;max-width:{:.0}px\" role=\"img\" aria-label=\"The graph of steps\">",
+        width * 0.72,
+        width * 1.2
     );
     for (node, to) in nodes.iter().zip(&corner) {
         for from in node.above.iter().map(|above| corner[*above]) {
@@ -405,27 +452,26 @@ fn throughput(out: &mut String, gathered: &Gathered) {
     out.push_str("</table></div></section>");
 }
 
-/// Views per second (items where a step has no views) over time, and the batches that were ready for the network.
+/// Views per second (items where a step has no views) over time; and the batches that were ready for the network, which have an axis of their own.
 fn flow(out: &mut String, gathered: &Gathered) {
     let long_enough: Vec<_> = gathered.flow.iter().filter(|(_, points)| points.len() >= 4).collect();
     if long_enough.is_empty() {
         return;
     }
-    out.push_str("<section><h2>Flow</h2>");
+    out.push_str("<section><h2>Flow</h2><div class=\"plots\">");
     for (step, points) in long_enough {
         let counts_views = points.iter().any(|(_, _, views, _)| *views > 0);
         let amount = |(_, done, views, _): &(f64, u64, u64, u64)| if counts_views { *views } else { *done } as f64;
         let rate = |pair: &[(f64, u64, u64, u64)]| (pair[1].0, (amount(&pair[1]) - amount(&pair[0])) / (pair[1].0 - pair[0].0).max(1e-3));
-        let mut lines = vec![("base", points.windows(2).map(rate).collect())];
-        let mut caption = format!("{}: {} (dashed)", escape(&step.to_string()), if counts_views { "views/s" } else { "items/s" });
+        let step = escape(&step.to_string());
+        let rates: Vec<(f64, f64)> = points.windows(2).map(rate).collect();
+        plot(out, &rates, "s", &format!("{step}: {}", if counts_views { "views/s" } else { "items/s" }));
         if counts_views {
-            lines.push(("all", points.iter().map(|(at, .., ready)| (*at, *ready as f64)).collect()));
-            let most_ready = points.iter().map(|(.., ready)| *ready).max().unwrap_or(0);
-            caption.push_str(&format!("; batches ready for the network (dotted, at most {most_ready}): at 0 it waits for images"));
+            let ready: Vec<(f64, f64)> = points.iter().map(|(at, .., ready)| (*at, *ready as f64)).collect();
+            plot(out, &ready, "s", &format!("{step}: batches ready for the network; at 0 it waits for images"));
         }
-        plot(out, &lines, "s", &caption);
     }
-    out.push_str("</section>");
+    out.push_str("</div></section>");
 }
 
 /// Losses and learning rate of trainings over their steps.
@@ -435,7 +481,7 @@ fn trainings(out: &mut String, gathered: &Gathered) {
         for name in curve.names() {
             let points: Vec<(f64, f64)> = curve.of(name).into_iter().map(|(step, value)| (step as f64, value)).collect();
             let last = points.last().map_or(0.0, |(_, value)| *value);
-            plot(out, &[("novel", points)], "steps", &format!("{}, {} at the end", escape(name), digits(last)));
+            plot(out, &points, "steps", &format!("{}, {} at the end", escape(name), digits(last)));
         }
         out.push_str("</div></section>");
     }
@@ -446,27 +492,27 @@ fn digits(value: f64) -> String {
     if value == 0.0 || (0.01..1e4).contains(&value.abs()) { format!("{value:.3}") } else { format!("{value:.2e}") }
 }
 
-/// Lines of points (x, y), each with the class of its style, from 0 to each one's own most; the axis is the first one's.
-fn plot(out: &mut String, lines: &[(&str, Vec<(f64, f64)>)], unit: &str, caption: &str) {
+/// A line of points (x, y) over an axis that begins at 0, or below it where values do.
+fn plot(out: &mut String, points: &[(f64, f64)], unit: &str, caption: &str) {
     let (width, height, left, bottom) = (520.0, 150.0, 56.0, 30.0);
-    let all = || lines.iter().flat_map(|(_, points)| points);
-    let (start, end) = all().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), (x, _)| (low.min(*x), high.max(*x)));
-    let most_of = |points: &[(f64, f64)]| points.iter().map(|(_, y)| *y).fold(0.0, f64::max);
-    let most = lines.first().map_or(0.0, |(_, points)| most_of(points));
+    let (start, end) = points.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), (x, _)| (low.min(*x), high.max(*x)));
+    let (least, most) = points.iter().fold((0.0, 0.0), |(least, most): (f64, f64), (_, y)| (least.min(*y), most.max(*y)));
     put!(out, "<figure><svg class=\"plot\" viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{caption}\">");
     put!(out, "<line class=\"grid\" x1=\"{left}\" x2=\"{}\" y1=\"{y}\" y2=\"{y}\"/>", width - 12.0, y = height - bottom);
-    let (margin, top) = (left - 6.0, if most >= 100.0 { format!("{most:.0}") } else { digits(most) });
-    put!(out, "<text x=\"{margin}\" y=\"18\" text-anchor=\"end\">{top}</text>");
-    put!(out, "<text x=\"{margin}\" y=\"{}\" text-anchor=\"end\">0</text>", height - bottom + 4.0);
+    let mark = |value: f64| match value {
+        0.0 => "0".into(),
+        value if value.abs() >= 100.0 => format!("{value:.0}"),
+        value => digits(value),
+    };
+    let margin = left - 6.0;
+    put!(out, "<text x=\"{margin}\" y=\"18\" text-anchor=\"end\">{}</text>", mark(most));
+    put!(out, "<text x=\"{margin}\" y=\"{}\" text-anchor=\"end\">{}</text>", height - bottom + 4.0, mark(least));
     put!(out, "<text x=\"{left}\" y=\"{}\">{start:.0} {unit}</text>", height - 8.0);
     put!(out, "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{end:.0} {unit}</text>", width - 12.0, height - 8.0);
-    for (class, points) in lines {
-        let most = most_of(points).max(1e-12);
-        let x = |x: f64| left + (x - start) / (end - start).max(1e-9) * (width - left - 12.0);
-        let y = |y: f64| height - bottom - y / most * (height - bottom - 14.0);
-        let points: String = points.iter().map(|(at, value)| format!("{:.1},{:.1} ", x(*at), y(*value))).collect();
-        put!(out, "<polyline class=\"curve {class}\" points=\"{points}\"/>");
-    }
+    let x = |x: f64| left + (x - start) / (end - start).max(1e-9) * (width - left - 12.0);
+    let y = |y: f64| height - bottom - (y - least) / (most - least).max(1e-12) * (height - bottom - 14.0);
+    let points: String = points.iter().map(|(at, value)| format!("{:.1},{:.1} ", x(*at), y(*value))).collect();
+    put!(out, "<polyline class=\"curve only\" points=\"{points}\"/>");
     put!(out, "</svg><figcaption>{caption}</figcaption></figure>");
 }
 
@@ -477,9 +523,6 @@ fn manifests(out: &mut String, gathered: &Gathered) {
             put!(out, "<p class=\"quiet\">{}: no artifact</p>", escape(&step.id.to_string()));
             continue;
         };
-        if step.failed > 0 {
-            put!(out, "<p class=\"failure\">{}: {} skipped</p>", escape(&step.id.to_string()), count(step.failed as usize, "item"));
-        }
         let manifest = &artifact.manifest;
         let files = || manifest.units.iter().flat_map(|unit| &unit.files);
         let metrics: BTreeMap<_, _> = manifest.units.iter().flat_map(|unit| &unit.metrics).collect();
@@ -540,6 +583,7 @@ mod tests {
             warnings: vec!["4 of 4 <odd>".into()],
             n_images_without_detections: None,
         };
+        let skipped = vec![FailedItem { item: "<a>.jpg".into(), reason: "cut & gone".into(), attempts: 1 }];
         Gathered {
             run,
             after: vec![vec![]],
@@ -549,7 +593,8 @@ mod tests {
             artifacts: BTreeMap::new(),
             evaluations: vec![Evaluated { step: "coco".into(), kind: "eval/coco".into(), port: "evaluation", evaluation }],
             trainings: vec![("<b>".into(), Curve { rows: vec![(10, BTreeMap::from([("loss.boxes".into(), 0.5)]))] })],
-            pictures: vec![],
+            pictures: None,
+            skipped: BTreeMap::from([("<script>".into(), skipped)]),
             unread: vec![],
         }
     }
@@ -566,6 +611,8 @@ mod tests {
             "<h2>Throughput</h2>",
             "<h2>Manifests</h2>",
             "<h2>Notes</h2>",
+            "1 item skipped</a> (&lt;script&gt; 1)",
+            "<td>&lt;a&gt;.jpg</td><td class=\"words\">cut &amp; gone</td>",
             "–",
         ] {
             assert!(page.contains(words), "{words}");
