@@ -1,4 +1,4 @@
-//! Arguments of the commands that compute: `run`, `retry` and `verify --fix`.
+//! Arguments of the commands that compute: `run`, `retry`, `predict` and `verify --fix`.
 
 use std::{str::FromStr, thread};
 

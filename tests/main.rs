@@ -13,6 +13,7 @@ mod faults;
 mod interchange;
 mod matrix;
 mod own_data;
+mod predict;
 mod prompts;
 mod quickstart;
 mod records;
