@@ -1,12 +1,13 @@
 //! Arguments that choose a pipeline, changes to it, and some of its steps.
 
-use std::str::FromStr;
+use std::{path::Path, str::FromStr};
 
 use ovenbird_data::words::nearest;
 
 use crate::{
     error::{Error, Result},
-    pipeline::{Pipeline, Step, changes::Setting, file},
+    output::as_typed,
+    pipeline::{Pipeline, Step, changes::Setting, file, step_id::StepId},
 };
 
 /// A pipeline and changes to it.
@@ -49,6 +50,12 @@ impl Chosen {
         let settings = settings.chain(changes.iter().map(|change| (*change).to_owned())).flat_map(|change| ["--set".to_owned(), change]);
         let variants = self.variants.iter().flat_map(|variant| ["--variant".to_owned(), variant.clone()]);
         [self.pipeline.clone()].into_iter().chain(settings).chain(variants).collect()
+    }
+
+    /// The error where a command reads the result of a step that is not stored.
+    pub(crate) fn not_run(&self, home: &Path, step: &StepId) -> Error {
+        let command = [vec!["run".to_owned()], self.as_typed(&[]), vec!["--until".to_owned(), step.to_string()]].concat();
+        Error::NotRun { step: step.clone(), command: as_typed(home, &command) }
     }
 
     /// Whether a change of this key was given.

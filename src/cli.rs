@@ -11,7 +11,8 @@ use ovenbird_cache::{crash_at, publish};
 
 use crate::{
     commands::{
-        cache, check, diff, doctor, explain, export, init, log, pipelines, plan, report, retry, run, schema, stages, status, verify,
+        cache, check, diff, doctor, explain, export, init, log, pipelines, plan, predict, report, retry, run, schema, stages, status,
+        verify,
     },
     error::{Error, ExitCode, Result},
     output::{DEFAULT_HOME, print},
@@ -43,6 +44,7 @@ enum Command {
     Check(check::Args),
     Explain(explain::Args),
     Retry(retry::Args),
+    Predict(predict::Args),
     Export(export::Args),
     Status(status::Args),
     Log(log::Args),
@@ -105,6 +107,7 @@ fn begin(cli: Cli) -> Result<()> {
         Command::Check(args) => check::check(args),
         Command::Explain(args) => explain::explain(&home, args),
         Command::Retry(args) => retry::retry(&home, args),
+        Command::Predict(args) => predict::predict(&home, args),
         Command::Export(args) => export::export(&home, args),
         Command::Status(args) => status::status(&home, args),
         Command::Log(args) => log::log(&home, args),
@@ -147,12 +150,13 @@ mod tests {
 
     #[test]
     fn commands_that_make_things_take_the_same_devices_and_cores() {
-        for command in ["run quickstart", "retry quickstart --failed", "verify --fix"] {
+        for command in ["run quickstart", "retry quickstart --failed", "predict quickstart a.png", "verify --fix"] {
             let words = format!("ovenbird {command} --device cpu,cpu --jobs 3");
             let cli = Cli::try_parse_from(words.split(' ')).unwrap_or_else(|error| panic!("{error}"));
             let Options { cpu, devices, .. } = match &cli.command {
                 Command::Run(args) => args.machine.options(),
                 Command::Retry(args) => args.machine.options(),
+                Command::Predict(args) => args.machine.options(),
                 Command::Verify(args) => args.machine.options(),
                 _ => panic!("{words}"),
             };

@@ -37,7 +37,14 @@ pub(crate) enum Error {
     /// Some stages failed; each was reported when it failed.
     #[error("{} failed: {}", count(failed.len(), "step"), listed(failed))]
     StagesFailed { failed: Vec<StepId>, skipped: Vec<StepId>, worst: ExitCode },
-    /// `check` found problems of a pipeline's inputs, and printed them.
+    /// A command reads the result of a step that is not stored.
+    #[error("there is no stored result of `{step}` for the pipeline as it is now")]
+    NotRun {
+        step: StepId,
+        /// The command that computes it.
+        command: String,
+    },
+    /// `check` or `predict` found problems of inputs, and printed them.
     #[error("{} of the inputs", count(*n_problems, "problem"))]
     Inputs { n_problems: usize },
     /// The log of a run does not say what the run was.
@@ -112,7 +119,7 @@ impl Error {
             Self::UnknownPipeline { .. } | Self::Usage { .. } => ExitCode::Usage,
             Self::NoHome { .. } | Self::DamagedLog { .. } => ExitCode::Store,
             Self::StagesFailed { worst, .. } => *worst,
-            Self::Inputs { .. } => ExitCode::Input,
+            Self::NotRun { .. } | Self::Inputs { .. } => ExitCode::Input,
             Self::Damage { .. } | Self::DamagedRecords { .. } => ExitCode::Damage,
             Self::Hangs { .. } | Self::LacksDevices { .. } | Self::ForcedElsewhere { .. } => ExitCode::Stage,
             Self::Interrupted => ExitCode::Interrupted,
@@ -158,6 +165,7 @@ impl Error {
                 let skipped = if skipped.is_empty() { String::new() } else { format!("; steps that did not run because of this: {}", listed(skipped)) };
                 Some(format!("fix the cause above and type the same command again: the run continues{skipped}"))
             }
+            Self::NotRun { command, .. } => Some(format!("run it first: `{command}`")),
             Self::Inputs { .. } => Some("mend what is named above, and type the same command again".into()),
             Self::DamagedRecords { .. } => {
                 Some("`ovenbird verify --fix` repairs them or names what is lost; then type the same command again".into())

@@ -1,8 +1,11 @@
-//! Arguments of the commands that compute: `run`, `retry` and `verify --fix`.
+//! Arguments of the commands that compute: `run`, `retry`, `predict` and `verify --fix`.
 
 use std::{str::FromStr, thread, time::Duration};
 
-use crate::{machine, output::count, quantities::time, run::local::Options};
+use crate::{machine, output::count, run::local::Options};
+
+/// How long running steps have to keep what they have finished, where the command has no `--grace`.
+const GRACE: Duration = Duration::from_secs(60);
 
 /// The part of the machine that a command uses; results do not depend on it.
 #[derive(clap::Args)]
@@ -13,9 +16,6 @@ pub(crate) struct RunArgs {
     /// Where networks run. A training takes one device; steps that process images take all free ones. `cuda` means all CUDA devices
     #[arg(long, default_value = "cpu", value_name = "cpu|cuda|cuda:N,N")]
     device: Devices,
-    /// How long running steps have, after Ctrl-C, SIGTERM or SIGUSR1, to keep what they have finished. A second signal stops at once
-    #[arg(long, default_value = "60s", value_name = "TIME", value_parser = time)]
-    grace: Duration,
 }
 
 impl RunArgs {
@@ -30,7 +30,7 @@ impl RunArgs {
             rehash: false,
             is_measuring: false,
             is_repair: false,
-            grace: self.grace,
+            grace: GRACE,
             forced: Vec::new(),
         }
     }

@@ -119,7 +119,17 @@ fn every_json_form_is_documented() {
         }
         text.push_str(&format!("## {name}\n\n{}\n", lines(&found)));
     }
+    text.push_str(&format!("## predict PIPELINE IMAGE...\n\n{}\n", lines(&form_of_predictions())));
     check("json.md", &format!("{}\n", text.trim_end()));
+}
+
+/// Of an image with detections, and of one that cannot be read.
+fn form_of_predictions() -> BTreeSet<String> {
+    let world = crate::predict::ran("test");
+    let predicted = world.run(["predict", "./small.yaml", "images/val", "missing.jpg", "--min-score", "0", "--json"]);
+    let mut found = BTreeSet::new();
+    paths(&serde_json::from_str(&predicted.stdout).unwrap(), "", &mut found);
+    found
 }
 
 /// What variants and seeds add to the forms.

@@ -345,7 +345,7 @@ fn what_a_stage_made_is_copied_where_it_is_asked_for() {
     let world = World::new();
     world.write("both.yaml", BOTH_WAYS);
     let early = world.run(["export", "./both.yaml", "global-files", "out"]);
-    assert!(early.code == 2 && early.stderr.contains("ovenbird run ./both.yaml --until global-files`"), "{}", early.stderr);
+    assert!(early.code == 4 && early.stderr.contains("ovenbird run ./both.yaml --until global-files`"), "{}", early.stderr);
     world.run(["run", "./both.yaml", "--until", "global-files"]).success();
     let exported = world.run(["export", "./both.yaml", "global-files", "out"]).success();
     assert!(exported.stdout.starts_with("6 files of `global-files.files`, "), "{}", exported.stdout);

@@ -14,6 +14,7 @@ mod interchange;
 mod matrix;
 mod own_data;
 mod pictures;
+mod predict;
 mod prompts;
 mod quickstart;
 mod records;

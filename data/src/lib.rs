@@ -8,6 +8,7 @@ pub mod annotations;
 pub mod boxes;
 pub mod classes;
 pub mod content;
+pub mod draw;
 mod error;
 pub mod evaluate;
 pub mod images;

@@ -12,7 +12,7 @@ use ovenbird_cache::{Digest, Error as CacheError, FileRecord, Ledger, Store, inp
 use crate::{
     chosen::{Chosen, places},
     error::{Error, Result},
-    output::{as_typed, count, print},
+    output::{count, print},
     pipeline::Step,
     plan::{self, Seen},
 };
@@ -44,9 +44,7 @@ pub(crate) fn export(home: &Path, Args { chosen, what, folder }: &Args) -> Resul
     let ledger = store.home().exists().then(|| Ledger::of(&store));
     let seen = plan::look(&pipeline, &pipeline.needed(&[place]), &store, ledger.as_ref())?.remove(&place);
     let Some(Seen::Stored(artifact)) = seen.filter(|seen| !matches!(seen, Seen::Stored(artifact) if artifact.is_dropped)) else {
-        let problem = format!("there is no stored result of `{}` for the pipeline as it is now", step.id);
-        let run = [vec!["run".to_owned()], chosen.as_typed(&[]), vec!["--until".to_owned(), step.id.to_string()]].concat();
-        return Err(Error::Usage { problem, hint: format!("run it first: `{}`", as_typed(home, &run)) });
+        return Err(chosen.not_run(home, &step.id));
     };
     let records = artifact.records(port);
     let (n_files, mut n_bytes) = (records.len(), 0);

@@ -2,7 +2,7 @@
 
 mod estimate;
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use ovenbird_cache::Store;
 
@@ -13,6 +13,7 @@ use crate::{
     output::{as_typed, print},
     pipeline::Pipeline,
     progress::RunProgress,
+    quantities::time,
     results,
     run::{self, local::Options},
     run_args::RunArgs,
@@ -33,6 +34,9 @@ pub(crate) struct Args {
     /// differs. The earlier result moves to quarantine only when another one is complete
     #[arg(long, value_name = "STEP", conflicts_with_all = ["dry_run", "estimate"])]
     force: Vec<String>,
+    /// How long running steps have, after Ctrl-C, SIGTERM or SIGUSR1, to keep what they have finished. A second signal stops at once
+    #[arg(long, default_value = "60s", value_name = "TIME", value_parser = time)]
+    grace: Duration,
     /// Process only the first N items of every step, and as many steps of a training as see N images; results are stored separately and mean
     /// nothing
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -43,10 +47,10 @@ pub(crate) struct Args {
     estimate: bool,
 }
 
-pub(crate) fn run(home: &Path, Args { wanted, machine, rehash, force, dry_run, estimate }: &Args) -> Result<()> {
+pub(crate) fn run(home: &Path, Args { wanted, machine, rehash, force, grace, dry_run, estimate }: &Args) -> Result<()> {
     let sample = dry_run.map(|n| n as usize);
     let forced = forced(wanted, force)?;
-    let options = Options { rehash: *rehash, is_measuring: *estimate, forced, ..machine.options() };
+    let options = Options { rehash: *rehash, is_measuring: *estimate, forced, grace: *grace, ..machine.options() };
     if *estimate {
         return estimate::estimate(home, wanted, &options, sample);
     }

@@ -73,10 +73,11 @@ impl Clone for Vocabulary {
 }
 
 impl Vocabulary {
-    /// `embeddings`: f32 `[K, D]`, base classes first, used as they are (their lengths are part of the logits); `n_base`: from 1 to K.
+    /// `embeddings`: f32 `[K, D]`, base classes first, used as they are (their lengths are part of the logits); `n_base`: from 0 to K.
     pub fn new(embeddings: Tensor, n_base: i64, scale: LogitScale) -> Result<Self> {
-        let fits = matches!(embeddings.size()[..], [k, d] if (1..=k).contains(&n_base) && d > 0) && embeddings.kind() == Kind::Float;
-        ensure(fits, "class embeddings", &format!("f32 [K, D], K at least the {n_base} base classes, of which there is one"), &embeddings)?;
+        let fits =
+            matches!(embeddings.size()[..], [k, d] if k > 0 && (0..=k).contains(&n_base) && d > 0) && embeddings.kind() == Kind::Float;
+        ensure(fits, "class embeddings", &format!("f32 [K, D], K at least 1 and at least the {n_base} base classes"), &embeddings)?;
         let factor = match scale {
             LogitScale::Temperature { train, test } => train.min(test),
             LogitScale::Affine { scaler, .. } => scaler,

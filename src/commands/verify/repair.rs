@@ -15,6 +15,7 @@ use super::{
     report::{Lost, Report, VerifyOptions},
 };
 use crate::{
+    commands::predict,
     error::Result,
     event::{self, Event},
     pipeline::step_id::StepId,
@@ -89,6 +90,13 @@ pub(super) fn repair(store: &Store, options: &VerifyOptions, report: &mut Report
                 store.quarantine_manifest(&path, &format!("the content of its unit {unit} is wrong"))?;
             }
         }
+    }
+    // Predictions belong to no run: the next one computes what is missing.
+    let is_wanted = |manifest: &&Manifest| manifest.made.run == predict::RUN && wanted.contains(&manifest.fingerprint.short());
+    let predicted: Vec<&Manifest> = manifests.iter().filter(is_wanted).collect();
+    for Manifest { recipe, fingerprint, .. } in predicted {
+        wanted.remove(&fingerprint.short());
+        store.quarantine_manifest(&store.manifest_path(&recipe.kind, fingerprint), "a unit of a prediction is damaged")?;
     }
     for (run, steps) in runs_of(store, &wanted, &mut report.lost) {
         let made = read_request(store, &run).and_then(|pipeline| {

@@ -1,5 +1,7 @@
 //! `annotations/folder`: a list of the images in a folder, for pictures without annotations.
 
+use std::path::Path;
+
 use ovenbird_data::{
     annotations::{CategoryId, ImageId},
     classes::ClassSplit,
@@ -16,6 +18,12 @@ use crate::{
 
 /// Extensions of JPEG and PNG files, in lower case.
 const EXTENSIONS: &[&str] = &["jpg", "jpeg", "png"];
+
+/// Whether a file is an image by its name.
+pub fn is_image(path: &Path) -> bool {
+    let extension = path.extension().map(|extension| extension.to_string_lossy().to_lowercase());
+    extension.is_some_and(|extension| EXTENSIONS.contains(&extension.as_str()))
+}
 
 /// A COCO json of the images in a folder, for stages that read `annotations`: their ids, paths and sizes, without objects.
 ///
@@ -67,8 +75,7 @@ impl Stage for Folder {
         let classes = cx.inputs.read_if_given(CLASSES)?.map(|Classes(classes)| classes);
         let (mut files, mut others) = (Vec::new(), Vec::new());
         for file in folder.files() {
-            let extension = file.path.extension().map(|extension| extension.to_string_lossy().to_lowercase());
-            if extension.is_some_and(|extension| EXTENSIONS.contains(&extension.as_str())) {
+            if is_image(&file.path) {
                 files.push(file);
             } else {
                 others.push(file.name.as_str());

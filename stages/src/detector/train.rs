@@ -110,6 +110,14 @@ impl Stage for Train {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let Classes(classes) = cx.inputs.read(CLASSES)?;
+        if classes.base.is_empty() {
+            let problem = "expected at least one base class, found none: training learns from base classes alone".into();
+            return Err(Error::Input {
+                port: CLASSES.info().name,
+                problem,
+                hint: "name the classes with labels in training under `base`".into(),
+            });
+        }
         let embeddings = class_embeddings(cx.inputs, &classes)?;
         let spec = self.spec(embeddings.size()[1], cx.inputs)?;
         let (dim, classes) = (spec.config.embed_dim, spec.tables(embeddings, cx.inputs, &classes, cx.device)?);

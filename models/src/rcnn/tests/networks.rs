@@ -229,9 +229,9 @@ fn background_is_learned_masked_dropped_or_absent() {
 #[test]
 fn vocabularies_that_make_no_sense_are_refused() {
     let refusal = |n_base, scale| Vocabulary::new(field("classifier.classes", &[7, 8]), n_base, scale).unwrap_err().to_string();
-    let expected = "class embeddings: expected f32 [K, D], K at least the 8 base classes, of which there is one, found Float [7, 8]";
+    let expected = "class embeddings: expected f32 [K, D], K at least 1 and at least the 8 base classes, found Float [7, 8]";
     assert_eq!(refusal(8, TEMPERATURE), expected);
-    assert!(refusal(0, TEMPERATURE).starts_with("class embeddings: "));
+    assert!(refusal(-1, TEMPERATURE).starts_with("class embeddings: "));
     assert!(refusal(4, LogitScale::Temperature { train: 0.0, test: 0.01 }).starts_with("logit scale: expected positive numbers"));
     let (_store, classifier) = classifier(Background::Learned);
     let error = classifier.logits(&field("e", &[2, 5]), &vocabulary(TEMPERATURE), Phase::Test).unwrap_err().to_string();
