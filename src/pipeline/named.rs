@@ -10,6 +10,7 @@ pub(crate) const NAMED: &[(&str, &str)] = &[
     ("oadp-toy", include_str!("../../pipelines/oadp-toy.yaml")),
     ("quickstart", include_str!("../../pipelines/quickstart.yaml")),
     ("supervised-toy", include_str!("../../pipelines/supervised-toy.yaml")),
+    ("toy-clip", include_str!("../../pipelines/toy-clip.yaml")),
     ("vild-ov-coco", include_str!("../../pipelines/vild-ov-coco.yaml")),
     ("vild-ov-lvis", include_str!("../../pipelines/vild-ov-lvis.yaml")),
     ("vild-toy", include_str!("../../pipelines/vild-toy.yaml")),
