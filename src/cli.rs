@@ -101,7 +101,7 @@ fn begin(cli: Cli) -> Result<()> {
         crash_at(step);
     }
     match &command {
-        Command::Init(args) => init::init(args),
+        Command::Init(args) => init::init(&home, args),
         Command::Run(args) => run::run(&home, args),
         Command::Plan(args) => plan::plan(&home, args),
         Command::Check(args) => check::check(args),

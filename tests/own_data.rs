@@ -234,7 +234,7 @@ fn init_writes_a_pipeline_that_can_be_planned() {
         let found: Vec<&str> =
             plan.stdout.lines().filter(|line| !line.contains(" up to date, ")).map(|line| line.split(' ').next().unwrap()).collect();
         assert_eq!(found, steps, "{}", plan.stdout);
-        assert!(said.stdout.ends_with("next: ovenbird check ./mine.yaml\n"), "{}", said.stdout);
+        assert!(said.stdout.ends_with("ovenbird check ./mine.yaml\n"), "{}", said.stdout);
         let again = world.run(["init"].into_iter().chain(args.iter().copied()));
         assert!(again.code == 2 && again.stderr.contains("mine.yaml exists, and is not overwritten"), "{}", again.stderr);
         let text = fs::read_to_string(world.path("mine.yaml")).unwrap();

@@ -30,6 +30,7 @@ stages:
     use: annotations/split
     in: {annotations: world.train, classes: world.classes}
     with: {keep: all}
+  - {id: given, use: toy/clip, in: {held_out_images: world.held_out_images, held_out: world.held_out}}
   - id: clip
     use: clip/pretrain
     in: {images: world.web_images, captions: world.captions, held_out_images: world.held_out_images, held_out: world.held_out}

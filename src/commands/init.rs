@@ -15,7 +15,7 @@ use ovenbird_stages::{
 
 use crate::{
     error::{Error, Result},
-    output::{count, print},
+    output::{as_typed, count, print},
     pipeline::{Request, file},
 };
 
@@ -95,7 +95,7 @@ const DETECT: &str = "  # The CLIP embedding of each proposal.
     in: {annotations: split.annotations, detections: detect.detections, classes: split.classes}
 ";
 
-pub(crate) fn init(args: &Args) -> Result<()> {
+pub(crate) fn init(home: &Path, args: &Args) -> Result<()> {
     let Args { data, images, clip, proposals, novel, output } = args;
     let refused = |problem: String, hint: &str| Err(Error::Usage { problem, hint: hint.into() });
     if output.exists() {
@@ -112,10 +112,10 @@ pub(crate) fn init(args: &Args) -> Result<()> {
             text.push_str(&GLOBALS.replace("LIST", "list"));
         }
     } else {
-        let Some(_) = images else {
+        if clip.is_some() && images.is_none() {
             let hint = "give it with `--images FOLDER`, or give the folder alone, if there are no annotations";
             return refused("the folder of the images is missing".into(), hint);
-        };
+        }
         of_json(args, &mut text)?;
     }
     if let Some(clip) = clip
@@ -138,9 +138,10 @@ pub(crate) fn init(args: &Args) -> Result<()> {
     let request = Request { folder, file: None, text: text.clone(), settings: Vec::new(), variants: Vec::new() };
     let pipeline = file::read(output.display().to_string(), request)?;
     publish::replace(output, text.as_bytes())?;
-    let (n_steps, shown) = (count(pipeline.steps.len(), "step"), with_slash(output)?);
+    let written = if output.to_string_lossy().contains('/') { output.display().to_string() } else { format!("./{}", output.display()) };
+    let (n_steps, next) = (count(pipeline.steps.len(), "step"), as_typed(home, &["check".into(), written]));
     let more = if clip.is_none() { "\nwith `--clip FILE` it would embed the images, too" } else { "" };
-    Ok(print(&format!("{}: {n_steps}{more}\nnext: ovenbird check {shown}\n", output.display()))?)
+    Ok(print(&format!("{}: {n_steps}{more}\nnext: {next}\n", output.display()))?)
 }
 
 /// The steps for a json.
@@ -235,7 +236,18 @@ fn scalar(text: &str) -> String {
         && matches!(serde_yaml::from_str(text), Ok(serde_yaml::Value::String(read)) if read == text)
         // YAML 1.1 reads these as true and false.
         && !["y", "n", "yes", "no", "on", "off"].contains(&text.to_lowercase().as_str());
-    if is_plain { text.to_owned() } else { serde_json::Value::from(text).to_string() }
+    if is_plain {
+        return text.to_owned();
+    }
+    // JSON leaves some characters as they are that end a line in YAML, or that it refuses.
+    let escaped = |c: char| {
+        if c == '\u{7f}' || ('\u{80}'..='\u{9f}').contains(&c) || "\u{2028}\u{2029}\u{feff}".contains(c) {
+            format!("\\u{:04x}", u32::from(c))
+        } else {
+            c.to_string()
+        }
+    };
+    serde_json::Value::from(text).to_string().chars().map(escaped).collect()
 }
 
 #[cfg(test)]
@@ -262,6 +274,8 @@ mod tests {
             "1e3",
             "~",
             "a #b",
+            "a\u{85}b",
+            "a\u{2028}b\u{7f}",
         ];
         let many: Vec<&str> = names.iter().copied().cycle().take(200).collect();
         let read: Vec<String> = serde_yaml::from_str(&list(&many)).unwrap();
