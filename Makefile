@@ -44,7 +44,7 @@ check: libtorch
 bench: libtorch
 	$(CARGO) bench --bench evaluation --bench extraction --bench detector --bench training --bench store --bench estimate
 
-# Trains the small CLIPs of the stage `toy/clip` anew, in some 40 minutes on 2 cores: see stages/assets/toy-clip/README.md.
+# Trains the small CLIPs of the stage `toy/clip` anew: see stages/assets/toy-clip/README.md.
 toy-clip: build
 	target/release/ovenbird run toy-clip
 	for clip in resnet vit; do \

@@ -98,6 +98,7 @@ pub(crate) fn run(
     if let Some(damage) = coordinator.previous.damage.clone() {
         coordinator.emit(Event::Notice { words: format!("{damage}: set aside, and written again from the logs of earlier runs") })?;
     }
+    let clock = Instant::now();
     let steps: Vec<&Step> = wanted.iter().map(|step| &pipeline.steps[*step]).collect();
     let error = coordinator.work(&steps, &ledger).err();
     let outcome = match &error {
@@ -105,7 +106,7 @@ pub(crate) fn run(
         Some(Error::Interrupted) => Outcome::Interrupted,
         Some(_) => Outcome::Failed,
     };
-    coordinator.emit(Event::RunEnded { outcome, wall_s: coordinator.clock.elapsed().as_secs_f64() })?;
+    coordinator.emit(Event::RunEnded { outcome, wall_s: clock.elapsed().as_secs_f64() })?;
     Ok(Ended { run: coordinator.run, error })
 }
 
@@ -189,7 +190,6 @@ struct Coordinator<'a> {
     failed: Vec<StepId>,
     skipped: Vec<StepId>,
     worst: ExitCode,
-    clock: Instant,
     /// Once the user has asked to stop: when running steps that have not ended are given up.
     given_up: Option<Instant>,
 }
@@ -226,7 +226,6 @@ impl<'a> Coordinator<'a> {
             failed: Vec::new(),
             skipped: Vec::new(),
             worst: ExitCode::Success,
-            clock: Instant::now(),
             given_up: None,
         })
     }
@@ -313,30 +312,23 @@ impl<'a> Coordinator<'a> {
             tokio::select! {
                 Some(message) = self.receiver.recv() => self.handle(message)?,
                 () = signals.recv() => self.interrupt()?,
-                _ = timer.tick() => {
-                    self.tell_progress()?;
-                    if self.given_up.is_some_and(|at| Instant::now() >= at) {
-                        return self.stop_at_once();
-                    }
-                }
+                _ = timer.tick() => self.tell_progress()?,
+            }
+            if self.given_up.is_some_and(|at| Instant::now() >= at) {
+                return self.give_up();
             }
         }
     }
 
-    /// Asks running steps to keep what they have finished and to end; the second time, ends the program.
-    #[expect(clippy::disallowed_methods, reason = "the threads of running steps end with the program; published units are safe")]
+    /// Asks running steps to keep what they have finished and to end; the second time, gives them up.
     fn interrupt(&mut self) -> Result<()> {
-        if self.stop.swap(true, Ordering::SeqCst) {
-            self.stop_at_once()?;
-            self.emit(Event::RunEnded { outcome: Outcome::Interrupted, wall_s: self.clock.elapsed().as_secs_f64() })?;
-            std::process::exit(ExitCode::Interrupted as i32);
-        }
-        self.given_up = Some(Instant::now() + self.options.grace);
-        self.emit(Event::Interrupted)
+        let is_second = self.stop.swap(true, Ordering::SeqCst);
+        self.given_up = Some(if is_second { Instant::now() } else { Instant::now() + self.options.grace });
+        if is_second { Ok(()) } else { self.emit(Event::Interrupted) }
     }
 
     /// Says of every running step how much of its work is lost. Their threads end with the program.
-    fn stop_at_once(&mut self) -> Result<()> {
+    fn give_up(&mut self) -> Result<()> {
         let running = self.states.iter().filter(|(_, state)| matches!(state, State::Running(_))).map(|(place, _)| *place);
         running.collect::<Vec<_>>().into_iter().try_for_each(|place| self.stopped(place))
     }

@@ -327,14 +327,20 @@ impl Context<'_> {
 
     /// The part of a unit that was cut off, every byte of it checked. A damaged one is set aside.
     pub(crate) fn part(&self, unit: &Unit) -> Result<Option<UnitRecord>> {
-        let Status::Valid(record) = self.store.part(self.kind, &unit.fingerprint)? else { return self.set_part_aside(unit) };
-        let findings = self.store.verify_part(&unit_name(self.kind, &unit.fingerprint), Depth::Full, &|_| {})?;
-        if findings.is_empty() { Ok(Some(record)) } else { self.set_part_aside(unit) }
-    }
-
-    fn set_part_aside(&self, unit: &Unit) -> Result<Option<UnitRecord>> {
-        if let Some(path) = self.store.set_part_aside(&unit_name(self.kind, &unit.fingerprint), "damaged")? {
-            self.note(format!("the work of a run that was cut off is damaged, and done again; it is now at {}", path.display()));
+        let name = unit_name(self.kind, &unit.fingerprint);
+        let problems = match self.store.part(self.kind, &unit.fingerprint)? {
+            Status::Absent => return Ok(None),
+            Status::Damaged(problems) => problems,
+            Status::Valid(record) => {
+                let findings = self.store.verify_part(&name, Depth::Full, &|_| {})?;
+                if findings.is_empty() {
+                    return Ok(Some(record));
+                }
+                findings.into_iter().map(|finding| finding.problem).collect()
+            }
+        };
+        if let Some(path) = self.store.set_part_aside(&name, &problems.join("; "))? {
+            self.note(format!("the work of a run that was stopped is damaged, and done again; it is now at {}", path.display()));
         }
         Ok(None)
     }
