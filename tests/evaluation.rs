@@ -420,8 +420,9 @@ fn images_that_the_detector_never_saw_are_said_at_the_table() {
     world.write("brought.yaml", pipeline.clone() + test);
     assert_eq!(warnings(&world), Vec::<String>::new());
     world.write(&format!("images/{}", broken.file_name), "broken");
-    let expected =
-        format!("1 of 12 images were skipped by an earlier step (`on_bad_item: skip`): their {n_objects} objects count as missed");
+    let expected = format!(
+        "1 of 12 images were skipped by an earlier step (`on_bad_item: skip`, or a dry run): their {n_objects} objects count as missed"
+    );
     assert!(n_objects > 0);
     assert_eq!(warnings(&world), std::slice::from_ref(&expected));
     let report: Value = serde_json::from_str(&world.run(["report", "--json"]).success().stdout).unwrap();

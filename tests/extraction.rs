@@ -229,3 +229,49 @@ fn the_doctor_knows_the_machine_and_what_a_checkpoint_is() {
     let output = world.run(["doctor", "--clip", "not.safetensors"]);
     assert!(output.code == 4 && output.stderr.contains("not.safetensors"), "{}", output.stderr);
 }
+
+/// Regions of proposals that a network made.
+const OF_A_NETWORK: &str = "version: 1
+name: network
+stages:
+  - {id: clip, use: toy/clip}
+  - {id: train, use: annotations/split, in: {annotations: ./data/instances_train.json, classes: ./data/classes.json}, with: {keep: base}}
+  - id: oln
+    use: oln/train
+    in: {images: ./data/images, annotations: train.annotations, classes: train.classes}
+    with: {network: toy, training: {steps: 2, checkpoint_every: 2, batch_size: 2, max_size: [96, 128], min_size: [96, 128]}}
+  - id: proposals
+    use: proposals/oln
+    in: {images: ./data/images, annotations: ./data/instances_val.json, network: oln.network}
+    with: {max_per_image: 10}
+POLICY  - id: regions
+    use: clip/proposals
+    in: {images: ./data/images, annotations: ./data/instances_val.json, proposals: proposals.proposals, checkpoint: clip.checkpoint}
+    with: {min_side: 0.0}
+POLICY";
+
+#[test]
+fn images_that_a_proposal_network_skipped_or_did_not_come_to_are_no_hindrance() {
+    let world = World::new();
+    let toy = "version: 1\nname: toy\nstages:\n  - {id: world, use: toy/world, with: {train_images: 6, val_images: 5, web_images: 0, \
+               held_out_images: 0, side_px: 160}}\n";
+    world.write("toy.yaml", toy);
+    world.run(["run", "./toy.yaml"]).success();
+    for (output, folder) in [("images", "data/images"), ("train", "data"), ("val", "data"), ("classes", "data")] {
+        world.run(["export", "./toy.yaml", &format!("world.{output}"), folder]).success();
+    }
+    world.write("network.yaml", OF_A_NETWORK.replace("POLICY", ""));
+    let dry = world.run(["run", "./network.yaml", "--dry-run", "2"]).success();
+    assert!(dry.steps("done").contains(&"regions".to_owned()), "{}", dry.stderr);
+
+    let hurt = world.path("data/images/val/000000000008.jpg");
+    let bytes = std::fs::read(&hurt).unwrap();
+    std::fs::write(&hurt, &bytes[..bytes.len() / 2]).unwrap();
+    world.write("network.yaml", OF_A_NETWORK.replace("POLICY", "    on_bad_item: skip\n    max_failed_ratio: 0.5\n"));
+    let run = world.run(["run", "./network.yaml"]).success();
+    assert_eq!(run.stderr.matches("1 item skipped").count(), 2, "{}", run.stderr);
+    std::fs::write(&hurt, bytes).unwrap();
+    world.run(["retry", "./network.yaml", "--failed"]).success();
+    let again = world.run(["run", "./network.yaml"]).success();
+    assert!(again.stdout.contains("nothing to do"), "{}{}", again.stdout, again.stderr);
+}

@@ -113,11 +113,12 @@ pub struct Placement {
 }
 
 impl Placement {
-    /// The largest size of the image's shape whose longer side is at most `longer` and whose shorter one at most `shorter` px.
+    /// The largest size of the image's shape whose longer side is at most `longer` and whose shorter one at most `shorter` px; no side is
+    /// below 1 px.
     pub fn fitting(from: [u32; 2], longer: u32, shorter: u32) -> Self {
         let [long, short] = [from[0].max(from[1]), from[0].min(from[1])].map(f64::from);
         let factor = (f64::from(longer) / long).min(f64::from(shorter) / short);
-        Self { from, to: from.map(|side| (f64::from(side) * factor + 0.5) as u32), is_mirrored: false }
+        Self { from, to: from.map(|side| ((f64::from(side) * factor + 0.5) as u32).max(1)), is_mirrored: false }
     }
 
     /// The same, mirrored.
@@ -240,6 +241,8 @@ mod tests {
         assert_eq!(to([640, 427], 1331, 667), [1000, 667]);
         assert_eq!(to([333, 500], 1333, 800), [800, 1201]);
         assert_eq!(to([1000, 224], 1333, 800), [1333, 299]);
+        // There a side of 0 px, and a failure.
+        assert_eq!(to([1, 3000], 1333, 800), [1, 1333]);
     }
 
     #[test]

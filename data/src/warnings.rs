@@ -28,7 +28,7 @@ pub(crate) fn warnings(
         let n_lost = objects.iter().filter(|object| is_missing(&object.image_id)).count();
         warnings.extend((n_missing > 0).then(|| {
             format!(
-                "{n_missing} of {n_images} images were skipped by an earlier step (`on_bad_item: skip`): their {n_lost} \
+                "{n_missing} of {n_images} images were skipped by an earlier step (`on_bad_item: skip`, or a dry run): their {n_lost} \
                  objects count as missed"
             )
         }));
@@ -243,8 +243,9 @@ mod tests {
     fn images_that_were_not_looked_at_are_counted_with_their_objects() {
         let looked_at = BTreeSet::from([ImageId(2)]);
         let said = |categories: u64| warnings(Protocol::Coco, &owls(), &BTreeSet::from([CategoryId(categories)]), Some(&looked_at));
-        let expected =
-            |n: usize| format!("1 of 2 images were skipped by an earlier step (`on_bad_item: skip`): their {n} objects count as missed");
+        let expected = |n: usize| {
+            format!("1 of 2 images were skipped by an earlier step (`on_bad_item: skip`, or a dry run): their {n} objects count as missed")
+        };
         assert_eq!((said(2), said(3)), (vec![expected(2)], vec![expected(0)]));
     }
 }

@@ -112,9 +112,15 @@ pub(crate) fn init(home: &Path, args: &Args) -> Result<()> {
             text.push_str(&GLOBALS.replace("LIST", "list"));
         }
     } else {
-        if clip.is_some() && images.is_none() {
+        let Some(folder) = images else {
             let hint = "give it with `--images FOLDER`, or give the folder alone, if there are no annotations";
             return refused("the folder of the images is missing".into(), hint);
+        };
+        if !folder.is_dir() {
+            return refused(
+                format!("--images: {} is no folder", folder.display()),
+                "give the folder that the json's file names are relative to",
+            );
         }
         of_json(args, &mut text)?;
     }

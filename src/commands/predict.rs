@@ -329,7 +329,11 @@ fn given(paths: &[PathBuf], out: &Path, ledger: Option<&Ledger>) -> Result<Vec<G
         for file in found {
             let full = file.path.canonicalize().unwrap_or_else(|_| file.path.clone());
             let is_picture = below.is_some_and(|pictures| full.starts_with(pictures));
-            if is_picture || !is_image(&file.path) || !seen.insert(full) {
+            if is_picture || !is_image(&file.path) {
+                continue;
+            }
+            if !seen.insert(full) {
+                say(&format!("{}: the same image as one before, listed once\n", file.path.display()));
                 continue;
             }
             let name = if is_folder { path.join(&file.name).display().to_string() } else { typed.clone() };

@@ -16,13 +16,13 @@ use super::{
 };
 use crate::{
     commands::predict,
-    error::Result,
+    error::{Error, Result},
     event::{self, Event},
     pipeline::step_id::StepId,
     plan::previous_run::PreviousRun,
     progress::RunProgress,
     request::{read_request, request_path},
-    run::{self, local::Options},
+    run::{self, Ended, local::Options},
 };
 
 /// Sets damaged and wrong results aside, recomputes them, and checks them again. Everything else stays as it is.
@@ -108,6 +108,8 @@ pub(super) fn repair(store: &Store, options: &VerifyOptions, report: &mut Report
             })
         });
         match made {
+            // Nothing is lost: what was set aside is found missing by the next check, and recomputed.
+            Ok(Ended { error: Some(Error::Interrupted), .. }) => return Err(Error::Interrupted),
             Ok(ended) => {
                 if let Some(error) = ended.error {
                     report.lost.push(Lost { what: format!("{} of run {run}", names(&steps)), why: error.message() });

@@ -91,10 +91,15 @@ impl Proposals {
             self.by_image.remove(&image.id).ok_or_else(|| Error::Input {
                 port: "proposals",
                 problem: format!("none for image {}, which the annotations have", image.id),
-                hint: "use the proposals that `proposals/import` made for these annotations".into(),
+                hint: "use the proposals that were made for these annotations".into(),
             })
         };
         images.into_iter().map(of_image).collect()
+    }
+
+    /// The proposals of these images, in their order; `None` for an image without an entry, which an earlier step skipped.
+    pub(crate) fn of_each<'a>(mut self, images: impl IntoIterator<Item = &'a ImageInfo>) -> Vec<Option<Vec<Proposal>>> {
+        images.into_iter().map(|image| self.by_image.remove(&image.id)).collect()
     }
 
     /// Writes the table and finishes the file.

@@ -5,7 +5,7 @@
 
 use ovenbird_cache::Digest;
 use ovenbird_data::{
-    annotations::{Annotations, ImageInfo},
+    annotations::{Annotations, ImageId, ImageInfo},
     proposals::Proposal,
 };
 
@@ -35,9 +35,10 @@ pub(super) fn image_units(inputs: &Inputs) -> Result<Units> {
 /// Units of stages whose items are images with their proposals.
 pub(super) fn region_units(inputs: &Inputs) -> Result<Units> {
     let annotations = inputs.read(ANNOTATIONS)?.load_images()?;
-    let proposals = inputs.read(PROPOSALS)?.of_images(&annotations.images)?;
+    let proposals = inputs.read(PROPOSALS)?.of_each(&annotations.images);
     let images = inputs.read(IMAGES)?.items(&annotations)?;
-    let item = |(image, proposals): (Digest, &Vec<Proposal>)| {
+    let item = |(image, proposals): (Digest, &Option<Vec<Proposal>>)| {
+        let Some(proposals) = proposals else { return Digest::of_list("ovenbird regions 1", [("image without proposals", image)]) };
         let numbers = proposals.iter().flat_map(|Proposal { xyxy, score }| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2, *score]);
         let bytes: Vec<u8> = numbers.flat_map(f32::to_le_bytes).collect();
         Digest::of_list("ovenbird regions 1", [("image", image), ("proposals", Digest::of(&bytes))])
@@ -46,14 +47,38 @@ pub(super) fn region_units(inputs: &Inputs) -> Result<Units> {
     Ok(Units::Independent { items, replaces: vec!["images", "annotations", "proposals"] })
 }
 
-/// The proposals of every image that are large enough on both sides.
-pub(super) fn large_proposals(inputs: &Inputs, min_side: f32) -> Result<(Annotations, Vec<Vec<Proposal>>)> {
-    let annotations = inputs.read(ANNOTATIONS)?.load_images()?;
-    let mut proposals = inputs.read(PROPOSALS)?.of_images(&annotations.images)?;
-    for of_image in &mut proposals {
-        of_image.retain(|proposal| proposal.xyxy.width() >= min_side && proposal.xyxy.height() >= min_side);
+/// The proposals of every image, by its place; `None` where an earlier step skipped it.
+pub(super) struct ImageProposals(Vec<Option<Vec<Proposal>>>);
+
+impl ImageProposals {
+    /// Those that are large enough on both sides. Images without any are skipped or refused by the stage's policy.
+    pub(super) fn large(min_side: f32, cx: &Context<'_>) -> Result<(Annotations, Self)> {
+        let annotations = cx.inputs.read(ANNOTATIONS)?.load_images()?;
+        let mut proposals = cx.inputs.read(PROPOSALS)?.of_each(&annotations.images);
+        let items = annotations.images.iter().zip(&proposals).take(cx.items.len());
+        let missing: Vec<ImageId> = items.filter(|(_, proposals)| proposals.is_none()).map(|(image, _)| image.id).collect();
+        let hint = "use the proposals that were made for these annotations";
+        cx.skip_missing(PROPOSALS.info(), &missing, cx.items.len(), hint)?;
+        for of_image in proposals.iter_mut().flatten() {
+            of_image.retain(|proposal| proposal.xyxy.width() >= min_side && proposal.xyxy.height() >= min_side);
+        }
+        Ok((annotations, Self(proposals)))
     }
-    Ok((annotations, proposals))
+
+    pub(super) fn of(&self, place: usize) -> &[Proposal] {
+        self.0[place].as_deref().unwrap_or_default()
+    }
+
+    /// The number of views of an image with so many for each proposal; an image to be refused has one.
+    pub(super) fn n_views(&self, place: usize, per_proposal: usize) -> usize {
+        self.0[place].as_ref().map_or(1, |proposals| proposals.len() * per_proposal)
+    }
+
+    /// See [`Views::refusal`].
+    pub(super) fn refusal(&self, place: usize) -> Option<(String, &'static str)> {
+        let is_missing = self.0[place].is_none();
+        is_missing.then(|| ("the step that made the proposals skipped it".into(), "mend the file, and `ovenbird retry` that step"))
+    }
 }
 
 /// A part in a pass over the images of the annotations, with a network.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     encoder::{Clip, Cropper, Encoder, InputMode, View},
-    features::{ANNOTATIONS, CHECKPOINT, IMAGES, PROPOSALS, REGIONS, consumer, large_proposals, region_units, regions},
+    features::{ANNOTATIONS, CHECKPOINT, IMAGES, ImageProposals, PROPOSALS, REGIONS, consumer, region_units, regions},
 };
 use crate::{
     Context, Error, ImageConsumer, ImageStage, Inputs, PortInfo, Problem, Result, Stage, Unit, Units,
@@ -57,12 +57,16 @@ struct ObjectViews {
     square: Square,
     cropper: Cropper,
     grid: usize,
-    proposals: Vec<Vec<Proposal>>,
+    proposals: ImageProposals,
 }
 
 impl Views for ObjectViews {
     fn n_views(&self, place: usize, _info: &ImageInfo) -> usize {
-        self.proposals[place].len()
+        self.proposals.n_views(place, 1)
+    }
+
+    fn refusal(&self, place: usize, _info: &ImageInfo) -> Option<(String, &'static str)> {
+        self.proposals.refusal(place)
     }
 
     fn cut(&self, place: usize, _info: &ImageInfo, image: &Arc<Image>, views: Range<usize>) -> Cut {
@@ -75,11 +79,11 @@ impl Views for ObjectViews {
             let background = views::background(&proposal.xyxy, &square, self.grid);
             View { pixels: self.cropper.square(image, views::rounded(&square)), background: Some(background) }
         };
-        Cut::Views(self.proposals[place][views].iter().map(view).collect())
+        Cut::Views(self.proposals.of(place)[views].iter().map(view).collect())
     }
 
     fn row(&self, place: usize, info: &ImageInfo, embeddings: &[f32], _dim: usize) -> Row {
-        Row::Regions(regions(info, &self.proposals[place], embeddings.to_vec()))
+        Row::Regions(regions(info, self.proposals.of(place), embeddings.to_vec()))
     }
 }
 
@@ -107,7 +111,7 @@ impl Stage for Objects {
 
 impl ImageStage for Objects {
     fn consumer<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<ImageConsumer<'a>> {
-        let (annotations, proposals) = large_proposals(cx.inputs, self.min_side)?;
+        let (annotations, proposals) = ImageProposals::large(self.min_side, cx)?;
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, InputMode::Objects, cx)?;
         let grid = object_grid(&encoder)?;
         let views = ObjectViews { square: self.square, cropper: encoder.cropper(), grid, proposals };

@@ -2,13 +2,13 @@
 
 use std::{ops::Range, sync::Arc};
 
-use ovenbird_data::{annotations::ImageInfo, images::Image, proposals::Proposal};
+use ovenbird_data::{annotations::ImageInfo, images::Image};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
     encoder::{Clip, Cropper, InputMode, View},
-    features::{ANNOTATIONS, CHECKPOINT, IMAGES, PROPOSALS, REGIONS, consumer, large_proposals, region_units, regions},
+    features::{ANNOTATIONS, CHECKPOINT, IMAGES, ImageProposals, PROPOSALS, REGIONS, consumer, region_units, regions},
 };
 use crate::{
     Context, ImageConsumer, ImageStage, Inputs, PortInfo, Problem, Result, Stage, Unit, Units,
@@ -43,17 +43,21 @@ impl Default for Proposals {
 struct ProposalViews<'a> {
     expand: &'a [f32],
     cropper: Cropper,
-    proposals: Vec<Vec<Proposal>>,
+    proposals: ImageProposals,
 }
 
 impl Views for ProposalViews<'_> {
     fn n_views(&self, place: usize, _info: &ImageInfo) -> usize {
-        self.proposals[place].len() * self.expand.len()
+        self.proposals.n_views(place, self.expand.len())
+    }
+
+    fn refusal(&self, place: usize, _info: &ImageInfo) -> Option<(String, &'static str)> {
+        self.proposals.refusal(place)
     }
 
     fn cut(&self, place: usize, _info: &ImageInfo, image: &Arc<Image>, views: Range<usize>) -> Cut {
         let view = |view: usize| {
-            let (proposal, factor) = (&self.proposals[place][view / self.expand.len()], self.expand[view % self.expand.len()]);
+            let (proposal, factor) = (&self.proposals.of(place)[view / self.expand.len()], self.expand[view % self.expand.len()]);
             let pixels = self.cropper.square(image, proposal.xyxy.expanded(factor, [image.width, image.height]));
             View { pixels, background: None }
         };
@@ -62,7 +66,7 @@ impl Views for ProposalViews<'_> {
 
     fn row(&self, place: usize, info: &ImageInfo, embeddings: &[f32], dim: usize) -> Row {
         let embeddings = embeddings.chunks_exact((self.expand.len() * dim).max(1)).flat_map(|crops| averaged(crops, dim)).collect();
-        Row::Regions(regions(info, &self.proposals[place], embeddings))
+        Row::Regions(regions(info, self.proposals.of(place), embeddings))
     }
 }
 
@@ -90,7 +94,7 @@ impl Stage for Proposals {
 
 impl ImageStage for Proposals {
     fn consumer<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<ImageConsumer<'a>> {
-        let (annotations, proposals) = large_proposals(cx.inputs, self.min_side)?;
+        let (annotations, proposals) = ImageProposals::large(self.min_side, cx)?;
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, InputMode::Squares, cx)?;
         let views = ProposalViews { expand: &self.expand, cropper: encoder.cropper(), proposals };
         consumer((units, cx), annotations, encoder, views, REGIONS.info().name, RowKind::Regions(self.dtype))
