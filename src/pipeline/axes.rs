@@ -514,14 +514,18 @@ variants:
     #[test]
     fn a_step_becomes_another_stage() {
         let head = "variables: {seed: 7}
-variants: {trained: {}, given: {clip.use: toy/clip, clip.in.images: null, clip.in.captions: null}}
+variants:
+  given: {}
+  trained: {clip.use: clip/pretrain, clip.in.images: world.web_images, clip.in.captions: world.captions}
 ";
-        let stages = STAGES.replace("    with: {seed: 7, steps: \"${steps}\"}\n", "");
+        let stages = STAGES
+            .replace("    with: {seed: 7, steps: \"${steps}\"}\n", "")
+            .replace("use: clip/pretrain\n    in: {images: world.web_images, captions: world.captions, ", "use: toy/clip\n    in: {");
         let pipeline = read_all(&format!("{head}{stages}"), &[], &[]).unwrap_or_else(|error| panic!("{}", error.message()));
         let kinds = pipeline.steps.iter().filter(|step| step.id.stage == "clip").map(|step| (step.id.to_string(), step.entry.kind));
-        assert_eq!(kinds.collect::<Vec<_>>(), [("clip@trained".to_owned(), "clip/pretrain"), ("clip@given".to_owned(), "toy/clip")]);
-        insta::assert_snapshot!(problems("variables: {seed: 7, steps: 10}\n", &["clip.use=toy/clop", "lvis.use=annotations/folder"], &[]), @r"
-        ");
+        assert_eq!(kinds.collect::<Vec<_>>(), [("clip@given".to_owned(), "toy/clip"), ("clip@trained".to_owned(), "clip/pretrain")]);
+        let unknown = problems("variables: {seed: 7, steps: 10}\n", &["clip.use=toy/clop"], &[]);
+        assert!(unknown.starts_with("  --set clip.use: no stage `toy/clop`, did you mean `toy/clip`?\n"), "{unknown}");
     }
 
     #[test]
