@@ -41,12 +41,12 @@ pub(super) fn estimate(home: &Path, wanted: &Wanted, options: &Options, sample: 
     let store = Store::open(store.home())?;
     let mut measured: Vec<Measured> = Vec::new();
     let mut size = sample.map_or(FIRST, |most| most.div_ceil(GROWTH));
-    for is_first in [true].into_iter().chain(std::iter::repeat(false)) {
+    loop {
         let clock = Instant::now();
         let made = measure(&store, wanted, options, size, &mut measured)?;
         let is_last = match sample {
             Some(most) => size >= most,
-            None => size >= MOST || (!is_first && clock.elapsed() > LONG),
+            None => size >= MOST || (size > FIRST && clock.elapsed() > LONG),
         };
         if is_last || measured.iter().all(Measured::is_whole) {
             break;
