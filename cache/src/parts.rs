@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::{
     Digest, Draft, FileRecord, Fingerprint, Result, Status, Store, UnitKey, UnitRecord,
     inputs::InputFile,
-    store::{commit_draft, is_folder_name, unit_name},
+    store::{commit_draft, unit_name},
     verify::{Class, Depth, Finding},
 };
 
@@ -25,8 +25,7 @@ impl Store {
     /// the earlier part holds.
     pub fn keep_part(&self, draft: Draft, key: UnitKey, items: &[Digest], metrics: BTreeMap<String, Value>) -> Result<()> {
         let path = self.part_path(&unit_name(&key.kind, &key.fingerprint));
-        self.publisher().remove(&path)?;
-        commit_draft(draft.to(&path)?, key, items, metrics)?;
+        commit_draft(draft.over(&path)?, key, items, metrics)?;
         Ok(())
     }
 
@@ -53,13 +52,7 @@ impl Store {
 
     /// The names of the units that have a part, `KIND/FINGERPRINT`, ascending.
     pub fn part_names(&self) -> Result<Vec<String>> {
-        let parts = self.home().join(PARTS);
-        let mut names = Vec::new();
-        for (kind, _) in self.publisher().list(&parts)?.into_iter().filter(|(_, is_folder)| *is_folder) {
-            let of_kind = self.publisher().list(&parts.join(&kind))?.into_iter();
-            names.extend(of_kind.filter(|(name, _)| is_folder_name(name)).map(|(name, _)| format!("{kind}/{name}")));
-        }
-        Ok(names)
+        self.names_below(PARTS)
     }
 
     /// The folder of a unit's part, by the unit's name.
@@ -69,8 +62,7 @@ impl Store {
 
     /// The name of the unit whose part a file belongs to; `None` for files outside `parts/`.
     pub fn part_of(&self, path: &Path) -> Option<String> {
-        let mut below = path.strip_prefix(self.home().join(PARTS)).ok()?.iter();
-        Some(format!("{}/{}", below.next()?.to_str()?, below.next()?.to_str()?))
+        self.name_below(PARTS, path)
     }
 
     /// Checks the part of a unit: presence and sizes, with [`Depth::Full`] every byte. `read` is called with the number of bytes read.

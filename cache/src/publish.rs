@@ -87,7 +87,14 @@ impl Publisher {
         self.create_dir_all(parent)?;
         let folder = parent.join(self.temporary(&name));
         self.disk.create_dir(&folder).map_err(|source| Error::write(&folder, source))?;
-        Ok(Draft { publisher: self.clone(), folder, target: target.to_owned(), files: Arc::default(), is_committed: false })
+        Ok(Draft {
+            publisher: self.clone(),
+            folder,
+            target: target.to_owned(),
+            replaces: false,
+            files: Arc::default(),
+            is_committed: false,
+        })
     }
 
     /// Writes a file atomically, replacing an existing one.
@@ -234,6 +241,7 @@ pub struct Draft {
     publisher: Publisher,
     folder: PathBuf,
     target: PathBuf,
+    replaces: bool,
     /// `DraftFile::finish` appends to it, possibly from several threads; the lock is held only for that.
     files: Arc<Mutex<Vec<FileRecord>>>,
     is_committed: bool,
@@ -265,10 +273,10 @@ impl Draft {
         files
     }
 
-    /// The same draft, to be published as another folder of the same disk.
-    pub(crate) fn to(mut self, target: &Path) -> Result<Self> {
+    /// The same draft, to be published as another folder of the same disk, in place of what is there.
+    pub(crate) fn over(mut self, target: &Path) -> Result<Self> {
         self.publisher.create_dir_all(parent_and_name(target).0)?;
-        self.target = target.to_owned();
+        (self.target, self.replaces) = (target.to_owned(), true);
         Ok(self)
     }
 
@@ -279,6 +287,10 @@ impl Draft {
         let publisher = self.publisher.clone();
         publisher.write_synced(&self.folder.join(record_name), record)?;
         publisher.sync_tree(&self.folder)?;
+        // Not before the draft is complete: the disk may be full.
+        if self.replaces {
+            publisher.remove(&self.target)?;
+        }
         match publisher.disk.rename(&self.folder, &self.target) {
             Ok(()) => self.is_committed = true,
             Err(_) if publisher.disk.look(&self.target.join(record_name)).is_ok() => return Ok(false),

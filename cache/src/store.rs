@@ -209,10 +209,15 @@ impl Store {
 
     /// The names of all units, `KIND/FINGERPRINT`, ascending.
     pub fn unit_names(&self) -> Result<Vec<String>> {
-        let units = self.home.join("units");
+        self.names_below("units")
+    }
+
+    /// The names of the units that have a folder below `top`, ascending.
+    pub(crate) fn names_below(&self, top: &str) -> Result<Vec<String>> {
+        let top = self.home.join(top);
         let mut names = Vec::new();
-        for (kind, _) in self.publisher.list(&units)?.into_iter().filter(|(_, is_folder)| *is_folder) {
-            let of_kind = self.publisher.list(&units.join(&kind))?.into_iter();
+        for (kind, _) in self.publisher.list(&top)?.into_iter().filter(|(_, is_folder)| *is_folder) {
+            let of_kind = self.publisher.list(&top.join(&kind))?.into_iter();
             names.extend(of_kind.filter(|(name, _)| is_folder_name(name)).map(|(name, _)| format!("{kind}/{name}")));
         }
         Ok(names)
@@ -411,7 +416,12 @@ impl Store {
 
     /// The name `KIND/FINGERPRINT` of the unit that a file belongs to; `None` for files outside `units/`.
     pub fn unit_of(&self, path: &Path) -> Option<String> {
-        let mut parts = path.strip_prefix(self.home.join("units")).ok()?.components();
+        self.name_below("units", path)
+    }
+
+    /// The name of the unit that a file below `top` belongs to.
+    pub(crate) fn name_below(&self, top: &str, path: &Path) -> Option<String> {
+        let mut parts = path.strip_prefix(self.home.join(top)).ok()?.components();
         let (kind, folder) = (parts.next()?, parts.next()?);
         Some(format!("{}/{}", kind.as_os_str().to_str()?, folder.as_os_str().to_str()?))
     }
