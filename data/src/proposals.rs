@@ -11,9 +11,11 @@
 //! only class), or a dict of `bboxes` and `scores`; without boxes it may have any width. Numbers are floats or integers of any size.
 //!
 //! Entries that stand in order are in ascending image id or, as mmdet itself writes them, in the order in which the annotation file
-//! lists the images; if these differ, the order that the boxes fit is taken, or the one that the user gives.
+//! lists the images; if these differ, the order that the boxes fit is taken, or the one that the user gives. LP-OVOD keeps an [`IdMap`] beside
+//! such a file, which says it.
 
 mod containers;
+mod id_map;
 mod matching;
 mod rows;
 
@@ -27,7 +29,10 @@ use std::{
 };
 
 use self::containers::{Scores, entries};
-pub use self::matching::{Matched, matched};
+pub use self::{
+    id_map::IdMap,
+    matching::{Matched, matched},
+};
 use crate::{Error, Result, boxes::Xyxy};
 
 const FORMS: &str = "expected a pickle of mmdet (a list over images of arrays N x 5, or a dict by image path) or of Detectron (a dict of `ids`, \

@@ -7,11 +7,13 @@
 //! | `classes` | base and novel class names, json | [`Classes`] |
 //! | `captions` | images with alt text, json lines | [`Captions`] |
 //! | `mmdet-proposals` | a Python pickle of boxes by image, of mmdet or Detectron | [`MmdetProposals`] |
+//! | `id-map` | which entry of such a pickle is of which image, json | [`IdMapFile`] |
 //! | `proposals`, `detections` | Parquet | [`Proposals`], [`Detections`] |
 //! | `checkpoint` | weights of a CLIP or a detector in any published layout; a folder of one such file and its config files | [`CheckpointFile`] |
 //! | `prompts` | class embeddings, safetensors | [`Prompts`] |
 //! | `published-prompts` | class embeddings in published formats, `.pth` | [`PublishedPrompts`] |
 //! | `image-features`, `region-features` | Arrow shards | [`ImageFeatures`], [`RegionFeatures`] |
+//! | `embedding-matrix` | a matrix of numbers without a header, or a `.npy` | [`MatrixFile`] |
 //! | `feature-files` | features in the format of OADP: a folder of `{id:012}.pth` | [`FeatureFiles`] |
 //! | `crops` | an Arrow shard of encoded images | [`Crops`] |
 //! | `evaluation` | json | [`EvaluationFile`] |
@@ -21,6 +23,7 @@ mod curve;
 pub(crate) mod feature_files;
 mod features;
 mod images;
+mod matrix;
 mod tables;
 
 use std::{collections::BTreeMap, path::Path};
@@ -32,7 +35,7 @@ use ovenbird_data::{
     content,
     evaluate::Evaluation,
     json,
-    proposals::{self, Pickled},
+    proposals::{self, IdMap, Pickled},
 };
 use ovenbird_models::{checkpoint::Checkpoint, clip::settings::FILES, rcnn::classifier::LogitScale};
 use serde::{
@@ -50,6 +53,8 @@ pub use features::{
 };
 pub use images::Images;
 pub(crate) use images::listed;
+pub(crate) use matrix::{Matrix, MatrixShape, narrowed};
+pub use matrix::{MatrixDtype, MatrixFile};
 pub use tables::{Detections, Proposals};
 
 use crate::{
@@ -211,6 +216,22 @@ impl MmdetProposals {
     /// Reads the proposals of every image.
     pub fn load(&self) -> Result<Pickled> {
         Ok(proposals::read(&self.file.read()?, &self.file.path)?)
+    }
+}
+
+/// Which entry of a list of proposals is of which image.
+#[derive(Debug, Clone)]
+pub struct IdMapFile(pub IdMap);
+
+impl Artifact for IdMapFile {
+    const KIND: &'static str = "id-map";
+    const EXTENSIONS: &'static [&'static str] = &["json"];
+    const SHAPE: &'static str =
+        "an object from image ids to places in the list of proposals, with the numbers of boxes under `num_proposal`";
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        let file = only_file(Self::KIND, files)?;
+        Ok(Self(IdMap::parse(&file.read()?, &file.path)?))
     }
 }
 

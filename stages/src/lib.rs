@@ -16,11 +16,14 @@ pub mod crops;
 pub mod detect;
 pub mod detections;
 pub mod detector;
+pub mod embeddings;
 mod error;
 pub mod eval;
 mod exchange;
 mod feed;
 pub mod globals;
+#[cfg(test)]
+mod golden;
 pub mod objects;
 pub mod oln;
 mod pass;

@@ -18,7 +18,7 @@ use serde_json::Value;
 use crate::{
     Error, Result,
     artifacts::{Images, ReusedRows, Row, RowKind, RowWriter},
-    clip::encoder::{Encoder, PRECISION, Pending, View, embedding_problem},
+    clip::encoder::{Encoder, PRECISION, Pending, View},
     context::{Attempted, Context, UnitDraft},
     feed::stream,
     units::Unit,
@@ -414,7 +414,7 @@ impl<'a> UnitWriter<'a> {
                     }
                     used += n_numbers;
                     let (info, embeddings) = (&self.list.infos[place], &self.embeddings[used - n_numbers..used]);
-                    if let Some((encoder, problem)) = self.encoder.zip(embedding_problem(embeddings, dim)) {
+                    if let Some((encoder, problem)) = self.encoder.and_then(|encoder| Some((encoder, encoder.problem(embeddings)?))) {
                         let result: Result<Row> = Err(encoder.unsound(&format!("image `{}`: {problem}", info.file_name)));
                         let unit = self.unit.as_ref().expect("BUG: a unit is opened before its images come");
                         let attempted = Attempted { result, attempts: 1 };

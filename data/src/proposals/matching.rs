@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use super::{Entries, ImageName, Proposal};
+use super::{Entries, IdMap, ImageName, Proposal};
 use crate::{
     Error, Result,
     annotations::{Annotations, ImageId, ImageInfo, ImageOrder},
@@ -16,6 +16,8 @@ const TOLERANCE_PX: f32 = 1.0;
 pub struct Matched {
     /// One entry for every image of the annotations.
     pub by_image: BTreeMap<ImageId, Vec<Proposal>>,
+    /// Which entry of the file is of which image.
+    pub id_map: IdMap,
     /// The order of entries without names.
     pub order: Option<ImageOrder>,
     /// The number of images in the file that the annotations do not have.
@@ -34,24 +36,43 @@ struct Misfit {
 
 /// Matches every entry to an image, and checks the boxes against it.
 ///
-/// Entries without names are matched by [`order`]. Names that the annotations do not have are left out, and counted. Fails where an image has
-/// no entry or two, and where boxes or scores do not fit.
-pub fn matched(entries: Entries, annotations: &Annotations, asked: Option<ImageOrder>, path: &Path) -> Result<Matched> {
+/// Entries without names are matched by `id_map`, or else by [`order`]. Names that the annotations do not have are left out, and counted.
+/// Fails where an image has no entry or two, and where boxes or scores do not fit.
+pub fn matched(
+    entries: Entries,
+    annotations: &Annotations,
+    asked: Option<ImageOrder>,
+    id_map: Option<&IdMap>,
+    path: &Path,
+) -> Result<Matched> {
     let malformed = |problem: String, hint: &str| Error::Malformed { path: path.to_owned(), problem, hint: Some(hint.into()) };
     let these = "use the proposals made for exactly these annotations";
+    let entries = match (entries, id_map) {
+        (Entries::InOrder(entries), Some(id_map)) => id_map.name(entries, path)?,
+        (Entries::Named(_), Some(_)) => {
+            return Err(malformed("the file names its images itself, but there is an id map".into(), "leave `id_map` out"));
+        }
+        (entries, None) => entries,
+    };
     let entries = match entries {
         Entries::InOrder(entries) => {
             let order = order(&entries, annotations, asked, path)?;
-            let by_image = annotations.images_in(order).into_iter().map(|image| image.id).zip(entries).collect();
-            return Ok(Matched { by_image, order: Some(order), n_others: 0 });
+            let counts = entries.iter().map(|entry| entry.len() as u64).collect();
+            let images: Vec<ImageId> = annotations.images_in(order).into_iter().map(|image| image.id).collect();
+            let places = images.iter().enumerate().map(|(place, image)| (*image, place)).collect();
+            let by_image = images.into_iter().zip(entries).collect();
+            return Ok(Matched { by_image, id_map: IdMap { places, counts }, order: Some(order), n_others: 0 });
         }
         Entries::Named(entries) => entries,
     };
     let (n_entries, paths) = (entries.len(), Paths::of(annotations));
-    let mut by_image = BTreeMap::new();
+    let (mut by_image, mut id_map) = (BTreeMap::new(), IdMap { places: BTreeMap::new(), counts: Vec::new() });
     let mut stranger = None;
-    for (name, proposals) in entries {
-        match paths.image(&name, annotations) {
+    for (place, (name, proposals)) in entries.into_iter().enumerate() {
+        id_map.counts.push(proposals.len() as u64);
+        let image = paths.image(&name, annotations);
+        id_map.places.extend(image.map(|image| (image, place)));
+        match image {
             Some(image) if by_image.insert(image, proposals).is_some() => {
                 return Err(malformed(format!("image {image}: two entries, the second as {name}"), these));
             }
@@ -73,7 +94,7 @@ pub fn matched(entries: Entries, annotations: &Annotations, asked: Option<ImageO
     }
     let in_order: Vec<Vec<Proposal>> = by_image.values().cloned().collect();
     check(&in_order, &annotations.images_in(ImageOrder::Id), OTHERS).map_err(|Misfit { problem, hint }| malformed(problem, hint))?;
-    Ok(Matched { n_others: n_entries - by_image.len(), by_image, order: None })
+    Ok(Matched { n_others: n_entries - by_image.len(), by_image, id_map, order: None })
 }
 
 /// Images by their paths.

@@ -188,7 +188,8 @@ fn every_form_says_the_same() {
         let said =
             if name.starts_with("detectron2") { vec!["`objectness_logits` are all from 0 to 1, and taken as scores"] } else { vec![] };
         assert_eq!(notes, said, "{name}");
-        let Matched { by_image, order, n_others } = matched(entries, &three(), None, &path).unwrap();
+        let Matched { by_image, order, n_others, id_map } = matched(entries, &three(), None, None, &path).unwrap();
+        assert!(by_image.iter().all(|(image, boxes)| id_map.counts[id_map.places[image]] == boxes.len() as u64));
         assert_eq!((order.is_none(), n_others), (is_named, 0), "{name}");
         if name == "one-array" {
             assert!(by_image.values().all(|of_image| *of_image == two), "{by_image:?}");
@@ -287,7 +288,7 @@ fn forms_that_are_not_read_are_named_for_what_they_are() {
 fn named_entries_are_matched_whatever_the_order_and_those_that_do_not_belong_are_named() {
     let entry = |name: &str| (ImageName::Text(name.into()), vec![proposal(0.0, 0.0, 4.0, 4.0, 0.5)]);
     let find = |names: &[&str]| {
-        matched(Entries::Named(names.iter().map(|name| entry(name)).collect()), &three(), None, Path::new("p.pkl"))
+        matched(Entries::Named(names.iter().map(|name| entry(name)).collect()), &three(), None, None, Path::new("p.pkl"))
             .map_err(|error| error.to_string())
     };
     let others = find(&["x/a/9.jpg", "2.jpg", "4", "b/2.jpg", "17"]).unwrap();
@@ -305,7 +306,7 @@ fn named_entries_are_matched_whatever_the_order_and_those_that_do_not_belong_are
     let mut large = three();
     large.images[2].width = 2;
     let entries = Entries::Named(["2.jpg", "4.jpg", "9.jpg"].map(entry).into());
-    let error = matched(entries, &large, None, Path::new("p.pkl")).unwrap_err();
+    let error = matched(entries, &large, None, None, Path::new("p.pkl")).unwrap_err();
     assert_eq!(error.to_string(), "p.pkl: image 9, row 0: box [0, 0, 4, 4] extends beyond the image of 2 x 30 px");
     assert!(!error.hint().unwrap().contains("order"));
 }

@@ -115,7 +115,7 @@ fn proposals_find_most_objects_and_stay_inside() {
         };
         let annotations = Annotations { file_order: vec![image.id], images: vec![image], categories: vec![], annotations: vec![] };
         let entries = crate::proposals::Entries::InOrder(vec![scene.proposals.clone()]);
-        crate::proposals::matched(entries, &annotations, None, Path::new("proposals")).unwrap();
+        crate::proposals::matched(entries, &annotations, None, None, Path::new("proposals")).unwrap();
         assert!(scene.proposals.is_sorted_by(|a, b| a.score >= b.score));
         for object in scene.objects.iter().filter(|object| !object.is_crowd) {
             total += 1;

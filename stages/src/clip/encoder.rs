@@ -126,7 +126,7 @@ pub(crate) struct Batch {
 pub(crate) struct Pending(Tensor);
 
 impl Pending {
-    /// Unit-norm embeddings of the batch's views, `[N, D]` row by row; waits for them.
+    /// Embeddings of the batch's views, `[N, D]` row by row; waits for them.
     pub(crate) fn rows(self) -> Vec<f32> {
         let embeddings = self.0.to_device(Device::Cpu).contiguous();
         let mut rows = vec![0.0; embeddings.numel()];
@@ -144,6 +144,8 @@ pub(crate) struct Encoder {
     pub(crate) space: Space,
     pub(crate) preprocess: Preprocess,
     mode: InputMode,
+    /// Whether embeddings have unit norm; otherwise they are the network's outputs as they are.
+    normalises: bool,
     /// `f32`, `bf16` or `f16`.
     pub(crate) precision: &'static str,
     /// `[1, 3, 1, 1]`, f32, on the device.
@@ -271,7 +273,7 @@ fn least_cosine(one: &Encoder, other: &Encoder) -> Result<f64> {
 }
 
 /// Describes the first of some embeddings `[N, D]` whose norm is not 1; `None` if all are sound.
-pub(crate) fn embedding_problem(embeddings: &[f32], dim: usize) -> Option<String> {
+fn embedding_problem(embeddings: &[f32], dim: usize) -> Option<String> {
     let n = embeddings.len() / dim.max(1);
     embeddings.chunks_exact(dim.max(1)).enumerate().find_map(|(row, embedding)| {
         let norm = embedding.iter().map(|number| f64::from(*number).powi(2)).sum::<f64>().sqrt();
@@ -314,7 +316,24 @@ impl Encoder {
         let preprocess = preprocess_of(&clip);
         let channels = |numbers: &[f32; 3]| Tensor::from_slice(numbers).view([1, 3, 1, 1]).to_device(clip.device());
         let (mean, std) = (channels(&preprocess.mean), channels(&preprocess.std));
-        Self { clip, origin: origin.to_owned(), space, preprocess, mode, precision, mean, std }
+        Self { clip, origin: origin.to_owned(), space, preprocess, mode, normalises: true, precision, mean, std }
+    }
+
+    /// The same, with embeddings as the network computes them, without unit norm.
+    pub(crate) fn unnormalised(self) -> Self {
+        Self { normalises: false, ..self }
+    }
+
+    /// Describes the first of some embeddings `[N, D]` of this network that is not sound; `None` if all are.
+    pub(crate) fn problem(&self, embeddings: &[f32]) -> Option<String> {
+        if self.normalises {
+            return embedding_problem(embeddings, self.dim());
+        }
+        let n = embeddings.len() / self.dim();
+        embeddings.chunks_exact(self.dim()).enumerate().find_map(|(row, embedding)| {
+            let is_sound = embedding.iter().all(|number| number.is_finite()) && embedding.iter().any(|number| *number != 0.0);
+            (!is_sound).then(|| format!("expected finite numbers, not all 0, found others (embedding {} of {n})", row + 1))
+        })
     }
 
     /// The error that embeddings are not unit vectors.
@@ -370,7 +389,9 @@ impl Encoder {
                 None => self.clip.encode_image(&pixels, Phase::Test)?,
                 Some(backgrounds) => self.clip.encode_objects(&pixels, backgrounds)?,
             };
-            Ok(Pending(to_unit_length(&embeddings.to_kind(Kind::Float)).narrow(0, 0, batch.n_views as i64)))
+            let embeddings = embeddings.to_kind(Kind::Float);
+            let embeddings = if self.normalises { to_unit_length(&embeddings) } else { embeddings };
+            Ok(Pending(embeddings.narrow(0, 0, batch.n_views as i64)))
         })
     }
 

@@ -1,12 +1,15 @@
 //! `proposals/export`: proposals for other programs.
 
-use ovenbird_data::{annotations::ImageOrder, proposals};
+use ovenbird_data::{
+    annotations::ImageOrder,
+    proposals::{self, IdMap},
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Context, In, Out, PortInfo, Result, Stage, Unit,
-    artifacts::{AnnotationFile, MmdetProposals, Proposals},
+    artifacts::{AnnotationFile, IdMapFile, MmdetProposals, Proposals},
     error::write_error,
 };
 
@@ -25,12 +28,14 @@ pub struct Export {
 const PROPOSALS: In<Proposals> = In::required("proposals", "Boxes (xyxy, px) and scores by image id.");
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS v1 json.");
 const EXPORTED: Out<MmdetProposals> = Out::new("proposals", "mmdet's pickle.");
+const ID_MAP: Out<IdMapFile> =
+    Out::new("id_map", "Which entry is of which image, and how many boxes each has, as LP-OVOD's `..._id_map.json`.");
 
 impl Stage for Export {
     const KIND: &'static str = "proposals/export";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[PROPOSALS.info(), ANNOTATIONS.info()];
-    const OUTPUTS: &'static [PortInfo] = &[EXPORTED.info()];
+    const OUTPUTS: &'static [PortInfo] = &[EXPORTED.info(), ID_MAP.info()];
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
@@ -41,7 +46,8 @@ impl Stage for Export {
         if self.order.is_none() && !annotations.file_order.is_sorted() {
             cx.note("entries are in ascending image id, but the annotations list the images in another order: mmdet needs `with: {order: file}`");
         }
-        let boxes = proposals.of_images(annotations.images_in(self.order.unwrap_or(ImageOrder::Id)))?;
+        let images = annotations.images_in(self.order.unwrap_or(ImageOrder::Id));
+        let boxes = proposals.of_images(images.iter().copied())?;
         if n_entries > boxes.len() {
             cx.note(format!("proposals of {} images that the annotations do not have are skipped", n_entries - boxes.len()));
         }
@@ -50,6 +56,9 @@ impl Stage for Export {
         let path = pickle.path().to_owned();
         proposals::write_mmdet(&boxes, &mut pickle).map_err(|source| write_error(&path, source))?;
         pickle.finish()?;
+        let places = images.iter().enumerate().map(|(place, image)| (image.id, place)).collect();
+        let id_map = IdMap { places, counts: boxes.iter().map(|of_image| of_image.len() as u64).collect() };
+        draft.write(ID_MAP, "id_map.json", &id_map.to_json())?;
         cx.tick(boxes.len() as u64);
         let n_boxes: usize = boxes.iter().map(Vec::len).sum();
         cx.commit(draft, [("images".into(), boxes.len().into()), ("proposals".into(), n_boxes.into())].into())

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Context, In, Out, PortInfo, Result, Stage, Unit,
-    artifacts::{AnnotationFile, MmdetProposals, Proposals},
+    artifacts::{AnnotationFile, IdMapFile, MmdetProposals, Proposals},
 };
 
 /// Proposals that another program made, matched to images and checked.
@@ -20,7 +20,7 @@ use crate::{
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Import {
-    /// The order of the entries, for files without image ids or paths. Without it, the order in which all boxes lie within their images; if
+    /// The order of the entries, for files without image ids or paths and without `id_map`. Without it, the order in which all boxes lie within their images; if
     /// both orders fit, the stage fails and asks for this parameter. It does not matter if the annotations list images in ascending id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order: Option<ImageOrder>,
@@ -31,13 +31,18 @@ pub struct Import {
 
 const PICKLE: In<MmdetProposals> = In::required("proposals", "A pickle of mmdet, Detectron or detectron2.");
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS v1 json.");
+const ID_MAP: In<IdMapFile> = In::optional(
+    "id_map",
+    "Which entry of a pickle without ids is of which image, as LP-OVOD keeps it: json, `{\"<image id>\": place, \"num_proposal\": [counts]}`.",
+);
 const IMPORTED: Out<Proposals> = Out::new("proposals", "Boxes (xyxy, px) and scores by image id, in the file's order.");
+const IMPORTED_MAP: Out<IdMapFile> = Out::new("id_map", "Which entry of the file is of which image, and how many boxes each has.");
 
 impl Stage for Import {
     const KIND: &'static str = "proposals/import";
-    const VERSION: u32 = 3;
-    const INPUTS: &'static [PortInfo] = &[PICKLE.info(), ANNOTATIONS.info()];
-    const OUTPUTS: &'static [PortInfo] = &[IMPORTED.info()];
+    const VERSION: u32 = 4;
+    const INPUTS: &'static [PortInfo] = &[PICKLE.info(), ANNOTATIONS.info(), ID_MAP.info()];
+    const OUTPUTS: &'static [PortInfo] = &[IMPORTED.info(), IMPORTED_MAP.info()];
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
@@ -45,7 +50,8 @@ impl Stage for Import {
         let pickle = cx.inputs.read(PICKLE)?;
         let Pickled { entries, notes } = pickle.load()?;
         notes.into_iter().for_each(|words| cx.note(words));
-        let matched = proposals::matched(entries, &annotations, self.order, pickle.path())?;
+        let id_map = cx.inputs.read_if_given(ID_MAP)?.map(|IdMapFile(id_map)| id_map);
+        let matched = proposals::matched(entries, &annotations, self.order, id_map.as_ref(), pickle.path())?;
         let order_words = match matched.order {
             Some(ImageOrder::Id) => "id",
             Some(ImageOrder::File) => "file",
@@ -75,6 +81,7 @@ impl Stage for Import {
         let n_images = by_image.len();
         let draft = cx.begin(unit)?;
         Proposals { by_image }.write(draft.create(IMPORTED, "proposals.parquet")?)?;
+        draft.write(IMPORTED_MAP, "id_map.json", &matched.id_map.to_json())?;
         cx.tick(n_images as u64);
         let metrics = [("images", n_images.into()), ("proposals", n_boxes.into()), ("order", order_words.into())];
         cx.commit(draft, metrics.map(|(name, value)| (name.to_owned(), value)).into())
