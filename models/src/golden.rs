@@ -18,3 +18,9 @@ pub(crate) fn error(found: &Tensor, expected: &Tensor) -> f64 {
     assert_eq!(found.size(), expected.size());
     (found - expected).abs().max().double_value(&[])
 }
+
+/// Every array of `tests/golden/lp-ovod/make.py` by name.
+pub(crate) fn lp_ovod() -> std::collections::BTreeMap<String, Tensor> {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/lp-ovod/golden.safetensors");
+    Tensor::read_safetensors(path).expect("the golden file is there").into_iter().collect()
+}

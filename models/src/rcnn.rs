@@ -1,7 +1,7 @@
 //! Two-stage detectors: a backbone, a feature pyramid, region proposals, and heads that look at regions.
 //!
-//! [`Detector`] has an open vocabulary (ViLD, OADP), [`MaskRcnn`](mask_rcnn::MaskRcnn) classes of its own, [`Oln`](oln::Oln) none. They are
-//! declared under mmdet's parameter names; [`layout`] translates torchvision's. Images are normalised, padded with zeros on the right and
+//! [`Detector`] has an open vocabulary (ViLD, OADP), [`SigmoidDetector`](sigmoid::SigmoidDetector) a row for each class (LP-OVOD),
+//! [`MaskRcnn`](mask_rcnn::MaskRcnn) classes of its own, [`Oln`](oln::Oln) none. They are declared under mmdet's parameter names; [`layout`] translates torchvision's. Images are normalised, padded with zeros on the right and
 //! at the bottom. Decoding and normalising images, and the training loop, are elsewhere.
 //!
 //! Differences from mmdet and OADP: batch normalisation uses the statistics of one device (the reference synchronises several); the scores
@@ -23,6 +23,7 @@ pub mod mask_rcnn;
 pub mod oln;
 pub mod regions;
 pub mod rpn;
+pub mod sigmoid;
 
 #[cfg(test)]
 mod tests;

@@ -1,14 +1,11 @@
-//! Numbers that LP-OVOD's published code computed: `tests/golden/lp-ovod/make.py` says how.
-
-use std::{collections::BTreeMap, path::Path};
+//! Shared by the golden tests: numbers by the formula of `tests/golden/*/make.py`, and those that LP-OVOD's published code computed.
 
 use tch::{Device, Kind, Tensor};
 
-/// Every array by name.
-pub(crate) fn lp_ovod() -> BTreeMap<String, Tensor> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/lp-ovod/golden.safetensors");
-    Tensor::read_safetensors(path).expect("the golden file is there").into_iter().collect()
-}
+#[path = "../../models/src/golden.rs"]
+mod shared;
+
+pub(crate) use shared::{error, lp_ovod, unit};
 
 /// The numbers of a tensor of any kind, row by row.
 pub(crate) fn numbers(tensor: &Tensor) -> Vec<f64> {

@@ -126,6 +126,9 @@ pub struct Sampler {
     pub n: usize,
     /// The largest share of matched boxes; background fills the rest.
     pub object_fraction: f64,
+    /// The most boxes of background for each matched one, and as many where none matches (mmdet's `neg_pos_ub`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub background_per_object: Option<usize>,
 }
 
 /// The boxes of an image that are used in training.
@@ -145,7 +148,8 @@ impl Sampler {
         };
         let n_objects = ((self.n as f64 * self.object_fraction) as usize).min(self.n);
         let objects = some_of(places(|found| matches!(found, Match::Object(_))), n_objects, rng);
-        let background = some_of(places(|found| matches!(found, Match::Background)), self.n - objects.len(), rng);
+        let most = self.background_per_object.map_or(usize::MAX, |n| n.saturating_mul(objects.len().max(1)));
+        let background = some_of(places(|found| matches!(found, Match::Background)), (self.n - objects.len()).min(most), rng);
         Sample { objects, background }
     }
 }

@@ -284,7 +284,7 @@ fn samples_keep_their_shares_and_depend_on_the_generator_alone() {
             _ => Match::Background,
         })
         .collect();
-    let sampler = Sampler { n: 256, object_fraction: 0.5 };
+    let sampler = Sampler { n: 256, object_fraction: 0.5, background_per_object: None };
     let draw = |seed| sampler.draw(&matches, &mut ChaCha8Rng::seed_from_u64(seed));
     let sample = draw(1);
     assert_eq!((sample.objects.len(), sample.background.len()), (128, 128));
@@ -299,7 +299,7 @@ fn samples_keep_their_shares_and_depend_on_the_generator_alone() {
 
 #[test]
 fn every_box_is_as_likely_to_be_drawn() {
-    let sampler = Sampler { n: 5, object_fraction: 0.0 };
+    let sampler = Sampler { n: 5, object_fraction: 0.0, background_per_object: None };
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let mut counts = [0; 20];
     for _ in 0..4000 {
@@ -307,4 +307,19 @@ fn every_box_is_as_likely_to_be_drawn() {
     }
     // 1,000 expected each, standard deviation 27.
     assert!(counts.iter().all(|count| (880..1120).contains(count)), "{counts:?}");
+}
+
+/// LP-OVOD's sampler for probing: columns are candidates that match, of these sampled, and sampled background, of 1,000.
+#[test]
+fn background_is_limited_by_the_matched_boxes() {
+    let sampler = Sampler { n: 512, object_fraction: 0.25, background_per_object: Some(10) };
+    let golden = crate::golden::lp_ovod();
+    let table = Vec::<i64>::try_from(golden["sampler/positives_negatives_ub10"].flatten(0, 1)).unwrap();
+    for row in table.chunks_exact(3) {
+        let n_matched = row[0] as usize;
+        let matches = [vec![Match::Object(0); n_matched], vec![Match::Background; 1000]].concat();
+        let sample = sampler.draw(&matches, &mut ChaCha8Rng::seed_from_u64(3));
+        assert_eq!([sample.objects.len() as i64, sample.background.len() as i64], row[1..], "{n_matched}");
+    }
+    assert_eq!(table.len(), 24);
 }

@@ -41,14 +41,24 @@ pub(super) struct Trunk {
 }
 
 impl Trunk {
-    pub(super) fn declare(at: &Parameters<'_>, config: &TrunkConfig, [channels, side, _]: [i64; 3]) -> Self {
+    pub(super) fn declare(at: &Parameters<'_>, config: &TrunkConfig, input: [i64; 3]) -> Self {
+        let xavier = |n_in| [Init::xavier(n_in, config.width), Init::Constant(0.0)];
+        Self::declare_as([&(at / "shared_convs"), &(at / "shared_fcs")], config, input, xavier)
+    }
+
+    /// The same with other names and, of the fully connected layers with so many inputs, other first weights and biases.
+    pub(super) fn declare_as(
+        [convs, fcs]: [&Parameters<'_>; 2],
+        config: &TrunkConfig,
+        [channels, side, _]: [i64; 3],
+        init: impl Fn(i64) -> [Init; 2],
+    ) -> Self {
         let shape = ConvShape::new(channels, channels, 3);
-        let convs = &(at / "shared_convs");
         let shared_convs = (0..config.n_convs).map(|index| ConvModule::normalised(&(convs / index), shape, shape.kaiming())).collect();
-        let fcs = &(at / "shared_fcs");
         let linear = |index| {
             let n_in = if index == 0 { channels * side * side } else { config.width };
-            Linear::declare(&(fcs / index), n_in, config.width, Init::xavier(n_in, config.width), Init::Constant(0.0))
+            let [weight, bias] = init(n_in);
+            Linear::declare(&(fcs / index), n_in, config.width, weight, bias)
         };
         Self { shared_convs, shared_fcs: (0..config.n_fcs).map(linear).collect(), input: [channels, side, side] }
     }
@@ -248,11 +258,31 @@ pub fn region_losses(box_loss: BoxLoss, logits: &Tensor, deltas: &Tensor, sample
     let n = samples.iter().map(|sample| sample.labels.size()[0]).sum::<i64>();
     ensure(matches!(logits.size()[..], [rows, _] if rows == n), "logits", &format!("[{n}, K + 1], a row for each region"), logits)?;
     let k = logits.size()[1] - 1;
+    let labels = labels_of(samples, k)?;
+    let boxes = region_box_loss(box_loss, deltas, samples, k)?;
+    let entropy = logits.cross_entropy_loss(&labels.to_device(logits.device()), None::<&Tensor>, Reduction::None, -100, 0.0);
+    Ok(RegionLosses { classes: sum_over(&entropy, n as usize), boxes })
+}
+
+/// The labels of the regions of all images, in their order, i64 `[N]` on the CPU, of `k` classes; `k` is background.
+pub(super) fn labels_of(samples: &[RegionSample], k: i64) -> Result<Tensor> {
+    let labels: Vec<i64> = samples.iter().flat_map(|sample| integers(&sample.labels)).collect();
+    match labels.iter().find(|label| !(0..=k).contains(*label)) {
+        Some(label) => Err(Error::Input { what: "labels", expected: format!("0 to {k}, which is background"), found: label.to_string() }),
+        None => Ok(Tensor::from_slice(&labels)),
+    }
+}
+
+/// The differences of deltas of the regions that match objects, divided by the number of all regions.
+///
+/// `deltas`: f32 `[N, 4]`, or `[N, 4 K]` where each of the `k` classes has its own.
+pub(super) fn region_box_loss(box_loss: BoxLoss, deltas: &Tensor, samples: &[RegionSample], k: i64) -> Result<Tensor> {
+    let n = samples.iter().map(|sample| sample.labels.size()[0]).sum::<i64>();
     let n_boxes = deltas.size().get(1).map_or(0, |columns| columns / 4);
     let fits = deltas.size() == [n, 4 * n_boxes] && (n_boxes == 1 || n_boxes == k);
     ensure(fits, "box deltas", &format!("[{n}, 4] or [{n}, {}]", 4 * k), deltas)?;
-    let on_device = |tensor: Tensor| tensor.to_device(logits.device());
-    let (mut places, mut targets, mut labels) = (vec![], vec![], vec![]);
+    let on_device = |tensor: Tensor| tensor.to_device(deltas.device());
+    let (mut places, mut targets) = (vec![], vec![]);
     let mut first = 0;
     for sample in samples {
         let classes = integers(&sample.labels);
@@ -261,15 +291,10 @@ pub fn region_losses(box_loss: BoxLoss, logits: &Tensor, deltas: &Tensor, sample
         places.extend((0..sample.objects.len()).map(place));
         first += classes.len() as i64;
         targets.push(sample.deltas.shallow_clone());
-        labels.extend(classes);
     }
-    if let Some(label) = labels.iter().find(|label| !(0..=k).contains(label)) {
-        return Err(Error::Input { what: "labels", expected: format!("0 to {k}, which is background"), found: label.to_string() });
-    }
-    let entropy = logits.cross_entropy_loss(&on_device(Tensor::from_slice(&labels)), None::<&Tensor>, Reduction::None, -100, 0.0);
     let said = deltas.reshape([-1, 4]).index_select(0, &on_device(Tensor::from_slice(&places)));
     let targets = if targets.is_empty() { said.detach() } else { on_device(Tensor::cat(&targets, 0)) };
-    Ok(RegionLosses { classes: sum_over(&entropy, n as usize), boxes: sum_over(&box_loss.between(&said, &targets), n as usize) })
+    Ok(sum_over(&box_loss.between(&said, &targets), n as usize))
 }
 
 /// The choice of an image's detections.

@@ -71,7 +71,7 @@ impl MaskRcnnConfig {
             training_proposals: proposals(2000),
             regions_rule: RegionRule {
                 assigner: Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None },
-                sampler: Sampler { n: 512, object_fraction: 0.25 },
+                sampler: Sampler { n: 512, object_fraction: 0.25, background_per_object: None },
                 coder: REGION_CODER,
             },
             box_loss: BoxLoss::Smooth { beta: 1.0 / 9.0 },

@@ -53,15 +53,15 @@ pub struct Config {
 
 /// The anchors that train the distances to sides.
 const BOXES: Assigner = Assigner { object_iou: 0.7, background_iou: 0.3, best_of_object_iou: Some(0.3) };
-const BOX_SAMPLE: Sampler = Sampler { n: 256, object_fraction: 0.5 };
+const BOX_SAMPLE: Sampler = Sampler { n: 256, object_fraction: 0.5, background_per_object: None };
 /// Which anchors centerness is learned at. Background, of centerness 0, fills the sample where there are not enough objects: the paper says
 /// otherwise, the code does so.
 const CENTRES: Assigner = Assigner { object_iou: 0.3, background_iou: 0.1, best_of_object_iou: Some(0.3) };
-const CENTRE_SAMPLE: Sampler = Sampler { n: 256, object_fraction: 1.0 };
+const CENTRE_SAMPLE: Sampler = Sampler { n: 256, object_fraction: 1.0, background_per_object: None };
 /// The regions that train the head: the sampled ones that match objects.
 const REGIONS: RegionRule = RegionRule {
     assigner: Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None },
-    sampler: Sampler { n: 512, object_fraction: 0.25 },
+    sampler: Sampler { n: 512, object_fraction: 0.25, background_per_object: None },
     coder: REGION_CODER,
 };
 /// The number of the best proposals of each level that go through the head.

@@ -53,7 +53,7 @@ impl RegionsConfig {
                 anchors: Anchors { scale: 8.0, ratios: vec![0.5, 1.0, 2.0], grid: Grid::Exact },
                 coder: BoxCoder { stds: [1.0; 4] },
                 assigner: Assigner { object_iou: 0.7, background_iou: 0.3, best_of_object_iou: Some(0.3) },
-                sampler: Sampler { n: 256, object_fraction: 0.5 },
+                sampler: Sampler { n: 256, object_fraction: 0.5, background_per_object: None },
                 learning: rpn::Learning::default(),
             },
         }

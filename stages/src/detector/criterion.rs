@@ -94,7 +94,7 @@ impl MaskRcnnCriterion {
         let detector = Detector::new(&store.root(), &spec.config, training.seed)?;
         let rule = RegionRule {
             assigner: Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None },
-            sampler: Sampler { n: n_regions, object_fraction: 0.25 },
+            sampler: Sampler { n: n_regions, object_fraction: 0.25, background_per_object: None },
             coder: REGION_CODER,
         };
         let (distillation, training) = (distillation.clone(), training.clone());

@@ -9,10 +9,7 @@ use std::{
 use serde_json::Value;
 use tch::Tensor;
 
-#[path = "../../../models/src/golden.rs"]
-mod shared;
-
-pub(super) use shared::{error, unit};
+pub(super) use crate::golden::{error, unit};
 
 pub(super) fn path(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/prompts").join(name)

@@ -82,7 +82,7 @@ fn mask_rcnn_detects_what_torchvisions_detects() {
 #[test]
 fn mask_rcnn_learns_as_torchvisions_learns() {
     let golden = Golden::read("training");
-    let everything = Sampler { n: 1_000_000, object_fraction: 0.25 };
+    let everything = Sampler { n: 1_000_000, object_fraction: 0.25, background_per_object: None };
     let mut config = torchvision();
     config.training_proposals = config.proposals;
     config.regions.rpn.sampler = everything;
@@ -323,7 +323,7 @@ fn pooled_features_are_flattened_channel_by_channel() {
 fn objects_are_regions_too_and_regions_carry_their_labels_and_deltas() {
     let rule = RegionRule {
         assigner: Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None },
-        sampler: Sampler { n: 8, object_fraction: 0.5 },
+        sampler: Sampler { n: 8, object_fraction: 0.5, background_per_object: None },
         coder: REGION_CODER,
     };
     let truth = Truth::from(boxes_tensor(&[[10.0, 10.0, 50.0, 50.0], [60.0, 20.0, 100.0, 80.0]]));
@@ -478,7 +478,7 @@ fn step(detector: &Detector, kind: Kind, rng: &mut ChaCha8Rng) -> Step {
     let limits = ProposalRule { per_level: 100, suppression: Suppression { iou: 0.7, keep: 100 }, least_side: 0.0 };
     let rule = RegionRule {
         assigner: Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None },
-        sampler: Sampler { n: 64, object_fraction: 0.25 },
+        sampler: Sampler { n: 64, object_fraction: 0.25, background_per_object: None },
         coder: REGION_CODER,
     };
     let proposals = rpn.proposals(&pyramid.predictions, &SIZES, &limits).unwrap();

@@ -127,7 +127,7 @@ fn small_rpn(sampler: Sampler) -> (nn::VarStore, Rpn, [Tensor; 5], [ImageSize; 2
 
 #[test]
 fn losses_of_proposals_equal_torchvisions() {
-    let everything = Sampler { n: 100_000, object_fraction: 1.0 };
+    let everything = Sampler { n: 100_000, object_fraction: 1.0, background_per_object: None };
     let (_store, rpn, pyramid, sizes) = small_rpn(everything);
     let predictions = rpn.forward(&pyramid, [128, 160]);
     let truths = [boxes_of("rpn.objects.0", 4, 70.0, 20.0, 60.0), boxes_of("rpn.objects.1", 2, 30.0, 20.0, 50.0)]
