@@ -37,8 +37,8 @@ use self::{
     classifier::{Background, Ensemble, Vocabulary},
     heads::{Boxes, DetectionRule, GlobalHead, OpenHead, OpenHeadConfig, TrunkConfig, detect_regions},
     mask_head::{MaskConfig, MaskHead, MaskHeadConfig, with_masks},
-    regions::{POOL, REGION_CODER, RegionNetwork, RegionsConfig},
-    rpn::ProposalRule,
+    regions::{POOL, REGION_CODER, RegionNetwork, Regions, RegionsConfig},
+    rpn::{ProposalRule, Proposals},
 };
 use crate::{
     Error, Phase, Result,
@@ -194,21 +194,20 @@ impl Detector {
         &self.parameters
     }
 
-    /// Detects objects in images f32, bf16 or f16 `[B, 3, H, W]`, normalised, H and W at least 32, without gradients; `sizes`: of each, without padding.
+    /// Detects objects in images f32, bf16 or f16 `[B, 3, H, W]`, normalised, H and W at least 32, without gradients.
     ///
-    /// Scores are those of the box head; if `vocabularies` has classes for the object head, both heads' scores are combined.
+    /// `sizes`: of each, without padding; `given`: proposals to use instead of the network's own, in px of these images. Scores are those of the box head; if `vocabularies` has classes for the object head, both heads' scores are combined.
     pub fn detect(
         &self,
         images: &Tensor,
         sizes: &[ImageSize],
         vocabularies: &Vocabularies<'_>,
+        given: Option<Vec<Proposals>>,
         rule: &TestRule,
     ) -> Result<Vec<Detections>> {
         tch::no_grad(|| {
             let pyramid = self.regions.forward(images, Phase::Test)?;
-            let proposals = self.regions.rpn.proposals(&pyramid.predictions, sizes, &rule.proposals)?;
-            let objectness = Tensor::cat(&proposals.iter().map(|proposals| &proposals.scores).collect::<Vec<_>>(), 0);
-            let boxes: Vec<Tensor> = proposals.into_iter().map(|proposals| proposals.boxes).collect();
+            let Regions { boxes, objectness } = self.regions.regions(&pyramid, sizes, given, &rule.proposals)?;
             let pooled = pyramid.pool(&self.config.pool, &boxes)?;
             let regions = self.bbox_head.forward(&pooled, Phase::Test)?;
             let logits = self.bbox_head.classifier.logits(&regions.embeddings, vocabularies.bbox, Phase::Test)?;

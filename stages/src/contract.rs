@@ -64,6 +64,11 @@ pub(crate) fn run_alone(stage: &impl ImageStage, units: &[Unit], cx: &Context<'_
     pass::run(&[stage.consumer(units, cx)?])
 }
 
+/// Whether a parameter has its default: one that is newer than the stage's version is left out of recipes where it has.
+pub(crate) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 /// Something wrong with a parameter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {

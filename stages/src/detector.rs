@@ -16,6 +16,7 @@ pub(crate) mod ports;
 pub(crate) mod predictor;
 pub(crate) mod pretrained;
 pub mod select;
+mod sigmoid;
 pub mod spec;
 pub mod test;
 pub mod train;

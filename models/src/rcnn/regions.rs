@@ -3,17 +3,18 @@
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::rpn::{self, Rpn};
+use super::rpn::{self, ProposalRule, Proposals, Rpn};
 use crate::{
     Phase, Result, Statistics,
     detection::{
         anchors::{Anchors, Grid},
-        boxes::BoxCoder,
+        boxes::{BoxCoder, ImageSize, clip_to_image},
         fpn::{self, FINEST_STRIDE, Fpn, N_LEVELS},
         matching::{Assigner, Sampler},
         resnet::{self, Depth, ResNet, StridePlace},
         roi_align::{Alignment, Level, RoiAlign, Sampling},
     },
+    error::check_count,
     layers::BATCH_NORM_EPS,
     parameters::Parameters,
 };
@@ -95,6 +96,14 @@ impl RegionsConfig {
     }
 }
 
+/// The regions of a batch of images that its heads look at.
+pub(super) struct Regions {
+    /// Of each image f32 `[N, 4]` on the CPU, px.
+    pub(super) boxes: Vec<Tensor>,
+    /// Of all images f32 `[N]`, on the network's device.
+    pub(super) objectness: Tensor,
+}
+
 /// The first stage: backbone, pyramid, region proposals.
 #[derive(Debug)]
 pub struct RegionNetwork {
@@ -129,6 +138,29 @@ impl RegionNetwork {
         let levels = self.neck.forward(&self.backbone.forward(images, phase)?, phase);
         let batch = [images.size()[2], images.size()[3]];
         Ok(Pyramid { predictions: self.rpn.forward(&levels, batch), levels })
+    }
+
+    /// The proposals of each image: those that are given, clipped to it, or else the network's own.
+    ///
+    /// `sizes`: of each image, without padding.
+    pub(super) fn regions(
+        &self,
+        pyramid: &Pyramid,
+        sizes: &[ImageSize],
+        given: Option<Vec<Proposals>>,
+        rule: &ProposalRule,
+    ) -> Result<Regions> {
+        let proposals = match given {
+            Some(given) => {
+                check_count("images with proposals", sizes.len() as i64, given.len())?;
+                let clipped = |(one, &size): (Proposals, &ImageSize)| Proposals { boxes: clip_to_image(&one.boxes, size), ..one };
+                given.into_iter().zip(sizes).map(clipped).collect()
+            }
+            None => self.rpn.proposals(&pyramid.predictions, sizes, rule)?,
+        };
+        let objectness = Tensor::cat(&proposals.iter().map(|one| &one.scores).collect::<Vec<_>>(), 0);
+        let boxes = proposals.into_iter().map(|one| one.boxes).collect();
+        Ok(Regions { boxes, objectness: objectness.to_device(pyramid.levels[0].device()) })
     }
 }
 

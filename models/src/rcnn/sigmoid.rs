@@ -15,14 +15,14 @@ use tch::{Kind, Reduction, Tensor, nn};
 
 use super::{
     heads::{DetectionRule, RegionSample, Trunk, TrunkConfig, box_regressor, detect_regions, labels_of, region_box_loss},
-    regions::{POOL, Pyramid, REGION_CODER, RegionNetwork, RegionsConfig},
+    regions::{POOL, Pyramid, REGION_CODER, RegionNetwork, Regions, RegionsConfig},
     rpn::{ProposalRule, Proposals},
 };
 use crate::{
     Error, Phase, Result,
     detection::{
         Detections,
-        boxes::{BoxLoss, ImageSize, clip_to_image},
+        boxes::{BoxLoss, ImageSize},
         resnet,
         roi_align::RoiAlign,
     },
@@ -256,18 +256,12 @@ impl SigmoidDetector {
         images: &Tensor,
         sizes: &[ImageSize],
         classes: &Classes,
-        given: Option<&[Proposals]>,
+        given: Option<Vec<Proposals>>,
         rule: &TestRule,
     ) -> Result<Vec<Detections>> {
         tch::no_grad(|| {
             let pyramid = self.regions.forward(images, Phase::Test)?;
-            let own = match given {
-                Some(_) => Vec::new(),
-                None => self.regions.rpn.proposals(&pyramid.predictions, sizes, &rule.proposals)?,
-            };
-            let proposals = given.unwrap_or(&own);
-            let boxes: Vec<Tensor> = proposals.iter().zip(sizes).map(|(one, &size)| clip_to_image(&one.boxes, size)).collect();
-            let objectness = Tensor::cat(&proposals.iter().map(|one| &one.scores).collect::<Vec<_>>(), 0).to_device(images.device());
+            let Regions { boxes, objectness } = self.regions.regions(&pyramid, sizes, given, &rule.proposals)?;
             let pooled = pyramid.pool(&self.config.pool, &boxes)?;
             let Features { features, deltas } = self.features_of(&pooled, Phase::Test)?;
             let scores = self.class_scores(&features, rule.fusion.novel_temperature);
@@ -576,13 +570,14 @@ mod tests {
         for n in [0_i64, 1, 3] {
             let corners: Vec<f32> = (0..n).flat_map(|place| [place as f32, 1.0, 40.0 + place as f32, 50.0]).collect();
             let boxes = Tensor::from_slice(&corners).view([n, 4]);
-            let given = [Proposals { boxes, scores: Tensor::full([n], 0.81, (Kind::Float, Device::Cpu)) }];
-            let found = detector.detect(&images, &[size], &classes(None), Some(&given), &rule(0.0)).unwrap().remove(0);
+            let scores = Tensor::full([n], 0.81, (Kind::Float, Device::Cpu));
+            let given = || Some(vec![Proposals { boxes: boxes.shallow_clone(), scores: scores.shallow_clone() }]);
+            let found = detector.detect(&images, &[size], &classes(None), given(), &rule(0.0)).unwrap().remove(0);
             let unseen: Vec<f32> =
                 found.kept.classes.iter().zip(&found.kept.scores).filter(|(class, _)| **class == 2).map(|(_, score)| *score).collect();
             assert!(unseen.len() >= n.min(1) as usize && unseen.iter().all(|score| (score - 0.9).abs() < 1e-6), "{unseen:?}");
             let table = Tensor::ones([3, 8], (Kind::Float, Device::Cpu));
-            let found = detector.detect(&images, &[size], &classes(Some(table)), Some(&given), &rule(0.0)).unwrap().remove(0);
+            let found = detector.detect(&images, &[size], &classes(Some(table)), given(), &rule(0.0)).unwrap().remove(0);
             assert!(n > 0 || found.kept.scores.is_empty());
         }
         let missing = Classes { rows: vec![Some(3)], n_base: 1, embeddings: None };

@@ -557,6 +557,26 @@ impl RegionFeatures {
     pub(crate) fn places(&self) -> Result<Places<'_>> {
         Places::of(&self.shards)
     }
+
+    /// The numbers of an embedding.
+    pub(crate) fn dim(&self) -> Result<usize> {
+        let Some(file) = self.shards.first() else {
+            return Err(Error::Input {
+                port: "features",
+                problem: "expected at least one shard, found none".into(),
+                hint: "give embeddings of some images".into(),
+            });
+        };
+        let shard = file.shard()?;
+        let item = shard.schema().field_with_name("embedding").ok().and_then(|field| match field.data_type() {
+            DataType::List(item) => Some(item.data_type().clone()),
+            _ => None,
+        });
+        match item {
+            Some(DataType::FixedSizeList(_, dim)) => Ok(dim as usize),
+            _ => Err(malformed(&file.path, "expected lists of vectors in `embedding`")),
+        }
+    }
 }
 
 impl RegionFeatures {

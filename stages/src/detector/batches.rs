@@ -15,7 +15,7 @@ use rand_chacha::ChaCha8Rng;
 use tch::Tensor;
 
 use super::{
-    images::Pixels,
+    images::{Normalisation, Pixels},
     ports::{ANNOTATIONS, CLASSES, IMAGES},
     training::Training,
 };
@@ -35,6 +35,7 @@ pub(crate) struct DetectionLoader {
     blocks: Option<Source<Regions>>,
     globals: Option<Source<(ImageId, Vec<f32>)>>,
     has_masks: bool,
+    normalisation: Normalisation,
     training: Training,
     random: ChaCha8Rng,
 }
@@ -146,6 +147,7 @@ impl DetectionLoader {
             blocks: None,
             globals: None,
             has_masks: false,
+            normalisation: Normalisation::IMAGENET,
             training,
             random: cx.rng(&cx.units[0]),
         })
@@ -184,6 +186,11 @@ impl DetectionLoader {
             self.copies = self.training.copies(&self.samples);
         }
         Ok(Some(Source { by_image, dim: dim as usize, port: port.info().name }))
+    }
+
+    /// The same for a network whose input is normalised so.
+    pub(crate) fn normalised(self, normalisation: Normalisation) -> Self {
+        Self { normalisation, ..self }
     }
 
     /// Adds the masks of objects. Fails where an object has no outline.
@@ -229,7 +236,9 @@ impl DetectionLoader {
 
     fn placement(&self, place: usize, random: &mut ChaCha8Rng) -> Placement {
         let info = &self.samples[place].info;
-        let [longer, shorter] = [self.training.max_size, self.training.min_size].map(|[low, high]| random.random_range(low..=high));
+        let step = self.training.size_step;
+        let length = |[low, high]: [u32; 2]| low + step * random.random_range(0..=(high - low) / step);
+        let [longer, shorter] = [self.training.max_size, self.training.min_size].map(length);
         let placement = Placement::fitting([info.width, info.height], longer, shorter);
         if random.random_bool(0.5) { placement.mirrored() } else { placement }
     }
@@ -293,7 +302,7 @@ impl DataLoader for DetectionLoader {
         }
         let names = images.iter().map(|image| image.id.to_string()).collect();
         let random = self.random(Random::Samples(step, piece));
-        let batch = (!images.is_empty()).then(|| Batch { pixels: Pixels::of(&pictures), images, random });
+        let batch = (!images.is_empty()).then(|| Batch { pixels: Pixels::of(&pictures, self.normalisation), images, random });
         Ok(Loaded { batch, images: names, unreadable })
     }
 

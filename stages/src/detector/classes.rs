@@ -32,9 +32,8 @@ pub(super) struct ClassTables {
 
 /// Class embeddings f32 `[K, D]` of base ++ novel: those at the port `prompts`, or else random directions for base classes and zeros for novel ones.
 pub(super) fn class_embeddings(inputs: &Inputs, classes: &ClassSplit) -> Result<Tensor> {
-    let names: Vec<String> = classes.all().cloned().collect();
     if let Some(prompts) = inputs.read_if_given(PROMPTS)? {
-        return Ok(prompts.select(&names)?.to_kind(Kind::Float));
+        return selected_prompts(&prompts, classes);
     }
     // Novel classes get zeros: training keeps no region away from a random direction, so one novel class would win all regions.
     let direction = |name: &String| {
@@ -44,6 +43,12 @@ pub(super) fn class_embeddings(inputs: &Inputs, classes: &ClassSplit) -> Result<
     };
     let rows = Tensor::stack(&classes.base.iter().map(direction).collect::<Vec<_>>(), 0);
     Ok(to_unit_length(&rows).constant_pad_nd([0, 0, 0, classes.novel.len() as i64]))
+}
+
+/// The embeddings f32 `[K, D]` of base ++ novel among some.
+pub(super) fn selected_prompts(prompts: &Prompts, classes: &ClassSplit) -> Result<Tensor> {
+    let names: Vec<String> = classes.all().cloned().collect();
+    Ok(prompts.select(&names)?.to_kind(Kind::Float))
 }
 
 /// The CLIP of the class embeddings at each port, where they are given and say it.
@@ -75,8 +80,7 @@ impl MaskRcnnSpec {
         let text = vocabulary(PROMPTS, embeddings, self.scale)?;
         let image = match inputs.read_if_given(MULTILABEL_PROMPTS)? {
             Some(prompts) => {
-                let names: Vec<String> = classes.all().cloned().collect();
-                let embeddings = prompts.select(&names)?.to_kind(Kind::Float);
+                let embeddings = selected_prompts(&prompts, classes)?;
                 vocabulary(MULTILABEL_PROMPTS, embeddings, prompts.scale.unwrap_or(self.scale))?
             }
             None => text.clone(),

@@ -40,7 +40,8 @@ use crate::{
 };
 
 /// The proposals in training.
-const PROPOSALS: ProposalRule = ProposalRule { per_level: 2000, suppression: Suppression { iou: 0.7, keep: 1000 }, least_side: 0.0 };
+pub(super) const PROPOSALS: ProposalRule =
+    ProposalRule { per_level: 2000, suppression: Suppression { iou: 0.7, keep: 1000 }, least_side: 0.0 };
 /// Recall is taken of so many of the best classes of a block, and of an image.
 const BLOCK_BEST: i64 = 5;
 const IMAGE_BEST: i64 = 20;
@@ -92,11 +93,7 @@ impl MaskRcnnCriterion {
         };
         let store = nn::VarStore::new(device);
         let detector = Detector::new(&store.root(), &spec.config, training.seed)?;
-        let rule = RegionRule {
-            assigner: Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None },
-            sampler: Sampler { n: n_regions, object_fraction: 0.25, background_per_object: None },
-            coder: REGION_CODER,
-        };
+        let rule = region_rule(n_regions, None);
         let (distillation, training) = (distillation.clone(), training.clone());
         Ok(Self { detector, spec, classes, global_classes, rule, crowds, distillation, training, store })
     }
@@ -248,8 +245,17 @@ impl MaskRcnnCriterion {
     }
 }
 
+/// Which regions are sampled for the heads: so many of an image, of which at most a quarter match an object with an IoU of 0.5.
+pub(super) fn region_rule(n_regions: usize, background_per_object: Option<usize>) -> RegionRule {
+    RegionRule {
+        assigner: Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: None },
+        sampler: Sampler { n: n_regions, object_fraction: 0.25, background_per_object },
+        coder: REGION_CODER,
+    }
+}
+
 /// The objects on an image, and its crowds if they are ignored.
-fn truth(image: &TrainingImage, crowds: Crowds) -> Truth {
+pub(super) fn truth(image: &TrainingImage, crowds: Crowds) -> Truth {
     let objects = boxes(&image.objects);
     match crowds {
         Crowds::Background => objects.into(),
@@ -270,7 +276,7 @@ struct Compared {
 }
 
 /// `[N, D]`.
-fn rows_of<'a>(parts: impl Iterator<Item = &'a [f32]>, dim: i64, device: Device) -> Tensor {
+pub(super) fn rows_of<'a>(parts: impl Iterator<Item = &'a [f32]>, dim: i64, device: Device) -> Tensor {
     let numbers: Vec<f32> = parts.flatten().copied().collect();
     Tensor::from_slice(&numbers).view([-1, dim]).to_device(device)
 }

@@ -1,20 +1,73 @@
 //! Images as networks get them: resized, normalised, padded.
 
-use std::ops::Range;
+use std::{collections::BTreeMap, ops::Range};
 
 use ovenbird_data::{
-    annotations::{Annotations, ImageInfo},
+    Error as DataError,
+    annotations::{Annotations, ImageId, ImageInfo},
+    boxes::Xyxy,
     images::Image,
+    proposals::Proposal,
     training::Placement,
 };
-use ovenbird_models::detection::boxes::ImageSize;
+use ovenbird_models::{
+    detection::boxes::{ImageSize, boxes_tensor},
+    rcnn::rpn,
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
-use crate::{Context, Result, UnitDraft, artifacts::Images, feed::stream};
+use crate::{
+    Context, In, Result, UnitDraft,
+    artifacts::{Images, Proposals},
+    feed::stream,
+};
 
-/// Mean and standard deviation of red, green and blue in ImageNet.
-const MEAN: [f32; 3] = [123.675, 116.28, 103.53];
-const STD: [f32; 3] = [58.395, 57.12, 57.375];
+/// How levels from 0 to 255 become a network's input: minus the mean, divided by the standard deviation, of red, green and blue.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Normalisation {
+    mean: [f32; 3],
+    std: [f32; 3],
+    padding: Padding,
+}
+
+/// The border that fills an image up to a multiple of 32 px when a detector is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Padding {
+    /// Zeros after normalisation, as in training. (Fixes defect 11 in docs/recipes/lp-ovod.md.)
+    #[default]
+    Fixed,
+    /// Black pixels that are normalised with the image, as in LP-OVOD's tests.
+    Reference,
+}
+
+impl Normalisation {
+    /// The statistics of ImageNet.
+    pub(crate) const IMAGENET: Self = Self { mean: [123.675, 116.28, 103.53], std: [58.395, 57.12, 57.375], padding: Padding::Fixed };
+    /// CLIP's statistics, which LP-OVOD's detector takes. (LP-OVOD, section 5.3.)
+    pub(crate) const CLIP: Self =
+        Self { mean: [122.770_935, 116.746_01, 104.093_735], std: [68.500_534, 66.632_16, 70.323_166], padding: Padding::Fixed };
+
+    /// The same with another border.
+    pub(crate) fn padded(self, padding: Padding) -> Self {
+        Self { padding, ..self }
+    }
+
+    fn apply(&self, channel: usize, level: f32) -> f32 {
+        (level - self.mean[channel]) / self.std[channel]
+    }
+
+    /// What fills the border of a channel.
+    fn border(&self, channel: usize) -> f32 {
+        match self.padding {
+            Padding::Fixed => 0.0,
+            Padding::Reference => self.apply(channel, 0.0),
+        }
+    }
+}
+
 /// Widths and heights of batches are multiples of this, in px.
 const STRIDE: u32 = 32;
 /// Bytes of images that may be decoded ahead of the network.
@@ -24,6 +77,7 @@ const ROOM: usize = 256 << 20;
 pub(crate) struct TestImages {
     images: Images,
     pub(crate) annotations: Annotations,
+    proposals: Option<BTreeMap<ImageId, Vec<Proposal>>>,
 }
 
 /// An image as a network gets it.
@@ -35,6 +89,8 @@ pub(crate) struct TestImage<'a> {
     pub(crate) size: ImageSize,
     /// `[1, 3, H, W]`, normalised.
     pub(crate) pixels: Tensor,
+    /// The proposals to look at, in px of the original image; without them the network makes its own.
+    pub(crate) proposals: Option<&'a [Proposal]>,
 }
 
 impl TestImages {
@@ -43,15 +99,22 @@ impl TestImages {
         // Checkpoints of a training have no items of their own.
         let n_images = if cx.items.is_empty() { annotations.images.len() } else { cx.items.len() };
         images.look_for(annotations.images.iter().take(n_images), cx)?;
-        Ok(Self { images, annotations })
+        Ok(Self { images, annotations, proposals: None })
     }
 
-    /// Gives the images at some places one by one, in order, resized to fit a longer and a shorter side (px). Images that cannot be read are
-    /// skipped or refused by the stage's policy.
+    /// Adds the proposals at a port, if there are some.
+    pub(crate) fn with_proposals(self, port: In<Proposals>, cx: &Context<'_>) -> Result<Self> {
+        let proposals = cx.inputs.read_if_given(port)?.map(|proposals| proposals.by_image);
+        Ok(Self { proposals, ..self })
+    }
+
+    /// Gives the images at some places one by one, in order, resized to fit a longer and a shorter side (px) and normalised. Images that
+    /// cannot be read, or that the step that made the proposals skipped, are skipped or refused by the stage's policy.
     pub(crate) fn each(
         &self,
         mut places: Range<usize>,
         fits: [u32; 2],
+        normalisation: Normalisation,
         draft: &UnitDraft,
         cx: &Context<'_>,
         mut use_image: impl FnMut(TestImage<'_>) -> Result<()>,
@@ -61,7 +124,15 @@ impl TestImages {
         let prepare = |place: usize| {
             let info = info(place);
             let placement = Placement::fitting([info.width, info.height], fits[0], fits[1]);
-            let decode = || Ok(Pixels::of(&[placement.pixels(&self.images.decode_sized(&info.file_name, placement.from)?)]));
+            let decode = || {
+                let image = self.images.decode_sized(&info.file_name, placement.from)?;
+                if self.proposals.as_ref().is_some_and(|proposals| !proposals.contains_key(&info.id)) {
+                    let (problem, hint) = ("the proposals have no entry for this image", "use the proposals of these images, or skip it");
+                    let path = self.images.file(&info.file_name)?.path.clone();
+                    return Err(DataError::Malformed { path, problem: problem.into(), hint: Some(hint.into()) }.into());
+                }
+                Ok(Pixels::of(&[placement.pixels(&image)], normalisation))
+            };
             (info, placement, cx.attempt(decode))
         };
         let next = || Ok(places.next().map(|place| (place, bytes(&place))));
@@ -69,7 +140,9 @@ impl TestImages {
         stream(cx.threads, ROOM, next, prepare, |(info, placement, pixels), n_ready| {
             let Some(pixels) = cx.accept_or_skip(draft, &info.file_name, pixels, n_items)? else { return Ok(()) };
             let [width, height] = placement.to.map(i64::from);
-            use_image(TestImage { info, placement, size: ImageSize { width, height }, pixels: pixels.on(cx.device) })?;
+            let (size, pixels) = (ImageSize { width, height }, pixels.on(cx.device));
+            let proposals = self.proposals.as_ref().map(|proposals| proposals[&info.id].as_slice());
+            use_image(TestImage { info, placement, size, pixels, proposals })?;
             cx.flow(1, n_ready);
             cx.tick(1);
             cx.proceed()
@@ -81,22 +154,34 @@ impl TestImages {
     }
 }
 
-/// A batch of images `[B, 3, H, W]`, normalised, padded with zeros on the right and below.
+impl TestImage<'_> {
+    /// The proposals to look at, in px of the resized image.
+    pub(crate) fn given(&self) -> Option<rpn::Proposals> {
+        let proposals = self.proposals?;
+        let boxes: Vec<Xyxy> = proposals.iter().map(|proposal| self.placement.show(&proposal.xyxy)).collect();
+        let scores: Vec<f32> = proposals.iter().map(|proposal| proposal.score).collect();
+        let corners: Vec<[f32; 4]> = boxes.iter().map(|xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2]).collect();
+        Some(rpn::Proposals { boxes: boxes_tensor(&corners), scores: Tensor::from_slice(&scores) })
+    }
+}
+
+/// A batch of images `[B, 3, H, W]`, normalised, with a border on the right and below.
 pub(crate) struct Pixels {
     numbers: Vec<f32>,
     shape: [i64; 4],
 }
 
 impl Pixels {
-    pub(crate) fn of(images: &[Image]) -> Self {
+    pub(crate) fn of(images: &[Image], normalisation: Normalisation) -> Self {
         let longest = |side: fn(&Image) -> u32| images.iter().map(side).max().unwrap_or(STRIDE).next_multiple_of(STRIDE) as usize;
         let (width, height) = (longest(|image| image.width), longest(|image| image.height));
         let mut numbers = vec![0.0; images.len() * 3 * height * width];
         for (image, planes) in images.iter().zip(numbers.chunks_exact_mut(3 * height * width)) {
             for (channel, plane) in planes.chunks_exact_mut(height * width).enumerate() {
+                plane.fill(normalisation.border(channel));
                 for (row, levels) in plane.chunks_exact_mut(width).zip(image.rgb.chunks_exact(3 * image.width as usize)) {
                     for (number, pixel) in row.iter_mut().zip(levels.chunks_exact(3)) {
-                        *number = (f32::from(pixel[channel]) - MEAN[channel]) / STD[channel];
+                        *number = normalisation.apply(channel, f32::from(pixel[channel]));
                     }
                 }
             }
@@ -107,5 +192,27 @@ impl Pixels {
     /// `[B, 3, H, W]` f32.
     pub(crate) fn on(&self, device: Device) -> Tensor {
         Tensor::from_slice(&self.numbers).view(self.shape).to_device(device)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// S6 of LP-OVOD's specification, and the border's values there.
+    #[test]
+    fn the_border_alone_depends_on_the_order_of_padding() {
+        let image = || Image { width: 20, height: 31, rgb: (0..20 * 31 * 3_u32).map(|index| (index % 251) as u8).collect() };
+        let pixels = |padding| Pixels::of(&[image()], Normalisation::CLIP.padded(padding)).on(Device::Cpu);
+        let (fixed, reference) = (pixels(Padding::Fixed), pixels(Padding::Reference));
+        assert_eq!(fixed.size(), [1, 3, 32, 32]);
+        let inside = |all: &Tensor| all.narrow(2, 0, 31).narrow(3, 0, 20);
+        assert!(inside(&fixed).equal(&inside(&reference)));
+        for (channel, border) in [-1.792, -1.752, -1.480].into_iter().enumerate() {
+            for (row, column) in [(31, 0), (0, 20), (31, 31)] {
+                let at = [0, channel as i64, row, column];
+                assert!(fixed.double_value(&at).abs() < 1e-9 && (reference.double_value(&at) - border).abs() < 1e-3);
+            }
+        }
     }
 }

@@ -1,23 +1,31 @@
 //! `detector/import`: reads a detector that another program trained.
 
+use std::collections::BTreeMap;
+
+use ovenbird_data::classes::ClassSplit;
 use ovenbird_models::{
     checkpoint::Checkpoint,
-    rcnn::{Detector, classifier::LogitScale, layout},
+    rcnn::{
+        Detector,
+        classifier::LogitScale,
+        layout,
+        sigmoid::{self, Activation, NovelConfig, SigmoidDetector},
+    },
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Device, nn};
+use tch::{Device, Tensor, nn};
 
-use super::spec::{DetectorFile, DetectorSpec, ExtraHeads, MaskRcnnSpec, Network};
+use super::spec::{DetectorFile, DetectorSpec, ExtraHeads, MaskRcnnSpec, Network, SigmoidSpec};
 use crate::{
-    Context, In, Out, PortInfo, Problem, Result, Stage, Unit,
-    artifacts::{CheckpointFile, read_weights},
+    Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
+    artifacts::{CheckpointFile, Classes, read_weights},
     error::malformed,
 };
 
-/// Imports a detector that another program trained: checkpoints of OADP, and files that `detector/export` wrote.
+/// Imports a detector that another program trained: checkpoints of OADP and LP-OVOD, and files that `detector/export` wrote.
 ///
-/// The heads follow from the tensors in the checkpoint; all tensors of the network must be there and fit. The file does not say how the
+/// LP-OVOD's have a linear classifier, whose rows `classes` names: base classes, and novel ones if they were probed, in its order. The heads follow from the tensors in the checkpoint; all tensors of the network must be there and fit. The file does not say how the
 /// detector is used: the parameters do, with OADP's values for COCO as defaults. (OADP, sections 6.1 and 6.7.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -41,16 +49,22 @@ impl Default for Import {
 }
 
 const CHECKPOINT: In<CheckpointFile> = In::required("checkpoint", "Weights under mmdet's and OADP's names: `.pth` or safetensors.");
+const CLASSES: In<Classes> =
+    In::optional("classes", "Base and novel class names: of a detector with a linear classifier (LP-OVOD), the classes of its rows.");
 const DETECTOR: Out<DetectorFile> = Out::new("detector", "Weights under mmdet's names, safetensors, f32, and how the network is built.");
 /// A tensor with as many rows as embeddings have numbers.
 const PROJECTION: &str = "roi_head.bbox_head.fc_cls._linear.weight";
+/// The rows of base classes of a detector of LP-OVOD, those of novel classes, and the matrix that makes embeddings.
+const PROTOTYPE: &str = "roi_head.prototype";
+const PROTOTYPE_NOVEL: &str = "roi_head.prototype_novel";
+const IMAGE_PROJECTION: &str = "roi_head.projection_for_image.weight";
 /// The end of the names of OADP's counters of warm-up steps of label losses.
 const LABEL_COUNTER: &str = "_loss._weight._steps";
 
 impl Stage for Import {
     const KIND: &'static str = "detector/import";
     const VERSION: u32 = 2;
-    const INPUTS: &'static [PortInfo] = &[CHECKPOINT.info()];
+    const INPUTS: &'static [PortInfo] = &[CHECKPOINT.info(), CLASSES.info()];
     const OUTPUTS: &'static [PortInfo] = &[DETECTOR.info()];
 
     fn check(&self) -> Vec<Problem> {
@@ -65,26 +79,77 @@ impl Stage for Import {
         let [unit] = units else { return Ok(()) };
         let file = cx.inputs.read(CHECKPOINT)?;
         let checkpoint = read_weights(&file.file)?;
-        let spec = self.spec(&checkpoint)?;
         let store = nn::VarStore::new(Device::Cpu);
-        let detector = Detector::blank(&store.root(), &spec.config)?;
-        let report = layout::load(checkpoint.tensors(), detector.parameters(), &file.file.path)?.require_all(&file.file.path)?;
+        let (spec, parameters) = match checkpoint.tensors().iter().find(|(name, _)| name.ends_with(PROTOTYPE)) {
+            Some((_, prototype)) => {
+                let spec = self.sigmoid_spec(&checkpoint, prototype.size()[0], cx)?;
+                let detector = SigmoidDetector::blank(&store.root(), &spec.config)?;
+                (
+                    DetectorSpec::Sigmoid(spec),
+                    detector.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect(),
+                )
+            }
+            None => {
+                let spec = self.spec(&checkpoint)?;
+                let detector = Detector::blank(&store.root(), &spec.config)?;
+                (
+                    DetectorSpec::MaskRcnn(spec),
+                    detector.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect(),
+                )
+            }
+        };
+        let parameters: BTreeMap<String, Tensor> = parameters;
+        let report = layout::load(checkpoint.tensors(), &parameters, &file.file.path)?.require_all(&file.file.path)?;
         report.place.note().into_iter().for_each(|words| cx.note(words));
         if let Some((name, steps)) = report.counters.iter().find(|(name, _)| name.ends_with(LABEL_COUNTER)) {
             let behaviour = if *steps <= 1 { "reference" } else { "fixed" };
             cx.note(format!("the detector was trained as with `label_warmup: {behaviour}`: {name} is {steps}"));
         }
         let draft = cx.begin(unit)?;
-        draft.write_tensors(DETECTOR, "network.safetensors", detector.parameters(), &DetectorSpec::MaskRcnn(spec).metadata())?;
+        draft.write_tensors(DETECTOR, "network.safetensors", &parameters, &spec.metadata())?;
         cx.commit(draft, [("tensors".into(), report.loaded.len().into())].into())
     }
 }
 
 impl Import {
+    /// Of a detector of LP-OVOD, whose classifier has `n_base` rows.
+    fn sigmoid_spec(&self, checkpoint: &Checkpoint, n_base: i64, cx: &Context<'_>) -> Result<SigmoidSpec> {
+        let refused = |problem: String| Error::Input {
+            port: CLASSES.info().name,
+            problem,
+            hint: "give the classes that the detector was trained on, in its order: of COCO those of `annotations/split`".into(),
+        };
+        let Some(Classes(ClassSplit { base, novel })) = cx.inputs.read_if_given(CLASSES)? else {
+            return Err(refused("none are given, but the detector has a linear classifier, whose rows have no names".into()));
+        };
+        let size = |ending: &str, axis: usize| {
+            let tensor = checkpoint.tensors().iter().find(|(name, _)| name.ends_with(ending));
+            tensor.and_then(|(_, tensor)| tensor.size().get(axis).copied())
+        };
+        let novel = match size(PROTOTYPE_NOVEL, 0) {
+            Some(rows) if rows != novel.len() as i64 => {
+                return Err(refused(format!("{} novel classes, but the detector has rows for {rows}", novel.len())));
+            }
+            Some(_) => novel,
+            None => Vec::new(),
+        };
+        if base.len() as i64 != n_base {
+            return Err(refused(format!("{} base classes, but the detector has rows for {n_base}", base.len())));
+        }
+        let config = self.network.sigmoid_config(base.len(), size(IMAGE_PROJECTION, 0).map(|dim| dim as usize));
+        let n_classes = novel.len() as i64;
+        let novel_config = (n_classes > 0).then_some(NovelConfig { n_classes, activation: Activation::Sigmoid });
+        let config = sigmoid::Config { novel: novel_config, ..config };
+        Ok(SigmoidSpec { config, fits: [self.max_size, self.min_size], base, novel, clip: None })
+    }
+
     fn spec(&self, checkpoint: &Checkpoint) -> Result<MaskRcnnSpec> {
         let projection = checkpoint.tensors().iter().find(|(name, _)| name.ends_with(PROJECTION));
         let Some([embed_dim, _]) = projection.map(|(_, tensor)| tensor.size()).and_then(|size| <[i64; 2]>::try_from(size).ok()) else {
-            return Err(malformed(checkpoint.path(), format!("expected a detector of OADP, with a matrix `{PROJECTION}`")));
+            return Err(malformed(
+                checkpoint.path(),
+                format!("expected a detector of OADP, with a matrix `{PROJECTION}`, or of LP-OVOD, with `{PROTOTYPE}`"),
+            ));
         };
         let has = |part: &str| checkpoint.names().any(|name| name.contains(part));
         let heads = ExtraHeads {

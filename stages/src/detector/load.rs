@@ -6,6 +6,7 @@ use super::{
     mask_rcnn::MaskRcnnPredictor,
     options::TestOptions,
     predictor::Predictor,
+    sigmoid::SigmoidPredictor,
     spec::{DetectorFile, DetectorSpec},
 };
 use crate::{Context, Result};
@@ -21,6 +22,7 @@ pub(super) fn load(
     let (checkpoint, spec) = file.read()?;
     let source = (&checkpoint, file.file.path.as_path(), port);
     Ok(match &spec {
+        DetectorSpec::Sigmoid(spec) => Box::new(SigmoidPredictor::load(spec, source, options, classes, cx)?),
         DetectorSpec::MaskRcnn(spec) => Box::new(MaskRcnnPredictor::load(spec, source, options, classes, cx)?),
     })
 }

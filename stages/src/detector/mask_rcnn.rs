@@ -9,14 +9,14 @@ use ovenbird_data::{
 };
 use ovenbird_models::{
     checkpoint::Checkpoint,
-    detection::boxes::{Suppression, corners},
-    rcnn::{Detector, TestRule, Vocabularies, heads::DetectionRule, layout, rpn::ProposalRule},
+    detection::boxes::corners,
+    rcnn::{Detector, TestRule, Vocabularies, layout},
 };
 use tch::{Device, Kind, Tensor, nn};
 
 use super::{
     classes::{ClassTables, class_embeddings},
-    images::TestImage,
+    images::{Normalisation, Padding, TestImage},
     options::{Heads, TestOptions},
     predictor::{Found, Predictor},
     spec::MaskRcnnSpec,
@@ -30,6 +30,7 @@ pub(super) struct MaskRcnnPredictor {
     uses_object_head: bool,
     rule: TestRule,
     fits: [u32; 2],
+    padding: Padding,
     /// Owns the weights.
     _store: nn::VarStore,
 }
@@ -44,6 +45,7 @@ impl MaskRcnnPredictor {
         cx: &Context<'_>,
     ) -> Result<Self> {
         spec.check_clip(port, cx.inputs)?;
+        options.refuse_fusion()?;
         let store = nn::VarStore::new(cx.device);
         let detector = Detector::blank(&store.root(), &spec.config)?;
         layout::load(checkpoint.tensors(), detector.parameters(), path)?.require_all(path)?;
@@ -53,6 +55,7 @@ impl MaskRcnnPredictor {
             detector,
             rule: rule(options),
             fits: spec.fits,
+            padding: options.padding,
             _store: store,
         })
     }
@@ -63,10 +66,16 @@ impl Predictor for MaskRcnnPredictor {
         self.fits
     }
 
-    fn predict(&self, TestImage { placement, size, pixels, .. }: &TestImage<'_>, n_threads: usize) -> Result<Vec<Found>> {
+    fn normalisation(&self) -> Normalisation {
+        Normalisation::IMAGENET.padded(self.padding)
+    }
+
+    fn predict(&self, image: &TestImage<'_>, n_threads: usize) -> Result<Vec<Found>> {
+        let TestImage { placement, size, pixels, .. } = image;
         let vocabularies = Vocabularies { bbox: &self.classes.text, object: self.uses_object_head.then_some(&self.classes.image) };
         let mut objects = Vec::new();
-        for found in self.detector.detect(pixels, &[*size], &vocabularies, &self.rule)? {
+        let given = image.given().map(|given| vec![given]);
+        for found in self.detector.detect(pixels, &[*size], &vocabularies, given, &self.rule)? {
             let boxes = corners(&found.kept.boxes, "detections")?;
             let boxes: Vec<Xyxy> = boxes.into_iter().map(|corners| placement.find(&Xyxy::from(corners))).collect();
             let masks = match &found.masks {
@@ -96,11 +105,5 @@ fn masks(logits: &Tensor, boxes: &[Xyxy], size: [u32; 2], n_threads: usize) -> R
 }
 
 fn rule(options: &TestOptions) -> TestRule {
-    let proposals = Suppression { iou: options.proposal_iou, keep: options.proposals };
-    let detections = Suppression { iou: options.nms_iou, keep: options.max_per_image };
-    TestRule {
-        proposals: ProposalRule { per_level: options.proposals, suppression: proposals, least_side: 0.0 },
-        ensemble: options.ensemble,
-        detections: DetectionRule { threshold: options.score_threshold, suppression: detections },
-    }
+    TestRule { proposals: options.proposal_rule(), ensemble: options.ensemble, detections: options.detection_rule() }
 }

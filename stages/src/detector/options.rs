@@ -1,10 +1,14 @@
 //! How a detector is run on images, as an operator writes it.
 
-use ovenbird_models::rcnn::classifier::Ensemble;
+use ovenbird_models::{
+    detection::boxes::Suppression,
+    rcnn::{classifier::Ensemble, heads::DetectionRule, rpn::ProposalRule, sigmoid::Fusion},
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::Problem;
+use super::images::Padding;
+use crate::{Error, Problem, Result, contract::is_default};
 
 /// The heads that classify regions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -20,15 +24,22 @@ pub enum Heads {
 /// Detects objects of base and novel classes with a trained detector.
 ///
 /// Images are resized as in training. NMS is per class; boxes are xyxy in px of the original image. A mask head predicts 28 x 28 probabilities
-/// in each box; pixels of the original image with 0.5 or more belong to the mask. (OADP, section 6.6.)
+/// in each box; pixels of the original image with 0.5 or more belong to the mask. (OADP, section 6.6; detectors with a linear classifier:
+/// LP-OVOD, section 8.)
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TestOptions {
     /// Heads that classify regions.
     pub heads: Heads,
-    /// How the scores of both heads are combined.
+    /// How the scores of both heads are combined, of a detector whose box head compares with class embeddings.
     pub ensemble: Ensemble,
-    /// Proposals kept per pyramid level before NMS, and per image after it.
+    /// How the scores of both heads and of proposals are combined, of a detector with a linear classifier (`head: sigmoid`).
+    #[serde(skip_serializing_if = "is_default")]
+    pub fusion: Fusion,
+    /// What fills images up to a multiple of 32 px.
+    #[serde(skip_serializing_if = "is_default")]
+    pub padding: Padding,
+    /// The detector's own proposals kept per pyramid level before NMS, and per image after it; unused where `proposals` are an input.
     pub proposals: usize,
     /// NMS removes a proposal whose IoU with a better one of its level is greater.
     pub proposal_iou: f32,
@@ -45,6 +56,8 @@ impl Default for TestOptions {
         Self {
             heads: Heads::Both,
             ensemble: Ensemble::default(),
+            fusion: Fusion::default(),
+            padding: Padding::default(),
             proposals: 1000,
             proposal_iou: 0.7,
             score_threshold: 0.0,
@@ -62,7 +75,13 @@ impl TestOptions {
         let are_weights = [box_base, box_novel, object_base, object_novel]
             .iter()
             .all(|weight| weight.scale > 0.0 && weight.scale.is_finite() && is_positive(weight.exponent));
+        let Fusion { alpha, beta, novel_temperature, image_temperature } = self.fusion;
+        let is_above_0 = |number: f64| number > 0.0 && number.is_finite();
         Problem::unless(&[
+            ("fusion.alpha", (0.0..=1.0).contains(&alpha), "a number from 0 to 1"),
+            ("fusion.beta", (0.0..=1.0).contains(&beta), "a number from 0 to 1"),
+            ("fusion.novel_temperature", is_above_0(novel_temperature), "a number above 0"),
+            ("fusion.image_temperature", is_above_0(image_temperature), "a number above 0"),
             ("ensemble", are_weights && is_positive(objectness), "scales above 0, exponents from 0 on"),
             ("proposals", self.proposals > 0, "at least 1"),
             ("proposal_iou", (0.0..=1.0).contains(&self.proposal_iou), "a number from 0 to 1"),
@@ -70,5 +89,38 @@ impl TestOptions {
             ("nms_iou", (0.0..=1.0).contains(&self.nms_iou), "a number from 0 to 1"),
             ("max_per_image", self.max_per_image > 0, "at least 1"),
         ])
+    }
+
+    /// Fails where a rule is given that is for detectors with a linear classifier alone.
+    pub(super) fn refuse_fusion(&self) -> Result<()> {
+        match self.fusion == Fusion::default() {
+            true => Ok(()),
+            false => Err(Self::other_rule("fusion", "the detector compares with class embeddings", "ensemble")),
+        }
+    }
+
+    /// Fails where a rule is given that is not for detectors with a linear classifier.
+    pub(super) fn refuse_ensemble(&self) -> Result<()> {
+        match self.ensemble == Ensemble::default() {
+            true => Ok(()),
+            false => Err(Self::other_rule("ensemble", "the detector has a linear classifier (`head: sigmoid`)", "fusion")),
+        }
+    }
+
+    fn other_rule(given: &'static str, why: &str, other: &str) -> Error {
+        let (problem, hint) = (format!("given, but {why}"), format!("set `{other}` instead"));
+        Error::Input { port: given, problem, hint }
+    }
+
+    /// How the detector's own proposals are chosen.
+    pub(super) fn proposal_rule(&self) -> ProposalRule {
+        let suppression = Suppression { iou: self.proposal_iou, keep: self.proposals };
+        ProposalRule { per_level: self.proposals, suppression, least_side: 0.0 }
+    }
+
+    /// How detections are chosen.
+    pub(super) fn detection_rule(&self) -> DetectionRule {
+        let suppression = Suppression { iou: self.nms_iou, keep: self.max_per_image };
+        DetectionRule { threshold: self.score_threshold, suppression }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     In,
-    artifacts::{AnnotationFile, CheckpointFile, Classes, Images, Prompts},
+    artifacts::{AnnotationFile, CheckpointFile, Classes, Images, Prompts, Proposals},
 };
 
 pub(crate) const IMAGES: In<Images> = In::required("images", "Folder that the annotations' file names are relative to.");
@@ -11,6 +11,10 @@ pub(crate) const ANNOTATIONS: In<AnnotationFile> =
 pub(crate) const PRETRAINED: In<CheckpointFile> =
     In::optional("pretrained", "Initial weights from mmdet, torchvision, a ResNet, or SoCo. Tensors that do not fit are listed.");
 pub(crate) const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
+pub(crate) const PROPOSALS: In<Proposals> = In::optional(
+    "proposals",
+    "Boxes in the same images to classify (`proposals/oln`, `proposals/import`); without them the detector's own.",
+);
 pub(crate) const PROMPTS: In<Prompts> = In::optional(
     "prompts",
     "Class embeddings. Without them each base class gets a random direction and novel classes get none, so that they are found by chance alone.",

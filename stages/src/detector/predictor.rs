@@ -9,7 +9,7 @@ use ovenbird_data::{
     masks::PackedMask,
 };
 
-use super::images::{TestImage, TestImages};
+use super::images::{Normalisation, TestImage, TestImages};
 use crate::{Context, Result, UnitDraft};
 
 /// An object that a network found in an image.
@@ -29,6 +29,9 @@ pub(crate) trait Predictor {
     /// The maximum lengths of the longer and the shorter side of its images, in px.
     fn fits(&self) -> [u32; 2];
 
+    /// How levels of its images become its input.
+    fn normalisation(&self) -> Normalisation;
+
     /// The objects in an image, best first. `n_threads`: how many threads it may use besides the network's own.
     fn predict(&self, image: &TestImage<'_>, n_threads: usize) -> Result<Vec<Found>>;
 }
@@ -43,7 +46,9 @@ pub(crate) fn predict_each(
     cx: &Context<'_>,
     mut receive: impl FnMut(&ImageInfo, Vec<Found>) -> Result<()>,
 ) -> Result<()> {
-    images.each(places, predictor.fits(), draft, cx, |image| receive(image.info, predictor.predict(&image, cx.threads)?))
+    images.each(places, predictor.fits(), predictor.normalisation(), draft, cx, |image| {
+        receive(image.info, predictor.predict(&image, cx.threads)?)
+    })
 }
 
 /// An object as a detection. `ids`: the category of each class.

@@ -11,7 +11,7 @@ use super::{
     images::TestImages,
     load::load,
     options::TestOptions,
-    ports::{ANNOTATIONS, CLASSES, IMAGES, MULTILABEL_PROMPTS, PROMPTS},
+    ports::{ANNOTATIONS, CLASSES, IMAGES, MULTILABEL_PROMPTS, PROMPTS, PROPOSALS},
     predictor::{detection, predict_each},
     spec::DetectorFile,
 };
@@ -81,8 +81,15 @@ const CURVE: Out<Curve> = Out::new("curve", "AP and AP50 of base and novel class
 impl Stage for Select {
     const KIND: &'static str = "detector/select";
     const VERSION: u32 = 4;
-    const INPUTS: &'static [PortInfo] =
-        &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), MULTILABEL_PROMPTS.info(), CHECKPOINTS.info()];
+    const INPUTS: &'static [PortInfo] = &[
+        IMAGES.info(),
+        ANNOTATIONS.info(),
+        CLASSES.info(),
+        PROMPTS.info(),
+        MULTILABEL_PROMPTS.info(),
+        PROPOSALS.info(),
+        CHECKPOINTS.info(),
+    ];
     const OUTPUTS: &'static [PortInfo] = &[BEST.info(), BEST_EVALUATION.info(), LAST_EVALUATION.info(), CURVE.info()];
     const USES_DEVICE: bool = true;
     const SKIPS_ITEMS: bool = true;
@@ -104,7 +111,7 @@ impl Stage for Select {
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let Checkpoints(files) = cx.inputs.read(CHECKPOINTS)?;
         let ids = Classes::category_ids(&annotations, classes.all())?;
-        let images = TestImages::open(cx.inputs.read(IMAGES)?, annotations, cx)?;
+        let images = TestImages::open(cx.inputs.read(IMAGES)?, annotations, cx)?.with_proposals(PROPOSALS, cx)?;
         let n_images = images.annotations.images.len();
         cx.total((units.len() * n_images) as u64);
         for unit in units {

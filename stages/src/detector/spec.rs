@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use ovenbird_cache::inputs::InputFile;
 use ovenbird_models::{
     checkpoint::Checkpoint,
-    rcnn::{Config, classifier::LogitScale},
+    rcnn::{Config, classifier::LogitScale, sigmoid},
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -19,8 +19,10 @@ const SPEC_KEY: &str = "ovenbird.detector";
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum DetectorSpec {
-    /// A two-stage detector.
+    /// A two-stage detector that compares regions with class embeddings.
     MaskRcnn(MaskRcnnSpec),
+    /// A two-stage detector with a linear classifier.
+    Sigmoid(SigmoidSpec),
 }
 
 /// How a two-stage detector is built and used.
@@ -36,6 +38,22 @@ pub(crate) struct MaskRcnnSpec {
     pub(super) has_multilabel_prompts: bool,
     /// How cosines become logits, where the class embeddings bring no scale.
     pub(super) scale: LogitScale,
+    /// The CLIP whose embeddings it learned, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) clip: Option<Space>,
+}
+
+/// How a two-stage detector with a linear classifier is built and used.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SigmoidSpec {
+    pub(super) config: sigmoid::Config,
+    /// Maximum lengths of the longer and the shorter side of images, in px.
+    pub(super) fits: [u32; 2],
+    /// The classes of the classifier's rows.
+    pub(super) base: Vec<String>,
+    /// The classes of the rows that were probed.
+    pub(super) novel: Vec<String>,
     /// The CLIP whose embeddings it learned, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) clip: Option<Space>,
@@ -128,6 +146,15 @@ impl Network {
             ..all
         };
         if heads.mask { config.with_masks() } else { config }
+    }
+
+    /// A detector of this size with a linear classifier of so many base classes; `embed_dim`: of the embeddings that it learns, if any.
+    pub(super) fn sigmoid_config(self, n_base: usize, embed_dim: Option<usize>) -> sigmoid::Config {
+        let (n_base, embed_dim) = (n_base as i64, embed_dim.map(|dim| dim as i64));
+        match self {
+            Self::R50 => sigmoid::Config::r50(n_base, embed_dim),
+            Self::Toy => sigmoid::Config::toy(n_base, embed_dim),
+        }
     }
 
     /// How many regions of an image are sampled for the heads.

@@ -9,19 +9,35 @@ use super::{
     classes::{class_embeddings, spaces_of_prompts},
     criterion::{Crowds, MaskRcnnCriterion},
     distillation::Distillation,
+    images::Normalisation,
     ports::{ANNOTATIONS, CLASSES, IMAGES, MULTILABEL_PROMPTS, PRETRAINED, PROMPTS},
     pretrained::load_pretrained,
-    spec::{DetectorFile, ExtraHeads, MaskRcnnSpec, Network},
+    sigmoid::SigmoidCriterion,
+    spec::{DetectorFile, ExtraHeads, MaskRcnnSpec, Network, SigmoidSpec},
     training::Training,
 };
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Classes, ImageFeatures, RegionFeatures},
     clip::{Space, space},
+    contract::is_default,
     training::{Ports, train},
 };
 
-/// Trains an open-vocabulary two-stage detector on base classes: ViLD, and with `blocks` and `globals` OADP's distillation pyramid.
+/// How the box head classifies regions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Head {
+    /// By class embeddings, with a softmax over classes and background (ViLD, OADP).
+    #[default]
+    Embeddings,
+    /// By a linear classifier of base classes, each with a sigmoid, trained with a focal loss; of the losses of `distillation` only `objects` is
+    /// used, on every proposal in `features`. Images are normalised by CLIP's statistics. (LP-OVOD, section 5.)
+    Sigmoid,
+}
+
+/// Trains an open-vocabulary two-stage detector on base classes: ViLD, and with `blocks` and `globals` OADP's distillation pyramid; with
+/// `head: sigmoid` LP-OVOD's.
 ///
 /// The box head classifies regions by class embeddings and refines boxes. Each of the inputs `features`, `blocks` and `globals` adds a head
 /// that learns CLIP's embeddings; the heads of blocks and of whole images also learn which base classes are shown. Of these heads only the
@@ -32,6 +48,9 @@ use crate::{
 pub struct Train {
     /// Size of the network.
     pub network: Network,
+    /// How the box head classifies regions.
+    #[serde(skip_serializing_if = "is_default")]
+    pub head: Head,
     /// Add a class-agnostic mask head, as OADP does for LVIS.
     pub masks: bool,
     /// Temperature of cosines in training.
@@ -53,6 +72,7 @@ impl Default for Train {
     fn default() -> Self {
         Self {
             network: Network::R50,
+            head: Head::default(),
             masks: false,
             train_temperature: 0.01,
             test_temperature: 0.007,
@@ -96,6 +116,7 @@ impl Stage for Train {
     fn check(&self) -> Vec<Problem> {
         let is_positive = |number: f64| number > 0.0 && number.is_finite();
         let mut problems = Problem::unless(&[
+            ("masks", !self.masks || self.head == Head::Embeddings, "false with `head: sigmoid`, which has no mask head"),
             ("train_temperature", is_positive(self.train_temperature), "a number above 0"),
             ("test_temperature", is_positive(self.test_temperature), "a number above 0"),
         ]);
@@ -118,6 +139,9 @@ impl Stage for Train {
                 hint: "name the classes with labels in training under `base`".into(),
             });
         }
+        if self.head == Head::Sigmoid {
+            return self.run_sigmoid(classes.base, units, cx);
+        }
         let embeddings = class_embeddings(cx.inputs, &classes)?;
         let spec = self.spec(embeddings.size()[1], cx.inputs)?;
         let (dim, classes) = (spec.config.embed_dim, spec.tables(embeddings, cx.inputs, &classes, cx.device)?);
@@ -135,6 +159,34 @@ impl Stage for Train {
 }
 
 impl Train {
+    /// Trains a detector with a linear classifier.
+    fn run_sigmoid(&self, base: Vec<String>, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        for port in [PROMPTS.info(), MULTILABEL_PROMPTS.info(), BLOCKS.info(), GLOBALS.info()] {
+            if cx.inputs.ports.contains_key(port.name) {
+                let problem = "given, but a detector with `head: sigmoid` learns without it".into();
+                let hint = "leave it out of this step; `detector/test` takes `prompts`".into();
+                return Err(Error::Input { port: port.name, problem, hint });
+            }
+        }
+        let features = cx.inputs.read_if_given(FEATURES)?;
+        let dim = features.as_ref().map(RegionFeatures::dim).transpose()?;
+        let spec = SigmoidSpec {
+            config: self.network.sigmoid_config(base.len(), dim),
+            fits: self.training.fits(),
+            base,
+            novel: Vec::new(),
+            clip: features.map(|features| features.clip()).transpose()?.flatten(),
+        };
+        let (n_regions, training) = (self.network.regions_per_image(), self.training.light(cx));
+        let criterion = SigmoidCriterion::new(spec, n_regions, self.crowds, &self.distillation, &training, cx.device)?;
+        load_pretrained(criterion.tensors(), units, cx)?;
+        let dim = dim.unwrap_or_default() as i64;
+        let loader = DetectionLoader::new(&training, cx)?.with_features([FEATURES, BLOCKS], GLOBALS, dim, cx)?;
+        let loader = loader.normalised(Normalisation::CLIP);
+        loader.look_for_images(cx)?;
+        train(&loader.training().config(), &loader, &criterion, &PORTS, units, cx)
+    }
+
     /// How a detector for class embeddings of `embed_dim` numbers is built and used.
     fn spec(&self, embed_dim: i64, inputs: &Inputs) -> Result<MaskRcnnSpec> {
         let is_given = |port: PortInfo| inputs.ports.contains_key(port.name);

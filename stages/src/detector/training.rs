@@ -102,6 +102,9 @@ pub struct Training {
     pub max_size: [u32; 2],
     /// Range from which the length of the shorter side is drawn for each image, in px; detection uses its upper end.
     pub min_size: [u32; 2],
+    /// Lengths are drawn this far apart, from the lower ends of their ranges on, in px.
+    #[serde(skip_serializing_if = "is_one")]
+    pub size_step: u32,
     /// Images with a class that fewer than this fraction of the images show are repeated (LVIS: 0.001); 0 for no repetition.
     pub repeat_threshold: f64,
     /// Precision in which the network computes.
@@ -149,6 +152,7 @@ impl Default for Training {
             accumulation_steps: 1,
             max_size: [1330, 1333],
             min_size: [640, 800],
+            size_step: 1,
             repeat_threshold: 0.0,
             precision: TrainPrecision::F32,
             optimizer: OptimizerKind::Sgd,
@@ -186,6 +190,7 @@ impl Training {
             ("training.accumulation_steps", self.accumulation_steps > 0, "at least 1"),
             ("training.max_size", is_range(self.max_size), "two sides from 32 px on, the smaller first"),
             ("training.min_size", is_range(self.min_size), "two sides from 32 px on, the smaller first"),
+            ("training.size_step", self.size_step > 0, "at least 1"),
             ("training.repeat_threshold", is_part(self.repeat_threshold), "a number from 0 to below 1"),
             ("training.momentum", is_part(self.momentum), "a number from 0 to below 1"),
             ("training.betas", self.betas.into_iter().all(is_part), "two numbers from 0 to below 1"),
@@ -272,6 +277,11 @@ impl Training {
         };
         parameters.iter().map(parameter).collect()
     }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_one(number: &u32) -> bool {
+    *number == 1
 }
 
 /// The group of the longest key that is a part of a parameter's name.

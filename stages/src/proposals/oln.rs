@@ -15,7 +15,7 @@ use crate::{
     Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::Proposals,
     detector::{
-        images::{TestImage, TestImages},
+        images::{Normalisation, TestImage, TestImages},
         ports::{ANNOTATIONS, IMAGES},
         predictor::{Found, Predictor, predict_each},
     },
@@ -106,6 +106,10 @@ impl OlnPredictor {
 impl Predictor for OlnPredictor {
     fn fits(&self) -> [u32; 2] {
         self.fits
+    }
+
+    fn normalisation(&self) -> Normalisation {
+        Normalisation::IMAGENET
     }
 
     fn predict(&self, TestImage { placement, size, pixels, .. }: &TestImage<'_>, _n_threads: usize) -> Result<Vec<Found>> {

@@ -579,7 +579,7 @@ fn a_toy_detector_learns_two_images_by_heart_and_repeats_itself() {
     // What it learned, it detects.
     let (images, classes) = (images("images.toy", [2, 3, 96, 128]), toy_classes());
     let vocabularies = Vocabularies { bbox: &classes, object: None };
-    let found = detector.detect(&images, &SIZES, &vocabularies, &TestRule::default()).unwrap();
+    let found = detector.detect(&images, &SIZES, &vocabularies, None, &TestRule::default()).unwrap();
     for (image, Detections { kept, masks }) in found.iter().enumerate() {
         assert!(kept.scores.is_sorted_by(|a, b| a >= b) && kept.scores.len() <= 300);
         assert_eq!(masks.as_ref().unwrap().size(), [kept.rows.len() as i64, 28, 28]);
@@ -600,7 +600,7 @@ fn scores_are_joined_with_those_of_the_object_head() {
     let (images, classes) = (images("images.toy", [2, 3, 96, 128]), toy_classes());
     let detect = |detector: &Detector, object| {
         let vocabularies = Vocabularies { bbox: &classes, object };
-        detector.detect(&images, &SIZES, &vocabularies, &TestRule::default())
+        detector.detect(&images, &SIZES, &vocabularies, None, &TestRule::default())
     };
     let joined = detect(&with_both, Some(&classes)).unwrap();
     let plain = detect(&with_both, None).unwrap();
@@ -613,7 +613,7 @@ fn scores_are_joined_with_those_of_the_object_head() {
     let of_the_box_head = Ensemble { box_base: one, box_novel: one, object_base: none, object_novel: none, ..Ensemble::default() };
     let rule = TestRule { ensemble: of_the_box_head, ..TestRule::default() };
     let vocabularies = Vocabularies { bbox: &classes, object: Some(&classes) };
-    let unmoved = with_both.detect(&images, &SIZES, &vocabularies, &rule).unwrap();
+    let unmoved = with_both.detect(&images, &SIZES, &vocabularies, None, &rule).unwrap();
     assert_eq!(unmoved[1].kept.scores, plain[1].kept.scores);
     let refusal = detect(&alone, Some(&classes)).unwrap_err().to_string();
     assert_eq!(refusal, "classes of the object head: expected none: the detector has no object head, found a vocabulary");
