@@ -15,6 +15,7 @@
 //! | `image-features`, `region-features` | Arrow shards | [`ImageFeatures`], [`RegionFeatures`] |
 //! | `embedding-matrix` | a matrix of numbers without a header, or a `.npy` | [`MatrixFile`] |
 //! | `feature-files` | features in the format of OADP: a folder of `{id:012}.pth` | [`FeatureFiles`] |
+//! | `region-samples` | features of sampled regions, Arrow shards | [`RegionSamples`] |
 //! | `crops` | an Arrow shard of encoded images | [`Crops`] |
 //! | `evaluation` | json | [`EvaluationFile`] |
 //! | `results` | detections in the results format of COCO and LVIS, json | [`ResultsFile`] |
@@ -24,6 +25,7 @@ pub(crate) mod feature_files;
 mod features;
 mod images;
 mod matrix;
+mod samples;
 mod tables;
 
 use std::{collections::BTreeMap, path::Path};
@@ -55,6 +57,8 @@ pub use images::Images;
 pub(crate) use images::listed;
 pub(crate) use matrix::{Matrix, MatrixShape, narrowed};
 pub use matrix::{MatrixDtype, MatrixFile};
+pub(crate) use samples::SamplesByImage;
+pub use samples::{RegionSample, RegionSamples, RegionSamplesWriter};
 pub use tables::{Detections, Proposals};
 
 use crate::{

@@ -62,7 +62,7 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    fn field(self, name: &str) -> Field {
+    pub(super) fn field(self, name: &str) -> Field {
         match self {
             Self::F16 => Field::new(name, DataType::Float16, false),
             Self::F32 => Field::new(name, DataType::Float32, false),
@@ -70,7 +70,7 @@ impl Dtype {
         }
     }
 
-    fn array(self, values: &[f32]) -> ArrayRef {
+    pub(super) fn array(self, values: &[f32]) -> ArrayRef {
         match self {
             Self::F16 => {
                 let mut halves = vec![f16::ZERO; values.len()];
@@ -100,7 +100,7 @@ fn vectors(item: Field, dim: usize) -> DataType {
     DataType::FixedSizeList(Arc::new(item), dim as i32)
 }
 
-fn vector_array(item: Field, dim: usize, values: ArrayRef) -> FixedSizeListArray {
+pub(super) fn vector_array(item: Field, dim: usize, values: ArrayRef) -> FixedSizeListArray {
     FixedSizeListArray::new(Arc::new(item), dim as i32, values, None)
 }
 
@@ -510,11 +510,11 @@ impl RegionFeaturesWriter {
     }
 }
 
-fn list_field(name: &str, item: FieldRef) -> Field {
+pub(super) fn list_field(name: &str, item: FieldRef) -> Field {
     Field::new(name, DataType::List(item), false)
 }
 
-fn embedding_field(dtype: Dtype, dim: usize) -> FieldRef {
+pub(super) fn embedding_field(dtype: Dtype, dim: usize) -> FieldRef {
     Arc::new(Field::new("item", vectors(dtype.field("item"), dim), false))
 }
 
@@ -764,7 +764,7 @@ fn clip_of(shards: &[InputFile]) -> Result<Option<Space>> {
 }
 
 /// Every record batch of some shards in order, with the path of its shard for messages.
-fn batches(shards: &[InputFile]) -> impl Iterator<Item = Result<(PathBuf, RecordBatch)>> {
+pub(super) fn batches(shards: &[InputFile]) -> impl Iterator<Item = Result<(PathBuf, RecordBatch)>> {
     shards.iter().flat_map(|file| {
         let batches = file.shard().map(|shard| {
             let n_batches = shard.n_batches();
@@ -786,22 +786,22 @@ fn flatten_result<T>(rows: Result<Vec<T>>) -> impl Iterator<Item = Result<T>> {
     rows.into_iter().map(Ok).chain(error)
 }
 
-fn column<'a>(path: &Path, batch: &'a RecordBatch, name: &str) -> Result<&'a ArrayRef> {
+pub(super) fn column<'a>(path: &Path, batch: &'a RecordBatch, name: &str) -> Result<&'a ArrayRef> {
     batch.column_by_name(name).ok_or_else(|| malformed(path, format!("expected a column `{name}`")))
 }
 
-fn u64_column(path: &Path, batch: &RecordBatch, name: &str) -> Result<Vec<u64>> {
+pub(super) fn u64_column(path: &Path, batch: &RecordBatch, name: &str) -> Result<Vec<u64>> {
     let ids = column(path, batch, name)?.as_primitive_opt::<UInt64Type>();
     Ok(ids.ok_or_else(|| malformed(path, format!("expected u64 in `{name}`")))?.values().to_vec())
 }
 
-fn list_column<'a>(path: &Path, batch: &'a RecordBatch, name: &str) -> Result<&'a ListArray> {
+pub(super) fn list_column<'a>(path: &Path, batch: &'a RecordBatch, name: &str) -> Result<&'a ListArray> {
     let list = column(path, batch, name)?.as_list_opt::<i32>();
     list.ok_or_else(|| malformed(path, format!("expected lists in `{name}`")))
 }
 
 /// The numbers of a column of vectors, and how many each vector has.
-fn vector_column(path: &Path, array: &ArrayRef) -> Result<(Vec<f32>, usize)> {
+pub(super) fn vector_column(path: &Path, array: &ArrayRef) -> Result<(Vec<f32>, usize)> {
     let vectors = array.as_fixed_size_list_opt().ok_or_else(|| malformed(path, "expected vectors"))?;
     let dim = vectors.value_length() as usize;
     let values = vectors.values().slice(vectors.offset() * dim, vectors.len() * dim);

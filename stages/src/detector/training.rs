@@ -251,7 +251,7 @@ impl Training {
             LrSchedule::Steps => Decay::Tenths(self.lr_steps.clone()),
             LrSchedule::Cosine => Decay::Cosine { steps: self.steps },
         };
-        let warmup = Warmup::FromThousandth { steps: self.warmup_steps.into() };
+        let warmup = Warmup::From { part: 0.001, steps: self.warmup_steps.into() };
         let optimizer = OptimizerConfig {
             algorithm: match self.optimizer {
                 OptimizerKind::Sgd => Algorithm::Sgd { momentum: self.momentum },

@@ -14,8 +14,8 @@ pub(crate) struct Schedule {
 /// How the learning rate grows in the first steps. Both grow linearly.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Warmup {
-    /// From a thousandth of the peak at step 0 (mmdet).
-    FromThousandth { steps: f64 },
+    /// From a part of the peak at step 0 (mmdet).
+    From { part: f64, steps: f64 },
     /// Step 0 is the first of as many equal parts as there are steps (CLIP).
     FromFirstPart { steps: f64 },
 }
@@ -34,11 +34,11 @@ pub(crate) enum Decay {
 
 impl Warmup {
     /// No warm-up.
-    pub(crate) const NONE: Self = Self::FromThousandth { steps: 0.0 };
+    pub(crate) const NONE: Self = Self::From { part: 1.0, steps: 0.0 };
 
     fn steps(self) -> f64 {
         match self {
-            Self::FromThousandth { steps } | Self::FromFirstPart { steps } => steps,
+            Self::From { steps, .. } | Self::FromFirstPart { steps } => steps,
         }
     }
 }
@@ -49,7 +49,7 @@ impl Schedule {
         let (step_number, n_warmup) = (f64::from(step), self.warmup.steps());
         if step_number < n_warmup {
             return match self.warmup {
-                Warmup::FromThousandth { .. } => self.peak * (0.001 + 0.999 * (step_number / n_warmup)),
+                Warmup::From { part, .. } => self.peak * (part + (1.0 - part) * (step_number / n_warmup)),
                 Warmup::FromFirstPart { .. } => self.peak * (step_number + 1.0) / n_warmup,
             };
         }
@@ -72,9 +72,26 @@ mod tests {
     /// The schedules of OADP for COCO: parity check D7 of its specification.
     #[test]
     fn rates_are_those_of_the_specification() {
-        let schedule = Schedule { peak: 0.02, warmup: Warmup::FromThousandth { steps: 500.0 }, decay: Decay::Tenths(vec![30_000]) };
+        let schedule = Schedule { peak: 0.02, warmup: Warmup::From { part: 0.001, steps: 500.0 }, decay: Decay::Tenths(vec![30_000]) };
         for (step, lr) in [(0, 2e-5), (250, 0.010_01), (499, 0.019_960_04), (500, 0.02), (29_999, 0.02), (30_000, 0.002)] {
             assert!((schedule.lr_at(step) - lr).abs() < 1e-12, "{step}: {}", schedule.lr_at(step));
+        }
+    }
+
+    /// LP-OVOD's schedules, of its training on base classes and of probing (L7 and L8).
+    #[test]
+    fn rates_of_lp_ovod_are_those_of_its_specification() {
+        let training =
+            Schedule { peak: 0.02, warmup: Warmup::From { part: 0.001, steps: 500.0 }, decay: Decay::Tenths(vec![16 * 6736, 19 * 6736]) };
+        for (step, lr) in
+            [(0, 2e-5), (250, 0.010_01), (499, 0.019_960_04), (500, 0.02), (107_775, 0.02), (107_776, 0.002), (127_984, 0.0002)]
+        {
+            assert!((training.lr_at(step) - lr).abs() < 1e-12, "{step}: {}", training.lr_at(step));
+        }
+        let probing =
+            Schedule { peak: 0.001, warmup: Warmup::From { part: 0.1, steps: 20.0 }, decay: Decay::Tenths(vec![8 * 642, 11 * 642]) };
+        for (step, lr) in [(0, 1e-4), (10, 5.5e-4), (19, 9.55e-4), (20, 1e-3), (5135, 1e-3), (5136, 1e-4), (7062, 1e-5)] {
+            assert!((probing.lr_at(step) - lr).abs() < 1e-12, "{step}: {}", probing.lr_at(step));
         }
     }
 
@@ -85,7 +102,7 @@ mod tests {
         for (step, lr) in expected.into_iter().enumerate() {
             assert!((schedule.lr_at(step as u32) - lr).abs() < 1e-12, "{step}");
         }
-        let warmed_up = Schedule { warmup: Warmup::FromThousandth { steps: 5.0 }, ..schedule };
+        let warmed_up = Schedule { warmup: Warmup::From { part: 0.001, steps: 5.0 }, ..schedule };
         assert!((warmed_up.lr_at(5) - 0.02).abs() < 1e-12);
     }
 
