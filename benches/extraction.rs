@@ -82,17 +82,18 @@ fn main() {
         let stages = [
             (
                 "clip/globals",
-                json!({"view": "square"}),
+                json!({"resize": "square"}),
                 n(n_images).next_multiple_of(64).min(n_images),
                 1,
                 Shown::Images([64, 3, 224, 224]),
             ),
-            ("clip/globals", json!({"view": "native"}), n(n_images / 8), 1, Shown::Images([1, 3, 480, 640])),
+            ("clip/globals", json!({"resize": "native"}), n(n_images / 8), 1, Shown::Images([1, 3, 480, 640])),
             ("clip/blocks", json!({}), n(n_images / 16), 27, Shown::Images([64, 3, 224, 224])),
             ("clip/objects", json!({}), n(n_images / 16), PROPOSALS, Shown::Objects(16)),
             ("clip/proposals", json!({"expand": [1.0, 1.5]}), n(n_images / 16), 2 * PROPOSALS, Shown::Images([64, 3, 224, 224])),
+            ("clip/proposals", json!({"rule": "lp-ovod"}), n(n_images / 16), 2 * PROPOSALS, Shown::Images([64, 3, 224, 224])),
         ];
-        let loading = end_to_end(folder, &[("clip/globals", &json!({"view": "square"}))], precision, 1, 1)
+        let loading = end_to_end(folder, &[("clip/globals", &json!({"resize": "square"}))], precision, 1, 1)
             - 64.0 / bare(&clip, Shown::Images([64, 3, 224, 224]), Duration::from_secs(2));
         println!("{precision}: loading the network takes {loading:.2} s, which is in every stage's time below");
         for (stage, params, n_images, views, shown) in stages {
@@ -285,7 +286,7 @@ fn end_to_end(folder: &Path, stages: &[(&str, &Value)], precision: &str, n_image
 
 /// Several stages in one pass beside one after the other.
 fn one_pass(folder: &Path, precision: &str, n_images: usize) {
-    let (nothing, native) = (json!({}), json!({"view": "native"}));
+    let (nothing, native) = (json!({}), json!({"resize": "native"}));
     let stages = [("clip/globals", &native), ("clip/objects", &nothing), ("crops/objects", &nothing)];
     let apart: f64 = stages.iter().map(|stage| end_to_end(folder, &[*stage], precision, n_images, PROPOSALS)).sum();
     let together = end_to_end(folder, &stages, precision, n_images, PROPOSALS);

@@ -272,10 +272,12 @@ fn published_pipelines_run_on_the_published_layout() {
         world.write(&format!("coco/annotations/instances_{coco}.json"), annotations.to_string());
         std::fs::create_dir_all(world.path("coco/proposals")).unwrap();
         let proposals = world.find(&["toy-world", &format!("{part}_proposals")]);
-        std::fs::copy(proposals, world.path(&format!("coco/proposals/oln_r50_fpn_coco_{part}.pkl"))).unwrap();
+        for name in [format!("oln_r50_fpn_coco_{part}.pkl"), format!("{part}_coco_proposals.pkl")] {
+            std::fs::copy(&proposals, world.path(&format!("coco/proposals/{name}"))).unwrap();
+        }
     }
     // Nothing is wrong with either but that files are not there.
-    for name in ["vild-ov-coco", "vild-ov-lvis", "oadp-ov-coco", "oadp-ov-lvis"] {
+    for name in ["vild-ov-coco", "vild-ov-lvis", "oadp-ov-coco", "oadp-ov-lvis", "lp-ovod-ov-coco"] {
         let refused = world.run(["plan", name]);
         assert!(refused.code == 4 && refused.stderr.contains("hint: put the files there"), "{}", refused.stderr);
     }
@@ -305,6 +307,12 @@ fn published_pipelines_run_on_the_published_layout() {
     let made = ["blocks", "detector", "globals", "multilabel", "select", "test", "val-blocks"];
     assert!(made.iter().all(|step| run.steps("done").contains(&(*step).to_owned())), "{}", run.stderr);
     assert!(run.stderr.contains("novel AP50: best at step 1, "), "{}", run.stderr);
+
+    let of_features = ["features.max_size=160", "features.min_size=[96, 96]", "boxes.min_objectness=0.0"];
+    let run = dry_run("lp-ovod-ov-coco", &[&sets[..], &of_features].concat());
+    let made = ["boxes", "coco", "detector", "features", "oracle-coco", "probe", "regions", "test", "val-proposals"];
+    assert!(made.iter().all(|step| run.steps("done").contains(&(*step).to_owned())), "{}", run.stderr);
+    assert!(run.stderr.contains("searched "), "{}", run.stderr);
 
     // LVIS is on the same pictures, whose embeddings were made for COCO.
     for part in ["train", "val"] {

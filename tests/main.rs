@@ -11,6 +11,7 @@ mod evaluation;
 mod extraction;
 mod faults;
 mod interchange;
+mod lp_ovod;
 mod matrix;
 mod own_data;
 mod pictures;

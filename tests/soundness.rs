@@ -53,6 +53,8 @@ stages:
   - id: val-proposals
     use: proposals/import
     in: {proposals: world.val_proposals, annotations: world.val}
+  - {id: mapped, use: proposals/import, in: {proposals: pickle.proposals, annotations: world.train, id_map: pickle.id_map}, with: {max_per_image: 9}}
+  - {id: oracle, use: proposals/oracle, in: {proposals: val-proposals.proposals, annotations: world.val, classes: split.classes}}
   - id: globals
     use: clip/globals
     in: {images: world.images, annotations: split.annotations, checkpoint: clip.checkpoint}
@@ -69,6 +71,41 @@ stages:
     use: clip/proposals
     in: {images: world.images, annotations: world.val, proposals: val-proposals.proposals, checkpoint: clip.checkpoint}
     with: {clip: {precision: f32}}
+  - id: crops-of-proposals
+    use: clip/proposals
+    in: {images: world.images, annotations: world.train, proposals: proposals.proposals, checkpoint: clip.checkpoint}
+    with: {rule: lp-ovod, min_side: 0.0, clip: {precision: f32}}
+  - {id: matrix, use: embeddings/export, in: {features: crops-of-proposals.features, annotations: world.train}}
+  - id: matrix-again
+    use: embeddings/import
+    in: {matrix: matrix.matrix, proposals: proposals.proposals, id_map: matrix.id_map, annotations: world.train}
+    with: {dim: 64}
+  - id: boxes
+    use: retrieve/boxes
+    in: {features: matrix-again.features, prompts: ensemble.prompts, classes: split.classes, annotations: world.train, categories: split.annotations}
+    with: {min_objectness: 0.2, per_class: 2}
+  - {id: numbers, use: retrieve/statistics, in: {annotations: boxes.annotations}}
+  - id: sigmoid
+    use: detector/train
+    in: {images: world.images, annotations: split.annotations, classes: split.classes, features: crops-of-proposals.features}
+    with:
+      network: toy
+      head: sigmoid
+      training: {steps: 2, checkpoint_every: 1, keep_checkpoints: 1, batch_size: 2, max_size: [128, 128], min_size: [96, 128], size_step: 32}
+  - id: features
+    use: detector/features
+    in: {images: world.images, annotations: boxes.annotations, detector: sigmoid.detector}
+    with: {max_size: 128, min_size: [96, 128], regions: 16}
+  - id: probe
+    use: detector/probe
+    in: {features: features.features, annotations: boxes.annotations, classes: split.classes, detector: sigmoid.detector}
+    with: {epochs: 1, checkpoint_every: 2}
+  - id: probed
+    use: detector/test
+    in: {images: world.images, annotations: world.val, classes: split.classes, prompts: ensemble.prompts, proposals: val-proposals.proposals, detector: probe.detector}
+    with: {max_per_image: 20}
+  - {id: probed-out, use: detector/export, in: {detector: probe.detector}}
+  - {id: probed-in, use: detector/import, in: {checkpoint: probed-out.checkpoint, classes: split.classes}, with: {network: toy, max_size: 128, min_size: 128}}
   - id: val-blocks
     use: clip/blocks
     in: {images: world.images, annotations: world.val, checkpoint: clip.checkpoint}
@@ -141,7 +178,7 @@ stages:
     with: {max_per_image: 20}
   - id: select
     use: detector/select
-    in: {images: world.images, annotations: world.val, classes: split.classes, prompts: ensemble.prompts, multilabel_prompts: learned.prompts, checkpoints: detector.detector}
+    in: {images: world.images, annotations: world.val, classes: split.classes, prompts: ensemble.prompts, multilabel_prompts: learned.prompts, proposals: val-proposals.proposals, checkpoints: detector.detector}
     with: {group: all, test: {max_per_image: 20}}
   - id: detector-out
     use: detector/export

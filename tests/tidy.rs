@@ -158,6 +158,29 @@ fn published_pipelines_have_the_published_numbers() {
         let asked = json!({"heads": "both", "proposals": 1000, "nms_iou": 0.5, "score_threshold": 0.0, "max_per_image": 300});
         assert_holds(&parameters(pipeline, "test"), &asked, pipeline);
     }
+    // LP-OVOD's specification, sections 5.3, 6.1, 7 and 8.
+    let lp_ovod = |id: &str, expected: Value| assert_holds(&parameters("lp-ovod-ov-coco", id), &expected, id);
+    lp_ovod("regions", json!({"rule": "lp-ovod", "min_side": 0.0, "dtype": "f16"}));
+    lp_ovod("prompts", json!({"templates": "bare-name"}));
+    lp_ovod("detector", json!({"network": "r50", "head": "sigmoid", "crowds": "background"}));
+    let detector = parameters("lp-ovod-ov-coco", "detector");
+    assert_eq!(detector["distillation"]["objects"], weight(256.0, 0));
+    assert_eq!(detector["distillation"]["images_per_group"], 2);
+    let training = json!({
+        "epochs": 20, "lr_epochs": [16, 19], "batch_size": 16, "max_size": [1333, 1333], "min_size": [640, 800], "size_step": 32, "lr": 0.02,
+        "momentum": 0.9, "weight_decay": 2.5e-5, "warmup_steps": 500, "clip_grad_norm": 15.0, "optimizer": "sgd", "lr_schedule": "steps",
+    });
+    assert_holds(&detector["training"], &training, "lp-ovod-ov-coco");
+    lp_ovod("boxes", json!({"min_objectness": 0.6_f32, "per_class": 100}));
+    lp_ovod("features", json!({"max_size": 1333, "min_size": [640, 800], "size_step": 32, "regions": 512, "background_per_object": 10}));
+    let probing = json!({
+        "classifier": "sigmoid", "epochs": 12, "lr_epochs": [8, 11], "batch_size": 2, "lr": 0.001, "momentum": 0.9, "weight_decay": 2.5e-5,
+        "warmup_steps": 20, "warmup_from": 0.1,
+    });
+    lp_ovod("probe", probing);
+    let fusion = parameters("lp-ovod-ov-coco", "test");
+    assert!(fusion.get("fusion").is_none(), "the published fusion is the default");
+    lp_ovod("test", json!({"heads": "both", "score_threshold": 0.05_f32, "nms_iou": 0.5, "max_per_image": 100}));
     let learned = json!({"epochs": 3, "batch_size": 16, "lr": 0.05, "weight_decay": 0.001, "loss_weight": 640.0});
     assert_holds(&parameters("oadp-ov-coco", "multilabel"), &learned, "oadp-ov-coco");
 }
@@ -167,12 +190,14 @@ fn every_test_that_a_recipe_names_exists() {
     let sources = Command::new("git").args(["ls-files", "*.rs"]).current_dir(root()).output().unwrap();
     let sources = String::from_utf8(sources.stdout).unwrap();
     let code: String = sources.lines().map(|path| fs::read_to_string(root().join(path)).unwrap()).collect();
-    let recipe = fs::read_to_string(root().join("docs/recipes/oadp.md")).unwrap();
-    let (_, table) = recipe.split_once("## Where parity is checked").unwrap();
-    let rows: Vec<&str> = table.lines().filter(|line| line.starts_with("| ") && line.contains('`')).collect();
-    assert!(rows.len() > 15, "{rows:?}");
-    for name in rows.iter().flat_map(|row| row.split('`').skip(1).step_by(2)) {
-        assert!(code.contains(&format!("fn {name}(")), "{name}");
+    for page in ["oadp", "lp-ovod"] {
+        let recipe = fs::read_to_string(root().join(format!("docs/recipes/{page}.md"))).unwrap();
+        let (_, table) = recipe.split_once("## Where parity is checked").unwrap();
+        let rows: Vec<&str> = table.lines().filter(|line| line.starts_with("| ") && line.contains('`')).collect();
+        assert!(rows.len() > 15, "{rows:?}");
+        for name in rows.iter().flat_map(|row| row.split('`').skip(1).step_by(2)) {
+            assert!(code.contains(&format!("fn {name}(")), "{page}: {name}");
+        }
     }
 }
 

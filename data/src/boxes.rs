@@ -264,6 +264,41 @@ mod tests {
         assert_eq!(xyxy(99.8, 79.9, 100.0, 80.0).expanded(1.0, size), [99, 79, 100, 80]);
     }
 
+    /// The table of LP-OVOD's specification, section 3.2, and what follows from the rule.
+    #[test]
+    fn crops_of_lp_ovod_grow_outwards_and_stay_in_the_image() {
+        for (corners, plain, grown) in [
+            ([10.0, 20.0, 110.0, 70.0], [9, 19, 111, 71], [0, 7, 136, 83]),
+            ([0.4, 0.2, 31.9995, 64.0], [0, 0, 33, 65], [0, 0, 40, 80]),
+            ([600.2, 400.7, 640.0, 480.0], [600, 400, 640, 480], [590, 380, 640, 480]),
+            ([100.5, 100.5, 101.2, 101.2], [100, 100, 102, 102], [100, 100, 102, 102]),
+        ] {
+            let xyxy = Xyxy::from(corners);
+            assert_eq!([xyxy.expanded_outwards(1.0, [640, 480]), xyxy.expanded_outwards(1.5, [640, 480])], [plain, grown], "{corners:?}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(10_000))]
+
+        /// The rule in the plainest words, in f64.
+        #[test]
+        fn outward_crops_are_as_written_down(x in 0.0_f32..639.0, y in 0.0_f32..479.0, w in 0.0_f32..300.0, h in 0.0_f32..300.0) {
+            let xyxy = Xyxy { x1: x, y1: y, x2: (x + w).min(640.0), y2: (y + h).min(480.0) };
+            let [x1, y1, x2, y2] = [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2].map(f64::from);
+            let rounded = |[x1, y1, x2, y2]: [f64; 4]| {
+                [(x1 - 0.001).floor().max(0.0), (y1 - 0.001).floor().max(0.0), (x2 + 0.001).ceil().min(640.0), (y2 + 0.001).ceil().min(480.0)].map(|side| side as i64)
+            };
+            let half = [1.25 * x1 - 0.25 * x2, 1.25 * y1 - 0.25 * y2, 1.25 * x2 - 0.25 * x1, 1.25 * y2 - 0.25 * y1];
+            let (plain, grown) = (xyxy.expanded_outwards(1.0, [640, 480]), xyxy.expanded_outwards(1.5, [640, 480]));
+            prop_assert_eq!(plain, rounded([x1, y1, x2, y2]));
+            prop_assert_eq!(grown, rounded(half));
+            prop_assert!(grown[0] <= plain[0] && grown[1] <= plain[1] && plain[2] <= grown[2] && plain[3] <= grown[3]);
+            prop_assert!(grown[0] >= 0 && grown[1] >= 0 && grown[2] <= 640 && grown[3] <= 480);
+            prop_assert!(plain[2] > plain[0] && plain[3] > plain[1]);
+        }
+    }
+
     #[test]
     fn a_box_survives_the_format_of_json() {
         let xyxy = Xyxy { x1: 1.5, y1: 2.0, x2: 4.0, y2: 8.25 };

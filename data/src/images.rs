@@ -673,6 +673,22 @@ mod tests {
         }
     }
 
+    /// A sliver of 3 x 400 becomes 224 x 29,866 before its centre is cut out.
+    #[test]
+    fn windows_equal_the_whole_image_resized_and_cut() {
+        let rgb = (0..420 * 64 * 3_u32).map(|index| (index.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let image = Image { width: 64, height: 420, rgb };
+        for rectangle in [[20, 10, 23, 410], [0, 0, 33, 65], [10, 20, 64, 47], [5, 6, 7, 8]] {
+            let preprocess = Preprocess { side_px: 32, resize: SquareResize::Shortest, mean: [0.0; 3], std: [1.0; 3] };
+            let [x1, y1, x2, y2] = rectangle;
+            let (to, [left, top]) = preprocess.resized([(x2 - x1) as u32, (y2 - y1) as u32]);
+            let whole = image.resize_window(rectangle, to, [0, 0, to[0], to[1]]);
+            let row = |row: u32| &whole.rgb[3 * (((top + row) * to[0]) + left) as usize..][..3 * 32];
+            let cut: Vec<u8> = (0..32).flat_map(row).copied().collect();
+            assert_eq!(preprocess.square_of(&image, rectangle).rgb, cut, "{rectangle:?}");
+        }
+    }
+
     #[test]
     fn a_squashed_square_shows_the_whole_image() {
         let image = picture(90, 60);

@@ -5,6 +5,7 @@ mod html;
 mod origins;
 mod page;
 mod picture;
+mod retrieved;
 
 use std::{
     collections::BTreeMap,
@@ -172,11 +173,20 @@ fn gather(store: &Store, run: &str) -> Result<Gathered> {
     }
     let sources = log.first().map_or_else(BTreeMap::new, |first| first.event.sources());
     let origins = Origins::of(store, &run.run, sources, &run.steps, &artifacts);
+    let mut retrieved = Vec::new();
+    if let Ok(origins) = &origins {
+        for found in retrieved::retrieved(&run.steps, &artifacts, origins) {
+            match found {
+                Ok(found) => retrieved.push(found),
+                Err(error) => unread.push(format!("retrieved boxes: {}", error.message())),
+            }
+        }
+    }
     let pictures = origins.and_then(|origins| gallery::gallery(&run.steps, &artifacts, &origins)).unwrap_or_else(|error| {
         unread.push(format!("pictures: {}", error.message()));
         None
     });
-    Ok(Gathered { run, after, spans, bytes, flow, artifacts, evaluations, trainings, pictures, skipped, unread })
+    Ok(Gathered { run, after, spans, bytes, flow, artifacts, evaluations, trainings, retrieved, pictures, skipped, unread })
 }
 
 /// The items that a step skipped, whichever run did; each once, in ascending name.

@@ -5,6 +5,8 @@ use serde_yaml::Value as Yaml;
 
 /// The named pipelines that come with the program.
 pub(crate) const NAMED: &[(&str, &str)] = &[
+    ("lp-ovod-ov-coco", include_str!("../../pipelines/lp-ovod-ov-coco.yaml")),
+    ("lp-ovod-toy", include_str!("../../pipelines/lp-ovod-toy.yaml")),
     ("oadp-ov-coco", include_str!("../../pipelines/oadp-ov-coco.yaml")),
     ("oadp-ov-lvis", include_str!("../../pipelines/oadp-ov-lvis.yaml")),
     ("oadp-toy", include_str!("../../pipelines/oadp-toy.yaml")),

@@ -17,12 +17,14 @@
 //! | `feature-files` | features in the format of OADP: a folder of `{id:012}.pth` | [`FeatureFiles`] |
 //! | `region-samples` | features of sampled regions, Arrow shards | [`RegionSamples`] |
 //! | `crops` | an Arrow shard of encoded images | [`Crops`] |
+//! | `hits` | what a search found, Parquet | [`Hits`] |
 //! | `evaluation` | json | [`EvaluationFile`] |
 //! | `results` | detections in the results format of COCO and LVIS, json | [`ResultsFile`] |
 
 mod curve;
 pub(crate) mod feature_files;
 mod features;
+mod hits;
 mod images;
 mod matrix;
 mod samples;
@@ -49,10 +51,11 @@ use tch::{Kind, Tensor};
 
 pub use curve::Curve;
 pub use feature_files::FeatureFiles;
-pub(crate) use features::{ByImage, Piece, Places, ReusedRows, Row, RowKind, RowWriter};
+pub(crate) use features::{ByImage, Embeddings, Piece, Places, ReusedRows, Row, RowKind, RowWriter};
 pub use features::{
     Crop, Crops, CropsWriter, Dtype, ImageFeatures, ImageFeaturesWriter, RegionFeatures, RegionFeaturesWriter, Regions, WholeBox,
 };
+pub use hits::{Hits, RegionHit, Searched};
 pub use images::Images;
 pub(crate) use images::listed;
 pub(crate) use matrix::{Matrix, MatrixShape, narrowed};

@@ -32,6 +32,7 @@ pub mod prompts;
 pub mod proposals;
 mod registry;
 mod renamed;
+pub mod retrieve;
 #[cfg(test)]
 #[path = "../../tests/support/skip.rs"]
 mod skip;

@@ -13,7 +13,7 @@ use crate::{
     ports::PortInfo,
     prompts, proposals,
     renamed::renamed_parameter,
-    toy,
+    retrieve, toy,
     units::Unit,
 };
 
@@ -47,6 +47,8 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<exchange::Export<objects::ToFiles>>(),
     StageEntry::of::<annotations::pseudo_labels::PseudoLabels>(),
     StageEntry::of::<detect::ZeroShot>(),
+    StageEntry::of::<retrieve::boxes::Boxes>(),
+    StageEntry::of::<retrieve::statistics::Statistics>(),
     StageEntry::of::<oln::train::Train>(),
     StageEntry::of::<proposals::oln::Oln>(),
     StageEntry::of::<detector::train::Train>(),
@@ -161,6 +163,7 @@ mod tests {
             "clip/blocks",
             "clip/objects",
             "clip/proposals",
+            "retrieve/boxes",
             "oln/train",
             "proposals/oln",
             "detector/train",
@@ -192,6 +195,7 @@ mod tests {
             "objects/export",
             "annotations/pseudo-labels",
             "detect/zero-shot",
+            "retrieve/statistics",
             "detector/probe",
             "detector/export",
             "detector/import",

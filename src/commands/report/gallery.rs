@@ -98,7 +98,12 @@ pub(super) fn gallery(steps: &[StepState], artifacts: &BTreeMap<StepId, Artifact
 }
 
 /// The folder with the images that a step is about, or why it cannot be read; `None` where no step of the run reads them.
-fn images(step: &StepId, annotations: &Annotations, origins: &Origins<'_>, notes: &mut Vec<String>) -> Option<Result<Images, String>> {
+pub(super) fn images(
+    step: &StepId,
+    annotations: &Annotations,
+    origins: &Origins<'_>,
+    notes: &mut Vec<String>,
+) -> Option<Result<Images, String>> {
     let mut problem = None;
     for ImageInput { step: reader, port, is_upstream } in origins.image_inputs(step) {
         let opened = origins.given(&reader, port).and_then(|given| match given {

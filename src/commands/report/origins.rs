@@ -121,6 +121,16 @@ impl<'a> Origins<'a> {
         found
     }
 
+    /// The inputs of a kind that a step and those before it read, the nearest first.
+    pub(super) fn inputs_of_kind(&self, step: &StepId, kind: &str) -> Vec<(StepId, &'static str)> {
+        let ports = |id: &StepId| {
+            let stage = self.steps.iter().find(|step| step.id == *id).map_or("", |step| &step.kind);
+            let ports = find(stage).into_iter().flat_map(|entry| entry.inputs).filter(|port| port.kind == kind);
+            ports.map(|port| (id.clone(), port.name)).collect::<Vec<_>>()
+        };
+        self.upstream(step).iter().flat_map(ports).collect()
+    }
+
     /// The inputs with images that may be those of a step: its own and those of the steps that it reads from, the nearest first; then those
     /// of all other steps.
     pub(super) fn image_inputs(&self, step: &StepId) -> Vec<ImageInput> {

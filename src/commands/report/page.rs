@@ -12,6 +12,7 @@ use ovenbird_stages::{FailedItem, artifacts::Curve};
 use super::{
     gallery::Gallery,
     html::{escape, put},
+    retrieved::Retrieved,
 };
 use crate::{
     output::{count, duration},
@@ -33,6 +34,8 @@ pub(super) struct Gathered {
     pub(super) artifacts: BTreeMap<StepId, Artifact>,
     pub(super) evaluations: Vec<Evaluated>,
     pub(super) trainings: Vec<(StepId, Curve)>,
+    /// What steps retrieved.
+    pub(super) retrieved: Vec<Retrieved>,
     pub(super) pictures: Option<Gallery>,
     /// The items that each step skipped.
     pub(super) skipped: BTreeMap<StepId, Vec<FailedItem>>,
@@ -56,7 +59,8 @@ impl Gathered {
         let trainings = self.trainings.iter().map(|(step, _)| format!("{step}.curve"));
         let artifacts = self.artifacts.keys().map(|step| format!("{step}.artifact"));
         let pictures = self.pictures.as_ref().filter(|pictures| pictures.has_images()).map(|_| "pictures".to_owned());
-        evaluations.chain(trainings).chain(artifacts).chain(pictures).collect()
+        let retrieved = self.retrieved.iter().map(Retrieved::part);
+        evaluations.chain(trainings).chain(artifacts).chain(retrieved).chain(pictures).collect()
     }
 }
 
@@ -91,6 +95,7 @@ pub(super) fn render(gathered: &Gathered) -> String {
         classes(&mut out, evaluation);
         out.push_str("</section>");
     }
+    gathered.retrieved.iter().for_each(|retrieved| retrieved.render(&mut out));
     gathered.pictures.iter().for_each(|pictures| pictures.render(&mut out));
     skipped(&mut out, gathered);
     trainings(&mut out, gathered);

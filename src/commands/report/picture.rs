@@ -176,7 +176,8 @@ fn covers_line(label: &Xyxy, xyxy: &Xyxy, pixel: f32) -> bool {
     overlap(label, &outer) && !is_inside
 }
 
-fn base64(bytes: &[u8]) -> String {
+/// Bytes as an address holds them.
+pub(super) fn base64(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
     for group in bytes.chunks(3) {

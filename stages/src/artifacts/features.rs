@@ -10,6 +10,7 @@
 //! (`ovenbird.clip`), if known.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, HashMap},
     ops::Range,
     path::{Path, PathBuf},
@@ -579,7 +580,69 @@ impl RegionFeatures {
     }
 }
 
+/// The regions of some images, as they lie in the memory map.
+pub(crate) struct RegionBatch {
+    path: PathBuf,
+    batch: RecordBatch,
+}
+
+/// Embeddings `[N, D]` in the number format of their shard; bf16 is widened.
+pub(crate) enum Embeddings<'a> {
+    F16(&'a [f16]),
+    F32(Cow<'a, [f32]>),
+}
+
+impl RegionBatch {
+    /// The numbers of all embeddings, region by region.
+    pub(crate) fn embeddings(&self) -> Result<Embeddings<'_>> {
+        let lists = list_column(&self.path, &self.batch, "embedding")?;
+        let [first, last] = [0, lists.len()].map(|row| lists.value_offsets()[row] as usize);
+        let vectors = lists.values().as_fixed_size_list_opt().ok_or_else(|| malformed(&self.path, "expected vectors"))?;
+        let dim = vectors.value_length() as usize;
+        let numbers = (vectors.offset() + first) * dim..(vectors.offset() + last) * dim;
+        if let Some(halves) = vectors.values().as_primitive_opt::<Float16Type>() {
+            return Ok(Embeddings::F16(&halves.values()[numbers]));
+        }
+        if let Some(singles) = vectors.values().as_primitive_opt::<Float32Type>() {
+            return Ok(Embeddings::F32(Cow::Borrowed(&singles.values()[numbers])));
+        }
+        let values = vectors.values().slice(numbers.start, numbers.len());
+        Ok(Embeddings::F32(widened(&values).ok_or_else(|| malformed(&self.path, "expected f16, bf16 or f32"))?.into()))
+    }
+
+    /// The objectness of all regions.
+    pub(crate) fn objectness(&self) -> Result<Vec<f32>> {
+        let lists = list_column(&self.path, &self.batch, "objectness")?;
+        let [first, last] = [0, lists.len()].map(|row| lists.value_offsets()[row] as usize);
+        widened(&lists.values().slice(first, last - first)).ok_or_else(|| malformed(&self.path, "expected numbers in `objectness`"))
+    }
+
+    /// The image and the box of a region, by its place in the batch.
+    pub(crate) fn region(&self, place: usize) -> Result<(ImageId, Xyxy)> {
+        let lists = list_column(&self.path, &self.batch, "xyxy")?;
+        let offsets = lists.value_offsets();
+        let place = place + offsets[0] as usize;
+        let row = offsets.partition_point(|offset| *offset as usize <= place) - 1;
+        let image = u64_column(&self.path, &self.batch, "image_id")?[row];
+        let (corners, four) = vector_column(&self.path, &lists.values().slice(place, 1))?;
+        match corners[..] {
+            [x1, y1, x2, y2] if four == 4 => Ok((ImageId(image), Xyxy { x1, y1, x2, y2 })),
+            _ => Err(malformed(&self.path, "expected vectors of 4 in `xyxy`")),
+        }
+    }
+}
+
 impl RegionFeatures {
+    /// The number of shards.
+    pub(crate) fn n_shards(&self) -> usize {
+        self.shards.len()
+    }
+
+    /// The record batches of some shards in order; each is checked as it is reached.
+    pub(crate) fn batches(&self, shards: Range<usize>) -> impl Iterator<Item = Result<RegionBatch>> {
+        batches(&self.shards[shards]).map(|batch| batch.map(|(path, batch)| RegionBatch { path, batch }))
+    }
+
     /// Makes regions accessible by image.
     pub(crate) fn by_image(&self) -> Result<ByImage<Regions>> {
         ByImage::of(&self.shards, region_rows)

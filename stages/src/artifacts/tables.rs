@@ -48,6 +48,8 @@ const FORMAT_KEY: &str = "ovenbird.table";
 const PROPOSALS_FORMAT: u32 = 1;
 const DETECTIONS_FORMAT: u32 = 2;
 const CATEGORIES_KEY: &str = "ovenbird.categories";
+/// The key under which a table of hits describes its search.
+pub(super) const SEARCH_KEY: &str = "ovenbird.search";
 /// Rows per read.
 const BATCH_ROWS: usize = 1 << 16;
 
@@ -266,7 +268,7 @@ fn detections(path: &Path, batch: &RecordBatch, format: u32) -> Result<Vec<Detec
     rows.map(detection).filter_map(Result::transpose).collect()
 }
 
-fn box_columns(boxes: &[Option<(Xyxy, f32)>]) -> [(&'static str, ArrayRef); 5] {
+pub(super) fn box_columns(boxes: &[Option<(Xyxy, f32)>]) -> [(&'static str, ArrayRef); 5] {
     let column = |value: fn(&(Xyxy, f32)) -> f32| -> ArrayRef {
         Arc::new(boxes.iter().map(|row| row.as_ref().map(value)).collect::<Float32Array>())
     };
@@ -280,7 +282,7 @@ fn box_columns(boxes: &[Option<(Xyxy, f32)>]) -> [(&'static str, ArrayRef); 5] {
 }
 
 /// Fails if a box or a score is not finite.
-fn check_numbers(boxes: &[Option<(Xyxy, f32)>]) -> Result<()> {
+pub(super) fn check_numbers(boxes: &[Option<(Xyxy, f32)>]) -> Result<()> {
     let is_sound = |(Xyxy { x1, y1, x2, y2 }, score): &(Xyxy, f32)| [x1, y1, x2, y2, score].into_iter().all(|number| number.is_finite());
     match boxes.iter().flatten().find(|row| !is_sound(row)) {
         None => Ok(()),
@@ -291,7 +293,8 @@ fn check_numbers(boxes: &[Option<(Xyxy, f32)>]) -> Result<()> {
     }
 }
 
-fn write_table(mut file: DraftFile, columns: Vec<(&str, ArrayRef)>, format: u32, mut entries: Vec<KeyValue>) -> Result<()> {
+/// Writes a table with its format and further entries in the metadata, and finishes the file.
+pub(super) fn write_table(mut file: DraftFile, columns: Vec<(&str, ArrayRef)>, format: u32, mut entries: Vec<KeyValue>) -> Result<()> {
     let nullable = columns.into_iter().map(|(name, array)| (name, array, true));
     let batch = RecordBatch::try_from_iter_with_nullable(nullable).expect("BUG: all columns have one value a row");
 
@@ -312,11 +315,13 @@ fn write_table(mut file: DraftFile, columns: Vec<(&str, ArrayRef)>, format: u32,
 }
 
 /// A table that is being read.
-struct Table<'a> {
+pub(super) struct Table<'a> {
     file: &'a InputFile,
     format: u32,
     /// Names by id, JSON.
     categories: Option<String>,
+    /// The description of a search, JSON.
+    pub(super) search: Option<String>,
     batches: ParquetRecordBatchReader,
     /// The check that the file did not change, made at the end.
     checked: Option<Checked<'a>>,
@@ -324,7 +329,7 @@ struct Table<'a> {
 
 impl<'a> Table<'a> {
     /// Opens a table of a format up to `newest`, to read all columns or `only` one.
-    fn open(input: &'a InputFile, newest: u32, only: Option<&str>) -> Result<Self> {
+    pub(super) fn open(input: &'a InputFile, newest: u32, only: Option<&str>) -> Result<Self> {
         let (checked, path) = (input.check()?, &input.path);
         let file = File::open(path).map_err(|source| ovenbird_data::Error::Read { path: path.to_owned(), source })?;
         let damaged = |error: ParquetError| malformed(path, error.to_string());
@@ -337,10 +342,10 @@ impl<'a> Table<'a> {
             let (newest, found) = (if newest > 1 { format!("1 to {newest}") } else { "1".into() }, found.unwrap_or_else(|| "none".into()));
             return Err(malformed(path, format!("expected a table of format {newest}, found {found}")));
         };
-        let categories = entry(CATEGORIES_KEY);
+        let (categories, search) = (entry(CATEGORIES_KEY), entry(SEARCH_KEY));
         let columns = only.map_or_else(ProjectionMask::all, |only| ProjectionMask::columns(builder.parquet_schema(), [only]));
         let batches = builder.with_batch_size(BATCH_ROWS).with_projection(columns).build().map_err(damaged)?;
-        Ok(Self { file: input, format, categories, batches, checked: Some(checked) })
+        Ok(Self { file: input, format, categories, search, batches, checked: Some(checked) })
     }
 }
 
@@ -355,13 +360,13 @@ impl Iterator for Table<'_> {
     }
 }
 
-fn ids(path: &Path, batch: &RecordBatch, name: &str) -> Result<Vec<u64>> {
+pub(super) fn ids(path: &Path, batch: &RecordBatch, name: &str) -> Result<Vec<u64>> {
     let column = batch.column_by_name(name).and_then(|column| column.as_primitive_opt::<UInt64Type>());
     let column = column.ok_or_else(|| malformed(path, format!("expected a u64 column `{name}`")))?;
     Ok(column.values().to_vec())
 }
 
-fn boxes(path: &Path, batch: &RecordBatch) -> Result<Vec<(Option<Xyxy>, f32)>> {
+pub(super) fn boxes(path: &Path, batch: &RecordBatch) -> Result<Vec<(Option<Xyxy>, f32)>> {
     let column = |name: &str| -> Result<Float32Array> {
         let column = batch.column_by_name(name).and_then(|column| column.as_primitive_opt::<Float32Type>());
         column.cloned().ok_or_else(|| malformed(path, format!("expected an f32 column `{name}`")))

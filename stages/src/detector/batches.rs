@@ -364,3 +364,40 @@ impl<R> Source<R> {
 pub(crate) fn boxes(boxes: &[Xyxy]) -> Tensor {
     boxes_tensor(&boxes.iter().map(|xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2]).collect::<Vec<_>>())
 }
+
+#[cfg(test)]
+mod tests {
+    use ovenbird_data::images::Image;
+    use ovenbird_models::detection::roi_align::{Alignment, Level, RoiAlign, Sampling};
+
+    use super::*;
+
+    /// L6 of LP-OVOD's specification: squares of one colour each, whose boxes are pooled from the image as a network gets it.
+    #[test]
+    fn boxes_of_distillation_go_with_the_image() {
+        let squares = [([10, 10], [220, 30, 40]), ([60, 20], [30, 200, 90]), ([25, 55], [60, 70, 250])];
+        let mut rgb = vec![0_u8; 120 * 90 * 3];
+        for ([left, top], colour) in squares {
+            for (y, x) in (top..top + 30).flat_map(|y| (left..left + 30).map(move |x| (y, x))) {
+                rgb[3 * (y * 120 + x)..][..3].copy_from_slice(&colour);
+            }
+        }
+        let image = Image { width: 120, height: 90, rgb };
+        let boxes_of_squares = || squares.map(|([left, top], _)| Xyxy::from([left, top, left + 30, top + 30].map(|corner| corner as f32)));
+        // A pooled cell well inside a square touches no other pixel.
+        let pool = RoiAlign { side: 5, sampling: Sampling::Fixed(2), alignment: Alignment::Centre, finest_scale: 1e6 };
+        for placement in [Placement::fitting([120, 90], 200, 150), Placement::fitting([120, 90], 200, 150).mirrored()] {
+            let shown = placement.pixels(&image);
+            let [width, height] = placement.to.map(i64::from);
+            let pixels = Tensor::from_slice(&shown.rgb).view([1, height, width, 3]).permute([0, 3, 1, 2]).to_kind(tch::Kind::Float);
+            let targets = RegionTargets { boxes: boxes_of_squares().to_vec(), embeddings: Vec::new() }.resized(placement);
+            let pooled = pool.forward(&[Level { features: &pixels, stride: 1 }], &[boxes(&targets.boxes)]).unwrap();
+            for (place, (_, colour)) in squares.into_iter().enumerate() {
+                for (channel, level) in colour.into_iter().enumerate() {
+                    let found = pooled.double_value(&[place as i64, channel as i64, 2, 2]);
+                    assert!((found - f64::from(level)).abs() < 1.0, "{placement:?}: square {place}, channel {channel}: {found}");
+                }
+            }
+        }
+    }
+}

@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor, nn};
 
 use super::super::{
     classifier::{Background, EmbeddingClassifier, Ensemble, HeadWeight, LogitScale, SumAboveOne, Vocabulary},
+    heads::{Trunk, TrunkConfig},
     regions::RegionsConfig,
     rpn::{self, ProposalRule, Rpn},
 };
@@ -19,7 +20,7 @@ use crate::{
         matching::{Sampler, Truth},
         resnet::{self, Depth, ResNet, StridePlace},
     },
-    golden::error,
+    golden::{error, unit},
     parameters::{Fill, Parameters},
 };
 
@@ -261,4 +262,43 @@ fn scores_of_two_heads_are_geometric_means() {
     let mut doubled = Ensemble { box_base: one, box_novel: one, object_base: none, object_novel: none, ..ensemble };
     doubled.box_novel.scale = 2.0;
     check(doubled, sure, &[0.999_899, 0.000_101]);
+}
+
+/// `trunk.py` says what was computed, and how far f32 may be from it.
+#[test]
+fn trunks_equal_those_written_down_in_numpy() {
+    let config = TrunkConfig { n_convs: 4, n_fcs: 1, width: 8 };
+    let golden: serde_json::Value = serde_json::from_str(include_str!("../../../../tests/golden/detector/trunk.json")).unwrap();
+    let numbers = |value: &serde_json::Value| serde_json::from_value::<Vec<f32>>(value.clone()).unwrap();
+    let filled = |name: &str, size: &[i64]| {
+        Tensor::from_slice(&unit(name, size.iter().product::<i64>() as usize).collect::<Vec<f32>>()).reshape(size)
+    };
+    let pooled = filled("trunk.input", &[16, 4, 7, 7]);
+    for (phase, case) in [(Phase::Test, "test"), (Phase::Train, "train")] {
+        let store = nn::VarStore::new(Device::Cpu);
+        let declared = RefCell::default();
+        let trunk = Trunk::declare(&Parameters::new(&store.root(), Fill::Seed(1), &declared), &config, [4, 7, 7]);
+        let tensors = declared.into_inner();
+        tch::no_grad(|| {
+            for (name, tensor) in &tensors {
+                // Variances and scales are positive.
+                let is_positive = name.ends_with("running_var") || name.ends_with("bn.weight");
+                let numbers = filled(name, &tensor.size()) + if is_positive { 1.5 } else { 0.0 };
+                tensor.shallow_clone().copy_(&numbers);
+            }
+        });
+        let found = trunk.forward(&pooled, phase).unwrap();
+        let apart = error(&found.detach(), &Tensor::from_slice(&numbers(&golden[case])).view([16, 8]));
+        let size = found.abs().max().double_value(&[]);
+        assert!(apart < 1e-4 * size.max(1.0), "{case}: {apart} of {size}");
+        if phase == Phase::Train {
+            for layer in 0..4 {
+                for (place, name) in ["running_mean", "running_var"].into_iter().enumerate() {
+                    let found = &tensors[&format!("shared_convs.{layer}.bn.{name}")];
+                    let expected = Tensor::from_slice(&numbers(&golden["running"][2 * layer + place]));
+                    assert!(error(found, &expected) < 1e-4 * found.abs().max().double_value(&[]).max(1.0), "{layer} {name}");
+                }
+            }
+        }
+    }
 }

@@ -1,0 +1,4 @@
+//! Stages that search embeddings.
+
+pub mod boxes;
+pub mod statistics;
