@@ -12,6 +12,7 @@ mod layers;
 pub mod multilabel;
 mod parameters;
 pub mod rcnn;
+pub mod search;
 #[cfg(test)]
 #[path = "../../tests/support/skip.rs"]
 mod skip;
