@@ -598,6 +598,7 @@ mod tests {
             artifacts: BTreeMap::new(),
             evaluations: vec![Evaluated { step: "coco".into(), kind: "eval/coco".into(), port: "evaluation", evaluation }],
             trainings: vec![("<b>".into(), Curve { rows: vec![(10, BTreeMap::from([("loss.boxes".into(), 0.5)]))] })],
+            retrieved: Vec::new(),
             pictures: None,
             skipped: BTreeMap::from([("<script>".into(), skipped)]),
             unread: vec![],
