@@ -2,7 +2,7 @@
 //! rows are in memory on both sides, f16 on ours, which is how features are stored, and f32 on theirs, which is all that this index takes. They search turn by
 //! turn in two processes, and have to find the same rows.
 //!
-//! Limits: the matrix product alone, in blocks of the same shape, and reading the rows once.
+//! Limits: the matrix product alone, in blocks of 4,096 rows, and reading the rows once.
 //!
 //! Then the same rows from a file, by blocks, with the greatest anonymous memory: 1,000,000 rows (1 GB), or 10,000,000 (10 GB)
 //! with `OVENBIRD_BENCH_SEARCH=full`.
@@ -172,13 +172,12 @@ fn anonymous_mib() -> f64 {
     kib.unwrap() / 1024.0
 }
 
-/// The product of queries and rows in blocks as a search makes them: s a row, and FLOP a row.
+/// The product of queries and rows in blocks: s a row, and FLOP a row.
 fn product_alone(queries: &[f32], product: Product) -> (f64, f64) {
     let kind = if product == Product::Bf16 { Kind::BFloat16 } else { Kind::Float };
     let n_queries = (queries.len() / D) as i64;
     let queries = Tensor::from_slice(queries).view([n_queries, D as i64]).to_kind(kind);
     let block_rows: i64 = 4096;
-    // As many blocks as rows are in memory, so that they come from there as they do in a search.
     let rows = Tensor::ones([block_rows, D as i64], (kind, Device::Cpu));
     let scores = Tensor::zeros([n_queries, block_rows], (kind, Device::Cpu));
     let n_blocks = N_ROWS as i64 / block_rows;

@@ -79,7 +79,7 @@ stages:
   - id: matrix-again
     use: embeddings/import
     in: {matrix: matrix.matrix, proposals: proposals.proposals, id_map: matrix.id_map, annotations: world.train}
-    with: {dim: 64}
+    with: {dim: 128}
   - id: boxes
     use: retrieve/boxes
     in: {features: matrix-again.features, prompts: ensemble.prompts, classes: split.classes, annotations: world.train, categories: split.annotations}

@@ -5,8 +5,8 @@
 //! centerness. A head looks at the boxes again, corrects them, and says their overlap with the object. A score is the geometric mean of both
 //! qualities. Names and rules are those of the authors' code, whose unused classifiers (`rpn_cls`, `fc_cls`) are not here.
 //!
-//! Difference: the authors' code leaves objects that touch the left or the upper border of the image out of the proposals' box loss, by
-//! a check that was meant for distances. Here they count.
+//! Differences: the authors' code leaves objects that touch the left or the upper border of the image out of the proposals' box loss, by
+//! a check that was meant for distances; here they count. There anchors in the padding propose boxes, which nothing has taught them; here not.
 
 use std::{cell::RefCell, collections::BTreeMap};
 
@@ -255,12 +255,19 @@ impl Oln {
 
 impl Seen {
     /// The best of each level for each image, without suppression: on the CPU, px, within the image, with their centerness.
+    ///
+    /// Anchors whose centre lies in the padding are left out: training never sees one, and what they say becomes slivers at the image's border.
     fn proposals(&self, sizes: &[ImageSize]) -> Result<Vec<Proposals>> {
         let of_image = |(image, &size): (usize, &ImageSize)| {
             let (mut boxes, mut scores) = (Vec::new(), Vec::new());
+            let (width, height) = (2.0 * size.width as f32, 2.0 * size.height as f32);
             for (level, anchors) in self.anchors.iter().enumerate() {
-                let logits = self.centerness[level].get(image as i64);
+                let is_in_image = |(_, [x1, y1, x2, y2]): &(usize, &Corners)| x1 + x2 < width && y1 + y2 < height;
+                let inside: Vec<i64> = anchors.iter().enumerate().filter(is_in_image).map(|(place, _)| place as i64).collect();
+                let inside = Tensor::from_slice(&inside).to_device(self.centerness[level].device());
+                let logits = self.centerness[level].get(image as i64).index_select(0, &inside);
                 let (logits, best) = logits.topk(PER_LEVEL.min(logits.size()[0]), 0, true, true);
+                let best = inside.index_select(0, &best);
                 let sides = self.sides[level].get(image as i64).index_select(0, &best).to_device(Device::Cpu);
                 let anchors: Vec<Corners> = integers(&best).into_iter().map(|place| anchors[place as usize]).collect();
                 boxes.push(clip_to_image(&around(&boxes_tensor(&anchors), &sides), size));

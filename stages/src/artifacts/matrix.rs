@@ -123,27 +123,22 @@ impl MatrixFile {
         if found == expected {
             return Ok(matrix);
         }
-        let problem = format!("expected {expected} bytes ({}), found {found}", shape.words());
-        if found == 2 * expected && expected > 0 {
-            if matrix.is_zero(expected..found)? {
-                let words = "the file is twice as long as its rows and its second half is zeros, as LP-OVOD's training leaves it when it opens f16 as \
-                             f32: the first half is read, in which the lowest byte of the first number may be lost";
-                matrix.note = Some(words.into());
-                return Ok(matrix);
-            }
-            if shape.dtype == MatrixDtype::F16 {
-                return Err(malformed(path, format!("{problem}: as many as of f32; if it is f32, set `with: {{dtype: f32}}`")));
-            }
-        }
-        if 2 * found == expected && shape.dtype == MatrixDtype::F32 {
-            return Err(malformed(path, format!("{problem}: as many as of f16; if it is f16, set `with: {{dtype: f16}}`")));
+        if found == 2 * expected && matrix.is_zero(expected..found)? {
+            let words = "the file is twice as long as its rows and its second half is zeros, as LP-OVOD's training leaves it when it opens f16 as f32: \
+                         the first half is read, in which the lowest byte of the first number may be lost";
+            matrix.note = Some(words.into());
+            return Ok(matrix);
         }
         let row = shape.row_bytes().max(1);
-        if found % row == 0 {
-            let rows = found / row;
-            return Err(malformed(path, format!("{problem}, which are {rows} rows: it was made for other proposals, or is cut short")));
-        }
-        Err(malformed(path, format!("{problem}, no whole number of rows: it is of another width or number format, or is cut short")))
+        let hint = match shape.dtype {
+            MatrixDtype::F16 if found == 2 * expected => "if it is f32, set `with: {dtype: f32}`; if its rows are longer, set `dim`",
+            MatrixDtype::F32 if 2 * found == expected => "if it is f16, set `with: {dtype: f16}`; if its rows are shorter, set `dim`",
+            _ if found % row == 0 => "give the matrix of these very proposals, or copy it again: it may be cut short",
+            _ => "check `dim` and `dtype`, or copy the file again: it may be cut short",
+        };
+        let rows = if found % row == 0 { format!(", which are {} rows", found / row) } else { String::new() };
+        let problem = format!("expected {expected} bytes ({}), found {found}{rows}", shape.words());
+        Err(ovenbird_data::Error::Malformed { path: path.clone(), problem, hint: Some(hint.into()) }.into())
     }
 }
 
@@ -267,14 +262,10 @@ mod tests {
     fn a_file_of_another_size_is_refused_with_what_it_may_be() {
         let single = MatrixShape { dtype: MatrixDtype::F32, ..SHAPE };
         for (n_bytes, shape, expected) in [
-            (
-                8,
-                SHAPE,
-                "expected 12 bytes (3 rows of 2 numbers of f16), found 8, which are 2 rows: it was made for other proposals, or is cut short",
-            ),
-            (24, SHAPE, "found 24: as many as of f32; if it is f32, set `with: {dtype: f32}`"),
-            (12, single, "found 12: as many as of f16; if it is f16, set `with: {dtype: f16}`"),
-            (13, SHAPE, "found 13, no whole number of rows: it is of another width or number format, or is cut short"),
+            (8, SHAPE, "expected 12 bytes (3 rows of 2 numbers of f16), found 8, which are 2 rows"),
+            (24, SHAPE, "found 24, which are 6 rows"),
+            (12, single, "expected 24 bytes (3 rows of 2 numbers of f32), found 12"),
+            (13, SHAPE, "expected 12 bytes (3 rows of 2 numbers of f16), found 13"),
         ] {
             let error = opened(&vec![1; n_bytes], shape).unwrap_err();
             assert!(error.ends_with(expected), "{error}");

@@ -60,7 +60,7 @@ const PORTS: Ports<OlnFile> = Ports::new(
 
 impl Stage for Train {
     const KIND: &'static str = "oln/train";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PRETRAINED.info()];
     const OUTPUTS: &'static [PortInfo] = &[PORTS.weights.info(), PORTS.state.info(), PORTS.curve.info()];
     const USES_DEVICE: bool = true;

@@ -46,7 +46,7 @@ const PROPOSALS: Out<Proposals> = Out::new("proposals", "Boxes (xyxy, px) and sc
 
 impl Stage for Oln {
     const KIND: &'static str = "proposals/oln";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), NETWORK.info()];
     const OUTPUTS: &'static [PortInfo] = &[PROPOSALS.info()];
     const USES_DEVICE: bool = true;
