@@ -198,9 +198,10 @@ impl Oln {
         Ok((self.fc_reg.forward(&hidden).to_kind(Kind::Float), overlaps.to_kind(Kind::Float)))
     }
 
-    /// Makes proposals of images f32 `[B, 3, H, W]`, normalised, H and W at least 32, without gradients; `sizes`: of each, without padding.
-    /// Scores lie in (0, 1).
-    pub fn propose(&self, images: &Tensor, sizes: &[ImageSize], suppression: &Suppression) -> Result<Vec<Proposals>> {
+    /// Makes proposals of images f32 `[B, 3, H, W]`, normalised, H and W at least 32, without gradients. Scores lie in (0, 1).
+    ///
+    /// `sizes`: of each image, without padding; boxes go whose width or height is below `least_side`, px.
+    pub fn propose(&self, images: &Tensor, sizes: &[ImageSize], suppression: &Suppression, least_side: f32) -> Result<Vec<Proposals>> {
         check_count("image sizes", images.size()[0], sizes.len())?;
         tch::no_grad(|| {
             let seen = self.look(images, Phase::Test)?;
@@ -214,7 +215,10 @@ impl Oln {
                 let boxes = clip_to_image(&REGION_CODER.decode(boxes, &deltas.narrow(0, row, n))?, size);
                 let scores = (scores * overlaps.narrow(0, row, n)).sqrt();
                 row += n;
-                let kept = suppression.of_groups(&boxes, &scores, &Tensor::zeros([n], (Kind::Int64, Device::Cpu)))?;
+                let sides = boxes.narrow(1, 2, 2) - boxes.narrow(1, 0, 2);
+                let is_large = sides.ge(f64::from(least_side)).all_dim(1, false).nonzero().squeeze_dim(1);
+                let [boxes, scores] = [boxes, scores].map(|all| all.index_select(0, &is_large));
+                let kept = suppression.of_groups(&boxes, &scores, &is_large.zeros_like())?;
                 let kept = Tensor::from_slice(&kept);
                 Ok(Proposals { boxes: boxes.index_select(0, &kept), scores: scores.index_select(0, &kept) })
             };

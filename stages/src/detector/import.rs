@@ -84,21 +84,14 @@ impl Stage for Import {
             Some((_, prototype)) => {
                 let spec = self.sigmoid_spec(&checkpoint, prototype.size()[0], cx)?;
                 let detector = SigmoidDetector::blank(&store.root(), &spec.config)?;
-                (
-                    DetectorSpec::Sigmoid(spec),
-                    detector.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect(),
-                )
+                (DetectorSpec::Sigmoid(spec), views(detector.parameters()))
             }
             None => {
                 let spec = self.spec(&checkpoint)?;
                 let detector = Detector::blank(&store.root(), &spec.config)?;
-                (
-                    DetectorSpec::MaskRcnn(spec),
-                    detector.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect(),
-                )
+                (DetectorSpec::MaskRcnn(spec), views(detector.parameters()))
             }
         };
-        let parameters: BTreeMap<String, Tensor> = parameters;
         let report = layout::load(checkpoint.tensors(), &parameters, &file.file.path)?.require_all(&file.file.path)?;
         report.place.note().into_iter().for_each(|words| cx.note(words));
         if let Some((name, steps)) = report.counters.iter().find(|(name, _)| name.ends_with(LABEL_COUNTER)) {
@@ -109,6 +102,11 @@ impl Stage for Import {
         draft.write_tensors(DETECTOR, "network.safetensors", &parameters, &spec.metadata())?;
         cx.commit(draft, [("tensors".into(), report.loaded.len().into())].into())
     }
+}
+
+/// The same tensors, for longer than the network.
+fn views(parameters: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
+    parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
 }
 
 impl Import {

@@ -14,6 +14,7 @@ use tch::nn;
 use crate::{
     Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::Proposals,
+    contract::is_default,
     detector::{
         images::{Normalisation, TestImage, TestImages},
         ports::{ANNOTATIONS, IMAGES},
@@ -33,11 +34,15 @@ pub struct Oln {
     pub nms_iou: f32,
     /// Proposals kept per image.
     pub max_per_image: usize,
+    /// Boxes smaller than this on either side are left out, in px of the original image. A network never learns from anchors that cross the
+    /// border of an image, where it may see small objects.
+    #[serde(skip_serializing_if = "is_default")]
+    pub min_side: f32,
 }
 
 impl Default for Oln {
     fn default() -> Self {
-        Self { nms_iou: 0.7, max_per_image: 1500 }
+        Self { nms_iou: 0.7, max_per_image: 1500, min_side: 0.0 }
     }
 }
 
@@ -56,6 +61,7 @@ impl Stage for Oln {
         Problem::unless(&[
             ("nms_iou", (0.0..=1.0).contains(&self.nms_iou), "a number from 0 to 1"),
             ("max_per_image", self.max_per_image > 0, "at least 1"),
+            ("min_side", self.min_side >= 0.0, "0 px or more"),
         ])
     }
 
@@ -87,6 +93,7 @@ impl Stage for Oln {
 struct OlnPredictor {
     network: network::Oln,
     suppression: Suppression,
+    min_side: f32,
     fits: [u32; 2],
     /// Owns the weights.
     _store: nn::VarStore,
@@ -99,7 +106,7 @@ impl OlnPredictor {
         let network = network::Oln::blank(&store.root(), &spec.config)?;
         layout::load(checkpoint.tensors(), network.parameters(), path)?.require_all(path)?;
         let suppression = Suppression { iou: stage.nms_iou, keep: stage.max_per_image };
-        Ok(Self { network, suppression, fits: spec.fits, _store: store })
+        Ok(Self { network, suppression, min_side: stage.min_side, fits: spec.fits, _store: store })
     }
 }
 
@@ -114,7 +121,9 @@ impl Predictor for OlnPredictor {
 
     fn predict(&self, TestImage { placement, size, pixels, .. }: &TestImage<'_>, _n_threads: usize) -> Result<Vec<Found>> {
         let mut objects = Vec::new();
-        for found in self.network.propose(pixels, &[*size], &self.suppression)? {
+        // Both axes have the same scale, up to a px.
+        let scale = placement.to[0] as f32 / placement.from[0] as f32;
+        for found in self.network.propose(pixels, &[*size], &self.suppression, self.min_side * scale)? {
             let scores = Vec::<f32>::try_from(&found.scores).map_err(ovenbird_models::Error::from)?;
             let object = |(corners, score)| Found { xyxy: placement.find(&Xyxy::from(corners)), class: 0, score, mask: None };
             objects.extend(corners(&found.boxes, "proposals")?.into_iter().zip(scores).map(object));

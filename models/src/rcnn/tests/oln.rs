@@ -33,7 +33,7 @@ fn it_learns_and_proposes_as_written_down_with_torchvision() {
     }
 
     let suppression = Suppression { iou: 0.7, keep: 30 };
-    let found = network.propose(&images, &sizes, &suppression).unwrap().remove(0);
+    let found = network.propose(&images, &sizes, &suppression, 0.0).unwrap().remove(0);
     let apart = |found: &Tensor, expected: Tensor| (found - expected).abs().max().double_value(&[]);
     let n = found.scores.size()[0];
     assert!(apart(&found.scores, golden.tensor("scores", &[n])) < 1e-5);
