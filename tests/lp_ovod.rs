@@ -281,12 +281,21 @@ fn what_the_method_cannot_use_is_said_in_words() {
         let refused = world.run(["run", "./wrong.yaml"]);
         assert!(refused.code != 0 && refused.stderr.contains(expected), "{expected}:\n{}", refused.stderr);
     };
-    // A base label among the pseudo labels.
+    // Features of other labels, and of another detector.
     refused(
         "annotations: boxes.annotations, detector: detector.detector}",
         "annotations: train.annotations, detector: detector.detector}",
-        "which is a base class: probing learns novel classes alone",
+        "give the annotations that `detector/features` read",
     );
+    let of_probe = "annotations: boxes.annotations, classes: train.classes, detector: detector.detector}";
+    let (head, tail) = SMALL.split_once("  - id: boxes\n").unwrap();
+    let (_, training) = head.split_once("  - id: detector\n").unwrap();
+    let other = format!("  - id: other\n{}", training.replace("steps: 4", "seed: 9, steps: 4"));
+    let of_other = of_probe.replace("detector.detector", "other.detector");
+    world.write("wrong.yaml", format!("{head}{other}  - id: boxes\n{}", tail.replace(of_probe, &of_other)));
+    let strange = world.run(["run", "./wrong.yaml"]);
+    assert!(strange.code == 4 && strange.stderr.contains("made by another detector than the one at `detector`"), "{}", strange.stderr);
+    // A base label among the pseudo labels.
     let labels = world.find(&["retrieve-boxes", "annotations.json"]);
     let mut json: Value = serde_json::from_slice(&fs::read(labels).unwrap()).unwrap();
     json["annotations"][4]["category_id"] = 0.into();

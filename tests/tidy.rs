@@ -64,8 +64,9 @@ fn stages_read_files_through_their_digests() {
             }
         }
     }
-    // Weights and published prompts by `read_with`, tables by `check`; numbers of goldens in tests; weights that the stage has just written.
-    let expected = ["artifacts.rs", "artifacts/tables.rs", "prompts/golden.rs", "prompts/published.rs", "toy/clip.rs"];
+    // Weights and published prompts by `read_with`, tables and matrices by `check`; numbers of goldens in tests; weights that the stage has just written.
+    let expected =
+        ["artifacts.rs", "artifacts/matrix.rs", "artifacts/tables.rs", "prompts/golden.rs", "prompts/published.rs", "toy/clip.rs"];
     assert_eq!(found, expected.map(String::from).into());
 }
 

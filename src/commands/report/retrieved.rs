@@ -53,7 +53,7 @@ pub(super) struct Retrieved {
 struct Sheet {
     name: String,
     n_boxes: usize,
-    n_images: usize,
+    images: BTreeSet<ImageId>,
     /// The greatest and the least.
     cosines: Option<[f32; 2]>,
     /// How many overlap an object of the class, where objects are annotated.
@@ -96,7 +96,7 @@ fn of_step(step: &StepId, artifact: &Artifact, port: &str, origins: &Origins<'_>
         let shown = hits.iter().take(n_shown).map(|hit| shown(hit, &labels, images.as_ref(), is_right(hit)));
         sheets.push(Sheet {
             n_boxes: hits.len(),
-            n_images: hits.iter().map(|hit| hit.image_id).collect::<BTreeSet<ImageId>>().len(),
+            images: hits.iter().map(|hit| hit.image_id).collect(),
             cosines: hits.first().zip(hits.last()).map(|(best, last)| [best.cosine, last.cosine]),
             n_right: judged.map(|judged| judged.into_iter().filter(|is_right| *is_right).count()),
             pictures: shown.collect(),
@@ -209,19 +209,20 @@ impl Retrieved {
             }
             row + "</tr>"
         };
-        for Sheet { name, n_boxes, n_images, cosines, n_right, .. } in &self.classes {
-            out.push_str(&row(name, [*n_boxes, *n_images], *cosines, *n_right));
+        for Sheet { name, n_boxes, images, cosines, n_right, .. } in &self.classes {
+            out.push_str(&row(name, [*n_boxes, images.len()], *cosines, *n_right));
         }
+        let images: BTreeSet<&ImageId> = self.classes.iter().flat_map(|sheet| &sheet.images).collect();
         let sum = |number: fn(&Sheet) -> usize| self.classes.iter().map(number).sum::<usize>();
         let all: Vec<[f32; 2]> = self.classes.iter().filter_map(|sheet| sheet.cosines).collect();
         let range = all.iter().copied().reduce(|[best, last], [other_best, other_last]| [best.max(other_best), last.min(other_last)]);
         let n_right = has_truth.then(|| sum(|sheet| sheet.n_right.unwrap_or(0)));
-        out.push_str(&row("all", [sum(|sheet| sheet.n_boxes), sum(|sheet| sheet.n_images)], range, n_right));
+        out.push_str(&row("all", [sum(|sheet| sheet.n_boxes), images.len()], range, n_right));
         out.push_str("</table></div>");
         if has_truth {
             put!(
                 out,
-                "<p class=\"quiet\">Precision: the boxes that overlap an annotated object of their class by an IoU of {MIN_IOU}. No stage reads these annotations.</p>"
+                "<p class=\"quiet\">Precision: the boxes that overlap an annotated object of their class by an IoU of {MIN_IOU}. Retrieval does not read these annotations.</p>"
             );
         }
     }

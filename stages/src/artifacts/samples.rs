@@ -1,7 +1,8 @@
 //! Features of a frozen detector for regions that were sampled for training, in Arrow shards.
 //!
 //! `region-samples`: one row per view of an image, views of an image one after the other: `image_id` u64, and lists: `feature` `[N, W]` of
-//! the sampled regions, those that match an object first, and `category_id` u64 `[O]` of these objects; the others are background.
+//! the sampled regions, those that match an object first, and `category_id` u64 `[O]` of these objects; the others are background. The schema's
+//! metadata has the digest of the detector (`ovenbird.detector`).
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
@@ -11,7 +12,7 @@ use arrow::{
     datatypes::{DataType, Field, FieldRef, Schema, UInt64Type},
 };
 use ovenbird_cache::{
-    DraftFile, Fingerprint,
+    Digest, DraftFile, Fingerprint,
     inputs::InputFile,
     shard::{Compression, ShardWriter},
 };
@@ -20,6 +21,8 @@ use ovenbird_data::annotations::{CategoryId, ImageId};
 use super::features::{Dtype, batches, embedding_field, list_column, list_field, u64_column, vector_array, vector_column};
 use crate::{Artifact, Result, error::malformed};
 
+/// The metadata key of the digest of the detector.
+const DETECTOR_KEY: &str = "ovenbird.detector";
 /// Rows of a record batch, which is checked as a whole; a row may have 512 features.
 const ROWS_PER_BATCH: usize = 24;
 
@@ -43,13 +46,14 @@ pub struct RegionSamplesWriter {
 }
 
 impl RegionSamplesWriter {
-    /// Begins the shard of a unit with features of `width` numbers.
-    pub fn new(file: DraftFile, unit: &Fingerprint, dtype: Dtype, width: usize) -> Result<Self> {
+    /// Begins the shard of a unit with features of `width` numbers, by a detector with this digest.
+    pub fn new(file: DraftFile, unit: &Fingerprint, dtype: Dtype, width: usize, detector: &Digest) -> Result<Self> {
         let schema = Schema::new(vec![
             Field::new("image_id", DataType::UInt64, false),
             list_field("feature", embedding_field(dtype, width)),
             list_field("category_id", category_field()),
-        ]);
+        ])
+        .with_metadata([(DETECTOR_KEY.to_owned(), detector.to_hex())].into());
         Ok(Self { shard: ShardWriter::new(file, &schema, unit, Compression::None)?, dtype, width, rows: Vec::new() })
     }
 
@@ -115,6 +119,16 @@ pub(crate) struct SamplesByImage {
 }
 
 impl RegionSamples {
+    /// Whether all of them are by a detector with this digest.
+    pub(crate) fn are_by(&self, detector: &Digest) -> Result<bool> {
+        for file in &self.shards {
+            if file.shard()?.schema().metadata().get(DETECTOR_KEY) != Some(&detector.to_hex()) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Checks every batch once, and indexes the images.
     pub(crate) fn by_image(&self) -> Result<SamplesByImage> {
         let batches = batches(&self.shards).collect::<Result<Vec<_>>>()?;
@@ -148,15 +162,22 @@ impl SamplesByImage {
         Ok(all)
     }
 
+    /// The categories of the objects that the first regions of a view match.
+    pub(crate) fn categories_of(&self, image: ImageId, view: usize) -> Result<Vec<CategoryId>> {
+        let (batch_idx, row_idx) = self.places[&image][view];
+        let (path, batch) = &self.batches[batch_idx];
+        let categories = list_column(path, batch, "category_id")?.value(row_idx);
+        let ids = categories.as_primitive_opt::<UInt64Type>();
+        let ids = ids.ok_or_else(|| malformed(path, "expected lists of u64 in `category_id`"))?;
+        Ok(ids.values().iter().copied().map(CategoryId).collect())
+    }
+
     /// A view of an image that has one.
     pub(crate) fn get(&self, image: ImageId, view: usize) -> Result<RegionSample> {
+        let categories = self.categories_of(image, view)?;
         let (batch_idx, row_idx) = self.places[&image][view];
         let (path, batch) = &self.batches[batch_idx];
         let (features, width) = vector_column(path, &list_column(path, batch, "feature")?.value(row_idx))?;
-        let categories = list_column(path, batch, "category_id")?.value(row_idx);
-        let categories =
-            categories.as_primitive_opt::<UInt64Type>().ok_or_else(|| malformed(path, "expected lists of u64 in `category_id`"))?;
-        let categories: Vec<CategoryId> = categories.values().iter().copied().map(CategoryId).collect();
         if width == 0 || categories.len() > features.len() / width {
             return Err(malformed(path, format!("image {image}: more objects than regions")));
         }

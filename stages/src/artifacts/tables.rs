@@ -50,6 +50,8 @@ const DETECTIONS_FORMAT: u32 = 2;
 const CATEGORIES_KEY: &str = "ovenbird.categories";
 /// The key under which a table of hits describes its search.
 pub(super) const SEARCH_KEY: &str = "ovenbird.search";
+/// How far a box may reach outside its image, in px: proposal networks round.
+const TOLERANCE_PX: f32 = 1.0;
 /// Rows per read.
 const BATCH_ROWS: usize = 1 << 16;
 
@@ -97,6 +99,24 @@ impl Proposals {
             })
         };
         images.into_iter().map(of_image).collect()
+    }
+
+    /// Fails where a box leaves its image: the proposals are then of other images, or of resized ones.
+    pub(crate) fn check_within<'a>(&self, images: impl IntoIterator<Item = &'a ImageInfo>) -> Result<()> {
+        for image in images {
+            let (width, height) = (image.width as f32 + TOLERANCE_PX, image.height as f32 + TOLERANCE_PX);
+            let leaves = |xyxy: &Xyxy| xyxy.x1 < -TOLERANCE_PX || xyxy.y1 < -TOLERANCE_PX || xyxy.x2 > width || xyxy.y2 > height;
+            let outside = self.by_image.get(&image.id).into_iter().flatten().find(|proposal| leaves(&proposal.xyxy));
+            if let Some(Proposal { xyxy: Xyxy { x1, y1, x2, y2 }, .. }) = outside {
+                let size = format!("{} x {} px", image.width, image.height);
+                return Err(Error::Input {
+                    port: "proposals",
+                    problem: format!("box [{x1}, {y1}, {x2}, {y2}] of image {} leaves the image of {size}", image.id),
+                    hint: "use the proposals that were made for these annotations".into(),
+                });
+            }
+        }
+        Ok(())
     }
 
     /// The proposals of these images, in their order; `None` for an image without an entry, which an earlier step skipped.

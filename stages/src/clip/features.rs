@@ -54,7 +54,9 @@ impl ImageProposals {
     /// Those that are large enough on both sides. Images without any are skipped or refused by the stage's policy.
     pub(super) fn large(min_side: f32, cx: &Context<'_>) -> Result<(Annotations, Self)> {
         let annotations = cx.inputs.read(ANNOTATIONS)?.load_images()?;
-        let mut proposals = cx.inputs.read(PROPOSALS)?.of_each(&annotations.images);
+        let proposals = cx.inputs.read(PROPOSALS)?;
+        proposals.check_within(&annotations.images)?;
+        let mut proposals = proposals.of_each(&annotations.images);
         let items = annotations.images.iter().zip(&proposals).take(cx.items.len());
         let missing: Vec<ImageId> = items.filter(|(_, proposals)| proposals.is_none()).map(|(image, _)| image.id).collect();
         let hint = "use the proposals that were made for these annotations";

@@ -2,12 +2,15 @@
 
 use std::io::Write;
 
-use ovenbird_models::checkpoint::{Checkpoint, Saved, write_torch};
+use ovenbird_models::{
+    checkpoint::{Checkpoint, Saved, write_torch},
+    rcnn::sigmoid::Activation,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::spec::{DetectorFile, DetectorSpec};
-use crate::{Context, In, Out, PortInfo, Result, Stage, Unit, artifacts::CheckpointFile, error::write_error};
+use super::spec::{DetectorFile, DetectorSpec, SigmoidSpec};
+use crate::{Context, Error, In, Out, PortInfo, Result, Stage, Unit, artifacts::CheckpointFile, error::write_error};
 
 /// Exports a trained detector in mmdet's format: a `.pth` file that `torch.load` reads, with `state_dict` and `meta`.
 ///
@@ -28,6 +31,13 @@ impl Stage for Export {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let (checkpoint, spec) = cx.inputs.read(DETECTOR)?.read()?;
+        if let DetectorSpec::Sigmoid(SigmoidSpec { config, .. }) = &spec
+            && config.novel.is_some_and(|novel| novel.activation != Activation::Sigmoid)
+        {
+            let problem = "its novel classes have a softmax, which checkpoints of LP-OVOD have no place for".into();
+            let hint = "probe with `classifier: sigmoid`, or export the detector before probing".into();
+            return Err(Error::Input { port: DETECTOR.info().name, problem, hint });
+        }
         let draft = cx.begin(&units[0])?;
         let mut archive = draft.create(CHECKPOINT, "detector.pth")?;
         let path = archive.path().to_owned();

@@ -36,6 +36,8 @@ use crate::{
 
 /// Bytes of images that may be decoded ahead of the network.
 const ROOM: usize = 256 << 20;
+/// The longest side of a view, px.
+const MAX_SIDE: u32 = 10_000;
 
 /// Features of a frozen detector for regions of labelled images: what `detector/probe` trains a classifier on.
 ///
@@ -94,8 +96,8 @@ impl Stage for Features {
     fn check(&self) -> Vec<Problem> {
         let [low, high] = self.min_size;
         Problem::unless(&[
-            ("max_size", self.max_size >= 32, "32 px or more"),
-            ("min_size", low <= high && low >= 32, "two sides from 32 px on, the smaller first"),
+            ("max_size", (32..=MAX_SIDE).contains(&self.max_size), "from 32 to 10000 px"),
+            ("min_size", 32 <= low && low <= high && high <= MAX_SIDE, "two sides from 32 to 10000 px, the smaller first"),
             ("size_step", self.size_step > 0, "at least 1"),
             ("regions", self.regions >= 4, "at least 4"),
             ("background_per_object", self.background_per_object > 0, "at least 1"),
@@ -107,7 +109,7 @@ impl Stage for Features {
         let items = Labelled::of(&annotations).items(&inputs.read(IMAGES)?, &annotations)?;
         if items.is_empty() {
             let problem = format!("none of {} images has a labelled object", annotations.images.len());
-            let hint = "give annotations with labels, such as those of `retrieve/boxes`".into();
+            let hint = "give annotations with labels; if `retrieve/boxes` found none, lower its `min_objectness`".into();
             return Err(Error::Input { port: ANNOTATIONS.info().name, problem, hint });
         }
         Ok(Units::Independent { items, replaces: vec!["images", "annotations"] })
@@ -145,6 +147,8 @@ impl Features {
 struct RegionSampler<'a> {
     stage: &'a Features,
     detector: SigmoidDetector,
+    /// Of the detector's file.
+    digest: Digest,
     rule: RegionRule,
     kind: Kind,
 }
@@ -164,7 +168,7 @@ impl<'a> RegionSampler<'a> {
         layout::load(checkpoint.tensors(), detector.parameters(), checkpoint.path())?.require_all(checkpoint.path())?;
         let rule = region_rule(stage.regions, Some(stage.background_per_object));
         let kind = if cx.is_light() { Kind::Float } else { stage.precision.kind() };
-        Ok(Self { stage, detector, rule, kind })
+        Ok(Self { stage, detector, digest: file.file.digest, rule, kind })
     }
 
     /// Writes the shard of a unit. Images whose features another unit holds are copied.
@@ -180,7 +184,7 @@ impl<'a> RegionSampler<'a> {
         };
         let shard = draft.create(FEATURES, "features.arrow")?;
         let width = self.detector.config().trunk.width as usize;
-        let mut shard = RegionSamplesWriter::new(shard, &draft.unit().fingerprint, self.stage.dtype, width)?;
+        let mut shard = RegionSamplesWriter::new(shard, &draft.unit().fingerprint, self.stage.dtype, width, &self.digest)?;
         let (mut places, stage) = (items, self.stage);
         let next = || {
             Ok(places.next().map(|place| {

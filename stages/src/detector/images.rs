@@ -104,8 +104,9 @@ impl TestImages {
 
     /// Adds the proposals at a port, if there are some.
     pub(crate) fn with_proposals(self, port: In<Proposals>, cx: &Context<'_>) -> Result<Self> {
-        let proposals = cx.inputs.read_if_given(port)?.map(|proposals| proposals.by_image);
-        Ok(Self { proposals, ..self })
+        let Some(proposals) = cx.inputs.read_if_given(port)? else { return Ok(self) };
+        proposals.check_within(&self.annotations.images)?;
+        Ok(Self { proposals: Some(proposals.by_image), ..self })
     }
 
     /// Gives the images at some places one by one, in order, resized to fit a longer and a shorter side (px) and normalised. Images that

@@ -1,10 +1,14 @@
 //! `detector/probe`: a classifier of novel classes, trained on features of a frozen detector.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 use ovenbird_data::{
     annotations::{Annotations, CategoryId, ImageId},
     classes::ClassSplit,
+    training::Sample,
 };
 use ovenbird_models::{
     Phase,
@@ -128,6 +132,7 @@ impl Stage for Probe {
             ("lr", is_positive(self.lr), "a number above 0"),
             ("momentum", is_part(self.momentum), "a number from 0 to below 1"),
             ("weight_decay", is_part(self.weight_decay), "a number from 0 to below 1"),
+            ("lr_epochs", self.lr_epochs.is_sorted(), "epochs in ascending order"),
             ("warmup_from", self.warmup_from > 0.0 && self.warmup_from <= 1.0, "a number above 0, at most 1"),
         ])
     }
@@ -140,10 +145,17 @@ impl Stage for Probe {
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
-        let n_images = Labelled::of(&annotations).samples.len();
-        let samples = cx.inputs.read(FEATURES)?.by_image()?;
-        let class_of = class_of(&classes, &annotations, &samples.categories()?, cx)?;
-        let criterion = ProbeCriterion::new(self, &cx.inputs.read(DETECTOR)?, &classes)?;
+        let (features, detector) = (cx.inputs.read(FEATURES)?, cx.inputs.read(DETECTOR)?);
+        if !features.are_by(&detector.file.digest)? {
+            let problem = "made by another detector than the one at `detector`: their numbers mean nothing to it".into();
+            let hint = "give the detector that `detector/features` read".into();
+            return Err(Error::Input { port: FEATURES.info().name, problem, hint });
+        }
+        let (labelled, samples) = (Labelled::of(&annotations), features.by_image()?);
+        let n_images = labelled.samples.len();
+        check_labels(&labelled, &samples)?;
+        let class_of = class_of(&classes, &annotations, &labelled, &samples.categories()?, cx)?;
+        let criterion = ProbeCriterion::new(self, &detector, &classes, cx)?;
         let images: Vec<(ImageId, usize)> = samples.images().collect();
         if images.is_empty() {
             let problem = "expected features of at least one image, found none".into();
@@ -189,11 +201,43 @@ impl Probe {
     }
 }
 
-/// The class of each category that occurs in the features, as a place among novel classes. Fails where one is no novel class, and notes novel
+/// Fails where features are of other images, or of other labels, than the annotations have.
+fn check_labels(labelled: &Labelled, samples: &SamplesByImage) -> Result<()> {
+    let of_image = |sample: &Sample| {
+        let categories: BTreeSet<CategoryId> = sample.objects.iter().map(|object| labelled.categories[object.class]).collect();
+        (sample.info.id, categories)
+    };
+    let labels: BTreeMap<ImageId, BTreeSet<CategoryId>> = labelled.samples.iter().map(of_image).collect();
+    for (image, n_views) in samples.images() {
+        let refused = |problem: String| {
+            let hint = "give the annotations that `detector/features` read".into();
+            Err(Error::Input { port: ANNOTATIONS.info().name, problem, hint })
+        };
+        let Some(known) = labels.get(&image) else {
+            return refused(format!("no label in image {image}, of which there are features"));
+        };
+        for view in 0..n_views {
+            if let Some(other) = samples.categories_of(image, view)?.into_iter().find(|id| !known.contains(id)) {
+                return refused(format!("image {image} has no label of category {other}, of which there are features"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The class of each category that occurs in the labels, as a place among novel classes. Fails where one is no novel class, and notes novel
 /// classes without a label.
-fn class_of(classes: &ClassSplit, annotations: &Annotations, found: &[CategoryId], cx: &Context<'_>) -> Result<BTreeMap<CategoryId, i64>> {
+fn class_of(
+    classes: &ClassSplit,
+    annotations: &Annotations,
+    labelled: &Labelled,
+    sampled: &[CategoryId],
+    cx: &Context<'_>,
+) -> Result<BTreeMap<CategoryId, i64>> {
+    let objects = labelled.samples.iter().flat_map(|sample| &sample.objects);
+    let labels: BTreeSet<CategoryId> = objects.map(|object| labelled.categories[object.class]).collect();
     let mut class_of = BTreeMap::new();
-    for id in found {
+    for id in &labels {
         let refused = |problem: String, hint: &str| Err(Error::Input { port: ANNOTATIONS.info().name, problem, hint: hint.into() });
         let Some(category) = annotations.category(*id) else {
             return refused(
@@ -213,12 +257,12 @@ fn class_of(classes: &ClassSplit, annotations: &Annotations, found: &[CategoryId
             }
         }
     }
-    let places: Vec<i64> = class_of.values().copied().collect();
+    let places: Vec<i64> = sampled.iter().map(|id| class_of[id]).collect();
     let without = classes.novel.iter().enumerate().filter(|(place, _)| !places.contains(&(*place as i64))).map(|(_, name)| name.as_str());
     let without: Vec<&str> = without.collect();
     if !without.is_empty() {
         cx.note(format!(
-            "no label of {} of {} novel classes, which learn only what they are not: {}",
+            "no sampled region of {} of {} novel classes, which learn only what they are not: {}",
             without.len(),
             classes.novel.len(),
             without.join(", ")
@@ -297,7 +341,7 @@ struct ProbeCriterion {
 }
 
 impl ProbeCriterion {
-    fn new(stage: &Probe, file: &DetectorFile, classes: &ClassSplit) -> Result<Self> {
+    fn new(stage: &Probe, file: &DetectorFile, classes: &ClassSplit, cx: &Context<'_>) -> Result<Self> {
         let (detector, spec) = file.read()?;
         let DetectorSpec::Sigmoid(mut spec) = spec else {
             let problem = "expected a detector with a linear classifier, found one that compares with class embeddings".into();
@@ -308,6 +352,9 @@ impl ProbeCriterion {
             let problem = "expected at least one novel class, found none".into();
             let hint = "name the classes to learn under `novel`".into();
             return Err(Error::Input { port: CLASSES.info().name, problem, hint });
+        }
+        if !spec.novel.is_empty() {
+            cx.note(format!("the detector has rows of {} probed classes: they are replaced", spec.novel.len()));
         }
         let n_classes = classes.novel.len() as i64;
         let (activation, n_rows) = match stage.classifier {

@@ -193,6 +193,14 @@ impl SigmoidSpec {
             let hint = "name as `base` only classes that the detector was trained on, all others as `novel`".into();
             return Err(Error::Input { port: CLASSES.info().name, problem, hint });
         }
+        let without: Vec<&str> = classes.all().filter(|name| row(name).is_none()).map(String::as_str).collect();
+        if let [first, ..] = without[..] {
+            cx.note(format!(
+                "the detector has no row for {} of {} novel classes, `{first}` among them: its classifier's score is 1 for these in every region",
+                without.len(),
+                classes.novel.len()
+            ));
+        }
         let prompts = cx.inputs.read_if_given(PROMPTS)?;
         let embeddings = match (self.config.embed_dim, heads, prompts) {
             (_, Heads::Box, _) | (None, _, None) => None,

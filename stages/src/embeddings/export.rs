@@ -57,7 +57,7 @@ impl Stage for Export {
                 return Err(Error::Input {
                     port: FEATURES.info().name,
                     problem: format!("none for image {}, which the annotations have", image.id),
-                    hint: "use the features that were made for these annotations".into(),
+                    hint: "use the features that were made for these annotations; if images were skipped, annotations without them".into(),
                 });
             }
             let Regions { boxes, objectness, embeddings, .. } = features.get(image.id)?;

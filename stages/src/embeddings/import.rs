@@ -21,6 +21,8 @@ use crate::{
 
 /// Bytes of rows that may be ahead of the writer.
 const ROOM: usize = 256 << 20;
+/// The most numbers of a row.
+const MAX_DIM: usize = 65_536;
 /// By how much the norm of a stored embedding may differ from 1: f16 has three digits.
 const NORM_TOLERANCE: f64 = 2e-3;
 
@@ -88,7 +90,7 @@ impl Stage for Import {
     const SKIPS_ITEMS: bool = true;
 
     fn check(&self) -> Vec<Problem> {
-        Problem::unless(&[("dim", self.dim > 0, "at least 1")])
+        Problem::unless(&[("dim", (1..=MAX_DIM).contains(&self.dim), "from 1 to 65536")])
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {

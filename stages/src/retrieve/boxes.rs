@@ -91,15 +91,23 @@ impl Stage for Boxes {
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let Some(first) = units.first() else { return Ok(()) };
         let Classes(classes) = cx.inputs.read(CLASSES)?;
-        let annotations = cx.inputs.read(ANNOTATIONS)?.load_categories()?;
-        let categories = match cx.inputs.read_if_given(CATEGORIES)? {
-            Some(file) => file.load_categories()?,
-            None => annotations.clone(),
+        let (annotations, categories) = match cx.inputs.read_if_given(CATEGORIES)? {
+            Some(file) => (cx.inputs.read(ANNOTATIONS)?.load_images()?, file.load_categories()?),
+            None => {
+                let both = cx.inputs.read(ANNOTATIONS)?.load_categories()?;
+                (both.clone(), both)
+            }
         };
         // Fails before the search where a class has no category.
         Classes::category_ids(&categories, classes.all())?;
         let (features, prompts) = (cx.inputs.read(FEATURES)?, cx.inputs.read(PROMPTS)?);
         space::common_unless(self.mixed_clips, &[(FEATURES.info().name, features.clip()?), (PROMPTS.info().name, prompts.clip)])?;
+        if features.clip()?.is_none() {
+            cx.note("the features do not say which CLIP made them: make sure that it is that of the prompts");
+        }
+        if cx.most_items.is_some() {
+            cx.note("a dry run: proposals of any objectness are retrieved, since networks are hardly trained");
+        }
         let before = first.index.checked_sub(1).map(|before| cx.published(before, HITS)).transpose()?;
         let mut retrieval = Retrieval::new(self, &classes, &prompts, features.dim()?, before, cx)?;
         let n_shards = features.n_shards();
@@ -147,7 +155,9 @@ impl Boxes {
     fn remarks(&self, hits: &Hits) -> Vec<String> {
         let mut remarks = Vec::new();
         let Searched { regions, candidates, bad_rows } = &hits.searched;
-        remarks.push(format!("searched {candidates} of {regions} proposals, those with an objectness of {} or more", self.min_objectness));
+        let which =
+            if candidates < regions { format!(", those with an objectness of {} or more", self.min_objectness) } else { String::new() };
+        remarks.push(format!("searched {candidates} of {regions} proposals{which}"));
         if bad_rows.zero + bad_rows.nan + bad_rows.infinite > 0 {
             remarks.push(format!(
                 "{} embeddings are zero, {} NaN and {} infinite: they are never retrieved",
@@ -189,7 +199,8 @@ impl Retrieval {
                 hint: "make the prompts and the features with the same CLIP".into(),
             });
         }
-        Self::of(stage, classes.novel.clone(), &rows, before, (Product::fastest(cx.has_bf16), cx.device))
+        let min_objectness = if cx.most_items.is_some() { f32::NEG_INFINITY } else { stage.min_objectness };
+        Self::of(stage, classes.novel.clone(), &rows, before, (Product::fastest(cx.has_bf16), cx.device), min_objectness)
     }
 
     /// `rows`: class embeddings `[K, D]`.
@@ -199,6 +210,7 @@ impl Retrieval {
         rows: &Tensor,
         before: Option<Hits>,
         (product, device): (Product, tch::Device),
+        min_objectness: f32,
     ) -> Result<Self> {
         let limits = vec![stage.per_class; classes.len()];
         let search = Search::new(&to_unit_length(&rows.to_kind(Kind::Float)), &limits, Measure::Cosine, product, device)?;
@@ -215,7 +227,7 @@ impl Retrieval {
         Ok(Self {
             search: search.resume(found)?,
             classes,
-            min_objectness: stage.min_objectness,
+            min_objectness,
             regions,
             n_regions: searched.regions,
             n_candidates: searched.candidates,
@@ -356,14 +368,15 @@ mod tests {
         let stage = Boxes { per_class: 15, ..Boxes::default() };
         let classes: Vec<String> = (0..4).map(|class| format!("class {class}")).collect();
         for (product, piece) in [(Product::F32, 389), (Product::Bf16, 389), (Product::F32, 7)] {
-            let mut retrieval = Retrieval::of(&stage, classes.clone(), &golden["retrieve/text"], None, (product, Device::Cpu)).unwrap();
+            let mut retrieval =
+                Retrieval::of(&stage, classes.clone(), &golden["retrieve/text"], None, (product, Device::Cpu), 0.6).unwrap();
             for first in (0..389).step_by(piece) {
                 let n = piece.min(389 - first);
                 let objectness: Vec<f32> = (first..first + n).map(|row| proposals[5 * row + 4]).collect();
                 retrieval.add(&Embeddings::F16(&halves[16 * first..][..16 * n]), &objectness, |place| region(first + place)).unwrap();
                 // As after a run that was stopped here.
                 let before = Some(retrieval.hits());
-                retrieval = Retrieval::of(&stage, classes.clone(), &golden["retrieve/text"], before, (product, Device::Cpu)).unwrap();
+                retrieval = Retrieval::of(&stage, classes.clone(), &golden["retrieve/text"], before, (product, Device::Cpu), 0.6).unwrap();
             }
             let hits = retrieval.hits();
             let found: Vec<&RegionHit> = hits.by_class.iter().flat_map(|(_, hits)| hits).collect();
