@@ -83,7 +83,7 @@ stages:
   - id: boxes
     use: retrieve/boxes
     in: {features: matrix-again.features, prompts: ensemble.prompts, classes: split.classes, annotations: world.train, categories: split.annotations}
-    with: {min_objectness: 0.2, per_class: 2}
+    with: {min_objectness: 0.0, per_class: 40}
   - {id: numbers, use: retrieve/statistics, in: {annotations: boxes.annotations}}
   - id: sigmoid
     use: detector/train
