@@ -173,7 +173,7 @@ stages:
 "#;
 
 /// Every stage that reads what two CLIPs may have made, with inputs of both: its id, its kind, the two ports, and what it reads besides.
-const MIXED: [(&str, &str, [&str; 2], &str); 6] = [
+const MIXED: [(&str, &str, [&str; 2], &str); 7] = [
     (
         "labelled",
         "annotations/pseudo-labels",
@@ -184,6 +184,12 @@ const MIXED: [(&str, &str, [&str; 2], &str); 6] = [
     (
         "zero-shot",
         "detect/zero-shot",
+        ["features", "prompts"],
+        "in: {features: regions.features, prompts: others.prompts, classes: train.classes, annotations: world.train}",
+    ),
+    (
+        "boxes",
+        "retrieve/boxes",
         ["features", "prompts"],
         "in: {features: regions.features, prompts: others.prompts, classes: train.classes, annotations: world.train}",
     ),

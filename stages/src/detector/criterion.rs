@@ -18,8 +18,8 @@ use ovenbird_models::{
         distillation::{embedding_loss, image_embedding_loss, mean_over_groups, recall, relation_loss},
         heads::{OpenHead, RegionRule, RegionSample, region_losses},
         mask_head::{MaskRule, ObjectMask, mask_loss},
-        regions::{Pyramid, REGION_CODER},
-        rpn::ProposalRule,
+        regions::{Pyramid, REGION_CODER, RegionNetwork},
+        rpn::{self, ProposalRule},
     },
 };
 use rand_chacha::ChaCha8Rng;
@@ -136,15 +136,7 @@ impl MaskRcnnCriterion {
     /// The losses of every detector: boxes and base classes. Returns the sampled regions.
     fn base_classes(&self, pyramid: &Pyramid, batch: &Batch, random: &mut ChaCha8Rng, losses: &mut Losses) -> Result<Vec<RegionSample>> {
         let Detector { regions: network, bbox_head, .. } = &self.detector;
-        let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image.size).collect();
-        let truths: Vec<Truth> = batch.images.iter().map(|image| truth(image, self.crowds)).collect();
-        let rpn = network.rpn.losses(&pyramid.predictions, &sizes, &truths, random)?;
-        let proposals = network.rpn.proposals(&pyramid.predictions, &sizes, &PROPOSALS)?;
-        let mut samples = Vec::new();
-        for ((found, truth), image) in proposals.iter().zip(&truths).zip(&batch.images) {
-            let classes = Tensor::from_slice(&image.classes.iter().map(|class| *class as i64).collect::<Vec<_>>());
-            samples.push(self.rule.choose(&found.boxes, truth, &classes, self.classes.text.n_classes(), random)?);
-        }
+        let (rpn, samples) = sampled(network, pyramid, batch, (&self.rule, self.crowds), self.classes.text.n_classes(), random)?;
         let chosen: Vec<Tensor> = samples.iter().map(|sample| sample.boxes.shallow_clone()).collect();
         let said = bbox_head.forward(&pyramid.pool(&self.spec.config.pool, &chosen)?, Phase::Train)?;
         let logits = bbox_head.classifier.logits(&said.embeddings, &self.classes.text, Phase::Train)?;
@@ -254,8 +246,29 @@ pub(super) fn region_rule(n_regions: usize, background_per_object: Option<usize>
     }
 }
 
+/// The losses of the proposal network, and the regions of each image that are sampled for the heads, of `n_classes` classes.
+pub(super) fn sampled(
+    network: &RegionNetwork,
+    pyramid: &Pyramid,
+    batch: &Batch,
+    (rule, crowds): (&RegionRule, Crowds),
+    n_classes: i64,
+    random: &mut ChaCha8Rng,
+) -> Result<(rpn::Losses, Vec<RegionSample>)> {
+    let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image.size).collect();
+    let truths: Vec<Truth> = batch.images.iter().map(|image| truth(image, crowds)).collect();
+    let losses = network.rpn.losses(&pyramid.predictions, &sizes, &truths, random)?;
+    let proposals = network.rpn.proposals(&pyramid.predictions, &sizes, &PROPOSALS)?;
+    let mut samples = Vec::new();
+    for ((found, truth), image) in proposals.iter().zip(&truths).zip(&batch.images) {
+        let classes = Tensor::from_slice(&image.classes.iter().map(|class| *class as i64).collect::<Vec<_>>());
+        samples.push(rule.choose(&found.boxes, truth, &classes, n_classes, random)?);
+    }
+    Ok((losses, samples))
+}
+
 /// The objects on an image, and its crowds if they are ignored.
-pub(super) fn truth(image: &TrainingImage, crowds: Crowds) -> Truth {
+fn truth(image: &TrainingImage, crowds: Crowds) -> Truth {
     let objects = boxes(&image.objects);
     match crowds {
         Crowds::Background => objects.into(),

@@ -6,10 +6,7 @@ use ovenbird_data::{boxes::Xyxy, classes::ClassSplit};
 use ovenbird_models::{
     Phase,
     checkpoint::Checkpoint,
-    detection::{
-        boxes::{ImageSize, corners},
-        matching::Truth,
-    },
+    detection::boxes::corners,
     rcnn::{
         distillation::{embedding_loss, mean_over_groups},
         heads::{RegionRule, RegionSample},
@@ -24,7 +21,7 @@ use tch::{Device, Kind, Tensor, nn};
 use super::{
     batches::{Batch, boxes},
     classes::selected_prompts,
-    criterion::{Crowds, PROPOSALS, region_rule, rows_of, truth},
+    criterion::{Crowds, region_rule, rows_of, sampled},
     distillation::Distillation,
     images::{Normalisation, TestImage},
     options::{Heads, TestOptions},
@@ -74,16 +71,8 @@ impl SigmoidCriterion {
 
     /// The losses of boxes and base classes, taken over groups of images as the reference's devices take them.
     fn base_classes(&self, pyramid: &Pyramid, batch: &Batch, random: &mut ChaCha8Rng, losses: &mut Losses) -> Result<()> {
-        let network = &self.detector.regions;
-        let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image.size).collect();
-        let truths: Vec<Truth> = batch.images.iter().map(|image| truth(image, self.crowds)).collect();
-        let rpn = network.rpn.losses(&pyramid.predictions, &sizes, &truths, random)?;
-        let proposals = network.rpn.proposals(&pyramid.predictions, &sizes, &PROPOSALS)?;
-        let mut samples = Vec::new();
-        for ((found, truth), image) in proposals.iter().zip(&truths).zip(&batch.images) {
-            let classes = Tensor::from_slice(&image.classes.iter().map(|class| *class as i64).collect::<Vec<_>>());
-            samples.push(self.rule.choose(&found.boxes, truth, &classes, self.spec.config.n_base, random)?);
-        }
+        let of_heads = (&self.rule, self.crowds);
+        let (rpn, samples) = sampled(&self.detector.regions, pyramid, batch, of_heads, self.spec.config.n_base, random)?;
         let chosen: Vec<Tensor> = samples.iter().map(|sample| sample.boxes.shallow_clone()).collect();
         let said = self.detector.features(pyramid, &chosen, Phase::Train)?;
         let (mut classes, mut deltas, mut first) = (Vec::new(), Vec::new(), 0);
