@@ -32,8 +32,8 @@ use crate::{
 
 /// The most boxes of a class that are shown.
 const PER_CLASS: usize = 20;
-/// The most boxes of a step that are shown: with more classes, fewer of each.
-const PER_STEP: usize = 1000;
+/// The most boxes of a report that are shown: with more classes or steps, fewer of each.
+const PER_REPORT: usize = 1000;
 /// The side of a shown box with its surroundings, px.
 const SIDE: u32 = 96;
 /// How many times its longer side the surroundings of a box are wide.
@@ -73,22 +73,29 @@ struct Shown {
 }
 
 /// What each step of a run that retrieves boxes found.
-pub(super) fn retrieved(steps: &[StepState], artifacts: &BTreeMap<StepId, Artifact>, origins: &Origins<'_>) -> Vec<Result<Retrieved>> {
+pub(super) fn retrieved<'a>(
+    steps: &'a [StepState],
+    artifacts: &'a BTreeMap<StepId, Artifact>,
+    origins: &Origins<'_>,
+) -> Vec<Result<Retrieved>> {
     let port = |step: &StepState| find(&step.kind)?.outputs.iter().find(|port| port.kind == Hits::KIND).map(|port| port.name);
-    let of_step = |step: &StepState| {
+    let found = |step: &'a StepState| {
         let artifact = artifacts.get(&step.id).filter(|artifact| !artifact.is_dropped)?;
-        Some(of_step(&step.id, artifact, port(step)?, origins))
+        Some((&step.id, artifact, port(step)?))
     };
-    steps.iter().filter_map(of_step).collect()
+    let found: Vec<_> = steps.iter().filter_map(found).collect();
+    let n_pictures = PER_REPORT / found.len().max(1);
+    found.into_iter().map(|(step, artifact, port)| of_step(step, artifact, port, n_pictures, origins)).collect()
 }
 
-fn of_step(step: &StepId, artifact: &Artifact, port: &str, origins: &Origins<'_>) -> Result<Retrieved> {
+/// `n_pictures`: the most boxes that are shown.
+fn of_step(step: &StepId, artifact: &Artifact, port: &str, n_pictures: usize, origins: &Origins<'_>) -> Result<Retrieved> {
     let Hits { by_class, searched } = Hits::open(&artifact.port(port)).map_err(Error::from)?;
     let labels = AnnotationFile::open(&artifact.port("annotations")).map_err(Error::from)?.load()?;
     let mut notes = Vec::new();
     let truth = truth(step, &labels, by_class.iter().map(|(class, _)| class), origins);
     let images = gallery::images(step, &labels, origins, &mut notes);
-    let n_shown = PER_CLASS.min(PER_STEP.div_ceil(by_class.len().max(1)));
+    let n_shown = PER_CLASS.min(n_pictures.div_ceil(by_class.len().max(1)));
     let mut sheets = Vec::new();
     for (name, hits) in by_class {
         let is_right = |hit: &RegionHit| truth.as_ref().map(|truth| truth.has(&name, hit));
