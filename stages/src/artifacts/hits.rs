@@ -11,7 +11,10 @@ use arrow::{
     datatypes::Float32Type,
 };
 use ovenbird_cache::{DraftFile, inputs::InputFile};
-use ovenbird_data::{annotations::ImageId, boxes::Xyxy};
+use ovenbird_data::{
+    annotations::{ImageId, ImageInfo},
+    boxes::Xyxy,
+};
 use ovenbird_models::search::BadRows;
 use parquet::file::metadata::KeyValue;
 use serde::{Deserialize, Serialize};
@@ -98,6 +101,14 @@ impl Artifact for Hits {
 }
 
 impl Hits {
+    /// Gives classes without a hit a whole image, so that later steps have something to do in a dry run.
+    pub(crate) fn fill_up(&mut self, image: &ImageInfo) {
+        let xyxy = Xyxy { x1: 0.0, y1: 0.0, x2: image.width as f32, y2: image.height as f32 };
+        for (_, hits) in self.by_class.iter_mut().filter(|(_, hits)| hits.is_empty()) {
+            hits.push(RegionHit { place: 0, image_id: image.id, xyxy, objectness: 1.0, cosine: 0.0 });
+        }
+    }
+
     /// Writes the table and finishes the file.
     pub fn write(&self, file: DraftFile) -> Result<()> {
         let rows = || self.by_class.iter().flat_map(|(class, hits)| hits.iter().map(move |hit| (class, hit)));

@@ -106,7 +106,7 @@ impl Stage for Boxes {
             cx.note("the features do not say which CLIP made them: make sure that it is that of the prompts");
         }
         if cx.most_items.is_some() {
-            cx.note("a dry run: proposals of any objectness are retrieved, since networks are hardly trained");
+            cx.note("a dry run: proposals of any objectness are retrieved, and a whole image where there are none, since networks are hardly trained");
         }
         let before = first.index.checked_sub(1).map(|before| cx.published(before, HITS)).transpose()?;
         let mut retrieval = Retrieval::new(self, &classes, &prompts, features.dim()?, before, cx)?;
@@ -123,7 +123,10 @@ impl Stage for Boxes {
                 }
                 cx.tick(1);
             }
-            let hits = retrieval.hits();
+            let mut hits = retrieval.hits();
+            if let Some(image) = annotations.images.first().filter(|_| cx.most_items.is_some()) {
+                hits.fill_up(image);
+            }
             let labels = Labels::of(&hits, &classes, &categories, &annotations)?;
             let mut file = draft.create(LABELS, "annotations.json")?;
             let path = file.path().to_owned();
