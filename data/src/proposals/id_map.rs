@@ -11,7 +11,11 @@ use std::{
 use serde_json::{Map, Value};
 
 use super::{Entries, ImageName, Proposal};
-use crate::{Error, Result, annotations::ImageId, json};
+use crate::{
+    Error, Result,
+    annotations::{ImageId, ImageInfo},
+    json,
+};
 
 /// The key of the counts.
 const COUNTS: &str = "num_proposal";
@@ -26,6 +30,12 @@ pub struct IdMap {
 }
 
 impl IdMap {
+    /// Of a list with one entry for each of these images, in their order.
+    pub fn in_order(images: &[&ImageInfo], entries: &[impl AsRef<[Proposal]>]) -> Self {
+        let places = images.iter().enumerate().map(|(place, image)| (image.id, place)).collect();
+        Self { places, counts: entries.iter().map(|entry| entry.as_ref().len() as u64).collect() }
+    }
+
     /// Reads the json; `path` is for the message.
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
         let malformed = |problem: String| Error::Malformed {

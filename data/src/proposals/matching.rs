@@ -57,11 +57,10 @@ pub fn matched(
     let entries = match entries {
         Entries::InOrder(entries) => {
             let order = order(&entries, annotations, asked, path)?;
-            let counts = entries.iter().map(|entry| entry.len() as u64).collect();
-            let images: Vec<ImageId> = annotations.images_in(order).into_iter().map(|image| image.id).collect();
-            let places = images.iter().enumerate().map(|(place, image)| (*image, place)).collect();
-            let by_image = images.into_iter().zip(entries).collect();
-            return Ok(Matched { by_image, id_map: IdMap { places, counts }, order: Some(order), n_others: 0 });
+            let images = annotations.images_in(order);
+            let id_map = IdMap::in_order(&images, &entries);
+            let by_image = images.into_iter().map(|image| image.id).zip(entries).collect();
+            return Ok(Matched { by_image, id_map, order: Some(order), n_others: 0 });
         }
         Entries::Named(entries) => entries,
     };

@@ -148,6 +148,11 @@ impl SamplesByImage {
         self.places.iter().map(|(image, views)| (*image, views.len()))
     }
 
+    /// The number of views of an image that has samples.
+    pub(crate) fn n_views(&self, image: ImageId) -> Option<usize> {
+        self.places.get(&image).map(Vec::len)
+    }
+
     /// The categories of all samples.
     pub(crate) fn categories(&self) -> Result<Vec<CategoryId>> {
         let mut all = Vec::new();

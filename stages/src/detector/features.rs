@@ -25,7 +25,7 @@ use super::{
     images::{Normalisation, Pixels},
     labelled::Labelled,
     ports::{ANNOTATIONS, IMAGES},
-    spec::{DetectorFile, DetectorSpec},
+    spec::DetectorFile,
     training::TrainPrecision,
 };
 use crate::{
@@ -155,15 +155,7 @@ struct RegionSampler<'a> {
 
 impl<'a> RegionSampler<'a> {
     fn load(stage: &'a Features, file: &DetectorFile, store: &nn::VarStore, cx: &Context<'_>) -> Result<Self> {
-        let (checkpoint, spec) = file.read()?;
-        let spec = match spec {
-            DetectorSpec::Sigmoid(spec) => spec,
-            DetectorSpec::MaskRcnn(_) => {
-                let problem = "expected a detector with a linear classifier, found one that compares with class embeddings".into();
-                let hint = "train one with `detector/train` and `head: sigmoid`".into();
-                return Err(Error::Input { port: DETECTOR.info().name, problem, hint });
-            }
-        };
+        let (checkpoint, spec) = file.read_sigmoid(DETECTOR.info().name)?;
         let detector = SigmoidDetector::blank(&store.root(), &spec.config)?;
         layout::load(checkpoint.tensors(), detector.parameters(), checkpoint.path())?.require_all(checkpoint.path())?;
         let rule = region_rule(stage.regions, Some(stage.background_per_object));
@@ -179,8 +171,7 @@ impl<'a> RegionSampler<'a> {
             let unit = reusable.of(item)?;
             let files = || <RegionSamples as Artifact>::open(&reusable.port(unit, FEATURES.info().name));
             let samples = open.entry(unit).or_insert_with(|| files().ok()?.by_image().ok()).as_ref()?;
-            let (_, n_views) = samples.images().find(|(other, _)| *other == image)?;
-            (0..n_views).map(|view| samples.get(image, view).ok()).collect()
+            (0..samples.n_views(image)?).map(|view| samples.get(image, view).ok()).collect()
         };
         let shard = draft.create(FEATURES, "features.arrow")?;
         let width = self.detector.config().trunk.width as usize;
@@ -190,9 +181,13 @@ impl<'a> RegionSampler<'a> {
             Ok(places.next().map(|place| {
                 let sample = &labelled.samples[place];
                 let copied = reused(&cx.items[place], sample.info.id);
-                let pixels: usize =
-                    stage.views([sample.info.width, sample.info.height]).iter().map(|view| 3 * (view.to[0] * view.to[1]) as usize).sum();
-                let bytes = if copied.is_some() { 0 } else { pixels };
+                let bytes = match &copied {
+                    Some(views) => views.iter().map(|view| size_of_val(view.features.as_slice())).sum(),
+                    None => {
+                        let views = stage.views([sample.info.width, sample.info.height]);
+                        views.iter().map(|view| 3 * (view.to[0] * view.to[1]) as usize).sum()
+                    }
+                };
                 ((place, copied), bytes)
             }))
         };

@@ -342,12 +342,7 @@ struct ProbeCriterion {
 
 impl ProbeCriterion {
     fn new(stage: &Probe, file: &DetectorFile, classes: &ClassSplit, cx: &Context<'_>) -> Result<Self> {
-        let (detector, spec) = file.read()?;
-        let DetectorSpec::Sigmoid(mut spec) = spec else {
-            let problem = "expected a detector with a linear classifier, found one that compares with class embeddings".into();
-            let hint = "train one with `detector/train` and `head: sigmoid`".into();
-            return Err(Error::Input { port: DETECTOR.info().name, problem, hint });
-        };
+        let (detector, mut spec) = file.read_sigmoid(DETECTOR.info().name)?;
         if classes.novel.is_empty() {
             let problem = "expected at least one novel class, found none".into();
             let hint = "name the classes to learn under `novel`".into();

@@ -10,7 +10,7 @@ use ovenbird_models::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{Artifact, Result, artifacts::read_weights, clip::Space, error::malformed, ports::last_file, training::STEP_KEY};
+use crate::{Artifact, Error, Result, artifacts::read_weights, clip::Space, error::malformed, ports::last_file, training::STEP_KEY};
 
 /// The metadata key of a detector's file under which its [`DetectorSpec`] is.
 const SPEC_KEY: &str = "ovenbird.detector";
@@ -80,6 +80,17 @@ impl DetectorFile {
     pub(super) fn read(&self) -> Result<(Checkpoint, DetectorSpec)> {
         let checkpoint = read_weights(&self.file)?;
         let spec = spec_of(&checkpoint, SPEC_KEY, &self.file.path)?;
+        Ok((checkpoint, spec))
+    }
+
+    /// The weights, and how a detector with a linear classifier is built. Any other is refused, as the input at `port`.
+    pub(super) fn read_sigmoid(&self, port: &'static str) -> Result<(Checkpoint, SigmoidSpec)> {
+        let (checkpoint, spec) = self.read()?;
+        let DetectorSpec::Sigmoid(spec) = spec else {
+            let problem = "expected a detector with a linear classifier, found one that compares with class embeddings".into();
+            let hint = "train one with `detector/train` and `head: sigmoid`".into();
+            return Err(Error::Input { port, problem, hint });
+        };
         Ok((checkpoint, spec))
     }
 

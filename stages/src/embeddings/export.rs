@@ -72,9 +72,7 @@ impl Stage for Export {
         let path = pickle.path().to_owned();
         proposals::write_mmdet(&entries, &mut pickle).map_err(|source| write_error(&path, source))?;
         pickle.finish()?;
-        let places = images.iter().enumerate().map(|(place, image)| (image.id, place)).collect();
-        let id_map = IdMap { places, counts: entries.iter().map(|entry| entry.len() as u64).collect() };
-        draft.write(ID_MAP, "id_map.json", &id_map.to_json())?;
+        draft.write(ID_MAP, "id_map.json", &IdMap::in_order(&images, &entries).to_json())?;
         cx.commit(draft, [("images".into(), images.len().into()), ("rows".into(), n_rows.into())].into())
     }
 }

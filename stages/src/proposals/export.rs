@@ -56,9 +56,7 @@ impl Stage for Export {
         let path = pickle.path().to_owned();
         proposals::write_mmdet(&boxes, &mut pickle).map_err(|source| write_error(&path, source))?;
         pickle.finish()?;
-        let places = images.iter().enumerate().map(|(place, image)| (image.id, place)).collect();
-        let id_map = IdMap { places, counts: boxes.iter().map(|of_image| of_image.len() as u64).collect() };
-        draft.write(ID_MAP, "id_map.json", &id_map.to_json())?;
+        draft.write(ID_MAP, "id_map.json", &IdMap::in_order(&images, &boxes).to_json())?;
         cx.tick(boxes.len() as u64);
         let n_boxes: usize = boxes.iter().map(Vec::len).sum();
         cx.commit(draft, [("images".into(), boxes.len().into()), ("proposals".into(), n_boxes.into())].into())

@@ -1,9 +1,6 @@
 //! `retrieve/boxes`: pseudo labels of novel classes, the proposals most similar to their names.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    io::Write as _,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use ovenbird_data::{
     annotations::{Annotations, CategoryId, ImageId, ImageInfo},
@@ -22,7 +19,6 @@ use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{AnnotationFile, Classes, Embeddings, Hits, Prompts, RegionFeatures, RegionHit, Searched},
     clip::space,
-    error::write_error,
 };
 
 /// Shards of features that are searched between two checkpoints: some 16,000 images.
@@ -128,11 +124,8 @@ impl Stage for Boxes {
                 hits.fill_up(image);
             }
             let labels = Labels::of(&hits, &classes, &categories, &annotations)?;
-            let mut file = draft.create(LABELS, "annotations.json")?;
-            let path = file.path().to_owned();
             let json = serde_json::to_vec(&labels).expect("BUG: names and numbers are plain JSON");
-            file.write_all(&json).map_err(|source| write_error(&path, source))?;
-            file.finish()?;
+            draft.write(LABELS, "annotations.json", &json)?;
             hits.write(draft.create(HITS, "hits.parquet")?)?;
             if unit.index + 1 == cx.units.len() {
                 self.remarks(&hits).into_iter().for_each(|words| cx.note(words));
