@@ -90,8 +90,8 @@ fn main() {
             ("clip/globals", json!({"resize": "native"}), n(n_images / 8), 1, Shown::Images([1, 3, 480, 640])),
             ("clip/blocks", json!({}), n(n_images / 16), 27, Shown::Images([64, 3, 224, 224])),
             ("clip/objects", json!({}), n(n_images / 16), PROPOSALS, Shown::Objects(16)),
-            ("clip/proposals", json!({"expand": [1.0, 1.5]}), n(n_images / 16), 2 * PROPOSALS, Shown::Images([64, 3, 224, 224])),
-            ("clip/proposals", json!({"rule": "lp-ovod"}), n(n_images / 16), 2 * PROPOSALS, Shown::Images([64, 3, 224, 224])),
+            ("clip/proposals", json!({"expand": [1.0, 1.5]}), n(n_images / 4), 2 * PROPOSALS, Shown::Images([64, 3, 224, 224])),
+            ("clip/proposals", json!({"rule": "lp-ovod"}), n(n_images / 4), 2 * PROPOSALS, Shown::Images([64, 3, 224, 224])),
         ];
         let loading = end_to_end(folder, &[("clip/globals", &json!({"resize": "square"}))], precision, 1, 1)
             - 64.0 / bare(&clip, Shown::Images([64, 3, 224, 224]), Duration::from_secs(2));

@@ -43,7 +43,9 @@ use std::{
     cmp::Ordering,
     collections::BinaryHeap,
     ops::AddAssign,
-    panic, thread,
+    panic,
+    sync::{Barrier, Mutex, MutexGuard, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -61,9 +63,9 @@ use crate::{
 /// Rows of a block.
 const BLOCK_ROWS: usize = 8192;
 /// A block has fewer rows if its scores would be more than these.
-const BLOCK_SCORES: usize = 2048 * 1203;
+const BLOCK_SCORES: usize = 1024 * 1203;
 /// A block has fewer rows if their numbers would be more than these.
-const BLOCK_NUMBERS: usize = 1 << 23;
+const BLOCK_NUMBERS: usize = 1 << 21;
 /// Rows of the first block on an accelerator: without a threshold, all of them get exact scores. Each later block is as large as all before it.
 const FIRST_ROWS: usize = 256;
 /// Work on fewer numbers is not worth a thread.
@@ -148,7 +150,7 @@ pub struct Found {
     pub bad_rows: BadRows,
 }
 
-/// Where a search spent its time; for reports.
+/// Where the threads of a search spent their time, summed; for reports.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Spent {
     /// Reading rows, converting and normalising them.
@@ -159,11 +161,23 @@ pub struct Spent {
     pub selecting: Duration,
 }
 
+impl AddAssign for Spent {
+    fn add_assign(&mut self, Self { preparing, multiplying, selecting }: Self) {
+        self.preparing += preparing;
+        self.multiplying += multiplying;
+        self.selecting += selecting;
+    }
+}
+
 /// A search in progress: the queries and the best rows so far.
 #[derive(Debug)]
 pub struct Search {
     queries: Queries,
-    space: Space,
+    /// The queries for the fast product, `[Q, D]`.
+    factor: Tensor,
+    product: Product,
+    /// Of each thread that was needed so far.
+    spaces: Vec<Space>,
     /// Rows of a block at most.
     block_rows: usize,
     bad_rows: BadRows,
@@ -175,8 +189,8 @@ pub struct Search {
 impl Search {
     /// A search that has seen no rows.
     ///
-    /// `queries`: finite f32 `[Q, D]`, at least one; `limits`: for each query the most hits that it keeps, at least 1. The work space is below
-    /// 256 MiB, unless Q or D is above 100,000, and does not grow with the rows; a hit takes 16 bytes.
+    /// `queries`: finite f32 `[Q, D]`, at least one; `limits`: for each query the most hits that it keeps, at least 1. The work space is at most
+    /// 16 MiB a thread, unless Q or D is above 1,000,000, and does not grow with the rows; a hit takes 16 bytes.
     pub fn new(queries: &Tensor, limits: &[usize], measure: Measure, product: Product, device: Device) -> Result<Self> {
         let is_matrix = matches!(queries.size()[..], [n, d] if n > 0 && d > 0) && queries.kind() == Kind::Float;
         ensure(is_matrix, "queries", "f32 [Q, D], Q and D at least 1", queries)?;
@@ -197,9 +211,12 @@ impl Search {
         let selection = if device == Device::Cpu { Selection::Host } else { Selection::Device };
         let most_rows = (BLOCK_SCORES / n_queries).min(BLOCK_NUMBERS / dimension);
         let block_rows = BLOCK_ROWS.min(most_rows).max(1);
+        let (queries, factor) = Queries::new(values, limits, measure, product, selection);
         Ok(Self {
-            queries: Queries::new(values, limits, measure, product, device, selection),
-            space: Space::new(product, n_queries, dimension, block_rows),
+            queries,
+            factor: factor.to_device(device),
+            product,
+            spaces: Vec::new(),
             block_rows,
             bad_rows: BadRows::default(),
             n_searched: 0,
@@ -222,7 +239,7 @@ impl Search {
             if !in_order || hits.iter().any(|hit| !hit.score.is_finite()) {
                 return misfit(format!("hits of query {place} with finite scores, best first"), "others".into());
             }
-            query.best = hits.into_iter().map(Ranked).collect();
+            query.best = Mutex::new(hits.into_iter().map(Ranked).collect());
         }
         self.bad_rows = found.bad_rows;
         Ok(self)
@@ -233,22 +250,42 @@ impl Search {
     /// `rows`: `[n, D]`; `first_place`: the place of the first, others follow it; `candidates`: for each row, whether it is searched, or all are.
     pub fn add(&mut self, rows: Rows<'_>, first_place: u64, candidates: Option<&[bool]>) -> Result<()> {
         let n_rows = self.check(rows, first_place, candidates)?;
-        let mut indices = (0..n_rows).filter(|&row| candidates.is_none_or(|candidates| candidates[row]));
-        loop {
-            let most = match self.queries.selection {
-                Selection::Host => self.block_rows,
-                Selection::Device => self.n_searched.max(FIRST_ROWS).min(self.block_rows),
-            };
-            let block = Block { rows, first_place, indices: indices.by_ref().take(most).collect() };
-            if block.indices.is_empty() {
-                return Ok(());
-            }
-            self.n_searched += block.indices.len();
-            self.bad_rows += match &mut self.space {
-                Space::F32(buffers) => self.queries.search(&block, buffers, &mut self.spent)?,
-                Space::Bf16(buffers) => self.queries.search(&block, buffers, &mut self.spent)?,
-            };
+        let candidates = Mutex::new((0..n_rows).filter(|&row| candidates.is_none_or(|candidates| candidates[row])));
+        let (queries, block_rows, n_before) = (&self.queries, self.block_rows, self.n_searched);
+        let n_threads = match queries.selection {
+            Selection::Host => queries.n_pieces(n_rows * queries.dimension).min(n_rows.div_ceil(block_rows)).max(1),
+            Selection::Device => 1,
+        };
+        while self.spaces.len() < n_threads {
+            self.spaces.push(Space::new(self.product, queries.all.len(), queries.dimension, block_rows));
         }
+        let work = |(space, factor): (&mut Space, Tensor)| -> Result<(BadRows, Spent, usize)> {
+            let (mut bad_rows, mut spent, mut n_searched) = (BadRows::default(), Spent::default(), 0);
+            loop {
+                let most = match queries.selection {
+                    Selection::Host => block_rows,
+                    Selection::Device => (n_before + n_searched).max(FIRST_ROWS).min(block_rows),
+                };
+                let indices: Vec<usize> = locked(&candidates).by_ref().take(most).collect();
+                if indices.is_empty() {
+                    return Ok((bad_rows, spent, n_searched));
+                }
+                n_searched += indices.len();
+                let block = Block { rows, first_place, indices };
+                bad_rows += match space {
+                    Space::F32(buffers) => queries.search(&factor, &block, buffers, &mut spent)?,
+                    Space::Bf16(buffers) => queries.search(&factor, &block, buffers, &mut spent)?,
+                };
+            }
+        };
+        let threads = self.spaces.iter_mut().take(n_threads).map(|space| (space, self.factor.shallow_clone())).collect();
+        for done in at_once(threads, work) {
+            let (bad_rows, spent, n_searched) = done?;
+            self.bad_rows += bad_rows;
+            self.spent += spent;
+            self.n_searched += n_searched;
+        }
+        Ok(())
     }
 
     fn check(&self, rows: Rows<'_>, first_place: u64, candidates: Option<&[bool]>) -> Result<usize> {
@@ -273,7 +310,7 @@ impl Search {
 
     /// For each query, its hits so far: at most its limit, best first; of equal scores the lower place first.
     pub fn hits(&self) -> Vec<Vec<Hit>> {
-        let sorted = |query: &Query| query.best.clone().into_sorted_vec().into_iter().map(|Ranked(hit)| hit).collect();
+        let sorted = |query: &Query| locked(&query.best).clone().into_sorted_vec().into_iter().map(|Ranked(hit)| hit).collect();
         self.queries.all.iter().map(sorted).collect()
     }
 
@@ -303,7 +340,7 @@ impl Search {
     /// Takes the CPU for an accelerator.
     fn select_on_device(&mut self) {
         self.queries.selection = Selection::Device;
-        self.queries.factor = self.queries.factor.to_kind(Kind::Float);
+        self.factor = self.factor.to_kind(Kind::Float);
     }
 }
 
@@ -364,7 +401,7 @@ impl Eq for Ranked {}
 #[derive(Debug)]
 struct Query {
     limit: usize,
-    best: BinaryHeap<Ranked>,
+    best: Mutex<BinaryHeap<Ranked>>,
     /// |q|.
     length: f64,
     /// |q'|.
@@ -375,12 +412,13 @@ struct Query {
 
 impl Query {
     /// Keeps the hit if it is among the best.
-    fn offer(&mut self, hit: Hit) {
-        if self.best.len() < self.limit {
-            self.best.push(Ranked(hit));
+    fn offer(&self, hit: Hit) {
+        let mut best = locked(&self.best);
+        if best.len() < self.limit {
+            best.push(Ranked(hit));
             return;
         }
-        let mut worst = self.best.peek_mut().expect("BUG: a limit is at least 1");
+        let mut worst = best.peek_mut().expect("BUG: a limit is at least 1");
         if Ranked(hit) < *worst {
             *worst = Ranked(hit);
         }
@@ -388,10 +426,9 @@ impl Query {
 
     /// The fast scores below this belong to rows that are no hits. Infinite where there is no such score.
     fn floor(&self, slack: f64) -> f32 {
-        match self.best.peek() {
-            Some(Ranked(worst)) if self.best.len() == self.limit && slack.is_finite() => {
-                ((f64::from(worst.score) - slack) as f32).next_down()
-            }
+        let best = locked(&self.best);
+        match best.peek() {
+            Some(Ranked(worst)) if best.len() == self.limit && slack.is_finite() => ((f64::from(worst.score) - slack) as f32).next_down(),
             Some(_) | None => f32::NEG_INFINITY,
         }
     }
@@ -399,7 +436,7 @@ impl Query {
     /// A floor for the first block of many rows: the exact scores of the N rows with the largest fast ones are at least the least of these, less what
     /// they can differ by; so is the N-th best exact score.
     fn first_floor<T: Number>(&self, scores: &[T], prepared: &Prepared, slack: f64) -> f32 {
-        if self.best.len() == self.limit || scores.len() <= self.limit || !slack.is_finite() {
+        if scores.len() <= self.limit || !slack.is_finite() {
             return f32::NEG_INFINITY;
         }
         let of_vectors = scores.iter().zip(&prepared.is_vector).filter(|(_, is_vector)| **is_vector);
@@ -429,8 +466,6 @@ struct Queries {
     dimension: usize,
     /// `[Q, D]`, for exact scores.
     values: Vec<f32>,
-    /// `[Q, D]`, for the fast product.
-    factor: Tensor,
     all: Vec<Query>,
     n_threads: usize,
     /// Work on fewer numbers is not worth a thread.
@@ -442,7 +477,7 @@ struct Queries {
 }
 
 impl Queries {
-    fn new(values: Vec<f32>, limits: &[usize], measure: Measure, product: Product, device: Device, selection: Selection) -> Self {
+    fn new(values: Vec<f32>, limits: &[usize], measure: Measure, product: Product, selection: Selection) -> (Self, Tensor) {
         let dimension = values.len() / limits.len();
         let d = dimension as f64;
         let tf32_error = if selection == Selection::Device { 2_f64.powi(-10) } else { 0.0 };
@@ -458,27 +493,27 @@ impl Queries {
             let difference = row.iter().zip(rounded).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum::<f64>().sqrt();
             let factor_length = up(dot(rounded, rounded).sqrt());
             let factor_error = up(difference) + tf32_error * factor_length;
-            Query { limit, best: BinaryHeap::new(), length: up(dot(row, row).sqrt()), factor_length, factor_error }
+            Query { limit, best: Mutex::default(), length: up(dot(row, row).sqrt()), factor_length, factor_error }
         };
         let all = values.chunks(dimension).zip(rounded.chunks(dimension)).zip(limits).map(query).collect();
         let kind = match (product, selection) {
             (Product::Bf16, Selection::Host) => Kind::BFloat16,
             (Product::F32, _) | (Product::Bf16, Selection::Device) => Kind::Float,
         };
-        let factor = Tensor::from_slice(&rounded).view([-1, dimension as i64]).to_kind(kind).to_device(device);
+        let factor = Tensor::from_slice(&rounded).view([-1, dimension as i64]).to_kind(kind);
         let n_errors = (2.0 * d + 16.0) * 2_f64.powi(-23);
-        Self {
+        let queries = Self {
             measure,
             selection,
             dimension,
             values,
-            factor,
             all,
             n_threads: usize::try_from(tch::get_num_threads()).unwrap_or(1).max(1),
             numbers_per_thread: NUMBERS_PER_THREAD,
             row_error: up((1.0 + normalising_error) * (1.0 + rounding_error) * (1.0 + tf32_error) - 1.0),
             sum_error: if n_errors < 0.5 { n_errors / (1.0 - n_errors) } else { f64::INFINITY },
-        }
+        };
+        (queries, factor)
     }
 
     /// What the fast score of a row of at most this length |y| may differ from the exact one by; infinite if there is no bound.
@@ -496,23 +531,26 @@ impl Queries {
         up(of_factors + of_sums + of_exact + of_underflow)
     }
 
-    fn search<T: Number>(&mut self, block: &Block<'_>, buffers: &mut Buffers<T>, spent: &mut Spent) -> Result<BadRows> {
+    fn search<T: Number>(&self, factor: &Tensor, block: &Block<'_>, buffers: &mut Buffers<T>, spent: &mut Spent) -> Result<BadRows> {
         let clock = Instant::now();
-        let prepared = self.prepare(block, buffers);
+        let prepared = match self.selection {
+            Selection::Host => self.prepare(block, buffers, 1),
+            Selection::Device => self.prepare(block, buffers, self.n_pieces(block.indices.len() * self.dimension)),
+        };
         let prepared_at = clock.elapsed();
         spent.preparing += prepared_at;
         let n_slots = block.indices.len() as i64;
         let rows = buffers.rows.view([n_slots, self.dimension as i64]);
         let multiplied_at = match self.selection {
             Selection::Host => {
-                drop(self.factor.f_mm_out(&buffers.scores.view([self.all.len() as i64, n_slots]), &rows.tr())?);
+                drop(factor.f_mm_out(&buffers.scores.view([self.all.len() as i64, n_slots]), &rows.tr())?);
                 let multiplied_at = clock.elapsed();
                 self.select(block, &prepared, buffers.scores.numbers(self.all.len() * block.indices.len()));
                 multiplied_at
             }
             Selection::Device => {
-                let rows = rows.f_to_device(self.factor.device())?.f_to_kind(Kind::Float)?;
-                let scores = self.factor.f_mm(&rows.tr())?;
+                let rows = rows.f_to_device(factor.device())?.f_to_kind(Kind::Float)?;
+                let scores = factor.f_mm(&rows.tr())?;
                 let multiplied_at = clock.elapsed();
                 self.select_on_device(block, &prepared, &scores)?;
                 multiplied_at
@@ -524,10 +562,10 @@ impl Queries {
     }
 
     /// Writes the rows of a block as the product takes them. Rows that are no vectors become zeros.
-    fn prepare<T: Number>(&self, block: &Block<'_>, buffers: &mut Buffers<T>) -> Prepared {
+    fn prepare<T: Number>(&self, block: &Block<'_>, buffers: &mut Buffers<T>, n_pieces: usize) -> Prepared {
         let (d, measure) = (self.dimension, self.measure);
         let n_slots = block.indices.len();
-        let per_piece = n_slots.div_ceil(self.n_pieces(n_slots * d));
+        let per_piece = n_slots.div_ceil(n_pieces);
         let slots = buffers.rows.numbers(n_slots * d).chunks_mut(per_piece * d);
         let pieces = block.indices.chunks(per_piece).zip(slots).collect();
         let prepare = |(indices, slots): (&[usize], &mut [T])| {
@@ -549,53 +587,69 @@ impl Queries {
     }
 
     /// Offers to each query the rows of a block whose fast scores, `[Q, slots]`, are not below its floor.
-    fn select<T: Number>(&mut self, block: &Block<'_>, prepared: &Prepared, scores: &[T]) {
-        let (d, measure) = (self.dimension, self.measure);
+    fn select<T: Number>(&self, block: &Block<'_>, prepared: &Prepared, scores: &[T]) {
         let n_slots = block.indices.len();
         let slacks: Vec<f64> = self.all.iter().map(|query| self.slack(query, prepared.longest)).collect();
-        let per_piece = self.all.len().div_ceil(self.n_pieces(scores.len() / 4));
-        let of_pieces = self.values.chunks(per_piece * d).zip(slacks.chunks(per_piece)).zip(scores.chunks(per_piece * n_slots));
-        let piece = |(queries, ((values, slacks), scores))| Piece { queries, values, slacks, scores };
-        let pieces = self.all.chunks_mut(per_piece).zip(of_pieces).map(piece).collect();
-        at_once(pieces, |Piece { queries, values, slacks, scores }| {
-            let mut passed = Vec::new();
-            for (place, (query, scores)) in queries.iter().zip(scores.chunks_exact(n_slots)).enumerate() {
-                let floor = T::floor(query.floor(slacks[place]).max(query.first_floor(scores, prepared, slacks[place])));
-                let mut from = 0;
-                while let Some(skipped) = T::first_not_below(floor, &scores[from..]) {
-                    let slot = from + skipped;
-                    from = slot + 1;
-                    if prepared.is_vector[slot] {
-                        passed.push(Passed { slot: slot as u32, query: place as u32 });
-                    }
+        let mut passed = Vec::new();
+        for (place, (query, scores)) in self.all.iter().zip(scores.chunks_exact(n_slots)).enumerate() {
+            let mut floor = query.floor(slacks[place]);
+            if floor == f32::NEG_INFINITY {
+                floor = query.first_floor(scores, prepared, slacks[place]);
+            }
+            let floor = T::floor(floor);
+            let mut from = 0;
+            while let Some(skipped) = T::first_not_below(floor, &scores[from..]) {
+                let slot = from + skipped;
+                from = slot + 1;
+                if prepared.is_vector[slot] {
+                    passed.push(Passed { slot: slot as u32, query: place as u32 });
                 }
             }
-            let is_below = |query: &Query, Passed { slot, query: place }: Passed| {
-                let floor = T::floor(query.floor(slacks[place as usize]));
-                T::first_not_below(floor, &scores[place as usize * n_slots + slot as usize..][..1]).is_none()
-            };
-            block.score(passed, queries, values, measure, is_below);
+        }
+        self.score(block, passed, |Passed { slot, query: place }| {
+            let floor = T::floor(self.all[place as usize].floor(slacks[place as usize]));
+            T::first_not_below(floor, &scores[place as usize * n_slots + slot as usize..][..1]).is_none()
         });
     }
 
     /// The same, where the scores are on a device: floors go there, and what is not below them comes back.
-    fn select_on_device(&mut self, block: &Block<'_>, prepared: &Prepared, scores: &Tensor) -> Result<()> {
+    fn select_on_device(&self, block: &Block<'_>, prepared: &Prepared, scores: &Tensor) -> Result<()> {
         let floors: Vec<f32> = self.all.iter().map(|query| query.floor(self.slack(query, prepared.longest))).collect();
         let floors = Tensor::from_slice(&floors).f_to_device(scores.device())?.view([-1, 1]);
-        // Not "at least": a NaN has to pass. [passed, 2]: query and slot, in this order.
+        // Not "at least": a NaN has to pass. [passed, 2]: query and slot.
         let passed = integers(&scores.f_lt_tensor(&floors)?.f_logical_not()?.f_nonzero()?);
         let (passed, _) = passed.as_chunks::<2>();
-        let (d, measure) = (self.dimension, self.measure);
-        let per_piece = self.all.len().div_ceil(self.n_pieces(passed.len() * d));
-        let pieces = self.all.chunks_mut(per_piece).zip(self.values.chunks(per_piece * d)).enumerate().collect();
-        at_once(pieces, |(piece, (queries, values)): (usize, (&mut [Query], &[f32]))| {
-            let first = piece * per_piece;
-            let [start, end] = [first, first + queries.len()].map(|end| passed.partition_point(|[query, _]| (*query as usize) < end));
-            let of_vectors = passed[start..end].iter().filter(|[_, slot]| prepared.is_vector[*slot as usize]);
-            let passed = of_vectors.map(|[query, slot]| Passed { slot: *slot as u32, query: *query as u32 - first as u32 });
-            block.score(passed.collect(), queries, values, measure, |_, _| false);
-        });
+        let of_vectors = passed.iter().filter(|[_, slot]| prepared.is_vector[*slot as usize]);
+        let passed: Vec<Passed> = of_vectors.map(|[query, slot]| Passed { slot: *slot as u32, query: *query as u32 }).collect();
+        let per_piece = passed.len().div_ceil(self.n_pieces(passed.len() * self.dimension)).max(1);
+        at_once(passed.chunks(per_piece).collect(), |passed| self.score(block, passed.to_vec(), |_| false));
         Ok(())
+    }
+
+    /// Offers rows of a block with their exact scores to queries, unless they are below what these have by then.
+    ///
+    /// Row after row: a row that was just read may be far from a processor's caches, queries are not.
+    fn score(&self, block: &Block<'_>, mut passed: Vec<Passed>, is_below: impl Fn(Passed) -> bool) {
+        passed.sort_unstable();
+        let d = self.dimension;
+        let mut scratch = vec![0.0; d];
+        for of_row in passed.chunk_by(|a, b| a.slot == b.slot) {
+            let index = block.indices[of_row[0].slot as usize];
+            let row = block.rows.row(index, &mut scratch);
+            let divisor = match self.measure {
+                Measure::Cosine => dot(row, row).sqrt(),
+                Measure::InnerProduct => 1.0,
+            };
+            for &one in of_row {
+                if !is_below(one) {
+                    let place = one.query as usize;
+                    let score = dot(&self.values[place * d..][..d], row) / divisor;
+                    // The sum makes -0 to 0, which are otherwise two scores.
+                    let score = (score as f32).clamp(f32::MIN, f32::MAX) + 0.0;
+                    self.all[place].offer(Hit { place: block.first_place + index as u64, score });
+                }
+            }
+        }
     }
 
     fn n_pieces(&self, n_numbers: usize) -> usize {
@@ -603,56 +657,11 @@ impl Queries {
     }
 }
 
-/// Some of the queries, and what belongs to each.
-struct Piece<'a, T> {
-    queries: &'a mut [Query],
-    /// `[queries, D]`.
-    values: &'a [f32],
-    slacks: &'a [f64],
-    /// `[queries, slots]`.
-    scores: &'a [T],
-}
-
 /// A row that may be a hit of a query; the lesser slot first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Passed {
     slot: u32,
     query: u32,
-}
-
-impl Block<'_> {
-    /// Offers rows with their exact scores to the queries, unless they are below what these have by then.
-    ///
-    /// Row after row: a row that was just read may be far from a processor's caches, queries are not.
-    fn score(
-        &self,
-        mut passed: Vec<Passed>,
-        queries: &mut [Query],
-        values: &[f32],
-        measure: Measure,
-        is_below: impl Fn(&Query, Passed) -> bool,
-    ) {
-        passed.sort_unstable();
-        let d = values.len() / queries.len();
-        let mut scratch = vec![0.0; d];
-        for of_row in passed.chunk_by(|a, b| a.slot == b.slot) {
-            let index = self.indices[of_row[0].slot as usize];
-            let row = self.rows.row(index, &mut scratch);
-            let divisor = match measure {
-                Measure::Cosine => dot(row, row).sqrt(),
-                Measure::InnerProduct => 1.0,
-            };
-            for &one in of_row {
-                let place = one.query as usize;
-                let query = &mut queries[place];
-                if !is_below(query, one) {
-                    let score = dot(&values[place * d..][..d], row) / divisor;
-                    // The sum makes -0 to 0, which are otherwise two scores.
-                    query.offer(Hit { place: self.first_place + index as u64, score: (score as f32).clamp(f32::MIN, f32::MAX) + 0.0 });
-                }
-            }
-        }
-    }
 }
 
 /// What is known of the rows of a block once they are prepared.
@@ -708,14 +717,31 @@ fn up(bound: f64) -> f64 {
     bound * (1.0 + 1e-12)
 }
 
-/// Does all pieces of work at the same time, the first in the caller's thread; results are in the order of the pieces.
-fn at_once<T: Send, R: Send>(pieces: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
-    let mut pieces = pieces.into_iter();
-    let first = pieces.next();
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Does all pieces of work at the same time; results are in the order of the pieces. A single piece is done in the caller's thread, others in threads of their
+/// own, in each of which libtorch computes in one thread: its own threads would spin on these cores while they wait.
+fn at_once<T: Send, R: Send>(mut pieces: Vec<T>, work: impl Fn(T) -> R + Sync) -> Vec<R> {
+    if pieces.len() < 2 {
+        return pieces.pop().map(work).into_iter().collect();
+    }
+    let n_threads_of_caller = tch::get_num_threads();
+    let are_set = Barrier::new(pieces.len() + 1);
     thread::scope(|scope| {
-        let others: Vec<_> = pieces.map(|piece| scope.spawn(|| work(piece))).collect();
-        let mut results: Vec<R> = first.map(&work).into_iter().collect();
-        results.extend(others.into_iter().map(|other| other.join().unwrap_or_else(|panic| panic::resume_unwind(panic))));
-        results
+        let (work, are_set) = (&work, &are_set);
+        let in_thread = |piece| {
+            scope.spawn(move || {
+                tch::set_num_threads(1);
+                are_set.wait();
+                work(piece)
+            })
+        };
+        let threads: Vec<_> = pieces.into_iter().map(in_thread).collect();
+        are_set.wait();
+        // What a thread sets is also where threads begin that libtorch has not seen yet.
+        tch::set_num_threads(n_threads_of_caller);
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| panic::resume_unwind(panic))).collect()
     })
 }
