@@ -1,5 +1,7 @@
 //! Shared by the golden tests: numbers that both sides compute from a name, so that no file has to hold them.
 
+use std::{collections::BTreeMap, path::Path};
+
 use tch::Tensor;
 
 /// `n` values, even in [-1, 1), exact in f32: splitmix64 of fnv1a(name) + index.
@@ -20,7 +22,16 @@ pub(crate) fn error(found: &Tensor, expected: &Tensor) -> f64 {
 }
 
 /// Every array of `tests/golden/lp-ovod/make.py` by name.
-pub(crate) fn lp_ovod() -> std::collections::BTreeMap<String, Tensor> {
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/lp-ovod/golden.safetensors");
+pub(crate) fn lp_ovod() -> BTreeMap<String, Tensor> {
+    arrays("lp-ovod/golden")
+}
+
+/// Every array of a file of `tests/golden/detpro-ralf/make.py` by name.
+pub(crate) fn detpro_ralf(file: &str) -> BTreeMap<String, Tensor> {
+    arrays(&format!("detpro-ralf/{file}"))
+}
+
+fn arrays(file: &str) -> BTreeMap<String, Tensor> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../tests/golden/{file}.safetensors"));
     Tensor::read_safetensors(path).expect("the golden file is there").into_iter().collect()
 }

@@ -9,26 +9,10 @@ Tolerances: integers exactly, numbers 1e-4, gradients 1e-3, preprocessed pixels 
 Versions: Python 3.11, numpy 2.4.
 """
 
-import json
-import struct
 import sys
+from pathlib import Path
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from npz import convert
 
-KINDS = {"float16": "F16", "float32": "F32", "float64": "F64", "int32": "I32", "int64": "I64", "uint8": "U8"}
-
-
-def main(source: str, target: str) -> None:
-    arrays = np.load(source)
-    header, data = {}, b""
-    for name in sorted(arrays.files):
-        array = np.ascontiguousarray(arrays[name])
-        end = len(data) + array.nbytes
-        header[name] = {"dtype": KINDS[array.dtype.name], "shape": list(arrays[name].shape), "data_offsets": [len(data), end]}
-        data += array.tobytes()
-    text = json.dumps(header).encode()
-    with open(target, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text + data)
-
-
-main(*sys.argv[1:])
+convert(*sys.argv[1:])
