@@ -27,6 +27,8 @@ pub struct Sample {
     pub objects: Vec<Object>,
     /// Regions of many objects of one of these classes, px of the image.
     pub crowds: Vec<Xyxy>,
+    /// The classes of all its labels, also those that are not trained on.
+    pub categories: BTreeSet<CategoryId>,
 }
 
 /// An object to train on.
@@ -62,21 +64,22 @@ pub fn samples(annotations: &Annotations, classes: &[CategoryId]) -> Vec<Sample>
         };
         let crowds = labels.iter().filter(|label| label.is_crowd && class_of.contains_key(&label.category_id));
         let crowds = crowds.map(|label| label.xyxy).collect();
-        Some(Sample { info: info.clone(), objects: labels.iter().filter_map(object).collect(), crowds })
+        let categories = labels.iter().map(|label| label.category_id).collect();
+        Some(Sample { info: info.clone(), objects: labels.iter().filter_map(object).collect(), crowds, categories })
     };
     annotations.images.iter().filter_map(sample).collect()
 }
 
 /// How often each image is seen in an epoch: ceil(max over its classes c of max(1, sqrt(threshold / f_c))), where f_c is the part of the
-/// images that show c (LVIS, Gupta et al. 2019, appendix B; rounded up).
-pub fn repeats(samples: &[Sample], threshold: f64) -> Vec<usize> {
-    let mut n_images: BTreeMap<usize, usize> = BTreeMap::new();
-    let classes_of = |sample: &Sample| sample.objects.iter().map(|object| object.class).collect::<BTreeSet<_>>();
-    for class in samples.iter().flat_map(classes_of) {
-        *n_images.entry(class).or_default() += 1;
+/// images that show c (LVIS, Gupta et al. 2019, appendix B; rounded up). `classes_of`: the classes of each image that count.
+pub fn repeats<C: Ord + Copy>(classes_of: impl Iterator<Item = BTreeSet<C>>, threshold: f64) -> Vec<usize> {
+    let all: Vec<BTreeSet<C>> = classes_of.collect();
+    let mut n_images: BTreeMap<C, usize> = BTreeMap::new();
+    for class in all.iter().flatten() {
+        *n_images.entry(*class).or_default() += 1;
     }
-    let of_class = |class: usize| (threshold / (n_images[&class] as f64 / samples.len() as f64)).sqrt().max(1.0);
-    samples.iter().map(|sample| classes_of(sample).into_iter().map(of_class).fold(1.0, f64::max).ceil() as usize).collect()
+    let of_class = |class: &C| (threshold / (n_images[class] as f64 / all.len() as f64)).sqrt().max(1.0);
+    all.iter().map(|classes| classes.iter().map(of_class).fold(1.0, f64::max).ceil() as usize).collect()
 }
 
 /// Which classes a part of an image shows, ascending: those of objects that it overlaps at all, px of the image. (OADP, section 6.2.)
@@ -335,30 +338,10 @@ mod tests {
 
     #[test]
     fn rare_classes_are_seen_more_often() {
-        let sample = |classes: &[usize]| Sample {
-            info: ImageInfo {
-                id: crate::annotations::ImageId(1),
-                file_name: String::new(),
-                width: 100,
-                height: 100,
-                neg_category_ids: Vec::new(),
-                not_exhaustive_category_ids: Vec::new(),
-            },
-            objects: classes
-                .iter()
-                .map(|class| Object {
-                    id: AnnotationId(1),
-                    xyxy: Xyxy { x1: 0.0, y1: 0.0, x2: 9.0, y2: 9.0 },
-                    class: *class,
-                    segmentation: Outline::Missing,
-                })
-                .collect(),
-            crowds: Vec::new(),
-        };
         for (n_images, expected) in [(4000, 2), (3000, 2), (1000, 1)] {
-            let mut all = vec![sample(&[0]); n_images];
-            all[17] = sample(&[0, 1, 1]);
-            let repeats = repeats(&all, 1e-3);
+            let mut all = vec![BTreeSet::from([0]); n_images];
+            all[17] = BTreeSet::from([0, 1]);
+            let repeats = repeats(all.into_iter(), 1e-3);
             assert_eq!((repeats[17], repeats[0]), (expected, 1), "{n_images}");
         }
     }

@@ -1,6 +1,6 @@
 //! The names that others give to the tensors of a detector, and how checkpoints are laid over a network.
 //!
-//! The network's own names are mmdet's. torchvision's Mask R-CNN has other names, lists background first among classes where mmdet has it
+//! The network's own names are mmdet's and OADP's. DetPro has one head with two trunks, and its background is the output of a layer whose input is 1. torchvision's Mask R-CNN has other names, lists background first among classes where mmdet has it
 //! last, and keeps boxes and masks of background, which nothing reads; both its names before and since version 0.13 are known.
 
 use std::{
@@ -25,6 +25,23 @@ const CLIP_MARK: &str = "attnpool.positional_embedding";
 /// Only torchvision's detectors have it.
 const TORCHVISION_MARK: &str = "roi_heads.box_predictor.cls_score.weight";
 
+/// Only DetPro's detectors have it.
+const DETPRO_MARK: &str = "roi_head.bg_embedding.weight";
+/// What DetPro's names begin with, and ours. (DetPro, section 4.)
+const DETPRO_PREFIXES: [(&str, &str); 4] = [
+    ("roi_head.bbox_head.shared_convs_for_image.", "roi_head._object_head.shared_convs."),
+    ("roi_head.bbox_head.shared_fcs_for_image.", "roi_head._object_head.shared_fcs."),
+    ("roi_head.projection.", "roi_head.bbox_head.fc_cls._linear."),
+    ("roi_head.projection_for_image.", "roi_head._object_head.fc_cls._linear."),
+];
+/// The embedding of background, `[1, D]`; DetPro's is the sum of a weight `[D, 1]` and a bias `[D]`.
+const BACKGROUND: &str = "roi_head.bbox_head.fc_cls._bg_embedding";
+/// The same of the object head, which no score depends on, and which DetPro does not have.
+const OBJECT_BACKGROUND: &str = "roi_head._object_head.fc_cls._bg_embedding";
+const DETPRO_BIAS: &str = "roi_head.bg_embedding.bias";
+/// A whole CLIP that DetPro's checkpoints hold beside the detector.
+const DETPRO_CLIP: &str = "roi_head.clip_model.";
+
 /// Which tensors of a checkpoint were loaded, and which were not.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LoadReport {
@@ -40,6 +57,8 @@ pub struct LoadReport {
     pub misshaped: Vec<Misfit>,
     /// Counters of the checkpoint, which no network needs: names and values.
     pub counters: Vec<(String, i64)>,
+    /// Tensors of a CLIP beside the detector, which is no part of it.
+    pub clip: Vec<String>,
 }
 
 impl LoadReport {
@@ -52,7 +71,7 @@ impl LoadReport {
 
 /// Copies every tensor of a checkpoint that matches a parameter in name and shape; kinds are cast. Everything else is reported.
 ///
-/// `checkpoint`: under mmdet's names, with or without something before all of them (see [`Place`]), torchvision's Mask R-CNN, or a ResNet that
+/// `checkpoint`: under mmdet's, OADP's or DetPro's names, with or without something before all of them (see [`Place`]), torchvision's Mask R-CNN, or a ResNet that
 /// classifies images, for the backbone. Fails if nothing matches or if there are several such networks, or if a tensor that does holds no floating numbers.
 pub fn load(checkpoint: &BTreeMap<String, Tensor>, parameters: &BTreeMap<String, Tensor>, origin: &Path) -> Result<LoadReport> {
     let place = place(checkpoint, parameters, origin)?;
@@ -63,6 +82,10 @@ pub fn load(checkpoint: &BTreeMap<String, Tensor>, parameters: &BTreeMap<String,
         tensors = tensors.into_iter().map(|(name, tensor)| (format!("backbone.{name}"), tensor)).collect();
     }
     let mut report = LoadReport { place, ..LoadReport::default() };
+    if tensors.contains_key(DETPRO_MARK) {
+        report.clip = tensors.keys().filter(|name| name.starts_with(DETPRO_CLIP)).cloned().collect();
+        tensors = from_detpro(&tensors, origin)?;
+    }
     let mut matched = Vec::new();
     for (name, tensor) in &tensors {
         match parameters.get(name) {
@@ -141,6 +164,43 @@ pub fn from_torchvision(tensors: &BTreeMap<String, Tensor>, origin: &Path) -> Re
         renamed.insert(new_name, tensor);
     }
     Ok(renamed)
+}
+
+/// Translates DetPro's detector to our names, without the CLIP beside it.
+fn from_detpro(tensors: &BTreeMap<String, Tensor>, origin: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let (weight, bias) = (&tensors[DETPRO_MARK], tensors.get(DETPRO_BIAS));
+    let Some(bias) = bias.filter(|bias| matches!(bias.size()[..], [d] if weight.size() == [d, 1])) else {
+        let found = bias.map(Tensor::size);
+        return Err(malformed(
+            origin,
+            format!("{DETPRO_MARK} is {:?}: expected a bias for each of its rows, found {found:?}", weight.size()),
+        ));
+    };
+    let mut renamed = BTreeMap::from([(BACKGROUND.to_owned(), (weight.squeeze_dim(1) + bias).unsqueeze(0))]);
+    let others = tensors.iter().filter(|(name, _)| !name.starts_with(DETPRO_CLIP) && ![DETPRO_MARK, DETPRO_BIAS].contains(&name.as_str()));
+    for (name, tensor) in others {
+        let known = DETPRO_PREFIXES.iter().find_map(|(theirs, ours)| name.strip_prefix(theirs).map(|rest| format!("{ours}{rest}")));
+        renamed.insert(known.unwrap_or_else(|| name.clone()), tensor.shallow_clone());
+    }
+    if renamed.keys().any(|name| name.starts_with(DETPRO_PREFIXES[0].1)) {
+        renamed.insert(OBJECT_BACKGROUND.to_owned(), renamed[BACKGROUND].zeros_like());
+    }
+    Ok(renamed)
+}
+
+/// Translates a detector with a box head and an object head to DetPro's names.
+pub fn to_detpro(tensors: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
+    let mut renamed = BTreeMap::new();
+    for (name, tensor) in tensors.iter().filter(|(name, _)| *name != OBJECT_BACKGROUND) {
+        if name == BACKGROUND {
+            renamed.insert(DETPRO_MARK.to_owned(), tensor.tr().contiguous());
+            renamed.insert(DETPRO_BIAS.to_owned(), tensor.squeeze_dim(0).zeros_like());
+            continue;
+        }
+        let known = DETPRO_PREFIXES.iter().find_map(|(theirs, ours)| name.strip_prefix(ours).map(|rest| format!("{theirs}{rest}")));
+        renamed.insert(known.unwrap_or_else(|| name.clone()), tensor.shallow_clone());
+    }
+    renamed
 }
 
 /// How the rows of a tensor of torchvision stand for classes.

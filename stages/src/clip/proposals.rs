@@ -2,7 +2,13 @@
 
 use std::{ops::Range, sync::Arc};
 
-use ovenbird_data::{annotations::ImageInfo, images::Image};
+use ovenbird_data::{
+    annotations::{ImageId, ImageInfo},
+    images::Image,
+    training::Placement,
+};
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +33,21 @@ pub enum CropRule {
     /// Corners are moved 0.001 px outwards and rounded outwards, then clipped to the image. Embeddings are added as the network computes them,
     /// and normalised once. (LP-OVOD, sections 3.2 and 3.3.)
     LpOvod,
+    /// As `lp-ovod`, with corners computed in f32. (Fixes defects 1 and 3 in docs/recipes/detpro-ralf.md.)
+    Detpro,
+    /// As DetPro's training cut them: from the image as a training step shows it, resized to a shorter side of 640 to 800 px and mirrored or not, by
+    /// one draw from the image's id; crops leave the picture, by a pixel or by what they grew, and are black there. (DetPro, section 2.)
+    DetproReference,
+}
+
+impl CropRule {
+    /// Whether the network's outputs are added before they are normalised.
+    fn adds_raw(self) -> bool {
+        match self {
+            Self::Vild => false,
+            Self::LpOvod | Self::Detpro | Self::DetproReference => true,
+        }
+    }
 }
 
 /// CLIP embeddings of crops of proposals.
@@ -40,7 +61,7 @@ pub struct Proposals {
     pub clip: Clip,
     /// How crops are cut, and how the embeddings of a proposal's crops become one.
     pub rule: CropRule,
-    /// The factors by which boxes grow on each axis; one crop for each. Without it `[1.0]`; with `rule: lp-ovod` `[1.0, 1.5]`.
+    /// The factors by which boxes grow on each axis; one crop for each. Without it `[1.0]`; with all rules but `vild` `[1.0, 1.5]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expand: Option<Vec<f32>>,
     /// Proposals smaller than this on either side are skipped, in px.
@@ -60,7 +81,7 @@ impl Proposals {
         match (&self.expand, self.rule) {
             (Some(factors), _) => factors,
             (None, CropRule::Vild) => &[1.0],
-            (None, CropRule::LpOvod) => &[1.0, 1.5],
+            (None, CropRule::LpOvod | CropRule::Detpro | CropRule::DetproReference) => &[1.0, 1.5],
         }
     }
 }
@@ -81,15 +102,20 @@ impl Views for ProposalViews<'_> {
         self.proposals.refusal(place)
     }
 
-    fn cut(&self, place: usize, _info: &ImageInfo, image: &Arc<Image>, views: Range<usize>) -> Cut {
+    fn cut(&self, place: usize, info: &ImageInfo, image: &Arc<Image>, views: Range<usize>) -> Cut {
         let size = [image.width, image.height];
+        let placement = (self.rule == CropRule::DetproReference).then(|| drawn_placement(info.id, size));
+        let shown = placement.map_or_else(|| Arc::clone(image), |placement| Arc::new(placement.pixels(image)));
         let view = |view: usize| {
             let (proposal, factor) = (&self.proposals.of(place)[view / self.factors.len()], self.factors[view % self.factors.len()]);
+            let xyxy = placement.map_or(proposal.xyxy, |placement| placement.show(&proposal.xyxy));
             let rectangle = match self.rule {
-                CropRule::Vild => proposal.xyxy.expanded(factor, size),
-                CropRule::LpOvod => proposal.xyxy.expanded_outwards(factor.into(), size),
+                CropRule::Vild => xyxy.expanded(factor, size),
+                CropRule::LpOvod => xyxy.expanded_outwards(factor.into(), size),
+                CropRule::Detpro => within(xyxy.rounded_outwards(factor), size),
+                CropRule::DetproReference => xyxy.rounded_outwards(factor),
             };
-            View { pixels: self.cropper.square(image, rectangle), background: None }
+            View { pixels: self.cropper.square(&shown, rectangle), background: None }
         };
         Cut::Views(views.map(view).collect())
     }
@@ -99,7 +125,7 @@ impl Views for ProposalViews<'_> {
         let embeddings = match self.rule {
             // One embedding of unit norm stays as it is.
             CropRule::Vild if self.factors.len() == 1 => embeddings.to_vec(),
-            CropRule::Vild | CropRule::LpOvod => of_proposals.flat_map(|crops| normalised_sum(crops, dim)).collect(),
+            _ => of_proposals.flat_map(|crops| normalised_sum(crops, dim)).collect(),
         };
         Row::Regions(regions(info, self.proposals.of(place), embeddings))
     }
@@ -131,13 +157,28 @@ impl ImageStage for Proposals {
     fn consumer<'a>(&'a self, units: &'a [Unit], cx: &'a Context<'a>) -> Result<ImageConsumer<'a>> {
         let (annotations, proposals) = ImageProposals::large(self.min_side, cx)?;
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, InputMode::Squares, cx)?;
-        let encoder = match self.rule {
-            CropRule::Vild => encoder,
-            CropRule::LpOvod => encoder.unnormalised(),
-        };
+        let encoder = if self.rule.adds_raw() { encoder.unnormalised() } else { encoder };
         let views = ProposalViews { rule: self.rule, factors: self.factors(), cropper: encoder.cropper(), proposals };
         consumer((units, cx), annotations, encoder, views, REGIONS.info().name, RowKind::Regions(self.dtype))
     }
+}
+
+/// How a training step of DetPro shows an image of `[width, height]` px; the draw follows from its id. (DetPro, section 2.)
+fn drawn_placement(image: ImageId, size: [u32; 2]) -> Placement {
+    const SHORTER_PX: [u32; 6] = [640, 672, 704, 736, 768, 800];
+    let mut random = ChaCha8Rng::seed_from_u64(image.0);
+    let placement = Placement::fitting(size, 1333, SHORTER_PX[random.random_range(0..SHORTER_PX.len())]);
+    if random.random_bool(0.5) { placement.mirrored() } else { placement }
+}
+
+/// The part of a rectangle inside an image `[width, height]` px; at least one pixel on each side.
+fn within([x1, y1, x2, y2]: [i64; 4], [width, height]: [u32; 2]) -> [i64; 4] {
+    let axis = |low: i64, high: i64, side: u32| {
+        let low = low.clamp(0, i64::from(side) - 1);
+        [low, high.clamp(low + 1, i64::from(side))]
+    };
+    let ([x1, x2], [y1, y2]) = (axis(x1, x2, width), axis(y1, y2, height));
+    [x1, y1, x2, y2]
 }
 
 /// The sum of a region's embeddings `[V, D]`, of unit norm.
@@ -159,7 +200,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::golden::{lp_ovod, numbers};
+    use crate::golden::{detpro_ralf, lp_ovod, numbers};
 
     #[test]
     fn the_sum_of_several_crops_has_unit_norm() {
@@ -184,28 +225,81 @@ mod tests {
         }
     }
 
-    /// Pixels of LP-OVOD's preprocessing, every eighth of both axes; two hundredths are a grey level in units of the standard deviation.
+    /// The rectangles of DetPro's own code, and those of parity check 1 of its specification, within the image and not.
+    #[test]
+    fn rectangles_of_detpro_are_those_of_its_code() {
+        let golden = detpro_ralf("detector");
+        let boxes = numbers(&golden["crop/boxes"]);
+        for (factor, expected) in [(1.0, "crop/detector"), (1.5, "crop/detector15")] {
+            let expected = numbers(&golden[expected]);
+            assert_eq!(expected.len(), 400 * 4);
+            for (corners, expected) in boxes.as_chunks::<4>().0.iter().zip(expected.as_chunks::<4>().0) {
+                let xyxy = Xyxy::from(corners.map(|corner| corner as f32));
+                assert_eq!(xyxy.rounded_outwards(factor), expected.map(|corner| corner as i64), "{xyxy:?} x {factor}");
+            }
+        }
+        for (corners, factor, expected, inside) in [
+            ([0.0, 0.0, 50.2, 40.0], 1.0, [-1, -1, 51, 41], [0, 0, 51, 41]),
+            ([0.0, 0.0, 50.2, 40.0], 1.5, [-13, -11, 63, 51], [0, 0, 63, 51]),
+            ([100.0, 80.0, 220.0, 160.0], 1.5, [69, 59, 251, 181], [69, 59, 251, 181]),
+            ([600.5, 400.25, 640.0, 480.0], 1.5, [590, 380, 650, 500], [590, 380, 640, 480]),
+            ([0.0; 4], 1.0, [-1, -1, 1, 1], [0, 0, 1, 1]),
+        ] {
+            let found = Xyxy::from(corners).rounded_outwards(factor);
+            assert_eq!((found, within(found, [640, 480])), (expected, inside), "{corners:?} x {factor}");
+        }
+    }
+
+    #[test]
+    fn an_image_is_drawn_alike_every_time_and_images_differ() {
+        let drawn: Vec<Placement> = (0..64).map(|id| drawn_placement(ImageId(id), [640, 480])).collect();
+        assert_eq!(drawn, (0..64).map(|id| drawn_placement(ImageId(id), [640, 480])).collect::<Vec<_>>());
+        let shorter: std::collections::BTreeSet<u32> = drawn.iter().map(|placement| placement.to[1]).collect();
+        assert_eq!(shorter.into_iter().collect::<Vec<_>>(), [640, 672, 704, 736, 768, 800]);
+        assert!((10..54).contains(&drawn.iter().filter(|placement| placement.is_mirrored).count()));
+    }
+
+    /// Pixels of DetPro's preprocessing, every sixteenth of both axes, and the means of all; black where a crop leaves the picture.
+    #[test]
+    fn crops_are_prepared_as_in_detpro() {
+        let golden = detpro_ralf("detector");
+        let rgb = numbers(&golden["preprocess/image"]).into_iter().map(|level| level as u8).collect();
+        let image = Image { width: 90, height: 60, rgb };
+        let boxes = numbers(&golden["preprocess/boxes"]);
+        let rectangles = boxes.as_chunks::<4>().0.iter().map(|corners| corners.map(|corner| corner as i64));
+        let (expected, means) = (numbers(&golden["preprocess/out_every16"]), numbers(&golden["preprocess/out_mean"]));
+        assert_prepared(&image, rectangles, &expected, &means, 16);
+    }
+
+    /// Pixels of LP-OVOD's preprocessing, every eighth of both axes.
     #[test]
     fn crops_are_prepared_as_in_lp_ovod() {
         let golden = lp_ovod();
         let rgb = numbers(&golden["preprocess/image"]).into_iter().map(|level| level as u8).collect();
         let image = Image { width: 130, height: 96, rgb };
+        let boxes = numbers(&golden["preprocess/boxes"]);
+        let rectangles = boxes.as_chunks::<4>().0.iter().map(|corners| corners.map(|corner| corner as i64));
+        let (expected, means) = (numbers(&golden["preprocess/out_every8"]), numbers(&golden["preprocess/mean"]));
+        assert_prepared(&image, rectangles, &expected, &means, 8);
+    }
+
+    /// Compares some pixels of what CLIP sees of rectangles, every so many of both axes, and the means of channels; two hundredths are a grey level in
+    /// units of the standard deviation.
+    fn assert_prepared(image: &Image, rectangles: impl Iterator<Item = [i64; 4]>, expected: &[f64], means: &[f64], step: usize) {
         let [mean, std] = [[0.481_454_66, 0.457_827_5, 0.408_210_73], [0.268_629_54, 0.261_302_6, 0.275_777_1]];
         let preprocess = Preprocess { side_px: 224, resize: SquareResize::Shortest, mean, std };
-        let (expected, means) = (numbers(&golden["preprocess/out_every8"]), numbers(&golden["preprocess/mean"]));
-        for (place, rectangle) in numbers(&golden["preprocess/boxes"]).chunks_exact(4).enumerate() {
-            let square = preprocess.square_of(&image, [0, 1, 2, 3].map(|corner| rectangle[corner] as i64));
+        let n = 224 / step;
+        for (place, rectangle) in rectangles.enumerate() {
+            let square = preprocess.square_of(image, rectangle);
             let mut pixels = vec![0.0; 3 * 224 * 224];
             preprocess.normalise(&square, &mut pixels);
             for (channel, plane) in pixels.chunks_exact(224 * 224).enumerate() {
                 let mean = plane.iter().map(|number| f64::from(*number)).sum::<f64>() / plane.len() as f64;
                 assert!((mean - means[3 * place + channel]).abs() < 2e-3, "{place}: {mean}");
-                for row in 0..28 {
-                    for column in 0..28 {
-                        let (found, expected) =
-                            (plane[8 * row * 224 + 8 * column], expected[((3 * place + channel) * 28 + row) * 28 + column]);
-                        assert!((f64::from(found) - expected).abs() < 0.02, "{place}, {channel}, {row}, {column}: {found} {expected}");
-                    }
+                for (row, column) in (0..n).flat_map(|row| (0..n).map(move |column| (row, column))) {
+                    let found = f64::from(plane[step * row * 224 + step * column]);
+                    let expected = expected[((3 * place + channel) * n + row) * n + column];
+                    assert!((found - expected).abs() < 0.02, "{place}, {channel}, {row}, {column}: {found} {expected}");
                 }
             }
         }

@@ -262,7 +262,7 @@ impl DataLoader for DetectionLoader {
     fn load(&self, BatchSpec { step, piece, images: specs }: BatchSpec, cx: &Context<'_>) -> Result<Loaded<Batch>> {
         let (mut pictures, mut images, mut unreadable) = (Vec::new(), Vec::new(), Vec::new());
         for (place, placement) in specs {
-            let Sample { info, objects, crowds } = &self.samples[place];
+            let Sample { info, objects, crowds, .. } = &self.samples[place];
             let attempt = cx.attempt(|| Ok(placement.pixels(&self.images.decode_sized(&info.file_name, placement.from)?)));
             match attempt.result {
                 Ok(picture) => pictures.push(picture),

@@ -74,11 +74,11 @@ pub(super) struct MaskRcnnCriterion {
 }
 
 impl MaskRcnnCriterion {
-    /// A detector with initial weights. `n_regions`: how many regions of an image are sampled for the heads.
+    /// A detector with initial weights. `rule`: which regions are sampled for the heads.
     pub(super) fn new(
         spec: MaskRcnnSpec,
         classes: ClassTables,
-        n_regions: usize,
+        rule: RegionRule,
         crowds: Crowds,
         distillation: &Distillation,
         training: &Training,
@@ -93,7 +93,6 @@ impl MaskRcnnCriterion {
         };
         let store = nn::VarStore::new(device);
         let detector = Detector::new(&store.root(), &spec.config, training.seed)?;
-        let rule = region_rule(n_regions, None);
         let (distillation, training) = (distillation.clone(), training.clone());
         Ok(Self { detector, spec, classes, global_classes, rule, crowds, distillation, training, store })
     }

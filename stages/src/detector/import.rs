@@ -23,7 +23,7 @@ use crate::{
     error::malformed,
 };
 
-/// Imports a detector that another program trained: checkpoints of OADP and LP-OVOD, and files that `detector/export` wrote.
+/// Imports a detector that another program trained: checkpoints of OADP, DetPro and LP-OVOD, and files that `detector/export` wrote.
 ///
 /// LP-OVOD's have a linear classifier, whose rows `classes` names: base classes, and novel ones if they were probed, in its order. The heads follow from the tensors in the checkpoint; all tensors of the network must be there and fit. The file does not say how the
 /// detector is used: the parameters do, with OADP's values for COCO as defaults. (OADP, sections 6.1 and 6.7.)
@@ -48,12 +48,13 @@ impl Default for Import {
     }
 }
 
-const CHECKPOINT: In<CheckpointFile> = In::required("checkpoint", "Weights under mmdet's and OADP's names: `.pth` or safetensors.");
+const CHECKPOINT: In<CheckpointFile> =
+    In::required("checkpoint", "Weights under the names of mmdet and OADP, DetPro or LP-OVOD: `.pth` or safetensors.");
 const CLASSES: In<Classes> =
     In::optional("classes", "Base and novel class names: of a detector with a linear classifier (LP-OVOD), the classes of its rows.");
 const DETECTOR: Out<DetectorFile> = Out::new("detector", "Weights under mmdet's names, safetensors, f32, and how the network is built.");
-/// A tensor with as many rows as embeddings have numbers.
-const PROJECTION: &str = "roi_head.bbox_head.fc_cls._linear.weight";
+/// A tensor with as many rows as embeddings have numbers: of OADP and of DetPro.
+const PROJECTIONS: [&str; 2] = ["roi_head.bbox_head.fc_cls._linear.weight", "roi_head.projection.weight"];
 /// The rows of base classes of a detector of LP-OVOD, those of novel classes, and the matrix that makes embeddings.
 const PROTOTYPE: &str = "roi_head.prototype";
 const PROTOTYPE_NOVEL: &str = "roi_head.prototype_novel";
@@ -94,6 +95,9 @@ impl Stage for Import {
         };
         let report = layout::load(checkpoint.tensors(), &parameters, &file.file.path)?.require_all(&file.file.path)?;
         report.place.note().into_iter().for_each(|words| cx.note(words));
+        if let Some(first) = report.clip.first() {
+            cx.note(format!("{} tensors of a CLIP beside the detector are left out, `{first}` among them", report.clip.len()));
+        }
         if let Some((name, steps)) = report.counters.iter().find(|(name, _)| name.ends_with(LABEL_COUNTER)) {
             let behaviour = if *steps <= 1 { "reference" } else { "fixed" };
             cx.note(format!("the detector was trained as with `label_warmup: {behaviour}`: {name} is {steps}"));
@@ -105,7 +109,7 @@ impl Stage for Import {
 }
 
 /// The same tensors, for longer than the network.
-fn views(parameters: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
+pub(super) fn views(parameters: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
     parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
 }
 
@@ -142,16 +146,19 @@ impl Import {
     }
 
     fn spec(&self, checkpoint: &Checkpoint) -> Result<MaskRcnnSpec> {
-        let projection = checkpoint.tensors().iter().find(|(name, _)| name.ends_with(PROJECTION));
+        let projection = checkpoint.tensors().iter().find(|(name, _)| PROJECTIONS.iter().any(|projection| name.ends_with(projection)));
         let Some([embed_dim, _]) = projection.map(|(_, tensor)| tensor.size()).and_then(|size| <[i64; 2]>::try_from(size).ok()) else {
             return Err(malformed(
                 checkpoint.path(),
-                format!("expected a detector of OADP, with a matrix `{PROJECTION}`, or of LP-OVOD, with `{PROTOTYPE}`"),
+                format!(
+                    "expected a detector of OADP or DetPro, with a matrix `{}` or `{}`, or of LP-OVOD, with `{PROTOTYPE}`",
+                    PROJECTIONS[0], PROJECTIONS[1]
+                ),
             ));
         };
         let has = |part: &str| checkpoint.names().any(|name| name.contains(part));
         let heads = ExtraHeads {
-            object: has("roi_head._object_head."),
+            object: has("roi_head._object_head.") || has("roi_head.projection_for_image."),
             block: has("roi_head._block_head."),
             global: has("_global_head."),
             mask: has("roi_head.mask_head."),

@@ -21,7 +21,7 @@ use tch::{Device, Kind, Tensor, nn};
 use super::{
     batches::{Batch, boxes},
     classes::selected_prompts,
-    criterion::{Crowds, region_rule, rows_of, sampled},
+    criterion::{Crowds, rows_of, sampled},
     distillation::Distillation,
     images::{Normalisation, TestImage},
     options::{Heads, TestOptions},
@@ -49,10 +49,10 @@ pub(super) struct SigmoidCriterion {
 }
 
 impl SigmoidCriterion {
-    /// A detector with initial weights. `n_regions`: how many regions of an image are sampled.
+    /// A detector with initial weights. `rule`: which regions are sampled.
     pub(super) fn new(
         spec: SigmoidSpec,
-        n_regions: usize,
+        rule: RegionRule,
         crowds: Crowds,
         distillation: &Distillation,
         training: &Training,
@@ -61,7 +61,7 @@ impl SigmoidCriterion {
         let store = nn::VarStore::new(device);
         let detector = SigmoidDetector::new(&store.root(), &spec.config, training.seed)?;
         let (distillation, training) = (distillation.clone(), training.clone());
-        Ok(Self { detector, spec, rule: region_rule(n_regions, None), crowds, distillation, training, store })
+        Ok(Self { detector, spec, rule, crowds, distillation, training, store })
     }
 
     /// Every tensor of the detector by name.

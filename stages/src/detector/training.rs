@@ -9,6 +9,7 @@ use tch::{Kind, Tensor};
 
 use crate::{
     Context, Problem,
+    contract::is_default,
     training::{Algorithm, Decay, OptimizerConfig, Parameter, Schedule, TrainingConfig, Warmup},
 };
 
@@ -63,6 +64,18 @@ impl TrainPrecision {
     }
 }
 
+/// The classes by whose rarity images are repeated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum RepeatClasses {
+    /// Base classes: labels of others are not read.
+    #[default]
+    Base,
+    /// All classes of the annotations, as in DetPro: novel labels decide which images are seen more often. (Defect 10 in
+    /// docs/recipes/detpro-ralf.md.)
+    All,
+}
+
 /// How a group of parameters is trained differently from the others.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -107,6 +120,9 @@ pub struct Training {
     pub size_step: u32,
     /// Images with a class that fewer than this fraction of the images show are repeated (LVIS: 0.001); 0 for no repetition.
     pub repeat_threshold: f64,
+    /// The classes that `repeat_threshold` is about.
+    #[serde(skip_serializing_if = "is_default")]
+    pub repeat_classes: RepeatClasses,
     /// Precision in which the network computes.
     pub precision: TrainPrecision,
     /// Algorithm that changes the weights.
@@ -154,6 +170,7 @@ impl Default for Training {
             min_size: [640, 800],
             size_step: 1,
             repeat_threshold: 0.0,
+            repeat_classes: RepeatClasses::default(),
             precision: TrainPrecision::F32,
             optimizer: OptimizerKind::Sgd,
             momentum: 0.9,
@@ -233,9 +250,11 @@ impl Training {
 
     /// Places in some samples: each once, those with rare classes more often.
     pub(crate) fn copies(&self, samples: &[Sample]) -> Vec<usize> {
-        let repeats = match self.repeat_threshold {
-            0.0 => vec![1; samples.len()],
-            threshold => training::repeats(samples, threshold),
+        let base = |sample: &Sample| sample.objects.iter().map(|object| object.class).collect();
+        let repeats = match (self.repeat_threshold, self.repeat_classes) {
+            (0.0, _) => vec![1; samples.len()],
+            (threshold, RepeatClasses::Base) => training::repeats(samples.iter().map(base), threshold),
+            (threshold, RepeatClasses::All) => training::repeats(samples.iter().map(|sample| sample.categories.clone()), threshold),
         };
         repeats.into_iter().enumerate().flat_map(|(place, n)| std::iter::repeat_n(place, n)).collect()
     }
@@ -292,7 +311,22 @@ fn group_of(groups: &BTreeMap<String, Group>, name: &str) -> Group {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+    use crate::golden::{detpro_ralf, numbers};
+
+    /// The copies of mmdet's `ClassBalancedDataset`, by its own code.
+    #[test]
+    fn images_of_rare_classes_are_copied_as_in_mmdet() {
+        let golden = detpro_ralf("detector");
+        let integers = |name: &str| numbers(&golden[name]).into_iter().map(|number| number as usize).collect::<Vec<_>>();
+        let (cats, offsets, copies) = (integers("repeat/cats"), integers("repeat/offsets"), integers("repeat/copies"));
+        let threshold = golden.get("repeat/threshold").map_or(0.05, |threshold| numbers(threshold)[0]);
+        let shown = offsets.windows(2).map(|ends| cats[ends[0]..ends[1]].iter().copied().collect::<BTreeSet<usize>>());
+        assert_eq!(training::repeats(shown, threshold), copies);
+        assert!(copies.len() == 3000 && copies.iter().any(|n| *n > 1));
+    }
 
     #[test]
     fn epochs_are_as_long_as_their_images_are_many() {

@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Declares a part of a network under its mmdet name.
-fn declare<T>(name: &str, part: impl FnOnce(&Parameters<'_>) -> T) -> (nn::VarStore, T, BTreeMap<String, Tensor>) {
+pub(super) fn declare<T>(name: &str, part: impl FnOnce(&Parameters<'_>) -> T) -> (nn::VarStore, T, BTreeMap<String, Tensor>) {
     let store = nn::VarStore::new(Device::Cpu);
     let declared = RefCell::default();
     let part = part(&(&Parameters::new(&store.root(), Fill::Seed(1), &declared) / name));
