@@ -11,6 +11,7 @@ mod golden;
 mod layers;
 pub mod multilabel;
 mod parameters;
+pub mod ral;
 pub mod rcnn;
 pub mod search;
 #[cfg(test)]
