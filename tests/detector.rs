@@ -277,7 +277,7 @@ fn published_pipelines_run_on_the_published_layout() {
         }
     }
     // Nothing is wrong with either but that files are not there.
-    for name in ["vild-ov-coco", "vild-ov-lvis", "oadp-ov-coco", "oadp-ov-lvis", "lp-ovod-ov-coco"] {
+    for name in ["vild-ov-coco", "vild-ov-lvis", "oadp-ov-coco", "oadp-ov-lvis", "lp-ovod-ov-coco", "detpro-ov-lvis"] {
         let refused = world.run(["plan", name]);
         assert!(refused.code == 4 && refused.stderr.contains("hint: put the files there"), "{}", refused.stderr);
     }
@@ -326,7 +326,9 @@ fn published_pipelines_run_on_the_published_layout() {
     }
     std::fs::create_dir_all(world.path("lvis/proposals")).unwrap();
     let proposals = world.path("coco/proposals/oln_r50_fpn_coco_train.pkl");
-    std::fs::copy(proposals, world.path("lvis/proposals/oln_r50_fpn_lvis_train.pkl")).unwrap();
+    for name in ["oln_r50_fpn_lvis_train.pkl", "rpn_r101_fpn_lvis_train.pkl"] {
+        std::fs::copy(&proposals, world.path(&format!("lvis/proposals/{name}"))).unwrap();
+    }
     let embed_dim = Checkpoint::open(Path::new(&clip)).unwrap().shape("text_projection").unwrap()[1];
     let mut detpro = std::fs::File::create(world.path("detpro.pth")).unwrap();
     write_torch(&Saved::Tensor(&Tensor::ones([60, embed_dim], (Kind::Float, Device::Cpu))), &mut detpro).unwrap();
@@ -335,6 +337,9 @@ fn published_pipelines_run_on_the_published_layout() {
     let done = run.steps("done");
     assert!(["detector", "lvis", "lvis-masks", "prompts", "test"].iter().all(|step| done.contains(&(*step).to_owned())), "{}", run.stderr);
     assert_eq!(run.stderr.matches("will run: 1 of 1 units done").count(), 3, "{}", run.stderr);
+    let run = dry_run("detpro-ov-lvis", &on_lvis);
+    let made = ["detector", "lvis", "lvis-masks", "prompts", "range-1", "range-5", "samples", "test", "truth-regions"];
+    assert!(made.iter().all(|step| run.steps("done").contains(&(*step).to_owned())), "{}", run.stderr);
     let run = dry_run("vild-ov-lvis", &on_lvis);
     let made = ["detector", "prompts", "test"];
     assert!(made.iter().all(|step| run.steps("done").contains(&(*step).to_owned())), "{}", run.stderr);

@@ -5,6 +5,7 @@ mod support;
 
 mod clips;
 mod detector;
+mod detpro;
 mod docs;
 mod errors;
 mod evaluation;

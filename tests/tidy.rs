@@ -183,6 +183,29 @@ fn published_pipelines_have_the_published_numbers() {
     let fusion = parameters("lp-ovod-ov-coco", "test");
     assert!(fusion.get("fusion").is_none(), "the published fusion is the default");
     lp_ovod("test", json!({"heads": "both", "score_threshold": 0.05_f32, "nms_iou": 0.5, "max_per_image": 100}));
+    // DetPro's specification, sections 2, 3 and 4.
+    let detpro = |id: &str, expected: Value| assert_holds(&parameters("detpro-ov-lvis", id), &expected, id);
+    detpro("regions", json!({"rule": "detpro-reference", "min_side": 0.0}));
+    for (range, iou) in [[0.5, 0.6], [0.6, 0.7], [0.7, 0.8], [0.8, 0.9], [0.9, 1.1]].into_iter().enumerate() {
+        let learned = json!({
+            "iou": iou.map(|iou| iou as f32), "negative_iou": 0.5, "background": "soft", "context": 8, "epochs": 6, "batch_size": 512, "lr": 0.002,
+        });
+        detpro(&format!("range-{}", range + 1), learned);
+    }
+    detpro("templates", json!({"templates": "vild-74", "renormalise": false, "spaces": false}));
+    let network = json!({
+        "network": "r50", "masks": true, "train_temperature": 0.01, "test_temperature": 0.007, "low_quality_iou": 0.5,
+        "trainable_backbone_layers": 5,
+    });
+    detpro("detector", network);
+    let detector = parameters("detpro-ov-lvis", "detector");
+    assert_eq!(detector["distillation"]["objects"], weight(256.0, 0));
+    let training = json!({
+        "epochs": 20, "lr_epochs": [16], "batch_size": 16, "max_size": [1333, 1333], "min_size": [640, 800], "size_step": 32, "lr": 0.02,
+        "momentum": 0.9, "weight_decay": 2.5e-5, "warmup_steps": 500, "precision": "f32", "optimizer": "sgd", "repeat_threshold": 0.001,
+    });
+    assert_holds(&detector["training"], &training, "detpro-ov-lvis");
+    detpro("test", json!({"heads": "both", "score_threshold": 1e-4_f32, "nms_iou": 0.5, "max_per_image": 300, "proposals": 1000}));
     let learned = json!({"epochs": 3, "batch_size": 16, "lr": 0.05, "weight_decay": 0.001, "loss_weight": 640.0});
     assert_holds(&parameters("oadp-ov-coco", "multilabel"), &learned, "oadp-ov-coco");
 }
@@ -192,7 +215,7 @@ fn every_test_that_a_recipe_names_exists() {
     let sources = Command::new("git").args(["ls-files", "*.rs"]).current_dir(root()).output().unwrap();
     let sources = String::from_utf8(sources.stdout).unwrap();
     let code: String = sources.lines().map(|path| fs::read_to_string(root().join(path)).unwrap()).collect();
-    for page in ["oadp", "lp-ovod"] {
+    for page in ["oadp", "lp-ovod", "detpro-ralf"] {
         let recipe = fs::read_to_string(root().join(format!("docs/recipes/{page}.md"))).unwrap();
         let (_, table) = recipe.split_once("## Where parity is checked").unwrap();
         let rows: Vec<&str> = table.lines().filter(|line| line.starts_with("| ") && line.contains('`')).collect();

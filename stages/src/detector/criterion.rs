@@ -12,6 +12,7 @@ use ovenbird_models::{
         matching::{Assigner, Sampler, Truth},
     },
     multilabel::asymmetric_loss,
+    ral::{self, BatchNorm, Ral},
     rcnn::{
         Detector,
         classifier::{LogitScale, Vocabulary},
@@ -25,7 +26,7 @@ use ovenbird_models::{
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Tensor, nn};
+use tch::{Device, Tensor, nn, no_grad};
 
 use super::{
     batches::{Batch, RegionTargets, TrainingImage, boxes},
@@ -68,6 +69,8 @@ pub(super) struct MaskRcnnCriterion {
     rule: RegionRule,
     crowds: Crowds,
     distillation: Distillation,
+    /// Retrieved words that the embeddings of objects are kept apart from.
+    ral: Option<Ral>,
     training: Training,
     /// Owns the weights.
     store: nn::VarStore,
@@ -80,7 +83,7 @@ impl MaskRcnnCriterion {
         classes: ClassTables,
         rule: RegionRule,
         crowds: Crowds,
-        distillation: &Distillation,
+        (distillation, ral): (&Distillation, Option<Ral>),
         training: &Training,
         device: Device,
     ) -> Result<Self> {
@@ -94,7 +97,7 @@ impl MaskRcnnCriterion {
         let store = nn::VarStore::new(device);
         let detector = Detector::new(&store.root(), &spec.config, training.seed)?;
         let (distillation, training) = (distillation.clone(), training.clone());
-        Ok(Self { detector, spec, classes, global_classes, rule, crowds, distillation, training, store })
+        Ok(Self { detector, spec, classes, global_classes, rule, crowds, distillation, ral, training, store })
     }
 
     /// Every tensor of the detector by name.
@@ -122,6 +125,7 @@ impl Criterion for MaskRcnnCriterion {
         self.proposals(&pyramid, &batch, step, &mut losses)?;
         self.images(&pyramid, &batch, step, &mut losses)?;
         self.blocks(&pyramid, &batch, step, &mut losses)?;
+        self.words(&pyramid, &batch, &mut random, &mut losses)?;
         Ok(losses)
     }
 
@@ -208,6 +212,42 @@ impl MaskRcnnCriterion {
         losses.terms.push(("relations", askew * weights.relation_loss.at(step)));
         losses.terms.push(("block_labels", wrong * weights.label_weight(weights.block_labels, step)));
         losses.measures.push(("recall.blocks", recall(&logits, &labels, BLOCK_BEST)));
+        Ok(())
+    }
+
+    /// The losses of annotated objects against retrieved words. (RALF, section 7.)
+    fn words(&self, pyramid: &Pyramid, batch: &Batch, random: &mut ChaCha8Rng, losses: &mut Losses) -> Result<()> {
+        let Some(ral) = &self.ral else { return Ok(()) };
+        let labels: Vec<i64> = batch.images.iter().flat_map(|image| &image.classes).map(|class| *class as i64).collect();
+        if labels.is_empty() {
+            return Ok(());
+        }
+        let on: Vec<Tensor> = batch.images.iter().map(|image| boxes(&image.objects)).collect();
+        let pooled = pyramid.pool(&self.spec.config.pool, &on)?;
+        let said = match ral.config().batch_norm {
+            BatchNorm::Reference => self.detector.bbox_head.forward(&pooled, Phase::Train)?,
+            BatchNorm::BatchOnly => {
+                let running =
+                    self.tensors().iter().filter(|(name, _)| name.starts_with("roi_head.bbox_head.") && name.contains(".running_"));
+                let before: Vec<(&Tensor, Tensor)> = running.map(|(_, tensor)| (tensor, tensor.copy())).collect();
+                let said = self.detector.bbox_head.forward(&pooled, Phase::Train)?;
+                // By a view that autograd does not watch: the pass before has yet to be differentiated.
+                no_grad(|| before.into_iter().for_each(|(tensor, before)| tensor.data().copy_(&before)));
+                said
+            }
+        };
+        let drawn = ral.draw(&labels, random)?;
+        let labels = Tensor::from_slice(&labels);
+        let n_rows: Vec<i64> = batch.images.iter().map(|image| image.objects.len() as i64).collect();
+        let of_group = |rows: Range<i64>, loss: fn(ral::Losses) -> Tensor| {
+            let part = |of: &Tensor| of.narrow(0, rows.start, rows.end - rows.start);
+            let drawn = drawn.of(rows.start as usize..rows.end as usize);
+            Ok(loss(ral.losses(&part(&said.embeddings), &part(&labels), &drawn)?))
+        };
+        let mean = |loss| mean_over_groups(&n_rows, self.distillation.images_per_group, |rows| of_group(rows, loss));
+        losses.terms.extend([("hard_words", mean(|losses| losses.hard)?), ("easy_words", mean(|losses| losses.easy)?)]);
+        let [hard, easy] = ral.losses(&said.embeddings.detach(), &labels, &drawn)?.active;
+        losses.measures.extend([("active.hard_words", hard), ("active.easy_words", easy)]);
         Ok(())
     }
 
@@ -314,8 +354,11 @@ fn object_mask(mask: &ShownMask) -> ObjectMask {
 #[cfg(test)]
 mod tests {
     use ovenbird_data::{annotations::ImageId, boxes::Xyxy};
+    use ovenbird_models::rcnn::Config;
+    use rand_chacha::rand_core::SeedableRng as _;
 
     use super::*;
+    use crate::golden::unit;
 
     #[test]
     fn crowds_are_background_or_ignored() {
@@ -335,5 +378,94 @@ mod tests {
             let found = truth(&image, crowds);
             assert_eq!((found.objects, found.crowds), (boxes(&image.objects), ignored));
         }
+    }
+
+    /// Images of 96 x 64 px with two objects each, two images.
+    fn batch() -> Batch {
+        let picture = |of: u32| {
+            let level = |place: u32| ((place * 37 + of * 101) % 251) as u8;
+            ovenbird_data::images::Image { width: 96, height: 64, rgb: (0..3 * 96 * 64).map(level).collect() }
+        };
+        let image = |id: u64| TrainingImage {
+            id: ImageId(id),
+            size: ImageSize { width: 96, height: 64 },
+            objects: vec![Xyxy { x1: 4.0, y1: 6.0, x2: 40.0, y2: 50.0 }, Xyxy { x1: 30.0, y1: 8.0, x2: 90.0, y2: 60.0 }],
+            crowds: Vec::new(),
+            classes: vec![0, id as usize],
+            masks: Vec::new(),
+            proposals: RegionTargets::default(),
+            blocks: RegionTargets::default(),
+            block_classes: Vec::new(),
+            embedding: Vec::new(),
+        };
+        let pixels = super::super::images::Pixels::of(&[picture(1), picture(2)], super::super::images::Normalisation::IMAGENET);
+        Batch { pixels, images: vec![image(1), image(2)], random: ChaCha8Rng::seed_from_u64(5) }
+    }
+
+    /// A criterion after one step's losses, and these.
+    fn after_a_step(ral: Option<ral::Config>) -> (MaskRcnnCriterion, Losses) {
+        let table = |n: i64, name: &str| {
+            let numbers: Vec<f32> = unit(name, n as usize * 16).collect();
+            ovenbird_models::to_unit_length(&Tensor::from_slice(&numbers).view([n, 16]))
+        };
+        let scale = LogitScale::Temperature { train: 0.02, test: 0.02 };
+        let text = Vocabulary::new(table(4, "ral/classes"), 3, scale).unwrap();
+        let config = Config { object_head: None, block_head: None, has_global_head: false, ..Config::toy(16) };
+        let spec = MaskRcnnSpec { config, fits: [96, 64], has_prompts: true, has_multilabel_prompts: false, scale, clip: None };
+        let words = |first: u32| (0..4).map(|class| (0..10).map(|word| first + 10 * class + word).collect()).collect();
+        let negatives =
+            || ral::Negatives { anchors: table(4, "ral/anchors"), words: table(80, "ral/words"), hard: words(0), easy: words(40) };
+        let criterion = MaskRcnnCriterion::new(
+            spec,
+            ClassTables { image: text.clone(), text },
+            region_rule(64, None),
+            Crowds::Background,
+            (&Distillation::default(), ral.map(|config| Ral::new(config, negatives()).unwrap())),
+            &Training::default(),
+            Device::Cpu,
+        )
+        .unwrap();
+        let losses = criterion.losses(0, batch()).unwrap();
+        let all: Vec<&Tensor> = losses.terms.iter().map(|(_, term)| term).collect();
+        Tensor::stack(&all, 0).sum(tch::Kind::Float).backward();
+        (criterion, losses)
+    }
+
+    /// RALF's parity check 23: without weight, and with statistics of the sampled regions alone, RAL changes no bit of gradients and statistics; the
+    /// reference changes the statistics of the box head all the same (its defect 20).
+    #[test]
+    fn ral_without_weight_is_no_ral_but_for_the_statistics_of_the_reference() {
+        let (plain, _) = after_a_step(None);
+        let none = ral::Config { beta_sim: 0.0, beta_dis: 0.0, ..ral::Config::default() };
+        for (batch_norm, changes) in [(BatchNorm::BatchOnly, false), (BatchNorm::Reference, true)] {
+            let (with, losses) = after_a_step(Some(ral::Config { batch_norm, ..none }));
+            assert!(losses.terms.iter().any(|(name, _)| *name == "easy_words"));
+            let mut changed = Vec::new();
+            for (name, tensor) in with.tensors() {
+                let before = &plain.tensors()[name];
+                if !tensor.equal(before) {
+                    changed.push(name.as_str());
+                }
+                let gradients = [tensor, before].map(|tensor| tensor.grad());
+                assert_eq!(gradients[0].defined(), gradients[1].defined(), "{name}");
+                assert!(!gradients[0].defined() || gradients[0].equal(&gradients[1]), "{name}");
+            }
+            assert!(changed.iter().all(|name| name.starts_with("roi_head.bbox_head.") && name.contains(".running_")), "{changed:?}");
+            assert_eq!(!changed.is_empty(), changes, "{batch_norm:?}");
+        }
+    }
+
+    #[test]
+    fn ral_teaches_the_box_head_and_what_is_below() {
+        let ((plain, _), (with, losses)) = (after_a_step(None), after_a_step(Some(ral::Config::default())));
+        let value = |wanted: &str| losses.terms.iter().find(|(name, _)| *name == wanted).unwrap().1.double_value(&[]);
+        assert!(value("hard_words") >= 0.0 && value("easy_words") > 0.0);
+        for name in ["roi_head.bbox_head.fc_cls._linear.weight", "roi_head.bbox_head.shared_fcs.0.weight", "backbone.layer4.0.conv1.weight"]
+        {
+            assert!(!with.tensors()[name].grad().equal(&plain.tensors()[name].grad()), "{name}");
+        }
+        // Background has no part in it.
+        let name = "roi_head.bbox_head.fc_cls._bg_embedding";
+        assert!(with.tensors()[name].grad().equal(&plain.tensors()[name].grad()));
     }
 }

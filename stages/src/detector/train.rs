@@ -160,7 +160,8 @@ impl Stage for Train {
         let spec = self.spec(embeddings.size()[1], cx.inputs)?;
         let (dim, classes) = (spec.config.embed_dim, spec.tables(embeddings, cx.inputs, &classes, cx.device)?);
         let training = self.training.light(cx);
-        let criterion = MaskRcnnCriterion::new(spec, classes, self.region_rule(), self.crowds, &self.distillation, &training, cx.device)?;
+        let criterion =
+            MaskRcnnCriterion::new(spec, classes, self.region_rule(), self.crowds, (&self.distillation, None), &training, cx.device)?;
         load_pretrained(criterion.tensors(), units, cx)?;
         let mut loader = DetectionLoader::new(&training, cx)?.with_features([FEATURES, BLOCKS], GLOBALS, dim, cx)?;
         if self.masks {

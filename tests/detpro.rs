@@ -1,0 +1,135 @@
+//! DetPro as an operator runs it: crops by its rule, rows by IoU, learned prompts, their mean, and a detector with them that goes out and comes in.
+
+use std::{fs, process::Stdio};
+
+use serde_json::Value;
+
+use crate::support::{World, until};
+
+/// The steps of the method at their smallest.
+const SMALL: &str = r#"version: 1
+name: small
+variables: {rule: detpro}
+stages:
+  - id: world
+    use: toy/world
+    with: {seed: 7, train_images: 16, val_images: 8, web_images: 40, held_out_images: 60, side_px: 160}
+  - id: clip
+    use: toy/clip
+    in: {held_out_images: world.held_out_images, held_out: world.held_out}
+  - id: train
+    use: annotations/split
+    in: {annotations: world.train, classes: world.classes}
+    with: {keep: base}
+  - {id: proposals, use: proposals/import, in: {proposals: world.train_proposals, annotations: world.train}}
+  - id: regions
+    use: clip/proposals
+    in: {images: world.images, annotations: train.annotations, proposals: proposals.proposals, checkpoint: clip.checkpoint}
+    with: {rule: "${rule}", min_side: 0.0, clip: {precision: f32}}
+  - {id: truth, use: proposals/truth, in: {annotations: train.annotations, classes: train.classes}}
+  - id: truth-regions
+    use: clip/proposals
+    in: {images: world.images, annotations: train.annotations, proposals: truth.proposals, checkpoint: clip.checkpoint}
+    with: {rule: "${rule}", min_side: 0.0, clip: {precision: f32}}
+  - id: samples
+    use: prompts/detpro-data
+    in: {features: regions.features, truth: truth-regions.features, annotations: train.annotations, classes: train.classes}
+  - id: near
+    use: prompts/detpro
+    in: {checkpoint: clip.checkpoint, classes: train.classes, samples: samples.samples}
+    with: {iou: [0.5, 0.9], epochs: 3, batch_size: 32, checkpoint_every: 2}
+  - id: exact
+    use: prompts/detpro
+    in: {checkpoint: clip.checkpoint, classes: train.classes, samples: samples.samples}
+    with: {iou: [0.9, 1.1], epochs: 3, batch_size: 32, checkpoint_every: 2}
+  - {id: prompts, use: prompts/mean, in: {prompts: near.prompts, prompts_2: exact.prompts}}
+  - id: detector
+    use: detector/train
+    in: {images: world.images, annotations: train.annotations, classes: train.classes, prompts: prompts.prompts, features: regions.features}
+    with:
+      network: toy
+      low_quality_iou: 0.5
+      training: {steps: 4, checkpoint_every: 4, batch_size: 2, max_size: [128, 128], min_size: [96, 128], size_step: 32}
+  - {id: out, use: detector/export, in: {detector: detector.detector}, with: {names: detpro}}
+  - id: back
+    use: detector/import
+    in: {checkpoint: out.checkpoint}
+    with: {network: toy, test_temperature: 0.007, multilabel_prompts: false, max_size: 128, min_size: 128}
+  - id: test
+    use: detector/test
+    in: {images: world.images, annotations: world.val, classes: train.classes, prompts: prompts.prompts, detector: detector.detector}
+  - id: again
+    use: detector/test
+    in: {images: world.images, annotations: world.val, classes: train.classes, prompts: prompts.prompts, detector: back.detector}
+  - id: top-1
+    use: eval/regions
+    in: {samples: samples.samples, prompts: prompts.prompts, classes: train.classes}
+"#;
+
+fn small() -> World {
+    let world = World::new();
+    world.write("small.yaml", SMALL);
+    world
+}
+
+/// From proposals to detections; a detector that went out under DetPro's names detects the same.
+#[test]
+fn prompts_are_learned_from_regions_and_a_detector_goes_out_and_comes_in() {
+    let world = small();
+    let run = world.run(["run", "./small.yaml"]).success();
+    let accuracy: Value = serde_json::from_slice(&fs::read(world.find(&["eval-regions", "accuracy.json"])).unwrap()).unwrap();
+    let n_regions = accuracy["truth"]["base"]["regions"].as_u64().unwrap();
+    assert!(n_regions > 16 && accuracy["truth"]["novel"]["regions"] == 0, "{accuracy}");
+    assert!(accuracy["truth"]["base"]["top1"].as_u64().unwrap() * 2 > n_regions, "{accuracy}");
+    assert!(accuracy["background"].as_u64().unwrap() > 0, "{accuracy}");
+    let units = world.units_of("detector-test").into_iter();
+    let detections: Vec<Vec<u8>> = units.map(|unit| fs::read(unit.join("detections.parquet")).unwrap()).collect();
+    assert_eq!(detections.len(), 2, "{}", run.stderr);
+    assert!(detections[0] == detections[1], "another detector came in than went out");
+    world.run(["verify", "--deep"]).success();
+
+    // Crops as the reference cuts them are others, and so is all that follows.
+    let other = world.run(["run", "./small.yaml", "--set", "rule=detpro-reference", "--until", "near"]).success();
+    assert_eq!(other.steps("done"), ["near", "regions", "samples", "truth-regions"], "{}", other.stderr);
+}
+
+/// A run that is killed at any moment ends with the bytes of one that was not.
+#[test]
+fn prompt_learning_continues_after_kills_to_the_same_bytes() {
+    let whole = small();
+    whole.run(["run", "./small.yaml", "--until", "prompts"]).success();
+    let killed = small();
+    for kind in ["clip-proposals", "prompts-detpro-data", "prompts-detpro"] {
+        let mut running = killed.command(["run", "./small.yaml", "--until", "prompts"]);
+        let mut running = running.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        until(|| !killed.units_of(kind).is_empty());
+        drop(running.kill());
+        running.wait().unwrap();
+    }
+    killed.run(["run", "./small.yaml", "--until", "prompts"]).success();
+    for parts in [["prompts-detpro-data", "embeddings.arrow"], ["prompts-mean", "prompts.safetensors"]] {
+        let [one, other] = [&whole, &killed].map(|world| fs::read(world.find(&parts)).unwrap());
+        assert!(one == other, "{parts:?}");
+    }
+}
+
+#[test]
+fn what_prompt_learning_cannot_use_is_said_in_words() {
+    let world = small();
+    world.run(["run", "./small.yaml", "--until", "samples"]).success();
+    let refused = |from: &str, to: &str, expected: &str| {
+        assert!(SMALL.contains(from), "the pipeline changed: {from}");
+        world.write("wrong.yaml", SMALL.replace(from, to));
+        let refused = world.run(["run", "./wrong.yaml"]);
+        assert!([2, 3, 4].contains(&refused.code) && refused.stderr.contains(expected), "{expected}:\n{}", refused.stderr);
+    };
+    // Prompts of other classes cannot be averaged; a detector with heads that DetPro has no names for does not go out.
+    refused("low_quality_iou: 0.5", "low_quality_iou: 1.5", "low_quality_iou: expected a number from 0 to 1");
+    refused(
+        "network: toy\n      low",
+        "network: toy\n      trainable_backbone_layers: 6\n      low",
+        "trainable_backbone_layers: expected from 0 to 5",
+    );
+    refused("iou: [0.5, 0.9]", "iou: [0.9, 0.5]", "iou");
+    refused("truth: truth-regions.features", "truth: regions.features", "truth");
+}
