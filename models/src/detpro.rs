@@ -19,6 +19,7 @@ use crate::{
     },
     error::ensure,
     layers::to_unit_length,
+    parameters::normal,
 };
 
 /// What cosines are divided by.
@@ -27,12 +28,19 @@ pub const TEMPERATURE: f64 = 0.01;
 pub const MIN_IOU: f32 = 0.1;
 /// The vectors of a learned background prompt ([`Background::Learn`]).
 pub const BACKGROUND_CONTEXT: usize = 10;
+/// The standard deviation of a context's first values.
+const FIRST_STD: f64 = 0.02;
 /// How proposals are matched to objects: those that overlap an object most are its own as well.
 const ASSIGNER: Assigner = Assigner { object_iou: 0.5, background_iou: 0.5, best_of_object_iou: Some(0.5) };
 
 /// A class name as a prompt has it: without round brackets, spaces for underscores. (DetPro, section 3.2.)
 pub fn class_name(name: &str) -> String {
     name.replace(['(', ')'], "").replace('_', " ")
+}
+
+/// The first values of `n_vectors` vectors of a context: f32 `[n_vectors, width]`, normal, with a standard deviation of 0.02.
+pub fn first_context(n_vectors: usize, width: i64, rng: &mut ChaCha8Rng) -> Tensor {
+    Tensor::from_slice(&normal(rng, n_vectors * width as usize, FIRST_STD)).view([-1, width])
 }
 
 /// The IoU of a row.

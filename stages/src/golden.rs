@@ -1,11 +1,11 @@
-//! Shared by the golden tests: numbers by the formula of `tests/golden/*/make.py`, and those that LP-OVOD's published code computed.
+//! Shared by the golden tests: numbers by the formula of `tests/golden/*/make.py`, and those that published code of LP-OVOD and DetPro computed.
 
 use tch::{Device, Kind, Tensor};
 
 #[path = "../../models/src/golden.rs"]
 mod shared;
 
-pub(crate) use shared::{error, lp_ovod, unit};
+pub(crate) use shared::{detpro_ralf, error, lp_ovod, unit};
 
 /// The numbers of a tensor of any kind, row by row.
 pub(crate) fn numbers(tensor: &Tensor) -> Vec<f64> {

@@ -1,5 +1,6 @@
 //! Stages that make, import and export class embeddings.
 
+mod detpro;
 pub mod ensemble;
 pub mod export;
 #[cfg(test)]
@@ -10,5 +11,6 @@ mod published;
 mod templates;
 pub(crate) mod texts;
 
+pub use detpro::Detpro;
 pub use multilabel::Multilabel;
 pub use templates::Templates;

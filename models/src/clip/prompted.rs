@@ -77,6 +77,11 @@ struct Words {
 }
 
 impl Text {
+    /// The channels C of a token, and of a context vector.
+    pub fn width(&self) -> i64 {
+        self.config.width
+    }
+
     /// The embeddings of the tokens of some words, f32 `[M, C]`, without start and end: first values of a context.
     pub fn words(&self, tokenizer: &Tokenizer, words: &str) -> Result<Tensor> {
         let tokens = tokenizer.encode(words);
