@@ -188,7 +188,7 @@ fn published_pipelines_have_the_published_numbers() {
     detpro("regions", json!({"rule": "detpro-reference", "min_side": 0.0}));
     for (range, iou) in [[0.5, 0.6], [0.6, 0.7], [0.7, 0.8], [0.8, 0.9], [0.9, 1.1]].into_iter().enumerate() {
         let learned = json!({
-            "iou": iou.map(|iou| iou as f32), "negative_iou": 0.5, "background": "soft", "context": 8, "epochs": 6, "batch_size": 512, "lr": 0.002,
+            "iou": iou, "negative_iou": 0.5, "background": "soft", "context": 8, "epochs": 6, "batch_size": 512, "lr": 0.002,
         });
         detpro(&format!("range-{}", range + 1), learned);
     }

@@ -5,6 +5,7 @@
 pub mod checkpoint;
 pub mod clip;
 pub mod detection;
+pub mod detpro;
 mod error;
 #[cfg(test)]
 mod golden;

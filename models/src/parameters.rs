@@ -123,22 +123,29 @@ impl<'a> Div<usize> for &Parameters<'a> {
 fn draw(seed: u64, name: &str, n_values: usize, init: Init) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(fnv1a(name));
-    let mut unit = || (rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64;
     match init {
         Init::Constant(value) => vec![value as f32; n_values],
-        Init::Uniform(bound) => (0..n_values).map(|_| ((2.0 * unit() - 1.0) * bound) as f32).collect(),
-        Init::Normal(std) => {
-            let mut values = Vec::with_capacity(n_values + 1);
-            while values.len() < n_values {
-                // One minus the draw lies in (0, 1], so that the logarithm is finite.
-                let radius = (-2.0 * (1.0 - unit()).ln()).sqrt() * std;
-                let (sine, cosine) = (TAU * unit()).sin_cos();
-                values.extend([(radius * cosine) as f32, (radius * sine) as f32]);
-            }
-            values.truncate(n_values);
-            values
-        }
+        Init::Uniform(bound) => (0..n_values).map(|_| ((2.0 * unit(&mut rng) - 1.0) * bound) as f32).collect(),
+        Init::Normal(std) => normal(&mut rng, n_values, std),
     }
+}
+
+/// An even draw from [0, 1).
+fn unit(rng: &mut ChaCha8Rng) -> f64 {
+    (rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64
+}
+
+/// Draws from a normal distribution with zero mean.
+pub(crate) fn normal(rng: &mut ChaCha8Rng, n_values: usize, std: f64) -> Vec<f32> {
+    let mut values = Vec::with_capacity(n_values + 1);
+    while values.len() < n_values {
+        // One minus the draw lies in (0, 1], so that the logarithm is finite.
+        let radius = (-2.0 * (1.0 - unit(rng)).ln()).sqrt() * std;
+        let (sine, cosine) = (TAU * unit(rng)).sin_cos();
+        values.extend([(radius * cosine) as f32, (radius * sine) as f32]);
+    }
+    values.truncate(n_values);
+    values
 }
 
 /// The 64-bit FNV-1a hash.

@@ -27,6 +27,7 @@ mod features;
 mod hits;
 mod images;
 mod matrix;
+mod prompt_samples;
 mod samples;
 mod tables;
 
@@ -60,6 +61,8 @@ pub use images::Images;
 pub(crate) use images::listed;
 pub(crate) use matrix::{Matrix, MatrixShape, narrowed};
 pub use matrix::{MatrixDtype, MatrixFile};
+pub use prompt_samples::PromptSamples;
+pub(crate) use prompt_samples::{EMBEDDINGS_FILE, PromptEmbeddings, PromptRow, PromptRows, PromptSamplesWriter, ROWS_FILE};
 pub(crate) use samples::SamplesByImage;
 pub use samples::{RegionSample, RegionSamples, RegionSamplesWriter};
 pub use tables::{Detections, Proposals};

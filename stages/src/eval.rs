@@ -1,5 +1,7 @@
 //! `eval/coco` and `eval/lvis`: average precision and recall of detections.
 
+pub mod regions;
+
 use ovenbird_data::{
     evaluate::{Evaluator, IouType, Metric, Protocol},
     warnings::of_boxes,

@@ -1,14 +1,18 @@
-//! Stages that make, import and export class embeddings.
+//! Stages that make, learn, import and export class embeddings.
 
+mod detpro;
+pub mod detpro_data;
 pub mod ensemble;
 pub mod export;
 #[cfg(test)]
 mod golden;
 pub mod import;
+pub mod mean;
 mod multilabel;
 mod published;
 mod templates;
 pub(crate) mod texts;
 
+pub use detpro::Detpro;
 pub use multilabel::Multilabel;
 pub use templates::Templates;

@@ -4,3 +4,4 @@ pub mod export;
 pub mod import;
 pub mod oln;
 pub mod oracle;
+pub mod truth;

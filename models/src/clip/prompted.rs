@@ -1,28 +1,58 @@
-//! Texts that begin with shared vectors in place of words: a learned context (CoOp, Zhou et al. 2022; OADP, section 5.2).
+//! Texts with shared vectors in place of words: a learned context (CoOp, Zhou et al. 2022; OADP, section 5.2; DetPro, section 3.2).
 //!
 //! The vectors are trained while the tower is frozen, so every training step embeds every text again. No token attends to later tokens, so the
-//! start of text and the context have the same features in all texts, and texts are packed: a pack is one row of tokens, `start, context, words of
-//! one text, words of the next, ...`, in which words stand at the positions that they have alone, and see the beginning and what goes before
-//! them in their own text. What is computed is the beginning once a pack and no padding: of COCO's 48 base classes 150 tokens instead of 385
-//! (432 with padding), of LVIS's 1,203 classes 4,660 instead of 10,585 (19,248).
+//! start of text and the context before a text have the same features in all texts, and texts are packed: a pack is one row of tokens, `start,
+//! context, words of one text, words of the next, ...`, in which words stand at the positions that they have alone, and see the beginning and
+//! what goes before them in their own text. What is computed is the beginning once a pack and no padding: of COCO's 48 base classes 150 tokens
+//! instead of 385 (432 with padding), of LVIS's 1,203 classes 4,660 instead of 10,585 (19,248).
+//!
+//! Context that stands behind a name is no part of the beginning: it is computed with the words of each text.
 
 use std::ops::Range;
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::{text::Text, tokenizer::Tokenizer, transformer::Attention};
 use crate::{Error, Result};
 
-/// Words of a pack at most, all texts together. Attention is quadratic in a pack: at 512 channels and 256 tokens a twelfth of the work.
+/// Tokens of a pack at most, all texts together. Attention is quadratic in a pack: at 512 channels and 256 tokens a twelfth of the work.
 const PACK_WORDS: usize = 256;
 
-/// Texts that begin with shared vectors, ready to be embedded again and again.
+/// Where a class name stands among the context vectors. The full stop after both ends the text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum NamePlace {
+    /// After all of them (published).
+    #[default]
+    End,
+    /// After the first half, rounded down.
+    Middle,
+    /// Before all of them.
+    Front,
+}
+
+impl NamePlace {
+    /// How many of so many context vectors stand before the name.
+    fn n_before(self, n_context: usize) -> usize {
+        match self {
+            Self::End => n_context,
+            Self::Middle => n_context / 2,
+            Self::Front => 0,
+        }
+    }
+}
+
+/// Texts with shared vectors, ready to be embedded again and again.
 #[derive(Debug)]
 pub struct Prompted<'a> {
     text: &'a Text,
     /// The start of text in its place, `[1, C]`.
     start: Tensor,
-    /// Of the context, `[M, C]`.
+    /// The number M of context vectors.
+    n_context: usize,
+    /// Of the context before the texts, `[B, C]`, B at most M.
     positions: Tensor,
     packs: Vec<Pack>,
 }
@@ -30,15 +60,28 @@ pub struct Prompted<'a> {
 /// Texts that go through the tower in one row.
 #[derive(Debug)]
 struct Pack {
-    /// All but the beginning, in their places: `[W, C]`.
+    /// All but the beginning, in their places: `[W, C]`; where context stands its position alone.
     words: Tensor,
-    /// `[1 + M + W, 1 + M + W]`: 0 where a token looks, minus infinity elsewhere.
+    /// `[W, M - B]`: 1 where a token is this vector of the context behind a name. `None` where B is M.
+    behind: Option<Tensor>,
+    /// `[1 + B + W, 1 + B + W]`: 0 where a token looks, minus infinity elsewhere.
     mask: Tensor,
     /// Where each text ends, i64.
     ends: Tensor,
 }
 
+/// The tokens of a text without its start, and before how many of them the context goes on.
+struct Words {
+    tokens: Vec<u32>,
+    n_name: usize,
+}
+
 impl Text {
+    /// The channels C of a token, and of a context vector.
+    pub fn width(&self) -> i64 {
+        self.config.width
+    }
+
     /// The embeddings of the tokens of some words, f32 `[M, C]`, without start and end: first values of a context.
     pub fn words(&self, tokenizer: &Tokenizer, words: &str) -> Result<Tensor> {
         let tokens = tokenizer.encode(words);
@@ -47,50 +90,69 @@ impl Text {
 }
 
 impl<'a> Prompted<'a> {
-    /// Prepares texts to follow `n_context` vectors, in a tower on any device.
+    /// Prepares texts to follow `n_context` vectors, in a tower on any device. An empty text is the vectors and the end of text alone.
     ///
     /// Fails if there are none, and if a text does not fit the tower's context beside the vectors.
     pub fn new(text: &'a Text, tokenizer: &Tokenizer, texts: &[impl AsRef<str>], n_context: usize) -> Result<Self> {
+        let words = |text: &str| Words { tokens: tokenizer.encode(text), n_name: 0 };
+        Self::of(text, texts.iter().map(|text| (text.as_ref(), words(text.as_ref()))), n_context, n_context)
+    }
+
+    /// Prepares class names, each with a full stop behind it and the context at `place`. Fails as [`Self::new`].
+    pub fn named(text: &'a Text, tokenizer: &Tokenizer, names: &[impl AsRef<str>], n_context: usize, place: NamePlace) -> Result<Self> {
+        let words = |name: &str| Words { tokens: tokenizer.encode(&format!("{name}.")), n_name: tokenizer.encode(name).len() - 2 };
+        Self::of(text, names.iter().map(|name| (name.as_ref(), words(name.as_ref()))), n_context, place.n_before(n_context))
+    }
+
+    /// `texts`: each with its tokens, the start of text among them; `n_before`: vectors before a text.
+    fn of<'t>(text: &'a Text, texts: impl Iterator<Item = (&'t str, Words)>, n_context: usize, n_before: usize) -> Result<Self> {
         let most = usize::try_from(text.config.context).unwrap_or(0).saturating_sub(n_context);
-        let mut rows = Vec::with_capacity(texts.len());
-        for text in texts.iter().map(AsRef::as_ref) {
-            let tokens = tokenizer.encode(text);
-            if tokens.len() > most {
+        let (mut start, mut rows) = (None, Vec::new());
+        for (text, mut words) in texts {
+            if words.tokens.len() > most {
                 return Err(Error::Input {
                     what: "text",
                     expected: format!("at most {most} tokens beside {n_context} of context"),
-                    found: format!("{} tokens in {text:?}", tokens.len()),
+                    found: format!("{} tokens in {text:?}", words.tokens.len()),
                 });
             }
-            rows.push(tokens);
+            start = Some(words.tokens.remove(0));
+            rows.push(words);
         }
-        let Some(first) = rows.first() else {
+        let Some(start) = start else {
             return Err(Error::Input { what: "texts", expected: "at least one".into(), found: "none".into() });
         };
-        let start = text.embedded(&first[..1])? + text.positional_embedding.narrow(0, 0, 1);
-        let positions = text.positional_embedding.narrow(0, 1, n_context as i64);
-        let mut packs: Vec<Vec<&[u32]>> = Vec::new();
-        for words in rows.iter().map(|row| &row[1..]) {
+        let start = text.embedded(&[start])? + text.positional_embedding.narrow(0, 0, 1);
+        let positions = text.positional_embedding.narrow(0, 1, n_before as i64);
+        let n_behind = n_context - n_before;
+        let n_tokens = |words: &Words| words.tokens.len() + n_behind;
+        let mut packs: Vec<Vec<&Words>> = Vec::new();
+        for words in &rows {
             match packs.last_mut() {
-                Some(pack) if pack.iter().map(|words| words.len()).sum::<usize>() + words.len() <= PACK_WORDS => pack.push(words),
+                Some(pack) if pack.iter().map(|words| n_tokens(words)).sum::<usize>() + n_tokens(words) <= PACK_WORDS => pack.push(words),
                 _ => packs.push(vec![words]),
             }
         }
-        let packs = packs.iter().map(|pack| Pack::new(text, pack, 1 + n_context)).collect::<Result<_>>()?;
-        Ok(Self { text, start, positions, packs })
+        let packs = packs.iter().map(|pack| Pack::new(text, pack, 1 + n_before, n_behind)).collect::<Result<_>>()?;
+        Ok(Self { text, start, n_context, positions, packs })
     }
 
-    /// Embeds every text behind `context`, f32 `[M, C]`: `[K, D]` in the compute kind, in the order of the texts, not normalised.
+    /// Embeds every text with `context`, f32 `[M, C]`: `[K, D]` in the compute kind, in the order of the texts, not normalised.
     ///
     /// Gradients flow to the context.
     pub fn encode(&self, context: &Tensor) -> Result<Tensor> {
-        if context.size() != self.positions.size() || context.kind() != Kind::Float {
-            let (expected, found) = (format!("f32 {:?}", self.positions.size()), format!("{:?} {:?}", context.kind(), context.size()));
+        let size = [self.n_context as i64, self.start.size()[1]];
+        if context.size() != size || context.kind() != Kind::Float {
+            let (expected, found) = (format!("f32 {size:?}"), format!("{:?} {:?}", context.kind(), context.size()));
             return Err(Error::Input { what: "context", expected, found });
         }
-        let beginning = Tensor::cat(&[&self.start, &(context + &self.positions)], 0);
+        let n_before = self.positions.size()[0];
+        let beginning = Tensor::cat(&[&self.start, &(context.narrow(0, 0, n_before) + &self.positions)], 0);
+        let behind = context.narrow(0, n_before, size[0] - n_before);
         let ends = |pack: &Pack| {
-            let x = Tensor::cat(&[&beginning, &pack.words], 0).to_kind(self.text.projection.kind()).unsqueeze(0);
+            // A product has the same gradient in every run, on every device; indices would add it up in any order.
+            let words = pack.behind.as_ref().map_or_else(|| pack.words.shallow_clone(), |places| &pack.words + places.matmul(&behind));
+            let x = Tensor::cat(&[&beginning, &words], 0).to_kind(self.text.projection.kind()).unsqueeze(0);
             self.text.transformer.forward(x, Attention::Masked(&pack.mask)).squeeze_dim(0).index_select(0, &pack.ends)
         };
         Ok(self.text.features(&Tensor::cat(&self.packs.iter().map(ends).collect::<Vec<_>>(), 0)))
@@ -98,28 +160,40 @@ impl<'a> Prompted<'a> {
 }
 
 impl Pack {
-    /// `texts`: the tokens of each, without the start; `n_before`: tokens of the beginning.
-    fn new(text: &Text, texts: &[&[u32]], n_before: usize) -> Result<Self> {
-        let n_tokens = n_before + texts.iter().map(|words| words.len()).sum::<usize>();
-        let (mut places, mut ends, mut mask) = (Vec::new(), Vec::new(), vec![f32::NEG_INFINITY; n_tokens * n_tokens]);
+    /// `n_before`: tokens of the beginning; `n_behind`: vectors that stand behind each name.
+    fn new(text: &Text, texts: &[&Words], n_before: usize, n_behind: usize) -> Result<Self> {
+        let n_words = texts.iter().map(|words| words.tokens.len() + n_behind).sum::<usize>();
+        let n_tokens = n_before + n_words;
+        let (mut positions, mut ends, mut mask) = (Vec::new(), Vec::new(), vec![f32::NEG_INFINITY; n_tokens * n_tokens]);
+        // Which of the words are tokens of the vocabulary, and which are vectors of the context.
+        let (mut of_vocabulary, mut behind) = (Vec::new(), vec![0.0_f32; n_words * n_behind]);
         let mut looks = |token: usize, at: Range<usize>| mask[token * n_tokens..][at].fill(0.0);
         (0..n_before).for_each(|token| looks(token, 0..token + 1));
         let mut first = n_before;
-        for words in texts {
-            for token in first..first + words.len() {
+        for Words { tokens, n_name } in texts {
+            let n = tokens.len() + n_behind;
+            for place in 0..n {
+                let token = first + place;
                 looks(token, 0..n_before);
                 looks(token, first..token + 1);
-                places.push((n_before + token - first) as i64);
+                positions.push((n_before + place) as i64);
+                match place.checked_sub(*n_name).filter(|vector| *vector < n_behind) {
+                    Some(vector) => behind[(token - n_before) * n_behind + vector] = 1.0,
+                    None => of_vocabulary.push((token - n_before) as i64),
+                }
             }
-            first += words.len();
+            first += n;
             ends.push(first as i64 - 1);
         }
         let device = text.projection.device();
-        let words =
-            text.embedded(&texts.concat())? + text.positional_embedding.index_select(0, &Tensor::from_slice(&places).to_device(device));
+        let index = |places: &[i64]| Tensor::from_slice(places).to_device(device);
+        let tokens: Vec<u32> = texts.iter().flat_map(|words| words.tokens.iter().copied()).collect();
+        let positions = text.positional_embedding.index_select(0, &index(&positions));
+        let words = positions.index_add(0, &index(&of_vocabulary), &text.embedded(&tokens)?);
         let side = n_tokens as i64;
         let mask = Tensor::from_slice(&mask).view([side, side]).to_device(device).to_kind(text.projection.kind());
-        Ok(Self { words, mask, ends: Tensor::from_slice(&ends).to_device(device) })
+        let behind = (n_behind > 0).then(|| Tensor::from_slice(&behind).view([-1, n_behind as i64]).to_device(device));
+        Ok(Self { words, behind, mask, ends: index(&ends) })
     }
 }
 
@@ -190,6 +264,26 @@ mod tests {
         let apart = error(&packed, &alone) / alone.abs().max().double_value(&[]);
         println!("gradients: {apart:.1e}");
         assert!(apart < 1e-4, "{apart}");
+    }
+
+    #[test]
+    fn a_context_of_words_gives_what_the_words_give_at_every_place() {
+        let ((_weights, clip), tokenizer) = (clip(), Tokenizer::clip());
+        let text = clip.causal_text().unwrap();
+        let names = texts().iter().map(|text| text.trim_end_matches('.').to_owned()).collect::<Vec<_>>();
+        let context = text.words(&tokenizer, "red blue tall wide").unwrap();
+        for (place, before, behind) in [
+            (NamePlace::End, "red blue tall wide ", ""),
+            (NamePlace::Middle, "red blue ", " tall wide"),
+            (NamePlace::Front, "", " red blue tall wide"),
+        ] {
+            let prompted = Prompted::named(text, &tokenizer, &names, 4, place).unwrap();
+            assert!(prompted.packs.len() > 1);
+            let sentences: Vec<String> = names.iter().map(|name| format!("{before}{name}{behind}.")).collect();
+            let expected = clip.encode_text_features(&tokenizer.batch(&sentences, Overlong::Refuse).unwrap()).unwrap();
+            let apart = error(&to_unit_length(&prompted.encode(&context).unwrap()), &expected);
+            assert!(apart < 1e-5, "{place:?}: {apart}");
+        }
     }
 
     #[test]

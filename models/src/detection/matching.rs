@@ -155,7 +155,7 @@ impl Sampler {
 }
 
 /// At most `n` of `places`, each set as likely as another; ascending.
-fn some_of(mut places: Vec<usize>, n: usize, rng: &mut ChaCha8Rng) -> Vec<usize> {
+pub(crate) fn some_of(mut places: Vec<usize>, n: usize, rng: &mut ChaCha8Rng) -> Vec<usize> {
     if places.len() > n {
         for place in 0..n {
             let n_left = (places.len() - place) as u128;

@@ -97,7 +97,7 @@ fn widened(array: &dyn Array) -> Option<Vec<f32>> {
     array.as_primitive_opt::<UInt16Type>().map(|bits| bits.values().iter().map(|bits| bf16::from_bits(*bits).to_f32()).collect())
 }
 
-fn vectors(item: Field, dim: usize) -> DataType {
+pub(super) fn vectors(item: Field, dim: usize) -> DataType {
     DataType::FixedSizeList(Arc::new(item), dim as i32)
 }
 
@@ -807,7 +807,7 @@ impl Crops {
 }
 
 /// The space that all of some shards say their embeddings are of.
-fn clip_of(shards: &[InputFile]) -> Result<Option<Space>> {
+pub(super) fn clip_of(shards: &[InputFile]) -> Result<Option<Space>> {
     let clip = |file: &InputFile| {
         let shard = file.shard()?;
         Space::read(shard.schema().metadata().get(SPACE_KEY)).map_err(|problem| malformed(&file.path, problem))

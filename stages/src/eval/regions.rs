@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     Artifact, Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
-    artifacts::{Classes, Prompts, PromptSamples},
+    artifacts::{Classes, PromptSamples, Prompts},
     clip::space,
     error::malformed,
     ports::only_file,
@@ -118,11 +118,16 @@ impl Stage for Regions {
         let vectors = to_unit_length(&prompts.select(&names)?.to_kind(Kind::Float));
         if embeddings.n_rows > 0 && vectors.size()[1] != embeddings.dim as i64 {
             let problem = format!("class embeddings have {} numbers, those of regions {}", vectors.size()[1], embeddings.dim);
-            return Err(Error::Input { port: PROMPTS.info().name, problem, hint: "use prompts of the CLIP that embedded the regions".into() });
+            return Err(Error::Input {
+                port: PROMPTS.info().name,
+                problem,
+                hint: "use prompts of the CLIP that embedded the regions".into(),
+            });
         }
         // Classes of the samples by their place here.
         let places: Vec<Option<usize>> = rows.names.iter().map(|name| names.iter().position(|other| other == name)).collect();
-        let unknown: BTreeSet<&String> = rows.names.iter().zip(&places).filter(|(_, place)| place.is_none()).map(|(name, _)| name).collect();
+        let unknown: BTreeSet<&String> =
+            rows.names.iter().zip(&places).filter(|(_, place)| place.is_none()).map(|(name, _)| name).collect();
         if let Some(first) = unknown.first() {
             cx.note(format!("regions of {} classes that `classes` does not name, `{first}` among them, are not counted", unknown.len()));
         }

@@ -30,6 +30,11 @@ pub(crate) enum Decay {
     Cosine {
         steps: u32,
     },
+    /// The same, at the first step of each epoch (PyTorch's `CosineAnnealingLR`, stepped once an epoch).
+    CosineOfEpochs {
+        epochs: u32,
+        steps_per_epoch: u32,
+    },
 }
 
 impl Warmup {
@@ -57,17 +62,23 @@ impl Schedule {
             * match &self.decay {
                 Decay::Constant => 1.0,
                 Decay::Tenths(steps) => 0.1_f64.powi(steps.iter().filter(|at| step >= **at).count() as i32),
-                Decay::Cosine { steps } => {
-                    let done = (step_number - n_warmup) / (f64::from(*steps) - n_warmup).max(1.0);
-                    0.5 * (1.0 + (PI * done).cos())
+                Decay::Cosine { steps } => half_cosine((step_number - n_warmup) / (f64::from(*steps) - n_warmup).max(1.0)),
+                Decay::CosineOfEpochs { epochs, steps_per_epoch } => {
+                    half_cosine(f64::from(step / (*steps_per_epoch).max(1)) / f64::from(*epochs))
                 }
             }
     }
 }
 
+/// From 1 to 0 as `done` goes from 0 to 1.
+fn half_cosine(done: f64) -> f64 {
+    0.5 * (1.0 + (PI * done).cos())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::golden::{detpro_ralf, numbers};
 
     /// The schedules of OADP for COCO: parity check D7 of its specification.
     #[test]
@@ -104,6 +115,19 @@ mod tests {
         }
         let warmed_up = Schedule { warmup: Warmup::From { part: 0.001, steps: 5.0 }, ..schedule };
         assert!((warmed_up.lr_at(5) - 0.02).abs() < 1e-12);
+    }
+
+    /// Parity check 6 of DetPro's specification.
+    #[test]
+    fn a_cosine_of_epochs_is_detpro_s() {
+        let decay = Decay::CosineOfEpochs { epochs: 6, steps_per_epoch: 40 };
+        let schedule = Schedule { peak: 2e-3, warmup: Warmup::NONE, decay };
+        for (epoch, lr) in numbers(&detpro_ralf("detpro")["train/lr_per_epoch"]).into_iter().enumerate() {
+            for step in [0, 1, 39] {
+                let found = schedule.lr_at(40 * epoch as u32 + step);
+                assert!((found - lr).abs() < 1e-12, "epoch {epoch}, step {step}: {found}");
+            }
+        }
     }
 
     #[test]

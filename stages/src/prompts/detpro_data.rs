@@ -1,0 +1,230 @@
+//! `prompts/detpro-data`: rows of proposals and annotated objects, from which `prompts/detpro` learns.
+
+use std::collections::BTreeMap;
+
+use ovenbird_cache::Digest;
+use ovenbird_data::{
+    annotations::{Annotations, ImageId},
+    boxes::Xyxy,
+    classes::ClassSplit,
+};
+use ovenbird_models::detpro::{MIN_IOU, RowIou, assign};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Context, Error, In, Inputs, Out, PortInfo, Result, Stage, Unit, UnitDraft, Units,
+    artifacts::{
+        AnnotationFile, ByImage, Classes, EMBEDDINGS_FILE, PromptRow, PromptSamples, PromptSamplesWriter, ROWS_FILE, RegionFeatures,
+        Regions,
+    },
+    clip::space,
+    feed::stream,
+};
+
+/// Bytes of embeddings that may be ahead of the writer.
+const ROOM: usize = 256 << 20;
+
+/// Which annotated objects there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Objects {
+    /// Those of base classes: for training.
+    #[default]
+    Base,
+    /// Those of base and novel classes: for validation.
+    All,
+}
+
+/// Rows from which `prompts/detpro` learns: embeddings of proposals, with the class of the object that each matches and their IoU.
+///
+/// A proposal matches the object that it overlaps most, at an IoU of at least 0.5; one that an object overlaps most, at such an IoU, matches
+/// that object. Proposals below an IoU of 0.1 are left out. Each object is a row of its own with an IoU of 1. Images without an object have no
+/// rows. (DetPro, section 3.1.)
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct DetproData {
+    /// The objects that proposals match.
+    pub objects: Objects,
+    /// The IoU of a proposal that matches another object than the one that it overlaps most.
+    pub iou: RowIou,
+}
+
+const FEATURES: In<RegionFeatures> = In::required("features", "Embeddings of proposals (`clip/proposals` or `embeddings/import`).");
+const TRUTH: In<RegionFeatures> =
+    In::required("truth", "Embeddings of the annotated objects: `proposals/truth`, then `clip/proposals` with `min_side: 0`.");
+const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json with the objects.");
+const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
+const SAMPLES: Out<PromptSamples> =
+    Out::new("samples", "By row: `image_id`, `class` (a place in base ++ novel, -1 for none), `iou` f32, and `embedding` f16 [D].");
+
+/// The objects of an image.
+struct Labelled {
+    image_id: ImageId,
+    name: String,
+    /// Class, a place in base ++ novel, and box, in the order of the annotations.
+    objects: Vec<(usize, Xyxy)>,
+}
+
+impl Stage for DetproData {
+    const KIND: &'static str = "prompts/detpro-data";
+    const VERSION: u32 = 1;
+    const INPUTS: &'static [PortInfo] = &[FEATURES.info(), TRUTH.info(), ANNOTATIONS.info(), CLASSES.info()];
+    const OUTPUTS: &'static [PortInfo] = &[SAMPLES.info()];
+    const SKIPS_ITEMS: bool = true;
+
+    fn units(&self, inputs: &Inputs) -> Result<Units> {
+        let Classes(classes) = inputs.read(CLASSES)?;
+        let item = |image: &Labelled| {
+            let stated = format!("{} {:?}", image.image_id, image.objects);
+            Digest::of_list("ovenbird labelled image 1", [(stated.as_str(), Digest::of(image.name.as_bytes()))])
+        };
+        let items = self.labelled(&inputs.read(ANNOTATIONS)?.load()?, &classes)?.iter().map(item).collect();
+        Ok(Units::Independent { items, replaces: vec!["annotations"] })
+    }
+
+    fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let Classes(classes) = cx.inputs.read(CLASSES)?;
+        let images = self.labelled(&cx.inputs.read(ANNOTATIONS)?.load()?, &classes)?;
+        let (features, truth) = (cx.inputs.read(FEATURES)?, cx.inputs.read(TRUTH)?);
+        let space = space::common(&[(FEATURES.info().name, features.clip()?), (TRUTH.info().name, truth.clip()?)])?;
+        let [dim, of_truth] = [features.dim()?, truth.dim()?];
+        if dim != of_truth {
+            let problem = format!("embeddings of {of_truth} numbers, but those of `{}` have {dim}", FEATURES.info().name);
+            return Err(Error::Input { port: TRUTH.info().name, problem, hint: "make both with the same checkpoint".into() });
+        }
+        let embedded = Embedded { features: features.by_image()?, truth: truth.by_image()?, dim, rule: self.iou };
+        // A dry run has features of its own images alone.
+        let of_run = &images[..cx.items.len().min(images.len())];
+        for (port, by_image) in [(FEATURES, &embedded.features), (TRUTH, &embedded.truth)] {
+            let missing = of_run.iter().map(|image| image.image_id).filter(|image| !by_image.has(*image)).collect::<Vec<_>>();
+            cx.skip_missing(port.info(), &missing, of_run.len(), "make them for these annotations")?;
+        }
+        let names: Vec<String> = classes.all().cloned().collect();
+        for unit in units {
+            // A unit that another process makes is passed over.
+            let Some(draft) = cx.begin_claimed(unit)? else { continue };
+            let files = [draft.create(SAMPLES, ROWS_FILE)?, draft.create(SAMPLES, EMBEDDINGS_FILE)?];
+            let mut writer = PromptSamplesWriter::new(files, &draft.unit().fingerprint, &names, dim, space)?;
+            let counts = embedded.write(&draft, &images, &mut writer, cx)?;
+            writer.finish()?;
+            let metrics =
+                [("images", unit.items.len()), ("rows", counts.rows), ("of_classes", counts.of_classes), ("objects", counts.objects)];
+            cx.commit(draft, metrics.map(|(name, n)| (name.to_owned(), n.into())).into())?;
+        }
+        Ok(())
+    }
+}
+
+impl DetproData {
+    /// The images that show an object, ascending. Fails where no image does.
+    fn labelled(&self, annotations: &Annotations, classes: &ClassSplit) -> Result<Vec<Labelled>> {
+        let n_classes = match self.objects {
+            Objects::Base => classes.base.len(),
+            Objects::All => classes.all().count(),
+        };
+        let places: BTreeMap<&String, usize> = classes.all().take(n_classes).enumerate().map(|(place, name)| (name, place)).collect();
+        let classes: BTreeMap<_, usize> =
+            annotations.categories.iter().filter_map(|category| Some((category.id, *places.get(&category.name)?))).collect();
+        let by_image = annotations.by_image();
+        let labelled = |image: &ovenbird_data::annotations::ImageInfo| {
+            let objects = by_image.get(&image.id).into_iter().flatten().filter(|object| !object.is_crowd);
+            let objects: Vec<_> = objects.filter_map(|object| Some((*classes.get(&object.category_id)?, object.xyxy))).collect();
+            (!objects.is_empty()).then(|| Labelled { image_id: image.id, name: image.file_name.clone(), objects })
+        };
+        let images: Vec<Labelled> = annotations.images.iter().filter_map(labelled).collect();
+        if images.is_empty() {
+            let problem = format!("none of {} images has an object of these classes", annotations.images.len());
+            let hint = "give classes and annotations of the same data set".into();
+            return Err(Error::Input { port: ANNOTATIONS.info().name, problem, hint });
+        }
+        Ok(images)
+    }
+}
+
+/// What the rows are made from.
+struct Embedded {
+    features: ByImage<Regions>,
+    truth: ByImage<Regions>,
+    dim: usize,
+    rule: RowIou,
+}
+
+/// How many rows there are: in all, of a class, and of objects.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Counts {
+    rows: usize,
+    of_classes: usize,
+    objects: usize,
+}
+
+impl Embedded {
+    /// Writes the rows of a unit; threads read ahead of the one that writes.
+    fn write(&self, draft: &UnitDraft, images: &[Labelled], writer: &mut PromptSamplesWriter, cx: &Context<'_>) -> Result<Counts> {
+        let mut places = draft.unit().items.clone();
+        // Reading an image's rows takes as much again as the rows.
+        let next = || Ok(places.next().map(|place| (place, self.dim * 4 * 1024)));
+        let prepare = |place: usize| (place, cx.attempt(|| self.rows(&images[place])));
+        let mut counts = Counts::default();
+        stream(cx.threads, ROOM, next, prepare, |(place, attempted), _| {
+            if let Some(rows) = cx.accept_or_skip(draft, &images[place].name, attempted, cx.items.len())? {
+                for (row, embedding) in &rows {
+                    counts.rows += 1;
+                    counts.of_classes += usize::from(row.class.is_some());
+                    writer.push(*row, embedding)?;
+                }
+                counts.objects += images[place].objects.len();
+                cx.tick(1);
+            }
+            cx.proceed()
+        })?;
+        Ok(counts)
+    }
+
+    /// The rows of an image: its proposals in their order, then its objects. None where an earlier step skipped the image.
+    fn rows(&self, image: &Labelled) -> Result<Vec<(PromptRow, Vec<f32>)>> {
+        let image_id = image.image_id;
+        if !self.features.has(image_id) || !self.truth.has(image_id) {
+            return Ok(Vec::new());
+        }
+        let (proposals, truth) = (self.features.get(image_id)?, self.truth.get(image_id)?);
+        let boxes = |boxes: &mut dyn Iterator<Item = &Xyxy>| boxes.map(corners).collect::<Vec<_>>();
+        let objects = boxes(&mut image.objects.iter().map(|(_, xyxy)| xyxy));
+        let assigned = assign(&boxes(&mut proposals.boxes.iter()), &objects, self.rule);
+        let mut rows = Vec::new();
+        for (found, embedding) in assigned.iter().zip(proposals.embeddings.chunks_exact(self.dim)) {
+            if found.iou >= MIN_IOU {
+                let class = found.object.map(|object| image.objects[object].0);
+                rows.push((PromptRow { image_id, class, iou: found.iou }, embedding.to_vec()));
+            }
+        }
+        for ((class, _), row) in image.objects.iter().zip(rows_of(&objects, &truth)?) {
+            let embedding = truth.embeddings[row * self.dim..][..self.dim].to_vec();
+            rows.push((PromptRow { image_id, class: Some(*class), iou: 1.0 }, embedding));
+        }
+        Ok(rows)
+    }
+}
+
+fn corners(xyxy: &Xyxy) -> [f32; 4] {
+    [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2]
+}
+
+/// The row of each object among the embedded ones: the first with exactly its box that no object before it has.
+fn rows_of(objects: &[[f32; 4]], truth: &Regions) -> Result<Vec<usize>> {
+    let bits = |corners: [f32; 4]| corners.map(f32::to_bits);
+    let mut is_used = vec![false; truth.boxes.len()];
+    let row = |object: &[f32; 4]| {
+        let is_its = |row: &usize| !is_used[*row] && bits(corners(&truth.boxes[*row])) == bits(*object);
+        let row = (0..truth.boxes.len()).find(is_its).ok_or_else(|| Error::Input {
+            port: TRUTH.info().name,
+            problem: format!("no embedding of the object {object:?} of image {}, among {}", truth.image_id, truth.boxes.len()),
+            hint: "embed what `proposals/truth` made of these annotations, by `clip/proposals` with `min_side: 0`; \
+                   with `objects: all` it must not be given `classes`"
+                .into(),
+        })?;
+        is_used[row] = true;
+        Ok(row)
+    };
+    objects.iter().map(row).collect()
+}
