@@ -10,10 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::{
-    import::views,
-    spec::{DetectorFile, DetectorSpec, SigmoidSpec},
-};
+use super::spec::{DetectorFile, DetectorSpec, SigmoidSpec};
 use crate::{Context, Error, In, Out, PortInfo, Result, Stage, Unit, artifacts::CheckpointFile, contract::is_default, error::write_error};
 
 /// Exports a trained detector in mmdet's format: a `.pth` file that `torch.load` reads, with `state_dict` and `meta`.
@@ -57,10 +54,10 @@ impl Stage for Export {
             let hint = "probe with `classifier: sigmoid`, or export the detector before probing".into();
             return Err(Error::Input { port: DETECTOR.info().name, problem, hint });
         }
-        let weights = match (self.names, &spec) {
-            (Names::Oadp, _) => views(checkpoint.tensors()),
+        let renamed = match (self.names, &spec) {
+            (Names::Oadp, _) => None,
             (Names::Detpro, DetectorSpec::MaskRcnn(spec)) if spec.config.block_head.is_none() && !spec.config.has_global_head => {
-                layout::to_detpro(checkpoint.tensors())
+                Some(layout::to_detpro(checkpoint.tensors()))
             }
             (Names::Detpro, _) => {
                 let problem =
@@ -69,10 +66,11 @@ impl Stage for Export {
                 return Err(Error::Input { port: DETECTOR.info().name, problem, hint });
             }
         };
+        let weights = renamed.as_ref().unwrap_or(checkpoint.tensors());
         let draft = cx.begin(&units[0])?;
         let mut archive = draft.create(CHECKPOINT, "detector.pth")?;
         let path = archive.path().to_owned();
-        write(&weights, &spec, &mut archive).map_err(|source| write_error(&path, source))?;
+        write(weights, &spec, &mut archive).map_err(|source| write_error(&path, source))?;
         archive.finish()?;
         cx.commit(draft, [("tensors".into(), weights.len().into())].into())
     }

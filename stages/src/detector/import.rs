@@ -109,7 +109,7 @@ impl Stage for Import {
 }
 
 /// The same tensors, for longer than the network.
-pub(super) fn views(parameters: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
+fn views(parameters: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
     parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
 }
 
