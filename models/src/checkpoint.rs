@@ -11,6 +11,9 @@
 //! weights (optimizers, which are dicts with `param_groups`; messages) is not read, nor is anything that a model holds in lists; but texts,
 //! numbers and lists of texts are.
 //!
+//! Files of RALF and DetPro that are more than named tensors have readers of their own: [`NegativeFeatures`], [`Concepts`], [`RegionInfo`],
+//! [`CollectedRegions`]. So has an archive of a hundred thousand files: [`ZipFolder`].
+//!
 //! The place of a network's weights in a file follows from its own names: see [`Place`].
 
 use std::{
@@ -24,6 +27,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
+mod concepts;
+mod negatives;
 mod place;
 mod safetensors;
 mod torch;
@@ -31,6 +36,8 @@ mod zip_folder;
 
 pub(crate) use self::place::{list, prefixes};
 pub use self::{
+    concepts::{CollectedRegions, Concepts, ImageRegions, RegionInfo},
+    negatives::NegativeFeatures,
     place::Place,
     safetensors::write_safetensors,
     torch::{Saved, write_torch},

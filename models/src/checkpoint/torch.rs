@@ -120,10 +120,6 @@ impl<'a> Opened<'a> {
         Ok(Self { value, archive, n_uses, shared: BTreeMap::new() })
     }
 
-    pub(super) fn origin(&self) -> Origin<'a> {
-        self.archive.origin
-    }
-
     /// The tensor that a value of this file describes; `None` where it is none. `name`: where the value is, for messages.
     pub(super) fn array(&mut self, name: &str, value: &Value) -> Result<Option<Array>> {
         let Some(description) = describe(value) else { return Ok(None) };
