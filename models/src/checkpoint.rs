@@ -11,12 +11,15 @@
 //! weights (optimizers, which are dicts with `param_groups`; messages) is not read, nor is anything that a model holds in lists; but texts,
 //! numbers and lists of texts are.
 //!
+//! Files of RALF and DetPro that are more than named tensors have readers of their own: [`NegativeFeatures`], [`Concepts`], [`RegionInfo`],
+//! [`CollectedRegions`]. So has an archive of a hundred thousand files: [`ZipFolder`].
+//!
 //! The place of a network's weights in a file follows from its own names: see [`Place`].
 
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{self, BufReader, Read, Seek},
+    io::{self, BufReader, Cursor, Read, Seek},
     path::{Path, PathBuf},
 };
 
@@ -24,15 +27,21 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
 
+mod concepts;
+mod negatives;
 mod place;
 mod safetensors;
 mod torch;
+mod zip_folder;
 
 pub(crate) use self::place::{list, prefixes};
 pub use self::{
+    concepts::{CollectedRegions, Concepts, ImageRegions, RegionInfo},
+    negatives::NegativeFeatures,
     place::Place,
     safetensors::write_safetensors,
     torch::{Saved, write_torch},
+    zip_folder::ZipFolder,
 };
 
 /// The name of a tensor that is all that a file of `torch.save` holds.
@@ -82,9 +91,9 @@ struct Origin<'a> {
 }
 
 /// A file that is being read.
-struct Source<'a> {
+struct Source<'a, R = BufReader<File>> {
     origin: Origin<'a>,
-    file: BufReader<File>,
+    file: R,
 }
 
 impl Checkpoint {
@@ -257,6 +266,15 @@ pub fn read_arrays(path: &Path) -> Result<BTreeMap<String, Array>> {
         Ok((name.clone(), Array { kind: tensor.kind(), shape: tensor.size(), bytes }))
     };
     Checkpoint::open(path)?.tensors().iter().map(array).collect()
+}
+
+/// Reads the tensors of an archive of `torch.save` that is in memory, as [`read_arrays`] does. `path`: where the bytes are from, for messages.
+pub fn arrays_in(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Array>> {
+    let origin = Origin { path, n_bytes: bytes.len() as u64 };
+    if !bytes.starts_with(b"PK\x03\x04") {
+        return Err(origin.unrecognised(&bytes[..bytes.len().min(64)]));
+    }
+    torch::arrays_from_zip(Source { origin, file: Cursor::new(bytes) })
 }
 
 /// The numbers of a tensor of any strides and device, in C order, little-endian.

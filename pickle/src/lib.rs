@@ -1,4 +1,4 @@
-//! Reads Python pickles as plain data, without Python and without executing anything, and writes lists of numpy arrays.
+//! Reads Python pickles as plain data, without Python and without executing anything, and writes lists and dicts of numpy arrays.
 //!
 //! A pickle is a program for a stack machine. This reader runs the machine, but where Python would call a function or build
 //! an object it keeps what would have been called and with what ([`Value::Object`]). That is enough for the two kinds of
@@ -18,7 +18,7 @@ mod opcode;
 use std::sync::Arc;
 
 pub use machine::{read, read_first};
-pub use numpy::{NumpyArray, write_f32_arrays};
+pub use numpy::{NumpyArray, Pieces, write_arrays, write_f32_arrays};
 
 /// Why bytes are not a pickle this reader understands.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

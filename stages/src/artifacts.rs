@@ -14,6 +14,7 @@
 //! | `published-prompts` | class embeddings in published formats, `.pth` | [`PublishedPrompts`] |
 //! | `image-features`, `region-features` | Arrow shards | [`ImageFeatures`], [`RegionFeatures`] |
 //! | `embedding-matrix` | a matrix of numbers without a header, or a `.npy` | [`MatrixFile`] |
+//! | `embedding-archive` | a zip of one tensor an image, `{id:012}.pth`, or its parts | [`ArchiveFiles`] |
 //! | `feature-files` | features in the format of OADP: a folder of `{id:012}.pth` | [`FeatureFiles`] |
 //! | `region-samples` | features of sampled regions, Arrow shards | [`RegionSamples`] |
 //! | `crops` | an Arrow shard of encoded images | [`Crops`] |
@@ -21,6 +22,7 @@
 //! | `evaluation` | json | [`EvaluationFile`] |
 //! | `results` | detections in the results format of COCO and LVIS, json | [`ResultsFile`] |
 
+mod archive;
 mod curve;
 pub(crate) mod feature_files;
 mod features;
@@ -50,6 +52,8 @@ use serde::{
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
+pub use archive::ArchiveFiles;
+pub(crate) use archive::EmbeddingArchive;
 pub use curve::Curve;
 pub use feature_files::FeatureFiles;
 pub(crate) use features::{ByImage, Embeddings, Piece, Places, ReusedRows, Row, RowKind, RowWriter};

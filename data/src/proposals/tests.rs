@@ -310,3 +310,34 @@ fn named_entries_are_matched_whatever_the_order_and_those_that_do_not_belong_are
     assert_eq!(error.to_string(), "p.pkl: image 9, row 0: box [0, 0, 4, 4] extends beyond the image of 2 x 30 px");
     assert!(!error.hint().unwrap().contains("order"));
 }
+
+/// The images of LVIS v1 are named by `coco_url`, and their ids do not ascend; mmdet 2 writes entries in the order of the file.
+#[test]
+fn entries_of_mmdet_are_bound_to_the_images_of_lvis_in_the_order_that_is_asked_for() {
+    let image = |id: u64| {
+        format!(r#"{{"id": {id}, "coco_url": "http://images.cocodataset.org/train2017/{id:012}.jpg", "width": 40, "height": 30}}"#)
+    };
+    let json = format!(r#"{{"images": [{}], "annotations": [], "categories": []}}"#, [391_895, 9, 522_418].map(image).join(","));
+    let annotations = Annotations::parse(json.as_bytes(), Path::new("lvis_v1_train.json")).unwrap();
+    // As many boxes as the entry's place, so that counts tell, too; scores as different as f32 allows.
+    let entry = |place: usize| (0..=place).map(|k| proposal(0.0, 1.0, 10.5, 20.0, (place * 10 + k) as f32 / 64.0)).collect::<Vec<_>>();
+    let written: Vec<Vec<Proposal>> = (0..3).map(entry).collect();
+    let mut bytes = Vec::new();
+    write_mmdet(&written, &mut bytes).unwrap();
+    let path = Path::new("rpn_r101_fpn_lvis_train.pkl");
+    let found = |asked| {
+        let Pickled { entries, .. } = super::read(&bytes, path).unwrap();
+        matched(entries, &annotations, asked, None, path)
+    };
+    for (asked, ids) in [(ImageOrder::File, [391_895, 9, 522_418]), (ImageOrder::Id, [9, 391_895, 522_418])] {
+        let Matched { by_image, id_map, order, n_others } = found(Some(asked)).unwrap();
+        assert_eq!((order, n_others), (Some(asked), 0));
+        for (place, id) in ids.map(ImageId).into_iter().enumerate() {
+            assert_eq!(by_image[&id], written[place], "{asked:?}, image {id}");
+            assert_eq!((id_map.places[&id], id_map.counts[place]), (place, place as u64 + 1));
+        }
+    }
+    // The boxes fit both orders, and nobody guesses.
+    let error = found(None).unwrap_err();
+    assert!(error.hint().unwrap().contains("`with: {order: file}`"), "{error}");
+}

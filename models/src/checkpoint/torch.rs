@@ -13,7 +13,10 @@ use std::{
 
 use ovenbird_pickle::Value;
 use tch::{Kind, Tensor};
-use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
+use zip::{
+    CompressionMethod, ZipWriter,
+    write::{SimpleFileOptions, StreamWriter},
+};
 
 use super::{AGAIN, Array, BARE_TENSOR, Format, Origin, Source, numbers};
 use crate::{Error, Result};
@@ -82,7 +85,7 @@ pub(super) fn from_zip(source: Source<'_>) -> Result<(Format, Contents)> {
 }
 
 /// The same as plain numbers.
-pub(super) fn arrays_from_zip(source: Source<'_>) -> Result<BTreeMap<String, Array>> {
+pub(super) fn arrays_from_zip<R: Read + Seek>(source: Source<'_, R>) -> Result<BTreeMap<String, Array>> {
     let mut archive = Archive::open(source)?;
     let described = archive.described()?.tensors;
     let array = |(name, description): (String, Description)| {
@@ -94,8 +97,53 @@ pub(super) fn arrays_from_zip(source: Source<'_>) -> Result<BTreeMap<String, Arr
     described.into_iter().map(array).collect()
 }
 
+/// The value in a zip archive, whatever it is, and the tensors that it refers to.
+pub(super) struct Opened<'a> {
+    pub(super) value: Value,
+    archive: Archive<'a, BufReader<File>>,
+    /// How often the value refers to each storage.
+    n_uses: BTreeMap<String, usize>,
+    /// Storages of several tensors, which are read once.
+    shared: BTreeMap<String, Vec<u8>>,
+}
+
+impl<'a> Opened<'a> {
+    pub(super) fn new(source: Source<'a>) -> Result<Self> {
+        let mut archive = Archive::open(source)?;
+        let value = archive.value()?;
+        let mut n_uses = BTreeMap::new();
+        visit(&value, &mut |part| {
+            if let Some(Ok(storage)) = storage(part) {
+                *n_uses.entry(storage.key).or_default() += 1;
+            }
+        });
+        Ok(Self { value, archive, n_uses, shared: BTreeMap::new() })
+    }
+
+    /// The tensor that a value of this file describes; `None` where it is none. `name`: where the value is, for messages.
+    pub(super) fn array(&mut self, name: &str, value: &Value) -> Result<Option<Array>> {
+        let Some(description) = describe(value) else { return Ok(None) };
+        let origin = self.archive.origin;
+        let description = description.map_err(|problem| origin.malformed(format!("{name}: {problem}"), SAVE_AGAIN))?;
+        check(&description, origin.n_bytes).map_err(|problem| origin.damaged(format!("{name}: {problem}")))?;
+        let key = &description.storage.key;
+        if self.n_uses.get(key).is_none_or(|n_uses| *n_uses == 1) {
+            let bytes = self.archive.storage(key, name)?;
+            check_length(origin, name, &description.storage, bytes.len())?;
+            return Ok(Some(gathered(description, bytes)));
+        }
+        if !self.shared.contains_key(key) {
+            self.shared.insert(key.clone(), self.archive.storage(key, name)?);
+        }
+        let bytes = &self.shared[key];
+        check_length(origin, name, &description.storage, bytes.len())?;
+        Ok(Some(gathered(description, bytes)))
+    }
+}
+
 /// A tensor's numbers out of its storage, which [`check`] found to hold them.
-fn gathered(Description { storage, offset, size, stride }: Description, bytes: Vec<u8>) -> Array {
+fn gathered<'a>(Description { storage, offset, size, stride }: Description, bytes: impl Into<Cow<'a, [u8]>>) -> Array {
+    let bytes = bytes.into();
     let item = storage.kind.elt_size_in_bytes();
     let n_numbers = size.iter().product::<i64>() as usize;
     let in_order = c_strides(&size).iter().zip(&stride).zip(&size).all(|((expected, step), length)| expected == step || *length == 1);
@@ -103,7 +151,10 @@ fn gathered(Description { storage, offset, size, stride }: Description, bytes: V
         Vec::new()
     } else if in_order {
         let start = offset as usize * item;
-        if start == 0 && bytes.len() == n_numbers * item { bytes } else { bytes[start..start + n_numbers * item].to_vec() }
+        match bytes {
+            Cow::Owned(bytes) if bytes.len() == n_numbers * item => bytes,
+            bytes => bytes[start..start + n_numbers * item].to_vec(),
+        }
     } else {
         let place = |flat: i64| {
             let step = |(rest, at), (length, step): (&i64, &i64)| (rest / length, at + rest % length * step);
@@ -224,14 +275,14 @@ fn five_pickles(bytes: &[u8]) -> Result<(Value, Vec<String>, usize), (String, &'
     Ok((value, keys, end))
 }
 
-struct Archive<'a> {
+struct Archive<'a, R> {
     origin: Origin<'a>,
-    zip: zip::ZipArchive<BufReader<File>>,
+    zip: zip::ZipArchive<R>,
     prefix: String,
 }
 
-impl<'a> Archive<'a> {
-    fn open(mut source: Source<'a>) -> Result<Self> {
+impl<'a, R: Read + Seek> Archive<'a, R> {
+    fn open(mut source: Source<'a, R>) -> Result<Self> {
         let origin = source.origin;
         let n_entries = n_entries(&mut source.file).map_err(|error| origin.read(error))?;
         let zip = zip::ZipArchive::new(source.file).map_err(|error| origin.damaged(format!("zip: {error}")))?;
@@ -251,13 +302,18 @@ impl<'a> Archive<'a> {
         self.zip.index_for_name(&format!("{}{name}", self.prefix)).is_some()
     }
 
-    /// The value that the pickle describes.
-    fn described(&mut self) -> Result<Described> {
+    /// The value of the pickle.
+    fn value(&mut self) -> Result<Value> {
         if self.has("byteorder") && self.entry("byteorder")? == b"big" {
             return Err(self.origin.malformed("expected little-endian numbers, found big-endian".into(), SAVE_AGAIN));
         }
         let pickle = self.entry("data.pkl")?;
-        let value = ovenbird_pickle::read(&pickle).map_err(|error| self.origin.damaged(format!("data.pkl: {error}")))?;
+        ovenbird_pickle::read(&pickle).map_err(|error| self.origin.damaged(format!("data.pkl: {error}")))
+    }
+
+    /// The tensors that the pickle describes.
+    fn described(&mut self) -> Result<Described> {
+        let value = self.value()?;
         let format = if self.is_script() { Format::TorchScript } else { Format::Torch };
         let found = match format {
             Format::TorchScript => Found::in_module(&value),
@@ -302,7 +358,7 @@ impl<'a> Archive<'a> {
 
 /// How many entries a zip says it has; the reader keeps one of each name. None where there are too many for the field, or a
 /// comment follows it.
-fn n_entries(file: &mut BufReader<File>) -> io::Result<Option<usize>> {
+fn n_entries(file: &mut (impl Read + Seek)) -> io::Result<Option<usize>> {
     let mut end = Vec::new();
     if file.seek(SeekFrom::End(0))? >= 22 {
         file.seek(SeekFrom::End(-22))?;
@@ -575,24 +631,45 @@ pub fn write_torch(value: &Saved<'_>, out: impl Write) -> io::Result<()> {
     let Pickler { bytes: pickle, storages } = pickler;
 
     let mut zip = ZipWriter::new_stream(out);
-    let mut entry = |name: &str, bytes: &[u8]| {
-        // As PyTorch aligns them, so that they can be mapped into memory.
-        let options = SimpleFileOptions::default().compression_method(CompressionMethod::Stored).with_alignment(64);
-        zip.start_file(format!("archive/{name}"), options.large_file(u32::try_from(bytes.len()).is_err()))?;
-        zip.write_all(bytes)
-    };
-    entry("data.pkl", &pickle)?;
-    entry("byteorder", b"little")?;
+    entry(&mut zip, "data.pkl", &pickle)?;
+    entry(&mut zip, "byteorder", b"little")?;
     for (key, stored) in storages.into_iter().enumerate() {
         let bytes = match stored {
             Stored::Tensor(tensor) => Cow::Owned(numbers(tensor)?),
             Stored::Array(array) => Cow::Borrowed(array.bytes.as_slice()),
         };
-        entry(&format!("data/{key}"), &bytes)?;
+        entry(&mut zip, &format!("data/{key}"), &bytes)?;
     }
-    entry("version", b"3\n")?;
+    entry(&mut zip, "version", b"3\n")?;
     zip.finish()?;
     Ok(())
+}
+
+/// Writes an archive whose pickle `write` writes, at most `n_bytes` long, and which refers to no storages.
+pub(super) fn write_pickled<W: Write>(
+    out: W,
+    n_bytes: u64,
+    write: impl FnOnce(&mut ZipWriter<StreamWriter<W>>) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut zip = ZipWriter::new_stream(out);
+    start(&mut zip, "data.pkl", n_bytes)?;
+    write(&mut zip)?;
+    entry(&mut zip, "byteorder", b"little")?;
+    entry(&mut zip, "version", b"3\n")?;
+    zip.finish()?;
+    Ok(())
+}
+
+fn entry<W: Write>(zip: &mut ZipWriter<StreamWriter<W>>, name: &str, bytes: &[u8]) -> io::Result<()> {
+    start(zip, name, bytes.len() as u64)?;
+    zip.write_all(bytes)
+}
+
+/// Begins an entry of at most `n_bytes`.
+fn start<W: Write>(zip: &mut ZipWriter<StreamWriter<W>>, name: &str, n_bytes: u64) -> io::Result<()> {
+    // As PyTorch aligns them, so that they can be mapped into memory.
+    let options = SimpleFileOptions::default().compression_method(CompressionMethod::Stored).with_alignment(64);
+    Ok(zip.start_file(format!("archive/{name}"), options.large_file(u32::try_from(n_bytes).is_err()))?)
 }
 
 /// Writes a pickle of protocol 2, and gathers the tensors that it refers to.
