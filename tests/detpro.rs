@@ -131,5 +131,5 @@ fn what_prompt_learning_cannot_use_is_said_in_words() {
         "trainable_backbone_layers: expected from 0 to 5",
     );
     refused("iou: [0.5, 0.9]", "iou: [0.9, 0.5]", "iou");
-    refused("truth: truth-regions.features", "truth: regions.features", "truth");
+    refused("truth: truth-regions.features", "truth: regions.features", "no embedding of the object ");
 }
