@@ -226,7 +226,7 @@ pub fn loss(logits: &Tensor, labels: &Tensor, weights: &Tensor, background: Back
     };
     let mut of_rows = weights.index_select(0, labels);
     if background == Background::FgOnly {
-        of_rows = of_rows * is_background.logical_not();
+        of_rows *= is_background.logical_not();
     }
     let total = (&of_rows * costs).sum(Kind::Float);
     Ok(match background {

@@ -29,7 +29,7 @@ mod features;
 mod hits;
 mod images;
 mod matrix;
-mod prompt_samples;
+pub(crate) mod prompt_samples;
 mod samples;
 mod tables;
 

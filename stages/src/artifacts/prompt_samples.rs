@@ -269,3 +269,86 @@ impl PromptEmbeddings {
         numbers
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use ovenbird_cache::{Publisher, Recipe, inputs::digest_path};
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// The shards that are written into a folder, as inputs of a stage; they are there as long as the folder.
+    pub(crate) fn shards(write: impl FnOnce(&dyn Fn(&str) -> DraftFile, &Fingerprint)) -> (TempDir, Vec<InputFile>) {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("unit");
+        let draft = Publisher::default().begin(&target).unwrap();
+        let recipe = Recipe { kind: "a".into(), version: 1, params: serde_json::Value::Null, inputs: BTreeMap::new() };
+        write(&|name| draft.create(name).unwrap(), &recipe.fingerprint());
+        assert!(draft.commit("unit.json", b"{}").unwrap());
+        let mut files = digest_path(&target, None, 0).unwrap();
+        files.retain(|file| file.path.extension().is_some_and(|extension| extension == "arrow"));
+        (folder, files)
+    }
+
+    /// Samples of these rows: image, class, IoU and embedding of each.
+    pub(crate) fn samples(names: &[&str], rows: &[(u64, Option<usize>, f32, Vec<f32>)]) -> (TempDir, PromptSamples) {
+        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let dim = rows[0].3.len();
+        let (folder, files) = shards(|create, unit| {
+            let files = [create(ROWS_FILE), create(EMBEDDINGS_FILE)];
+            let mut writer = PromptSamplesWriter::new(files, unit, &names, dim, None).unwrap();
+            for (image, class, iou, embedding) in rows {
+                writer.push(PromptRow { image_id: ImageId(*image), class: *class, iou: *iou }, embedding).unwrap();
+            }
+            writer.finish().unwrap();
+        });
+        (folder, PromptSamples::open(&files).unwrap())
+    }
+
+    /// A vector of unit norm.
+    fn axis(row: usize) -> Vec<f32> {
+        (0..13).map(|place| if place == row % 13 { 1.0 } else { 0.0 }).collect()
+    }
+
+    /// More rows than a batch holds.
+    fn rows() -> Vec<(u64, Option<usize>, f32, Vec<f32>)> {
+        let row = |row: u64| (row / 7, (row % 3).checked_sub(1).map(|class| class as usize), row as f32 / 4096.0, axis(row as usize));
+        (0..2 * ROWS_PER_BATCH as u64 + 5).map(row).collect()
+    }
+
+    #[test]
+    fn rows_come_back_as_they_were_written_in_any_order() {
+        let rows = rows();
+        let (_folder, samples) = samples(&["owl", "wren"], &rows);
+        let found = samples.rows().unwrap();
+        assert_eq!(found.names, ["owl", "wren"]);
+        for (row, (image, class, iou, _)) in rows.iter().enumerate() {
+            let expected = (ImageId(*image), class.map(|class| class as u32), iou.to_bits());
+            assert_eq!((found.image_of(row), found.classes[row], found.ious[row].to_bits()), expected);
+        }
+        let embeddings = samples.embeddings().unwrap();
+        assert_eq!((embeddings.n_rows, embeddings.dim), (rows.len(), 13));
+        let order = [2052, 0, 1023, 1024, 7, 2047, 7];
+        let expected: Vec<f32> = order.iter().flat_map(|row| rows[*row].3.clone()).collect();
+        assert_eq!(embeddings.gather(order), expected);
+        assert_eq!(embeddings.gather([]), Vec::<f32>::new());
+        assert_eq!(samples.clip().unwrap(), None);
+    }
+
+    #[test]
+    fn half_of_the_shards_are_no_samples() {
+        let (_folder, samples) = samples(&["owl", "wren"], &rows());
+        let half = PromptSamples { shards: samples.shards[..1].to_vec() };
+        let said = half.rows().unwrap_err().to_string();
+        assert_eq!(said, "samples: expected as many shards of rows as of embeddings, found 0 and 1");
+        assert_eq!(half.embeddings().err().unwrap().to_string(), said);
+    }
+
+    #[test]
+    fn shards_of_other_classes_do_not_go_together() {
+        let (_one, one) = samples(&["owl", "wren"], &rows());
+        let (_other, other) = samples(&["wren", "owl"], &rows());
+        let both = PromptSamples { shards: [one.shards, other.shards].concat() };
+        assert!(both.rows().unwrap_err().to_string().ends_with("expected the class names of the shards before"));
+    }
+}

@@ -389,7 +389,7 @@ impl Validation {
 
     /// Among all classes: the part of base and of novel rows, of any IoU, whose nearest class is theirs; and the part of negatives, by
     /// `rule`, whose largest probability is at least 0.5 and at least 0.9. What has no row is left out.
-    fn measures(&self, classes: &Tensor, rule: &RowRule, cx: &Context<'_>) -> Result<BTreeMap<String, f64>> {
+    fn measures(&self, classes: &Tensor, rule: &RowRule, proceed: &dyn Fn() -> Result<()>) -> Result<BTreeMap<String, f64>> {
         let n_classes = classes.size()[0] as usize;
         let mut counts: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
         let mut count = |name: &'static str, is_so: bool| {
@@ -397,7 +397,7 @@ impl Validation {
             (*n, *of) = (*n + u64::from(is_so), *of + 1);
         };
         for first in (0..self.embeddings.n_rows).step_by(VAL_ROWS) {
-            cx.proceed()?;
+            proceed()?;
             let rows = first..self.embeddings.n_rows.min(first + VAL_ROWS);
             let embeddings = Tensor::from_slice(&self.embeddings.gather(rows.clone())).view([-1, self.embeddings.dim as i64]);
             let probabilities = no_grad(|| logits(&embeddings.to_device(classes.device()), classes).softmax(1, Kind::Float));
@@ -506,11 +506,179 @@ impl Criterion for PromptCriterion<'_> {
     fn validate(&self, is_last: bool, cx: &Context<'_>) -> Result<BTreeMap<String, f64>> {
         let Some(validation) = &self.validation else { return Ok(BTreeMap::new()) };
         let classes = self.prompts()?.embeddings.to_device(self.context.device());
-        let measured = validation.measures(&classes, &self.stage.rule(), cx)?;
+        let measured = validation.measures(&classes, &self.stage.rule(), &|| cx.proceed())?;
         if is_last {
             let percent = |(name, part): (&String, &f64)| format!("{name} {:.1} %", 100.0 * part);
             cx.note(format!("on validation rows: {}", measured.iter().map(percent).collect::<Vec<_>>().join(", ")));
         }
         Ok(measured)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand_chacha::rand_core::SeedableRng as _;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::{
+        artifacts::prompt_samples::tests::samples as written,
+        golden::{detpro_ralf, error, numbers},
+        prompts::golden::detpro_clip,
+        training::Optimizer,
+    };
+
+    const NAMES: [&str; 5] = ["aerosol_can", "applesauce", "airplane", "Band_Aid", "arctic_(type_of_shoe)"];
+
+    fn classes(base: &[&str], novel: &[&str]) -> ClassSplit {
+        let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        ClassSplit { base: owned(base), novel: owned(novel) }
+    }
+
+    fn random() -> ChaCha8Rng {
+        ChaCha8Rng::seed_from_u64(5)
+    }
+
+    #[test]
+    fn the_defaults_are_detpro_s_and_pass_their_own_check() {
+        let stage = Detpro::default();
+        assert!(Stage::check(&stage).is_empty());
+        // 1,025 rows are three batches, the last of one row.
+        let config = stage.config(1025);
+        assert_eq!(config.steps, 18);
+        let rates: Vec<f64> = [0, 2, 3, 17].map(|step| config.optimizer.schedule.lr_at(step)).into();
+        for (found, expected) in rates.iter().zip([2e-3, 2e-3, 1.866_025e-3, 1.339_746e-4]) {
+            assert!((found - expected).abs() < 1e-9, "{rates:?}");
+        }
+    }
+
+    /// Three steps of the published code, through the stage's own criterion and optimizer.
+    #[test]
+    fn steps_are_those_of_the_published_code() {
+        let golden = detpro_ralf("detpro");
+        let (clip, classes) = (detpro_clip(&golden), classes(&NAMES, &[]));
+        let counts: Vec<u64> = numbers(&golden["train/counts"]).into_iter().map(|n| n as u64).collect();
+        for (name, background) in [("soft", Background::Soft), ("learn", Background::Learn)] {
+            let stage = Detpro { background, ..Detpro::default() };
+            let space = Space::of(&BTreeMap::new(), &[]);
+            let criterion = PromptCriterion::new(&stage, &clip, space, &classes, class_weights(&counts).unwrap(), None, random()).unwrap();
+            no_grad(|| {
+                criterion.context.shallow_clone().copy_(&golden["prompt/ctx"]);
+                if let Some((_, vectors)) = &criterion.background {
+                    vectors.shallow_clone().copy_(&golden["prompt/bg_prompt"]);
+                }
+            });
+            let config = stage.config(10_000).optimizer;
+            let mut optimizer = Optimizer::new(&config, criterion.parameters());
+            for step in 0..3 {
+                let of_step = |name: &str| numbers(&golden[name].get(step));
+                let batch = RowBatch {
+                    embeddings: of_step("train/features").into_iter().map(|number| number as f32).collect(),
+                    labels: of_step("train/labels").into_iter().map(|label| label as i64).collect(),
+                };
+                let loss = criterion.losses(step as u32, batch).unwrap().terms.remove(0).1;
+                loss.backward();
+                let expected = golden[&format!("train/loss_{name}")].double_value(&[step]);
+                assert!((loss.double_value(&[]) / expected - 1.0).abs() < 1e-4, "{name}, step {step}: {loss:?}, expected {expected}");
+                // Parity check 6: a step is the gradient times the learning rate, and nothing else.
+                let exact = no_grad(|| &criterion.context - criterion.context.grad() * 2e-3);
+                optimizer.step(step as u32).unwrap();
+                assert!(criterion.context.equal(&exact));
+                let apart = error(&criterion.context.detach(), &golden[&format!("train/ctx_{name}")].get(step));
+                assert!(apart < 1e-4, "{name}, step {step}: {apart}");
+            }
+            if let Some((_, vectors)) = &criterion.background {
+                assert!(error(&vectors.detach(), &golden["train/bgprompt_learn"]) < 1e-4);
+            }
+            let (Weights { tensors, metadata }, n_learned) = (criterion.weights().unwrap(), criterion.learned().count());
+            assert_eq!(tensors.len(), 1 + n_learned);
+            assert!(tensors[CONTEXT].equal(&criterion.context) && metadata["names"].contains("arctic_(type_of_shoe)"));
+            assert!((tensors["embeddings"].norm_scalaropt_dim(2.0, -1_i64, false) - 1.0).abs().max().double_value(&[]) < 1e-6);
+        }
+    }
+
+    /// Rows of three images: class, IoU.
+    fn some_rows() -> (TempDir, PromptSamples) {
+        let rows: Vec<(u64, Option<usize>, f32, Vec<f32>)> = [
+            (1, Some(0), 0.55),
+            (1, Some(1), 0.65),
+            (1, None, 0.3),
+            (1, Some(2), 0.55),
+            (4, Some(3), 0.55),
+            (4, None, 0.05),
+            (9, Some(1), 0.5),
+            (9, None, 0.45),
+            (9, Some(1), 0.6),
+            (9, Some(0), 1.0),
+        ]
+        .into_iter()
+        .map(|(image, class, iou)| (image, class, iou, vec![1.0, 0.0]))
+        .collect();
+        // In another order than the classes of the training; `crane` is not among them.
+        written(&["wren", "owl", "heron", "crane"], &rows)
+    }
+
+    #[test]
+    fn rows_are_chosen_by_the_names_of_their_classes() {
+        let (_folder, samples) = some_rows();
+        let (rows, classes) = (samples.rows().unwrap(), classes(&["owl", "wren"], &["heron"]));
+        let choice = |stage: &Detpro| {
+            let Choice { positives, negatives } = Choice::of(&rows, &stage.rule(), stage.background, &classes);
+            (positives, negatives)
+        };
+        assert_eq!(choice(&Detpro::default()), (vec![(0, 1), (6, 0)], vec![2, 7]));
+        assert_eq!(choice(&Detpro { iou: [0.6, 0.7], ..Detpro::default() }), (vec![(1, 0), (8, 0)], vec![2, 7]));
+        assert_eq!(choice(&Detpro { iou: [0.9, 1.1], ..Detpro::default() }).0, [(9, 1)]);
+        let fg_only = Detpro { background: Background::FgOnly, ..Detpro::default() };
+        assert_eq!(choice(&fg_only), (vec![(0, 1), (6, 0)], vec![]));
+    }
+
+    #[test]
+    fn batches_follow_from_the_seed_and_the_step_alone() {
+        let (_folder, samples) = some_rows();
+        let (rows, embeddings) = (samples.rows().unwrap(), samples.embeddings().unwrap());
+        let training = TrainingRows { rows: (0..10).map(|row| (row, 0)).collect(), counts: vec![10, 0] };
+        let loader = RowLoader { training, rows: &rows, embeddings: &embeddings, batch_size: 4, random: random() };
+        let batches = |steps: Range<u32>| loader.specs(steps).map(|(rows, _)| rows).collect::<Vec<_>>();
+        let all = batches(0..12);
+        for first in 1..12 {
+            assert_eq!(batches(first..12), all[first as usize..], "from step {first}");
+        }
+        for epoch in all.chunks(3) {
+            assert_eq!(epoch.iter().map(Vec::len).collect::<Vec<_>>(), [4, 4, 2]);
+            let mut rows: Vec<usize> = epoch.iter().flatten().map(|(row, _)| *row).collect();
+            rows.sort_unstable();
+            assert_eq!(rows, (0..10).collect::<Vec<_>>());
+        }
+        assert!(all[..3] != all[3..6]);
+    }
+
+    #[test]
+    fn validation_counts_rows_of_each_kind() {
+        let (_folder, samples) = written(
+            &["owl", "wren"],
+            &[
+                (1, Some(0), 0.7, vec![1.0, 0.0]),
+                (1, Some(0), 1.0, vec![0.0, 1.0]),
+                (1, Some(1), 0.5, vec![0.0, 1.0]),
+                (2, None, 0.4, vec![1.0, 0.0]),
+                // Between both classes: even probabilities.
+                (2, None, 0.2, vec![0.707, 0.707]),
+                // Too small an overlap to count.
+                (2, None, 0.05, vec![1.0, 0.0]),
+            ],
+        );
+        let validation = Validation::of((samples.rows().unwrap(), samples.embeddings().unwrap()), &classes(&["owl"], &["wren"]));
+        let classes = Tensor::from_slice(&[1.0_f32, 0.0, 0.0, 1.0]).view([2, 2]);
+        let found = validation.measures(&classes, &Detpro::default().rule(), &|| Ok(())).unwrap();
+        let expected = [("base_top1", 0.5), ("negatives_over_50", 1.0), ("negatives_over_90", 0.5), ("novel_top1", 1.0)];
+        assert_eq!(found, expected.map(|(name, part)| (name.to_owned(), part)).into());
+    }
+
+    #[test]
+    fn a_note_names_the_first_classes() {
+        let names: Vec<String> = (0..10).map(|n| n.to_string()).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        assert_eq!((named(&names[..2]).as_str(), named(&names).as_str()), ("0, 1", "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"));
     }
 }

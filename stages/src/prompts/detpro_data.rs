@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use ovenbird_cache::Digest;
 use ovenbird_data::{
-    annotations::{Annotations, ImageId},
+    annotations::{Annotations, ImageId, ImageInfo},
     boxes::Xyxy,
     classes::ClassSplit,
 };
@@ -97,7 +97,8 @@ impl Stage for DetproData {
         // A dry run has features of its own images alone.
         let of_run = &images[..cx.items.len().min(images.len())];
         for (port, by_image) in [(FEATURES, &embedded.features), (TRUTH, &embedded.truth)] {
-            let missing = of_run.iter().map(|image| image.image_id).filter(|image| !by_image.has(*image)).collect::<Vec<_>>();
+            let labelled = of_run.iter().filter(|image| !image.objects.is_empty()).map(|image| image.image_id);
+            let missing: Vec<ImageId> = labelled.filter(|image| !by_image.has(*image)).collect();
             cx.skip_missing(port.info(), &missing, of_run.len(), "make them for these annotations")?;
         }
         let names: Vec<String> = classes.all().cloned().collect();
@@ -108,8 +109,7 @@ impl Stage for DetproData {
             let mut writer = PromptSamplesWriter::new(files, &draft.unit().fingerprint, &names, dim, space)?;
             let counts = embedded.write(&draft, &images, &mut writer, cx)?;
             writer.finish()?;
-            let metrics =
-                [("images", unit.items.len()), ("rows", counts.rows), ("of_classes", counts.of_classes), ("objects", counts.objects)];
+            let metrics = [("images", unit.items.len()), ("rows", counts.rows), ("of_classes", counts.of_classes)];
             cx.commit(draft, metrics.map(|(name, n)| (name.to_owned(), n.into())).into())?;
         }
         Ok(())
@@ -117,7 +117,7 @@ impl Stage for DetproData {
 }
 
 impl DetproData {
-    /// The images that show an object, ascending. Fails where no image does.
+    /// The objects of each image. Fails where no image has one.
     fn labelled(&self, annotations: &Annotations, classes: &ClassSplit) -> Result<Vec<Labelled>> {
         let n_classes = match self.objects {
             Objects::Base => classes.base.len(),
@@ -127,14 +127,14 @@ impl DetproData {
         let classes: BTreeMap<_, usize> =
             annotations.categories.iter().filter_map(|category| Some((category.id, *places.get(&category.name)?))).collect();
         let by_image = annotations.by_image();
-        let labelled = |image: &ovenbird_data::annotations::ImageInfo| {
+        let labelled = |image: &ImageInfo| {
             let objects = by_image.get(&image.id).into_iter().flatten().filter(|object| !object.is_crowd);
             let objects: Vec<_> = objects.filter_map(|object| Some((*classes.get(&object.category_id)?, object.xyxy))).collect();
-            (!objects.is_empty()).then(|| Labelled { image_id: image.id, name: image.file_name.clone(), objects })
+            Labelled { image_id: image.id, name: image.file_name.clone(), objects }
         };
-        let images: Vec<Labelled> = annotations.images.iter().filter_map(labelled).collect();
-        if images.is_empty() {
-            let problem = format!("none of {} images has an object of these classes", annotations.images.len());
+        let images: Vec<Labelled> = annotations.images.iter().map(labelled).collect();
+        if images.iter().all(|image| image.objects.is_empty()) {
+            let problem = format!("none of {} images has an object of these classes", images.len());
             let hint = "give classes and annotations of the same data set".into();
             return Err(Error::Input { port: ANNOTATIONS.info().name, problem, hint });
         }
@@ -150,12 +150,11 @@ struct Embedded {
     rule: RowIou,
 }
 
-/// How many rows there are: in all, of a class, and of objects.
+/// How many rows there are, and how many of a class.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Counts {
     rows: usize,
     of_classes: usize,
-    objects: usize,
 }
 
 impl Embedded {
@@ -173,7 +172,6 @@ impl Embedded {
                     counts.of_classes += usize::from(row.class.is_some());
                     writer.push(*row, embedding)?;
                 }
-                counts.objects += images[place].objects.len();
                 cx.tick(1);
             }
             cx.proceed()
@@ -181,10 +179,11 @@ impl Embedded {
         Ok(counts)
     }
 
-    /// The rows of an image: its proposals in their order, then its objects. None where an earlier step skipped the image.
+    /// The rows of an image: its proposals in their order, then its objects. None where there is no object, or an earlier step skipped the
+    /// image.
     fn rows(&self, image: &Labelled) -> Result<Vec<(PromptRow, Vec<f32>)>> {
         let image_id = image.image_id;
-        if !self.features.has(image_id) || !self.truth.has(image_id) {
+        if image.objects.is_empty() || !self.features.has(image_id) || !self.truth.has(image_id) {
             return Ok(Vec::new());
         }
         let (proposals, truth) = (self.features.get(image_id)?, self.truth.get(image_id)?);
@@ -227,4 +226,74 @@ fn rows_of(objects: &[[f32; 4]], truth: &Regions) -> Result<Vec<usize>> {
         Ok(row)
     };
     objects.iter().map(row).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::{
+        Artifact as _,
+        artifacts::{Dtype, RegionFeaturesWriter, prompt_samples::tests::shards},
+    };
+
+    const OBJECTS: [[f32; 4]; 2] = [[0.0, 0.0, 100.0, 100.0], [10.0, 0.0, 90.0, 60.0]];
+
+    fn axis(row: usize) -> [f32; 4] {
+        std::array::from_fn(|place| if place == row { 1.0 } else { 0.0 })
+    }
+
+    /// Features of image 5, whose embeddings are 1 at the place of the row and 0 elsewhere.
+    fn features(boxes: &[[f32; 4]]) -> (TempDir, ByImage<Regions>) {
+        let (folder, files) = shards(|create, unit| {
+            let mut writer = RegionFeaturesWriter::new(create("regions.arrow"), unit, Dtype::F16, 4, None).unwrap();
+            let regions = Regions {
+                image_id: ImageId(5),
+                size_px: [200, 200],
+                boxes: boxes.iter().map(|corners| Xyxy::from(*corners)).collect(),
+                objectness: vec![1.0; boxes.len()],
+                embeddings: (0..boxes.len()).flat_map(axis).collect(),
+            };
+            writer.push(regions).unwrap();
+            writer.finish().unwrap();
+        });
+        (folder, RegionFeatures::open(&files).unwrap().by_image().unwrap())
+    }
+
+    fn labelled(image: u64, classes: &[usize]) -> Labelled {
+        let objects = classes.iter().zip(OBJECTS).map(|(class, corners)| (*class, Xyxy::from(corners))).collect();
+        Labelled { image_id: ImageId(image), name: "a.jpg".into(), objects }
+    }
+
+    /// Parity check 3, with the rows of the objects themselves.
+    #[test]
+    fn rows_are_proposals_that_overlap_an_object_and_the_objects() {
+        let proposals = [[0.0, 0.0, 100.0, 95.0], [0.0, 0.0, 40.0, 100.0], [150.0, 150.0, 160.0, 160.0], [0.0, 60.0, 100.0, 100.0]];
+        let (_proposals, features) = features(&proposals);
+        // Objects of other classes are there too, in another order.
+        let (_truth, truth) = self::features(&[OBJECTS[1], [7.0, 7.0, 9.0, 9.0], OBJECTS[0]]);
+        let embedded = Embedded { features, truth, dim: 4, rule: RowIou::Reference };
+        let rows = embedded.rows(&labelled(5, &[7, 9])).unwrap();
+        let expected = [(Some(9), 0.95, 0), (None, 0.4, 1), (None, 0.4, 3), (Some(7), 1.0, 2), (Some(9), 1.0, 0)];
+        assert_eq!(rows.len(), expected.len());
+        for ((row, embedding), (class, iou, place)) in rows.iter().zip(expected) {
+            assert!(row.class == class && (row.iou - iou).abs() < 1e-5 && row.image_id == ImageId(5), "{row:?}");
+            assert_eq!(*embedding, axis(place));
+        }
+        let fixed = Embedded { rule: RowIou::Fixed, ..embedded };
+        assert!((fixed.rows(&labelled(5, &[7, 9])).unwrap()[0].0.iou - 0.505_263).abs() < 1e-5);
+        // Without an object, and without features.
+        assert!(fixed.rows(&labelled(5, &[])).unwrap().is_empty() && fixed.rows(&labelled(6, &[7])).unwrap().is_empty());
+    }
+
+    #[test]
+    fn an_object_without_an_embedding_is_named() {
+        let (_proposals, features) = features(&OBJECTS);
+        let (_truth, truth) = self::features(&OBJECTS[..1]);
+        let embedded = Embedded { features, truth, dim: 4, rule: RowIou::Fixed };
+        let error = embedded.rows(&labelled(5, &[7, 9])).unwrap_err();
+        assert_eq!(error.to_string(), "truth: no embedding of the object [10.0, 0.0, 90.0, 60.0] of image 5, among 1");
+        assert!(error.hint().unwrap().contains("min_side: 0"));
+    }
 }

@@ -1,4 +1,4 @@
-//! What the golden tests of class embeddings share: the files of `tests/golden/prompts/make.py`, and weights by its formula.
+//! What the golden tests of class embeddings share: the files of `tests/golden/prompts/make.py`, weights by its formula, and DetPro's text tower.
 
 use std::{
     collections::BTreeMap,
@@ -6,8 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ovenbird_models::clip::{Activation, Clip, Config, ImageConfig, TextConfig};
 use serde_json::Value;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor, nn};
 
 pub(super) use crate::golden::{error, unit};
 
@@ -35,4 +36,22 @@ pub(super) fn tensor(numbers: &Value, shape: &[i64]) -> Tensor {
 
 pub(super) fn names(list: &Value) -> Vec<String> {
     serde_json::from_value(list.clone()).unwrap()
+}
+
+/// The CLIP of DetPro's golden arrays, whose image tower is arbitrary.
+pub(super) fn detpro_clip(golden: &BTreeMap<String, Tensor>) -> Clip {
+    let config = Config {
+        embed_dim: 16,
+        image: ImageConfig::Vit { image_side: 32, patch: 16, width: 32, depth: 1, heads: 1, mlp_width: 128 },
+        text: TextConfig { context: 77, vocabulary: 49_408, width: 32, heads: 4, depth: 2 },
+        activation: Activation::QuickGelu,
+    };
+    let store = nn::VarStore::new(Device::Cpu);
+    Clip::new(&store.root(), &config, 1).unwrap();
+    let mut weights: BTreeMap<String, Tensor> = store.variables().into_iter().collect();
+    weights.extend(golden.iter().filter_map(|(name, tensor)| Some((name.strip_prefix("tower/")?.to_owned(), tensor.shallow_clone()))));
+    let [ids, rows] = ["token_ids", "token_rows"].map(|name| weights.remove(name).unwrap());
+    let table = Tensor::zeros([49_408, 32], (Kind::Float, Device::Cpu)).index_copy(0, &ids, &rows);
+    weights.insert("token_embedding.weight".into(), table);
+    Clip::load_as(&config, &weights, Path::new("clip.safetensors"), Device::Cpu, Kind::Float).unwrap()
 }

@@ -4,11 +4,24 @@ use std::{io, path::Path};
 
 use ovenbird_data::annotations::Annotations;
 use ovenbird_models::checkpoint::{BARE_TENSOR, Checkpoint, Saved, write_torch};
+use tch::{Kind, Tensor};
 
 use crate::{
     Error, Result,
     artifacts::{EMBEDDINGS, Prompts},
 };
+
+/// Fails where annotations count categories from 0, as a split does, base classes first: rows would get each other's names.
+fn check_ids(annotations: &Annotations) -> Result<()> {
+    match annotations.categories.first().filter(|category| category.id.0 == 0) {
+        None => Ok(()),
+        Some(category) => Err(Error::Input {
+            port: "annotations",
+            problem: format!("expected ids from 1 on, as data sets have them, found 0: `{}`", category.name),
+            hint: "give the data set's own annotations, not what `annotations/split` made of them".into(),
+        }),
+    }
+}
 
 /// Reads class embeddings. `annotations` names the rows of a file that does not, in ascending category id; fails where both or neither
 /// have names.
@@ -18,11 +31,9 @@ pub(super) fn read(path: &Path, annotations: Option<&Annotations>) -> Result<Pro
     let read = match (checkpoint.tensors().get(BARE_TENSOR), annotations) {
         (None, None) => Prompts::of(&checkpoint),
         (Some(rows), Some(annotations)) => {
-            // A split counts from 0, base classes first: rows would get each other's names.
-            if let Some(category) = annotations.categories.first().filter(|category| category.id.0 == 0) {
-                let problem = format!("expected ids from 1 on, as data sets have them, found 0: `{}`", category.name);
-                return Err(refused(problem, "give the data set's own annotations, not what `annotations/split` made of them"));
-            }
+            check_ids(annotations)?;
+            // DetPro writes `[1, K, D]` after an epoch, and `[K, D]` of an ensemble.
+            let rows = &if matches!(rows.size()[..], [1, _, _]) { rows.squeeze_dim(0) } else { rows.shallow_clone() };
             Prompts::new(annotations.categories.iter().map(|category| category.name.clone()).collect(), rows, None)
         }
         (Some(rows), None) => {
@@ -40,6 +51,39 @@ pub(super) fn read(path: &Path, annotations: Option<&Annotations>) -> Result<Pro
     })
 }
 
+/// Reads a learned context, f32 `[M, C]`: a file of one tensor.
+pub(super) fn read_context(path: &Path) -> Result<Tensor> {
+    let checkpoint = Checkpoint::open(path)?;
+    let malformed = |problem: String| {
+        let hint = Some("give the file that DetPro ends with `_prompt.pth`; without `checkpoint` and `classes`, rows are read".into());
+        Error::Models(ovenbird_models::Error::Malformed { path: path.to_owned(), problem, hint })
+    };
+    let context = checkpoint.tensors().get(BARE_TENSOR);
+    let context = context.ok_or_else(|| malformed("expected one tensor, the context [M, C], found a dict".into()))?;
+    let (kind, size) = (context.kind(), context.size());
+    let is_floating = matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double);
+    if !(is_floating && matches!(size[..], [m, c] if m > 0 && c > 0)) {
+        return Err(malformed(format!("expected a floating context [M, C], found {kind:?} {size:?}")));
+    }
+    if context.isfinite().all().int64_value(&[]) == 0 {
+        return Err(malformed("expected numbers in the context, found infinities or NaN".into()));
+    }
+    Ok(context.detach().to_kind(Kind::Float))
+}
+
+/// The rows of a data set's categories, f32 `[K, D]`, in ascending id. Fails where a category has none.
+pub(super) fn rows_by_id(prompts: &Prompts, annotations: &Annotations) -> Result<Tensor> {
+    check_ids(annotations)?;
+    let mut categories: Vec<_> = annotations.categories.iter().collect();
+    categories.sort_by_key(|category| category.id);
+    prompts.select(&categories.into_iter().map(|category| category.name.clone()).collect::<Vec<_>>())
+}
+
+/// Writes a `.pth` file of one tensor.
+pub(super) fn write_tensor(tensor: &Tensor, out: impl io::Write) -> io::Result<()> {
+    write_torch(&Saved::Tensor(tensor), out)
+}
+
 /// Writes a `.pth` dict of class embeddings.
 pub(super) fn write(prompts: &Prompts, out: impl io::Write) -> io::Result<()> {
     let tensors = prompts.tensors();
@@ -53,7 +97,7 @@ mod tests {
     use std::{io::Write as _, process::Command};
 
     use ovenbird_models::rcnn::classifier::LogitScale;
-    use tch::{Device, Kind, Tensor};
+    use tch::Device;
 
     use super::*;
     use crate::prompts::golden;
@@ -111,6 +155,50 @@ mod tests {
             assert_eq!((prompts.names.as_slice(), prompts.scale), (&NAMES.map(String::from)[..], None), "{file}");
             assert!(prompts.embeddings.equal(&rows()), "{file}");
         }
+    }
+
+    /// DetPro writes rows of any length, with a leading 1 after an epoch.
+    #[test]
+    fn rows_of_an_epoch_are_read_as_they_are() {
+        let rows = rows() * 30.0;
+        for shape in [vec![1, 4, 3], vec![4, 3]] {
+            let file = saved(&Saved::Tensor(&rows.view(shape.as_slice())));
+            let prompts = read(file.path(), Some(&annotations([1, 2, 3, 4]))).unwrap();
+            assert!(prompts.names == NAMES && prompts.embeddings.equal(&rows), "{shape:?}");
+        }
+        let two = rows.view([2, 2, 3]);
+        let expected = "FILE: expected floating embeddings [4, D], one row a class name, found Float [2, 2, 3]";
+        check(saved(&Saved::Tensor(&two)).path(), Some(&annotations([1, 2, 3, 4])), expected);
+    }
+
+    #[test]
+    fn rows_are_written_in_ascending_id_and_read_again() {
+        let names: Vec<String> = NAMES.iter().rev().map(|name| (*name).to_owned()).collect();
+        let prompts = Prompts { names, embeddings: rows().flip([0]), scale: None, clip: None };
+        let ids = annotations([3, 5, 8, 1203]);
+        let by_id = rows_by_id(&prompts, &ids).unwrap();
+        assert!(by_id.equal(&rows()));
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        write_tensor(&by_id, &mut file).unwrap();
+        let found = read(file.path(), Some(&ids)).unwrap();
+        assert!(found.names == NAMES && found.embeddings.equal(&rows()));
+        assert!(rows_by_id(&prompts, &annotations([0, 1, 2, 3])).unwrap_err().to_string().contains("expected ids from 1 on"));
+    }
+
+    #[test]
+    fn a_context_is_one_tensor_of_numbers() {
+        let context = rows();
+        let read = |value: &Saved<'_>| {
+            let file = saved(value);
+            read_context(file.path()).map_err(|error| error.to_string().replace(&file.path().display().to_string(), "FILE"))
+        };
+        assert!(read(&Saved::Tensor(&context)).unwrap().equal(&context));
+        assert!(read(&Saved::Tensor(&context.to_kind(Kind::Half))).unwrap().equal(&context));
+        let flat = context.view(-1);
+        assert_eq!(read(&Saved::Tensor(&flat)).unwrap_err(), "FILE: expected a floating context [M, C], found Float [12]");
+        let endless = &context / 0.0;
+        assert_eq!(read(&Saved::Tensor(&endless)).unwrap_err(), "FILE: expected numbers in the context, found infinities or NaN");
+        assert_eq!(read(&dict(&context, &NAMES, [])).unwrap_err(), "FILE: expected one tensor, the context [M, C], found a dict");
     }
 
     #[test]
