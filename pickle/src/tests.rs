@@ -182,6 +182,26 @@ fn what_is_written_is_what_python_was_given() {
     assert_eq!(bytes, golden("written.pkl"), "make.py asserts that Python reads the committed bytes");
 }
 
+/// Of one to four axes, and so many that places in the memo need more than a byte. That the bytes are Python's is tested where files of
+/// RALF are written.
+#[test]
+fn a_dict_of_arrays_is_read_back() {
+    let bytes: Vec<u8> = (0..=255).collect();
+    let shapes: Vec<Vec<usize>> = (0..40).map(|i| [vec![256], vec![2, 128], vec![4, 1, 64], vec![2, 2, 2, 32]][i % 4].clone()).collect();
+    let names: Vec<String> = (0..40).map(|i| format!("array {i}")).collect();
+    let pieces = vec![&bytes[..100], &bytes[100..]];
+    let array = |(name, shape)| (name, Pieces { dtype: "<u1", shape: Vec::clone(shape), pieces: pieces.clone() });
+    let arrays: Vec<_> = names.iter().map(String::as_str).zip(&shapes).map(array).collect();
+    let mut written = Vec::new();
+    write_arrays(&arrays, &mut written).unwrap();
+    let value = read(&written).unwrap();
+    for (name, shape) in names.iter().zip(shapes) {
+        let found = value.get(name).unwrap().to_array().unwrap();
+        assert_eq!((found.shape, found.is_fortran, found.dtype.as_str()), (shape, false, "<u1"));
+        assert_eq!(*found.data, *bytes);
+    }
+}
+
 #[test]
 fn errors_name_the_place_the_opcode_and_what_was_expected() {
     let cases: &[(&[u8], &str)] = &[

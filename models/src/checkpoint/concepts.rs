@@ -1,9 +1,11 @@
 //! The concepts of RALF's augmenter, `v3det_gpt_noun_chunk_lvis_strict.pkl`, and the regions that it trains on,
 //! `lvis_oake_info_strict.pkl`. (RALF, sections 1 and 8.)
 //!
-//! Both are archives of `torch.save`. Concepts are `{'all_noun_chunks': {'text_features': [N, E]}}`, to which this program adds `names`. The
-//! regions are a dict of lists over images: `img_ids`, `img_idx_to_cat_id` (the pseudo label of each region), `img_idx_to_filter_idx` (which
-//! rows of the image's features survived), and of one tensor, `v3det_coco_lvis_gt_cat_txt_feats` `[C, E]`.
+//! Both are archives of `torch.save`. Concepts are `{'all_noun_chunks': {'text_features': [N, E]}}`, to which this program adds `names`.
+//! The regions are a dict of lists over images: `img_ids`, `img_idx_to_cat_id` (the pseudo label of each region), `img_idx_to_filter_idx`
+//! (which rows of the image's features survived), and of one tensor, `v3det_coco_lvis_gt_cat_txt_feats` `[C, E]`.
+//!
+//! DetPro keeps what it learns prompts from as a tuple of tensors: see [`CollectedRegions`].
 
 use std::{collections::BTreeMap, io, path::Path};
 
@@ -133,7 +135,9 @@ impl RegionInfo {
     }
 }
 
-/// Regions that DetPro collects to learn prompts from: of an image, `{id:012}.pth`, or of all, `train_data.pth`. (DetPro, sections 1 and 3.1.)
+/// Regions that DetPro collects to learn prompts from: of an image, `{id:012}.pth`, or of all, `train_data.pth`.
+///
+/// (DetPro, sections 1 and 3.1.)
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CollectedRegions {
     /// f32 `[N, E]`.
@@ -145,7 +149,8 @@ pub struct CollectedRegions {
 }
 
 impl CollectedRegions {
-    /// Reads a tuple of DetPro. Where there are fewer IoUs than labels, the others are 1, as DetPro's `gather` fills them: ground truth stands last.
+    /// Reads a tuple of DetPro. Where there are fewer IoUs than labels, the others are 1, as DetPro's `gather` fills them: ground truth
+    /// stands last.
     pub fn read(path: &Path) -> Result<Self> {
         let mut file = opened(path)?;
         let malformed = |problem: String| file_error(path, problem, "give what DetPro collects: a tuple of features, labels and IoUs");

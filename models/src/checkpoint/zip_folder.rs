@@ -3,8 +3,8 @@
 //! The central directory is read once; a member is read when it is asked for, by any thread, and checked against its CRC. Archives of more
 //! than 65,535 members or 4 GiB (zip64) are read, and members that are stored or deflated.
 //!
-//! An archive may come in parts. `zip -s` writes `name.z01`, `name.z02`, ..., `name.zip`, and its directory names a member's place by part and
-//! offset in that part; anything else that cuts a file writes `name.zip.001`, `name.zip.002`, ..., and the directory knows nothing of parts.
+//! An archive may come in parts. `zip -s` writes `name.z01`, `name.z02`, ..., `name.zip`, and its directory names a member's place by part
+//! and offset in that part; programs that cut any file write `name.zip.001`, `name.zip.002`, ..., and the directory knows nothing of parts.
 //! Either way the parts one after the other are the archive: no member and no header has to lie in one part alone.
 
 use std::{
@@ -333,12 +333,11 @@ impl<'a> Extra64<'a> {
 fn in_order(paths: &[PathBuf]) -> Result<(Vec<PathBuf>, Split)> {
     let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let [first, others @ ..] = paths else {
-        let problem = "expected a zip archive or its parts, found an empty folder".to_owned();
-        return Err(Error::Malformed { path: PathBuf::new(), problem, hint: Some("give the folder that the parts are in".into()) });
+        return Err(Error::Input { what: "parts", expected: "a zip archive or its parts".into(), found: "no files".into() });
     };
     let malformed = |problem: String| {
-        let hint = "give a folder with the parts of one archive and nothing else: `name.z01`, `name.z02`, ..., `name.zip`, or `name.zip.001`, \
-                    `name.zip.002`, ...";
+        let hint = "give a folder with the parts of one archive and nothing else: `name.z01`, `name.z02`, ..., `name.zip`, or \
+                    `name.zip.001`, `name.zip.002`, ...";
         Error::Malformed { path: first.clone(), problem, hint: Some(hint.into()) }
     };
     // The number of a part, 0 for the last one of `zip -s`, and what the parts of an archive have in common.
@@ -588,7 +587,7 @@ mod tests {
         assert_eq!(both("a.zip", "notes.txt"), "expected a part of a zip archive, found `notes.txt`");
         assert_eq!(both("a.zip", "b.zip"), "expected the parts of one archive, found `a.zip` and `b.zip`");
         assert_eq!(both("a.zip", "a.zip.001"), "expected the parts of one archive, found `a.zip` and `a.zip.001`");
-        assert_eq!(problem(opened(&[])), "expected a zip archive or its parts, found an empty folder");
+        assert_eq!(opened(&[]).unwrap_err().to_string(), "parts: expected a zip archive or its parts, found no files");
     }
 
     #[test]

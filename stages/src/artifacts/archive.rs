@@ -1,7 +1,7 @@
 //! Embeddings of proposals as DetPro keeps them: a zip archive of `{id:012}.pth`, a tensor f32 `[N, D]` for each image.
 //!
-//! The archive has hundreds of gigabytes and is read in place; it may come in parts. Row k is of proposal k of the image. (DetPro, sections 1
-//! and 2.)
+//! The archive has hundreds of gigabytes and is read in place; it may come in parts. Row k is of proposal k of the image.
+//! (DetPro, sections 1 and 2.)
 
 use std::collections::{BTreeMap, btree_map::Entry};
 
@@ -29,6 +29,13 @@ impl Artifact for ArchiveFiles {
         "a zip of `{id:012}.pth` as DetPro keeps it, one tensor f32 [N, D] an image, or a folder of the parts of the zip";
 
     fn open(files: &[InputFile]) -> Result<Self> {
+        if files.is_empty() {
+            return Err(Error::Input {
+                port: Self::KIND,
+                problem: "expected a zip archive or its parts, found a folder without files".into(),
+                hint: "give the `.zip` itself, or the folder that its parts are in".into(),
+            });
+        }
         Ok(Self { files: files.to_vec() })
     }
 }

@@ -29,11 +29,11 @@ const NORM_TOLERANCE: f64 = 2e-3;
 /// Embeddings of proposals that another program made, checked: LP-OVOD's `coco_clip_emb_train.pth`, DetPro's
 /// `lvis_clip_image_embedding.zip`.
 ///
-/// A `matrix` has a row for each proposal, in the order of the pickle that `proposals/import` read: `proposals` and `id_map` are its outputs. A
-/// file without a header says neither its number format nor its width: both are parameters, and its size must be that of all proposals. An
-/// `archive` has a tensor for each image, with a row for each proposal; it is read in place, and may come in the parts of a split zip. Images
-/// without a tensor, and rows that are not of unit norm, such as the zeros that an interrupted extraction leaves, make their image an item that
-/// failed. (LP-OVOD, sections 1, 3.4 and 12; DetPro, sections 1 and 2.)
+/// A `matrix` has a row for each proposal, in the order of the pickle that `proposals/import` read: `proposals` and `id_map` are its outputs.
+/// A file without a header says neither its number format nor its width: both are parameters, and its size must be that of all proposals.
+/// An `archive` has a tensor for each image, with a row for each proposal; it is read in place, and may come in the parts of a split zip.
+/// Images without a tensor, and rows that are not of unit norm, such as the zeros that an interrupted extraction leaves, make their image an
+/// item that failed. (LP-OVOD, sections 1, 3.4 and 12; DetPro, sections 1 and 2.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Import {
@@ -52,7 +52,8 @@ impl Default for Import {
 const MATRIX: In<MatrixFile> = In::optional("matrix", "Rows of numbers without a header, or a `.npy` [N, D]; without `archive`.");
 const ARCHIVE: In<ArchiveFiles> = In::optional(
     "archive",
-    "A zip of `{id:012}.pth`, f32 [N, D], one for each image, or a folder of its parts (`.z01` to `.zip`, or `.zip.001` on); without `matrix`.",
+    "A zip of `{id:012}.pth`, f32 [N, D], one for each image, or a folder of its parts (`.z01` to `.zip`, or `.zip.001` on); without \
+     `matrix`.",
 );
 const PROPOSALS: In<Proposals> = In::required("proposals", "The proposals that the rows are of, all of them (`proposals/import`).");
 const ID_MAP: In<IdMapFile> = In::optional("id_map", "The order of the rows of a matrix (`proposals/import`).");
