@@ -419,7 +419,7 @@ mod tests {
         let x = unit_rows(&[2., 1., 1., 0., 0., 0., 1., 3.], 4);
         let (cosines, retrieved) = concepts.most_similar(&x, 3);
         assert_eq!(Vec::<i64>::try_from(retrieved.view(-1)).unwrap(), [0, 2, 1, 4, 3, 2]);
-        assert!(error(&cosines.get(0), &rows(&[0.866_025, 0.707_107, 0.577_350], 3).get(0)) < 2e-6);
+        assert!(error(&cosines.get(0), &rows(&[0.75_f64.sqrt(), 0.5_f64.sqrt(), (1.0 / 3.0_f64).sqrt()], 3).get(0)) < 2e-6);
         let branches = augmenter.forward(&x, &concepts, None).unwrap();
         assert!(error(&branches.fine.get(0), &rows(&[0.575_611, -0.801_885, 0.118_257, 0.108_018], 4).get(0)) < 1e-5);
         assert!(error(&branches.coarse.get(0), &rows(&[0.843_284, 0.067_698, -0.530_738, -0.051_057], 4).get(0)) < 1e-5);
