@@ -6,7 +6,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::{
     Error, Result,
@@ -229,7 +229,7 @@ fn at_least_one(begin: i64, end: i64) -> [i64; 2] {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
+    use tch::{Device, Kind};
 
     use super::*;
     use crate::golden::{detpro_ralf, error};

@@ -19,6 +19,11 @@
 //! | `crops` | an Arrow shard of encoded images | [`Crops`] |
 //! | `hits` | what a search found, Parquet | [`Hits`] |
 //! | `evaluation` | json | [`EvaluationFile`] |
+//! | `published-vocabulary` | names, json: a list, or an object of names by place | [`PublishedVocabulary`] |
+//! | `vocabulary` | names, json | [`Vocabulary`] |
+//! | `negatives` | words that classes are kept apart from, safetensors | [`Negatives`] |
+//! | `phrases` | phrases with what they were made from, json | [`Phrases`] |
+//! | `concepts` | phrases with embeddings, safetensors | [`Concepts`] |
 //! | `results` | detections in the results format of COCO and LVIS, json | [`ResultsFile`] |
 
 mod curve;
@@ -29,6 +34,7 @@ mod images;
 mod matrix;
 mod samples;
 mod tables;
+mod vocabulary;
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -63,6 +69,7 @@ pub use matrix::{MatrixDtype, MatrixFile};
 pub(crate) use samples::SamplesByImage;
 pub use samples::{RegionSample, RegionSamples, RegionSamplesWriter};
 pub use tables::{Detections, Proposals};
+pub use vocabulary::{Concepts, Negatives, Phrase, Phrases, PublishedVocabulary, Vocabulary};
 
 use crate::{
     Artifact, Error, Out, Result, UnitDraft,
