@@ -20,7 +20,7 @@ pub mod settings;
 mod siglip;
 pub mod text;
 pub mod tokenizer;
-mod transformer;
+pub(crate) mod transformer;
 pub mod vision;
 
 #[cfg(test)]

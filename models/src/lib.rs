@@ -2,6 +2,7 @@
 //!
 //! This crate knows tensors and weights. It knows nothing of what files mean to a pipeline, nor of stages or the store.
 
+pub mod augmenter;
 pub mod checkpoint;
 pub mod clip;
 pub mod detection;
@@ -11,7 +12,9 @@ mod error;
 mod golden;
 mod layers;
 pub mod multilabel;
+pub mod negatives;
 mod parameters;
+pub mod raf;
 pub mod ral;
 pub mod rcnn;
 pub mod search;

@@ -20,6 +20,11 @@
 //! | `crops` | an Arrow shard of encoded images | [`Crops`] |
 //! | `hits` | what a search found, Parquet | [`Hits`] |
 //! | `evaluation` | json | [`EvaluationFile`] |
+//! | `published-vocabulary` | names, json: a list, or an object of names by place | [`PublishedVocabulary`] |
+//! | `vocabulary` | names, json | [`Vocabulary`] |
+//! | `negatives` | words that classes are kept apart from, safetensors | [`Negatives`] |
+//! | `phrases` | phrases with what they were made from, json | [`Phrases`] |
+//! | `concepts` | phrases with embeddings, safetensors | [`Concepts`] |
 //! | `results` | detections in the results format of COCO and LVIS, json | [`ResultsFile`] |
 
 mod archive;
@@ -32,6 +37,7 @@ mod matrix;
 pub(crate) mod prompt_samples;
 mod samples;
 mod tables;
+mod vocabulary;
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -70,6 +76,7 @@ pub(crate) use prompt_samples::{EMBEDDINGS_FILE, PromptEmbeddings, PromptRow, Pr
 pub(crate) use samples::SamplesByImage;
 pub use samples::{RegionSample, RegionSamples, RegionSamplesWriter};
 pub use tables::{Detections, Proposals};
+pub use vocabulary::{Concepts, Negatives, Phrase, Phrases, PublishedVocabulary, Vocabulary};
 
 use crate::{
     Artifact, Error, Out, Result, UnitDraft,

@@ -8,8 +8,10 @@
 
 pub mod annotations;
 pub mod artifacts;
+pub mod augmenter;
 pub mod blocks;
 pub mod clip;
+pub mod concepts;
 mod context;
 mod contract;
 pub mod crops;
@@ -24,6 +26,7 @@ mod feed;
 pub mod globals;
 #[cfg(test)]
 mod golden;
+pub mod negatives;
 pub mod objects;
 pub mod oln;
 mod pass;
@@ -39,6 +42,7 @@ mod skip;
 pub mod toy;
 mod training;
 mod units;
+pub mod vocabulary;
 
 pub use context::{Context, FAILED_FILE, FailedItem, OnBadItem, Progress, UnitDraft, count_failed, failed_items, refuse_too_many};
 pub use contract::{AnyStage, ImageStage, Problem, Stage};

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// The epsilon of every LayerNorm in CLIP.
-pub(super) const LAYER_NORM_EPS: f64 = 1e-5;
+pub(crate) const LAYER_NORM_EPS: f64 = 1e-5;
 
 /// LayerNorm over the last dimension, computed in f32 and cast back.
 #[derive(Debug)]
@@ -24,7 +24,7 @@ pub(crate) struct LayerNorm {
 }
 
 impl LayerNorm {
-    pub(super) fn declare(at: &Parameters<'_>, width: i64, eps: f64) -> Self {
+    pub(crate) fn declare(at: &Parameters<'_>, width: i64, eps: f64) -> Self {
         let (one, zero) = (Init::Constant(1.0), Init::Constant(0.0));
         Self { weight: at.trainable("weight", &[width], one), bias: at.trainable("bias", &[width], zero), eps }
     }

@@ -1,0 +1,3 @@
+//! Stages that make concepts.
+
+pub mod build;

@@ -1,0 +1,3 @@
+//! Stages that make negatives of classes.
+
+pub mod retrieve;

@@ -1,0 +1,3 @@
+//! Stages that bring vocabularies in.
+
+pub mod import;
