@@ -11,6 +11,8 @@ mod labels;
 mod paint;
 mod web;
 
+use std::collections::BTreeSet;
+
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{RngCore as _, SeedableRng as _},
@@ -77,6 +79,16 @@ pub(crate) fn kinds() -> Vec<Kind> {
     let kind = |code: usize| Kind { shape: code % 6, colour: code / 6 % 6, pattern: code / 36 };
     // 91 has no factor in common with 144, so this visits every combination once, and neighbours share few parts.
     (0..3 * N_NOVEL).map(|place| kind(place * 91 % 144)).collect()
+}
+
+/// Names beside the classes: the combinations that no class has, in the order of their codes, then colours with shapes, patterns with shapes, and shapes.
+/// (RALF, section 12.)
+pub fn vocabulary() -> Vec<String> {
+    let classes: BTreeSet<String> = kinds().into_iter().map(Kind::name).collect();
+    let all = (0..144).map(|code| Kind { shape: code % 6, colour: code / 6 % 6, pattern: code / 36 }.name());
+    let pairs = |first: &[&str]| first.iter().flat_map(|first| SHAPES.map(|shape| format!("{first} {shape}"))).collect::<Vec<_>>();
+    let unused = all.filter(|name| !classes.contains(name));
+    unused.chain(pairs(&COLOURS)).chain(pairs(&PATTERNS)).chain(SHAPES.map(str::to_owned)).collect()
 }
 
 /// The base and novel class names.

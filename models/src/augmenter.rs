@@ -1,8 +1,8 @@
-//! The augmenter of RAF: a small transformer that mixes the CLIP embedding of a region with the concepts most similar to it. Kim et al. 2024
-//! (RALF, section 8 of its specification).
+//! The augmenter of RAF: a small transformer that mixes the CLIP embedding of a region with the concepts most similar to it. Kim et al.
+//! 2024 (RALF, section 8 of its specification).
 //!
-//! A learned query looks, six times, at the region and its K most similar concepts; the result (`fine`) is added to a projection of the region
-//! (`coarse`). Parameters have the reference's names; concepts come from outside and are in no checkpoint.
+//! A learned query looks, six times, at the region and its K most similar concepts; the result (`fine`) is added to a projection of the
+//! region (`coarse`). Parameters have the reference's names; concepts come from outside and are in no checkpoint.
 //!
 //! Differences from the reference: as there is one query, keys and values of 51 tokens are never computed; the query is taken through the
 //! matrix of keys, and the mixture of tokens through that of values, which is the same product in another order and 25 times less work.
@@ -52,10 +52,10 @@ pub struct Config {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fine {
-    /// The reference's: regions have length 1 and concepts about 1 / K beside embeddings of length sqrt(D), so the fine branch hardly depends on
-    /// the region.
+    /// The reference's: regions have length 1 and concepts about 1 / K beside embeddings of length sqrt(D), so the fine branch hardly
+    /// depends on the region.
     #[default]
-    Parity,
+    Reference,
     /// Regions are multiplied by sqrt(D) and concepts by K sqrt(D), so that all have the length of the embeddings.
     Scaled,
 }
@@ -63,7 +63,7 @@ pub enum Fine {
 impl Config {
     /// RALF's, for a CLIP whose embeddings have `dim` numbers.
     pub fn ralf(dim: i64) -> Self {
-        Self { dim, heads: 8, mlp_width: 4 * dim, depth: 6, n_concepts: 50, fine: Fine::Parity }
+        Self { dim, heads: 8, mlp_width: 4 * dim, depth: 6, n_concepts: 50, fine: Fine::Reference }
     }
 
     /// Checks that all sizes are positive, and that the heads share the dimension evenly.
@@ -197,7 +197,7 @@ impl Augmenter {
         // [R, K, D]
         let retrieved = concepts.0.index_select(0, &rows.view(-1)).view([-1, n_concepts, dim]) * weights;
         let [of_region, of_concepts] = match fine {
-            Fine::Parity => [1.0, 1.0],
+            Fine::Reference => [1.0, 1.0],
             Fine::Scaled => [1.0, n_concepts as f64].map(|factor| factor * (dim as f64).sqrt()),
         };
         let region = regions * of_region + self.type_embedding.get(0);
@@ -309,8 +309,8 @@ pub struct Losses {
 
 /// The losses of augmented regions; 0 where there are none.
 ///
-/// `augmented`, `regions`: `[R, D]` of unit length; `texts`: of classes, `[K, D]` of unit length; `labels`: i64 `[R]`. `temperature`: divides the
-/// cosines; the reference has none, so its cross entropy stays near ln K (defect 21).
+/// `augmented`, `regions`: `[R, D]` of unit length; `texts`: of classes, `[K, D]` of unit length; `labels`: i64 `[R]`. `temperature`:
+/// divides the cosines; the reference has none, so its cross entropy stays near ln K (defect 21).
 pub fn losses(augmented: &Tensor, regions: &Tensor, texts: &Tensor, labels: &Tensor, temperature: Option<f64>) -> Result<Losses> {
     let (n, dim) = match augmented.size()[..] {
         [n, dim] if regions.size() == [n, dim] => (n, dim),
@@ -403,10 +403,10 @@ mod tests {
         to_unit_length(&Tensor::from_slice(&unit(name, 64 * n).collect::<Vec<f32>>()).view([n as i64, 64]))
     }
 
-    /// Parity check 16 of the specification: printed to six digits.
+    /// Reference check 16 of the specification: printed to six digits.
     #[test]
     fn a_small_network_has_the_values_of_the_specification() {
-        let (_store, augmenter) = blank(&Config { dim: 4, heads: 2, mlp_width: 8, depth: 2, n_concepts: 3, fine: Fine::Parity });
+        let (_store, augmenter) = blank(&Config { dim: 4, heads: 2, mlp_width: 8, depth: 2, n_concepts: 3, fine: Fine::Reference });
         let names = ordered(2);
         assert_eq!(names.len(), 29);
         for (place, name) in names.iter().enumerate() {
@@ -466,7 +466,7 @@ mod tests {
     #[test]
     fn training_is_that_of_ralf_s_code() {
         let golden = detpro_ralf("ralf");
-        let config = Config { dim: 32, heads: 4, mlp_width: 64, depth: 2, n_concepts: 5, fine: Fine::Parity };
+        let config = Config { dim: 32, heads: 4, mlp_width: 64, depth: 2, n_concepts: 5, fine: Fine::Reference };
         let (_store, augmenter) = blank(&config);
         let named =
             |prefix: &str| golden.iter().filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_owned(), tensor))).collect();
@@ -506,7 +506,7 @@ mod tests {
         assert!(error(&out(), &golden["aug/out_after_3_steps"]) < 1e-4);
     }
 
-    /// Parity check 17 of the specification.
+    /// Reference check 17 of the specification.
     #[test]
     fn losses_have_the_values_of_the_specification() {
         let (out, x) = (unit_rows(&[1., 2., 2., 2., 1., 0.], 3), unit_rows(&[1., 1., 2., 2., 0., 1.], 3));
@@ -523,7 +523,7 @@ mod tests {
 
     #[test]
     fn layers_begin_as_copies_of_one() {
-        let (_store, augmenter) = random(Fine::Parity);
+        let (_store, augmenter) = random(Fine::Reference);
         let of_layer = |index: usize| augmenter.parameters()[&format!("transformer.layers.{index}.linear1.weight")].shallow_clone();
         assert!(error(&of_layer(0), &of_layer(1)) < 1e-12 && scalar(&of_layer(0).abs().max()) > 0.1);
     }
@@ -546,7 +546,7 @@ mod tests {
     fn the_fine_branch_depends_on_regions_only_if_tokens_are_scaled() {
         let (x, concepts) = (noise("regions", 50), Concepts::new(&noise("concepts", 40)).unwrap());
         let spread = |fine| fine_spread(&random(fine).1.forward(&x, &concepts, None).unwrap().fine);
-        assert!(spread(Fine::Parity) < 1e-2 && spread(Fine::Scaled) > 10.0 * spread(Fine::Parity));
+        assert!(spread(Fine::Reference) < 1e-2 && spread(Fine::Scaled) > 10.0 * spread(Fine::Reference));
         let fine = unit_rows(&[1., 0., 0., 1., -1., 0.], 2);
         // Cosines 0, 0 and -1.
         assert!((fine_spread(&fine) - (1.0 + 1.0 / 3.0)).abs() < 1e-9);

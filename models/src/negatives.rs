@@ -1,8 +1,8 @@
-//! Negative words for classes: which words of a large vocabulary tell classes apart, which are similar to a class, and which are not. Kim et
-//! al. 2024 (RALF, section 6 of its specification).
+//! Negative words for classes: which words of a large vocabulary tell classes apart, which are similar to a class, and which are not. Kim
+//! et al. 2024 (RALF, section 6 of its specification).
 //!
-//! Plain loops on the CPU over cosines in f64: the choice depends on the embeddings alone, not on a device or on threads. Of equal cosines the
-//! word that comes first has the lower rank.
+//! Plain loops on the CPU over cosines in f64: the choice depends on the embeddings alone, not on a device or on threads. Of equal
+//! cosines the word that comes first has the lower rank.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -23,7 +23,7 @@ pub struct Similarities {
 #[serde(rename_all = "kebab-case")]
 pub enum RankVariance {
     /// The variance of the places of the words at a rank, as in the reference, whose filter drops an arbitrary part of the words.
-    Parity,
+    Reference,
     /// The variance of the ranks of a word.
     Fixed,
 }
@@ -75,7 +75,7 @@ impl Similarities {
         for order in self.orders() {
             for (rank, &word) in order.iter().enumerate() {
                 let (of, number) = match meaning {
-                    RankVariance::Parity => (rank, u64::from(word)),
+                    RankVariance::Reference => (rank, u64::from(word)),
                     RankVariance::Fixed => (word as usize, rank as u64),
                 };
                 sums[of].0 += number;
@@ -158,21 +158,21 @@ mod tests {
     #[test]
     fn variances_have_the_values_of_the_specification() {
         for (meaning, expected) in [
-            (RankVariance::Parity, [0.916_667, 2.916_667, 1.666_667, 2.25, 3.666_667, 2.25]),
+            (RankVariance::Reference, [0.916_667, 2.916_667, 1.666_667, 2.25, 3.666_667, 2.25]),
             (RankVariance::Fixed, [0.25, 0.916_667, 2.916_667, 4.666_667, 2.25, 1.0]),
         ] {
             let found = given(&ROWS).rank_variance(meaning).unwrap();
             assert!(found.iter().zip(expected).all(|(found, expected)| (found - expected).abs() < 1e-6), "{found:?}");
         }
         let kept = |meaning| above(&given(&ROWS).rank_variance(meaning).unwrap(), 3.0);
-        assert_eq!((kept(RankVariance::Parity), kept(RankVariance::Fixed)), (vec![4], vec![3]));
+        assert_eq!((kept(RankVariance::Reference), kept(RankVariance::Fixed)), (vec![4], vec![3]));
         assert!(given(&ROWS[..1]).rank_variance(RankVariance::Fixed).is_err());
         assert_eq!(without_smallest(&[3.0, 1.0, 2.0, 1.0], 0.25), [0, 2, 3]);
         assert_eq!(without_smallest(&[3.0, 1.0, 2.0, 1.0], 0.5), [0, 2]);
         assert!(without_smallest(&[], 0.5).is_empty());
     }
 
-    /// Parity check 13.
+    /// Reference check 13.
     #[test]
     fn retrieved_words_are_those_of_the_specification() {
         let found = given(&ROWS[..3]).retrieve(3, 3).unwrap();
@@ -188,7 +188,7 @@ mod tests {
     fn kept_words_are_those_of_ralf_s_code() {
         let golden = detpro_ralf("ralf");
         let similarities = Similarities::new(&golden["rank/feat_classes"], &golden["rank/feat_words"]).unwrap();
-        let variance = similarities.rank_variance(RankVariance::Parity).unwrap();
+        let variance = similarities.rank_variance(RankVariance::Reference).unwrap();
         let expected = Vec::<f32>::try_from(&golden["rank/variance"]).unwrap();
         assert!(variance.len() == 120 && variance.iter().zip(&expected).all(|(a, b)| (a / f64::from(*b) - 1.0).abs() < 1e-4));
         let kept: Vec<i64> = above(&variance, golden["rank/threshold"].double_value(&[])).into_iter().map(i64::from).collect();
@@ -238,7 +238,7 @@ mod tests {
         };
         let [first, second] = of(RankVariance::Fixed);
         assert_eq!(first, second);
-        let [first, second] = of(RankVariance::Parity);
+        let [first, second] = of(RankVariance::Reference);
         assert_ne!(first, second);
     }
 }

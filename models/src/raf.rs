@@ -1,8 +1,8 @@
 //! RAF: scores of a detector, corrected by augmented embeddings of its proposals. Kim et al. 2024 (RALF, sections 9 and 10 of its
 //! specification).
 //!
-//! A proposal is cut out of the network's input, put into a square, encoded by CLIP and augmented ([`crate::augmenter`]); `z` are its cosines to the
-//! classes. This module has what comes before CLIP and what comes after `z`.
+//! A proposal is cut out of the network's input, put into a square, encoded by CLIP and augmented ([`crate::augmenter`]); `z` are its
+//! cosines to the classes. This module has what comes before CLIP and what comes after `z`.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -14,8 +14,8 @@ use crate::{
     error::ensure,
 };
 
-/// What turns a colour that is normalised as detectors do it into one normalised as CLIP does it, `x a + b` for red, green and blue: with mean
-/// (123.675, 116.28, 103.53) and deviation (58.395, 57.12, 57.375) on one side, CLIP's on the other.
+/// What turns a colour that is normalised as detectors do it into one normalised as CLIP does it, `x a + b` for red, green and blue: with
+/// mean (123.675, 116.28, 103.53) and deviation (58.395, 57.12, 57.375) on one side, CLIP's on the other.
 const TO_CLIP: [[f64; 3]; 2] = [[0.852_475, 0.857_244, 0.815_876], [0.013_198, -0.006_994, -0.008_016]];
 /// The gate subtracts this from the sigmoid of a cosine.
 const GATE_OFFSET: f64 = 0.25;
@@ -41,7 +41,7 @@ pub enum Fusion {
 pub enum Background {
     /// It may, as in the reference.
     #[default]
-    Parity,
+    Reference,
     /// It never is: the kept ones are classes.
     Excluded,
 }
@@ -52,7 +52,7 @@ pub enum Background {
 pub enum Threshold {
     /// It stays, as in the reference: detections of low score vanish.
     #[default]
-    Parity,
+    Reference,
     /// It is multiplied by 0.25, the gate of a class that is not kept.
     Scaled,
 }
@@ -61,8 +61,8 @@ pub enum Threshold {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Rule {
-    /// The classes of each proposal, those of highest cosine, whose cosines are used; those of others are taken as 0. OADP has 1 on COCO and 10
-    /// on LVIS, Object-Centric 1 and 20.
+    /// The classes of each proposal, those of highest cosine, whose cosines are used; those of others are taken as 0. OADP has 1 on COCO
+    /// and 10 on LVIS, Object-Centric 1 and 20.
     pub top_k: usize,
     /// How scores and cosines become scores.
     pub fusion: Fusion,
@@ -74,7 +74,7 @@ pub struct Rule {
 
 impl Default for Rule {
     fn default() -> Self {
-        Self { top_k: 20, fusion: Fusion::Gate, background: Background::Parity, threshold: Threshold::Parity }
+        Self { top_k: 20, fusion: Fusion::Gate, background: Background::Reference, threshold: Threshold::Reference }
     }
 }
 
@@ -84,7 +84,7 @@ impl Rule {
         ensure(matches!(z.size()[..], [_, columns] if columns > 0), "cosines of proposals", "[N, K + 1]", z)?;
         let columns = z.size()[1];
         let candidates = match self.background {
-            Background::Parity => columns,
+            Background::Reference => columns,
             Background::Excluded => columns - 1,
         };
         let (cosines, places) = z.narrow(1, 0, candidates).topk((self.top_k as i64).min(candidates), 1, true, false);
@@ -93,8 +93,8 @@ impl Rule {
 
     /// The corrected scores, `[N, K + 1]`.
     ///
-    /// `scores`: of the detector, `[N, K + 1]`, background last; for [`Fusion::Sum`] its logits. `z`: cosines of the augmented embeddings to the
-    /// classes and to background, `[N, K + 1]`.
+    /// `scores`: of the detector, `[N, K + 1]`, background last; for [`Fusion::Sum`] its logits. `z`: cosines of the augmented embeddings
+    /// to the classes and to background, `[N, K + 1]`.
     pub fn fuse(&self, scores: &Tensor, z: &Tensor) -> Result<Tensor> {
         ensure(scores.size() == z.size(), "cosines of proposals", &format!("{:?}, as scores", scores.size()), z)?;
         let z = self.kept(z)?;
@@ -109,7 +109,7 @@ impl Rule {
     pub fn threshold(&self, threshold: f32) -> f32 {
         match (self.fusion, self.threshold) {
             (Fusion::Gate, Threshold::Scaled) => threshold * CLOSED_GATE,
-            (Fusion::Gate, Threshold::Parity) | (Fusion::Softmax | Fusion::Sum, _) => threshold,
+            (Fusion::Gate, Threshold::Reference) | (Fusion::Softmax | Fusion::Sum, _) => threshold,
         }
     }
 }
@@ -120,7 +120,7 @@ impl Rule {
 pub enum Normalisation {
     /// As the detector's, as in the reference.
     #[default]
-    Parity,
+    Reference,
     /// As CLIP's.
     Clip,
 }
@@ -160,7 +160,7 @@ impl CropRule {
         }
         let crop = image.narrow(1, y1, y2 - y1).narrow(2, x1, x2 - x1);
         let crop = match self.normalisation {
-            Normalisation::Parity => crop,
+            Normalisation::Reference => crop,
             Normalisation::Clip => {
                 let [factor, summand] = TO_CLIP.map(|of_colours| Tensor::from_slice(&of_colours).view([3, 1, 1]).to_kind(crop.kind()));
                 crop * factor.to_device(image.device()) + summand.to_device(image.device())
@@ -242,7 +242,7 @@ mod tests {
         Vec::try_from(tensor.to_kind(Kind::Int64).view(-1)).unwrap()
     }
 
-    const GATE: Rule = Rule { top_k: 2, fusion: Fusion::Gate, background: Background::Parity, threshold: Threshold::Parity };
+    const GATE: Rule = Rule { top_k: 2, fusion: Fusion::Gate, background: Background::Reference, threshold: Threshold::Reference };
 
     /// Scores of classes and background by RALF's own code, before and after the gate.
     #[test]
@@ -267,7 +267,7 @@ mod tests {
         assert!(error(&rule.fuse(&golden["centric/logits"], &golden["centric/z_masked"]).unwrap(), &golden["centric/probs"]) < 1e-4);
     }
 
-    /// Parity check 20 of the specification.
+    /// Reference check 20 of the specification.
     #[test]
     fn the_gate_has_the_values_of_the_specification() {
         let z = matrix(&[0.31, 0.24, 0.28, 0.05, -0.10, 0.29], 6);
@@ -284,7 +284,7 @@ mod tests {
         assert!(error(&many.kept(&z).unwrap(), &matrix(&[0.31, 0.24, 0.28, 0.05, -0.10, 0.0], 6)) < 1e-7);
     }
 
-    /// Parity check 21 of the specification.
+    /// Reference check 21 of the specification.
     #[test]
     fn other_fusions_have_the_values_of_the_specification() {
         let (z, rule) = (matrix(&[0.31, 0.0, 0.0], 3), |fusion| Rule { fusion, ..GATE });
@@ -330,13 +330,13 @@ mod tests {
         assert!(error(&small, &matrix(&rows, 4).unsqueeze(0)) < 1e-6);
     }
 
-    /// Parity check 19: a grey of 128, as detectors and as CLIP normalise it.
+    /// Reference check 19: a grey of 128, as detectors and as CLIP normalise it.
     #[test]
     fn colours_are_normalised_as_clip_s() {
         let grey = matrix(&[0.074_065, 0.205_182, 0.426_492], 1).view([3, 1, 1]).expand([3, 5, 7], false);
         let square = |normalisation| CropRule { normalisation, ..CropRule::default() }.square(&grey, [1, 1, 4, 4], 6).unwrap();
         let of_pixel = |square: &Tensor| square.select(1, 2).select(1, 2).view([3, 1]);
-        assert!(error(&of_pixel(&square(Normalisation::Parity)), &grey.select(1, 0).select(1, 0).view([3, 1])) < 1e-6);
+        assert!(error(&of_pixel(&square(Normalisation::Reference)), &grey.select(1, 0).select(1, 0).view([3, 1])) < 1e-6);
         assert!(error(&of_pixel(&square(Normalisation::Clip)), &matrix(&[0.076_336, 0.168_897, 0.339_949], 1)) < 2e-6);
         let refusal = CropRule::default().square(&grey, [1, 1, 1, 4], 6).unwrap_err().to_string();
         assert_eq!(refusal, "box: expected at least one pixel of an image of 7 x 5 px, found [1, 1, 1, 4]");

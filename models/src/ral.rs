@@ -1,5 +1,5 @@
-//! RAL: losses that keep objects nearer to their class's name than to similar words, and nearer to those than to dissimilar ones. Kim et al.
-//! 2024 (RALF, section 7 of its specification).
+//! RAL: losses that keep objects nearer to their class's name than to similar words, and nearer to those than to dissimilar ones. Kim et
+//! al. 2024 (RALF, section 7 of its specification).
 //!
 //! Negatives are one table of words and, for each class, the words that are hard and those that are easy; the reference holds copies of the
 //! words for each class, padded with zeros.
@@ -384,7 +384,7 @@ mod tests {
         (ral.losses(&r, &Tensor::from_slice(&[0_i64, 1]), &drawn).unwrap(), r)
     }
 
-    /// Parity check 14 of the specification, f64.
+    /// Reference check 14 of the specification, f64.
     #[test]
     fn losses_have_the_values_of_the_specification() {
         let (losses, r) = small_losses(Config::default());

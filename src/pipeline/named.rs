@@ -13,6 +13,7 @@ pub(crate) const NAMED: &[(&str, &str)] = &[
     ("oadp-ov-lvis", include_str!("../../pipelines/oadp-ov-lvis.yaml")),
     ("oadp-toy", include_str!("../../pipelines/oadp-toy.yaml")),
     ("quickstart", include_str!("../../pipelines/quickstart.yaml")),
+    ("ralf-toy", include_str!("../../pipelines/ralf-toy.yaml")),
     ("supervised-toy", include_str!("../../pipelines/supervised-toy.yaml")),
     ("toy-clip", include_str!("../../pipelines/toy-clip.yaml")),
     ("vild-ov-coco", include_str!("../../pipelines/vild-ov-coco.yaml")),

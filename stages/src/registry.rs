@@ -22,6 +22,7 @@ use crate::{
 pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<toy::World>(),
     StageEntry::of::<toy::Clip>(),
+    StageEntry::of::<toy::Vocabulary>(),
     StageEntry::of::<annotations::split::Split>(),
     StageEntry::of::<annotations::folder::Folder>(),
     StageEntry::of::<proposals::import::Import>(),
@@ -191,6 +192,7 @@ mod tests {
         // `prompts/ensemble` encodes texts on the CPU: they take seconds.
         let others = [
             "toy/world",
+            "toy/vocabulary",
             "annotations/split",
             "annotations/folder",
             "proposals/import",

@@ -1,6 +1,7 @@
 //! The toy world: `toy/world`, a synthetic data set to try everything on, and `toy/clip`, small CLIPs that know it.
 
 mod clip;
+mod vocabulary;
 
 use ovenbird_data::{
     proposals::write_mmdet,
@@ -9,7 +10,7 @@ use ovenbird_data::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use self::clip::Clip;
+pub use self::{clip::Clip, vocabulary::Vocabulary};
 use crate::{
     Context, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft,
     artifacts::{AnnotationFile, Caption, Captions, Classes, Images, MmdetProposals},

@@ -35,6 +35,15 @@ fn every_part_of_a_novel_class_occurs_in_base_classes() {
 }
 
 #[test]
+fn words_beside_the_classes_are_none_of_them() {
+    let words = vocabulary();
+    assert_eq!(words[..3], ["plain red cross", "plain red ring", "plain green circle"]);
+    let split = classes();
+    let distinct: BTreeSet<&String> = words.iter().chain(split.all()).collect();
+    assert_eq!((words.len(), distinct.len()), (150, 210));
+}
+
+#[test]
 fn coco_labels_have_what_real_ones_have() {
     let scenes = scenes(60);
     let annotations = load(&coco_json(&scenes));

@@ -1,6 +1,9 @@
 //! `detector/train`: trains a two-stage detector on base classes.
 
-use ovenbird_models::rcnn::{classifier::LogitScale, heads::RegionRule, regions::RegionsConfig};
+use ovenbird_models::{
+    ral::{self, Ral},
+    rcnn::{classifier::LogitScale, heads::RegionRule, regions::RegionsConfig},
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -18,7 +21,7 @@ use super::{
 };
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{Classes, ImageFeatures, RegionFeatures},
+    artifacts::{Classes, ImageFeatures, Negatives, RegionFeatures},
     clip::{Space, space},
     contract::is_default,
     training::{Ports, train},
@@ -69,6 +72,9 @@ pub struct Train {
     pub trainable_backbone_layers: Option<usize>,
     /// Losses by which CLIP's embeddings are learned, where they are given.
     pub distillation: Distillation,
+    /// Losses of objects against retrieved words, where `negatives` are given.
+    #[serde(skip_serializing_if = "is_default")]
+    pub ral: ral::Config,
     /// How the detector is trained.
     pub training: Training,
     /// Accept embeddings of two CLIPs, which is refused otherwise: cosines between them mean nothing, unless both share one space.
@@ -88,6 +94,7 @@ impl Default for Train {
             low_quality_iou: None,
             trainable_backbone_layers: None,
             distillation: Distillation::default(),
+            ral: ral::Config::default(),
             training: Training::default(),
             mixed_clips: false,
         }
@@ -100,6 +107,8 @@ const BLOCKS: In<RegionFeatures> =
     In::optional("blocks", "CLIP embeddings of blocks of the same images (`clip/blocks`), learned by the block head.");
 const GLOBALS: In<ImageFeatures> =
     In::optional("globals", "CLIP embeddings of the same images (`clip/globals`), learned by the global head.");
+const NEGATIVES: In<Negatives> =
+    In::optional("negatives", "Words that objects are kept apart from (`negatives/retrieve`); adds the losses of `ral`.");
 const PORTS: Ports<DetectorFile> = Ports::new(
     Out::new("detector", "Weights under mmdet's names, safetensors, f32, and how the network is built; one file for each checkpoint kept."),
     "network.safetensors",
@@ -117,6 +126,7 @@ impl Stage for Train {
         FEATURES.info(),
         BLOCKS.info(),
         GLOBALS.info(),
+        NEGATIVES.info(),
         PRETRAINED.info(),
     ];
     const OUTPUTS: &'static [PortInfo] = &[PORTS.weights.info(), PORTS.state.info(), PORTS.curve.info()];
@@ -135,6 +145,7 @@ impl Stage for Train {
             ("trainable_backbone_layers", self.trainable_backbone_layers.is_none_or(|n| n <= 5), "from 0 to 5"),
         ]));
         problems.extend(self.distillation.check());
+        problems.extend(check_ral(&self.ral));
         problems.extend(self.training.check());
         problems
     }
@@ -158,10 +169,10 @@ impl Stage for Train {
         }
         let embeddings = class_embeddings(cx.inputs, &classes)?;
         let spec = self.spec(embeddings.size()[1], cx.inputs)?;
-        let (dim, classes) = (spec.config.embed_dim, spec.tables(embeddings, cx.inputs, &classes, cx.device)?);
-        let training = self.training.light(cx);
-        let criterion =
-            MaskRcnnCriterion::new(spec, classes, self.region_rule(), self.crowds, (&self.distillation, None), &training, cx.device)?;
+        let (dim, base) = (spec.config.embed_dim, classes.base.clone());
+        let classes = spec.tables(embeddings, cx.inputs, &classes, cx.device)?;
+        let (training, losses) = (self.training.light(cx), (&self.distillation, self.ral(&base, dim, cx.inputs)?));
+        let criterion = MaskRcnnCriterion::new(spec, classes, self.region_rule(), self.crowds, losses, &training, cx.device)?;
         load_pretrained(criterion.tensors(), units, cx)?;
         let mut loader = DetectionLoader::new(&training, cx)?.with_features([FEATURES, BLOCKS], GLOBALS, dim, cx)?;
         if self.masks {
@@ -175,7 +186,7 @@ impl Stage for Train {
 impl Train {
     /// Trains a detector with a linear classifier.
     fn run_sigmoid(&self, base: Vec<String>, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        for port in [PROMPTS.info(), MULTILABEL_PROMPTS.info(), BLOCKS.info(), GLOBALS.info()] {
+        for port in [PROMPTS.info(), MULTILABEL_PROMPTS.info(), BLOCKS.info(), GLOBALS.info(), NEGATIVES.info()] {
             if cx.inputs.ports.contains_key(port.name) {
                 let problem = "given, but a detector with `head: sigmoid` learns without it".into();
                 let hint = "leave it out of this step; `detector/test` takes `prompts`".into();
@@ -201,6 +212,28 @@ impl Train {
         let loader = loader.normalised(Normalisation::CLIP);
         loader.look_for_images(cx)?;
         train(&loader.training().config(), &loader, &criterion, &PORTS, units, cx)
+    }
+
+    /// The losses of objects of base classes against retrieved words, if there are words.
+    fn ral(&self, base: &[String], dim: i64, inputs: &Inputs) -> Result<Option<Ral>> {
+        let refused = |problem: String, hint: &str| Error::Input { port: NEGATIVES.info().name, problem, hint: hint.into() };
+        let Some(negatives) = inputs.read_if_given(NEGATIVES)? else {
+            return match is_default(&self.ral) {
+                true => Ok(None),
+                false => {
+                    Err(refused("none are given, but `ral` is set".into(), "give the output of `negatives/retrieve`, or leave `ral` out"))
+                }
+            };
+        };
+        let of_base = negatives.select(base)?;
+        let found = of_base.words.size()[1];
+        if found != dim {
+            let problem = format!("embeddings of words have {found} numbers, class embeddings {dim}");
+            return Err(refused(problem, "make both with the same CLIP"));
+        }
+        Ral::new(self.ral, of_base)
+            .map(Some)
+            .map_err(|error| refused(error.to_string(), "set `ral.few_words: fixed`, or retrieve more words"))
     }
 
     /// Which regions are sampled for the heads.
@@ -238,6 +271,20 @@ impl Train {
     }
 }
 
+fn check_ral(config: &ral::Config) -> Vec<Problem> {
+    let ral::Config { random_q, lambda_sim, lambda_dis, margin_sim, margin_dis, beta_sim, beta_dis, .. } = *config;
+    let is_weight = |number: f64| number >= 0.0 && number.is_finite();
+    Problem::unless(&[
+        ("ral.random_q", random_q > 0, "at least 1"),
+        ("ral.lambda_sim", lambda_sim.is_finite(), "a number"),
+        ("ral.lambda_dis", lambda_dis.is_finite(), "a number"),
+        ("ral.margin_sim", margin_sim.is_finite(), "a number"),
+        ("ral.margin_dis", margin_dis.is_finite(), "a number"),
+        ("ral.beta_sim", is_weight(beta_sim), "a weight from 0 on"),
+        ("ral.beta_dis", is_weight(beta_dis), "a weight from 0 on"),
+    ])
+}
+
 /// The CLIP of all embeddings in training, where it is known. Fails where they come from several CLIPs, unless that is allowed.
 fn clip_of(inputs: &Inputs, mixed_clips: bool) -> Result<Option<Space>> {
     let [text, image] = spaces_of_prompts(inputs)?;
@@ -246,7 +293,9 @@ fn clip_of(inputs: &Inputs, mixed_clips: bool) -> Result<Option<Space>> {
         Ok::<_, Error>((port.info().name, clip.flatten()))
     };
     let globals = inputs.read_if_given(GLOBALS)?.map(|features| features.clip()).transpose()?.flatten();
-    space::common_unless(mixed_clips, &[text, image, regions(FEATURES)?, regions(BLOCKS)?, (GLOBALS.info().name, globals)])
+    let words = inputs.read_if_given(NEGATIVES)?.and_then(|negatives| negatives.clip);
+    let others = [(GLOBALS.info().name, globals), (NEGATIVES.info().name, words)];
+    space::common_unless(mixed_clips, &[&[text, image, regions(FEATURES)?, regions(BLOCKS)?], &others[..]].concat())
 }
 
 #[cfg(test)]
