@@ -1,8 +1,8 @@
-//! The augmenter of RAF: a small transformer that mixes the CLIP embedding of a region with the concepts most similar to it. Kim et al. 2024
-//! (RALF, section 8 of its specification).
+//! The augmenter of RAF: a small transformer that mixes the CLIP embedding of a region with the concepts most similar to it. Kim et al.
+//! 2024 (RALF, section 8 of its specification).
 //!
-//! A learned query looks, six times, at the region and its K most similar concepts; the result (`fine`) is added to a projection of the region
-//! (`coarse`). Parameters have the reference's names; concepts come from outside and are in no checkpoint.
+//! A learned query looks, six times, at the region and its K most similar concepts; the result (`fine`) is added to a projection of the
+//! region (`coarse`). Parameters have the reference's names; concepts come from outside and are in no checkpoint.
 //!
 //! Differences from the reference: as there is one query, keys and values of 51 tokens are never computed; the query is taken through the
 //! matrix of keys, and the mixture of tokens through that of values, which is the same product in another order and 25 times less work.
@@ -52,8 +52,8 @@ pub struct Config {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fine {
-    /// The reference's: regions have length 1 and concepts about 1 / K beside embeddings of length sqrt(D), so the fine branch hardly depends on
-    /// the region.
+    /// The reference's: regions have length 1 and concepts about 1 / K beside embeddings of length sqrt(D), so the fine branch hardly
+    /// depends on the region.
     #[default]
     Parity,
     /// Regions are multiplied by sqrt(D) and concepts by K sqrt(D), so that all have the length of the embeddings.
@@ -309,8 +309,8 @@ pub struct Losses {
 
 /// The losses of augmented regions; 0 where there are none.
 ///
-/// `augmented`, `regions`: `[R, D]` of unit length; `texts`: of classes, `[K, D]` of unit length; `labels`: i64 `[R]`. `temperature`: divides the
-/// cosines; the reference has none, so its cross entropy stays near ln K (defect 21).
+/// `augmented`, `regions`: `[R, D]` of unit length; `texts`: of classes, `[K, D]` of unit length; `labels`: i64 `[R]`. `temperature`:
+/// divides the cosines; the reference has none, so its cross entropy stays near ln K (defect 21).
 pub fn losses(augmented: &Tensor, regions: &Tensor, texts: &Tensor, labels: &Tensor, temperature: Option<f64>) -> Result<Losses> {
     let (n, dim) = match augmented.size()[..] {
         [n, dim] if regions.size() == [n, dim] => (n, dim),

@@ -1,8 +1,8 @@
-//! Negative words for classes: which words of a large vocabulary tell classes apart, which are similar to a class, and which are not. Kim et
-//! al. 2024 (RALF, section 6 of its specification).
+//! Negative words for classes: which words of a large vocabulary tell classes apart, which are similar to a class, and which are not. Kim
+//! et al. 2024 (RALF, section 6 of its specification).
 //!
-//! Plain loops on the CPU over cosines in f64: the choice depends on the embeddings alone, not on a device or on threads. Of equal cosines the
-//! word that comes first has the lower rank.
+//! Plain loops on the CPU over cosines in f64: the choice depends on the embeddings alone, not on a device or on threads. Of equal
+//! cosines the word that comes first has the lower rank.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

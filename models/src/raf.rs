@@ -1,8 +1,8 @@
 //! RAF: scores of a detector, corrected by augmented embeddings of its proposals. Kim et al. 2024 (RALF, sections 9 and 10 of its
 //! specification).
 //!
-//! A proposal is cut out of the network's input, put into a square, encoded by CLIP and augmented ([`crate::augmenter`]); `z` are its cosines to the
-//! classes. This module has what comes before CLIP and what comes after `z`.
+//! A proposal is cut out of the network's input, put into a square, encoded by CLIP and augmented ([`crate::augmenter`]); `z` are its
+//! cosines to the classes. This module has what comes before CLIP and what comes after `z`.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -14,8 +14,8 @@ use crate::{
     error::ensure,
 };
 
-/// What turns a colour that is normalised as detectors do it into one normalised as CLIP does it, `x a + b` for red, green and blue: with mean
-/// (123.675, 116.28, 103.53) and deviation (58.395, 57.12, 57.375) on one side, CLIP's on the other.
+/// What turns a colour that is normalised as detectors do it into one normalised as CLIP does it, `x a + b` for red, green and blue: with
+/// mean (123.675, 116.28, 103.53) and deviation (58.395, 57.12, 57.375) on one side, CLIP's on the other.
 const TO_CLIP: [[f64; 3]; 2] = [[0.852_475, 0.857_244, 0.815_876], [0.013_198, -0.006_994, -0.008_016]];
 /// The gate subtracts this from the sigmoid of a cosine.
 const GATE_OFFSET: f64 = 0.25;
@@ -61,8 +61,8 @@ pub enum Threshold {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Rule {
-    /// The classes of each proposal, those of highest cosine, whose cosines are used; those of others are taken as 0. OADP has 1 on COCO and 10
-    /// on LVIS, Object-Centric 1 and 20.
+    /// The classes of each proposal, those of highest cosine, whose cosines are used; those of others are taken as 0. OADP has 1 on COCO
+    /// and 10 on LVIS, Object-Centric 1 and 20.
     pub top_k: usize,
     /// How scores and cosines become scores.
     pub fusion: Fusion,
@@ -93,8 +93,8 @@ impl Rule {
 
     /// The corrected scores, `[N, K + 1]`.
     ///
-    /// `scores`: of the detector, `[N, K + 1]`, background last; for [`Fusion::Sum`] its logits. `z`: cosines of the augmented embeddings to the
-    /// classes and to background, `[N, K + 1]`.
+    /// `scores`: of the detector, `[N, K + 1]`, background last; for [`Fusion::Sum`] its logits. `z`: cosines of the augmented embeddings
+    /// to the classes and to background, `[N, K + 1]`.
     pub fn fuse(&self, scores: &Tensor, z: &Tensor) -> Result<Tensor> {
         ensure(scores.size() == z.size(), "cosines of proposals", &format!("{:?}, as scores", scores.size()), z)?;
         let z = self.kept(z)?;

@@ -1,5 +1,5 @@
-//! RAL: losses that keep objects nearer to their class's name than to similar words, and nearer to those than to dissimilar ones. Kim et al.
-//! 2024 (RALF, section 7 of its specification).
+//! RAL: losses that keep objects nearer to their class's name than to similar words, and nearer to those than to dissimilar ones. Kim et
+//! al. 2024 (RALF, section 7 of its specification).
 //!
 //! Negatives are one table of words and, for each class, the words that are hard and those that are easy; the reference holds copies of the
 //! words for each class, padded with zeros.

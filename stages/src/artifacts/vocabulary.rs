@@ -1,10 +1,10 @@
 //! Words beside the classes: vocabularies, negatives of classes, concepts.
 //!
-//! `vocabulary`: json, `{"names": [...]}`. `negatives`: safetensors with `anchors` f16 `[K, D]` and `words` f16 `[V, D]`, of unit length; for each class
-//! the places of its words in that table, one class after the other, as `hard` and `easy`, I16 or, of more than 32,768 words, I32, and how many
-//! each class has as `hard_lengths` and `easy_lengths` i32 `[K]`; in the metadata `classes` and `words`, the names, and `ovenbird.negatives`, the
-//! version, 1. `concepts`: safetensors with `embeddings` f16 `[N, D]`, of unit length; in the metadata `names`, the phrases, `sources`, of each
-//! what it was made from, and `ovenbird.concepts`, the version, 1.
+//! `vocabulary`: json, `{"names": [...]}`. `negatives`: safetensors with `anchors` f16 `[K, D]` and `words` f16 `[V, D]`, of unit length;
+//! for each class the places of its words in that table, one class after the other, as `hard` and `easy`, I16 or, of more than 32,768
+//! words, I32, and how many each class has as `hard_lengths` and `easy_lengths` i32 `[K]`; in the metadata `classes` and `words`, the
+//! names, and `ovenbird.negatives`, the version, 1. `concepts`: safetensors with `embeddings` f16 `[N, D]`, of unit length; in the
+//! metadata `names`, the phrases, `sources`, of each what it was made from, and `ovenbird.concepts`, the version, 1.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

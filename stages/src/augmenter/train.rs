@@ -38,11 +38,11 @@ const DRY_CLASSES: usize = 64;
 /// Trains the network of RAF, which mixes the CLIP embedding of a region with the concepts most similar to it.
 ///
 /// A region's label is the pseudo class whose text is most similar to it: one of the base classes or of the vocabulary; no label of an
-/// annotation is read. The loss is five times the cross entropy over pseudo classes, and the mean squared difference from the region's own
-/// embedding. Regions of low objectness and small ones are left out; of each image an epoch sees the first ones, in the order of the features.
-/// The defaults are RALF's. At each checkpoint the curve has `accuracy` on the first 2,048 regions, `accuracy_mean_fine` with the fine branch
-/// replaced by its mean, and `fine_spread`, one minus the mean cosine of two fine embeddings: where the first two are equal and the third is 0,
-/// concepts have no effect. (RALF, section 8.)
+/// annotation is read. The loss is five times the cross entropy over pseudo classes, and the mean squared difference from the region's
+/// own embedding. Regions of low objectness and small ones are left out; of each image an epoch sees the first ones, in the order of the
+/// features. The defaults are RALF's. At each checkpoint the curve has `accuracy` on the first 2,048 regions, `accuracy_mean_fine` with
+/// the fine branch replaced by its mean, and `fine_spread`, one minus the mean cosine of two fine embeddings: where the first two are
+/// equal and the third is 0, concepts have no effect. (RALF, section 8.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Train {

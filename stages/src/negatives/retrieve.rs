@@ -28,11 +28,12 @@ pub enum Dropped {
     Fraction(f64),
 }
 
-/// Negatives of classes: for each the words of a vocabulary most similar to its name (hard) and least similar (easy), by CLIP's text embeddings.
+/// Negatives of classes: for each the words of a vocabulary most similar to its name (hard) and least similar (easy), by CLIP's text
+/// embeddings.
 ///
 /// Words whose rank hardly varies from class to class are dropped first. Words that are on the lists of many classes are removed from all
-/// lists, of similar and of dissimilar words apart. The defaults are RALF's for LVIS. Names of novel classes take part in both filters, as in the
-/// reference, so their negatives are there too. (RALF, section 6.)
+/// lists, of similar and of dissimilar words apart. The defaults are RALF's for LVIS. Names of novel classes take part in both filters,
+/// as in the reference, so their negatives are there too. (RALF, section 6.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Retrieve {
@@ -40,7 +41,8 @@ pub struct Retrieve {
     pub clip: Clip,
     /// The sentence with a name for `{}`; underscores in names become spaces.
     pub template: String,
-    /// What rank variance means: RALF's code takes the variance over the words at a rank, and so drops an arbitrary part of them (`parity`).
+    /// What rank variance means: RALF's code takes the variance over the words at a rank, and so drops an arbitrary part of them
+    /// (`parity`).
     pub rank_variance: RankVariance,
     /// Which words are dropped.
     pub drop: Dropped,
@@ -72,8 +74,8 @@ const CLASSES: In<Classes> = In::required("classes", "Base and novel class names
 const VOCABULARY: In<Vocabulary> = In::required("vocabulary", "The names that negatives are chosen from.");
 const NEGATIVES: Out<Negatives> = Out::new(
     "negatives",
-    "safetensors: `anchors` f16 [K, D] of the classes and `words` f16 [V, D], unit norm; for each class the places of its `hard` and `easy` words; \
-     metadata `classes`, base ++ novel, and `words`.",
+    "safetensors: `anchors` f16 [K, D] of the classes and `words` f16 [V, D], unit norm; for each class \
+     the places of its `hard` and `easy` words; metadata `classes`, base ++ novel, and `words`.",
 );
 
 impl Stage for Retrieve {

@@ -14,8 +14,8 @@ use crate::{
 
 /// A vocabulary beside the classes, checked: names from which negatives and pseudo classes are chosen.
 ///
-/// Names that a class has too are found without regard to capitals, spaces and punctuation. Those of base classes are dropped; those of novel
-/// classes are refused, since a detector must not know them before it is tested. (RALF, sections 1 and 6.1.)
+/// Names that a class has too are found without regard to capitals, spaces and punctuation. Those of base classes are dropped; those of
+/// novel classes are refused, since a detector must not know them before it is tested. (RALF, sections 1 and 6.1.)
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Import {
