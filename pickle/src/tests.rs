@@ -2,7 +2,7 @@ use std::{fs, path::Path, sync::Arc};
 
 use proptest::prelude::*;
 
-use crate::{Object, Value, read, read_first, write_f32_arrays};
+use crate::{Object, Pieces, Value, read, read_first, write_arrays, write_f32_arrays};
 
 const PROTOCOLS: [u8; 4] = [0, 2, 4, 5];
 
