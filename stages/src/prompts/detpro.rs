@@ -134,11 +134,10 @@ impl Stage for Detpro {
     const USES_DEVICE: bool = true;
 
     fn check(&self) -> Vec<Problem> {
-        let [least, limit] = self.iou;
-        let least_iou = f64::from(MIN_IOU);
+        let RowRule { iou: [least, limit], negative_iou, .. } = self.rule();
         Problem::unless(&[
-            ("iou", least_iou <= least && least < limit && limit.is_finite(), "two IoUs from 0.1 on, the smaller first"),
-            ("negative_iou", self.negative_iou > least_iou && self.negative_iou <= 1.0, "a number above 0.1, at most 1"),
+            ("iou", MIN_IOU <= least && least < limit && limit.is_finite(), "two IoUs from 0.1 on, the smaller first"),
+            ("negative_iou", negative_iou > MIN_IOU && negative_iou <= 1.0, "a number above 0.1, at most 1"),
             ("negatives", self.negatives > 0, "at least 1"),
             ("context", (1..=MAX_CONTEXT).contains(&self.context), "from 1 to 38"),
             ("epochs", (1..=1000).contains(&self.epochs), "from 1 to 1000"),
@@ -542,7 +541,10 @@ mod tests {
     #[test]
     fn the_defaults_are_detpro_s_and_pass_their_own_check() {
         let stage = Detpro::default();
-        assert!(Stage::check(&stage).is_empty());
+        assert!(Stage::check(&stage).is_empty() && Stage::check(&Detpro { iou: [0.1, 1.1], ..Detpro::default() }).is_empty());
+        let refused = Detpro { iou: [0.6, 0.6], negative_iou: 0.1, ..Detpro::default() };
+        let fields: Vec<String> = Stage::check(&refused).into_iter().map(|problem| problem.field).collect();
+        assert_eq!(fields, ["iou", "negative_iou"]);
         // 1,025 rows are three batches, the last of one row.
         let config = stage.config(1025);
         assert_eq!(config.steps, 18);
