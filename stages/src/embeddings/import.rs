@@ -385,9 +385,9 @@ mod tests {
         read(&inputs(folder.path(), &["archive"]), 4, n)
     }
 
-    fn with(image: u64, content: Vec<u8>) -> Vec<(String, Vec<u8>)> {
+    fn with(image: u64, content: &[u8]) -> Vec<(String, Vec<u8>)> {
         let mut members = sound();
-        members.iter_mut().filter(|(found, _)| *found == name(image)).for_each(|(_, old)| old.clone_from(&content));
+        members.iter_mut().filter(|(found, _)| *found == name(image)).for_each(|(_, old)| *old = content.to_vec());
         members
     }
 
@@ -438,25 +438,25 @@ mod tests {
             assert!(error.ends_with(&format!("{entry}{expected}")), "{error}");
         };
         fails(&sound(), 4, "expected Float [4, 4], a row for each proposal of image 4, found Float [3, 4]");
-        fails(&with(4, tensor(&rows(4, 2))), 3, "expected Float [3, 4], a row for each proposal of image 4, found Float [2, 4]");
+        fails(&with(4, &tensor(&rows(4, 2))), 3, "expected Float [3, 4], a row for each proposal of image 4, found Float [2, 4]");
         let mut numbers = rows(4, 3);
         numbers[9] = f32::NAN;
-        fails(&with(4, tensor(&numbers)), 3, "row 2: expected an embedding of unit norm, found norm NaN");
+        fails(&with(4, &tensor(&numbers)), 3, "row 2: expected an embedding of unit norm, found norm NaN");
         numbers[8..].fill(0.0);
-        fails(&with(4, tensor(&numbers)), 3, "row 2: expected an embedding of unit norm, found zeros");
+        fails(&with(4, &tensor(&numbers)), 3, "row 2: expected an embedding of unit norm, found zeros");
         fails(
-            &with(4, tensor(&rows(4, 3).iter().map(|number| number * 1.5).collect::<Vec<_>>())),
+            &with(4, &tensor(&rows(4, 3).iter().map(|number| number * 1.5).collect::<Vec<_>>())),
             3,
             "row 0: expected an embedding of unit norm, found norm 1.5000",
         );
         let halves = Array { kind: Kind::Half, shape: vec![3, 4], bytes: vec![0; 24] };
-        fails(&with(4, saved(&Saved::Array(&halves))), 3, "expected Float [3, 4], a row for each proposal of image 4, found Half [3, 4]");
+        fails(&with(4, &saved(&Saved::Array(&halves))), 3, "expected Float [3, 4], a row for each proposal of image 4, found Half [3, 4]");
         let dict = Saved::Dict([("a".to_owned(), Saved::Array(&halves))].into());
-        fails(&with(4, saved(&dict)), 3, "expected Float [3, 4], a row for each proposal of image 4, found a dict of [\"a\"]");
+        fails(&with(4, &saved(&dict)), 3, "expected Float [3, 4], a row for each proposal of image 4, found a dict of [\"a\"]");
         let whole = tensor(&rows(4, 3));
-        let error = problem(of_4(&with(4, whole[..whole.len() - 40].to_vec()), 3));
+        let error = problem(of_4(&with(4, &whole[..whole.len() - 40]), 3));
         assert!(error.contains(&format!("{entry}zip: ")), "{error}");
-        let error = problem(of_4(&with(4, b"<html>".to_vec()), 3));
+        let error = problem(of_4(&with(4, b"<html>"), 3));
         assert!(error.contains(&entry) && error.ends_with("found a web page"), "{error}");
 
         let others: Vec<_> = sound().into_iter().filter(|(found, _)| *found != name(4)).collect();
