@@ -161,6 +161,12 @@ stages:
   - id: regions
     use: clip/proposals
     in: {images: world.images, annotations: world.train, proposals: proposals.proposals, checkpoint: clip.checkpoint}
+  - id: other-regions
+    use: clip/proposals
+    in: {images: world.images, annotations: world.train, proposals: proposals.proposals, checkpoint: other.checkpoint}
+  - {id: words, use: toy/vocabulary}
+  - {id: vocabulary, use: vocabulary/import, in: {file: words.vocabulary, classes: train.classes}}
+  - {id: concepts, use: concepts/build, in: {checkpoint: other.checkpoint, phrases: words.phrases}}
   - id: blocks
     use: clip/blocks
     in: {images: world.images, annotations: train.annotations, checkpoint: clip.checkpoint}
@@ -173,7 +179,7 @@ stages:
 "#;
 
 /// Every stage that reads what two CLIPs may have made, with inputs of both: its id, its kind, the two ports, and what it reads besides.
-const MIXED: [(&str, &str, [&str; 2], &str); 7] = [
+const MIXED: [(&str, &str, [&str; 2], &str); 10] = [
     (
         "labelled",
         "annotations/pseudo-labels",
@@ -218,6 +224,21 @@ const MIXED: [(&str, &str, [&str; 2], &str); 7] = [
         ["checkpoint", "features"],
         "in: {checkpoint: other.checkpoint, classes: train.classes, features: blocks.features, annotations: train.annotations}
     with: {epochs: 1, batch_size: 4}",
+    ),
+    (
+        "rows",
+        "prompts/detpro-data",
+        ["features", "truth"],
+        "in: {features: regions.features, truth: other-regions.features, annotations: train.annotations, classes: train.classes}",
+    ),
+    ("joined", "prompts/mean", ["prompts", "prompts_2"], "in: {prompts: prompts.prompts, prompts_2: others.prompts}"),
+    (
+        "augmented",
+        "augmenter/train",
+        ["checkpoint", "features"],
+        "in: {checkpoint: other.checkpoint, classes: train.classes, vocabulary: vocabulary.vocabulary, concepts: concepts.concepts, \
+         features: regions.features}
+    with: {n_concepts: 10, min_objectness: 0.0, epochs: 1, batch_size: 4}",
     ),
 ];
 

@@ -11,7 +11,7 @@ mod labels;
 mod paint;
 mod web;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use rand_chacha::{
     ChaCha8Rng,
@@ -81,14 +81,33 @@ pub(crate) fn kinds() -> Vec<Kind> {
     (0..3 * N_NOVEL).map(|place| kind(place * 91 % 144)).collect()
 }
 
+/// The combinations that no class has, in the order of their codes.
+fn unused() -> impl Iterator<Item = Kind> {
+    let all = (0..144).map(|code| Kind { shape: code % 6, colour: code / 6 % 6, pattern: code / 36 });
+    let classes = kinds();
+    all.filter(move |kind| !classes.contains(kind))
+}
+
+/// What is said of the combinations that no class has, each phrase with the names of those that it is said of: shape, colour, what the pattern consists of, and
+/// pairs of colour, pattern and shape. They stand for the noun chunks of descriptions. (RALF, section 12.)
+pub fn phrases() -> BTreeMap<String, Vec<String>> {
+    const NOUNS: [&str; 4] = ["one colour", "stripes", "dots", "checks"];
+    let mut sources: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for kind in unused() {
+        let [shape, colour, pattern] = [SHAPES[kind.shape], COLOURS[kind.colour], PATTERNS[kind.pattern]];
+        let pairs = [[colour, shape], [pattern, shape], [pattern, colour]].map(|pair| pair.join(" "));
+        for phrase in [shape, colour, NOUNS[kind.pattern]].map(str::to_owned).into_iter().chain(pairs) {
+            sources.entry(phrase).or_default().push(kind.name());
+        }
+    }
+    sources
+}
+
 /// Names beside the classes: the combinations that no class has, in the order of their codes, then colours with shapes, patterns with shapes, and shapes.
 /// (RALF, section 12.)
 pub fn vocabulary() -> Vec<String> {
-    let classes: BTreeSet<String> = kinds().into_iter().map(Kind::name).collect();
-    let all = (0..144).map(|code| Kind { shape: code % 6, colour: code / 6 % 6, pattern: code / 36 }.name());
     let pairs = |first: &[&str]| first.iter().flat_map(|first| SHAPES.map(|shape| format!("{first} {shape}"))).collect::<Vec<_>>();
-    let unused = all.filter(|name| !classes.contains(name));
-    unused.chain(pairs(&COLOURS)).chain(pairs(&PATTERNS)).chain(SHAPES.map(str::to_owned)).collect()
+    unused().map(Kind::name).chain(pairs(&COLOURS)).chain(pairs(&PATTERNS)).chain(SHAPES.map(str::to_owned)).collect()
 }
 
 /// The base and novel class names.

@@ -41,6 +41,12 @@ fn words_beside_the_classes_are_none_of_them() {
     let split = classes();
     let distinct: BTreeSet<&String> = words.iter().chain(split.all()).collect();
     assert_eq!((words.len(), distinct.len()), (150, 210));
+    let phrases = phrases();
+    assert_eq!(
+        (phrases.len(), phrases["dots"].len() + phrases["stripes"].len() + phrases["checks"].len() + phrases["one colour"].len()),
+        (100, 84)
+    );
+    assert!(phrases["red cross"].contains(&"plain red cross".to_owned()));
 }
 
 #[test]

@@ -6,9 +6,12 @@ use ovenbird_data::toy;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Context, Out, PortInfo, Result, Stage, Unit, artifacts::PublishedVocabulary};
+use crate::{
+    Context, Out, PortInfo, Result, Stage, Unit,
+    artifacts::{Phrase, Phrases, PublishedVocabulary},
+};
 
-/// Words beside the classes of the toy world: it takes the place of V3Det's names, in their form.
+/// Words beside the classes of the toy world: it takes the place of V3Det's names, in their form, and of phrases from descriptions.
 ///
 /// The 84 combinations of pattern, colour and shape that no class has, 36 of colour and shape, 24 of pattern and shape, and the six shapes.
 /// (RALF, section 12.)
@@ -18,11 +21,13 @@ pub struct Vocabulary {}
 
 const VOCABULARY: Out<PublishedVocabulary> = Out::new("vocabulary", r#"150 names, json: `{"0": "plain red cross", "1": ...}`."#);
 
+const PHRASES: Out<Phrases> = Out::new("phrases", "100 phrases of what these combinations are described by, with their names.");
+
 impl Stage for Vocabulary {
     const KIND: &'static str = "toy/vocabulary";
     const VERSION: u32 = 1;
     const INPUTS: &'static [PortInfo] = &[];
-    const OUTPUTS: &'static [PortInfo] = &[VOCABULARY.info()];
+    const OUTPUTS: &'static [PortInfo] = &[VOCABULARY.info(), PHRASES.info()];
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
@@ -30,6 +35,8 @@ impl Stage for Vocabulary {
         let rows: Vec<String> = names.iter().enumerate().map(|(place, name)| format!("\"{place}\": \"{name}\"")).collect();
         let draft = cx.begin(unit)?;
         draft.write(VOCABULARY, "v3det_toy.json", format!("{{{}}}", rows.join(", ")).as_bytes())?;
+        let phrases: Vec<Phrase> = toy::phrases().into_iter().map(|(phrase, sources)| Phrase { phrase, sources }).collect();
+        draft.write(PHRASES, "phrases.json", &serde_json::to_vec(&phrases).expect("BUG: phrases are plain JSON"))?;
         cx.tick(1);
         cx.commit(draft, BTreeMap::from([("names".to_owned(), names.len().into())]))
     }
