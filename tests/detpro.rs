@@ -83,7 +83,7 @@ fn prompts_are_learned_from_regions_and_a_detector_goes_out_and_comes_in() {
     assert!(accuracy["truth"]["base"]["top1"].as_u64().unwrap() * 2 > n_regions, "{accuracy}");
     assert!(accuracy["background"].as_u64().unwrap() > 0, "{accuracy}");
     let units = world.units_of("detector-test").into_iter();
-    let detections: Vec<Vec<u8>> = units.map(|unit| fs::read(unit.join("detections.parquet")).unwrap()).collect();
+    let detections: Vec<Vec<u8>> = units.map(|unit| fs::read(unit.join("detections/detections.parquet")).unwrap()).collect();
     assert_eq!(detections.len(), 2, "{}", run.stderr);
     assert!(detections[0] == detections[1], "another detector came in than went out");
     world.run(["verify", "--deep"]).success();

@@ -446,7 +446,7 @@ mod tests {
                 if !tensor.equal(before) {
                     changed.push(name.as_str());
                 }
-                let gradients = [tensor, before].map(|tensor| tensor.grad());
+                let gradients = [tensor, before].map(Tensor::grad);
                 assert_eq!(gradients[0].defined(), gradients[1].defined(), "{name}");
                 assert!(!gradients[0].defined() || gradients[0].equal(&gradients[1]), "{name}");
             }
