@@ -215,7 +215,7 @@ mod tests {
     /// Property 23: where the vocabulary is in another order, the fixed filter keeps the same words, and their negatives are the same; the
     /// reference's filter keeps others.
     #[test]
-    fn negatives_do_not_depend_on_the_order_of_words_unless_for_parity() {
+    fn negatives_depend_on_the_order_of_words_only_as_in_the_reference() {
         let noise = |name: &str, n: usize| Tensor::from_slice(&unit(name, 16 * n).collect::<Vec<f32>>()).view([n as i64, 16]);
         let (classes, words) = (noise("classes", 25), noise("words", 90));
         let order: Vec<i64> = (0..90).map(|place| (place * 37 + 11) % 90).collect();
