@@ -12,7 +12,7 @@ use std::{
 
 use arrow::{
     array::{Array, AsArray, RecordBatch},
-    datatypes::{Float32Type, UInt32Type, UInt64Type},
+    datatypes::{DataType, Float32Type, UInt32Type, UInt64Type},
 };
 use serde::{Deserialize, Serialize};
 
@@ -151,7 +151,9 @@ impl Store {
 
     fn verify_shard(&self, record: &UnitRecord, shard: &ShardReader, depth: Depth) -> Result<Vec<(Class, String)>> {
         let mut problems: Vec<_> = invalid_values(shard.stats()).into_iter().map(|problem| (Class::Wrong, problem)).collect();
-        if depth < Depth::Deep || shard.schema().column_with_name("embedding").is_none() {
+        // Rows of items begin with the id of one; others, such as several regions of an image beside each other, are not counted.
+        let has_ids = shard.schema().fields().first().is_some_and(|field| *field.data_type() == DataType::UInt64);
+        if depth < Depth::Deep || !has_ids || shard.schema().column_with_name("embedding").is_none() {
             return Ok(problems);
         }
         let n_items = self.items_of(record)?.len() as u64;
