@@ -1,10 +1,10 @@
 //! DetPro as an operator runs it: crops by its rule, rows by IoU, learned prompts, their mean, and a detector with them that goes out and comes in.
 
-use std::{fs, process::Stdio};
+use std::fs;
 
 use serde_json::Value;
 
-use crate::support::{World, until};
+use crate::support::World;
 
 /// The steps of the method at their smallest.
 const SMALL: &str = r#"version: 1
@@ -99,13 +99,7 @@ fn prompt_learning_continues_after_kills_to_the_same_bytes() {
     let whole = small();
     whole.run(["run", "./small.yaml", "--until", "prompts"]).success();
     let killed = small();
-    for kind in ["clip-proposals", "prompts-detpro-data", "prompts-detpro"] {
-        let mut running = killed.command(["run", "./small.yaml", "--until", "prompts"]);
-        let mut running = running.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        until(|| !killed.units_of(kind).is_empty());
-        drop(running.kill());
-        running.wait().unwrap();
-    }
+    killed.run_and_kill(&["run", "./small.yaml", "--until", "prompts"], &["clip-proposals", "prompts-detpro-data", "prompts-detpro"]);
     killed.run(["run", "./small.yaml", "--until", "prompts"]).success();
     for parts in [["prompts-detpro-data", "embeddings.arrow"], ["prompts-mean", "prompts.safetensors"]] {
         let [one, other] = [&whole, &killed].map(|world| fs::read(world.find(&parts)).unwrap());

@@ -21,7 +21,7 @@ use ovenbird_stages::{
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
-use crate::support::{World, python, until};
+use crate::support::{World, python};
 
 /// Every kind of feature, to the reference's files and back.
 const BOTH_WAYS: &str = r#"version: 1
@@ -275,12 +275,7 @@ fn imports_and_exports_that_are_killed_end_with_the_same_bytes_and_a_changed_fil
     undisturbed.run(["run", "./many.yaml"]).success();
     let n_units = undisturbed.units_of("globals/import").len();
     assert!(n_units >= 2, "{n_units}");
-    for kind in ["globals/import", "globals/export"] {
-        let mut running = killed.command(["run", "./many.yaml"]).spawn().unwrap();
-        until(|| !killed.units_of(kind).is_empty());
-        running.kill().unwrap();
-        running.wait().unwrap();
-    }
+    killed.run_and_kill(&["run", "./many.yaml"], &["globals/import", "globals/export"]);
     // Nor do threads matter.
     killed.write("many.yaml", format!("{MANY}    resources: {{cpu: 2}}\n"));
     let run = killed.run(["run", "./many.yaml"]).success();

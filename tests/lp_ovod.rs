@@ -1,11 +1,6 @@
 //! LP-OVOD as an operator runs it: embeddings of proposals in and out, retrieval, probing, fused detection, and the report of what was retrieved.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::Path,
-    process::{Command, Stdio},
-};
+use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
 use ovenbird_cache::inputs;
 use ovenbird_data::annotations::Annotations;
@@ -17,7 +12,7 @@ use ovenbird_stages::{
 use serde_json::Value;
 use tch::Tensor;
 
-use crate::support::{World, python, until};
+use crate::support::{World, python};
 
 /// The steps of the method at their smallest.
 const SMALL: &str = r#"version: 1
@@ -134,13 +129,8 @@ fn retrieval_and_probing_continue_after_kills_to_the_same_bytes() {
     let whole = small();
     whole.run(["run", "./small.yaml", "--until", "probe"]).success();
     let killed = small();
-    for kind in ["clip-proposals", "detector-train", "retrieve-boxes", "detector-features", "detector-probe"] {
-        let mut running = killed.command(["run", "./small.yaml", "--until", "probe"]);
-        let mut running = running.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        until(|| !killed.units_of(kind).is_empty());
-        drop(running.kill());
-        running.wait().unwrap();
-    }
+    let kinds = ["clip-proposals", "detector-train", "retrieve-boxes", "detector-features", "detector-probe"];
+    killed.run_and_kill(&["run", "./small.yaml", "--until", "probe"], &kinds);
     killed.run(["run", "./small.yaml", "--until", "probe"]).success();
     for parts in [
         ["clip-proposals", "regions.arrow"],

@@ -135,6 +135,17 @@ impl World {
         units.filter(is_published).map(|unit| unit.path()).filter(|unit| unit.join("unit.json").exists()).collect()
     }
 
+    /// Kills a run as soon as each kind of unit is published, one run after the other.
+    pub(crate) fn run_and_kill(&self, args: &[&str], kinds: &[&str]) {
+        for kind in kinds {
+            let mut running = self.command(args.iter().copied());
+            let mut running = running.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+            until(|| !self.units_of(kind).is_empty());
+            drop(running.kill());
+            running.wait().unwrap();
+        }
+    }
+
     /// How many units are published.
     pub(crate) fn n_units(&self) -> usize {
         let kinds = fs::read_dir(self.path(".ovenbird/units")).into_iter().flatten().flatten();

@@ -66,18 +66,16 @@ impl Xyxy {
     }
 
     /// The whole pixels to cut out as LP-OVOD does: the box grown by a factor about its centre, its corners moved 0.001 px outwards and
-    /// rounded outwards, so that a side on a whole pixel gets one pixel more, then clipped to an image `[width, height]`; at least one pixel
-    /// on each side. `[x1, y1, x2, y2]`, half-open. (LP-OVOD, section 3.2; in f64, as there: in f32 other pixels come out near the margin.)
-    pub fn expanded_outwards(&self, factor: f64, [width, height]: [u32; 2]) -> [i64; 4] {
+    /// rounded outwards, so that a side on a whole pixel gets one pixel more, then clipped to an image of `size`: see [`clipped_rectangle`]. `[x1, y1, x2, y2]`, half-open. (LP-OVOD, section 3.2; in f64, as there: in f32 other pixels come out near the margin.)
+    pub fn expanded_outwards(&self, factor: f64, size: [u32; 2]) -> [i64; 4] {
         const MARGIN_PX: f64 = 0.001;
         let (near, far) = ((1.0 + factor) / 2.0, (1.0 - factor) / 2.0);
-        let axis = |low: f32, high: f32, side: u32| {
-            let (low, high, side) = (f64::from(low), f64::from(high), i64::from(side));
-            let first = ((near * low + far * high - MARGIN_PX).floor() as i64).clamp(0, side - 1);
-            [first, ((near * high + far * low + MARGIN_PX).ceil() as i64).clamp(first + 1, side)]
+        let axis = |low: f32, high: f32| {
+            let (low, high) = (f64::from(low), f64::from(high));
+            [(near * low + far * high - MARGIN_PX).floor() as i64, (near * high + far * low + MARGIN_PX).ceil() as i64]
         };
-        let ([x1, x2], [y1, y2]) = (axis(self.x1, self.x2, width), axis(self.y1, self.y2, height));
-        [x1, y1, x2, y2]
+        let ([x1, x2], [y1, y2]) = (axis(self.x1, self.x2), axis(self.y1, self.y2));
+        clipped_rectangle([x1, y1, x2, y2], size)
     }
 
     /// The whole pixels to cut out as DetPro does: the box grown by a factor about its centre, its corners moved 0.001 px outwards and rounded
@@ -93,6 +91,16 @@ impl Xyxy {
         let ([x1, x2], [y1, y2]) = (axis(self.x1, self.x2), axis(self.y1, self.y2));
         [x1, y1, x2, y2]
     }
+}
+
+/// The part of a rectangle `[x1, y1, x2, y2]` px, half-open, inside an image `[width, height]` px; at least one pixel on each side.
+pub fn clipped_rectangle([x1, y1, x2, y2]: [i64; 4], [width, height]: [u32; 2]) -> [i64; 4] {
+    let axis = |low: i64, high: i64, side: u32| {
+        let low = low.clamp(0, i64::from(side) - 1);
+        [low, high.clamp(low + 1, i64::from(side))]
+    };
+    let ([x1, x2], [y1, y2]) = (axis(x1, x2, width), axis(y1, y2, height));
+    [x1, y1, x2, y2]
 }
 
 /// A box of COCO json, `[x, y, width, height]`, as xyxy.

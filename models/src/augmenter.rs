@@ -403,7 +403,7 @@ mod tests {
         to_unit_length(&Tensor::from_slice(&unit(name, 64 * n).collect::<Vec<f32>>()).view([n as i64, 64]))
     }
 
-    /// Reference check 16 of the specification: printed to six digits.
+    /// Parity check 16 of the specification: printed to six digits.
     #[test]
     fn a_small_network_has_the_values_of_the_specification() {
         let (_store, augmenter) = blank(&Config { dim: 4, heads: 2, mlp_width: 8, depth: 2, n_concepts: 3, fine: Fine::Reference });
@@ -506,7 +506,7 @@ mod tests {
         assert!(error(&out(), &golden["aug/out_after_3_steps"]) < 1e-4);
     }
 
-    /// Reference check 17 of the specification.
+    /// Parity check 17 of the specification.
     #[test]
     fn losses_have_the_values_of_the_specification() {
         let (out, x) = (unit_rows(&[1., 2., 2., 2., 1., 0.], 3), unit_rows(&[1., 1., 2., 2., 0., 1.], 3));

@@ -23,6 +23,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ovenbird_pickle::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
@@ -44,6 +45,8 @@ pub use self::{
     zip_folder::ZipFolder,
 };
 
+/// What a zip archive, and each of its members, begins with.
+const ZIP_MARK: &[u8] = b"PK\x03\x04";
 /// The name of a tensor that is all that a file of `torch.save` holds.
 pub const BARE_TENSOR: &str = "(bare tensor)";
 
@@ -258,7 +261,7 @@ impl<'a> Source<'a> {
 /// Reads the tensors of a file as [`Checkpoint::open`] does, as plain numbers.
 pub fn read_arrays(path: &Path) -> Result<BTreeMap<String, Array>> {
     let (source, head) = Source::open(path)?;
-    if head.starts_with(b"PK\x03\x04") {
+    if head.starts_with(ZIP_MARK) {
         return torch::arrays_from_zip(source);
     }
     let array = |(name, tensor): (&String, &Tensor)| {
@@ -271,10 +274,16 @@ pub fn read_arrays(path: &Path) -> Result<BTreeMap<String, Array>> {
 /// Reads the tensors of an archive of `torch.save` that is in memory, as [`read_arrays`] does. `path`: where the bytes are from, for messages.
 pub fn arrays_in(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Array>> {
     let origin = Origin { path, n_bytes: bytes.len() as u64 };
-    if !bytes.starts_with(b"PK\x03\x04") {
+    if !bytes.starts_with(ZIP_MARK) {
         return Err(origin.unrecognised(&bytes[..bytes.len().min(64)]));
     }
     torch::arrays_from_zip(Source { origin, file: Cursor::new(bytes) })
+}
+
+/// What a value of a pickle is, with the first keys of a dict.
+fn keys(value: &Value) -> String {
+    let keys: Vec<&str> = value.as_entries().into_iter().flatten().filter_map(|(key, _)| key.as_str()).take(8).collect();
+    format!("{} with the keys {keys:?}", value.kind())
 }
 
 /// The numbers of a tensor of any strides and device, in C order, little-endian.

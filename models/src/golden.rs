@@ -31,6 +31,18 @@ pub(crate) fn detpro_ralf(file: &str) -> BTreeMap<String, Tensor> {
     arrays(&format!("detpro-ralf/{file}"))
 }
 
+/// The weights of a CLIP with the text tower of such arrays in place of its own; token embeddings that they lack are zeros.
+pub(crate) fn with_tower(golden: &BTreeMap<String, Tensor>, mut weights: BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
+    weights.extend(golden.iter().filter_map(|(name, tensor)| {
+        let name = name.strip_prefix("tower/")?.replace("out_proj_", "out_proj.");
+        Some((name, tensor.shallow_clone()))
+    }));
+    let [ids, rows] = ["token_ids", "token_rows"].map(|name| weights.remove(name).unwrap());
+    let table = weights["token_embedding.weight"].zeros_like().index_copy(0, &ids, &rows);
+    weights.insert("token_embedding.weight".into(), table);
+    weights
+}
+
 fn arrays(file: &str) -> BTreeMap<String, Tensor> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../tests/golden/{file}.safetensors"));
     Tensor::read_safetensors(path).expect("the golden file is there").into_iter().collect()

@@ -172,7 +172,7 @@ mod tests {
         assert!(without_smallest(&[], 0.5).is_empty());
     }
 
-    /// Reference check 13.
+    /// Parity check 13.
     #[test]
     fn retrieved_words_are_those_of_the_specification() {
         let found = given(&ROWS[..3]).retrieve(3, 3).unwrap();

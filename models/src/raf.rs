@@ -267,7 +267,7 @@ mod tests {
         assert!(error(&rule.fuse(&golden["centric/logits"], &golden["centric/z_masked"]).unwrap(), &golden["centric/probs"]) < 1e-4);
     }
 
-    /// Reference check 20 of the specification.
+    /// Parity check 20 of the specification.
     #[test]
     fn the_gate_has_the_values_of_the_specification() {
         let z = matrix(&[0.31, 0.24, 0.28, 0.05, -0.10, 0.29], 6);
@@ -284,7 +284,7 @@ mod tests {
         assert!(error(&many.kept(&z).unwrap(), &matrix(&[0.31, 0.24, 0.28, 0.05, -0.10, 0.0], 6)) < 1e-7);
     }
 
-    /// Reference check 21 of the specification.
+    /// Parity check 21 of the specification.
     #[test]
     fn other_fusions_have_the_values_of_the_specification() {
         let (z, rule) = (matrix(&[0.31, 0.0, 0.0], 3), |fusion| Rule { fusion, ..GATE });
@@ -330,7 +330,7 @@ mod tests {
         assert!(error(&small, &matrix(&rows, 4).unsqueeze(0)) < 1e-6);
     }
 
-    /// Reference check 19: a grey of 128, as detectors and as CLIP normalise it.
+    /// Parity check 19: a grey of 128, as detectors and as CLIP normalise it.
     #[test]
     fn colours_are_normalised_as_clip_s() {
         let grey = matrix(&[0.074_065, 0.205_182, 0.426_492], 1).view([3, 1, 1]).expand([3, 5, 7], false);

@@ -384,7 +384,7 @@ mod tests {
         (ral.losses(&r, &Tensor::from_slice(&[0_i64, 1]), &drawn).unwrap(), r)
     }
 
-    /// Reference check 14 of the specification, f64.
+    /// Parity check 14 of the specification, f64.
     #[test]
     fn losses_have_the_values_of_the_specification() {
         let (losses, r) = small_losses(Config::default());

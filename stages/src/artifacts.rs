@@ -28,6 +28,7 @@
 //! | `results` | detections in the results format of COCO and LVIS, json | [`ResultsFile`] |
 
 mod archive;
+mod crops;
 mod curve;
 pub(crate) mod feature_files;
 mod features;
@@ -35,6 +36,7 @@ mod hits;
 mod images;
 mod matrix;
 pub(crate) mod prompt_samples;
+mod rows;
 mod samples;
 mod tables;
 mod vocabulary;
@@ -60,12 +62,11 @@ use tch::{Kind, Tensor};
 
 pub use archive::ArchiveFiles;
 pub(crate) use archive::EmbeddingArchive;
+pub use crops::{Crop, Crops, CropsWriter};
 pub use curve::Curve;
 pub use feature_files::FeatureFiles;
-pub(crate) use features::{ByImage, Embeddings, Piece, Places, ReusedRows, Row, RowKind, RowWriter};
-pub use features::{
-    Crop, Crops, CropsWriter, Dtype, ImageFeatures, ImageFeaturesWriter, RegionFeatures, RegionFeaturesWriter, Regions, WholeBox,
-};
+pub(crate) use features::{ByImage, Embeddings, Piece, Places};
+pub use features::{Dtype, ImageFeatures, ImageFeaturesWriter, RegionFeatures, RegionFeaturesWriter, Regions, WholeBox};
 pub use hits::{Hits, RegionHit, Searched};
 pub use images::Images;
 pub(crate) use images::listed;
@@ -73,6 +74,7 @@ pub(crate) use matrix::{Matrix, MatrixShape, narrowed};
 pub use matrix::{MatrixDtype, MatrixFile};
 pub use prompt_samples::PromptSamples;
 pub(crate) use prompt_samples::{EMBEDDINGS_FILE, PromptEmbeddings, PromptRow, PromptRows, PromptSamplesWriter, ROWS_FILE};
+pub(crate) use rows::{ReusedRows, Row, RowKind, RowWriter};
 pub(crate) use samples::SamplesByImage;
 pub use samples::{RegionSample, RegionSamples, RegionSamplesWriter};
 pub use tables::{Detections, Proposals};

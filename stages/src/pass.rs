@@ -8,7 +8,7 @@ use std::{
     collections::{BTreeMap, HashSet, VecDeque},
     mem,
     ops::Range,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use ovenbird_cache::Digest;
@@ -45,7 +45,11 @@ pub(crate) trait Views: Sync {
     fn refusal(&self, _place: usize, _info: &ImageInfo) -> Option<(String, &'static str)> {
         None
     }
-    /// Cuts some of the views.
+    /// The image that views are cut from, made once for all of them; the decoded one unless a stage shows it otherwise.
+    fn shown(&self, _info: &ImageInfo, image: Arc<Image>) -> Arc<Image> {
+        image
+    }
+    /// Cuts some of the views. `image`: of [`Views::shown`].
     fn cut(&self, place: usize, info: &ImageInfo, image: &Arc<Image>, views: Range<usize>) -> Cut;
     /// The least length of the shorter side, in px, where images need not be decoded at their full size. Images decoded so are not shared
     /// with other stages.
@@ -103,9 +107,9 @@ pub(crate) fn run(consumers: &[ImageConsumer<'_>]) -> Result<()> {
     let cursors = preparations.iter().map(|_| Cursor::default()).collect();
     let mut source = JobSource { list, preparations: &preparations, cursors, place: 0, jobs: VecDeque::new() };
     let prepare = |job: Job| match job {
-        Job::Cut { consumer, place, views, image } => {
+        Job::Cut { consumer, place, views, image, shown } => {
             let is_first = views.start == 0;
-            Ready::Cut { consumer, place, is_first, cut: preparations[consumer].cut(list, place, views, &image) }
+            Ready::Cut { consumer, place, is_first, cut: preparations[consumer].cut(list, place, views, &image, &shown) }
         }
         Job::Open { consumer, opened } => Ready::Open { consumer, opened },
         Job::Reuse { consumer, place } => Ready::Reuse { consumer, place },
@@ -155,7 +159,7 @@ impl SharedImage {
 enum Job {
     Open { consumer: usize, opened: Box<Opened> },
     Reuse { consumer: usize, place: usize },
-    Cut { consumer: usize, place: usize, views: Range<usize>, image: Arc<SharedImage> },
+    Cut { consumer: usize, place: usize, views: Range<usize>, image: Arc<SharedImage>, shown: Arc<OnceLock<Arc<Image>>> },
     Close { consumer: usize },
 }
 
@@ -193,8 +197,16 @@ impl<'a> Preparation<'a> {
         Self { cx, units, views: &**views, port, rows: *rows, view_bytes, precision }
     }
 
-    /// Decodes an image, unless another job did so already, and cuts some of its views.
-    fn cut(&self, list: &ImageList, place: usize, views: Range<usize>, image: &SharedImage) -> Attempted<Cut> {
+    /// Decodes an image, unless another job did so already, and cuts some of its views. `shown`: the image as this consumer shows it, once
+    /// one of its jobs has made it.
+    fn cut(
+        &self,
+        list: &ImageList,
+        place: usize,
+        views: Range<usize>,
+        image: &SharedImage,
+        shown: &OnceLock<Arc<Image>>,
+    ) -> Attempted<Cut> {
         self.cx.attempt(|| {
             // Without views the image need not be decoded.
             if views.is_empty() {
@@ -209,7 +221,9 @@ impl<'a> Preparation<'a> {
                 let path = list.images.file(&list.infos[place].file_name)?.path.clone();
                 return Err(Error::Data(DataError::Malformed { path, problem, hint: Some(hint.into()) }));
             }
-            Ok(self.views.cut(place, &list.infos[place], &image, views.clone()))
+            let info = &list.infos[place];
+            let shown = shown.get_or_init(|| self.views.shown(info, image));
+            Ok(self.views.cut(place, info, shown, views.clone()))
         })
     }
 }
@@ -266,11 +280,12 @@ impl JobSource<'_> {
                 self.jobs.push_back((Job::Reuse { consumer, place }, 0));
             } else {
                 let n_views = views.n_views(place, &self.list.infos[place]);
+                let shown = Arc::default();
                 for start in (0..n_views.max(1)).step_by(VIEWS_A_JOB) {
                     let views = start..n_views.min(start + VIEWS_A_JOB);
                     // The image's bytes count with the first job that needs it.
                     let weight = views.len() * view_bytes + if views.is_empty() { 0 } else { mem::take(image_bytes) };
-                    self.jobs.push_back((Job::Cut { consumer, place, views, image: Arc::clone(image) }, weight));
+                    self.jobs.push_back((Job::Cut { consumer, place, views, image: Arc::clone(image), shown: Arc::clone(&shown) }, weight));
                 }
             }
         }

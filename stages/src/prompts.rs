@@ -9,6 +9,7 @@ mod golden;
 pub mod import;
 pub mod mean;
 mod multilabel;
+pub(crate) mod naming;
 mod published;
 mod templates;
 pub(crate) mod texts;

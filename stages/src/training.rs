@@ -292,7 +292,7 @@ fn backward(
     if !total.is_finite() || total > max_loss {
         return Err(Error::Input {
             port: "lr",
-            problem: format!("the loss is {total} at step {step}, on images {}", named(images)),
+            problem: format!("the loss is {total} at step {step}, on images {}", named(images, MOST_NAMED)),
             hint: "lower `lr`, or look at these images; the last checkpoint is kept".into(),
         });
     }
@@ -301,10 +301,10 @@ fn backward(
     Ok(names.zip(values).collect())
 }
 
-/// The first names of some images.
-fn named(images: &[String]) -> String {
-    let first = images[..images.len().min(MOST_NAMED)].join(", ");
-    if images.len() > MOST_NAMED { format!("{first} and {} more", images.len() - MOST_NAMED) } else { first }
+/// The first names, at most so many, and how many more there are.
+pub(crate) fn named(names: &[impl AsRef<str>], most: usize) -> String {
+    let first = names.iter().take(most).map(AsRef::as_ref).collect::<Vec<&str>>().join(", ");
+    if names.len() > most { format!("{first} and {} more", names.len() - most) } else { first }
 }
 
 /// Writes the weights after `step` steps, and the state with which a training continues from them.
@@ -393,7 +393,7 @@ mod tests {
     #[test]
     fn an_error_names_the_first_images() {
         let images: Vec<String> = (0..18).map(|place| place.to_string()).collect();
-        assert_eq!(named(&images[..3]), "0, 1, 2");
-        assert!(named(&images).ends_with("14, 15 and 2 more"));
+        assert_eq!(named(&images[..3], MOST_NAMED), "0, 1, 2");
+        assert!(named(&images, MOST_NAMED).ends_with("14, 15 and 2 more"));
     }
 }

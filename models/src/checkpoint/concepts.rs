@@ -13,7 +13,7 @@ use half::f16;
 use ovenbird_pickle::Value;
 use tch::Kind;
 
-use super::{Array, Saved, Source, torch::Opened, write_torch};
+use super::{Array, Saved, keys, torch::opened, write_torch};
 use crate::Result;
 
 const CHUNKS: &str = "all_noun_chunks";
@@ -34,17 +34,16 @@ pub struct Concepts {
 impl Concepts {
     /// Reads a file of RALF; tensors of any device are read on the CPU.
     pub fn read(path: &Path) -> Result<Self> {
-        let mut file = opened(path)?;
+        let (value, mut tensors) = opened(path)?;
         let malformed = |problem: String| {
             file_error(path, problem, "give the `v3det_gpt_noun_chunk_*_strict.pkl` of RALF, or what this program exported")
         };
-        let value = file.value.clone();
         let chunks = value.get(CHUNKS).ok_or_else(|| malformed(format!("expected `{CHUNKS}` in a dict, found {}", keys(&value))))?;
         let features =
             chunks.get(FEATURES).ok_or_else(|| malformed(format!("{CHUNKS}: expected `{FEATURES}` in a dict, found {}", keys(chunks))))?;
         let what = format!("{CHUNKS}.{FEATURES}");
         let features =
-            file.array(&what, features)?.ok_or_else(|| malformed(format!("{what}: expected a tensor, found {}", features.kind())))?;
+            tensors.array(&what, features)?.ok_or_else(|| malformed(format!("{what}: expected a tensor, found {}", features.kind())))?;
         check_rows(&what, &features).map_err(malformed)?;
         let texts = |names: &Value| names.as_items()?.iter().map(|name| name.as_str().map(str::to_owned)).collect::<Option<Vec<String>>>();
         let names = match chunks.get(NAMES) {
@@ -90,9 +89,8 @@ pub struct ImageRegions {
 impl RegionInfo {
     /// Reads a cache of RALF.
     pub fn read(path: &Path) -> Result<Self> {
-        let mut file = opened(path)?;
+        let (value, mut tensors) = opened(path)?;
         let malformed = |problem: String| file_error(path, problem, "give the `*_oake_info_strict.pkl` that RALF's `raf.py` wrote");
-        let value = file.value.clone();
         let list = |name: &str| {
             let list = value.get(name).ok_or_else(|| malformed(format!("expected `{name}` in a dict, found {}", keys(&value))))?;
             list.as_items().ok_or_else(|| malformed(format!("{name}: expected a list over images, found {}", list.kind())))
@@ -104,7 +102,7 @@ impl RegionInfo {
         }
         let classes = value.get(CLASSES).ok_or_else(|| malformed(format!("expected `{CLASSES}` in a dict, found {}", keys(&value))))?;
         let classes =
-            file.array(CLASSES, classes)?.ok_or_else(|| malformed(format!("{CLASSES}: expected a tensor, found {}", classes.kind())))?;
+            tensors.array(CLASSES, classes)?.ok_or_else(|| malformed(format!("{CLASSES}: expected a tensor, found {}", classes.kind())))?;
         check_rows(CLASSES, &classes).map_err(malformed)?;
         let mut images = Vec::new();
         for (place, id) in ids.iter().enumerate() {
@@ -113,7 +111,7 @@ impl RegionInfo {
                 id.ok_or_else(|| malformed(format!("{}, image {place}: expected an id, found {}", LISTS[0], ids[place].kind())))?;
             let mut numbers = |name: &str, value: &Value| {
                 let what = format!("{name}, image {place}");
-                let found = match file.array(&what, value)? {
+                let found = match tensors.array(&what, value)? {
                     Some(Array { kind: Kind::Int64, shape, bytes }) if shape.len() == 1 => Some(integers(&bytes)),
                     Some(_) => None,
                     None => value.as_items().and_then(|items| items.iter().map(Value::as_int).collect()),
@@ -152,15 +150,15 @@ impl CollectedRegions {
     /// Reads a tuple of DetPro. Where there are fewer IoUs than labels, the others are 1, as DetPro's `gather` fills them: ground truth
     /// stands last.
     pub fn read(path: &Path) -> Result<Self> {
-        let mut file = opened(path)?;
+        let (value, mut tensors) = opened(path)?;
         let malformed = |problem: String| file_error(path, problem, "give what DetPro collects: a tuple of features, labels and IoUs");
-        let value = file.value.clone();
         let Some([features, labels, ious]) = value.as_items() else {
             let n_items = value.as_items().map_or_else(|| value.kind(), |items| format!("{} of {} items", value.kind(), items.len()));
             return Err(malformed(format!("expected a tuple of features, labels and IoUs, found {n_items}")));
         };
         let mut array = |name: &str, value: &Value, kind: Kind, n_axes: usize| {
-            let array = file.array(name, value)?.ok_or_else(|| malformed(format!("{name}: expected a tensor, found {}", value.kind())))?;
+            let array =
+                tensors.array(name, value)?.ok_or_else(|| malformed(format!("{name}: expected a tensor, found {}", value.kind())))?;
             if array.kind == kind && array.shape.len() == n_axes {
                 return Ok(array);
             }
@@ -185,22 +183,8 @@ impl CollectedRegions {
     }
 }
 
-fn opened(path: &Path) -> Result<Opened<'_>> {
-    let (source, head) = Source::open(path)?;
-    if !head.starts_with(b"PK\x03\x04") {
-        return Err(source.origin.unrecognised(&head));
-    }
-    Opened::new(source)
-}
-
 fn file_error(path: &Path, problem: String, hint: &str) -> crate::Error {
     crate::Error::Malformed { path: path.to_owned(), problem, hint: Some(hint.into()) }
-}
-
-/// What a value is, and the keys of a dict.
-fn keys(value: &Value) -> String {
-    let keys: Vec<&str> = value.as_entries().into_iter().flatten().filter_map(|(key, _)| key.as_str()).take(8).collect();
-    format!("{} with the keys {keys:?}", value.kind())
 }
 
 fn integers(bytes: &[u8]) -> Vec<i64> {

@@ -17,8 +17,8 @@ use ovenbird_pickle::{NumpyArray, Pieces, Value, write_arrays};
 use tch::Kind;
 
 use super::{
-    Array, Origin, Source,
-    torch::{Opened, write_pickled},
+    Array, Origin, keys,
+    torch::{opened, write_pickled},
 };
 use crate::Result;
 
@@ -45,13 +45,8 @@ pub struct NegativeFeatures {
 impl NegativeFeatures {
     /// Reads a file of RALF. Rows with the same bits become one, in the order of their first appearance, hard negatives first.
     pub fn read(path: &Path) -> Result<Self> {
-        let (source, head) = Source::open(path)?;
-        let origin = source.origin;
-        if !head.starts_with(b"PK\x03\x04") {
-            return Err(origin.unrecognised(&head));
-        }
-        let value = Opened::new(source)?.value;
-        of_value(&value).map_err(|problem| malformed(origin, problem))
+        let (value, tensors) = opened(path)?;
+        of_value(&value).map_err(|problem| malformed(tensors.origin(), problem))
     }
 
     /// Writes a file for RALF, without ever holding its padded arrays. Fails where one of them has more than 4 GiB as text, and where
@@ -181,8 +176,7 @@ impl Table {
 /// The array at a key, of this shape; `None` stands for any length from 1 on. One of counts has one axis.
 fn array(value: &Value, name: &str, shape: &[Option<usize>]) -> Result<NumpyArray, String> {
     let Some(found) = value.get(name) else {
-        let keys: Vec<&str> = value.as_entries().into_iter().flatten().filter_map(|(key, _)| key.as_str()).take(8).collect();
-        return Err(format!("expected `{name}` in a dict, found {} with the keys {keys:?}", value.kind()));
+        return Err(format!("expected `{name}` in a dict, found {}", keys(value)));
     };
     let array = found.to_array().map_err(|problem| format!("{name}: {problem}"))?;
     let is_counts = shape.len() == 1;

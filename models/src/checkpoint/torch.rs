@@ -9,6 +9,7 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::{self, BufReader, Read, Seek, SeekFrom, Write},
+    path::Path,
 };
 
 use ovenbird_pickle::Value;
@@ -18,7 +19,7 @@ use zip::{
     write::{SimpleFileOptions, StreamWriter},
 };
 
-use super::{AGAIN, Array, BARE_TENSOR, Format, Origin, Source, numbers};
+use super::{AGAIN, Array, BARE_TENSOR, Format, Origin, Source, ZIP_MARK, numbers};
 use crate::{Error, Result};
 
 /// 0x1950a86a20f9469cfc6c, as Python pickles it.
@@ -97,9 +98,25 @@ pub(super) fn arrays_from_zip<R: Read + Seek>(source: Source<'_, R>) -> Result<B
     described.into_iter().map(array).collect()
 }
 
-/// The value in a zip archive, whatever it is, and the tensors that it refers to.
-pub(super) struct Opened<'a> {
-    pub(super) value: Value,
+/// Opens a zip archive: the value in it, whatever it is, and the tensors that it refers to.
+pub(super) fn opened(path: &Path) -> Result<(Value, Tensors<'_>)> {
+    let (source, head) = Source::open(path)?;
+    if !head.starts_with(ZIP_MARK) {
+        return Err(source.origin.unrecognised(&head));
+    }
+    let mut archive = Archive::open(source)?;
+    let value = archive.value()?;
+    let mut n_uses = BTreeMap::new();
+    visit(&value, &mut |part| {
+        if let Some(Ok(storage)) = storage(part) {
+            *n_uses.entry(storage.key).or_default() += 1;
+        }
+    });
+    Ok((value, Tensors { archive, n_uses, shared: BTreeMap::new() }))
+}
+
+/// The tensors that the value in an archive refers to.
+pub(super) struct Tensors<'a> {
     archive: Archive<'a, BufReader<File>>,
     /// How often the value refers to each storage.
     n_uses: BTreeMap<String, usize>,
@@ -107,17 +124,10 @@ pub(super) struct Opened<'a> {
     shared: BTreeMap<String, Vec<u8>>,
 }
 
-impl<'a> Opened<'a> {
-    pub(super) fn new(source: Source<'a>) -> Result<Self> {
-        let mut archive = Archive::open(source)?;
-        let value = archive.value()?;
-        let mut n_uses = BTreeMap::new();
-        visit(&value, &mut |part| {
-            if let Some(Ok(storage)) = storage(part) {
-                *n_uses.entry(storage.key).or_default() += 1;
-            }
-        });
-        Ok(Self { value, archive, n_uses, shared: BTreeMap::new() })
+impl<'a> Tensors<'a> {
+    /// The file.
+    pub(super) fn origin(&self) -> Origin<'a> {
+        self.archive.origin
     }
 
     /// The tensor that a value of this file describes; `None` where it is none. `name`: where the value is, for messages.

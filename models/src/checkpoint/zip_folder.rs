@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::AGAIN;
+use super::{AGAIN, ZIP_MARK};
 use crate::{Error, Result};
 
 /// The end of the central directory without its comment, and the longest comment.
@@ -119,7 +119,7 @@ impl ZipFolder {
             return Err(self.damaged(format!("entry {name}: expected less than 4 GiB, found {n_bytes} bytes")));
         };
         let header = self.bytes(header_at, LOCAL_BYTES as u64, || format!("entry {name}"))?;
-        if !header.starts_with(b"PK\x03\x04") {
+        if !header.starts_with(ZIP_MARK) {
             return Err(self.damaged(format!("entry {name}: expected its header at byte {header_at}, found {:02x?}", &header[..4])));
         }
         let data_at = header_at + LOCAL_BYTES as u64 + u64::from(u16_at(&header, 26)) + u64::from(u16_at(&header, 28));

@@ -207,12 +207,18 @@ impl FeatureFile<'_> {
     }
 
     fn check_embeddings(&self, name: &str, embeddings: &[f32], dim: usize) -> Result<()> {
-        let norms = embeddings.chunks_exact(dim.max(1)).map(|row| row.iter().map(|number| f64::from(*number).powi(2)).sum::<f64>().sqrt());
-        match norms.enumerate().find(|(_, norm)| (norm - 1.0).abs() >= NORM_TOLERANCE) {
+        let mut rows = embeddings.chunks_exact(dim.max(1)).enumerate();
+        match rows.find_map(|(row, embedding)| Some((row, norm_off_unit(embedding)?))) {
             Some((row, norm)) => Err(self.malformed(format!("{name}, row {row}: expected unit norm, found {norm:.4}"))),
             None => Ok(()),
         }
     }
+}
+
+/// The norm of an embedding, where it is not 1.
+pub(crate) fn norm_off_unit(embedding: &[f32]) -> Option<f64> {
+    let norm = embedding.iter().map(|number| f64::from(*number).powi(2)).sum::<f64>().sqrt();
+    (!norm.is_finite() || (norm - 1.0).abs() >= NORM_TOLERANCE).then_some(norm)
 }
 
 /// The tolerance of box corners in an image, in px: rounding of f16 and of proposal networks.

@@ -1,9 +1,8 @@
-//! CLIP features and image crops in Arrow shards.
+//! CLIP features in Arrow shards.
 //!
 //! `image-features`: `image_id` u64, `embedding` `[D]`. `region-features`: one row per image: `image_id` u64, `width_px` and
 //! `height_px` u32 of the original image, and lists of equal length: `embedding` `[N, D]`, `xyxy` f32 `[N, 4]` px of the
-//! original image, `objectness` f32 `[N]`. `crops`: one row per object: `image_id` u64, `annotation_id` u64, `category_id` u64,
-//! `jpeg` bytes.
+//! original image, `objectness` f32 `[N]`.
 //!
 //! Embeddings are f16 unless a parameter says otherwise. Arrow has no bf16: it is stored as u16 in a field whose metadata
 //! says `ovenbird.bf16`. A record batch holds [`ROWS_PER_BATCH`] rows. The schema's metadata says which [`Space`] embeddings are of
@@ -19,23 +18,19 @@ use std::{
 
 use arrow::{
     array::{
-        Array, ArrayRef, AsArray, BinaryArray, FixedSizeListArray, Float16Array, Float32Array, ListArray, RecordBatch, UInt16Array,
-        UInt32Array, UInt64Array,
+        Array, ArrayRef, AsArray, FixedSizeListArray, Float16Array, Float32Array, ListArray, RecordBatch, UInt16Array, UInt32Array,
+        UInt64Array,
     },
     buffer::OffsetBuffer,
     datatypes::{DataType, Field, FieldRef, Float16Type, Float32Type, Schema, UInt16Type, UInt32Type, UInt64Type},
 };
 use half::{bf16, f16, slice::HalfFloatSliceExt as _};
 use ovenbird_cache::{
-    Digest, DraftFile, Fingerprint, ReusableItems,
+    Digest, DraftFile, Fingerprint,
     inputs::InputFile,
     shard::{Compression, ShardReader, ShardWriter},
 };
-use ovenbird_data::{
-    annotations::{AnnotationId, CategoryId, ImageId, ImageInfo},
-    boxes::Xyxy,
-    views,
-};
+use ovenbird_data::{annotations::ImageId, boxes::Xyxy, views};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -46,7 +41,7 @@ use crate::{
 };
 
 /// Rows of a record batch: the smallest piece that is checked, and lost, as a whole.
-const ROWS_PER_BATCH: usize = 128;
+pub(super) const ROWS_PER_BATCH: usize = 128;
 const BF16_KEY: &str = "ovenbird.bf16";
 
 /// The number format of stored embeddings.
@@ -257,159 +252,18 @@ impl<'a> Places<'a> {
     }
 }
 
-fn image_rows(path: &Path, batch: &RecordBatch) -> Result<Vec<(ImageId, Vec<f32>)>> {
+pub(super) fn image_rows(path: &Path, batch: &RecordBatch) -> Result<Vec<(ImageId, Vec<f32>)>> {
     let ids = u64_column(path, batch, "image_id")?;
     let (values, dim) = vector_column(path, column(path, batch, "embedding")?)?;
     Ok(ids.into_iter().map(ImageId).zip(values.chunks(dim.max(1)).map(<[f32]>::to_vec)).collect())
 }
 
 /// The rows of every batch of some shards, in order.
-fn rows_of<R>(shards: &[InputFile], read: impl Fn(&Path, &RecordBatch) -> Result<Vec<R>> + Copy) -> impl Iterator<Item = Result<R>> {
+pub(super) fn rows_of<R>(
+    shards: &[InputFile],
+    read: impl Fn(&Path, &RecordBatch) -> Result<Vec<R>> + Copy,
+) -> impl Iterator<Item = Result<R>> {
     batches(shards).flat_map(move |batch| flatten_result(batch.and_then(|(path, batch)| read(&path, &batch))))
-}
-
-/// The results for one image.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Row {
-    /// The image's own embedding `[D]`.
-    Image(ImageId, Vec<f32>),
-    /// Its regions.
-    Regions(Regions),
-    /// Its annotated objects.
-    Crops(Vec<Crop>),
-}
-
-/// The kind of rows in a unit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum RowKind {
-    /// [`Row::Image`].
-    Image(Dtype),
-    /// [`Row::Regions`].
-    Regions(Dtype),
-    /// [`Row::Crops`].
-    Crops,
-}
-
-impl RowKind {
-    /// The name of a unit's shard.
-    pub(crate) fn file_name(self) -> &'static str {
-        match self {
-            Self::Image(_) => "globals.arrow",
-            Self::Regions(_) => "regions.arrow",
-            Self::Crops => "crops.arrow",
-        }
-    }
-}
-
-/// Writes the rows of a unit.
-pub(crate) enum RowWriter {
-    Image(ImageFeaturesWriter),
-    Regions(RegionFeaturesWriter),
-    Crops(CropsWriter),
-}
-
-impl RowWriter {
-    /// Begins the shard of a unit with embeddings of `dim` numbers, where its rows have any, of the embedding space `clip`, if known.
-    pub(crate) fn new(kind: RowKind, file: DraftFile, unit: &Fingerprint, dim: usize, clip: Option<Space>) -> Result<Self> {
-        Ok(match kind {
-            RowKind::Image(dtype) => Self::Image(ImageFeaturesWriter::new(file, unit, dtype, dim, clip)?),
-            RowKind::Regions(dtype) => Self::Regions(RegionFeaturesWriter::new(file, unit, dtype, dim, clip)?),
-            RowKind::Crops => Self::Crops(CropsWriter::new(file, unit)?),
-        })
-    }
-
-    /// Appends an image's row.
-    pub(crate) fn push(&mut self, row: Row) -> Result<()> {
-        match (self, row) {
-            (Self::Image(shard), Row::Image(image, embedding)) => shard.push(image, &embedding),
-            (Self::Regions(shard), Row::Regions(regions)) => shard.push(regions),
-            (Self::Crops(shard), Row::Crops(crops)) => crops.into_iter().try_for_each(|crop| shard.push(crop)),
-            _ => panic!("BUG: a row of another kind than its unit's"),
-        }
-    }
-
-    /// Writes what is left and finishes the file.
-    pub(crate) fn finish(self) -> Result<()> {
-        match self {
-            Self::Image(shard) => shard.finish(),
-            Self::Regions(shard) => shard.finish(),
-            Self::Crops(shard) => shard.finish(),
-        }
-    }
-}
-
-impl Row {
-    /// How many rows of embeddings or crops it is.
-    pub(crate) fn len(&self) -> usize {
-        match self {
-            Self::Image(..) => 1,
-            Self::Regions(regions) => regions.boxes.len(),
-            Self::Crops(crops) => crops.len(),
-        }
-    }
-}
-
-/// Rows of single images that other units hold already, read when they are asked for.
-pub(crate) struct ReusedRows {
-    kind: RowKind,
-    shards: Vec<(PathBuf, ShardReader)>,
-    /// By item: shard and record batch, of batches that are sound.
-    places: HashMap<Digest, (usize, usize)>,
-    open: Option<((usize, usize), HashMap<ImageId, Row>)>,
-}
-
-impl ReusedRows {
-    /// How many items have a row.
-    pub(crate) fn n_items(&self) -> usize {
-        self.places.len()
-    }
-
-    /// Finds the rows of some items among reusable items. Rows that cannot be read are not reused.
-    pub(crate) fn new(kind: RowKind, reusable: &ReusableItems, items: &[Digest], images: &[ImageInfo], port: &str) -> Self {
-        let mut reused = Self { kind, shards: Vec::new(), places: HashMap::new(), open: None };
-        if kind == RowKind::Crops {
-            return reused;
-        }
-        let mut wanted: BTreeMap<usize, HashMap<ImageId, Digest>> = BTreeMap::new();
-        for (item, image) in items.iter().zip(images) {
-            if let Some(unit) = reusable.of(item) {
-                wanted.entry(unit).or_default().insert(image.id, *item);
-            }
-        }
-        for (unit, wanted) in wanted {
-            for file in reusable.port(unit, port) {
-                let Ok(shard) = file.shard() else { continue };
-                for batch_idx in 0..shard.n_batches() {
-                    let ids = shard.batch(batch_idx).ok().and_then(|batch| u64_column(&file.path, &batch, "image_id").ok());
-                    let found = ids.into_iter().flatten().filter_map(|id| wanted.get(&ImageId(id)));
-                    reused.places.extend(found.map(|item| (*item, (reused.shards.len(), batch_idx))));
-                }
-                reused.shards.push((file.path, shard));
-            }
-        }
-        reused
-    }
-
-    /// Whether an item has a row to reuse.
-    pub(crate) fn has(&self, item: &Digest) -> bool {
-        self.places.contains_key(item)
-    }
-
-    /// Removes and returns the row of an item that has one.
-    pub(crate) fn take(&mut self, item: &Digest, image: ImageId) -> Result<Row> {
-        let place = self.places[item];
-        if self.open.as_ref().is_none_or(|(open, _)| *open != place) {
-            let (path, shard) = &self.shards[place.0];
-            let batch = shard.batch(place.1)?;
-            let rows = match self.kind {
-                RowKind::Regions(_) => region_rows(path, &batch)?.into_iter().map(|row| (row.image_id, Row::Regions(row))).collect(),
-                _ => image_rows(path, &batch)?.into_iter().map(|(image, row)| (image, Row::Image(image, row))).collect(),
-            };
-            self.open = Some((place, rows));
-        }
-        let (_, rows) = self.open.as_mut().expect("BUG: it was opened just now");
-        Ok(rows.remove(&image).expect("BUG: an image is taken once"))
-    }
 }
 
 /// The regions of one image with their embeddings.
@@ -689,7 +543,7 @@ impl<R> ByImage<R> {
     }
 }
 
-fn region_rows(path: &Path, batch: &RecordBatch) -> Result<Vec<Regions>> {
+pub(super) fn region_rows(path: &Path, batch: &RecordBatch) -> Result<Vec<Regions>> {
     let ids = u64_column(path, batch, "image_id")?;
     let side = |name: &str| {
         let column = batch.column_by_name(name).and_then(|column| column.as_primitive_opt::<UInt32Type>());
@@ -710,100 +564,6 @@ fn region_rows(path: &Path, batch: &RecordBatch) -> Result<Vec<Regions>> {
         Ok(Regions { image_id: ImageId(image_id), size_px, boxes, objectness, embeddings })
     };
     ids.into_iter().enumerate().map(row).collect()
-}
-
-/// One annotated object, cut out.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Crop {
-    /// Its image.
-    pub image_id: ImageId,
-    /// Its annotation.
-    pub annotation_id: AnnotationId,
-    /// Its class.
-    pub category_id: CategoryId,
-    /// The pixels, encoded.
-    pub jpeg: Vec<u8>,
-}
-
-/// Writes `crops`.
-pub struct CropsWriter {
-    shard: ShardWriter,
-    crops: Vec<Crop>,
-}
-
-impl CropsWriter {
-    /// Begins the shard of a unit.
-    pub fn new(file: DraftFile, unit: &Fingerprint) -> Result<Self> {
-        let id = |name| Field::new(name, DataType::UInt64, false);
-        let jpeg = Field::new("jpeg", DataType::Binary, false);
-        let schema = Schema::new(vec![id("image_id"), id("annotation_id"), id("category_id"), jpeg]);
-        Ok(Self { shard: ShardWriter::new(file, &schema, unit, Compression::None)?, crops: Vec::new() })
-    }
-
-    /// Appends one crop.
-    pub fn push(&mut self, crop: Crop) -> Result<()> {
-        self.crops.push(crop);
-        if self.crops.len() == ROWS_PER_BATCH { self.flush() } else { Ok(()) }
-    }
-
-    fn flush(&mut self) -> Result<()> {
-        if self.crops.is_empty() {
-            return Ok(());
-        }
-        let crops = std::mem::take(&mut self.crops);
-        let ids = |id: fn(&Crop) -> u64| -> ArrayRef { Arc::new(UInt64Array::from_iter_values(crops.iter().map(id))) };
-        let columns: [(&str, ArrayRef); 4] = [
-            ("image_id", ids(|crop| crop.image_id.0)),
-            ("annotation_id", ids(|crop| crop.annotation_id.0)),
-            ("category_id", ids(|crop| crop.category_id.0)),
-            ("jpeg", Arc::new(BinaryArray::from_iter_values(crops.iter().map(|crop| &crop.jpeg)))),
-        ];
-        Ok(self.shard.write(&RecordBatch::try_from_iter(columns).expect("BUG: columns of equal length"))?)
-    }
-
-    /// Writes what is left and finishes the file.
-    pub fn finish(mut self) -> Result<()> {
-        self.flush()?;
-        Ok(self.shard.finish()?)
-    }
-}
-
-/// Cut-out objects.
-#[derive(Debug, Clone)]
-pub struct Crops {
-    shards: Vec<InputFile>,
-}
-
-impl Artifact for Crops {
-    const KIND: &'static str = "crops";
-    const EXTENSIONS: &'static [&'static str] = &["arrow", "/"];
-    const SHAPE: &'static str = "crops that `crops/objects` made (Arrow)";
-
-    fn open(files: &[InputFile]) -> Result<Self> {
-        Ok(Self { shards: files.to_vec() })
-    }
-}
-
-impl Crops {
-    /// Every crop in order; each batch is checked as it is reached.
-    pub fn rows(&self) -> impl Iterator<Item = Result<Crop>> {
-        batches(&self.shards).flat_map(|batch| {
-            let rows = batch.and_then(|(path, batch)| {
-                let ids = |name| u64_column(&path, &batch, name);
-                let (images, annotations, categories) = (ids("image_id")?, ids("annotation_id")?, ids("category_id")?);
-                let jpegs = column(&path, &batch, "jpeg")?.as_binary_opt::<i32>();
-                let jpegs = jpegs.ok_or_else(|| malformed(&path, "expected bytes in `jpeg`"))?;
-                let crop = |row: usize| Crop {
-                    image_id: ImageId(images[row]),
-                    annotation_id: AnnotationId(annotations[row]),
-                    category_id: CategoryId(categories[row]),
-                    jpeg: jpegs.value(row).to_vec(),
-                };
-                Ok((0..images.len()).map(crop).collect::<Vec<_>>())
-            });
-            flatten_result(rows)
-        })
-    }
 }
 
 /// The space that all of some shards say their embeddings are of.

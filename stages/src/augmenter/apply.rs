@@ -53,7 +53,11 @@ impl Stage for Apply {
             (CONCEPTS.info().name, concepts.clip),
             (FEATURES.info().name, features.clip()?),
         ])?;
-        let dim = network.spec.config.dim;
+        let (dim, found) = (network.spec.config.dim, features.dim()?);
+        if found as i64 != dim {
+            let problem = format!("embeddings of {found} numbers, the augmenter reads {dim}");
+            return Err(Error::Input { port: FEATURES.info().name, problem, hint: "make them with the CLIP of its training".into() });
+        }
         let concepts = concepts.for_augmenter(dim, network.spec.config.n_concepts, cx.device)?;
         let places = features.places()?;
         for unit in units {
@@ -63,15 +67,7 @@ impl Stage for Apply {
             let mut shard = RegionFeaturesWriter::new(shard, &draft.unit().fingerprint, self.dtype, dim as usize, space)?;
             let mut n_regions = 0;
             for piece in places.pieces(&unit.items) {
-                let (rows, found) = places.regions(&piece)?;
-                if found as i64 != dim {
-                    let problem = format!("embeddings of {found} numbers, the augmenter reads {dim}");
-                    return Err(Error::Input {
-                        port: FEATURES.info().name,
-                        problem,
-                        hint: "make them with the CLIP of its training".into(),
-                    });
-                }
+                let (rows, _) = places.regions(&piece)?;
                 for regions in rows {
                     let regions = regions?;
                     n_regions += regions.boxes.len();

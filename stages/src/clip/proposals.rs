@@ -4,6 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use ovenbird_data::{
     annotations::{ImageId, ImageInfo},
+    boxes::clipped_rectangle,
     images::Image,
     training::Placement,
 };
@@ -93,6 +94,13 @@ struct ProposalViews<'a> {
     proposals: ImageProposals,
 }
 
+impl ProposalViews<'_> {
+    /// How the image is shown, unless as it is.
+    fn placement(&self, info: &ImageInfo) -> Option<Placement> {
+        (self.rule == CropRule::DetproReference).then(|| drawn_placement(info.id, [info.width, info.height]))
+    }
+}
+
 impl Views for ProposalViews<'_> {
     fn n_views(&self, place: usize, _info: &ImageInfo) -> usize {
         self.proposals.n_views(place, self.factors.len())
@@ -102,20 +110,22 @@ impl Views for ProposalViews<'_> {
         self.proposals.refusal(place)
     }
 
+    fn shown(&self, info: &ImageInfo, image: Arc<Image>) -> Arc<Image> {
+        self.placement(info).map_or(image.clone(), |placement| Arc::new(placement.pixels(&image)))
+    }
+
     fn cut(&self, place: usize, info: &ImageInfo, image: &Arc<Image>, views: Range<usize>) -> Cut {
-        let size = [image.width, image.height];
-        let placement = (self.rule == CropRule::DetproReference).then(|| drawn_placement(info.id, size));
-        let shown = placement.map_or_else(|| Arc::clone(image), |placement| Arc::new(placement.pixels(image)));
+        let (size, placement) = ([image.width, image.height], self.placement(info));
         let view = |view: usize| {
             let (proposal, factor) = (&self.proposals.of(place)[view / self.factors.len()], self.factors[view % self.factors.len()]);
             let xyxy = placement.map_or(proposal.xyxy, |placement| placement.show(&proposal.xyxy));
             let rectangle = match self.rule {
                 CropRule::Vild => xyxy.expanded(factor, size),
                 CropRule::LpOvod => xyxy.expanded_outwards(factor.into(), size),
-                CropRule::Detpro => within(xyxy.rounded_outwards(factor), size),
+                CropRule::Detpro => clipped_rectangle(xyxy.rounded_outwards(factor), size),
                 CropRule::DetproReference => xyxy.rounded_outwards(factor),
             };
-            View { pixels: self.cropper.square(&shown, rectangle), background: None }
+            View { pixels: self.cropper.square(image, rectangle), background: None }
         };
         Cut::Views(views.map(view).collect())
     }
@@ -169,16 +179,6 @@ fn drawn_placement(image: ImageId, size: [u32; 2]) -> Placement {
     let mut random = ChaCha8Rng::seed_from_u64(image.0);
     let placement = Placement::fitting(size, 1333, SHORTER_PX[random.random_range(0..SHORTER_PX.len())]);
     if random.random_bool(0.5) { placement.mirrored() } else { placement }
-}
-
-/// The part of a rectangle inside an image `[width, height]` px; at least one pixel on each side.
-fn within([x1, y1, x2, y2]: [i64; 4], [width, height]: [u32; 2]) -> [i64; 4] {
-    let axis = |low: i64, high: i64, side: u32| {
-        let low = low.clamp(0, i64::from(side) - 1);
-        [low, high.clamp(low + 1, i64::from(side))]
-    };
-    let ([x1, x2], [y1, y2]) = (axis(x1, x2, width), axis(y1, y2, height));
-    [x1, y1, x2, y2]
 }
 
 /// The sum of a region's embeddings `[V, D]`, of unit norm.
@@ -246,7 +246,7 @@ mod tests {
             ([0.0; 4], 1.0, [-1, -1, 1, 1], [0, 0, 1, 1]),
         ] {
             let found = Xyxy::from(corners).rounded_outwards(factor);
-            assert_eq!((found, within(found, [640, 480])), (expected, inside), "{corners:?} x {factor}");
+            assert_eq!((found, clipped_rectangle(found, [640, 480])), (expected, inside), "{corners:?} x {factor}");
         }
     }
 

@@ -14,7 +14,7 @@ use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{
         AnnotationFile, ArchiveFiles, Dtype, EmbeddingArchive, IdMapFile, Matrix, MatrixDtype, MatrixFile, MatrixShape, Proposals,
-        RegionFeatures, RegionFeaturesWriter, Regions,
+        RegionFeatures, RegionFeaturesWriter, Regions, feature_files::norm_off_unit,
     },
     feed::stream,
 };
@@ -23,8 +23,6 @@ use crate::{
 const ROOM: usize = 256 << 20;
 /// The most numbers of a row.
 const MAX_DIM: usize = 65_536;
-/// By how much the norm of a stored embedding may differ from 1: f16 has three digits.
-const NORM_TOLERANCE: f64 = 2e-3;
 
 /// Embeddings of proposals that another program made, checked: LP-OVOD's `coco_clip_emb_train.pth`, DetPro's
 /// `lvis_clip_image_embedding.zip`.
@@ -258,8 +256,7 @@ impl Import {
     fn regions(&self, opened: &Opened<'_>, image: &ImageInfo, proposals: &[Proposal], place: usize) -> Result<Regions> {
         let embeddings = opened.rows(image, place, proposals.len(), self.dim)?;
         for (row, embedding) in embeddings.chunks_exact(self.dim).enumerate() {
-            let norm = embedding.iter().map(|number| f64::from(*number).powi(2)).sum::<f64>().sqrt();
-            if !norm.is_finite() || (norm - 1.0).abs() >= NORM_TOLERANCE {
+            if let Some(norm) = norm_off_unit(embedding) {
                 let (problem, hint) = if norm == 0.0 {
                     (
                         "expected an embedding of unit norm, found zeros".to_owned(),

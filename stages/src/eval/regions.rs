@@ -7,7 +7,7 @@ use ovenbird_data::json;
 use ovenbird_models::to_unit_length;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
+use tch::Kind;
 
 use crate::{
     Artifact, Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
@@ -15,14 +15,11 @@ use crate::{
     clip::space,
     error::malformed,
     ports::only_file,
+    prompts::naming::{Said, name_rows, places},
 };
 
-/// Rows that are compared at once.
-const ROWS: usize = 4096;
 /// Proposals with a smaller IoU show background, or too little of an object to name it.
 const MIN_OBJECT_IOU: f32 = 0.5;
-/// Right within so many of the best classes.
-const BEST: i64 = 5;
 /// A background region is confidently named from these probabilities on.
 const CONFIDENT: [f64; 2] = [0.5, 0.9];
 
@@ -124,52 +121,25 @@ impl Stage for Regions {
                 hint: "use prompts of the CLIP that embedded the regions".into(),
             });
         }
-        // Classes of the samples by their place here.
-        let places: Vec<Option<usize>> = rows.names.iter().map(|name| names.iter().position(|other| other == name)).collect();
+        let places = places(&rows.names, &classes);
         let unknown: BTreeSet<&String> =
-            rows.names.iter().zip(&places).filter(|(_, place)| place.is_none()).map(|(name, _)| name).collect();
+            rows.names.iter().zip(&places).filter(|(_, place)| **place == names.len()).map(|(name, _)| name).collect();
         if let Some(first) = unknown.first() {
             cx.note(format!("regions of {} classes that `classes` does not name, `{first}` among them, are not counted", unknown.len()));
         }
         cx.total(embeddings.n_rows as u64);
         let (mut accuracy, n_base) = (Accuracy::default(), classes.base.len());
-        for first in (0..embeddings.n_rows).step_by(ROWS) {
-            cx.proceed()?;
-            let part = first..embeddings.n_rows.min(first + ROWS);
-            let regions = Tensor::from_slice(&embeddings.gather(part.clone())).view([part.len() as i64, embeddings.dim as i64]);
-            let cosines = to_unit_length(&regions).matmul(&vectors.tr());
-            let said = Said::of(&cosines, self.temperature)?;
-            for (row, said) in part.clone().zip(said) {
-                let class = rows.classes[row].map(|class| places[class as usize]);
-                accuracy.count(class, rows.ious[row], &said, n_base);
-            }
-            cx.tick(part.len() as u64);
-        }
+        let proceed = |n_rows: usize| {
+            cx.tick(n_rows as u64);
+            cx.proceed()
+        };
+        name_rows(&embeddings, &vectors, self.temperature, &proceed, |row, said| {
+            let class = rows.classes[row].map(|class| Some(places[class as usize]).filter(|place| *place < names.len()));
+            accuracy.count(class, rows.ious[row], said, n_base);
+        })?;
         let draft = cx.begin(unit)?;
         draft.write(ACCURACY, "accuracy.json", &serde_json::to_vec_pretty(&accuracy).expect("BUG: numbers are plain JSON"))?;
         cx.commit(draft, accuracy.metrics())
-    }
-}
-
-/// What was said of a region.
-struct Said {
-    /// The classes of the largest cosines, largest first.
-    best: Vec<i64>,
-    /// The largest probability.
-    probability: f64,
-}
-
-impl Said {
-    /// Of regions whose cosines are `[N, K]`.
-    fn of(cosines: &Tensor, temperature: f64) -> Result<Vec<Self>> {
-        let n_best = BEST.min(cosines.size()[1]);
-        let (_, best) = cosines.topk(n_best, 1, true, true);
-        let (probabilities, _) = (cosines / temperature).softmax(-1, Kind::Double).max_dim(1, false);
-        let flat = |tensor: &Tensor| tensor.to_device(Device::Cpu).contiguous().view(-1);
-        let best = Vec::<i64>::try_from(flat(&best)).map_err(ovenbird_models::Error::from)?;
-        let probabilities = Vec::<f64>::try_from(flat(&probabilities)).map_err(ovenbird_models::Error::from)?;
-        let said = best.chunks(n_best as usize).zip(probabilities);
-        Ok(said.map(|(best, probability)| Self { best: best.to_vec(), probability }).collect())
     }
 }
 
@@ -224,6 +194,8 @@ impl Accuracy {
 
 #[cfg(test)]
 mod tests {
+    use tch::Tensor;
+
     use super::*;
 
     #[test]

@@ -16,7 +16,8 @@ use ovenbird_models::{
         prompted::{NamePlace, Prompted},
     },
     detpro::{
-        BACKGROUND_CONTEXT, Background, FewNegatives, MIN_IOU, RowRule, RowUse, class_name, class_weights, first_context, logits, loss,
+        BACKGROUND_CONTEXT, Background, FewNegatives, MIN_IOU, RowRule, RowUse, TEMPERATURE, class_name, class_weights, first_context,
+        logits, loss,
     },
     to_unit_length,
 };
@@ -24,15 +25,16 @@ use rand::seq::SliceRandom as _;
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Tensor, no_grad};
 
+use super::naming::{Said, name_rows, places};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{CheckpointFile, Classes, PROMPTS_FILE, PromptEmbeddings, PromptRows, PromptSamples, Prompts},
     clip::{Clip, Space, space},
     training::{
         Algorithm, Criterion, DataLoader, Decay, Loaded, Losses, OptimizerConfig, Parameter, Ports, Schedule, TrainingConfig, Warmup,
-        Weights, train,
+        Weights, named, train,
     },
 };
 
@@ -41,8 +43,6 @@ const MAX_CONTEXT: usize = 38;
 /// Streams of random numbers besides those of epochs, which count from 0.
 const NEGATIVES_STREAM: u64 = u64::MAX;
 const CONTEXT_STREAM: u64 = u64::MAX - 1;
-/// Rows of validation whose probabilities are computed at once.
-const VAL_ROWS: usize = 4096;
 /// The classes that a note names at most.
 const MAX_NAMED: usize = 8;
 /// The names of the learned parameters.
@@ -248,7 +248,7 @@ impl Detpro {
             cx.note(format!(
                 "no row of {} of {n_base} base classes, which learn only what they are not: {}",
                 without.len(),
-                named(&without)
+                named(&without, MAX_NAMED)
             ));
         }
         if negatives.is_empty() && self.background != Background::FgOnly {
@@ -257,12 +257,6 @@ impl Detpro {
         let background = negatives.into_iter().map(|row| (row, n_base as u32));
         Ok(TrainingRows { rows: positives.into_iter().chain(background).collect(), counts })
     }
-}
-
-/// The first names of some classes.
-fn named(names: &[&str]) -> String {
-    let first = names[..names.len().min(MAX_NAMED)].join(", ");
-    if names.len() > MAX_NAMED { format!("{first} and {} more", names.len() - MAX_NAMED) } else { first }
 }
 
 /// Reads samples; of the embeddings only what is needed to find them. Fails where they are not of the checkpoint's width.
@@ -274,12 +268,6 @@ fn samples(samples: &PromptSamples, port: &'static str, clip: &clip::Clip) -> Re
         return Err(Error::Input { port, problem, hint: "use the checkpoint that the features of these samples were made with".into() });
     }
     Ok((rows, embeddings))
-}
-
-/// The place of each class of the samples among base and novel classes; that of a class which is neither is beyond both.
-fn places(names: &[String], classes: &ClassSplit) -> Vec<usize> {
-    let places: BTreeMap<&String, usize> = classes.all().enumerate().map(|(place, name)| (name, place)).collect();
-    names.iter().map(|name| places.get(name).copied().unwrap_or(places.len())).collect()
 }
 
 /// Rows that may be used in a training.
@@ -395,28 +383,18 @@ impl Validation {
             let (n, of) = counts.entry(name).or_default();
             (*n, *of) = (*n + u64::from(is_so), *of + 1);
         };
-        for first in (0..self.embeddings.n_rows).step_by(VAL_ROWS) {
-            proceed()?;
-            let rows = first..self.embeddings.n_rows.min(first + VAL_ROWS);
-            let embeddings = Tensor::from_slice(&self.embeddings.gather(rows.clone())).view([-1, self.embeddings.dim as i64]);
-            let probabilities = no_grad(|| logits(&embeddings.to_device(classes.device()), classes).softmax(1, Kind::Float));
-            let (largest, nearest) = probabilities.max_dim(1, false);
-            let largest = Vec::<f32>::try_from(largest.to_device(Device::Cpu)).map_err(ovenbird_models::Error::from)?;
-            let nearest = Vec::<i64>::try_from(nearest.to_device(Device::Cpu)).map_err(ovenbird_models::Error::from)?;
-            for (row, (largest, nearest)) in rows.zip(largest.into_iter().zip(nearest)) {
-                let class = self.rows.classes[row].map(|class| self.places[class as usize]);
-                match class {
-                    Some(class) if class < self.n_base => count("base_top1", nearest as usize == class),
-                    Some(class) if class < n_classes => count("novel_top1", nearest as usize == class),
-                    Some(_) => {}
-                    None if rule.row_use(None, self.rows.ious[row], self.n_base) == RowUse::Negative => {
-                        count("negatives_over_50", largest >= 0.5);
-                        count("negatives_over_90", largest >= 0.9);
-                    }
-                    None => {}
+        name_rows(&self.embeddings, classes, TEMPERATURE, &|_| proceed(), |row, Said { best, probability }| {
+            let class = self.rows.classes[row].map(|class| self.places[class as usize]);
+            match class {
+                Some(class) if class < self.n_base => count("base_top1", best[0] as usize == class),
+                Some(class) if class < n_classes => count("novel_top1", best[0] as usize == class),
+                None if rule.row_use(None, self.rows.ious[row], self.n_base) == RowUse::Negative => {
+                    count("negatives_over_50", *probability >= 0.5);
+                    count("negatives_over_90", *probability >= 0.9);
                 }
+                Some(_) | None => {}
             }
-        }
+        })?;
         Ok(counts.into_iter().map(|(name, (n, of))| (name.to_owned(), n as f64 / of as f64)).collect())
     }
 }
@@ -681,6 +659,9 @@ mod tests {
     fn a_note_names_the_first_classes() {
         let names: Vec<String> = (0..10).map(|n| n.to_string()).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        assert_eq!((named(&names[..2]).as_str(), named(&names).as_str()), ("0, 1", "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"));
+        assert_eq!(
+            (named(&names[..2], MAX_NAMED).as_str(), named(&names, MAX_NAMED).as_str()),
+            ("0, 1", "0, 1, 2, 3, 4, 5, 6, 7 and 2 more")
+        );
     }
 }

@@ -103,7 +103,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        golden::{lp_ovod, numbers},
+        golden::{lp_ovod, numbers, with_tower},
         prompts::golden,
     };
 
@@ -144,14 +144,7 @@ mod tests {
         };
         let store = tch::nn::VarStore::new(Device::Cpu);
         clip::Clip::new(&store.root(), &config, 1).unwrap();
-        let mut weights: BTreeMap<String, Tensor> = store.variables().into_iter().collect();
-        weights.extend(golden.iter().filter_map(|(name, tensor)| {
-            let name = name.strip_prefix("tower/")?.replace("out_proj_", "out_proj.");
-            Some((name, tensor.shallow_clone()))
-        }));
-        let [ids, rows] = ["token_ids", "token_rows"].map(|name| weights.remove(name).unwrap());
-        let table = Tensor::zeros([49_408, 32], (Kind::Float, Device::Cpu)).index_copy(0, &ids, &rows);
-        weights.insert("token_embedding.weight".into(), table);
+        let weights = with_tower(&golden, store.variables().into_iter().collect());
         let clip = clip::Clip::load_as(&config, &weights, Path::new("clip.safetensors"), Device::Cpu, Kind::Float).unwrap();
         let ClassSplit { base: mut names, novel } = ClassSplit::coco_48_17();
         for (place, name) in [4, 5, 11, 12, 15, 16, 21, 23, 27, 29, 32, 34, 45, 47, 54, 58, 63].into_iter().zip(novel) {

@@ -10,6 +10,7 @@ use ovenbird_models::clip::{Activation, Clip, Config, ImageConfig, TextConfig};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor, nn};
 
+use crate::golden::with_tower;
 pub(super) use crate::golden::{error, unit};
 
 pub(super) fn path(name: &str) -> PathBuf {
@@ -48,10 +49,6 @@ pub(super) fn detpro_clip(golden: &BTreeMap<String, Tensor>) -> Clip {
     };
     let store = nn::VarStore::new(Device::Cpu);
     Clip::new(&store.root(), &config, 1).unwrap();
-    let mut weights: BTreeMap<String, Tensor> = store.variables().into_iter().collect();
-    weights.extend(golden.iter().filter_map(|(name, tensor)| Some((name.strip_prefix("tower/")?.to_owned(), tensor.shallow_clone()))));
-    let [ids, rows] = ["token_ids", "token_rows"].map(|name| weights.remove(name).unwrap());
-    let table = Tensor::zeros([49_408, 32], (Kind::Float, Device::Cpu)).index_copy(0, &ids, &rows);
-    weights.insert("token_embedding.weight".into(), table);
+    let weights = with_tower(golden, store.variables().into_iter().collect());
     Clip::load_as(&config, &weights, Path::new("clip.safetensors"), Device::Cpu, Kind::Float).unwrap()
 }

@@ -1,0 +1,112 @@
+//! Cut-out objects in Arrow shards.
+//!
+//! `crops`: one row per object: `image_id` u64, `annotation_id` u64, `category_id` u64, `jpeg` bytes.
+
+use std::{path::Path, sync::Arc};
+
+use arrow::{
+    array::{ArrayRef, AsArray, BinaryArray, RecordBatch, UInt64Array},
+    datatypes::{DataType, Field, Schema},
+};
+use ovenbird_cache::{
+    DraftFile, Fingerprint,
+    inputs::InputFile,
+    shard::{Compression, ShardWriter},
+};
+use ovenbird_data::annotations::{AnnotationId, CategoryId, ImageId};
+
+use super::features::{ROWS_PER_BATCH, column, rows_of, u64_column};
+use crate::{Artifact, Result, error::malformed};
+
+/// One annotated object, cut out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Crop {
+    /// Its image.
+    pub image_id: ImageId,
+    /// Its annotation.
+    pub annotation_id: AnnotationId,
+    /// Its class.
+    pub category_id: CategoryId,
+    /// The pixels, encoded.
+    pub jpeg: Vec<u8>,
+}
+
+/// Writes `crops`.
+pub struct CropsWriter {
+    shard: ShardWriter,
+    crops: Vec<Crop>,
+}
+
+impl CropsWriter {
+    /// Begins the shard of a unit.
+    pub fn new(file: DraftFile, unit: &Fingerprint) -> Result<Self> {
+        let id = |name| Field::new(name, DataType::UInt64, false);
+        let jpeg = Field::new("jpeg", DataType::Binary, false);
+        let schema = Schema::new(vec![id("image_id"), id("annotation_id"), id("category_id"), jpeg]);
+        Ok(Self { shard: ShardWriter::new(file, &schema, unit, Compression::None)?, crops: Vec::new() })
+    }
+
+    /// Appends one crop.
+    pub fn push(&mut self, crop: Crop) -> Result<()> {
+        self.crops.push(crop);
+        if self.crops.len() == ROWS_PER_BATCH { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        if self.crops.is_empty() {
+            return Ok(());
+        }
+        let crops = std::mem::take(&mut self.crops);
+        let ids = |id: fn(&Crop) -> u64| -> ArrayRef { Arc::new(UInt64Array::from_iter_values(crops.iter().map(id))) };
+        let columns: [(&str, ArrayRef); 4] = [
+            ("image_id", ids(|crop| crop.image_id.0)),
+            ("annotation_id", ids(|crop| crop.annotation_id.0)),
+            ("category_id", ids(|crop| crop.category_id.0)),
+            ("jpeg", Arc::new(BinaryArray::from_iter_values(crops.iter().map(|crop| &crop.jpeg)))),
+        ];
+        Ok(self.shard.write(&RecordBatch::try_from_iter(columns).expect("BUG: columns of equal length"))?)
+    }
+
+    /// Writes what is left and finishes the file.
+    pub fn finish(mut self) -> Result<()> {
+        self.flush()?;
+        Ok(self.shard.finish()?)
+    }
+}
+
+/// Cut-out objects.
+#[derive(Debug, Clone)]
+pub struct Crops {
+    shards: Vec<InputFile>,
+}
+
+impl Artifact for Crops {
+    const KIND: &'static str = "crops";
+    const EXTENSIONS: &'static [&'static str] = &["arrow", "/"];
+    const SHAPE: &'static str = "crops that `crops/objects` made (Arrow)";
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { shards: files.to_vec() })
+    }
+}
+
+impl Crops {
+    /// Every crop in order; each batch is checked as it is reached.
+    pub fn rows(&self) -> impl Iterator<Item = Result<Crop>> {
+        rows_of(&self.shards, crop_rows)
+    }
+}
+
+fn crop_rows(path: &Path, batch: &RecordBatch) -> Result<Vec<Crop>> {
+    let ids = |name| u64_column(path, batch, name);
+    let (images, annotations, categories) = (ids("image_id")?, ids("annotation_id")?, ids("category_id")?);
+    let jpegs = column(path, batch, "jpeg")?.as_binary_opt::<i32>();
+    let jpegs = jpegs.ok_or_else(|| malformed(path, "expected bytes in `jpeg`"))?;
+    let crop = |row: usize| Crop {
+        image_id: ImageId(images[row]),
+        annotation_id: AnnotationId(annotations[row]),
+        category_id: CategoryId(categories[row]),
+        jpeg: jpegs.value(row).to_vec(),
+    };
+    Ok((0..images.len()).map(crop).collect())
+}
