@@ -1,4 +1,5 @@
-//! DetPro as an operator runs it: crops by its rule, rows by IoU, learned prompts, their mean, and a detector with them that goes out and comes in.
+//! DetPro and RALF as an operator runs them: crops by DetPro's rule, rows by IoU, learned prompts, their mean, and a detector with them that
+//! goes out and comes in; scores that augmented embeddings correct.
 
 use std::fs;
 
@@ -126,4 +127,146 @@ fn what_prompt_learning_cannot_use_is_said_in_words() {
     );
     refused("iou: [0.5, 0.9]", "iou: [0.9, 0.5]", "iou");
     refused("truth: truth-regions.features", "truth: regions.features", "no embedding of the object ");
+}
+
+/// RALF's scores at their smallest, on a detector with hand-written sentences.
+const AUGMENTED: &str = r#"version: 1
+name: augmented
+variables: {top_k: 2}
+stages:
+  - id: world
+    use: toy/world
+    with: {seed: 7, train_images: 12, val_images: 6, web_images: 40, held_out_images: 60, side_px: 160}
+  - id: clip
+    use: toy/clip
+    in: {held_out_images: world.held_out_images, held_out: world.held_out}
+    with: {architecture: vit}
+  - id: train
+    use: annotations/split
+    in: {annotations: world.train, classes: world.classes}
+    with: {keep: base}
+  - {id: proposals, use: proposals/import, in: {proposals: world.train_proposals, annotations: world.train}}
+  - {id: words, use: toy/vocabulary}
+  - {id: concepts, use: concepts/build, in: {checkpoint: clip.checkpoint, phrases: words.phrases}}
+  - {id: pseudo-classes, use: vocabulary/import, in: {file: words.strict, classes: world.classes}}
+  - id: objects
+    use: clip/objects
+    in: {images: world.images, annotations: train.annotations, proposals: proposals.proposals, checkpoint: clip.checkpoint}
+    with: {clip: {precision: f32}}
+  - id: augmenter
+    use: augmenter/train
+    in:
+      checkpoint: clip.checkpoint
+      classes: world.classes
+      vocabulary: pseudo-classes.vocabulary
+      concepts: concepts.concepts
+      features: objects.features
+    with: {n_concepts: 5, min_objectness: 0.0, min_side: 4.0, epochs: 2, batch_size: 4, checkpoint_every: 3}
+  - {id: prompts, use: prompts/ensemble, in: {checkpoint: clip.checkpoint, classes: world.classes}}
+  - id: detector
+    use: detector/train
+    in: {images: world.images, annotations: train.annotations, classes: train.classes, prompts: prompts.prompts}
+    with:
+      network: toy
+      train_temperature: 0.5
+      test_temperature: 0.5
+      training: {steps: 4, checkpoint_every: 4, batch_size: 2, max_size: [128, 128], min_size: [96, 128], size_step: 32}
+  - id: seen
+    use: proposals/rpn
+    in: {images: world.images, annotations: world.val, detector: detector.detector}
+    with: {max_per_image: 50}
+  - id: shown
+    use: clip/proposals
+    in: {images: world.images, annotations: world.val, proposals: seen.proposals, checkpoint: clip.checkpoint}
+    with: {rule: ralf, letterbox: {max_size: [128, 128]}, min_side: 0.0, clip: {precision: f32}}
+  - {id: augmented, use: augmenter/apply, in: {augmenter: augmenter.augmenter, concepts: concepts.concepts, features: shown.features}}
+  - id: own
+    use: detector/test
+    in: {images: world.images, annotations: world.val, classes: train.classes, prompts: prompts.prompts, detector: detector.detector}
+    with: {proposals: 50}
+  - id: given
+    use: detector/test
+    in:
+      images: world.images
+      annotations: world.val
+      classes: train.classes
+      prompts: prompts.prompts
+      detector: detector.detector
+      proposals: seen.proposals
+    with: {proposals: 50}
+  - id: test
+    use: detector/test
+    in:
+      images: world.images
+      annotations: world.val
+      classes: train.classes
+      prompts: prompts.prompts
+      detector: detector.detector
+      augmented: augmented.features
+    with: {proposals: 50, raf: {top_k: "${top_k}"}}
+  - {id: own-file, use: detections/export, in: {detections: own.detections, annotations: world.val}}
+  - {id: given-file, use: detections/export, in: {detections: given.detections, annotations: world.val}}
+  - {id: test-file, use: detections/export, in: {detections: test.detections, annotations: world.val}}
+"#;
+
+/// The scores that a step's detections have, with these options.
+fn scores(world: &World, step: &str, options: &[&str]) -> Vec<f64> {
+    let results = format!("{step}-file.results");
+    world.run([&["export", "./augmented.yaml", &results, step], options].concat()).success();
+    let found: Value = serde_json::from_slice(&fs::read(world.path(step).join("results.json")).unwrap()).unwrap();
+    fs::remove_dir_all(world.path(step)).unwrap();
+    found.as_array().unwrap().iter().map(|found| found["score"].as_f64().unwrap()).collect()
+}
+
+#[test]
+fn augmented_embeddings_correct_the_scores_of_a_detector() {
+    let world = World::new();
+    world.write("augmented.yaml", AUGMENTED);
+    world.run(["run", "./augmented.yaml"]).success();
+    let [own, given, corrected] = ["own", "given", "test"].map(|step| scores(&world, step, &[]));
+    // Proposals that go out and come in are the detector's own, to the rounding of f32 in px of the original image.
+    assert!(!own.is_empty() && own.len() == given.len(), "{} {}", own.len(), given.len());
+    assert!(own.iter().zip(&given).all(|(own, given)| *own > 1e-3 && (own / given - 1.0).abs() < 1e-3), "{own:?} {given:?}");
+    // A gate that is closed leaves a quarter, one that is open sigmoid(1) - 0.25 at most.
+    let [before, after] = [&given, &corrected].map(|scores| scores.iter().fold(0.0, |most: f64, score| most.max(*score)));
+    assert!(after < 0.5 * before && after > 0.2 * before, "{before} {after}");
+    world.run(["verify", "--deep"]).success();
+
+    // Another top k is another test, and nothing else; other bars are other embeddings, but the augmenter stays.
+    let other = world.run(["run", "./augmented.yaml", "--set", "top_k=1"]).success();
+    assert_eq!(other.steps("done"), ["test", "test-file"], "{}", other.stderr);
+    let changed = ["--set", "shown.letterbox.normalisation=clip"];
+    let other = world.run([&["run", "./augmented.yaml"], &changed[..]].concat()).success();
+    assert_eq!(other.steps("done"), ["augmented", "shown", "test", "test-file"], "{}", other.stderr);
+    assert_ne!(scores(&world, "test", &changed), corrected);
+}
+
+#[test]
+fn what_augmented_scores_cannot_use_is_said_in_words() {
+    let world = World::new();
+    world.write("augmented.yaml", AUGMENTED);
+    world.run(["run", "./augmented.yaml"]).success();
+    let refused = |from: &str, to: &str, expected: &str| {
+        assert!(AUGMENTED.contains(from), "the pipeline changed: {from}");
+        world.write("wrong.yaml", AUGMENTED.replace(from, to));
+        let refused = world.run(["run", "./wrong.yaml"]);
+        assert!([2, 3, 4].contains(&refused.code) && refused.stderr.contains(expected), "{expected}:\n{}", refused.stderr);
+    };
+    let augmented = "      augmented: augmented.features\n";
+    refused(augmented, "", "augmented: none are given, but `raf` is set");
+    refused(
+        augmented,
+        "      augmented: augmented.features\n      proposals: seen.proposals\n",
+        "augmented: given together with `proposals`",
+    );
+    refused("raf: {top_k", "raf: {fusion: sum, top_k", "raf.fusion: expected `sum` with `heads: box` alone");
+    refused("raf: {top_k: \"${top_k}\"}", "raf: {top_k: 0}", "raf.top_k: expected at least 1");
+    refused("rule: ralf, letterbox", "rule: vild, letterbox", "letterbox: expected none but with `rule: ralf`");
+    refused("rule: ralf, letterbox", "rule: ralf, expand: [1.5], letterbox", "expand: expected none with `rule: ralf`");
+    // Embeddings of the proposals of other images.
+    refused(
+        "annotations: world.val, proposals: seen",
+        "annotations: world.train, proposals: proposals",
+        "the augmented embeddings have no entry for this image",
+    );
 }

@@ -107,7 +107,12 @@ pub fn phrases() -> BTreeMap<String, Vec<String>> {
 /// (RALF, section 12.)
 pub fn vocabulary() -> Vec<String> {
     let pairs = |first: &[&str]| first.iter().flat_map(|first| SHAPES.map(|shape| format!("{first} {shape}"))).collect::<Vec<_>>();
-    unused().map(Kind::name).chain(pairs(&COLOURS)).chain(pairs(&PATTERNS)).chain(SHAPES.map(str::to_owned)).collect()
+    combinations().into_iter().chain(pairs(&COLOURS)).chain(pairs(&PATTERNS)).chain(SHAPES.map(str::to_owned)).collect()
+}
+
+/// Names of the combinations of pattern, colour and shape that no class has, in the order of their codes.
+pub fn combinations() -> Vec<String> {
+    unused().map(Kind::name).collect()
 }
 
 /// The base and novel class names.

@@ -3,16 +3,15 @@
 //!
 //! A proposal is cut out of the network's input, put into a square, encoded by CLIP and augmented ([`crate::augmenter`]); `z` are its
 //! cosines to the classes. This module has what comes before CLIP and what comes after `z`.
+//!
+//! Difference from the reference: one embedding for all boxes of an image (its `raf_box_level` false), which no published number uses, is
+//! not built.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use crate::{
-    Error, Result,
-    detection::boxes::{ImageSize, corners},
-    error::ensure,
-};
+use crate::{Result, detection::boxes::ImageSize, error::ensure};
 
 /// What turns a colour that is normalised as detectors do it into one normalised as CLIP does it, `x a + b` for red, green and blue: with
 /// mean (123.675, 116.28, 103.53) and deviation (58.395, 57.12, 57.375) on one side, CLIP's on the other.
@@ -147,26 +146,25 @@ pub struct CropRule {
 }
 
 impl CropRule {
-    /// A box of an image as a square, f32 `[3, side, side]`, with bars of zeros.
+    /// A picture as a square, f32 `[3, side, side]`, as large as fits, in the middle between bars of zeros.
     ///
-    /// `image`: f32 `[3, H, W]`, normalised as the detector's input; `xyxy`: px, of [`integer_boxes`].
-    pub fn square(&self, image: &Tensor, xyxy: [i64; 4], side: i64) -> Result<Tensor> {
-        ensure(matches!(image.size()[..], [3, _, _]), "image", "[3, H, W]", image)?;
-        let [x1, y1, x2, y2] = xyxy;
-        let [height, width] = [image.size()[1], image.size()[2]];
-        if !(0 <= x1 && x1 < x2 && x2 <= width && 0 <= y1 && y1 < y2 && y2 <= height) {
-            let expected = format!("at least one pixel of an image of {width} x {height} px");
-            return Err(Error::Input { what: "box", expected, found: format!("{xyxy:?}") });
-        }
-        let crop = image.narrow(1, y1, y2 - y1).narrow(2, x1, x2 - x1);
-        let crop = match self.normalisation {
-            Normalisation::Reference => crop,
-            Normalisation::Clip => {
-                let [factor, summand] = TO_CLIP.map(|of_colours| Tensor::from_slice(&of_colours).view([3, 1, 1]).to_kind(crop.kind()));
-                crop * factor.to_device(image.device()) + summand.to_device(image.device())
-            }
+    /// `picture`: f32 `[3, h, w]`, h and w at least 1, normalised as the detector's input.
+    pub fn square(&self, picture: &Tensor, side: i64) -> Result<Tensor> {
+        ensure(
+            matches!(picture.size()[..], [3, height, width] if height > 0 && width > 0),
+            "picture",
+            "[3, h, w], at least one pixel",
+            picture,
+        )?;
+        let of_clip = |picture: &Tensor| {
+            let [factor, summand] = TO_CLIP.map(|of_colours| Tensor::from_slice(&of_colours.map(|number| number as f32)).view([3, 1, 1]));
+            picture * factor + summand
         };
-        Ok(Letterbox::of([y2 - y1, x2 - x1], side).apply(&crop, self.antialias))
+        let picture = match self.normalisation {
+            Normalisation::Reference => picture.shallow_clone(),
+            Normalisation::Clip => of_clip(picture),
+        };
+        Ok(Letterbox::of([picture.size()[1], picture.size()[2]], side).apply(&picture, self.antialias))
     }
 }
 
@@ -202,20 +200,12 @@ impl Letterbox {
     }
 }
 
-/// Boxes as whole pixels, at least one wide and one high. (Section 9.)
-///
-/// `boxes`: f32 `[N, 4]`, px, none of them infinite or NaN; `size`: of the image without padding, to which they are cut.
-pub fn integer_boxes(boxes: &Tensor, size: ImageSize) -> Result<Vec<[i64; 4]>> {
-    let whole = |(row, box_): (usize, [f32; 4])| {
-        if let Some(corner) = box_.iter().find(|corner| !corner.is_finite()) {
-            return Err(Error::Input { what: "proposals", expected: "finite corners".into(), found: format!("{corner} in box {row}") });
-        }
-        let cut = |corner: f32, most: i64| corner.clamp(0.0, most as f32) as i64;
-        let [x1, y1, x2, y2] = [cut(box_[0], size.width), cut(box_[1], size.height), cut(box_[2], size.width), cut(box_[3], size.height)];
-        let ([x1, x2], [y1, y2]) = (at_least_one(x1, x2), at_least_one(y1, y2));
-        Ok([x1, y1, x2, y2])
-    };
-    corners(boxes, "proposals")?.into_iter().enumerate().map(whole).collect()
+/// A box `[x1, y1, x2, y2]` px, none of them NaN, as whole pixels of an image without padding, at least one wide and one high. (Section 9.)
+pub fn whole_pixels([x1, y1, x2, y2]: [f32; 4], size: ImageSize) -> [i64; 4] {
+    let cut = |corner: f32, most: i64| corner.clamp(0.0, most as f32) as i64;
+    let [x1, x2] = at_least_one(cut(x1, size.width), cut(x2, size.width));
+    let [y1, y2] = at_least_one(cut(y1, size.height), cut(y2, size.height));
+    [x1, y1, x2, y2]
 }
 
 /// A side of at least a pixel, by moving its beginning, or its end where it begins in the first pixel.
@@ -232,7 +222,10 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::golden::{detpro_ralf, error};
+    use crate::{
+        detection::boxes::corners,
+        golden::{detpro_ralf, error},
+    };
 
     fn matrix(numbers: &[f32], columns: i64) -> Tensor {
         Tensor::from_slice(numbers).view([-1, columns])
@@ -321,9 +314,9 @@ mod tests {
         let picture = golden["letterbox/in"].get(0);
         let found = Letterbox::of([23, 41], 32).apply(&picture, Antialias::Off);
         assert!(error(&found, &golden["letterbox/out32"]) < 1e-4);
-        let whole = CropRule::default().square(&picture, [0, 0, 41, 23], 32).unwrap();
+        let whole = CropRule::default().square(&picture, 32).unwrap();
         assert!(error(&whole, &golden["letterbox/out32"]) < 1e-4);
-        let smooth = CropRule { antialias: Antialias::On, ..CropRule::default() }.square(&picture, [0, 0, 41, 23], 32).unwrap();
+        let smooth = CropRule { antialias: Antialias::On, ..CropRule::default() }.square(&picture, 32).unwrap();
         assert!(error(&smooth, &whole) > 1e-3);
         let small = Letterbox::of([2, 3], 4).apply(&matrix(&[0., 3., 6., 9., 12., 15.], 3).unsqueeze(0), Antialias::Off);
         let rows = [0., 1.875, 4.125, 6., 4.5, 6.375, 8.625, 10.5, 9., 10.875, 13.125, 15., 0., 0., 0., 0.];
@@ -333,13 +326,13 @@ mod tests {
     /// Parity check 19: a grey of 128, as detectors and as CLIP normalise it.
     #[test]
     fn colours_are_normalised_as_clip_s() {
-        let grey = matrix(&[0.074_065, 0.205_182, 0.426_492], 1).view([3, 1, 1]).expand([3, 5, 7], false);
-        let square = |normalisation| CropRule { normalisation, ..CropRule::default() }.square(&grey, [1, 1, 4, 4], 6).unwrap();
+        let grey = matrix(&[0.074_065, 0.205_182, 0.426_492], 1).view([3, 1, 1]).expand([3, 3, 3], false);
+        let square = |normalisation| CropRule { normalisation, ..CropRule::default() }.square(&grey, 6).unwrap();
         let of_pixel = |square: &Tensor| square.select(1, 2).select(1, 2).view([3, 1]);
         assert!(error(&of_pixel(&square(Normalisation::Reference)), &grey.select(1, 0).select(1, 0).view([3, 1])) < 1e-6);
         assert!(error(&of_pixel(&square(Normalisation::Clip)), &matrix(&[0.076_336, 0.168_897, 0.339_949], 1)) < 2e-6);
-        let refusal = CropRule::default().square(&grey, [1, 1, 1, 4], 6).unwrap_err().to_string();
-        assert_eq!(refusal, "box: expected at least one pixel of an image of 7 x 5 px, found [1, 1, 1, 4]");
+        let refusal = CropRule::default().square(&grey.narrow(1, 0, 0), 6).unwrap_err().to_string();
+        assert!(refusal.starts_with("picture: expected [3, h, w], at least one pixel, found"), "{refusal}");
     }
 
     /// The rectangles that RALF's own code cuts out of an image of 50 x 60 px.
@@ -349,11 +342,8 @@ mod tests {
         let boxes = golden["raf/boxes"].narrow(1, 0, 4);
         let size = ImageSize { width: 50, height: 60 };
         let expected = integers(&golden["raf/crop_xyxy"]);
-        let found = integer_boxes(&boxes, size).unwrap();
-        assert_eq!(found.as_flattened(), expected);
-        assert_eq!(integer_boxes(&boxes.narrow(0, 3, 1), size).unwrap(), found[3..4]);
-        assert_eq!(integer_boxes(&matrix(&[70.0, 5.0, 80.0, 5.0], 4), size).unwrap(), [[49, 4, 50, 5]]);
-        let refusal = integer_boxes(&matrix(&[0.0, 0.0, f32::INFINITY, 4.0], 4), size).unwrap_err().to_string();
-        assert_eq!(refusal, "proposals: expected finite corners, found inf in box 0");
+        let found: Vec<i64> = corners(&boxes, "boxes").unwrap().into_iter().flat_map(|corners| whole_pixels(corners, size)).collect();
+        assert_eq!(found, expected);
+        assert_eq!(whole_pixels([70.0, 5.0, 80.0, 5.0], size), [49, 4, 50, 5]);
     }
 }

@@ -49,6 +49,7 @@ use crate::{
     },
     error::check_sizes,
     parameters::{Fill, Parameters},
+    raf,
 };
 
 /// An open-vocabulary detector.
@@ -196,15 +197,17 @@ impl Detector {
 
     /// Detects objects in images f32, bf16 or f16 `[B, 3, H, W]`, normalised, H and W at least 32, without gradients.
     ///
-    /// `sizes`: of each, without padding; `given`: proposals to use instead of the network's own, in px of these images. Scores are those of the box head; if `vocabularies` has classes for the object head, both heads' scores are combined.
+    /// `sizes`: of each, without padding. Scores are those of the box head; if `vocabularies` has classes for the object head, both heads'
+    /// scores are combined; if there are augmented embeddings, these correct them.
     pub fn detect(
         &self,
         images: &Tensor,
         sizes: &[ImageSize],
         vocabularies: &Vocabularies<'_>,
-        given: Option<Vec<Proposals>>,
+        given: Option<Given>,
         rule: &TestRule,
     ) -> Result<Vec<Detections>> {
+        let (given, augmented) = given.map_or((None, None), |given| (Some(given.proposals), given.augmented));
         tch::no_grad(|| {
             let pyramid = self.regions.forward(images, Phase::Test)?;
             let Regions { boxes, objectness } = self.regions.regions(&pyramid, sizes, given, &rule.proposals)?;
@@ -224,12 +227,40 @@ impl Detector {
                     return Err(Error::Input { what: "classes of the object head", expected, found: "a vocabulary".into() });
                 }
             };
+            let (scores, threshold) = match &augmented {
+                None => (scores, rule.detections.threshold),
+                Some(embeddings) => {
+                    let products = self.bbox_head.classifier.products(embeddings, vocabularies.bbox)?;
+                    let before = match rule.raf.fusion {
+                        raf::Fusion::Sum => logits,
+                        raf::Fusion::Gate | raf::Fusion::Softmax => with_background(&scores),
+                    };
+                    let after = rule.raf.fuse(&before, &products)?.narrow(1, 0, n_classes);
+                    (after, rule.raf.threshold(rule.detections.threshold))
+                }
+            };
             let deltas = regions.deltas.expect("BUG: Config::check requires boxes of the box head");
-            let kept = detect_regions(&rule.detections, &REGION_CODER, &boxes, &deltas, &scores, sizes)?;
+            let detections = DetectionRule { threshold, ..rule.detections };
+            let kept = detect_regions(&detections, &REGION_CODER, &boxes, &deltas, &scores, sizes)?;
             let mask_head = self.mask_head.as_ref().zip(self.config.mask_head.as_ref());
             with_masks(kept, &pyramid, mask_head.map(|(head, config)| (head, &config.pool)))
         })
     }
+}
+
+/// Scores `[N, K]` with a last column for background, what they lack of 1.
+fn with_background(scores: &Tensor) -> Tensor {
+    let rest: Tensor = 1.0 - scores.sum_dim_intlist([1_i64].as_slice(), true, Kind::Float);
+    Tensor::cat(&[scores.shallow_clone(), rest.clamp_min(0.0)], 1)
+}
+
+/// Proposals to look at instead of a [`Detector`]'s own.
+#[derive(Debug)]
+pub struct Given {
+    /// For each image, in px of what the network gets.
+    pub proposals: Vec<Proposals>,
+    /// Their augmented embeddings, f32 `[N, D]` of unit length, image after image, to correct scores by [`TestRule::raf`].
+    pub augmented: Option<Tensor>,
 }
 
 /// The classes of the heads of a [`Detector`]; all heads have the same ones in the same order.
@@ -249,6 +280,8 @@ pub struct TestRule {
     pub proposals: ProposalRule,
     /// How the scores of two heads are combined.
     pub ensemble: Ensemble,
+    /// How augmented embeddings correct scores, where there are some.
+    pub raf: raf::Rule,
     /// The choice of detections.
     pub detections: DetectionRule,
 }
@@ -259,6 +292,7 @@ impl Default for TestRule {
         Self {
             proposals: ProposalRule { per_level: 1000, suppression: Suppression { iou: 0.7, keep: 1000 }, least_side: 0.0 },
             ensemble: Ensemble::default(),
+            raf: raf::Rule::default(),
             detections: DetectionRule { threshold: 0.0, suppression: Suppression { iou: 0.5, keep: 300 } },
         }
     }

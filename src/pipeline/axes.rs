@@ -512,6 +512,18 @@ variants:
     }
 
     #[test]
+    fn a_mapping_of_parameters_is_taken_away() {
+        let clip_of_prompts = |settings: &[&str]| {
+            let pipeline = read("variables: {seed: 7, steps: 10}\n", settings, &[]).unwrap_or_else(|error| panic!("{}", error.message()));
+            pipeline.steps.iter().find(|step| step.id.stage == "prompts").unwrap().stage.params()["clip"].clone()
+        };
+        let default = clip_of_prompts(&[]);
+        let other = clip_of_prompts(&["prompts.clip.prefix=teacher"]);
+        assert_ne!(default, other);
+        assert_eq!(default, clip_of_prompts(&["prompts.clip.prefix=teacher", "prompts.clip=null"]));
+    }
+
+    #[test]
     fn a_step_becomes_another_stage() {
         let head = "variables: {seed: 7}
 variants:

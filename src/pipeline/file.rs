@@ -292,6 +292,10 @@ impl Reader {
                 continue;
             }
             let old = params.remove(name).unwrap_or(Yaml::Null);
+            if below.is_none() && value.is_null() && old.is_mapping() {
+                // Taken away, as an input is.
+                continue;
+            }
             match with_below(old, below, value.clone()) {
                 Some(new) => drop(params.insert(name.to_owned(), new)),
                 None => self.push(path, format!("`{name}` is not a mapping with such an entry")),

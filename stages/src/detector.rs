@@ -11,7 +11,7 @@ pub mod features;
 pub(crate) mod images;
 pub mod import;
 mod labelled;
-mod load;
+pub(crate) mod load;
 mod mask_rcnn;
 pub mod options;
 pub(crate) mod ports;

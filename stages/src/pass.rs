@@ -49,6 +49,10 @@ pub(crate) trait Views: Sync {
     fn shown(&self, _info: &ImageInfo, image: Arc<Image>) -> Arc<Image> {
         image
     }
+    /// The bytes of a number of a view.
+    fn number_bytes(&self) -> usize {
+        1
+    }
     /// Cuts some of the views. `image`: of [`Views::shown`].
     fn cut(&self, place: usize, info: &ImageInfo, image: &Arc<Image>, views: Range<usize>) -> Cut;
     /// The least length of the shorter side, in px, where images need not be decoded at their full size. Images decoded so are not shared
@@ -192,7 +196,9 @@ struct Preparation<'a> {
 impl<'a> Preparation<'a> {
     fn of(consumer: &'a ImageConsumer<'_>) -> Self {
         let ImageConsumer { cx, units, views, encoder, port, rows, .. } = consumer;
-        let view_bytes = encoder.as_ref().map_or(0, |encoder| if encoder.batch() > 1 { encoder.preprocess.n_numbers() } else { 0 });
+        let view_bytes = encoder
+            .as_ref()
+            .map_or(0, |encoder| if encoder.batch() > 1 { views.number_bytes() * encoder.preprocess.n_numbers() } else { 0 });
         let precision = encoder.as_ref().map(|encoder| encoder.precision);
         Self { cx, units, views: &**views, port, rows: *rows, view_bytes, precision }
     }

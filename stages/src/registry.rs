@@ -62,6 +62,7 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<augmenter::apply::Apply>(),
     StageEntry::of::<oln::train::Train>(),
     StageEntry::of::<proposals::oln::Oln>(),
+    StageEntry::of::<proposals::rpn::Rpn>(),
     StageEntry::of::<detector::train::Train>(),
     StageEntry::of::<detector::features::Features>(),
     StageEntry::of::<detector::probe::Probe>(),

@@ -168,6 +168,15 @@ impl EmbeddingClassifier {
         }
         Ok(Tensor::cat(&columns, 1))
     }
+
+    /// Products of other embeddings with those of the classes, without the scale of logits: f32 `[N, K + 1]`, background last, where
+    /// background is learned.
+    ///
+    /// `embeddings`: f32 `[N, D]`, of unit length.
+    pub fn products(&self, embeddings: &Tensor, vocabulary: &Vocabulary) -> Result<Tensor> {
+        let unscaled = Vocabulary { scale: LogitScale::Temperature { train: 1.0, test: 1.0 }, ..vocabulary.clone() };
+        self.logits(embeddings, &unscaled, Phase::Test)
+    }
 }
 
 /// The weight of a head in the scores of some classes.

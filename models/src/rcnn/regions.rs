@@ -140,6 +140,12 @@ impl RegionNetwork {
         Ok(Pyramid { predictions: self.rpn.forward(&levels, batch), levels })
     }
 
+    /// Proposals in images f32, bf16 or f16 `[B, 3, H, W]`, normalised, H and W at least 32, without gradients. `sizes`: of each, without
+    /// padding.
+    pub fn propose(&self, images: &Tensor, sizes: &[ImageSize], rule: &ProposalRule) -> Result<Vec<Proposals>> {
+        tch::no_grad(|| self.rpn.proposals(&self.forward(images, Phase::Test)?.predictions, sizes, rule))
+    }
+
     /// The proposals of each image: those that are given, clipped to it, or else the network's own.
     ///
     /// `sizes`: of each image, without padding.

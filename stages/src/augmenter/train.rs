@@ -161,7 +161,7 @@ impl Stage for Train {
         }
         let text = |name: &String| self.template.replace("{}", &if self.spaces { name.replace('_', " ") } else { name.clone() });
         let texts: Vec<String> = classes.base.iter().chain(&vocabulary).map(text).collect();
-        let texts = embeddings(&clip, &texts, cx)?.to_device(cx.device);
+        let texts = embeddings(&clip, &texts, |_| cx.proceed())?.to_device(cx.device);
         let config = Config { n_concepts: self.n_concepts, heads: self.heads, fine: self.fine, ..Config::ralf(dim as i64) };
         let concepts = concepts.for_augmenter(dim as i64, self.n_concepts, cx.device)?;
         let store = nn::VarStore::new(cx.device);

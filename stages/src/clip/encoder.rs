@@ -111,13 +111,15 @@ pub(crate) enum Pixels {
     Ready(Image),
     /// The square of a rectangle, to be cut where the network runs: see [`Preprocess::square_of`].
     Square(Arc<Image>, [i64; 4]),
+    /// The network's input itself, f32 `[3, S, S]`, in whatever way its colours are normalised. All views of a batch are, or none is.
+    Input(Tensor),
 }
 
 /// Views on the device, or on their way there.
 pub(crate) struct Batch {
     n_views: usize,
-    /// `[B, H, W, 3]`.
-    levels: Tensor,
+    /// The network's input in f32, `[B, 3, H, W]`, or levels of it, u8 `[B, H, W, 3]`.
+    pixels: Tensor,
     /// Of objects, `[B, G, G]`.
     backgrounds: Option<Tensor>,
 }
@@ -291,6 +293,11 @@ pub(crate) struct Cropper {
 }
 
 impl Cropper {
+    /// The side of the network's squares, in px.
+    pub(crate) fn side_px(&self) -> u32 {
+        self.preprocess.side_px
+    }
+
     /// The square of a rectangle: see [`Preprocess::square_of`].
     pub(crate) fn square(&self, image: &Arc<Image>, rectangle: [i64; 4]) -> Pixels {
         if self.is_on_device {
@@ -376,7 +383,7 @@ impl Encoder {
     pub(crate) fn upload(&self, views: &[View]) -> Batch {
         no_grad(|| Batch {
             n_views: views.len(),
-            levels: self.levels(views),
+            pixels: self.inputs(views).unwrap_or_else(|| self.levels(views)),
             backgrounds: (self.mode == InputMode::Objects).then(|| self.backgrounds(views)),
         })
     }
@@ -384,7 +391,11 @@ impl Encoder {
     /// Begins to compute the embeddings of a batch.
     pub(crate) fn begin(&self, batch: &Batch) -> Result<Pending> {
         no_grad(|| {
-            let pixels = self.normalised(&batch.levels).to_kind(self.clip.kind());
+            let pixels = match batch.pixels.kind() {
+                Kind::Float => batch.pixels.shallow_clone(),
+                _ => self.normalised(&batch.pixels),
+            };
+            let pixels = pixels.to_kind(self.clip.kind());
             let embeddings = match &batch.backgrounds {
                 None => self.clip.encode_image(&pixels, Phase::Test)?,
                 Some(backgrounds) => self.clip.encode_objects(&pixels, backgrounds)?,
@@ -393,6 +404,14 @@ impl Encoder {
             let embeddings = if self.normalises { to_unit_length(&embeddings) } else { embeddings };
             Ok(Pending(embeddings.narrow(0, 0, batch.n_views as i64)))
         })
+    }
+
+    /// The network's input on the device, of views that are such, filled up with zeros.
+    fn inputs(&self, views: &[View]) -> Option<Tensor> {
+        let inputs = views.iter().map(|view| if let Pixels::Input(input) = &view.pixels { Some(input) } else { None });
+        let inputs: Vec<&Tensor> = inputs.collect::<Option<_>>()?;
+        let n_missing = (self.batch() - views.len()) as i64;
+        Some(Tensor::stack(&inputs, 0).constant_pad_nd([0, 0, 0, 0, 0, 0, 0, n_missing]).to_device(self.clip.device()))
     }
 
     /// Levels `[B, H, W, 3]` on the device: of images that are ready, and of squares that are cut there.

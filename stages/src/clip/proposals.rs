@@ -4,23 +4,25 @@ use std::{ops::Range, sync::Arc};
 
 use ovenbird_data::{
     annotations::{ImageId, ImageInfo},
-    boxes::clipped_rectangle,
+    boxes::{Xyxy, clipped_rectangle},
     images::Image,
     training::Placement,
 };
+use ovenbird_models::{detection::boxes::ImageSize, raf};
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    encoder::{Clip, Cropper, InputMode, View},
+    encoder::{Clip, Cropper, InputMode, Pixels, View},
     features::{ANNOTATIONS, CHECKPOINT, IMAGES, ImageProposals, PROPOSALS, REGIONS, consumer, region_units, regions},
 };
 use crate::{
     Context, ImageConsumer, ImageStage, Inputs, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Dtype, Row, RowKind},
-    contract::run_alone,
+    contract::{is_default, run_alone},
+    detector::images::Normalisation,
     pass::{Cut, Views},
 };
 
@@ -39,13 +41,35 @@ pub enum CropRule {
     /// As DetPro's training cut them: from the image as a training step shows it, resized to a shorter side of 640 to 800 px and mirrored or not, by
     /// one draw from the image's id; crops leave the picture, by a pixel or by what they grew, and are black there. (DetPro, section 2.)
     DetproReference,
+    /// As RAF cuts a detector's proposals: from the image as the detector gets it, corners truncated to whole pixels, the crop as large as fits into
+    /// the network's square, in the middle between bars: see `letterbox`. (RALF, section 9.)
+    Ralf,
+}
+
+/// How rule `ralf` makes squares. The defaults are RALF's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Letterbox {
+    /// Maximum lengths of the longer and the shorter side of the detector's images, in px.
+    pub max_size: [u32; 2],
+    /// How colours are normalised.
+    pub normalisation: raf::Normalisation,
+    /// How crops are made smaller.
+    pub antialias: raf::Antialias,
+}
+
+impl Default for Letterbox {
+    fn default() -> Self {
+        let raf::CropRule { normalisation, antialias } = raf::CropRule::default();
+        Self { max_size: [1333, 800], normalisation, antialias }
+    }
 }
 
 impl CropRule {
     /// Whether the network's outputs are added before they are normalised.
     fn adds_raw(self) -> bool {
         match self {
-            Self::Vild => false,
+            Self::Vild | Self::Ralf => false,
             Self::LpOvod | Self::Detpro | Self::DetproReference => true,
         }
     }
@@ -62,7 +86,11 @@ pub struct Proposals {
     pub clip: Clip,
     /// How crops are cut, and how the embeddings of a proposal's crops become one.
     pub rule: CropRule,
-    /// The factors by which boxes grow on each axis; one crop for each. Without it `[1.0]`; with all rules but `vild` `[1.0, 1.5]`.
+    /// How rule `ralf` makes squares.
+    #[serde(skip_serializing_if = "is_default")]
+    pub letterbox: Letterbox,
+    /// The factors by which boxes grow on each axis; one crop for each. Without it `[1.0]`; with `lp-ovod`, `detpro` and `detpro-reference`
+    /// `[1.0, 1.5]`. Rule `ralf` takes boxes as they are.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expand: Option<Vec<f32>>,
     /// Proposals smaller than this on either side are skipped, in px.
@@ -73,7 +101,14 @@ pub struct Proposals {
 
 impl Default for Proposals {
     fn default() -> Self {
-        Self { clip: Clip::default(), rule: CropRule::default(), expand: None, min_side: 4.0, dtype: Dtype::default() }
+        Self {
+            clip: Clip::default(),
+            rule: CropRule::default(),
+            letterbox: Letterbox::default(),
+            expand: None,
+            min_side: 4.0,
+            dtype: Dtype::default(),
+        }
     }
 }
 
@@ -81,7 +116,7 @@ impl Proposals {
     fn factors(&self) -> &[f32] {
         match (&self.expand, self.rule) {
             (Some(factors), _) => factors,
-            (None, CropRule::Vild) => &[1.0],
+            (None, CropRule::Vild | CropRule::Ralf) => &[1.0],
             (None, CropRule::LpOvod | CropRule::Detpro | CropRule::DetproReference) => &[1.0, 1.5],
         }
     }
@@ -89,6 +124,7 @@ impl Proposals {
 
 struct ProposalViews<'a> {
     rule: CropRule,
+    letterbox: Letterbox,
     factors: &'a [f32],
     cropper: Cropper,
     proposals: ImageProposals,
@@ -97,7 +133,22 @@ struct ProposalViews<'a> {
 impl ProposalViews<'_> {
     /// How the image is shown, unless as it is.
     fn placement(&self, info: &ImageInfo) -> Option<Placement> {
-        (self.rule == CropRule::DetproReference).then(|| drawn_placement(info.id, [info.width, info.height]))
+        let size = [info.width, info.height];
+        match self.rule {
+            CropRule::Vild | CropRule::LpOvod | CropRule::Detpro => None,
+            CropRule::DetproReference => Some(drawn_placement(info.id, size)),
+            CropRule::Ralf => Some(Placement::fitting(size, self.letterbox.max_size[0], self.letterbox.max_size[1])),
+        }
+    }
+
+    /// A proposal of a detector as RAF shows it to CLIP; `image`: as the detector gets it.
+    fn letterboxed(&self, image: &Image, xyxy: Xyxy) -> Pixels {
+        let size = ImageSize { width: image.width.into(), height: image.height.into() };
+        let rectangle = raf::whole_pixels([xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2], size);
+        let Letterbox { normalisation, antialias, .. } = self.letterbox;
+        let crop = Normalisation::IMAGENET.crop(image, rectangle);
+        let square = raf::CropRule { normalisation, antialias }.square(&crop, self.cropper.side_px().into());
+        Pixels::Input(square.expect("BUG: a crop has at least one pixel"))
     }
 }
 
@@ -110,6 +161,10 @@ impl Views for ProposalViews<'_> {
         self.proposals.refusal(place)
     }
 
+    fn number_bytes(&self) -> usize {
+        if self.rule == CropRule::Ralf { size_of::<f32>() } else { 1 }
+    }
+
     fn shown(&self, info: &ImageInfo, image: Arc<Image>) -> Arc<Image> {
         self.placement(info).map_or(image.clone(), |placement| Arc::new(placement.pixels(&image)))
     }
@@ -119,13 +174,15 @@ impl Views for ProposalViews<'_> {
         let view = |view: usize| {
             let (proposal, factor) = (&self.proposals.of(place)[view / self.factors.len()], self.factors[view % self.factors.len()]);
             let xyxy = placement.map_or(proposal.xyxy, |placement| placement.show(&proposal.xyxy));
-            let rectangle = match self.rule {
-                CropRule::Vild => xyxy.expanded(factor, size),
-                CropRule::LpOvod => xyxy.expanded_outwards(factor.into(), size),
-                CropRule::Detpro => clipped_rectangle(xyxy.rounded_outwards(factor), size),
-                CropRule::DetproReference => xyxy.rounded_outwards(factor),
+            let square = |rectangle| self.cropper.square(image, rectangle);
+            let pixels = match self.rule {
+                CropRule::Vild => square(xyxy.expanded(factor, size)),
+                CropRule::LpOvod => square(xyxy.expanded_outwards(factor.into(), size)),
+                CropRule::Detpro => square(clipped_rectangle(xyxy.rounded_outwards(factor), size)),
+                CropRule::DetproReference => square(xyxy.rounded_outwards(factor)),
+                CropRule::Ralf => self.letterboxed(image, xyxy),
             };
-            View { pixels: self.cropper.square(image, rectangle), background: None }
+            View { pixels, background: None }
         };
         Cut::Views(views.map(view).collect())
     }
@@ -134,7 +191,7 @@ impl Views for ProposalViews<'_> {
         let of_proposals = embeddings.chunks_exact((self.factors.len() * dim).max(1));
         let embeddings = match self.rule {
             // One embedding of unit norm stays as it is.
-            CropRule::Vild if self.factors.len() == 1 => embeddings.to_vec(),
+            CropRule::Vild | CropRule::Ralf if self.factors.len() == 1 => embeddings.to_vec(),
             _ => of_proposals.flat_map(|crops| normalised_sum(crops, dim)).collect(),
         };
         Row::Regions(regions(info, self.proposals.of(place), embeddings))
@@ -151,7 +208,14 @@ impl Stage for Proposals {
 
     fn check(&self) -> Vec<Problem> {
         let are_factors = !self.factors().is_empty() && self.factors().iter().all(|factor| factor.is_finite() && *factor > 0.0);
-        Problem::unless(&[("expand", are_factors, "factors above 0"), ("min_side", self.min_side >= 0.0, "0 px or more")])
+        let is_ralf = self.rule == CropRule::Ralf;
+        Problem::unless(&[
+            ("expand", are_factors, "factors above 0"),
+            ("expand", !is_ralf || self.expand.is_none(), "none with `rule: ralf`, which takes boxes as they are"),
+            ("letterbox", is_ralf || self.letterbox == Letterbox::default(), "none but with `rule: ralf`"),
+            ("letterbox.max_size", self.letterbox.max_size.iter().all(|side| *side > 0), "two lengths above 0 px"),
+            ("min_side", self.min_side >= 0.0, "0 px or more"),
+        ])
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
@@ -168,7 +232,8 @@ impl ImageStage for Proposals {
         let (annotations, proposals) = ImageProposals::large(self.min_side, cx)?;
         let encoder = self.clip.load(&cx.inputs.read(CHECKPOINT)?, InputMode::Squares, cx)?;
         let encoder = if self.rule.adds_raw() { encoder.unnormalised() } else { encoder };
-        let views = ProposalViews { rule: self.rule, factors: self.factors(), cropper: encoder.cropper(), proposals };
+        let (factors, cropper) = (self.factors(), encoder.cropper());
+        let views = ProposalViews { rule: self.rule, letterbox: self.letterbox, factors, cropper, proposals };
         consumer((units, cx), annotations, encoder, views, REGIONS.info().name, RowKind::Regions(self.dtype))
     }
 }

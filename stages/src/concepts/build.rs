@@ -7,7 +7,7 @@ use crate::{
     Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{CheckpointFile, Concepts, Phrases},
     clip::Clip,
-    prompts::texts::embeddings,
+    prompts::texts::counted_embeddings,
 };
 
 /// Phrases of a dry run, whose list is cut; enough for what is retrieved for a region.
@@ -62,7 +62,7 @@ impl Stage for Build {
         let (clip, space) = self.clip.load_text(&cx.inputs.read(CHECKPOINT)?, cx.device, cx)?;
         cx.total(phrases.len() as u64);
         let texts: Vec<String> = phrases.iter().map(|phrase| self.template.replace("{}", &phrase.phrase)).collect();
-        let embeddings = embeddings(&clip, &texts, cx)?;
+        let embeddings = counted_embeddings(&clip, &texts, cx)?;
         let n = phrases.len();
         let draft = cx.begin(unit)?;
         Concepts { phrases, embeddings, clip: Some(space) }.write(&draft, CONCEPTS)?;

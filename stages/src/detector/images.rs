@@ -1,6 +1,6 @@
 //! Images as networks get them: resized, normalised, padded.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::{borrow::Cow, collections::BTreeMap, ops::Range};
 
 use ovenbird_data::{
     Error as DataError,
@@ -13,6 +13,7 @@ use ovenbird_data::{
 use ovenbird_models::{
     detection::boxes::{ImageSize, boxes_tensor},
     rcnn::rpn,
+    to_unit_length,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -20,7 +21,7 @@ use tch::{Device, Tensor};
 
 use crate::{
     Context, In, Result, UnitDraft,
-    artifacts::{Images, Proposals},
+    artifacts::{ByImage, Images, Proposals, RegionFeatures, Regions},
     feed::stream,
 };
 
@@ -55,6 +56,18 @@ impl Normalisation {
         Self { padding, ..self }
     }
 
+    /// A rectangle `[x1, y1, x2, y2]` px of an image, half-open and inside it, f32 `[3, h, w]`.
+    pub(crate) fn crop(&self, image: &Image, [x1, y1, x2, y2]: [i64; 4]) -> Tensor {
+        let [x1, x2, width] = [x1, x2, i64::from(image.width)].map(|column| 3 * column as usize);
+        let rows = image.rgb.chunks_exact(width).take(y2 as usize).skip(y1 as usize);
+        let plane = |channel: usize| {
+            let levels = rows.clone().flat_map(move |row| row[x1..x2].iter().skip(channel).step_by(3));
+            levels.map(move |level| self.apply(channel, f32::from(*level)))
+        };
+        let numbers: Vec<f32> = (0..3).flat_map(plane).collect();
+        Tensor::from_slice(&numbers).view([3, y2 - y1, (x2 - x1) as i64 / 3])
+    }
+
     fn apply(&self, channel: usize, level: f32) -> f32 {
         (level - self.mean[channel]) / self.std[channel]
     }
@@ -78,6 +91,16 @@ pub(crate) struct TestImages {
     images: Images,
     pub(crate) annotations: Annotations,
     proposals: Option<BTreeMap<ImageId, Vec<Proposal>>>,
+    /// Proposals with augmented embeddings.
+    augmented: Option<ByImage<Regions>>,
+}
+
+/// The proposals to look at in an image, in px of the original image.
+#[derive(Clone)]
+pub(crate) struct Given<'a> {
+    proposals: Cow<'a, [Proposal]>,
+    /// Their augmented embeddings, where there are some, `[N, D]`.
+    embeddings: Option<Vec<f32>>,
 }
 
 /// An image as a network gets it.
@@ -89,8 +112,8 @@ pub(crate) struct TestImage<'a> {
     pub(crate) size: ImageSize,
     /// `[1, 3, H, W]`, normalised.
     pub(crate) pixels: Tensor,
-    /// The proposals to look at, in px of the original image; without them the network makes its own.
-    pub(crate) proposals: Option<&'a [Proposal]>,
+    /// The proposals to look at; without them the network makes its own.
+    given: Option<Given<'a>>,
 }
 
 impl TestImages {
@@ -99,7 +122,7 @@ impl TestImages {
         // Checkpoints of a training have no items of their own.
         let n_images = if cx.items.is_empty() { annotations.images.len() } else { cx.items.len() };
         images.look_for(annotations.images.iter().take(n_images), cx)?;
-        Ok(Self { images, annotations, proposals: None })
+        Ok(Self { images, annotations, proposals: None, augmented: None })
     }
 
     /// Adds the proposals at a port, if there are some.
@@ -107,6 +130,36 @@ impl TestImages {
         let Some(proposals) = cx.inputs.read_if_given(port)? else { return Ok(self) };
         proposals.check_within(&self.annotations.images)?;
         Ok(Self { proposals: Some(proposals.by_image), ..self })
+    }
+
+    /// Adds the proposals with augmented embeddings at a port, if there are some.
+    pub(crate) fn with_augmented(self, port: In<RegionFeatures>, cx: &Context<'_>) -> Result<Self> {
+        let augmented = cx.inputs.read_if_given(port)?;
+        Ok(Self { augmented: augmented.map(|features| features.by_image()).transpose()?, ..self })
+    }
+
+    /// The proposals to look at in an image, unless the network makes its own. Fails with a problem and what to do about it.
+    fn given(&self, info: &ImageInfo) -> Result<Result<Option<Given<'_>>, (String, &'static str)>> {
+        const MISSING: &str = "use the proposals of these images, or skip it";
+        if let Some(augmented) = &self.augmented {
+            if !augmented.has(info.id) {
+                return Ok(Err(("the augmented embeddings have no entry for this image".into(), MISSING)));
+            }
+            let Regions { size_px, boxes, objectness, embeddings, .. } = augmented.get(info.id)?;
+            if size_px != [info.width, info.height] {
+                let [[width, height], expected] = [size_px, [info.width, info.height]];
+                let problem =
+                    format!("augmented embeddings of an image of {width} x {height} px, expected {} x {}", expected[0], expected[1]);
+                return Ok(Err((problem, "make them from these annotations")));
+            }
+            let proposals = boxes.into_iter().zip(objectness).map(|(xyxy, score)| Proposal { xyxy, score }).collect();
+            return Ok(Ok(Some(Given { proposals, embeddings: Some(embeddings) })));
+        }
+        let Some(proposals) = &self.proposals else { return Ok(Ok(None)) };
+        Ok(match proposals.get(&info.id) {
+            Some(proposals) => Ok(Some(Given { proposals: Cow::Borrowed(proposals), embeddings: None })),
+            None => Err(("the proposals have no entry for this image".into(), MISSING)),
+        })
     }
 
     /// Gives the images at some places one by one, in order, resized to fit a longer and a shorter side (px) and normalised. Images that
@@ -127,23 +180,24 @@ impl TestImages {
             let placement = Placement::fitting([info.width, info.height], fits[0], fits[1]);
             let decode = || {
                 let image = self.images.decode_sized(&info.file_name, placement.from)?;
-                if self.proposals.as_ref().is_some_and(|proposals| !proposals.contains_key(&info.id)) {
-                    let (problem, hint) = ("the proposals have no entry for this image", "use the proposals of these images, or skip it");
-                    let path = self.images.file(&info.file_name)?.path.clone();
-                    return Err(DataError::Malformed { path, problem: problem.into(), hint: Some(hint.into()) }.into());
-                }
-                Ok(Pixels::of(&[placement.pixels(&image)], normalisation))
+                let given = match self.given(info)? {
+                    Ok(given) => given,
+                    Err((problem, hint)) => {
+                        let path = self.images.file(&info.file_name)?.path.clone();
+                        return Err(DataError::Malformed { path, problem, hint: Some(hint.into()) }.into());
+                    }
+                };
+                Ok((Pixels::of(&[placement.pixels(&image)], normalisation), given))
             };
             (info, placement, cx.attempt(decode))
         };
         let next = || Ok(places.next().map(|place| (place, bytes(&place))));
         let n_items = if cx.items.is_empty() { self.annotations.images.len() } else { cx.items.len() };
-        stream(cx.threads, ROOM, next, prepare, |(info, placement, pixels), n_ready| {
-            let Some(pixels) = cx.accept_or_skip(draft, &info.file_name, pixels, n_items)? else { return Ok(()) };
+        stream(cx.threads, ROOM, next, prepare, |(info, placement, prepared), n_ready| {
+            let Some((pixels, given)) = cx.accept_or_skip(draft, &info.file_name, prepared, n_items)? else { return Ok(()) };
             let [width, height] = placement.to.map(i64::from);
             let (size, pixels) = (ImageSize { width, height }, pixels.on(cx.device));
-            let proposals = self.proposals.as_ref().map(|proposals| proposals[&info.id].as_slice());
-            use_image(TestImage { info, placement, size, pixels, proposals })?;
+            use_image(TestImage { info, placement, size, pixels, given })?;
             cx.flow(1, n_ready);
             cx.tick(1);
             cx.proceed()
@@ -158,11 +212,17 @@ impl TestImages {
 impl TestImage<'_> {
     /// The proposals to look at, in px of the resized image.
     pub(crate) fn given(&self) -> Option<rpn::Proposals> {
-        let proposals = self.proposals?;
+        let proposals = &self.given.as_ref()?.proposals;
         let boxes: Vec<Xyxy> = proposals.iter().map(|proposal| self.placement.show(&proposal.xyxy)).collect();
         let scores: Vec<f32> = proposals.iter().map(|proposal| proposal.score).collect();
         let corners: Vec<[f32; 4]> = boxes.iter().map(|xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2]).collect();
         Some(rpn::Proposals { boxes: boxes_tensor(&corners), scores: Tensor::from_slice(&scores) })
+    }
+
+    /// Their augmented embeddings, where there are some, `[N, D]` of unit length on the device of the pixels; `dim`: D.
+    pub(crate) fn augmented(&self, dim: i64) -> Option<Tensor> {
+        let embeddings = self.given.as_ref()?.embeddings.as_ref()?;
+        Some(to_unit_length(&Tensor::from_slice(embeddings).view([-1, dim]).to_device(self.pixels.device())))
     }
 }
 
@@ -199,6 +259,16 @@ impl Pixels {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_crop_is_that_part_of_the_network_s_input() {
+        let image = Image { width: 20, height: 31, rgb: (0..20 * 31 * 3_u32).map(|index| (index * 7 % 251) as u8).collect() };
+        let whole = Pixels::of(std::slice::from_ref(&image), Normalisation::IMAGENET).on(Device::Cpu).get(0);
+        for [x1, y1, x2, y2] in [[0, 0, 20, 31], [3, 5, 4, 6], [7, 0, 20, 2], [0, 30, 1, 31]] {
+            let crop = Normalisation::IMAGENET.crop(&image, [x1, y1, x2, y2]);
+            assert!(crop.equal(&whole.narrow(1, y1, y2 - y1).narrow(2, x1, x2 - x1)), "{x1} {y1} {x2} {y2}");
+        }
+    }
 
     /// S6 of LP-OVOD's specification, and the border's values there.
     #[test]

@@ -1,8 +1,11 @@
 //! From a detector's file to a network that runs on images.
 
 use ovenbird_data::classes::ClassSplit;
+use ovenbird_models::rcnn::{Detector, layout, regions::RegionNetwork, sigmoid::SigmoidDetector};
+use tch::{Device, nn};
 
 use super::{
+    images::Normalisation,
     mask_rcnn::MaskRcnnPredictor,
     options::TestOptions,
     predictor::Predictor,
@@ -25,4 +28,35 @@ pub(super) fn load(
         DetectorSpec::Sigmoid(spec) => Box::new(SigmoidPredictor::load(spec, source, options, classes, cx)?),
         DetectorSpec::MaskRcnn(spec) => Box::new(MaskRcnnPredictor::load(spec, source, options, classes, cx)?),
     })
+}
+
+/// The first stage of a detector, which proposes regions.
+pub(crate) struct FirstStage {
+    pub(crate) network: RegionNetwork,
+    /// Maximum lengths of the longer and the shorter side of its images, in px.
+    pub(crate) fits: [u32; 2],
+    pub(crate) normalisation: Normalisation,
+    /// Owns the weights.
+    _store: nn::VarStore,
+}
+
+impl FirstStage {
+    /// That of a detector's file, whatever its kind.
+    pub(crate) fn load(file: &DetectorFile, device: Device) -> Result<Self> {
+        let (checkpoint, spec) = file.read()?;
+        let (store, path) = (nn::VarStore::new(device), file.file.path.as_path());
+        let (network, fits, normalisation) = match &spec {
+            DetectorSpec::Sigmoid(spec) => {
+                let detector = SigmoidDetector::blank(&store.root(), &spec.config)?;
+                layout::load(checkpoint.tensors(), detector.parameters(), path)?.require_all(path)?;
+                (detector.regions, spec.fits, Normalisation::CLIP)
+            }
+            DetectorSpec::MaskRcnn(spec) => {
+                let detector = Detector::blank(&store.root(), &spec.config)?;
+                layout::load(checkpoint.tensors(), detector.parameters(), path)?.require_all(path)?;
+                (detector.regions, spec.fits, Normalisation::IMAGENET)
+            }
+        };
+        Ok(Self { network, fits, normalisation, _store: store })
+    }
 }

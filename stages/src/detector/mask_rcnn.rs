@@ -10,18 +10,19 @@ use ovenbird_data::{
 use ovenbird_models::{
     checkpoint::Checkpoint,
     detection::boxes::corners,
-    rcnn::{Detector, TestRule, Vocabularies, layout},
+    rcnn::{Detector, Given, TestRule, Vocabularies, layout},
 };
 use tch::{Device, Kind, Tensor, nn};
 
 use super::{
-    classes::{ClassTables, class_embeddings},
+    classes::{ClassTables, class_embeddings, spaces_of_prompts},
     images::{Normalisation, Padding, TestImage},
     options::{Heads, TestOptions},
+    ports::AUGMENTED,
     predictor::{Found, Predictor},
     spec::MaskRcnnSpec,
 };
-use crate::{Context, Error, Result, feed::in_parallel};
+use crate::{Context, Error, Inputs, Result, clip::space, feed::in_parallel};
 
 /// A trained two-stage detector with the classes that it looks for.
 pub(super) struct MaskRcnnPredictor {
@@ -46,6 +47,8 @@ impl MaskRcnnPredictor {
     ) -> Result<Self> {
         spec.check_clip(port, cx.inputs)?;
         options.refuse_fusion()?;
+        options.check_augmented(cx.inputs)?;
+        check_space(spec.config.embed_dim, cx.inputs)?;
         let store = nn::VarStore::new(cx.device);
         let detector = Detector::blank(&store.root(), &spec.config)?;
         layout::load(checkpoint.tensors(), detector.parameters(), path)?.require_all(path)?;
@@ -74,7 +77,8 @@ impl Predictor for MaskRcnnPredictor {
         let TestImage { placement, size, pixels, .. } = image;
         let vocabularies = Vocabularies { bbox: &self.classes.text, object: self.uses_object_head.then_some(&self.classes.image) };
         let mut objects = Vec::new();
-        let given = image.given().map(|given| vec![given]);
+        let augmented = image.augmented(self.detector.config().embed_dim);
+        let given = image.given().map(|given| Given { proposals: vec![given], augmented });
         for found in self.detector.detect(pixels, &[*size], &vocabularies, given, &self.rule)? {
             let boxes = corners(&found.kept.boxes, "detections")?;
             let boxes: Vec<Xyxy> = boxes.into_iter().map(|corners| placement.find(&Xyxy::from(corners))).collect();
@@ -87,6 +91,20 @@ impl Predictor for MaskRcnnPredictor {
             objects.extend(boxes.into_iter().zip(masks).zip(classes).map(object));
         }
         Ok(objects)
+    }
+}
+
+/// Refuses augmented embeddings that are not of the space of class embeddings, which have `dim` numbers.
+fn check_space(dim: i64, inputs: &Inputs) -> Result<()> {
+    let Some(augmented) = inputs.read_if_given(AUGMENTED)? else { return Ok(()) };
+    let [text, _] = spaces_of_prompts(inputs)?;
+    space::common(&[text, (AUGMENTED.info().name, augmented.clip()?)])?;
+    match augmented.dim()? as i64 {
+        found if found == dim => Ok(()),
+        found => {
+            let problem = format!("embeddings of {found} numbers, those of classes have {dim}");
+            Err(Error::Input { port: AUGMENTED.info().name, problem, hint: "make both with the same CLIP".into() })
+        }
     }
 }
 
@@ -105,5 +123,5 @@ fn masks(logits: &Tensor, boxes: &[Xyxy], size: [u32; 2], n_threads: usize) -> R
 }
 
 fn rule(options: &TestOptions) -> TestRule {
-    TestRule { proposals: options.proposal_rule(), ensemble: options.ensemble, detections: options.detection_rule() }
+    TestRule { proposals: options.proposal_rule(), ensemble: options.ensemble, raf: options.raf, detections: options.detection_rule() }
 }

@@ -2,13 +2,17 @@
 
 use ovenbird_models::{
     detection::boxes::Suppression,
+    raf,
     rcnn::{classifier::Ensemble, heads::DetectionRule, rpn::ProposalRule, sigmoid::Fusion},
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::images::Padding;
-use crate::{Error, Problem, Result, contract::is_default};
+use super::{
+    images::Padding,
+    ports::{AUGMENTED, PROPOSALS},
+};
+use crate::{Error, Inputs, Problem, Result, contract::is_default};
 
 /// The heads that classify regions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -25,7 +29,7 @@ pub enum Heads {
 ///
 /// Images are resized as in training. NMS is per class; boxes are xyxy in px of the original image. A mask head predicts 28 x 28 probabilities
 /// in each box; pixels of the original image with 0.5 or more belong to the mask. (OADP, section 6.6; detectors with a linear classifier:
-/// LP-OVOD, section 8.)
+/// LP-OVOD, section 8; augmented scores: RALF, sections 9 and 10.)
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TestOptions {
@@ -36,6 +40,9 @@ pub struct TestOptions {
     /// How the scores of both heads and of proposals are combined, of a detector with a linear classifier (`head: sigmoid`).
     #[serde(skip_serializing_if = "is_default")]
     pub fusion: Fusion,
+    /// How augmented embeddings of proposals correct scores, where `augmented` is an input. (RALF, sections 9 and 10.)
+    #[serde(skip_serializing_if = "is_default")]
+    pub raf: raf::Rule,
     /// What fills images up to a multiple of 32 px.
     #[serde(skip_serializing_if = "is_default")]
     pub padding: Padding,
@@ -57,6 +64,7 @@ impl Default for TestOptions {
             heads: Heads::Both,
             ensemble: Ensemble::default(),
             fusion: Fusion::default(),
+            raf: raf::Rule::default(),
             padding: Padding::default(),
             proposals: 1000,
             proposal_iou: 0.7,
@@ -83,6 +91,12 @@ impl TestOptions {
             ("fusion.novel_temperature", is_above_0(novel_temperature), "a number above 0"),
             ("fusion.image_temperature", is_above_0(image_temperature), "a number above 0"),
             ("ensemble", are_weights && is_positive(objectness), "scales above 0, exponents from 0 on"),
+            ("raf.top_k", self.raf.top_k > 0, "at least 1"),
+            (
+                "raf.fusion",
+                self.raf.fusion != raf::Fusion::Sum || self.heads == Heads::Box,
+                "`sum` with `heads: box` alone, whose logits it adds to",
+            ),
             ("proposals", self.proposals > 0, "at least 1"),
             ("proposal_iou", (0.0..=1.0).contains(&self.proposal_iou), "a number from 0 to 1"),
             ("score_threshold", (0.0..1.0).contains(&self.score_threshold), "a number from 0 to below 1"),
@@ -105,6 +119,19 @@ impl TestOptions {
             true => Ok(()),
             false => Err(Self::other_rule("ensemble", "the detector has a linear classifier (`head: sigmoid`)", "fusion")),
         }
+    }
+
+    /// Fails where a rule for augmented embeddings is given, but none of these, or where proposals are given twice.
+    pub(super) fn check_augmented(&self, inputs: &Inputs) -> Result<()> {
+        let is_given = |port: &str| inputs.ports.contains_key(port);
+        let (problem, hint) = match (is_given(AUGMENTED.info().name), is_given(PROPOSALS.info().name)) {
+            (true, true) => ("given together with `proposals`", "give one of both: augmented embeddings have their proposals' boxes"),
+            (false, _) if self.raf != raf::Rule::default() => {
+                ("none are given, but `raf` is set", "give augmented embeddings, or leave out `raf`")
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::Input { port: AUGMENTED.info().name, problem: problem.into(), hint: hint.into() })
     }
 
     fn other_rule(given: &'static str, why: &str, other: &str) -> Error {

@@ -2,7 +2,7 @@
 
 use crate::{
     In,
-    artifacts::{AnnotationFile, CheckpointFile, Classes, Images, Prompts, Proposals},
+    artifacts::{AnnotationFile, CheckpointFile, Classes, Images, Prompts, Proposals, RegionFeatures},
 };
 
 pub(crate) const IMAGES: In<Images> = In::required("images", "Folder that the annotations' file names are relative to.");
@@ -22,4 +22,8 @@ pub(crate) const PROMPTS: In<Prompts> = In::optional(
 pub(crate) const MULTILABEL_PROMPTS: In<Prompts> = In::optional(
     "multilabel_prompts",
     "Class embeddings with a learned scale (`prompts/multilabel`) for the heads that learn CLIP's embeddings; without them these heads use `prompts`.",
+);
+pub(crate) const AUGMENTED: In<RegionFeatures> = In::optional(
+    "augmented",
+    "Augmented embeddings (`augmenter/apply`) of proposals in the same images: these are classified, and the embeddings correct their scores by `raf`.",
 );

@@ -25,7 +25,7 @@ use super::{
     distillation::Distillation,
     images::{Normalisation, TestImage},
     options::{Heads, TestOptions},
-    ports::{CLASSES, PROMPTS},
+    ports::{AUGMENTED, CLASSES, PROMPTS},
     predictor::{Found, Predictor},
     spec::{DetectorSpec, SigmoidSpec},
     training::Training,
@@ -155,6 +155,12 @@ impl SigmoidPredictor {
         cx: &Context<'_>,
     ) -> Result<Self> {
         options.refuse_ensemble()?;
+        options.check_augmented(cx.inputs)?;
+        if cx.inputs.ports.contains_key(AUGMENTED.info().name) {
+            let problem = "given, but the detector has a linear classifier (`head: sigmoid`), whose rows have no class embeddings".into();
+            let hint = "leave them out, or test a detector that compares with class embeddings".into();
+            return Err(Error::Input { port: AUGMENTED.info().name, problem, hint });
+        }
         let store = nn::VarStore::new(cx.device);
         let detector = SigmoidDetector::blank(&store.root(), &spec.config)?;
         layout::load(checkpoint.tensors(), detector.parameters(), path)?.require_all(path)?;

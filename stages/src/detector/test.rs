@@ -9,7 +9,7 @@ use super::{
     images::TestImages,
     load::load,
     options::TestOptions,
-    ports::{ANNOTATIONS, CLASSES, IMAGES, MULTILABEL_PROMPTS, PROMPTS, PROPOSALS},
+    ports::{ANNOTATIONS, AUGMENTED, CLASSES, IMAGES, MULTILABEL_PROMPTS, PROMPTS, PROPOSALS},
     predictor::{detection, predict_each},
     spec::DetectorFile,
 };
@@ -25,8 +25,16 @@ const DETECTIONS: Out<Detections> =
 impl Stage for TestOptions {
     const KIND: &'static str = "detector/test";
     const VERSION: u32 = 5;
-    const INPUTS: &'static [PortInfo] =
-        &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), PROMPTS.info(), MULTILABEL_PROMPTS.info(), PROPOSALS.info(), DETECTOR.info()];
+    const INPUTS: &'static [PortInfo] = &[
+        IMAGES.info(),
+        ANNOTATIONS.info(),
+        CLASSES.info(),
+        PROMPTS.info(),
+        MULTILABEL_PROMPTS.info(),
+        PROPOSALS.info(),
+        AUGMENTED.info(),
+        DETECTOR.info(),
+    ];
     const OUTPUTS: &'static [PortInfo] = &[DETECTIONS.info()];
     const USES_DEVICE: bool = true;
     const SKIPS_ITEMS: bool = true;
@@ -52,6 +60,7 @@ impl Stage for TestOptions {
         let ids = Classes::category_ids(&annotations, classes.all())?;
         let categories: BTreeMap<CategoryId, String> = category_names(&annotations, &ids);
         let images = TestImages::open(cx.inputs.read(IMAGES)?, annotations, cx)?.with_proposals(PROPOSALS, cx)?;
+        let images = images.with_augmented(AUGMENTED, cx)?;
         for unit in units {
             // A unit that another process or device makes is skipped.
             let Some(draft) = cx.begin_claimed(unit)? else { continue };

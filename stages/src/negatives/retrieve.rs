@@ -12,7 +12,7 @@ use crate::{
     Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{CheckpointFile, Classes, Negatives, Vocabulary},
     clip::Clip,
-    prompts::texts::embeddings,
+    prompts::texts::counted_embeddings,
 };
 
 /// Words of a dry run, whose vocabulary is cut.
@@ -111,8 +111,8 @@ impl Stage for Retrieve {
         }
         cx.total((classes.len() + names.len()) as u64);
         let texts = |names: &[String]| names.iter().map(|name| self.template.replace("{}", &name.replace('_', " "))).collect::<Vec<_>>();
-        let anchors = embeddings(&clip, &texts(&classes), cx)?;
-        let words = embeddings(&clip, &texts(&names), cx)?;
+        let anchors = counted_embeddings(&clip, &texts(&classes), cx)?;
+        let words = counted_embeddings(&clip, &texts(&names), cx)?;
         let Chosen { kept, retrieved: Retrieved { hard, easy } } = match cx.most_items {
             None => self.choose(&classes, &anchors, &words)?,
             Some(_) => {

@@ -1,24 +1,22 @@
 //! `proposals/oln`: proposals from a trained object localisation network.
 
-use std::collections::BTreeMap;
-
-use ovenbird_data::{boxes::Xyxy, proposals::Proposal};
 use ovenbird_models::{
-    detection::boxes::{Suppression, corners},
+    detection::boxes::Suppression,
     rcnn::{layout, oln as network},
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::nn;
 
+use super::{found, network_units, propose};
 use crate::{
     Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::Proposals,
     contract::is_default,
     detector::{
-        images::{Normalisation, TestImage, TestImages},
+        images::{Normalisation, TestImage},
         ports::{ANNOTATIONS, IMAGES},
-        predictor::{Found, Predictor, predict_each},
+        predictor::{Found, Predictor},
     },
     oln::network::OlnFile,
 };
@@ -66,26 +64,12 @@ impl Stage for Oln {
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
-        let items = inputs.read(IMAGES)?.items(&inputs.read(ANNOTATIONS)?.load_images()?)?;
-        Ok(Units::Independent { items, replaces: vec!["images", "annotations"] })
+        network_units(inputs)
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let predictor = OlnPredictor::load(&cx.inputs.read(NETWORK)?, self, cx)?;
-        let images = TestImages::open(cx.inputs.read(IMAGES)?, cx.inputs.read(ANNOTATIONS)?.load_images()?, cx)?;
-        for unit in units {
-            // A unit that another process or device makes is skipped.
-            let Some(draft) = cx.begin_claimed(unit)? else { continue };
-            let (mut by_image, mut n_proposals) = (BTreeMap::new(), 0);
-            predict_each(&predictor, &images, unit.items.clone(), &draft, cx, |info, found| {
-                n_proposals += found.len();
-                by_image.insert(info.id, found.into_iter().map(|Found { xyxy, score, .. }| Proposal { xyxy, score }).collect());
-                Ok(())
-            })?;
-            Proposals { by_image }.write(draft.create(PROPOSALS, "proposals.parquet")?)?;
-            cx.commit(draft, [("proposals".into(), n_proposals.into())].into())?;
-        }
-        Ok(())
+        propose(&predictor, PROPOSALS, units, cx)
     }
 }
 
@@ -120,15 +104,9 @@ impl Predictor for OlnPredictor {
     }
 
     fn predict(&self, TestImage { placement, size, pixels, .. }: &TestImage<'_>, _n_threads: usize) -> Result<Vec<Found>> {
-        let mut objects = Vec::new();
         // Both axes have the same scale, up to a px.
         let scale = placement.to[0] as f32 / placement.from[0] as f32;
-        for found in self.network.propose(pixels, &[*size], &self.suppression, self.min_side * scale)? {
-            let scores = Vec::<f32>::try_from(&found.scores).map_err(ovenbird_models::Error::from)?;
-            let object = |(corners, score)| Found { xyxy: placement.find(&Xyxy::from(corners)), class: 0, score, mask: None };
-            objects.extend(corners(&found.boxes, "proposals")?.into_iter().zip(scores).map(object));
-        }
-        Ok(objects)
+        found(&self.network.propose(pixels, &[*size], &self.suppression, self.min_side * scale)?[0], placement)
     }
 }
 

@@ -20,14 +20,14 @@ use crate::{
 pub struct Vocabulary {}
 
 const VOCABULARY: Out<PublishedVocabulary> = Out::new("vocabulary", r#"150 names, json: `{"0": "plain red cross", "1": ...}`."#);
-
+const STRICT: Out<PublishedVocabulary> = Out::new("strict", "The first 84 of these, the combinations, json: a list.");
 const PHRASES: Out<Phrases> = Out::new("phrases", "100 phrases of what these combinations are described by, with their names.");
 
 impl Stage for Vocabulary {
     const KIND: &'static str = "toy/vocabulary";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] = &[];
-    const OUTPUTS: &'static [PortInfo] = &[VOCABULARY.info(), PHRASES.info()];
+    const OUTPUTS: &'static [PortInfo] = &[VOCABULARY.info(), STRICT.info(), PHRASES.info()];
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
@@ -35,6 +35,7 @@ impl Stage for Vocabulary {
         let rows: Vec<String> = names.iter().enumerate().map(|(place, name)| format!("\"{place}\": \"{name}\"")).collect();
         let draft = cx.begin(unit)?;
         draft.write(VOCABULARY, "v3det_toy.json", format!("{{{}}}", rows.join(", ")).as_bytes())?;
+        draft.write(STRICT, "v3det_toy_strict.json", &serde_json::to_vec(&toy::combinations()).expect("BUG: names are plain JSON"))?;
         let phrases: Vec<Phrase> = toy::phrases().into_iter().map(|(phrase, sources)| Phrase { phrase, sources }).collect();
         draft.write(PHRASES, "phrases.json", &serde_json::to_vec(&phrases).expect("BUG: phrases are plain JSON"))?;
         cx.tick(1);

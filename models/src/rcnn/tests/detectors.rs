@@ -6,14 +6,14 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use tch::{Device, Kind, Tensor, nn};
 
 use super::super::{
-    Config, Detector, TestRule, Vocabularies,
+    Config, Detector, Given, TestRule, Vocabularies,
     classifier::{Ensemble, HeadWeight, LogitScale, Vocabulary},
-    heads::{RegionRule, RegionSample, region_losses},
+    heads::{DetectionRule, RegionRule, RegionSample, region_losses},
     layout,
     mask_head::{MaskConfig, MaskHeadConfig, MaskRule, ObjectMask, mask_loss},
     mask_rcnn::{MaskRcnn, MaskRcnnConfig, MaskRcnnLosses, Objects},
     regions::{POOL, Pyramid, REGION_CODER},
-    rpn::ProposalRule,
+    rpn::{ProposalRule, Proposals},
 };
 use crate::{
     Error, Misfit, Phase,
@@ -25,6 +25,7 @@ use crate::{
         roi_align::RoiAlign,
     },
     golden::error,
+    raf, to_unit_length,
 };
 
 fn origin() -> &'static Path {
@@ -617,6 +618,58 @@ fn scores_are_joined_with_those_of_the_object_head() {
     assert_eq!(unmoved[1].kept.scores, plain[1].kept.scores);
     let refusal = detect(&alone, Some(&classes)).unwrap_err().to_string();
     assert_eq!(refusal, "classes of the object head: expected none: the detector has no object head, found a vocabulary");
+}
+
+/// Each kept detection has the score that the rule of RAF gives to its proposal and class.
+#[test]
+fn augmented_embeddings_correct_scores() {
+    let (_store, detector) = detector(&toy(), 1);
+    let (images, classes) = (images("images.toy", [2, 3, 96, 128]), toy_classes());
+    let proposals = || -> Vec<Proposals> {
+        let boxes = |image| toy_objects(image);
+        [0, 1]
+            .map(|image| Proposals { scores: Tensor::ones([boxes(image).size()[0]], (Kind::Float, Device::Cpu)), boxes: boxes(image) })
+            .into()
+    };
+    let n = proposals().iter().map(|one| one.boxes.size()[0]).sum::<i64>();
+    let embeddings = to_unit_length(&Tensor::arange(n * 16, (Kind::Float, Device::Cpu)).cos().view([n, 16]));
+    let all = Suppression { iou: 1.0, keep: 1000 };
+    let rule = |raf| TestRule { raf, detections: DetectionRule { threshold: 0.0, suppression: all }, ..TestRule::default() };
+    let detect = |object, augmented: bool, raf| {
+        let vocabularies = Vocabularies { bbox: &classes, object };
+        let augmented = augmented.then(|| embeddings.shallow_clone());
+        detector.detect(&images, &SIZES, &vocabularies, Some(Given { proposals: proposals(), augmented }), &rule(raf)).unwrap()
+    };
+    // Scores `[N, K]` of all proposals.
+    let table = |found: &[Detections]| {
+        let mut table = vec![0.0_f32; (n * classes.n_classes()) as usize];
+        let mut first = 0;
+        for (image, Detections { kept, .. }) in found.iter().enumerate() {
+            for ((row, class), score) in kept.rows.iter().zip(&kept.classes).zip(&kept.scores) {
+                table[((first + *row) * classes.n_classes() + *class) as usize] = *score;
+            }
+            first += proposals()[image].boxes.size()[0];
+        }
+        Tensor::from_slice(&table).view([n, classes.n_classes()])
+    };
+    let products = detector.bbox_head.classifier.products(&embeddings, &classes).unwrap();
+    assert_eq!(products.size(), [n, classes.n_classes() + 1]);
+    let known = embeddings.matmul(&classes.embeddings().tr());
+    assert!(error(&products.narrow(1, 0, classes.n_classes()), &known) < 1e-6);
+    for object in [None, Some(&classes)] {
+        let before = table(&detect(object, false, raf::Rule::default()));
+        assert!(before.gt(0.0).all().int64_value(&[]) == 1, "every score is kept");
+        let rest: Tensor = 1.0 - before.sum_dim_intlist([1_i64].as_slice(), true, Kind::Float);
+        let before = Tensor::cat(&[before, rest.clamp_min(0.0)], 1);
+        for fusion in [raf::Fusion::Gate, raf::Fusion::Softmax] {
+            let rule = raf::Rule { top_k: 2, fusion, ..raf::Rule::default() };
+            let expected = rule.fuse(&before, &products).unwrap().narrow(1, 0, classes.n_classes());
+            assert!(error(&table(&detect(object, true, rule)), &expected) < 1e-5, "{fusion:?}");
+        }
+    }
+    // Object-Centric's sum is above a half for every class.
+    let sum = table(&detect(None, true, raf::Rule { top_k: 2, fusion: raf::Fusion::Sum, ..raf::Rule::default() }));
+    assert!(sum.min().double_value(&[]) > 0.5);
 }
 
 #[test]
