@@ -140,6 +140,8 @@ pub struct Annotations {
     pub file_order: Vec<ImageId>,
     /// In ascending id.
     pub categories: Vec<Category>,
+    /// The ids of the categories in the file's order.
+    pub category_order: Vec<CategoryId>,
     /// In the file's order.
     pub annotations: Vec<Annotation>,
 }
@@ -299,6 +301,7 @@ impl Annotations {
             synonyms: raw.synonyms,
         };
         let mut categories: Vec<Category> = raw.categories.unwrap_or_default().into_iter().map(category).collect();
+        let category_order = categories.iter().map(|category| category.id).collect();
         categories.sort_by_key(|category| category.id);
         let annotation = |raw: RawAnnotation<Outline>| Annotation {
             id: AnnotationId(raw.id.0),
@@ -312,7 +315,7 @@ impl Annotations {
             segmentation: raw.segmentation.unwrap_or_default(),
         };
         let annotations = raw.annotations.unwrap_or_default().into_iter().map(annotation).collect();
-        Self { images, file_order, categories, annotations }
+        Self { images, file_order, categories, category_order, annotations }
     }
 
     /// An image by its id.
@@ -331,6 +334,11 @@ impl Annotations {
     /// A category by its id.
     pub fn category(&self, id: CategoryId) -> Option<&Category> {
         self.categories.binary_search_by_key(&id, |category| category.id).ok().map(|place| &self.categories[place])
+    }
+
+    /// The categories as the file lists them; tables of RALF have this order.
+    pub fn categories_in_file_order(&self) -> impl Iterator<Item = &Category> {
+        self.category_order.iter().filter_map(|id| self.category(*id))
     }
 
     /// The annotations of every image that has some, in the file's order within an image.
@@ -549,7 +557,7 @@ mod tests {
     fn images_are_found_by_id_whatever_the_order_of_the_file() {
         let annotations = read(
             r#"{"images": [{"id": 9, "file_name": "b.jpg", "width": 4, "height": 3}, {"id": 2, "coco_url": "https://images.cocodataset.org/val2017/a.jpg", "width": 1, "height": 1}],
-                "categories": [{"id": 5, "name": "owl", "frequency": "r", "synset": "owl.n.01", "synonyms": ["owl", "hooter"]}],
+                "categories": [{"id": 8, "name": "wren"}, {"id": 5, "name": "owl", "frequency": "r", "synset": "owl.n.01", "synonyms": ["owl", "hooter"]}],
                 "annotations": [{"id": 1, "image_id": 9, "category_id": 5, "bbox": [0.5, 1, 2, 1], "area": 1.5, "iscrowd": 0, "segmentation": [[0.5, 1, 2.5, 1, 2.5, 2]]}]}"#,
         )
         .unwrap();
@@ -559,6 +567,7 @@ mod tests {
         assert_eq!(annotations.annotations[0].xyxy, Xyxy { x1: 0.5, y1: 1.0, x2: 2.5, y2: 2.0 });
         let Category { frequency, synset, synonyms, .. } = annotations.categories[0].clone();
         assert_eq!((frequency, synset.as_deref(), synonyms.join(" ").as_str()), (Some(Frequency::Rare), Some("owl.n.01"), "owl hooter"));
+        assert_eq!(annotations.categories_in_file_order().map(|category| category.id.0).collect::<Vec<_>>(), [8, 5]);
     }
 
     #[test]

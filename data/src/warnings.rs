@@ -147,6 +147,7 @@ mod tests {
             images: [1, 2].map(image).into(),
             file_order: [1, 2].map(ImageId).into(),
             categories: [2, 3].map(category).into(),
+            category_order: [2, 3].map(CategoryId).into(),
             annotations: (1..=4).map(label).collect(),
         }
     }

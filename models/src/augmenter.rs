@@ -8,7 +8,11 @@
 //! matrix of keys, and the mixture of tokens through that of values, which is the same product in another order and 25 times less work.
 //! Regions and concepts are f32 in training too, where the reference has f16 (its defect 23). Dropout draws from a given generator.
 
-use std::{cell::RefCell, collections::BTreeMap};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use rand_chacha::{ChaCha8Rng, rand_core::RngCore};
 use schemars::JsonSchema;
@@ -16,13 +20,16 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Reduction, Tensor, nn};
 
 use crate::{
-    Error, Result,
+    Error, Misfit, Result,
+    checkpoint::{Place, list, prefixes},
     clip::transformer::{LAYER_NORM_EPS, LayerNorm},
     error::{check_sizes, ensure},
     layers::{Linear, to_unit_length},
     parameters::{Fill, Init, Parameters},
 };
 
+/// A tensor that only an augmenter has.
+const MARK: &str = "region_learn_send.weight";
 /// The probability of dropout, in 65,536ths: one tenth.
 const DROPPED: u16 = 6554;
 /// Regions that are compared with all concepts at once.
@@ -64,6 +71,43 @@ impl Config {
     /// RALF's, for a CLIP whose embeddings have `dim` numbers.
     pub fn ralf(dim: i64) -> Self {
         Self { dim, heads: 8, mlp_width: 4 * dim, depth: 6, n_concepts: 50, fine: Fine::Reference }
+    }
+
+    /// The configuration of the network that has these tensors, under the reference's names or with something before all of them. Neither
+    /// heads nor the scale of tokens can be seen in them.
+    ///
+    /// Fails where a tensor that gives a size is missing or has another shape; whether the others fit is seen when they are loaded. `origin`
+    /// names the file.
+    pub fn of_tensors(tensors: &BTreeMap<String, Tensor>, heads: i64, fine: Fine, origin: &Path) -> Result<Self> {
+        let how = "save only that network: `torch.save` of its `state_dict()`";
+        let Some(place) = Place::choose(&prefixes(tensors, MARK), None, tensors, origin, "one augmenter", how)? else {
+            let found = if tensors.is_empty() { "no tensor".into() } else { list(tensors.keys()) };
+            let problem = format!("expected an augmenter, with a tensor `{MARK}`, found {found}");
+            let hint = "give RALF's `lvis_strict.pth` or `coco_strict.pth`, or a file that `augmenter/export` wrote".into();
+            return Err(Error::Malformed { path: origin.to_owned(), problem, hint: Some(hint) });
+        };
+        let tensors = place.tensors(tensors);
+        let dim = tensors.get("class_embedding").and_then(|class| class.size().get(1).copied()).unwrap_or(-1);
+        let mut problems = Vec::new();
+        // The number of rows.
+        let mut rows = |name: &str, rows: i64| {
+            let found = tensors.get(name).map(Tensor::size);
+            let expected = vec![rows, dim];
+            let fits = |found: &Vec<i64>| matches!(found[..], [n, width] if n > 0 && [-1, n].contains(&rows) && [-1, width].contains(&dim));
+            if !found.as_ref().is_some_and(fits) {
+                problems.push(Misfit { name: name.to_owned(), expected: Some(expected), found: found.clone() });
+            }
+            found.and_then(|found| found.first().copied()).unwrap_or_default()
+        };
+        rows("class_embedding", 1);
+        rows(MARK, dim);
+        let (n_concepts, mlp_width) = (rows("pos_embedding", -1), rows("transformer.layers.0.linear1.weight", -1));
+        if !problems.is_empty() {
+            return Err(Error::Misfits { path: origin.to_owned(), problems });
+        }
+        let layer = |name: &String| name.strip_prefix("transformer.layers.")?.split_once('.')?.0.parse::<usize>().ok();
+        let depth = tensors.keys().filter_map(layer).collect::<BTreeSet<usize>>().len();
+        Ok(Self { dim, heads, mlp_width, depth, n_concepts, fine })
     }
 
     /// Checks that all sizes are positive, and that the heads share the dimension evenly.

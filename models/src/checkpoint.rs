@@ -86,6 +86,18 @@ pub struct Array {
     pub bytes: Vec<u8>,
 }
 
+impl Array {
+    /// The numbers of a tensor of any strides and device.
+    pub fn of(tensor: &Tensor) -> io::Result<Self> {
+        Ok(Self { kind: tensor.kind(), shape: tensor.size(), bytes: numbers(tensor)? })
+    }
+
+    /// A tensor of these numbers, on the CPU.
+    pub fn tensor(&self) -> Result<Tensor> {
+        Ok(Tensor::f_from_data_size(&self.bytes, &self.shape, self.kind)?)
+    }
+}
+
 /// Where weights come from, for messages and bounds.
 #[derive(Clone, Copy)]
 struct Origin<'a> {
@@ -265,8 +277,8 @@ pub fn read_arrays(path: &Path) -> Result<BTreeMap<String, Array>> {
         return torch::arrays_from_zip(source);
     }
     let array = |(name, tensor): (&String, &Tensor)| {
-        let bytes = numbers(tensor).map_err(|error| Error::Read { path: path.to_owned(), source: error })?;
-        Ok((name.clone(), Array { kind: tensor.kind(), shape: tensor.size(), bytes }))
+        let array = Array::of(tensor).map_err(|error| Error::Read { path: path.to_owned(), source: error })?;
+        Ok((name.clone(), array))
     };
     Checkpoint::open(path)?.tensors().iter().map(array).collect()
 }

@@ -9,7 +9,7 @@
 //! | `mmdet-proposals` | a Python pickle of boxes by image, of mmdet or Detectron | [`MmdetProposals`] |
 //! | `id-map` | which entry of such a pickle is of which image, json | [`IdMapFile`] |
 //! | `proposals`, `detections` | Parquet | [`Proposals`], [`Detections`] |
-//! | `checkpoint` | weights of a CLIP or a detector in any published layout; a folder of one such file and its config files | [`CheckpointFile`] |
+//! | `checkpoint` | weights of a CLIP, a detector or an augmenter in any published layout; a folder of one such file and its config files | [`CheckpointFile`] |
 //! | `prompts` | class embeddings, safetensors | [`Prompts`] |
 //! | `published-prompts` | class embeddings in published formats, `.pth` | [`PublishedPrompts`] |
 //! | `image-features`, `region-features` | Arrow shards | [`ImageFeatures`], [`RegionFeatures`] |
@@ -23,8 +23,10 @@
 //! | `published-vocabulary` | names, json: a list, or an object of names by place | [`PublishedVocabulary`] |
 //! | `vocabulary` | names, json | [`Vocabulary`] |
 //! | `negatives` | words that classes are kept apart from, safetensors | [`Negatives`] |
+//! | `published-negatives` | the same as RALF publishes them, a pickle of padded arrays | [`PublishedNegatives`] |
 //! | `phrases` | phrases with what they were made from, json | [`Phrases`] |
 //! | `concepts` | phrases with embeddings, safetensors | [`Concepts`] |
+//! | `published-concepts` | the same as RALF publishes them, a dict in a dict with one tensor | [`PublishedConcepts`] |
 //! | `results` | detections in the results format of COCO and LVIS, json | [`ResultsFile`] |
 
 mod archive;
@@ -78,7 +80,7 @@ pub(crate) use rows::{ReusedRows, Row, RowKind, RowWriter};
 pub(crate) use samples::SamplesByImage;
 pub use samples::{RegionSample, RegionSamples, RegionSamplesWriter};
 pub use tables::{Detections, Proposals};
-pub use vocabulary::{Concepts, Negatives, Phrase, Phrases, PublishedVocabulary, Vocabulary};
+pub use vocabulary::{Concepts, Negatives, Phrase, Phrases, PublishedConcepts, PublishedNegatives, PublishedVocabulary, Vocabulary};
 
 use crate::{
     Artifact, Error, Out, Result, UnitDraft,
@@ -179,6 +181,18 @@ pub(crate) fn category_names(annotations: &Annotations, ids: &[CategoryId]) -> B
     ids.iter().filter_map(|id| Some((*id, annotations.category(*id)?.name.clone()))).collect()
 }
 
+/// Fails where annotations count categories from 0, as a split does, base classes first: rows would get each other's names.
+pub(crate) fn check_ids(annotations: &Annotations) -> Result<()> {
+    match annotations.categories.first().filter(|category| category.id.0 == 0) {
+        None => Ok(()),
+        Some(category) => Err(Error::Input {
+            port: AnnotationFile::KIND,
+            problem: format!("expected ids from 1 on, as data sets have them, found 0: `{}`", category.name),
+            hint: "give the data set's own annotations, not what `annotations/split` made of them".into(),
+        }),
+    }
+}
+
 /// One image of a web data set with its alt text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -258,7 +272,7 @@ impl Artifact for IdMapFile {
     }
 }
 
-/// A checkpoint of a CLIP or a detector, not yet read.
+/// A checkpoint of a CLIP, a detector or an augmenter, not yet read.
 #[derive(Debug, Clone)]
 pub struct CheckpointFile {
     /// The file of weights.

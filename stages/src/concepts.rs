@@ -1,3 +1,6 @@
-//! Stages that make concepts.
+//! Stages that make concepts, and those for the files of RALF.
 
 pub mod build;
+pub mod export;
+pub mod import;
+mod published;

@@ -17,7 +17,7 @@ fn annotations(images: &[(u64, u32, u32)]) -> Annotations {
     let mut images: Vec<ImageInfo> =
         images.iter().map(|(id, width, height)| ImageInfo { width: *width, height: *height, ..image(*id) }).collect();
     images.sort_by_key(|image| image.id);
-    Annotations { images, file_order, categories: Vec::new(), annotations: Vec::new() }
+    Annotations { images, file_order, categories: Vec::new(), category_order: Vec::new(), annotations: Vec::new() }
 }
 
 fn proposal(x1: f32, y1: f32, x2: f32, y2: f32, score: f32) -> Proposal {

@@ -128,7 +128,13 @@ fn proposals_find_most_objects_and_stay_inside() {
             neg_category_ids: vec![],
             not_exhaustive_category_ids: vec![],
         };
-        let annotations = Annotations { file_order: vec![image.id], images: vec![image], categories: vec![], annotations: vec![] };
+        let annotations = Annotations {
+            file_order: vec![image.id],
+            images: vec![image],
+            categories: vec![],
+            category_order: vec![],
+            annotations: vec![],
+        };
         let entries = crate::proposals::Entries::InOrder(vec![scene.proposals.clone()]);
         crate::proposals::matched(entries, &annotations, None, None, Path::new("proposals")).unwrap();
         assert!(scene.proposals.is_sorted_by(|a, b| a.score >= b.score));

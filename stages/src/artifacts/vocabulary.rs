@@ -14,11 +14,16 @@ use std::{
 
 use ovenbird_cache::inputs::InputFile;
 use ovenbird_data::json;
-use ovenbird_models::{augmenter, checkpoint::Checkpoint, ral};
+use ovenbird_models::{
+    augmenter,
+    checkpoint::{self, Checkpoint, NegativeFeatures},
+    ral,
+};
 use serde::{
     Deserialize, Deserializer, Serialize,
     de::{DeserializeOwned, Error as _, MapAccess, SeqAccess, Visitor},
 };
+use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use super::{EMBEDDINGS, read_json, read_weights};
@@ -125,7 +130,8 @@ pub struct Negatives {
 impl Artifact for Negatives {
     const KIND: &'static str = "negatives";
     const EXTENSIONS: &'static [&'static str] = &["safetensors"];
-    const SHAPE: &'static str = "negatives that `negatives/retrieve` made (safetensors)";
+    const SHAPE: &'static str =
+        "negatives that `negatives/retrieve` made (safetensors); those of RALF, `neg_feature_lvis.pkl`, come in by `negatives/import`";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         let file = only_file(Self::KIND, files)?;
@@ -165,6 +171,17 @@ impl Negatives {
         })
     }
 
+    /// How many words there are, and how many classes have: as metrics, and the latter in words.
+    pub(crate) fn counts(&self) -> (BTreeMap<String, Value>, String) {
+        let [[fewest_hard, most_hard], [fewest_easy, most_easy]] = [&self.tables.hard, &self.tables.easy].map(|lists| {
+            let lengths = || lists.iter().map(Vec::len);
+            [lengths().min().unwrap_or(0), lengths().max().unwrap_or(0)]
+        });
+        let metrics = [("words", self.words.len()), ("fewest_hard", fewest_hard), ("fewest_easy", fewest_easy)];
+        let words = format!("classes have from {fewest_hard} to {most_hard} hard words, and from {fewest_easy} to {most_easy} easy ones");
+        (metrics.map(|(name, n)| (name.to_owned(), n.into())).into(), words)
+    }
+
     /// The tensors and the metadata of a file.
     fn content(&self) -> (BTreeMap<String, Tensor>, BTreeMap<String, String>) {
         let ral::Negatives { anchors, words, hard, easy } = &self.tables;
@@ -186,6 +203,35 @@ impl Negatives {
     pub(crate) fn write(&self, draft: &UnitDraft, port: Out<Self>) -> Result<()> {
         let (tensors, metadata) = self.content();
         draft.write_tensors(port, "negatives.safetensors", &tensors, &metadata)
+    }
+}
+
+/// Negatives as RALF keeps them, not yet read: see [`NegativeFeatures`].
+#[derive(Debug, Clone)]
+pub struct PublishedNegatives {
+    file: InputFile,
+}
+
+impl Artifact for PublishedNegatives {
+    const KIND: &'static str = "published-negatives";
+    const EXTENSIONS: &'static [&'static str] = &["pkl"];
+    const SHAPE: &'static str = "RALF's `neg_feature_lvis.pkl`: a dict of `feat_in` [K, D], `feat_out_sim` and `feat_out_dis` [K, M, D], \
+                                 `pad_out_sim` and `pad_out_dis` [K]";
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { file: only_file(Self::KIND, files)?.clone() })
+    }
+}
+
+impl PublishedNegatives {
+    /// The path of the file.
+    pub fn path(&self) -> &Path {
+        &self.file.path
+    }
+
+    /// Reads it.
+    pub fn load(&self) -> Result<NegativeFeatures> {
+        self.file.read_with(|path| Ok(NegativeFeatures::read(path)?))
     }
 }
 
@@ -239,7 +285,8 @@ pub struct Concepts {
 impl Artifact for Concepts {
     const KIND: &'static str = "concepts";
     const EXTENSIONS: &'static [&'static str] = &["safetensors"];
-    const SHAPE: &'static str = "concepts that `concepts/build` made (safetensors)";
+    const SHAPE: &'static str = "concepts that `concepts/build` made (safetensors); those of RALF, `v3det_gpt_noun_chunk_lvis_strict.pkl`, \
+                                 come in by `concepts/import`";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         let file = only_file(Self::KIND, files)?;
@@ -287,6 +334,35 @@ impl Concepts {
     }
 }
 
+/// Concepts as RALF keeps them, not yet read: see [`checkpoint::Concepts`].
+#[derive(Debug, Clone)]
+pub struct PublishedConcepts {
+    file: InputFile,
+}
+
+impl Artifact for PublishedConcepts {
+    const KIND: &'static str = "published-concepts";
+    const EXTENSIONS: &'static [&'static str] = &["pkl"];
+    const SHAPE: &'static str =
+        "RALF's `v3det_gpt_noun_chunk_lvis_strict.pkl`: a dict of `all_noun_chunks`, a dict with `text_features` [N, D]";
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { file: only_file(Self::KIND, files)?.clone() })
+    }
+}
+
+impl PublishedConcepts {
+    /// The path of the file.
+    pub fn path(&self) -> &Path {
+        &self.file.path
+    }
+
+    /// Reads it.
+    pub fn load(&self) -> Result<checkpoint::Concepts> {
+        self.file.read_with(|path| Ok(checkpoint::Concepts::read(path)?))
+    }
+}
+
 fn json(text: &impl Serialize) -> String {
     serde_json::to_string(text).expect("BUG: names are plain JSON")
 }
@@ -315,7 +391,7 @@ fn rows(checkpoint: &Checkpoint, name: &str, n: usize) -> Result<Tensor, String>
     if !is_floating || !matches!(found.size()[..], [rows, dim] if rows == n as i64 && dim > 0) {
         return Err(format!("expected `{name}` f16 or f32 [{n}, D], found {:?} {:?}", found.kind(), found.size()));
     }
-    match ovenbird_models::checkpoint::not_finite(found) {
+    match checkpoint::not_finite(found) {
         Some(problem) => Err(format!("{name}: {problem}")),
         None => Ok(found.to_kind(Kind::Float)),
     }

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use ovenbird_cache::inputs::InputFile;
 use ovenbird_models::{
     augmenter::{Augmenter, Config},
-    rcnn::layout,
+    checkpoint::Checkpoint,
+    rcnn::layout::{self, LoadReport},
 };
 use serde::{Deserialize, Serialize};
 use tch::{Device, nn};
@@ -46,7 +47,8 @@ pub(crate) struct AugmenterFile {
 impl Artifact for AugmenterFile {
     const KIND: &'static str = "augmenter";
     const EXTENSIONS: &'static [&'static str] = &["safetensors"];
-    const SHAPE: &'static str = "an augmenter that `augmenter/train` made";
+    const SHAPE: &'static str =
+        "an augmenter that `augmenter/train` or `augmenter/import` made; RALF's `lvis_strict.pth` comes in by `augmenter/import`";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self { file: last_file(Self::KIND, files)?.clone() })
@@ -54,6 +56,7 @@ impl Artifact for AugmenterFile {
 }
 
 /// A network with the owner of its weights.
+#[derive(Debug)]
 pub(super) struct Loaded {
     pub(super) augmenter: Augmenter,
     pub(super) spec: AugmenterSpec,
@@ -63,11 +66,18 @@ pub(super) struct Loaded {
 impl AugmenterFile {
     /// Loads the network.
     pub(super) fn load(&self, device: Device) -> Result<Loaded> {
-        let (checkpoint, path) = (read_weights(&self.file)?, &self.file.path);
-        let spec: AugmenterSpec = spec_of(&checkpoint, SPEC_KEY, path)?;
+        let checkpoint = read_weights(&self.file)?;
+        let spec = spec_of(&checkpoint, SPEC_KEY, &self.file.path)?;
+        Ok(Loaded::of(spec, &checkpoint, device)?.0)
+    }
+}
+
+impl Loaded {
+    /// Builds a network with the weights of a checkpoint: every tensor must be there and fit, and there must be no other.
+    pub(super) fn of(spec: AugmenterSpec, checkpoint: &Checkpoint, device: Device) -> Result<(Self, LoadReport)> {
         let store = nn::VarStore::new(device);
         let augmenter = Augmenter::blank(&store.root(), &spec.config)?;
-        layout::load(checkpoint.tensors(), augmenter.parameters(), path)?.require_all(path)?;
-        Ok(Loaded { augmenter, spec, _store: store })
+        let report = layout::load(checkpoint.tensors(), augmenter.parameters(), checkpoint.path())?.require_all(checkpoint.path())?;
+        Ok((Self { augmenter, spec, _store: store }, report))
     }
 }

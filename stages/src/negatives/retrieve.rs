@@ -122,16 +122,16 @@ impl Stage for Retrieve {
         };
         let n_dropped = names.len() - kept.len();
         cx.note(format!("{n_dropped} of {} words are dropped, as their rank hardly varies", names.len()));
-        let length = |lists: &[Vec<u32>]| [lists.iter().map(Vec::len).min().unwrap_or(0), lists.iter().map(Vec::len).max().unwrap_or(0)];
-        let ([fewest_hard, most_hard], [fewest_easy, most_easy]) = (length(&hard), length(&easy));
-        cx.note(format!("classes have from {fewest_hard} to {most_hard} hard words, and from {fewest_easy} to {most_easy} easy ones"));
-        let metrics = [("words", kept.len()), ("dropped", n_dropped), ("fewest_hard", fewest_hard), ("fewest_easy", fewest_easy)];
         let rows: Vec<i64> = kept.iter().map(|word| i64::from(*word)).collect();
         let tables = ral::Negatives { anchors, words: words.index_select(0, &Tensor::from_slice(&rows)), hard, easy };
         let words = kept.iter().map(|word| names[*word as usize].clone()).collect();
+        let negatives = Negatives { classes, words, tables, clip: Some(space) };
+        let (mut metrics, words) = negatives.counts();
+        metrics.insert("dropped".into(), n_dropped.into());
+        cx.note(words);
         let draft = cx.begin(unit)?;
-        Negatives { classes, words, tables, clip: Some(space) }.write(&draft, NEGATIVES)?;
-        cx.commit(draft, metrics.map(|(name, n)| (name.to_owned(), n.into())).into())
+        negatives.write(&draft, NEGATIVES)?;
+        cx.commit(draft, metrics)
     }
 }
 

@@ -8,20 +8,8 @@ use tch::{Kind, Tensor};
 
 use crate::{
     Error, Result,
-    artifacts::{EMBEDDINGS, Prompts},
+    artifacts::{EMBEDDINGS, Prompts, check_ids},
 };
-
-/// Fails where annotations count categories from 0, as a split does, base classes first: rows would get each other's names.
-fn check_ids(annotations: &Annotations) -> Result<()> {
-    match annotations.categories.first().filter(|category| category.id.0 == 0) {
-        None => Ok(()),
-        Some(category) => Err(Error::Input {
-            port: "annotations",
-            problem: format!("expected ids from 1 on, as data sets have them, found 0: `{}`", category.name),
-            hint: "give the data set's own annotations, not what `annotations/split` made of them".into(),
-        }),
-    }
-}
 
 /// Reads class embeddings. `annotations` names the rows of a file that does not, in ascending category id; fails where both or neither
 /// have names.
