@@ -277,7 +277,16 @@ fn published_pipelines_run_on_the_published_layout() {
         }
     }
     // Nothing is wrong with either but that files are not there.
-    for name in ["vild-ov-coco", "vild-ov-lvis", "oadp-ov-coco", "oadp-ov-lvis", "lp-ovod-ov-coco", "detpro-ov-lvis"] {
+    for name in [
+        "vild-ov-coco",
+        "vild-ov-lvis",
+        "oadp-ov-coco",
+        "oadp-ov-lvis",
+        "lp-ovod-ov-coco",
+        "detpro-ov-lvis",
+        "ralf-oadp-ov-coco",
+        "ralf-ov-lvis",
+    ] {
         let refused = world.run(["plan", name]);
         assert!(refused.code == 4 && refused.stderr.contains("hint: put the files there"), "{}", refused.stderr);
     }
@@ -308,6 +317,29 @@ fn published_pipelines_run_on_the_published_layout() {
     assert!(made.iter().all(|step| run.steps("done").contains(&(*step).to_owned())), "{}", run.stderr);
     assert!(run.stderr.contains("novel AP50: best at step 1, "), "{}", run.stderr);
 
+    // RALF's lists and concepts; in a dry run some regions are good enough.
+    let embed_dim = Checkpoint::open(Path::new(&clip)).unwrap().shape("text_projection").unwrap()[1];
+    let names: Vec<String> = (0..80).map(|place| format!("word {place}")).collect();
+    let numbered: Vec<String> = names.iter().enumerate().map(|(place, name)| format!("\"{place}\": \"{name}\"")).collect();
+    let features = Tensor::eye_m(60, embed_dim, (Kind::Half, Device::Cpu)) + 0.1;
+    for data_set in ["coco", "lvis"] {
+        world.write(&format!("ralf/v3det_{data_set}.json"), format!("{{{}}}", numbered.join(", ")));
+        world.write(&format!("ralf/v3det_{data_set}_strict.json"), serde_json::json!(names).to_string());
+        let chunks = Saved::Dict([("text_features".to_owned(), Saved::Tensor(&features))].into());
+        let mut file = std::fs::File::create(world.path(&format!("ralf/v3det_gpt_noun_chunk_{data_set}_strict.pkl"))).unwrap();
+        write_torch(&Saved::Dict([("all_noun_chunks".to_owned(), chunks)].into()), &mut file).unwrap();
+    }
+    let refused = world.run(
+        ["run", "ralf-oadp-ov-coco", "--set", "ralf=./ralf", "--until", "words"]
+            .into_iter()
+            .chain(sets.iter().flat_map(|set| ["--set", set])),
+    );
+    assert!(refused.code == 4 && refused.stderr.contains("SHA-256"), "{}", refused.stderr);
+    let of_ralf = ["ralf=./ralf", "words.sha256=null", "shown.letterbox.max_size=[160, 96]", "seen.max_per_image=20"];
+    let run = dry_run("ralf-oadp-ov-coco", &[&sets[..], &of_ralf].concat());
+    let made = ["augmented", "augmenter", "concepts", "detector", "negatives", "seen", "select", "shown", "test@ral", "test@ralf"];
+    assert!(made.iter().all(|step| run.steps("done").contains(&(*step).to_owned())), "{}", run.stderr);
+
     let of_features = ["features.max_size=160", "features.min_size=[96, 96]", "boxes.min_objectness=0.0"];
     let run = dry_run("lp-ovod-ov-coco", &[&sets[..], &of_features].concat());
     let made = ["boxes", "coco", "detector", "features", "oracle-coco", "probe", "regions", "test", "val-proposals"];
@@ -329,7 +361,6 @@ fn published_pipelines_run_on_the_published_layout() {
     for name in ["oln_r50_fpn_lvis_train.pkl", "rpn_r101_fpn_lvis_train.pkl"] {
         std::fs::copy(&proposals, world.path(&format!("lvis/proposals/{name}"))).unwrap();
     }
-    let embed_dim = Checkpoint::open(Path::new(&clip)).unwrap().shape("text_projection").unwrap()[1];
     let mut detpro = std::fs::File::create(world.path("detpro.pth")).unwrap();
     write_torch(&Saved::Tensor(&Tensor::ones([60, embed_dim], (Kind::Float, Device::Cpu))), &mut detpro).unwrap();
     let on_lvis = [&["coco=./pictures", "lvis=./lvis"], &sets[1..]].concat();
@@ -343,6 +374,19 @@ fn published_pipelines_run_on_the_published_layout() {
     // Its `templates` are ViLD's prompts.
     let run = dry_run("detpro-ov-lvis", &on_lvis);
     let made = ["detector@ensemble", "detector@templates", "prompts", "range-1", "range-5", "samples", "test@ensemble", "truth-regions"];
+    assert!(made.iter().all(|step| run.steps("done").contains(&(*step).to_owned())), "{}", run.stderr);
+    let run = dry_run("ralf-ov-lvis", &[&["detpro=./detpro.pth"], &on_lvis[..], &of_ralf].concat());
+    let made = [
+        "augmented@ral",
+        "augmenter@ralf-fixed",
+        "detector",
+        "negatives",
+        "seen",
+        "shown@ralf-fixed",
+        "test@ral",
+        "test@ralf",
+        "test@ralf-fixed",
+    ];
     assert!(made.iter().all(|step| run.steps("done").contains(&(*step).to_owned())), "{}", run.stderr);
 }
 

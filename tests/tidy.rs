@@ -183,6 +183,47 @@ fn published_pipelines_have_the_published_numbers() {
     let fusion = parameters("lp-ovod-ov-coco", "test");
     assert!(fusion.get("fusion").is_none(), "the published fusion is the default");
     lp_ovod("test", json!({"heads": "both", "score_threshold": 0.05_f32, "nms_iou": 0.5, "max_per_image": 100}));
+    // DetPro's and RALF's specification, sections 7 to 10.
+    for (pipeline, id, expected) in [
+        (
+            "ralf-ov-lvis",
+            "negatives",
+            json!({"rank_variance": "reference", "drop": {"threshold": 12.7e6}, "top": 2000, "popularity_limit": 800}),
+        ),
+        (
+            "ralf-oadp-ov-coco",
+            "negatives",
+            json!({"rank_variance": "reference", "drop": {"threshold": 13.2e6}, "top": 2000, "popularity_limit": 55}),
+        ),
+        ("ralf-ov-lvis", "shown", json!({"rule": "ralf", "min_side": 0.0})),
+        (
+            "ralf-ov-lvis",
+            "test",
+            json!({"raf": {"top_k": 20, "fusion": "gate", "background": "reference", "threshold": "reference"}, "score_threshold": 1e-4_f32}),
+        ),
+        (
+            "ralf-oadp-ov-coco",
+            "test",
+            json!({"raf": {"top_k": 1, "fusion": "softmax", "background": "excluded", "threshold": "reference"}}),
+        ),
+    ] {
+        assert_holds(&parameters(pipeline, id), &expected, &format!("{pipeline}: {id}"));
+    }
+    for (pipeline, lambda_dis, batch_size) in [("ralf-ov-lvis", 10.0, 8), ("ralf-oadp-ov-coco", 5.0, 16)] {
+        let detector = parameters(pipeline, "detector");
+        let losses = json!({
+            "random_q": 10, "lambda_sim": 1.0, "lambda_dis": lambda_dis, "margin_sim": 0.0, "margin_dis": 1.0, "beta_sim": 1.0, "beta_dis": 1.0,
+            "easy_gradient": "reference", "batch_norm": "reference",
+        });
+        assert_holds(&detector["ral"], &losses, pipeline);
+        assert_holds(&detector["training"], &json!({"batch_size": batch_size, "lr": 0.02}), pipeline);
+        let augmenter = json!({
+            "template": "a photo of {}", "spaces": false, "n_concepts": 50, "heads": 8, "fine": "reference", "min_objectness": 0.4_f32,
+            "min_side": 10.0, "regions_per_image": 30, "epochs": 10, "batch_size": 128, "lr": 0.1,
+        });
+        assert_holds(&parameters(pipeline, "augmenter"), &augmenter, pipeline);
+        assert!(parameters(pipeline, "augmenter").get("temperature").is_none_or(Value::is_null));
+    }
     // DetPro's specification, sections 2, 3 and 4.
     let detpro = |id: &str, expected: Value| assert_holds(&parameters("detpro-ov-lvis", id), &expected, id);
     detpro("regions", json!({"rule": "detpro-reference", "min_side": 0.0}));

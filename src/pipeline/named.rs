@@ -13,6 +13,8 @@ pub(crate) const NAMED: &[(&str, &str)] = &[
     ("oadp-ov-lvis", include_str!("../../pipelines/oadp-ov-lvis.yaml")),
     ("oadp-toy", include_str!("../../pipelines/oadp-toy.yaml")),
     ("quickstart", include_str!("../../pipelines/quickstart.yaml")),
+    ("ralf-oadp-ov-coco", include_str!("../../pipelines/ralf-oadp-ov-coco.yaml")),
+    ("ralf-ov-lvis", include_str!("../../pipelines/ralf-ov-lvis.yaml")),
     ("ralf-toy", include_str!("../../pipelines/ralf-toy.yaml")),
     ("supervised-toy", include_str!("../../pipelines/supervised-toy.yaml")),
     ("toy-clip", include_str!("../../pipelines/toy-clip.yaml")),
