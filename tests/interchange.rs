@@ -1,4 +1,4 @@
-//! Features, proposals and labels from and for the OADP reference.
+//! Features, proposals and labels from and for the OADP reference; words, concepts and augmenters from and for RALF's code.
 
 use std::{
     fs,
@@ -135,6 +135,67 @@ fn features_that_went_to_the_reference_and_came_back_are_the_same() {
     let tables: Vec<&Vec<u8>> = units.iter().filter(|(name, _)| name.ends_with("proposals.parquet")).map(|(_, bytes)| bytes).collect();
     assert!(tables.len() == 2 && tables[0] == tables[1]);
     world.run(["verify", "--deep"]).success();
+}
+
+/// What RALF reads and writes, out, in, and out again; and what an augmenter makes of it.
+const RALF: &str = r#"version: 1
+name: ralf
+stages:
+  - id: world
+    use: toy/world
+    with: {seed: 7, train_images: 6, val_images: 4, web_images: 40, held_out_images: 60, side_px: 160}
+  - {id: clip, use: toy/clip, in: {held_out_images: world.held_out_images, held_out: world.held_out}, with: {architecture: vit}}
+  - {id: proposals, use: proposals/import, in: {proposals: world.val_proposals, annotations: world.val}}
+  - id: objects
+    use: clip/objects
+    in: {images: world.images, annotations: world.val, proposals: proposals.proposals, checkpoint: clip.checkpoint}
+    with: {clip: {precision: f32}}
+  - {id: words, use: toy/vocabulary}
+  - {id: vocabulary, use: vocabulary/import, in: {file: words.vocabulary, classes: world.classes}}
+  - id: negatives
+    use: negatives/retrieve
+    in: {checkpoint: clip.checkpoint, classes: world.classes, vocabulary: vocabulary.vocabulary}
+    with: {rank_variance: fixed, drop: {fraction: 0.1}, top: 22, popularity_limit: 40}
+  - {id: negatives-out, use: negatives/export, in: {negatives: negatives.negatives, annotations: world.train}}
+  - {id: negatives-in, use: negatives/import, in: {file: negatives-out.file, annotations: world.train}}
+  - {id: negatives-out-again, use: negatives/export, in: {negatives: negatives-in.negatives, annotations: world.train}}
+  - {id: concepts, use: concepts/build, in: {checkpoint: clip.checkpoint, phrases: words.phrases}}
+  - {id: concepts-out, use: concepts/export, in: {concepts: concepts.concepts}}
+  - {id: concepts-in, use: concepts/import, in: {file: concepts-out.file}}
+  - {id: concepts-out-again, use: concepts/export, in: {concepts: concepts-in.concepts}}
+  - id: augmenter
+    use: augmenter/train
+    in: {checkpoint: clip.checkpoint, classes: world.classes, vocabulary: vocabulary.vocabulary, concepts: concepts.concepts, features: objects.features}
+    with: {n_concepts: 10, min_objectness: 0.0, epochs: 1, batch_size: 4}
+  - {id: augmenter-out, use: augmenter/export, in: {augmenter: augmenter.augmenter}}
+  - {id: augmenter-in, use: augmenter/import, in: {checkpoint: augmenter-out.checkpoint}}
+  - {id: augmenter-out-again, use: augmenter/export, in: {augmenter: augmenter-in.augmenter}}
+  - {id: augmented, use: augmenter/apply, in: {augmenter: augmenter.augmenter, concepts: concepts.concepts, features: objects.features}}
+  - {id: augmented-again, use: augmenter/apply, in: {augmenter: augmenter-in.augmenter, concepts: concepts-in.concepts, features: objects.features}}
+"#;
+
+#[test]
+fn words_concepts_and_an_augmenter_that_went_to_ralf_and_came_back_are_the_same() {
+    let world = World::new();
+    world.write("ralf.yaml", RALF);
+    world.run(["run", "./ralf.yaml"]).success();
+    let units = world.units();
+    for (kind, name) in
+        [("negatives-export/", "neg_feature.pkl"), ("concepts-export/", "concepts.pkl"), ("augmenter-export/", "augmenter.pth")]
+    {
+        let of_kind = units.iter().filter(|(path, _)| path.contains(kind) && path.ends_with(name));
+        let files: Vec<&Vec<u8>> = of_kind.map(|(_, bytes)| bytes).collect();
+        assert_eq!(files.len(), 2, "{kind}");
+        assert!(files[0].len() > 1000 && files[0] == files[1], "{kind}");
+    }
+    let augmented = |unit: &PathBuf| -> Vec<Regions> {
+        let files = inputs::digest_path(&unit.join("features/regions.arrow"), None, 0).unwrap();
+        RegionFeatures::open(&files).unwrap().rows().map(Result::unwrap).collect()
+    };
+    let made: Vec<Vec<Regions>> = world.units_of("augmenter-apply").iter().map(augmented).collect();
+    assert_eq!(made.len(), 2);
+    assert!(made[0].iter().map(|regions| regions.boxes.len()).sum::<usize>() > 20);
+    assert_eq!(made[0], made[1]);
 }
 
 /// What a script prints, json.

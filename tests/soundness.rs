@@ -112,12 +112,18 @@ stages:
     use: negatives/retrieve
     in: {checkpoint: clip.checkpoint, classes: split.classes, vocabulary: vocabulary.vocabulary}
     with: {rank_variance: fixed, drop: {fraction: 0.1}, top: 40, popularity_limit: 59, least: 1}
+  - {id: negatives-out, use: negatives/export, in: {negatives: negatives.negatives, annotations: world.train}}
+  - {id: negatives-in, use: negatives/import, in: {file: negatives-out.file, annotations: world.train}}
   - {id: concepts, use: concepts/build, in: {checkpoint: clip.checkpoint, phrases: words.phrases}}
+  - {id: concepts-out, use: concepts/export, in: {concepts: concepts.concepts}}
+  - {id: concepts-in, use: concepts/import, in: {file: concepts-out.file}}
   - id: augmenter
     use: augmenter/train
     in: {checkpoint: clip.checkpoint, classes: split.classes, vocabulary: vocabulary.vocabulary, concepts: concepts.concepts, features: objects.features}
     with: {n_concepts: 10, min_objectness: 0.0, epochs: 1, batch_size: 4, checkpoint_every: 2}
   - {id: augmented, use: augmenter/apply, in: {augmenter: augmenter.augmenter, concepts: concepts.concepts, features: regions.features}}
+  - {id: augmenter-out, use: augmenter/export, in: {augmenter: augmenter.augmenter}}
+  - {id: augmenter-in, use: augmenter/import, in: {checkpoint: augmenter-out.checkpoint}}
   - {id: truth, use: proposals/truth, in: {annotations: world.train, classes: split.classes}}
   - id: truth-regions
     use: clip/proposals
