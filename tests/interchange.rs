@@ -144,7 +144,7 @@ stages:
   - id: world
     use: toy/world
     with: {seed: 7, train_images: 6, val_images: 4, web_images: 40, held_out_images: 60, side_px: 160}
-  - {id: clip, use: toy/clip, in: {held_out_images: world.held_out_images, held_out: world.held_out}}
+  - {id: clip, use: toy/clip, in: {held_out_images: world.held_out_images, held_out: world.held_out}, with: {architecture: vit}}
   - {id: proposals, use: proposals/import, in: {proposals: world.val_proposals, annotations: world.val}}
   - id: objects
     use: clip/objects

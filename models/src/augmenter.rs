@@ -76,8 +76,8 @@ impl Config {
     /// The configuration of the network that has these tensors, under the reference's names or with something before all of them. Neither
     /// heads nor the scale of tokens can be seen in them.
     ///
-    /// Fails where a tensor that gives a size is missing or has another shape; whether the others fit is seen when they are loaded. `origin`
-    /// names the file.
+    /// Fails where a tensor that gives a size is missing or has another shape; whether the others fit is seen when they are loaded.
+    /// `origin` names the file.
     pub fn of_tensors(tensors: &BTreeMap<String, Tensor>, heads: i64, fine: Fine, origin: &Path) -> Result<Self> {
         let how = "save only that network: `torch.save` of its `state_dict()`";
         let Some(place) = Place::choose(&prefixes(tensors, MARK), None, tensors, origin, "one augmenter", how)? else {

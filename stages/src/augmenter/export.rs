@@ -97,8 +97,8 @@ mod tests {
         assert_eq!(unlike_ralf(&Config { n_concepts: 10, ..ralf }), None);
         assert_eq!(
             unlike_ralf(&Config { heads: 4, fine: Fine::Scaled, ..ralf }).unwrap(),
-            "the network has 4 attention heads, RALF's has 8, and scaled tokens, which RALF's has not: RALF's code would give other results \
-             with these weights"
+            "the network has 4 attention heads, RALF's has 8, and scaled tokens, which RALF's has not: RALF's code would give other \
+             results with these weights"
         );
     }
 }

@@ -17,8 +17,9 @@ use crate::{
 
 /// Imports an augmenter that RALF's code trained, `lvis_strict.pth` or `coco_strict.pth`, and what `augmenter/export` wrote.
 ///
-/// Dimension, layers, width and the number of concepts follow from the tensors; every tensor of the network must be there and fit, and there
-/// must be no other. Attention heads and the scale of tokens cannot be seen in them: the parameters say what they were, RALF's by default.
+/// Dimension, layers, width and the number of concepts follow from the tensors; every tensor of the network must be there and fit, and
+/// there must be no other. Attention heads and the scale of tokens cannot be seen in them: the parameters say what they were, RALF's by
+/// default.
 /// (RALF, section 8.2.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]

@@ -12,8 +12,8 @@ use crate::{
 
 /// Concepts for RALF's code: a `.pkl` that `torch.load` reads, with the phrases beside the embeddings.
 ///
-/// RALF reads `torch.load(file)["all_noun_chunks"]["text_features"]`; `names` is what this program adds. What a phrase was made from is left
-/// out. (RALF, section 8.1.)
+/// RALF reads `torch.load(file)["all_noun_chunks"]["text_features"]`; `names` is what this program adds. What a phrase was made from is
+/// left out. (RALF, section 8.1.)
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Export {}

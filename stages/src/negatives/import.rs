@@ -12,9 +12,9 @@ use crate::{
 /// Negatives of RALF, `neg_feature_lvis.pkl` or `neg_feature_coco.pkl`, checked: for each class its hard and its easy words.
 ///
 /// The file has no names. Its classes are the categories of the data set's json as it lists them, and get their names from there, so give
-/// the original json as `annotations`. Words are called by their place among all different words: "0", "1" and so on. Rows must have unit norm;
-/// those of f32 are rounded to f16. A word on the lists of several classes is kept once, so that up to 7.3 GB become some 30 MB; while the
-/// file is read it is in memory. (RALF, section 6.3.)
+/// the original json as `annotations`. Words are called by their place among all different words: "0", "1" and so on. Rows must have unit
+/// norm; those of f32 are rounded to f16. A word on the lists of several classes is kept once, so that up to 7.3 GB become some 30 MB; while
+/// the file is read it is in memory. (RALF, section 6.3.)
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Import {}
@@ -24,8 +24,8 @@ const ANNOTATIONS: In<AnnotationFile> =
     In::required("annotations", "The data set's original json, whose categories name the classes of the file in their order.");
 const NEGATIVES: Out<Negatives> = Out::new(
     "negatives",
-    "safetensors: `anchors` f16 [K, D] of the classes and `words` f16 [V, D], unit norm; for each class the places of its `hard` and `easy` \
-     words; metadata `classes`, in the order of the file, and `words`.",
+    "safetensors: `anchors` f16 [K, D] of the classes and `words` f16 [V, D], unit norm; for each class the places of its `hard` and \
+     `easy` words; metadata `classes`, in the order of the file, and `words`.",
 );
 
 impl Stage for Import {
