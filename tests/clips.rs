@@ -179,7 +179,7 @@ stages:
 "#;
 
 /// Every stage that reads what two CLIPs may have made, with inputs of both: its id, its kind, the two ports, and what it reads besides.
-const MIXED: [(&str, &str, [&str; 2], &str); 10] = [
+const MIXED: [(&str, &str, [&str; 2], &str); 11] = [
     (
         "labelled",
         "annotations/pseudo-labels",
@@ -210,6 +210,13 @@ const MIXED: [(&str, &str, [&str; 2], &str); 10] = [
         "detector/test",
         ["detector", "prompts"],
         "in: {images: world.images, annotations: world.val, classes: train.classes, prompts: others.prompts, detector: detector.detector}",
+    ),
+    (
+        "corrected",
+        "detector/test",
+        ["prompts", "augmented"],
+        "in: {images: world.images, annotations: world.train, classes: train.classes, prompts: prompts.prompts, augmented: other-regions.features, \
+         detector: detector.detector}",
     ),
     (
         "taught",

@@ -216,6 +216,16 @@ stages:
     use: detector/select
     in: {images: world.images, annotations: world.val, classes: split.classes, prompts: ensemble.prompts, multilabel_prompts: learned.prompts, proposals: val-proposals.proposals, checkpoints: detector.detector}
     with: {group: all, test: {max_per_image: 20}}
+  - {id: seen, use: proposals/rpn, in: {images: world.images, annotations: world.val, detector: detector.detector}, with: {max_per_image: 6}}
+  - id: shown
+    use: clip/proposals
+    in: {images: world.images, annotations: world.val, proposals: seen.proposals, checkpoint: clip.checkpoint}
+    with: {rule: ralf, letterbox: {max_size: [128, 128]}, min_side: 0.0, clip: {precision: f32}}
+  - {id: shown-augmented, use: augmenter/apply, in: {augmenter: augmenter.augmenter, concepts: concepts.concepts, features: shown.features}}
+  - id: corrected
+    use: detector/test
+    in: {images: world.images, annotations: world.val, classes: split.classes, prompts: ensemble.prompts, multilabel_prompts: learned.prompts, augmented: shown-augmented.features, detector: detector.detector}
+    with: {raf: {top_k: 2}}
   - id: detector-out
     use: detector/export
     in: {detector: detector.detector}
