@@ -190,6 +190,7 @@ mod tests {
             "augmenter/apply",
             "oln/train",
             "proposals/oln",
+            "proposals/rpn",
             "detector/train",
             "detector/features",
             "detector/test",

@@ -118,10 +118,17 @@ pub(crate) enum Pixels {
 /// Views on the device, or on their way there.
 pub(crate) struct Batch {
     n_views: usize,
-    /// The network's input in f32, `[B, 3, H, W]`, or levels of it, u8 `[B, H, W, 3]`.
-    pixels: Tensor,
+    pixels: BatchPixels,
     /// Of objects, `[B, G, G]`.
     backgrounds: Option<Tensor>,
+}
+
+/// The pixels of a batch.
+enum BatchPixels {
+    /// From 0 to 255, `[B, H, W, 3]`.
+    Levels(Tensor),
+    /// The network's input itself, f32 `[B, 3, H, W]`.
+    Input(Tensor),
 }
 
 /// Embeddings that an accelerator may still be computing. A processor has them at once.
@@ -383,7 +390,7 @@ impl Encoder {
     pub(crate) fn upload(&self, views: &[View]) -> Batch {
         no_grad(|| Batch {
             n_views: views.len(),
-            pixels: self.inputs(views).unwrap_or_else(|| self.levels(views)),
+            pixels: self.input(views).map_or_else(|| BatchPixels::Levels(self.levels(views)), BatchPixels::Input),
             backgrounds: (self.mode == InputMode::Objects).then(|| self.backgrounds(views)),
         })
     }
@@ -391,9 +398,9 @@ impl Encoder {
     /// Begins to compute the embeddings of a batch.
     pub(crate) fn begin(&self, batch: &Batch) -> Result<Pending> {
         no_grad(|| {
-            let pixels = match batch.pixels.kind() {
-                Kind::Float => batch.pixels.shallow_clone(),
-                _ => self.normalised(&batch.pixels),
+            let pixels = match &batch.pixels {
+                BatchPixels::Levels(levels) => self.normalised(levels),
+                BatchPixels::Input(input) => input.shallow_clone(),
             };
             let pixels = pixels.to_kind(self.clip.kind());
             let embeddings = match &batch.backgrounds {
@@ -407,7 +414,7 @@ impl Encoder {
     }
 
     /// The network's input on the device, of views that are such, filled up with zeros.
-    fn inputs(&self, views: &[View]) -> Option<Tensor> {
+    fn input(&self, views: &[View]) -> Option<Tensor> {
         let inputs = views.iter().map(|view| if let Pixels::Input(input) = &view.pixels { Some(input) } else { None });
         let inputs: Vec<&Tensor> = inputs.collect::<Option<_>>()?;
         let n_missing = (self.batch() - views.len()) as i64;
@@ -568,6 +575,19 @@ mod tests {
             let nearest = (0..10).step_by(2).filter(|other| *other != square).map(|other| cosine(other, square + 1)).fold(-1.0, f32::max);
             assert!(own >= 0.98 - 1e-3 && own > nearest + 1e-3, "{square}: {own}, to another scene {nearest}");
         }
+    }
+
+    /// A square's levels and the network's input made of them, in a batch that is filled up.
+    #[test]
+    fn an_input_that_is_given_is_used_as_it_is() {
+        let encoder = encoder(InputMode::Squares);
+        let image = Image { width: 64, height: 64, rgb: (0..3 * 64 * 64_u32).map(|index| (index * 31 % 251) as u8).collect() };
+        let mut numbers = vec![0.0; encoder.preprocess.n_numbers()];
+        encoder.preprocess.normalise(&image, &mut numbers);
+        let input = Tensor::from_slice(&numbers).view([3, 64, 64]);
+        let view = |pixels| View { pixels, background: None };
+        let [levels, given] = [Pixels::Ready(image), Pixels::Input(input)].map(|pixels| embed(&encoder, &[view(pixels)]));
+        assert!(levels.len() == 32 && levels.iter().zip(&given).all(|(one, other)| (one - other).abs() < 1e-5));
     }
 
     /// The path that accelerators take, on the CPU.
