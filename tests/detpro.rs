@@ -254,6 +254,7 @@ fn what_augmented_scores_cannot_use_is_said_in_words() {
     };
     let augmented = "      augmented: augmented.features\n";
     refused(augmented, "", "augmented: none are given, but `raf` is set");
+    refused("raf: {top_k", "raf: {fusion: softmax, threshold: scaled, top_k", "raf.threshold: expected `scaled` with `fusion: gate` alone");
     refused(
         augmented,
         "      augmented: augmented.features\n      proposals: seen.proposals\n",

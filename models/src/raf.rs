@@ -60,14 +60,15 @@ pub enum Threshold {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Rule {
-    /// The classes of each proposal, those of highest cosine, whose cosines are used; those of others are taken as 0. OADP has 1 on COCO
-    /// and 10 on LVIS, Object-Centric 1 and 20.
+    /// The classes of each proposal, those with the largest products, whose products are used; those of others are taken as 0. A product is
+    /// that of the augmented embedding and the class embedding as it is: a cosine where that has unit length. OADP has 1 on COCO and 10 on
+    /// LVIS, Object-Centric 1 and 20.
     pub top_k: usize,
     /// How scores and cosines become scores.
     pub fusion: Fusion,
     /// Whether background may be among the kept classes.
     pub background: Background,
-    /// The least score of a detection.
+    /// The least score of a detection after a gate.
     pub threshold: Threshold,
 }
 
@@ -86,7 +87,8 @@ impl Rule {
             Background::Reference => columns,
             Background::Excluded => columns - 1,
         };
-        let (cosines, places) = z.narrow(1, 0, candidates).topk((self.top_k as i64).min(candidates), 1, true, false);
+        let (cosines, places) =
+            z.narrow(1, 0, candidates).topk(i64::try_from(self.top_k).unwrap_or(i64::MAX).min(candidates), 1, true, false);
         Ok(z.zeros_like().scatter(1, &places, &cosines))
     }
 
@@ -273,7 +275,7 @@ mod tests {
         assert!(error(&scores, &matrix(&[0.163_443, 0.05, 0.001, 0.000_075, 0.025, 0.0], 6)) < 1e-6);
         let n_above = |rule: Rule| integers(&scores.gt(f64::from(rule.threshold(1e-4))).sum(Kind::Int64))[0];
         assert_eq!([n_above(GATE), n_above(Rule { threshold: Threshold::Scaled, ..GATE })], [4, 5]);
-        let many = Rule { top_k: 100, ..excluded };
+        let many = Rule { top_k: usize::MAX, ..excluded };
         assert!(error(&many.kept(&z).unwrap(), &matrix(&[0.31, 0.24, 0.28, 0.05, -0.10, 0.0], 6)) < 1e-7);
     }
 

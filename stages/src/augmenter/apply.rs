@@ -18,7 +18,7 @@ const REGIONS: usize = 256;
 
 /// Embeddings of regions, augmented by concepts: what RAF compares with the classes.
 ///
-/// The cosines of these to class embeddings, and to a detector's row of background, correct its scores. They depend on neither, so
+/// The products of these with class embeddings, and with a detector's row of background, correct its scores. They depend on neither, so
 /// classes, top k, fusion and threshold change without another pass of CLIP or of the augmenter. Boxes and objectness stay. (RALF,
 /// sections 8.2 and 9.)
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]

@@ -7,9 +7,9 @@ use ovenbird_models::{
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::Device;
+use tch::{Device, Tensor};
 
-use super::network::{AugmenterFile, AugmenterSpec, Loaded};
+use super::network::{AugmenterFile, AugmenterSpec, Loaded, SPEC_KEY};
 use crate::{
     Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{CheckpointFile, read_weights},
@@ -69,12 +69,30 @@ impl Stage for Import {
 
 impl Import {
     fn load(&self, checkpoint: &Checkpoint) -> Result<(Loaded, LoadReport)> {
+        let refused = |problem: String, hint: &str| {
+            let (path, hint) = (checkpoint.path().to_owned(), Some(hint.to_owned()));
+            Error::Models(ovenbird_models::Error::Malformed { path, problem, hint })
+        };
+        if checkpoint.metadata().contains_key(SPEC_KEY) {
+            return Err(refused(
+                "an augmenter that this program trained: it says itself how it is built, and with which CLIP".into(),
+                "give it where an augmenter is needed, without importing it",
+            ));
+        }
         let config = Config::of_tensors(checkpoint.tensors(), self.heads, self.fine, checkpoint.path())?;
         if config.dim % self.heads != 0 {
             let problem = format!("expected a divisor of {}, the length of the network's embeddings, found {}", config.dim, self.heads);
             return Err(Error::Input { port: "heads", problem, hint: "give the heads that it was trained with: RALF's has 8".into() });
         }
-        Loaded::of(AugmenterSpec { config, clip: None }, checkpoint, Device::Cpu)
+        let loaded = Loaded::of(AugmenterSpec { config, clip: None }, checkpoint, Device::Cpu)?;
+        let is_empty = |tensor: &Tensor| tensor.dim() == 2 && tensor.count_nonzero(None).int64_value(&[]) == 0;
+        if let Some((name, _)) = checkpoint.tensors().iter().find(|(_, tensor)| is_empty(tensor)) {
+            return Err(refused(
+                format!("{name}: expected the weights of a trained network, found zeros alone"),
+                "save the network after it was trained",
+            ));
+        }
+        Ok(loaded)
     }
 }
 
@@ -84,9 +102,9 @@ mod tests {
 
     use ovenbird_models::{
         augmenter::Concepts,
-        checkpoint::{Saved, write_torch},
+        checkpoint::{Saved, write_safetensors, write_torch},
     };
-    use tch::{Kind, Tensor, no_grad};
+    use tch::{Kind, no_grad};
 
     use super::*;
     use crate::golden::{detpro_ralf, error};
@@ -156,6 +174,15 @@ mod tests {
             &changed("region_learn_send.bias", Some(Tensor::from_slice(&[f32::NAN; 32]))),
             "FILE: region_learn_send.bias: expected finite numbers, found 32 of 32 that are not",
         );
+        refused(
+            &changed("region_learn_send.weight", zeros(&[32, 32])),
+            "FILE: region_learn_send.weight: expected the weights of a trained network, found zeros alone",
+        );
+        let own = load(&FOUR, &weights).unwrap().0;
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        write_safetensors(own.augmenter.parameters(), &own.spec.metadata(), &mut file).unwrap();
+        let trained = FOUR.load(&Checkpoint::open(file.path()).unwrap()).unwrap_err();
+        assert_eq!(trained.hint().unwrap(), "give it where an augmenter is needed, without importing it");
         let heads = load(&Import { heads: 5, fine: Fine::Reference }, &weights).unwrap_err();
         let words = "heads: expected a divisor of 32, the length of the network's embeddings, found 5";
         assert_eq!((heads.0.as_str(), heads.1.as_str()), (words, "give the heads that it was trained with: RALF's has 8"));

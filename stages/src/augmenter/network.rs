@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// The metadata key of a network's file under which its [`AugmenterSpec`] is.
-const SPEC_KEY: &str = "ovenbird.augmenter";
+pub(super) const SPEC_KEY: &str = "ovenbird.augmenter";
 
 /// How a network is built.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

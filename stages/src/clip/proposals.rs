@@ -42,7 +42,8 @@ pub enum CropRule {
     /// one draw from the image's id; crops leave the picture, by a pixel or by what they grew, and are black there. (DetPro, section 2.)
     DetproReference,
     /// As RAF cuts a detector's proposals: from the image as the detector gets it, corners truncated to whole pixels, the crop as large as fits into
-    /// the network's square, in the middle between bars: see `letterbox`. (RALF, section 9.)
+    /// the network's square, in the middle between bars: see `letterbox`. With `min_side: 0.0` the detector keeps all its proposals. (RALF,
+    /// section 9.)
     Ralf,
 }
 
@@ -50,7 +51,8 @@ pub enum CropRule {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Letterbox {
-    /// Maximum lengths of the longer and the shorter side of the detector's images, in px.
+    /// Maximum lengths of the longer and the shorter side of the detector's images, in px: those that it was trained with. Others show CLIP
+    /// other crops than the detector looks at.
     pub max_size: [u32; 2],
     /// How colours are normalised.
     pub normalisation: raf::Normalisation,

@@ -123,5 +123,10 @@ fn masks(logits: &Tensor, boxes: &[Xyxy], size: [u32; 2], n_threads: usize) -> R
 }
 
 fn rule(options: &TestOptions) -> TestRule {
-    TestRule { proposals: options.proposal_rule(), ensemble: options.ensemble, raf: options.raf, detections: options.detection_rule() }
+    TestRule {
+        proposals: options.proposal_rule(),
+        ensemble: options.ensemble,
+        raf: options.raf.unwrap_or_default(),
+        detections: options.detection_rule(),
+    }
 }

@@ -40,9 +40,10 @@ pub struct TestOptions {
     /// How the scores of both heads and of proposals are combined, of a detector with a linear classifier (`head: sigmoid`).
     #[serde(skip_serializing_if = "is_default")]
     pub fusion: Fusion,
-    /// How augmented embeddings of proposals correct scores, where `augmented` is an input. (RALF, sections 9 and 10.)
-    #[serde(skip_serializing_if = "is_default")]
-    pub raf: raf::Rule,
+    /// How augmented embeddings of proposals correct scores, where `augmented` is an input; without it as for DetPro on LVIS. (RALF, sections 9
+    /// and 10.)
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub raf: Option<raf::Rule>,
     /// What fills images up to a multiple of 32 px.
     #[serde(skip_serializing_if = "is_default")]
     pub padding: Padding,
@@ -64,7 +65,7 @@ impl Default for TestOptions {
             heads: Heads::Both,
             ensemble: Ensemble::default(),
             fusion: Fusion::default(),
-            raf: raf::Rule::default(),
+            raf: None,
             padding: Padding::default(),
             proposals: 1000,
             proposal_iou: 0.7,
@@ -84,6 +85,7 @@ impl TestOptions {
             .iter()
             .all(|weight| weight.scale > 0.0 && weight.scale.is_finite() && is_positive(weight.exponent));
         let Fusion { alpha, beta, novel_temperature, image_temperature } = self.fusion;
+        let raf = self.raf.unwrap_or_default();
         let is_above_0 = |number: f64| number > 0.0 && number.is_finite();
         Problem::unless(&[
             ("fusion.alpha", (0.0..=1.0).contains(&alpha), "a number from 0 to 1"),
@@ -91,10 +93,15 @@ impl TestOptions {
             ("fusion.novel_temperature", is_above_0(novel_temperature), "a number above 0"),
             ("fusion.image_temperature", is_above_0(image_temperature), "a number above 0"),
             ("ensemble", are_weights && is_positive(objectness), "scales above 0, exponents from 0 on"),
-            ("raf.top_k", self.raf.top_k > 0, "at least 1"),
+            ("raf.top_k", raf.top_k > 0, "at least 1"),
+            (
+                "raf.threshold",
+                raf.threshold == raf::Threshold::Reference || raf.fusion == raf::Fusion::Gate,
+                "`scaled` with `fusion: gate` alone, which makes scores smaller",
+            ),
             (
                 "raf.fusion",
-                self.raf.fusion != raf::Fusion::Sum || self.heads == Heads::Box,
+                raf.fusion != raf::Fusion::Sum || self.heads == Heads::Box,
                 "`sum` with `heads: box` alone, whose logits it adds to",
             ),
             ("proposals", self.proposals > 0, "at least 1"),
@@ -126,9 +133,7 @@ impl TestOptions {
         let is_given = |port: &str| inputs.ports.contains_key(port);
         let (problem, hint) = match (is_given(AUGMENTED.info().name), is_given(PROPOSALS.info().name)) {
             (true, true) => ("given together with `proposals`", "give one of both: augmented embeddings have their proposals' boxes"),
-            (false, _) if self.raf != raf::Rule::default() => {
-                ("none are given, but `raf` is set", "give augmented embeddings, or leave out `raf`")
-            }
+            (false, _) if self.raf.is_some() => ("none are given, but `raf` is set", "give augmented embeddings, or leave out `raf`"),
             _ => return Ok(()),
         };
         Err(Error::Input { port: AUGMENTED.info().name, problem: problem.into(), hint: hint.into() })

@@ -19,8 +19,8 @@ use crate::{
 
 /// The proposals that a trained detector makes for itself, from its first stage.
 ///
-/// With the same numbers as `detector/test` has they are those that it looks at; as an input of `clip/proposals` they get embeddings, by
-/// which RAF corrects scores. Scores are objectness; boxes are xyxy in px of the original image. (RALF, section 9.)
+/// With the same numbers as `detector/test` has they are those that it looks at, but for rounding; as an input of `clip/proposals` they get
+/// embeddings, by which RAF corrects scores. Scores are objectness; boxes are xyxy in px of the original image. (RALF, section 9.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Rpn {
