@@ -87,8 +87,8 @@ impl Rule {
             Background::Reference => columns,
             Background::Excluded => columns - 1,
         };
-        let (cosines, places) =
-            z.narrow(1, 0, candidates).topk(i64::try_from(self.top_k).unwrap_or(i64::MAX).min(candidates), 1, true, false);
+        let n = i64::try_from(self.top_k).unwrap_or(i64::MAX).min(candidates);
+        let (cosines, places) = z.narrow(1, 0, candidates).topk(n, 1, true, false);
         Ok(z.zeros_like().scatter(1, &places, &cosines))
     }
 
@@ -158,13 +158,13 @@ impl CropRule {
             "[3, h, w], at least one pixel",
             picture,
         )?;
-        let of_clip = |picture: &Tensor| {
-            let [factor, summand] = TO_CLIP.map(|of_colours| Tensor::from_slice(&of_colours.map(|number| number as f32)).view([3, 1, 1]));
-            picture * factor + summand
-        };
         let picture = match self.normalisation {
             Normalisation::Reference => picture.shallow_clone(),
-            Normalisation::Clip => of_clip(picture),
+            Normalisation::Clip => {
+                let [factor, summand] =
+                    TO_CLIP.map(|of_colours| Tensor::from_slice(&of_colours.map(|number| number as f32)).view([3, 1, 1]));
+                picture * factor + summand
+            }
         };
         Ok(Letterbox::of([picture.size()[1], picture.size()[2]], side).apply(&picture, self.antialias))
     }

@@ -96,7 +96,6 @@ pub(crate) struct TestImages {
 }
 
 /// The proposals to look at in an image, in px of the original image.
-#[derive(Clone)]
 pub(crate) struct Given<'a> {
     proposals: Cow<'a, [Proposal]>,
     /// Their augmented embeddings, where there are some, `[N, D]`.
@@ -138,28 +137,31 @@ impl TestImages {
         Ok(Self { augmented: augmented.map(|features| features.by_image()).transpose()?, ..self })
     }
 
-    /// The proposals to look at in an image, unless the network makes its own. Fails with a problem and what to do about it.
-    fn given(&self, info: &ImageInfo) -> Result<Result<Option<Given<'_>>, (String, &'static str)>> {
+    /// The proposals to look at in an image, unless the network makes its own.
+    fn given(&self, info: &ImageInfo) -> Result<Option<Given<'_>>> {
         const MISSING: &str = "use the proposals of these images, or skip it";
+        let refused = |problem: String, hint: &str| {
+            let path = self.images.file(&info.file_name)?.path.clone();
+            Err(DataError::Malformed { path, problem, hint: Some(hint.into()) }.into())
+        };
         if let Some(augmented) = &self.augmented {
             if !augmented.has(info.id) {
-                return Ok(Err(("the augmented embeddings have no entry for this image".into(), MISSING)));
+                return refused("the augmented embeddings have no entry for this image".into(), MISSING);
             }
             let Regions { size_px, boxes, objectness, embeddings, .. } = augmented.get(info.id)?;
             if size_px != [info.width, info.height] {
-                let [[width, height], expected] = [size_px, [info.width, info.height]];
-                let problem =
-                    format!("augmented embeddings of an image of {width} x {height} px, expected {} x {}", expected[0], expected[1]);
-                return Ok(Err((problem, "make them from these annotations")));
+                let ([width, height], ImageInfo { width: w, height: h, .. }) = (size_px, info);
+                let problem = format!("augmented embeddings of an image of {width} x {height} px, expected {w} x {h}");
+                return refused(problem, "make them from these annotations");
             }
             let proposals = boxes.into_iter().zip(objectness).map(|(xyxy, score)| Proposal { xyxy, score }).collect();
-            return Ok(Ok(Some(Given { proposals, embeddings: Some(embeddings) })));
+            return Ok(Some(Given { proposals, embeddings: Some(embeddings) }));
         }
-        let Some(proposals) = &self.proposals else { return Ok(Ok(None)) };
-        Ok(match proposals.get(&info.id) {
+        let Some(proposals) = &self.proposals else { return Ok(None) };
+        match proposals.get(&info.id) {
             Some(proposals) => Ok(Some(Given { proposals: Cow::Borrowed(proposals), embeddings: None })),
-            None => Err(("the proposals have no entry for this image".into(), MISSING)),
-        })
+            None => refused("the proposals have no entry for this image".into(), MISSING),
+        }
     }
 
     /// Gives the images at some places one by one, in order, resized to fit a longer and a shorter side (px) and normalised. Images that
@@ -180,13 +182,7 @@ impl TestImages {
             let placement = Placement::fitting([info.width, info.height], fits[0], fits[1]);
             let decode = || {
                 let image = self.images.decode_sized(&info.file_name, placement.from)?;
-                let given = match self.given(info)? {
-                    Ok(given) => given,
-                    Err((problem, hint)) => {
-                        let path = self.images.file(&info.file_name)?.path.clone();
-                        return Err(DataError::Malformed { path, problem, hint: Some(hint.into()) }.into());
-                    }
-                };
+                let given = self.given(info)?;
                 Ok((Pixels::of(&[placement.pixels(&image)], normalisation), given))
             };
             (info, placement, cx.attempt(decode))

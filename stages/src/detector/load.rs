@@ -1,7 +1,7 @@
 //! From a detector's file to a network that runs on images.
 
 use ovenbird_data::classes::ClassSplit;
-use ovenbird_models::rcnn::{Detector, layout, regions::RegionNetwork, sigmoid::SigmoidDetector};
+use ovenbird_models::rcnn::regions::RegionNetwork;
 use tch::{Device, nn};
 
 use super::{
@@ -23,7 +23,7 @@ pub(super) fn load(
     cx: &Context<'_>,
 ) -> Result<Box<dyn Predictor>> {
     let (checkpoint, spec) = file.read()?;
-    let source = (&checkpoint, file.file.path.as_path(), port);
+    let source = (&checkpoint, port);
     Ok(match &spec {
         DetectorSpec::Sigmoid(spec) => Box::new(SigmoidPredictor::load(spec, source, options, classes, cx)?),
         DetectorSpec::MaskRcnn(spec) => Box::new(MaskRcnnPredictor::load(spec, source, options, classes, cx)?),
@@ -44,17 +44,14 @@ impl FirstStage {
     /// That of a detector's file, whatever its kind.
     pub(crate) fn load(file: &DetectorFile, device: Device) -> Result<Self> {
         let (checkpoint, spec) = file.read()?;
-        let (store, path) = (nn::VarStore::new(device), file.file.path.as_path());
-        let (network, fits, normalisation) = match &spec {
+        let (network, store, fits, normalisation) = match &spec {
             DetectorSpec::Sigmoid(spec) => {
-                let detector = SigmoidDetector::blank(&store.root(), &spec.config)?;
-                layout::load(checkpoint.tensors(), detector.parameters(), path)?.require_all(path)?;
-                (detector.regions, spec.fits, Normalisation::CLIP)
+                let (detector, store) = spec.network(&checkpoint, device)?;
+                (detector.regions, store, spec.fits, Normalisation::CLIP)
             }
             DetectorSpec::MaskRcnn(spec) => {
-                let detector = Detector::blank(&store.root(), &spec.config)?;
-                layout::load(checkpoint.tensors(), detector.parameters(), path)?.require_all(path)?;
-                (detector.regions, spec.fits, Normalisation::IMAGENET)
+                let (detector, store) = spec.network(&checkpoint, device)?;
+                (detector.regions, store, spec.fits, Normalisation::IMAGENET)
             }
         };
         Ok(Self { network, fits, normalisation, _store: store })

@@ -1,7 +1,5 @@
 //! A trained two-stage detector on images.
 
-use std::path::Path;
-
 use ovenbird_data::{
     boxes::Xyxy,
     classes::ClassSplit,
@@ -10,7 +8,7 @@ use ovenbird_data::{
 use ovenbird_models::{
     checkpoint::Checkpoint,
     detection::boxes::corners,
-    rcnn::{Detector, Given, TestRule, Vocabularies, layout},
+    rcnn::{Detector, Given, TestRule, Vocabularies},
 };
 use tch::{Device, Kind, Tensor, nn};
 
@@ -40,7 +38,7 @@ impl MaskRcnnPredictor {
     /// Builds the detector of a file at a port.
     pub(super) fn load(
         spec: &MaskRcnnSpec,
-        (checkpoint, path, port): (&Checkpoint, &Path, &'static str),
+        (checkpoint, port): (&Checkpoint, &'static str),
         options: &TestOptions,
         classes: &ClassSplit,
         cx: &Context<'_>,
@@ -49,9 +47,7 @@ impl MaskRcnnPredictor {
         options.refuse_fusion()?;
         options.check_augmented(cx.inputs)?;
         check_space(spec.config.embed_dim, cx.inputs)?;
-        let store = nn::VarStore::new(cx.device);
-        let detector = Detector::blank(&store.root(), &spec.config)?;
-        layout::load(checkpoint.tensors(), detector.parameters(), path)?.require_all(path)?;
+        let (detector, store) = spec.network(checkpoint, cx.device)?;
         Ok(Self {
             classes: spec.tables(class_embeddings(cx.inputs, classes)?, cx.inputs, classes, cx.device)?,
             uses_object_head: options.heads == Heads::Both && detector.object_head.is_some(),

@@ -1,6 +1,6 @@
 //! A two-stage detector with a linear classifier (LP-OVOD): trained on base classes, and run on images.
 
-use std::{collections::BTreeMap, path::Path};
+use std::collections::BTreeMap;
 
 use ovenbird_data::{boxes::Xyxy, classes::ClassSplit};
 use ovenbird_models::{
@@ -10,7 +10,6 @@ use ovenbird_models::{
     rcnn::{
         distillation::{embedding_loss, mean_over_groups},
         heads::{RegionRule, RegionSample},
-        layout,
         regions::Pyramid,
         sigmoid::{Classes, Features, SigmoidDetector, TestRule},
     },
@@ -149,7 +148,7 @@ impl SigmoidPredictor {
     /// Builds the detector of a file at a port.
     pub(super) fn load(
         spec: &SigmoidSpec,
-        (checkpoint, path, port): (&Checkpoint, &Path, &'static str),
+        (checkpoint, port): (&Checkpoint, &'static str),
         options: &TestOptions,
         classes: &ClassSplit,
         cx: &Context<'_>,
@@ -161,9 +160,7 @@ impl SigmoidPredictor {
             let hint = "leave them out, or test a detector that compares with class embeddings".into();
             return Err(Error::Input { port: AUGMENTED.info().name, problem, hint });
         }
-        let store = nn::VarStore::new(cx.device);
-        let detector = SigmoidDetector::blank(&store.root(), &spec.config)?;
-        layout::load(checkpoint.tensors(), detector.parameters(), path)?.require_all(path)?;
+        let (detector, store) = spec.network(checkpoint, cx.device)?;
         Ok(Self {
             detector,
             classes: spec.classes(port, options.heads, classes, cx)?,

@@ -5,10 +5,16 @@ use std::{collections::BTreeMap, path::Path};
 use ovenbird_cache::inputs::InputFile;
 use ovenbird_models::{
     checkpoint::Checkpoint,
-    rcnn::{Config, classifier::LogitScale, sigmoid},
+    rcnn::{
+        Config, Detector,
+        classifier::LogitScale,
+        layout,
+        sigmoid::{self, SigmoidDetector},
+    },
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tch::{Device, nn};
 
 use crate::{Artifact, Error, Result, artifacts::read_weights, clip::Space, error::malformed, ports::last_file, training::STEP_KEY};
 
@@ -99,6 +105,26 @@ impl DetectorFile {
         let checkpoint = read_weights(&self.file)?;
         let step = checkpoint.metadata().get(STEP_KEY).and_then(|step| step.parse().ok());
         step.ok_or_else(|| malformed(&self.file.path, format!("expected a number of steps under `{STEP_KEY}` in the metadata")))
+    }
+}
+
+impl MaskRcnnSpec {
+    /// The network with the weights of a file, and their owner.
+    pub(super) fn network(&self, checkpoint: &Checkpoint, device: Device) -> Result<(Detector, nn::VarStore)> {
+        let store = nn::VarStore::new(device);
+        let detector = Detector::blank(&store.root(), &self.config)?;
+        layout::load(checkpoint.tensors(), detector.parameters(), checkpoint.path())?.require_all(checkpoint.path())?;
+        Ok((detector, store))
+    }
+}
+
+impl SigmoidSpec {
+    /// The network with the weights of a file, and their owner.
+    pub(super) fn network(&self, checkpoint: &Checkpoint, device: Device) -> Result<(SigmoidDetector, nn::VarStore)> {
+        let store = nn::VarStore::new(device);
+        let detector = SigmoidDetector::blank(&store.root(), &self.config)?;
+        layout::load(checkpoint.tensors(), detector.parameters(), checkpoint.path())?.require_all(checkpoint.path())?;
+        Ok((detector, store))
     }
 }
 
