@@ -13,7 +13,7 @@ use ovenbird_models::{
 };
 use ovenbird_stages::{
     Artifact, STAGES,
-    artifacts::{CheckpointFile, ImageFeatures, Prompts, RegionFeatures},
+    artifacts::{CheckpointFile, Concepts, ImageFeatures, Negatives, PromptSamples, Prompts, RegionFeatures},
 };
 use tch::Tensor;
 
@@ -167,6 +167,16 @@ stages:
   - {id: words, use: toy/vocabulary}
   - {id: vocabulary, use: vocabulary/import, in: {file: words.vocabulary, classes: train.classes}}
   - {id: concepts, use: concepts/build, in: {checkpoint: other.checkpoint, phrases: words.phrases}}
+  - id: augmenter
+    use: augmenter/train
+    in: {checkpoint: other.checkpoint, classes: train.classes, vocabulary: vocabulary.vocabulary, concepts: concepts.concepts, features: other-regions.features}
+    with: {n_concepts: 10, min_objectness: 0.0, epochs: 1, batch_size: 4}
+  - {id: truth, use: proposals/truth, in: {annotations: train.annotations}}
+  - id: truth-regions
+    use: clip/proposals
+    in: {images: world.images, annotations: train.annotations, proposals: truth.proposals, checkpoint: clip.checkpoint}
+    with: {min_side: 0.0}
+  - {id: samples, use: prompts/detpro-data, in: {truth: truth-regions.features, annotations: train.annotations, classes: train.classes}}
   - id: blocks
     use: clip/blocks
     in: {images: world.images, annotations: train.annotations, checkpoint: clip.checkpoint}
@@ -179,7 +189,7 @@ stages:
 "#;
 
 /// Every stage that reads what two CLIPs may have made, with inputs of both: its id, its kind, the two ports, and what it reads besides.
-const MIXED: [(&str, &str, [&str; 2], &str); 11] = [
+const MIXED: [(&str, &str, [&str; 2], &str); 14] = [
     (
         "labelled",
         "annotations/pseudo-labels",
@@ -247,6 +257,25 @@ const MIXED: [(&str, &str, [&str; 2], &str); 11] = [
          features: regions.features}
     with: {n_concepts: 10, min_objectness: 0.0, epochs: 1, batch_size: 4}",
     ),
+    (
+        "shown",
+        "augmenter/apply",
+        ["augmenter", "features"],
+        "in: {augmenter: augmenter.augmenter, concepts: concepts.concepts, features: regions.features}",
+    ),
+    (
+        "near",
+        "prompts/detpro",
+        ["checkpoint", "samples"],
+        "in: {checkpoint: other.checkpoint, classes: train.classes, samples: samples.samples}
+    with: {iou: [0.5, 1.1], epochs: 1, batch_size: 4}",
+    ),
+    (
+        "named",
+        "eval/regions",
+        ["samples", "prompts"],
+        "in: {samples: samples.samples, prompts: others.prompts, classes: train.classes}",
+    ),
 ];
 
 fn step(id: &str, kind: &str, rest: &str) -> String {
@@ -256,7 +285,17 @@ fn step(id: &str, kind: &str, rest: &str) -> String {
 #[test]
 fn every_stage_that_could_mix_two_clips_refuses_to() {
     // A new stage whose inputs are of CLIPs has to be in the list.
-    let of_clips = [CheckpointFile::KIND, Prompts::KIND, ImageFeatures::KIND, RegionFeatures::KIND, "detector"];
+    let of_clips = [
+        CheckpointFile::KIND,
+        Prompts::KIND,
+        PromptSamples::KIND,
+        ImageFeatures::KIND,
+        RegionFeatures::KIND,
+        Negatives::KIND,
+        Concepts::KIND,
+        "augmenter",
+        "detector",
+    ];
     let reads_two = |inputs: &[ovenbird_stages::PortInfo]| inputs.iter().filter(|port| of_clips.contains(&port.kind)).count() > 1;
     let expected: BTreeSet<&str> = STAGES.iter().filter(|stage| reads_two(stage.inputs)).map(|stage| stage.kind).collect();
     assert_eq!(MIXED.iter().map(|(_, kind, ..)| *kind).collect::<BTreeSet<_>>(), expected);

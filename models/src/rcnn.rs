@@ -44,10 +44,10 @@ use crate::{
     Error, Phase, Result,
     detection::{
         Detections,
-        boxes::{ImageSize, Suppression},
+        boxes::{ImageSize, Suppression, clip_to_image},
         roi_align::RoiAlign,
     },
-    error::check_sizes,
+    error::{check_count, check_sizes},
     parameters::{Fill, Parameters},
     raf,
 };
@@ -244,6 +244,19 @@ impl Detector {
             let kept = detect_regions(&detections, &REGION_CODER, &boxes, &deltas, &scores, sizes)?;
             let mask_head = self.mask_head.as_ref().zip(self.config.mask_head.as_ref());
             with_masks(kept, &pyramid, mask_head.map(|(head, config)| (head, &config.pool)))
+        })
+    }
+
+    /// The box head's embeddings of boxes in images as in [`Self::detect`], clipped to these: f32 `[N, D]` of unit length, image after image, without
+    /// gradients.
+    ///
+    /// `boxes`: for each image `[N_b, 4]`, px.
+    pub fn embed(&self, images: &Tensor, sizes: &[ImageSize], boxes: &[Tensor]) -> Result<Tensor> {
+        check_count("images with boxes", sizes.len() as i64, boxes.len())?;
+        tch::no_grad(|| {
+            let pyramid = self.regions.forward(images, Phase::Test)?;
+            let clipped: Vec<Tensor> = boxes.iter().zip(sizes).map(|(boxes, size)| clip_to_image(boxes, *size)).collect();
+            Ok(self.bbox_head.forward(&pyramid.pool(&self.config.pool, &clipped)?, Phase::Test)?.embeddings)
         })
     }
 }

@@ -3,7 +3,7 @@
 pub mod activation;
 pub mod blocks;
 pub(crate) mod encoder;
-mod features;
+pub(crate) mod features;
 pub mod globals;
 pub mod objects;
 mod on_device;

@@ -6,6 +6,7 @@ pub(crate) mod batches;
 mod classes;
 pub mod criterion;
 pub mod distillation;
+pub mod embed;
 pub mod export;
 pub mod features;
 pub(crate) mod images;

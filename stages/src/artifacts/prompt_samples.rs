@@ -23,9 +23,10 @@ use crate::{Artifact, Error, Result, clip::Space, error::malformed};
 
 /// The metadata key of the class names.
 const CLASSES_KEY: &str = "ovenbird.classes";
-/// The names of a unit's shards.
-pub(crate) const ROWS_FILE: &str = "rows.arrow";
-pub(crate) const EMBEDDINGS_FILE: &str = "embeddings.arrow";
+/// The name of a unit's shard of rows.
+pub const ROWS_FILE: &str = "rows.arrow";
+/// The name of a unit's shard of embeddings.
+pub const EMBEDDINGS_FILE: &str = "embeddings.arrow";
 /// Rows of a record batch: a megabyte of embeddings with ViT-B/32.
 const ROWS_PER_BATCH: usize = 1024;
 /// The class of a row that has none.
@@ -33,16 +34,17 @@ const NO_CLASS: i32 = -1;
 
 /// A proposal or an annotated object, without its embedding.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct PromptRow {
-    pub(crate) image_id: ImageId,
+pub struct PromptRow {
+    /// The image that it is in.
+    pub image_id: ImageId,
     /// A place among the class names.
-    pub(crate) class: Option<usize>,
+    pub class: Option<usize>,
     /// The overlap with an object; 1 for the object itself.
-    pub(crate) iou: f32,
+    pub iou: f32,
 }
 
 /// Writes `prompt-samples`.
-pub(crate) struct PromptSamplesWriter {
+pub struct PromptSamplesWriter {
     rows_shard: ShardWriter,
     embeddings_shard: ShardWriter,
     dim: usize,
@@ -52,13 +54,7 @@ pub(crate) struct PromptSamplesWriter {
 
 impl PromptSamplesWriter {
     /// Begins both shards of a unit, with embeddings of `dim` numbers, of the embedding space `clip`, if known.
-    pub(crate) fn new(
-        [rows, embeddings]: [DraftFile; 2],
-        unit: &Fingerprint,
-        names: &[String],
-        dim: usize,
-        clip: Option<Space>,
-    ) -> Result<Self> {
+    pub fn new([rows, embeddings]: [DraftFile; 2], unit: &Fingerprint, names: &[String], dim: usize, clip: Option<Space>) -> Result<Self> {
         let field = |name: &str, kind: DataType| Field::new(name, kind, false);
         let names = serde_json::to_string(names).expect("BUG: names are plain JSON");
         let of_rows =
@@ -76,7 +72,7 @@ impl PromptSamplesWriter {
     }
 
     /// Appends a row.
-    pub(crate) fn push(&mut self, row: PromptRow, embedding: &[f32]) -> Result<()> {
+    pub fn push(&mut self, row: PromptRow, embedding: &[f32]) -> Result<()> {
         assert_eq!(embedding.len(), self.dim, "BUG: an embedding of another width");
         self.rows.push(row);
         self.embeddings.extend_from_slice(embedding);
@@ -101,7 +97,7 @@ impl PromptSamplesWriter {
     }
 
     /// Writes what is left and finishes both files.
-    pub(crate) fn finish(mut self) -> Result<()> {
+    pub fn finish(mut self) -> Result<()> {
         self.flush()?;
         self.rows_shard.finish()?;
         Ok(self.embeddings_shard.finish()?)
@@ -126,30 +122,33 @@ impl Artifact for PromptSamples {
 
 /// All rows, without their embeddings.
 #[derive(Debug)]
-pub(crate) struct PromptRows {
+pub struct PromptRows {
     /// The class names that rows refer to.
-    pub(crate) names: Vec<String>,
-    pub(crate) classes: Vec<Option<u32>>,
-    pub(crate) ious: Vec<f32>,
+    pub names: Vec<String>,
+    /// A place among them, by row.
+    pub classes: Vec<Option<u32>>,
+    /// Overlaps with an object, by row.
+    pub ious: Vec<f32>,
     /// The first row of each image.
     first_rows: Vec<(usize, ImageId)>,
 }
 
 impl PromptRows {
     /// The image of a row.
-    pub(crate) fn image_of(&self, row: usize) -> ImageId {
+    pub fn image_of(&self, row: usize) -> ImageId {
         self.first_rows[self.first_rows.partition_point(|(first, _)| *first <= row) - 1].1
     }
 }
 
 /// The embeddings of all rows, read from the memory map when they are asked for.
-pub(crate) struct PromptEmbeddings {
+pub struct PromptEmbeddings {
     batches: Vec<(PathBuf, RecordBatch)>,
     /// The first row of each batch.
     first_rows: Vec<usize>,
-    pub(crate) n_rows: usize,
+    /// How many rows there are.
+    pub n_rows: usize,
     /// The numbers of an embedding.
-    pub(crate) dim: usize,
+    pub dim: usize,
 }
 
 impl PromptSamples {
@@ -181,7 +180,7 @@ impl PromptSamples {
     }
 
     /// Reads all rows; none of their embeddings.
-    pub(crate) fn rows(&self) -> Result<PromptRows> {
+    pub fn rows(&self) -> Result<PromptRows> {
         let [shards, _] = self.parts()?;
         let mut names: Option<Vec<String>> = None;
         for file in &shards {
@@ -224,7 +223,7 @@ impl PromptSamples {
     }
 
     /// Checks every batch of embeddings once. They are read later, when they are asked for.
-    pub(crate) fn embeddings(&self) -> Result<PromptEmbeddings> {
+    pub fn embeddings(&self) -> Result<PromptEmbeddings> {
         let [_, shards] = self.parts()?;
         let batches = batches(&shards).collect::<Result<Vec<_>>>()?;
         let (mut first_rows, mut n_rows, mut widths) = (Vec::new(), 0, BTreeMap::new());
@@ -246,7 +245,7 @@ impl PromptSamples {
     }
 
     /// The CLIP that made the embeddings, if known.
-    pub(crate) fn clip(&self) -> Result<Option<Space>> {
+    pub fn clip(&self) -> Result<Option<Space>> {
         let [_, shards] = self.parts()?;
         clip_of(&shards)
     }
@@ -254,7 +253,7 @@ impl PromptSamples {
 
 impl PromptEmbeddings {
     /// The embeddings of some rows, `[N, D]` row by row.
-    pub(crate) fn gather(&self, rows: impl IntoIterator<Item = usize>) -> Vec<f32> {
+    pub fn gather(&self, rows: impl IntoIterator<Item = usize>) -> Vec<f32> {
         let mut numbers = Vec::new();
         for row in rows {
             let batch_idx = self.first_rows.partition_point(|first| *first <= row) - 1;

@@ -16,14 +16,14 @@ use crate::{
     pass::{ImageConsumer, ImageList, Views},
 };
 
-pub(super) const IMAGES: In<Images> = In::required("images", "The folder that the annotations' file names are relative to.");
-pub(super) const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json: which images, their ids and sizes.");
+pub(crate) const IMAGES: In<Images> = In::required("images", "The folder that the annotations' file names are relative to.");
+pub(crate) const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json: which images, their ids and sizes.");
 pub(super) const CHECKPOINT: In<CheckpointFile> =
     In::required("checkpoint", "CLIP weights: OpenAI, open_clip or Hugging Face; a file, or a folder with its config.");
-pub(super) const PROPOSALS: In<Proposals> = In::required("proposals", "Boxes in the images of `annotations`.");
+pub(crate) const PROPOSALS: In<Proposals> = In::required("proposals", "Boxes in the images of `annotations`.");
 
 pub(super) const GLOBALS: Out<ImageFeatures> = Out::new("features", "By image: `image_id` u64, `embedding` [D], unit norm.");
-pub(super) const REGIONS: Out<RegionFeatures> =
+pub(crate) const REGIONS: Out<RegionFeatures> =
     Out::new("features", "By image: `embedding` [N, D] of unit norm, `xyxy` f32 [N, 4] px, `objectness` f32 [N].");
 
 /// Units of stages whose items are images alone.
@@ -33,7 +33,7 @@ pub(super) fn image_units(inputs: &Inputs) -> Result<Units> {
 }
 
 /// Units of stages whose items are images with their proposals.
-pub(super) fn region_units(inputs: &Inputs) -> Result<Units> {
+pub(crate) fn region_units(inputs: &Inputs) -> Result<Units> {
     let annotations = inputs.read(ANNOTATIONS)?.load_images()?;
     let proposals = inputs.read(PROPOSALS)?.of_each(&annotations.images);
     let images = inputs.read(IMAGES)?.items(&annotations)?;
@@ -61,8 +61,14 @@ impl ImageProposals {
         let missing: Vec<ImageId> = items.filter(|(_, proposals)| proposals.is_none()).map(|(image, _)| image.id).collect();
         let hint = "use the proposals that were made for these annotations";
         cx.skip_missing(PROPOSALS.info(), &missing, cx.items.len(), hint)?;
+        let count = |proposals: &[Option<Vec<Proposal>>]| proposals.iter().take(cx.items.len()).flatten().map(Vec::len).sum::<usize>();
+        let n_given = count(&proposals);
         for of_image in proposals.iter_mut().flatten() {
             of_image.retain(|proposal| proposal.xyxy.width() >= min_side && proposal.xyxy.height() >= min_side);
+        }
+        let n_small = n_given - count(&proposals);
+        if n_small > 0 {
+            cx.note(format!("{n_small} of {n_given} proposals are smaller than {min_side} px and left out"));
         }
         Ok((annotations, Self(proposals)))
     }

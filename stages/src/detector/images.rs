@@ -206,6 +206,11 @@ impl TestImages {
 }
 
 impl TestImage<'_> {
+    /// The proposals to look at, in px of the original image; none where the network makes its own.
+    pub(crate) fn proposals(&self) -> &[Proposal] {
+        self.given.as_ref().map_or(&[], |given| &given.proposals)
+    }
+
     /// The proposals to look at, in px of the resized image.
     pub(crate) fn given(&self) -> Option<rpn::Proposals> {
         let proposals = &self.given.as_ref()?.proposals;

@@ -100,6 +100,16 @@ impl DetectorFile {
         Ok((checkpoint, spec))
     }
 
+    /// The weights, and how a detector that compares regions with class embeddings is built. Any other is refused, as the input at `port`.
+    pub(super) fn read_mask_rcnn(&self, port: &'static str) -> Result<(Checkpoint, MaskRcnnSpec)> {
+        let (checkpoint, spec) = self.read()?;
+        let DetectorSpec::MaskRcnn(spec) = spec else {
+            let problem = "expected a detector that compares regions with class embeddings, found one with a linear classifier".into();
+            return Err(Error::Input { port, problem, hint: "train one with `detector/train` without `head: sigmoid`".into() });
+        };
+        Ok((checkpoint, spec))
+    }
+
     /// After how many steps of training it was written.
     pub(super) fn step(&self) -> Result<u64> {
         let checkpoint = read_weights(&self.file)?;

@@ -7,11 +7,11 @@ use ovenbird_data::json;
 use ovenbird_models::to_unit_length;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use crate::{
     Artifact, Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
-    artifacts::{Classes, PromptSamples, Prompts},
+    artifacts::{Classes, Negatives, PromptEmbeddings, PromptSamples, Prompts},
     clip::space,
     error::malformed,
     ports::only_file,
@@ -28,6 +28,9 @@ const CONFIDENT: [f64; 2] = [0.5, 0.9];
 /// A region is named by the class of the largest cosine among all classes, base and novel. Counted apart: annotated boxes, and proposals by IoU in
 /// steps of 0.1 from 0.5 on. Of proposals without an object it is counted how many get a probability of at least 0.5 and 0.9 for some class, which
 /// is what DetPro's treatment of background is about. (DetPro, section 3.5.)
+///
+/// With `negatives` it is measured how much nearer annotated boxes are to their class's name than to the words that are hard for it, which is what
+/// RALF's losses are about: a detector's own embeddings come from `detector/embed`. (RALF, section 7.)
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Regions {
@@ -44,6 +47,8 @@ impl Default for Regions {
 const SAMPLES: In<PromptSamples> = In::required("samples", "Embeddings of regions with their classes and IoUs (`prompts/detpro-data`).");
 const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings of the same CLIP.");
 const CLASSES: In<Classes> = In::required("classes", "Base and novel class names.");
+const NEGATIVES: In<Negatives> =
+    In::optional("negatives", "Words that are hard, and words that are easy, for each class (`negatives/retrieve`).");
 const ACCURACY: Out<AccuracyFile> = Out::new("accuracy", "Counts and shares, json.");
 
 /// How often regions were named rightly.
@@ -66,6 +71,28 @@ pub struct ByGroup {
     pub novel: Named,
 }
 
+/// Mean cosines of annotated boxes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Cosines {
+    /// Boxes.
+    pub regions: usize,
+    /// To the name of their class.
+    pub name: f64,
+    /// To its hard words, their mean.
+    pub hard: f64,
+    /// To its easy words, their mean.
+    pub easy: f64,
+}
+
+/// Mean cosines of annotated boxes of base and of novel classes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Words {
+    /// Of base classes.
+    pub base: Cosines,
+    /// Of novel classes.
+    pub novel: Cosines,
+}
+
 /// What class embeddings made of some regions.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Accuracy {
@@ -77,6 +104,9 @@ pub struct Accuracy {
     pub background: usize,
     /// Of these, those with a probability of at least 0.5 for some class, and of at least 0.9.
     pub confident: [usize; 2],
+    /// Annotated boxes and the words of their classes, if there are some.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub words: Option<Words>,
 }
 
 /// What `eval/regions` found.
@@ -97,7 +127,7 @@ impl Artifact for AccuracyFile {
 impl Stage for Regions {
     const KIND: &'static str = "eval/regions";
     const VERSION: u32 = 1;
-    const INPUTS: &'static [PortInfo] = &[SAMPLES.info(), PROMPTS.info(), CLASSES.info()];
+    const INPUTS: &'static [PortInfo] = &[SAMPLES.info(), PROMPTS.info(), CLASSES.info(), NEGATIVES.info()];
     const OUTPUTS: &'static [PortInfo] = &[ACCURACY.info()];
 
     fn check(&self) -> Vec<Problem> {
@@ -109,17 +139,19 @@ impl Stage for Regions {
         let [unit] = units else { return Ok(()) };
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let (samples, prompts) = (cx.inputs.read(SAMPLES)?, cx.inputs.read(PROMPTS)?);
-        space::common(&[(SAMPLES.info().name, samples.clip()?), (PROMPTS.info().name, prompts.clip)])?;
+        let negatives = cx.inputs.read_if_given(NEGATIVES)?;
+        let mut spaces = vec![(SAMPLES.info().name, samples.clip()?), (PROMPTS.info().name, prompts.clip)];
+        spaces.extend(negatives.as_ref().map(|negatives| (NEGATIVES.info().name, negatives.clip)));
+        space::common(&spaces)?;
         let (rows, embeddings) = (samples.rows()?, samples.embeddings()?);
         let names: Vec<String> = classes.all().cloned().collect();
         let vectors = to_unit_length(&prompts.select(&names)?.to_kind(Kind::Float));
-        if embeddings.n_rows > 0 && vectors.size()[1] != embeddings.dim as i64 {
-            let problem = format!("class embeddings have {} numbers, those of regions {}", vectors.size()[1], embeddings.dim);
-            return Err(Error::Input {
-                port: PROMPTS.info().name,
-                problem,
-                hint: "use prompts of the CLIP that embedded the regions".into(),
-            });
+        let of_words = negatives.as_ref().map(|negatives| (NEGATIVES.info().name, negatives.tables.anchors.size()[1]));
+        for (port, dim) in [(PROMPTS.info().name, vectors.size()[1])].into_iter().chain(of_words) {
+            if embeddings.n_rows > 0 && dim != embeddings.dim as i64 {
+                let problem = format!("class embeddings have {dim} numbers, those of regions {}", embeddings.dim);
+                return Err(Error::Input { port, problem, hint: "use those of the CLIP that embedded the regions".into() });
+            }
         }
         let places = places(&rows.names, &classes);
         let unknown: BTreeSet<&String> =
@@ -137,9 +169,74 @@ impl Stage for Regions {
             let class = rows.classes[row].map(|class| Some(places[class as usize]).filter(|place| *place < names.len()));
             accuracy.count(class, rows.ious[row], said, n_base);
         })?;
+        if let Some(negatives) = negatives {
+            let words = ClassWords::of(&negatives, &names)?;
+            if let Some(first) = words.without.first() {
+                cx.note(format!("cosines to words leave out {} classes without words, `{first}` among them", words.without.len()));
+            }
+            let class = |row: usize| rows.classes[row].filter(|_| rows.ious[row] >= 1.0).map(|class| places[class as usize]);
+            accuracy.words = Some(words.cosines(&embeddings, class, n_base)?);
+        }
         let draft = cx.begin(unit)?;
         draft.write(ACCURACY, "accuracy.json", &serde_json::to_vec_pretty(&accuracy).expect("BUG: numbers are plain JSON"))?;
         cx.commit(draft, accuracy.metrics())
+    }
+}
+
+/// The name of each class with its hard and its easy words.
+struct ClassWords {
+    /// The name, the mean of hard words, and the mean of easy ones, each of unit length before, f32 `[3, K, D]`.
+    tables: Tensor,
+    /// Whether a class has words of both kinds.
+    has_words: Vec<bool>,
+    /// The classes that have not.
+    without: Vec<String>,
+}
+
+impl ClassWords {
+    fn of(negatives: &Negatives, names: &[String]) -> Result<Self> {
+        let lists = |class: usize| [&negatives.tables.hard[class], &negatives.tables.easy[class]];
+        let place = |name: &String| negatives.classes.iter().position(|known| known == name);
+        let of_names: Vec<Option<usize>> =
+            names.iter().map(|name| place(name).filter(|class| lists(*class).iter().all(|words| !words.is_empty()))).collect();
+        let anchors = to_unit_length(&negatives.tables.anchors);
+        let words = to_unit_length(&negatives.tables.words);
+        let mean = |list: &[u32]| {
+            let rows: Vec<i64> = list.iter().map(|word| i64::from(*word)).collect();
+            words.index_select(0, &Tensor::from_slice(&rows)).mean_dim([0_i64].as_slice(), false, Kind::Float)
+        };
+        let none = || anchors.get(0).zeros_like();
+        let rows = |row: &dyn Fn(usize) -> Tensor| {
+            Tensor::stack(&of_names.iter().map(|class| class.map_or_else(none, row)).collect::<Vec<_>>(), 0)
+        };
+        let tables = [rows(&|class| anchors.get(class as i64)), rows(&|class| mean(lists(class)[0])), rows(&|class| mean(lists(class)[1]))];
+        let without = names.iter().zip(&of_names).filter(|(_, class)| class.is_none()).map(|(name, _)| name.clone()).collect();
+        Ok(Self { tables: Tensor::stack(&tables, 0), has_words: of_names.iter().map(Option::is_some).collect(), without })
+    }
+
+    /// Mean cosines of rows to the words of their classes; `class`: that of a row, if it counts.
+    fn cosines(&self, embeddings: &PromptEmbeddings, class: impl Fn(usize) -> Option<usize>, n_base: usize) -> Result<Words> {
+        let counts = |row: &usize| class(*row).is_some_and(|class| self.has_words.get(class) == Some(&true));
+        let counted: Vec<usize> = (0..embeddings.n_rows).filter(counts).collect();
+        let mut words = Words::default();
+        for rows in counted.chunks(4096) {
+            let regions = Tensor::from_slice(&embeddings.gather(rows.iter().copied())).view([-1, embeddings.dim as i64]);
+            let classes: Vec<usize> = rows.iter().filter_map(|row| class(*row)).collect();
+            let places = Tensor::from_slice(&classes.iter().map(|class| *class as i64).collect::<Vec<_>>());
+            let cosines = (self.tables.index_select(1, &places) * to_unit_length(&regions)).sum_dim_intlist(-1, false, Kind::Double);
+            let cosines = Vec::<f64>::try_from(cosines.tr().contiguous().view(-1)).map_err(ovenbird_models::Error::from)?;
+            for (class, of_row) in classes.into_iter().zip(cosines.as_chunks::<3>().0) {
+                let sum = if class < n_base { &mut words.base } else { &mut words.novel };
+                sum.regions += 1;
+                for (sum, cosine) in [&mut sum.name, &mut sum.hard, &mut sum.easy].into_iter().zip(of_row) {
+                    *sum += cosine;
+                }
+            }
+        }
+        for Cosines { regions, name, hard, easy } in [&mut words.base, &mut words.novel] {
+            [name, hard, easy].into_iter().for_each(|sum| *sum /= (*regions).max(1) as f64);
+        }
+        Ok(words)
     }
 }
 
@@ -183,6 +280,10 @@ impl Accuracy {
                 metrics.insert(format!("{of}.{group}.{metric}"), (right as f64 / regions as f64).into());
             }
         }
+        let Words { base, novel } = self.words.unwrap_or_default();
+        for (group, Cosines { name, hard, .. }) in [("base", base), ("novel", novel)].into_iter().filter(|(_, words)| words.regions > 0) {
+            metrics.insert(format!("truth.{group}.margin"), (name - hard).into());
+        }
         if self.background > 0 {
             for (n, least) in self.confident.into_iter().zip(CONFIDENT) {
                 metrics.insert(format!("background.confident_{least}"), (n as f64 / self.background as f64).into());
@@ -194,9 +295,10 @@ impl Accuracy {
 
 #[cfg(test)]
 mod tests {
-    use tch::Tensor;
+    use ovenbird_models::ral;
 
     use super::*;
+    use crate::artifacts::prompt_samples::tests::samples;
 
     #[test]
     fn regions_are_counted_by_what_they_show_and_how_well() {
@@ -222,5 +324,39 @@ mod tests {
         let metrics = found.metrics();
         assert_eq!((&metrics["truth.novel.top1"], &metrics["proposals.base.top1"]), (&1.0.into(), &0.0.into()));
         assert!(!metrics.contains_key("proposals.novel.top1") && metrics["background.confident_0.9"] == 0.5);
+    }
+
+    #[test]
+    fn annotated_boxes_are_nearer_to_their_name_than_to_words() {
+        // Boxes of the classes 0 (base) and 2 (novel), a proposal, and a box of class 1, which has no easy words.
+        let rows = [(1, Some(0), 1.0, vec![0.6, 0.8]), (1, Some(2), 1.0, vec![0.0, 1.0]), (1, Some(0), 0.9, vec![1.0, 0.0])];
+        let (_folder, samples) = samples(&["owl", "wren", "kite"], &[rows.to_vec(), vec![(2, Some(1), 1.0, vec![1.0, 0.0])]].concat());
+        let (found, embeddings) = (samples.rows().unwrap(), samples.embeddings().unwrap());
+        let table = |numbers: &[f32]| Tensor::from_slice(numbers).view([-1, 2]);
+        // The classes in another order than the samples', with one that is not asked for.
+        let tables = ral::Negatives {
+            anchors: table(&[0.0, 5.0, 1.0, 0.0, 2.0, 0.0, 1.0, 1.0]),
+            words: table(&[3.0, 4.0, 0.0, 1.0, -2.0, 0.0]),
+            hard: vec![vec![0], vec![0, 1], vec![1], vec![0]],
+            easy: vec![vec![2], vec![2], Vec::new(), vec![2]],
+        };
+        let named = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let negatives = Negatives { classes: named(&["kite", "owl", "wren", "crane"]), words: named(&["a", "b", "c"]), tables, clip: None };
+        let words = ClassWords::of(&negatives, &named(&["owl", "wren", "kite"])).unwrap();
+        assert_eq!((words.without.as_slice(), words.has_words.as_slice()), (named(&["wren"]).as_slice(), [true, false, true].as_slice()));
+        let class = |row: usize| found.classes[row].filter(|_| found.ious[row] >= 1.0).map(|class| class as usize);
+        let Words { base, novel } = words.cosines(&embeddings, class, 2).unwrap();
+        // The owl (0.6, 0.8): name (1, 0), hard words (0.6, 0.8) and (0, 1), easy word (-1, 0). The kite (0, 1): name (0, 1), hard word (0.6, 0.8).
+        for (found, regions, expected) in [(base, 1, [0.6, 0.9, -0.6]), (novel, 1, [1.0, 0.8, 0.0])] {
+            assert_eq!(found.regions, regions);
+            // Embeddings are stored in f16, with 11 bits.
+            let off = [found.name, found.hard, found.easy]
+                .into_iter()
+                .zip(expected)
+                .map(|(found, expected): (f64, f64)| (found - expected).abs());
+            assert!(off.fold(0.0, f64::max) < 1e-3, "{found:?}");
+        }
+        let metrics = Accuracy { words: Some(Words { base, novel }), ..Accuracy::default() }.metrics();
+        assert!((metrics["truth.novel.margin"].as_f64().unwrap() - 0.2).abs() < 1e-3);
     }
 }

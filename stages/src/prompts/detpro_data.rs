@@ -50,7 +50,10 @@ pub struct DetproData {
     pub iou: RowIou,
 }
 
-const FEATURES: In<RegionFeatures> = In::required("features", "Embeddings of proposals (`clip/proposals` or `embeddings/import`).");
+const FEATURES: In<RegionFeatures> = In::optional(
+    "features",
+    "Embeddings of proposals (`clip/proposals` or `embeddings/import`); without them the rows are the annotated objects alone.",
+);
 const TRUTH: In<RegionFeatures> =
     In::required("truth", "Embeddings of the annotated objects: `proposals/truth`, then `clip/proposals` with `min_side: 0`.");
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json with the objects.");
@@ -86,17 +89,22 @@ impl Stage for DetproData {
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let images = self.labelled(&cx.inputs.read(ANNOTATIONS)?.load()?, &classes)?;
-        let (features, truth) = (cx.inputs.read(FEATURES)?, cx.inputs.read(TRUTH)?);
-        let space = space::common(&[(FEATURES.info().name, features.clip()?), (TRUTH.info().name, truth.clip()?)])?;
-        let [dim, of_truth] = [features.dim()?, truth.dim()?];
-        if dim != of_truth {
-            let problem = format!("embeddings of {of_truth} numbers, but those of `{}` have {dim}", FEATURES.info().name);
-            return Err(Error::Input { port: TRUTH.info().name, problem, hint: "make both with the same checkpoint".into() });
+        let (features, truth) = (cx.inputs.read_if_given(FEATURES)?, cx.inputs.read(TRUTH)?);
+        let (mut spaces, dim) = (vec![(TRUTH.info().name, truth.clip()?)], truth.dim()?);
+        if let Some(features) = &features {
+            spaces.insert(0, (FEATURES.info().name, features.clip()?));
+            let of_features = features.dim()?;
+            if dim != of_features {
+                let problem = format!("embeddings of {dim} numbers, but those of `{}` have {of_features}", FEATURES.info().name);
+                return Err(Error::Input { port: TRUTH.info().name, problem, hint: "make both with the same checkpoint".into() });
+            }
         }
-        let embedded = Embedded { features: features.by_image()?, truth: truth.by_image()?, dim, rule: self.iou };
+        let space = space::common(&spaces)?;
+        let features = features.map(|features| features.by_image()).transpose()?;
+        let embedded = Embedded { features, truth: truth.by_image()?, dim, rule: self.iou };
         // A dry run has features of its own images alone.
         let of_run = &images[..cx.items.len().min(images.len())];
-        for (port, by_image) in [(FEATURES, &embedded.features), (TRUTH, &embedded.truth)] {
+        for (port, by_image) in embedded.features.iter().map(|features| (FEATURES, features)).chain([(TRUTH, &embedded.truth)]) {
             let labelled = of_run.iter().filter(|image| !image.objects.is_empty()).map(|image| image.image_id);
             let missing: Vec<ImageId> = labelled.filter(|image| !by_image.has(*image)).collect();
             cx.skip_missing(port.info(), &missing, of_run.len(), "make them for these annotations")?;
@@ -144,7 +152,7 @@ impl DetproData {
 
 /// What the rows are made from.
 struct Embedded {
-    features: ByImage<Regions>,
+    features: Option<ByImage<Regions>>,
     truth: ByImage<Regions>,
     dim: usize,
     rule: RowIou,
@@ -183,18 +191,22 @@ impl Embedded {
     /// image.
     fn rows(&self, image: &Labelled) -> Result<Vec<(PromptRow, Vec<f32>)>> {
         let image_id = image.image_id;
-        if image.objects.is_empty() || !self.features.has(image_id) || !self.truth.has(image_id) {
+        let is_skipped = |features: &ByImage<Regions>| !features.has(image_id);
+        if image.objects.is_empty() || self.features.as_ref().is_some_and(is_skipped) || is_skipped(&self.truth) {
             return Ok(Vec::new());
         }
-        let (proposals, truth) = (self.features.get(image_id)?, self.truth.get(image_id)?);
+        let truth = self.truth.get(image_id)?;
         let boxes = |boxes: &mut dyn Iterator<Item = &Xyxy>| boxes.map(corners).collect::<Vec<_>>();
         let objects = boxes(&mut image.objects.iter().map(|(_, xyxy)| xyxy));
-        let assigned = assign(&boxes(&mut proposals.boxes.iter()), &objects, self.rule);
         let mut rows = Vec::new();
-        for (found, embedding) in assigned.iter().zip(proposals.embeddings.chunks_exact(self.dim)) {
-            if found.iou >= MIN_IOU {
-                let class = found.object.map(|object| image.objects[object].0);
-                rows.push((PromptRow { image_id, class, iou: found.iou }, embedding.to_vec()));
+        if let Some(features) = &self.features {
+            let proposals = features.get(image_id)?;
+            let assigned = assign(&boxes(&mut proposals.boxes.iter()), &objects, self.rule);
+            for (found, embedding) in assigned.iter().zip(proposals.embeddings.chunks_exact(self.dim)) {
+                if found.iou >= MIN_IOU {
+                    let class = found.object.map(|object| image.objects[object].0);
+                    rows.push((PromptRow { image_id, class, iou: found.iou }, embedding.to_vec()));
+                }
             }
         }
         for ((class, _), row) in image.objects.iter().zip(rows_of(&objects, &truth)?) {
@@ -273,7 +285,7 @@ mod tests {
         let (_proposals, features) = features(&proposals);
         // Objects of other classes are there too, in another order.
         let (_truth, truth) = self::features(&[OBJECTS[1], [7.0, 7.0, 9.0, 9.0], OBJECTS[0]]);
-        let embedded = Embedded { features, truth, dim: 4, rule: RowIou::Reference };
+        let embedded = Embedded { features: Some(features), truth, dim: 4, rule: RowIou::Reference };
         let rows = embedded.rows(&labelled(5, &[7, 9])).unwrap();
         let expected = [(Some(9), 0.95, 0), (None, 0.4, 1), (None, 0.4, 3), (Some(7), 1.0, 2), (Some(9), 1.0, 0)];
         assert_eq!(rows.len(), expected.len());
@@ -283,15 +295,18 @@ mod tests {
         }
         let fixed = Embedded { rule: RowIou::Fixed, ..embedded };
         assert!((fixed.rows(&labelled(5, &[7, 9])).unwrap()[0].0.iou - 0.505_263).abs() < 1e-5);
-        // Without an object, and without features.
+        // Without an object, and without features of the image.
         assert!(fixed.rows(&labelled(5, &[])).unwrap().is_empty() && fixed.rows(&labelled(6, &[7])).unwrap().is_empty());
+        // Without proposals.
+        let objects = Embedded { features: None, ..fixed }.rows(&labelled(5, &[7, 9])).unwrap();
+        assert_eq!(objects.iter().map(|(row, _)| (row.class, row.iou)).collect::<Vec<_>>(), [(Some(7), 1.0), (Some(9), 1.0)]);
     }
 
     #[test]
     fn an_object_without_an_embedding_is_named() {
         let (_proposals, features) = features(&OBJECTS);
         let (_truth, truth) = self::features(&OBJECTS[..1]);
-        let embedded = Embedded { features, truth, dim: 4, rule: RowIou::Fixed };
+        let embedded = Embedded { features: Some(features), truth, dim: 4, rule: RowIou::Fixed };
         let error = embedded.rows(&labelled(5, &[7, 9])).unwrap_err();
         assert_eq!(error.to_string(), "truth: no embedding of the object [10.0, 0.0, 90.0, 60.0] of image 5, among 1");
         assert!(error.hint().unwrap().contains("min_side: 0"));

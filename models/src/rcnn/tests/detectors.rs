@@ -656,6 +656,13 @@ fn augmented_embeddings_correct_scores() {
     assert_eq!(products.size(), [n, classes.n_classes() + 1]);
     let known = embeddings.matmul(&classes.embeddings().tr());
     assert!(error(&products.narrow(1, 0, classes.n_classes()), &known) < 1e-6);
+    // The embeddings of the same boxes by themselves give the same scores.
+    let boxes: Vec<Tensor> = proposals().into_iter().map(|one| one.boxes).collect();
+    let said = detector.embed(&images, &SIZES, &boxes).unwrap();
+    let scores = detector.bbox_head.classifier.logits(&said, &classes, Phase::Test).unwrap().softmax(-1, Kind::Float);
+    let found = table(&detect(None, false, raf::Rule::default()));
+    assert!(error(&scores.narrow(1, 0, classes.n_classes()), &found) < 1e-6);
+    assert!(detector.embed(&images, &SIZES, &boxes[..1]).is_err());
     for object in [None, Some(&classes)] {
         let before = table(&detect(object, false, raf::Rule::default()));
         assert!(before.gt(0.0).all().int64_value(&[]) == 1, "every score is kept");
