@@ -189,7 +189,7 @@ stages:
 "#;
 
 /// Every stage that reads what two CLIPs may have made, with inputs of both: its id, its kind, the two ports, and what it reads besides.
-const MIXED: [(&str, &str, [&str; 2], &str); 14] = [
+const MIXED: [(&str, &str, [&str; 2], &str); 15] = [
     (
         "labelled",
         "annotations/pseudo-labels",
@@ -247,6 +247,12 @@ const MIXED: [(&str, &str, [&str; 2], &str); 14] = [
         "prompts/detpro-data",
         ["features", "truth"],
         "in: {features: regions.features, truth: other-regions.features, annotations: train.annotations, classes: train.classes}",
+    ),
+    (
+        "described",
+        "prompts/embed",
+        ["checkpoint", "prompts"],
+        "in: {checkpoint: other.checkpoint, prompts: prompts.prompts, classes: train.classes, descriptions: words.descriptions}",
     ),
     ("joined", "prompts/mean", ["prompts", "prompts_2"], "in: {prompts: prompts.prompts, prompts_2: others.prompts}"),
     (

@@ -17,6 +17,7 @@ mod matrix;
 mod own_data;
 mod pictures;
 mod predict;
+mod promptdet;
 mod prompts;
 mod quickstart;
 mod records;

@@ -125,6 +125,13 @@ impl Image {
         Self { width: width as u32, height: height as u32, rgb }
     }
 
+    /// Swaps left and right.
+    pub fn mirror(&mut self) {
+        for row in self.rgb.chunks_exact_mut(3 * self.width as usize) {
+            row.as_chunks_mut::<3>().0.reverse();
+        }
+    }
+
     /// Pillow's antialiased bicubic resize.
     pub fn resize(&self, width: u32, height: u32) -> Self {
         self.resize_of([0, 0, i64::from(self.width), i64::from(self.height)], width, height)

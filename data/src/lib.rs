@@ -8,6 +8,7 @@ pub mod annotations;
 pub mod boxes;
 pub mod classes;
 pub mod content;
+pub mod crops;
 pub mod draw;
 mod error;
 pub mod evaluate;

@@ -88,10 +88,21 @@ fn unused() -> impl Iterator<Item = Kind> {
     all.filter(move |kind| !classes.contains(kind))
 }
 
+/// What patterns consist of.
+const NOUNS: [&str; 4] = ["one colour", "stripes", "dots", "checks"];
+
+/// A description of each class: `a circle in red, with stripes`, base classes first.
+pub fn descriptions() -> Vec<(String, String)> {
+    let described = |kind: Kind| {
+        let description = format!("a {} in {}, with {}", SHAPES[kind.shape], COLOURS[kind.colour], NOUNS[kind.pattern]);
+        (kind.name(), description)
+    };
+    kinds().into_iter().map(described).collect()
+}
+
 /// What is said of the combinations that no class has, each phrase with the names of those that it is said of: shape, colour, what the pattern consists of, and
 /// pairs of colour, pattern and shape. They stand for the noun chunks of descriptions. (RALF, section 12.)
 pub fn phrases() -> BTreeMap<String, Vec<String>> {
-    const NOUNS: [&str; 4] = ["one colour", "stripes", "dots", "checks"];
     let mut sources: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for kind in unused() {
         let [shape, colour, pattern] = [SHAPES[kind.shape], COLOURS[kind.colour], PATTERNS[kind.pattern]];

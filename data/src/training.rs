@@ -149,14 +149,12 @@ impl Placement {
     pub fn pixels(&self, image: &Image) -> Image {
         assert_eq!([image.width, image.height], self.from, "BUG: a view of another image");
         let [from, to] = [self.from, self.to].map(|size| size.map(|side| side as usize));
-        let mut rgb = if from == to { image.rgb.clone() } else { bilinear(&image.rgb, from, to) };
+        let rgb = if from == to { image.rgb.clone() } else { bilinear(&image.rgb, from, to) };
+        let mut shown = Image { width: self.to[0], height: self.to[1], rgb };
         if self.is_mirrored {
-            for row in rgb.chunks_exact_mut(3 * to[0]) {
-                let (pixels, _) = row.as_chunks_mut::<3>();
-                pixels.reverse();
-            }
+            shown.mirror();
         }
-        Image { width: self.to[0], height: self.to[1], rgb }
+        shown
     }
 }
 

@@ -31,6 +31,11 @@ pub(crate) fn detpro_ralf(file: &str) -> BTreeMap<String, Tensor> {
     arrays(&format!("detpro-ralf/{file}"))
 }
 
+/// Every array of a file of `tests/golden/promptdet/make.py` by name.
+pub(crate) fn promptdet(file: &str) -> BTreeMap<String, Tensor> {
+    arrays(&format!("promptdet/{file}"))
+}
+
 /// The weights of a CLIP with the text tower of such arrays in place of its own; token embeddings that they lack are zeros.
 pub(crate) fn with_tower(golden: &BTreeMap<String, Tensor>, mut weights: BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
     weights.extend(golden.iter().filter_map(|(name, tensor)| {

@@ -1,6 +1,7 @@
 //! Two-stage detectors: a backbone, a feature pyramid, region proposals, and heads that look at regions.
 //!
-//! [`Detector`] has an open vocabulary (ViLD, OADP), [`SigmoidDetector`](sigmoid::SigmoidDetector) a row for each class (LP-OVOD),
+//! [`Detector`] has an open vocabulary (ViLD, OADP), [`CosineDetector`](cosine::CosineDetector) one without background (PromptDet),
+//! [`SigmoidDetector`](sigmoid::SigmoidDetector) a row for each class (LP-OVOD),
 //! [`MaskRcnn`](mask_rcnn::MaskRcnn) classes of its own, [`Oln`](oln::Oln) none. They are declared under mmdet's parameter names; [`layout`] translates torchvision's. Images are normalised, padded with zeros on the right and
 //! at the bottom. Decoding and normalising images, and the training loop, are elsewhere.
 //!
@@ -15,6 +16,7 @@
 //! No part stores whether it trains or predicts: [`Phase`] is an argument. Random choices use the generator that is passed in.
 
 pub mod classifier;
+pub mod cosine;
 pub mod distillation;
 pub mod heads;
 pub mod layout;

@@ -18,6 +18,7 @@
 //! | `feature-files` | features in the format of OADP: a folder of `{id:012}.pth` | [`FeatureFiles`] |
 //! | `region-samples` | features of sampled regions, Arrow shards | [`RegionSamples`] |
 //! | `crops` | an Arrow shard of encoded images | [`Crops`] |
+//! | `descriptions` | what classes are, json, or PromptDet's text file | [`Descriptions`] |
 //! | `hits` | what a search found, Parquet | [`Hits`] |
 //! | `evaluation` | json | [`EvaluationFile`] |
 //! | `published-vocabulary` | names, json: a list, or an object of names by place | [`PublishedVocabulary`] |
@@ -32,6 +33,7 @@
 mod archive;
 mod crops;
 mod curve;
+mod descriptions;
 pub(crate) mod feature_files;
 mod features;
 mod hits;
@@ -64,8 +66,9 @@ use tch::{Kind, Tensor};
 
 pub use archive::ArchiveFiles;
 pub(crate) use archive::EmbeddingArchive;
-pub use crops::{Crop, Crops, CropsWriter};
+pub use crops::{Crop, CropIndex, Crops, CropsWriter};
 pub use curve::Curve;
+pub use descriptions::Descriptions;
 pub use feature_files::FeatureFiles;
 pub(crate) use features::{ByImage, Embeddings, Piece, Places};
 pub use features::{Dtype, ImageFeatures, ImageFeaturesWriter, RegionFeatures, RegionFeaturesWriter, Regions, WholeBox};

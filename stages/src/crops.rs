@@ -1,11 +1,16 @@
 //! `crops/objects`: crops of annotated objects; `crops/folder`: the crops as files, in one folder per class.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    sync::Arc,
+};
 
 use ovenbird_cache::Digest;
 use ovenbird_data::{
-    annotations::{Annotation, Annotations, ImageInfo},
+    annotations::{Annotation, AnnotationId, Annotations, CategoryId, ImageInfo},
     boxes::Xyxy,
+    crops::window,
     images::{Image, MAX_JPEG_SIDE},
 };
 use schemars::JsonSchema;
@@ -14,14 +19,28 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Context, Error, ImageConsumer, ImageStage, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{AnnotationFile, Crop, Crops, Images, Row, RowKind},
-    contract::run_alone,
+    contract::{is_default, run_alone},
     pass::{Cut, ImageList, Views},
 };
+
+/// How the rectangle of a crop follows from its box.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rule {
+    /// The box grows about its centre; corners are rounded half to even and clipped to the image.
+    #[default]
+    Rounded,
+    /// Corners are truncated: with `expand: 3.0` the window of 3 x 3 boxes that RPL's prompts learn from. (PromptDet, section 3.)
+    Rpl,
+}
 
 /// Crops of annotated objects as JPEG, in one indexed shard per unit.
 ///
 /// One crop per annotation, in ascending image id and in the file's order. Crowds are skipped, and objects of which less than `min_side` px
 /// on either side lie in the image. The box grows by `expand` about its centre and is clipped to the image.
+///
+/// With `per_class` only so many objects of each class are cut: which they are follows from `seed` and the annotations' ids, and the first 200 are among
+/// the first 300. Each image is decoded once.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Objects {
@@ -31,11 +50,23 @@ pub struct Objects {
     pub min_side: f32,
     /// JPEG quality, 1 to 100.
     pub quality: u8,
+    /// How the rectangle of a crop follows from its box.
+    #[serde(skip_serializing_if = "is_default")]
+    pub rule: Rule,
+    /// Objects with a smaller box are skipped, in px^2.
+    #[serde(skip_serializing_if = "is_default")]
+    pub min_area: f64,
+    /// The most objects of a class; all without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub per_class: Option<usize>,
+    /// Seed of the choice of `per_class`.
+    #[serde(skip_serializing_if = "is_default")]
+    pub seed: u64,
 }
 
 impl Default for Objects {
     fn default() -> Self {
-        Self { expand: 1.0, min_side: 4.0, quality: 95 }
+        Self { expand: 1.0, min_side: 4.0, quality: 95, rule: Rule::default(), min_area: 0.0, per_class: None, seed: 0 }
     }
 }
 
@@ -62,15 +93,44 @@ impl Objects {
             let objects = by_image.remove(&image.id).unwrap_or_default();
             (image, objects.into_iter().filter(|object| self.place(object, image) == Place::Kept).collect())
         };
-        annotations.images.iter().map(of_image).collect()
+        let mut of_images: Vec<(&ImageInfo, Vec<&Annotation>)> = annotations.images.iter().map(of_image).collect();
+        if let Some(most) = self.per_class {
+            let chosen = self.chosen(of_images.iter().flat_map(|(_, objects)| objects.iter().copied()), most);
+            of_images.iter_mut().for_each(|(_, objects)| objects.retain(|object| chosen.contains(&object.id)));
+        }
+        of_images
+    }
+
+    /// At most so many objects of each class: those whose ids come first in an order that the seed shuffles.
+    fn chosen<'a>(&self, objects: impl Iterator<Item = &'a Annotation>, most: usize) -> BTreeSet<AnnotationId> {
+        let mut by_class: BTreeMap<CategoryId, Vec<([u8; 32], AnnotationId)>> = BTreeMap::new();
+        for object in objects {
+            let rank = *Digest::of(format!("ovenbird crops {} {}", self.seed, object.id).as_bytes()).as_bytes();
+            by_class.entry(object.category_id).or_default().push((rank, object.id));
+        }
+        let first = |mut of_class: Vec<([u8; 32], AnnotationId)>| {
+            of_class.sort_unstable();
+            of_class.into_iter().take(most).map(|(_, id)| id)
+        };
+        by_class.into_values().flat_map(first).collect()
+    }
+
+    /// The rectangle of a crop in an image of `size` px, half-open and inside it; with rule `rpl` it may be empty.
+    fn rectangle(&self, object: &Annotation, size: [u32; 2]) -> [i64; 4] {
+        match self.rule {
+            Rule::Rounded => object.xyxy.expanded(self.expand, size),
+            Rule::Rpl => window(object.bbox, (f64::from(self.expand) - 1.0) / 2.0, size),
+        }
     }
 
     fn place(&self, object: &Annotation, image: &ImageInfo) -> Place {
-        let inside = object.xyxy.clipped([image.width, image.height]);
+        let size = [image.width, image.height];
+        let inside = object.xyxy.clipped(size);
         let is_large = |xyxy: &Xyxy| xyxy.width() >= self.min_side && xyxy.height() >= self.min_side;
-        if object.is_crowd || !is_large(&object.xyxy) {
+        let [x1, y1, x2, y2] = self.rectangle(object, size);
+        if object.is_crowd || !is_large(&object.xyxy) || object.bbox[2] * object.bbox[3] < self.min_area {
             Place::NotAsked
-        } else if inside.area() <= 0.0 {
+        } else if x2 <= x1 || y2 <= y1 || inside.area() <= 0.0 {
             Place::Outside
         } else if is_large(&inside) {
             Place::Kept
@@ -115,6 +175,9 @@ impl Stage for Objects {
         Problem::unless(&[
             ("expand", self.expand.is_finite() && self.expand > 0.0, "a factor above 0"),
             ("quality", (1..=100).contains(&self.quality), "from 1 to 100"),
+            ("min_area", self.min_area >= 0.0, "0 px^2 or more"),
+            ("per_class", self.per_class != Some(0), "at least 1"),
+            ("seed", self.seed == 0 || self.per_class.is_some(), "0 without `per_class`, which it is for"),
         ])
     }
 
@@ -160,7 +223,7 @@ impl Views for CropViews<'_> {
 
     fn refusal(&self, place: usize, info: &ImageInfo) -> Option<(String, &'static str)> {
         let side = |object: &Annotation| {
-            let [x1, y1, x2, y2] = object.xyxy.expanded(self.stage.expand, [info.width, info.height]);
+            let [x1, y1, x2, y2] = self.stage.rectangle(object, [info.width, info.height]);
             (x2 - x1).max(y2 - y1)
         };
         let object = self.objects[place].iter().find(|object| side(object) > i64::from(MAX_JPEG_SIDE))?;
@@ -173,7 +236,7 @@ impl Views for CropViews<'_> {
             image_id: object.image_id,
             annotation_id: object.id,
             category_id: object.category_id,
-            jpeg: image.crop(object.xyxy.expanded(self.stage.expand, [image.width, image.height])).to_jpeg(self.stage.quality),
+            jpeg: image.crop(self.stage.rectangle(object, [image.width, image.height])).to_jpeg(self.stage.quality),
         };
         Cut::Row(Row::Crops(self.objects[place].iter().map(crop).collect()))
     }
@@ -252,8 +315,6 @@ fn folder_name(class: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
 
     #[test]
@@ -311,5 +372,46 @@ mod tests {
         use Place::{Clipped, Kept, NotAsked, Outside};
         assert_eq!(places, [Kept, Outside, Clipped, Kept, NotAsked, NotAsked]);
         assert_eq!(stage.of_images(&annotations)[0].1.len(), 2);
+    }
+
+    /// Parity check C3 of PromptDet's specification, and its table of windows.
+    #[test]
+    fn objects_are_chosen_by_class_whatever_else_there_is() {
+        let object = |id: u64, category: u64, corners: [f64; 4]| {
+            let [x, y, width, height] = corners;
+            format!(
+                r#"{{"id": {id}, "image_id": {}, "category_id": {category}, "bbox": [{x}, {y}, {width}, {height}], "area": 400}}"#,
+                id % 3
+            )
+        };
+        let parse = |objects: &[String]| {
+            let image = |id: u64| format!(r#"{{"id": {id}, "file_name": "{id}.jpg", "width": 640, "height": 480}}"#);
+            let images = [image(0), image(1), image(2)].join(",");
+            let categories = r#"{"id": 1, "name": "owl"}, {"id": 2, "name": "wren"}"#;
+            let text = format!(r#"{{"images": [{images}], "annotations": [{}], "categories": [{categories}]}}"#, objects.join(","));
+            Annotations::parse(text.as_bytes(), "a.json".as_ref()).unwrap()
+        };
+        let chosen = |objects: &[String], per_class, seed| {
+            let stage = Objects { per_class: Some(per_class), seed, ..Objects::default() };
+            let of_images = parse(objects);
+            let ids = stage.of_images(&of_images).into_iter().flat_map(|(_, objects)| objects).map(|object| object.id.0).collect();
+            BTreeSet::<u64>::from_iter::<Vec<u64>>(ids)
+        };
+        let mut objects: Vec<String> = (1..=90).map(|id| object(id, 1 + id % 2, [10.0, 10.0, 20.0, 20.0])).collect();
+        let few = chosen(&objects, 10, 3);
+        assert_eq!((few.len(), few.iter().filter(|id| *id % 2 == 0).count()), (20, 10));
+        assert!(few.is_subset(&chosen(&objects, 15, 3)) && few != chosen(&objects, 10, 4));
+        objects.reverse();
+        assert_eq!(few, chosen(&objects, 10, 3));
+
+        let rpl = Objects { expand: 3.0, min_side: 0.0, rule: Rule::Rpl, min_area: 20.0, ..Objects::default() };
+        let annotations = parse(&[
+            object(1, 1, [100.6, 50.2, 30.5, 20.7]),
+            object(2, 1, [10.0, 10.0, 4.0, 4.9]),
+            object(3, 1, [700.0, 10.0, 40.0, 40.0]),
+        ]);
+        let places: Vec<Place> = annotations.annotations.iter().map(|object| rpl.place(object, &annotations.images[0])).collect();
+        assert_eq!(places, [Place::Kept, Place::NotAsked, Place::Outside]);
+        assert_eq!(rpl.rectangle(&annotations.annotations[0], [640, 480]), [70, 29, 161, 91]);
     }
 }

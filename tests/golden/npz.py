@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 
-KINDS = {"bool": "BOOL", "float16": "F16", "float32": "F32", "float64": "F64", "int32": "I32", "int64": "I64", "uint8": "U8"}
+KINDS = {"bool": "BOOL", "float16": "F16", "float32": "F32", "float64": "F64", "int8": "I8", "int32": "I32", "int64": "I64", "uint8": "U8"}
 
 
 def convert(source: str, target: str) -> None:

@@ -104,6 +104,27 @@ impl<'a> Prompted<'a> {
         Self::of(text, names.iter().map(|name| (name.as_ref(), words(name.as_ref()))), n_context, place.n_before(n_context))
     }
 
+    /// Prepares class names with descriptions: `n_context` vectors before a name and as many others between it and its description, which ends with a
+    /// full stop. (PromptDet, section 5.) Fails as [`Self::new`].
+    pub fn described(
+        text: &'a Text,
+        tokenizer: &Tokenizer,
+        names: &[(impl AsRef<str>, impl AsRef<str>)],
+        n_context: usize,
+    ) -> Result<Self> {
+        let words = |name: &str, description: &str| {
+            let n_name = tokenizer.encode(name).len() - 2;
+            // With words in place of the vectors, so that words next to one another are no others than in the whole text.
+            let vectors = "X ".repeat(n_context);
+            let mut tokens = tokenizer.encode(&format!("{vectors}{name} {vectors}{description}."));
+            tokens.drain(1 + n_context + n_name..1 + 2 * n_context + n_name);
+            tokens.drain(1..1 + n_context);
+            Words { tokens, n_name }
+        };
+        let texts = names.iter().map(|(name, description)| (name.as_ref(), words(name.as_ref(), description.as_ref())));
+        Self::of(text, texts, 2 * n_context, n_context)
+    }
+
     /// `texts`: each with its tokens, the start of text among them; `n_before`: vectors before a text.
     fn of<'t>(text: &'a Text, texts: impl Iterator<Item = (&'t str, Words)>, n_context: usize, n_before: usize) -> Result<Self> {
         let most = usize::try_from(text.config.context).unwrap_or(0).saturating_sub(n_context);
@@ -141,21 +162,47 @@ impl<'a> Prompted<'a> {
     ///
     /// Gradients flow to the context.
     pub fn encode(&self, context: &Tensor) -> Result<Tensor> {
+        self.check(context)?;
+        Ok(self.text.features(&Tensor::cat(&self.packs.iter().map(|pack| self.ends(pack, context)).collect::<Vec<_>>(), 0)))
+    }
+
+    /// The gradient of a number with respect to the context, f32 `[M, C]`, from that with respect to the embeddings, `[K, D]`.
+    ///
+    /// Packs go through the tower one after the other, so that memory does not grow with the number of texts; each is embedded again.
+    pub fn gradient(&self, context: &Tensor, of_embeddings: &Tensor) -> Result<Tensor> {
+        self.check(context)?;
+        let context = context.detach().set_requires_grad(true);
+        let (mut sum, mut first) = (context.zeros_like(), 0);
+        for pack in &self.packs {
+            let embeddings = self.text.features(&self.ends(pack, &context));
+            let n = embeddings.size()[0];
+            let product = (embeddings.to_kind(Kind::Float) * of_embeddings.narrow(0, first, n)).sum(Kind::Float);
+            for gradient in Tensor::run_backward(&[product], &[&context], false, false) {
+                sum += gradient;
+            }
+            first += n;
+        }
+        Ok(sum)
+    }
+
+    fn check(&self, context: &Tensor) -> Result<()> {
         let size = [self.n_context as i64, self.start.size()[1]];
         if context.size() != size || context.kind() != Kind::Float {
             let (expected, found) = (format!("f32 {size:?}"), format!("{:?} {:?}", context.kind(), context.size()));
             return Err(Error::Input { what: "context", expected, found });
         }
+        Ok(())
+    }
+
+    /// The tokens that end the texts of a pack, `[N, C]`.
+    fn ends(&self, pack: &Pack, context: &Tensor) -> Tensor {
         let n_before = self.positions.size()[0];
         let beginning = Tensor::cat(&[&self.start, &(context.narrow(0, 0, n_before) + &self.positions)], 0);
-        let behind = context.narrow(0, n_before, size[0] - n_before);
-        let ends = |pack: &Pack| {
-            // A product has the same gradient in every run, on every device; indices would add it up in any order.
-            let words = pack.behind.as_ref().map_or_else(|| pack.words.shallow_clone(), |places| &pack.words + places.matmul(&behind));
-            let x = Tensor::cat(&[&beginning, &words], 0).to_kind(self.text.projection.kind()).unsqueeze(0);
-            self.text.transformer.forward(x, Attention::Masked(&pack.mask)).squeeze_dim(0).index_select(0, &pack.ends)
-        };
-        Ok(self.text.features(&Tensor::cat(&self.packs.iter().map(ends).collect::<Vec<_>>(), 0)))
+        let behind = context.narrow(0, n_before, self.n_context as i64 - n_before);
+        // A product has the same gradient in every run, on every device; indices would add it up in any order.
+        let words = pack.behind.as_ref().map_or_else(|| pack.words.shallow_clone(), |places| &pack.words + places.matmul(&behind));
+        let x = Tensor::cat(&[&beginning, &words], 0).to_kind(self.text.projection.kind()).unsqueeze(0);
+        self.text.transformer.forward(x, Attention::Masked(&pack.mask)).squeeze_dim(0).index_select(0, &pack.ends)
     }
 }
 
@@ -199,12 +246,14 @@ impl Pack {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use tch::{Device, nn, no_grad};
 
     use super::*;
     use crate::{
         clip::{Activation, Clip, Config, ImageConfig, TextConfig, tokenizer::Overlong},
-        golden::error,
+        golden::{error, promptdet, with_tower},
         to_unit_length,
     };
 
@@ -260,10 +309,16 @@ mod tests {
             context.grad()
         };
         let texts = texts();
+        // Pack by pack, from the gradient of the embeddings.
+        let prompted = Prompted::new(clip.causal_text().unwrap(), &tokenizer, &texts, 4).unwrap();
+        let context = clip.causal_text().unwrap().words(&tokenizer, "a photo of a").unwrap();
+        let embeddings = prompted.encode(&context).unwrap();
+        let by_packs = prompted.gradient(&context, &(&embeddings * &embeddings * 3.0)).unwrap();
         let (packed, alone) = (gradient(&[&texts]), gradient(&texts.chunks(1).collect::<Vec<_>>()));
         let apart = error(&packed, &alone) / alone.abs().max().double_value(&[]);
         println!("gradients: {apart:.1e}");
         assert!(apart < 1e-4, "{apart}");
+        assert!(error(&by_packs, &packed) / packed.abs().max().double_value(&[]) < 1e-5);
     }
 
     #[test]
@@ -300,5 +355,45 @@ mod tests {
         let prompted = Prompted::new(clip.causal_text().unwrap(), &tokenizer, &["cat"], 4).unwrap();
         let context = Tensor::zeros([3, 32], (Kind::Float, Device::Cpu));
         assert_eq!(prompted.encode(&context).unwrap_err().to_string(), "context: expected f32 [4, 32], found Float [3, 32]");
+    }
+
+    /// RPL's own code: eight classes with descriptions that end in brackets, digits and "etc.", with one and with two vectors at each place; the loss of
+    /// six images, and its gradients.
+    #[test]
+    fn described_names_are_embedded_as_by_rpl_s_code() {
+        let golden = promptdet("rpl");
+        let config = Config {
+            embed_dim: 16,
+            image: ImageConfig::Vit { image_side: 32, patch: 16, width: 32, depth: 1, heads: 1, mlp_width: 128 },
+            text: TextConfig { context: 77, vocabulary: 49_408, width: 32, heads: 4, depth: 2 },
+            activation: Activation::QuickGelu,
+        };
+        let store = nn::VarStore::new(Device::Cpu);
+        Clip::new(&store.root(), &config, 1).unwrap();
+        let weights = with_tower(&golden, store.variables().into_iter().collect());
+        let clip = Clip::load_as(&config, &weights, Path::new("clip.safetensors"), Device::Cpu, Kind::Float).unwrap();
+        let (text, tokenizer) = (clip.causal_text().unwrap(), clip.tokenizer());
+        let lines = Vec::<u8>::try_from(&golden["prompt/classes_utf8"]).unwrap();
+        let lines = String::from_utf8(lines).unwrap().replace('_', " ");
+        let names: Vec<(&str, &str)> = lines.lines().filter_map(|line| line.split_once(" which is ")).collect();
+        assert_eq!(names.len(), 8);
+        for (prefix, n_context) in [("prompt1", 1), ("prompt2", 2)] {
+            let expected = |name: &str| &golden[&format!("{prefix}/{name}")];
+            let context = Tensor::cat(&[expected("ctx1"), expected("ctx2")], 0).set_requires_grad(true);
+            let prompted = Prompted::described(text, tokenizer, &names, n_context).unwrap();
+            let found = prompted.encode(&context).unwrap();
+            let features = expected("text_features");
+            let apart = error(&found, features) / (1.0 + features.abs().max().double_value(&[]));
+            assert!(apart < 1e-4, "{prefix}: {apart}");
+            let embeddings = found.detach().set_requires_grad(true);
+            let logits = 4.6052_f64.exp() * to_unit_length(expected("image_features")).matmul(&to_unit_length(&embeddings).tr());
+            let loss = logits.cross_entropy_for_logits(expected("labels"));
+            assert!(error(&logits, expected("logits")) < 1e-4 * 101.0 && error(&loss, expected("loss")) < 1e-3);
+            let of_embeddings = Tensor::run_backward(&[loss], &[&embeddings], false, false).remove(0);
+            let gradient = prompted.gradient(&context, &of_embeddings).unwrap();
+            let expected = Tensor::cat(&[expected("d_ctx1"), expected("d_ctx2")], 0);
+            let apart = error(&gradient, &expected) / (1.0 + expected.abs().max().double_value(&[]));
+            assert!(apart < 1e-3, "{prefix}: {apart}");
+        }
     }
 }

@@ -2,7 +2,10 @@
 //!
 //! `crops`: one row per object: `image_id` u64, `annotation_id` u64, `category_id` u64, `jpeg` bytes.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use arrow::{
     array::{ArrayRef, AsArray, BinaryArray, RecordBatch, UInt64Array},
@@ -15,7 +18,7 @@ use ovenbird_cache::{
 };
 use ovenbird_data::annotations::{AnnotationId, CategoryId, ImageId};
 
-use super::features::{ROWS_PER_BATCH, column, rows_of, u64_column};
+use super::features::{self, ROWS_PER_BATCH, column, rows_of, u64_column};
 use crate::{Artifact, Result, error::malformed};
 
 /// One annotated object, cut out.
@@ -95,18 +98,54 @@ impl Crops {
     pub fn rows(&self) -> impl Iterator<Item = Result<Crop>> {
         rows_of(&self.shards, crop_rows)
     }
+
+    /// Checks every crop once, and finds them later one by one.
+    pub fn index(&self) -> Result<CropIndex> {
+        let (mut batches, mut first_rows, mut ids) = (Vec::new(), Vec::new(), Vec::new());
+        for batch in features::batches(&self.shards) {
+            let (path, batch) = batch?;
+            first_rows.push(ids.len());
+            ids.extend(crop_ids(&path, &batch)?);
+            jpegs(&path, &batch)?;
+            batches.push((path, batch));
+        }
+        Ok(CropIndex { ids, batches, first_rows })
+    }
+}
+
+/// All crops, read from the memory map when they are asked for.
+pub struct CropIndex {
+    /// The image, the annotation and the class of each.
+    pub ids: Vec<(ImageId, AnnotationId, CategoryId)>,
+    batches: Vec<(PathBuf, RecordBatch)>,
+    /// The first crop of each batch.
+    first_rows: Vec<usize>,
+}
+
+impl CropIndex {
+    /// The pixels of a crop, encoded, and the file that they are in.
+    pub fn jpeg(&self, place: usize) -> (&[u8], &Path) {
+        let batch_idx = self.first_rows.partition_point(|first| *first <= place) - 1;
+        let (path, batch) = &self.batches[batch_idx];
+        let jpegs = jpegs(path, batch).expect("BUG: every batch was checked");
+        (jpegs.value(place - self.first_rows[batch_idx]), path)
+    }
 }
 
 fn crop_rows(path: &Path, batch: &RecordBatch) -> Result<Vec<Crop>> {
+    let jpegs = jpegs(path, batch)?;
+    let crop =
+        |(row, (image_id, annotation_id, category_id))| Crop { image_id, annotation_id, category_id, jpeg: jpegs.value(row).to_vec() };
+    Ok(crop_ids(path, batch)?.into_iter().enumerate().map(crop).collect())
+}
+
+fn crop_ids(path: &Path, batch: &RecordBatch) -> Result<Vec<(ImageId, AnnotationId, CategoryId)>> {
     let ids = |name| u64_column(path, batch, name);
     let (images, annotations, categories) = (ids("image_id")?, ids("annotation_id")?, ids("category_id")?);
-    let jpegs = column(path, batch, "jpeg")?.as_binary_opt::<i32>();
-    let jpegs = jpegs.ok_or_else(|| malformed(path, "expected bytes in `jpeg`"))?;
-    let crop = |row: usize| Crop {
-        image_id: ImageId(images[row]),
-        annotation_id: AnnotationId(annotations[row]),
-        category_id: CategoryId(categories[row]),
-        jpeg: jpegs.value(row).to_vec(),
-    };
-    Ok((0..images.len()).map(crop).collect())
+    let of_row = |row: usize| (ImageId(images[row]), AnnotationId(annotations[row]), CategoryId(categories[row]));
+    Ok((0..images.len()).map(of_row).collect())
+}
+
+fn jpegs<'a>(path: &Path, batch: &'a RecordBatch) -> Result<&'a BinaryArray> {
+    column(path, batch, "jpeg")?.as_binary_opt::<i32>().ok_or_else(|| malformed(path, "expected bytes in `jpeg`"))
 }

@@ -220,10 +220,7 @@ fn augmented(picture: &Image, Augmentation { corner: [x, y], is_mirrored, bright
     let side = i64::from(SIDE);
     let mut crop = picture.crop([*x, *y, x + side, y + side]);
     if *is_mirrored {
-        for row in crop.rgb.chunks_exact_mut(3 * SIDE as usize) {
-            let mirrored: Vec<u8> = row.chunks_exact(3).rev().flatten().copied().collect();
-            row.copy_from_slice(&mirrored);
-        }
+        crop.mirror();
     }
     crop.rgb.iter_mut().for_each(|level| *level = (f32::from(*level) * brightness).round().min(255.0) as u8);
     crop

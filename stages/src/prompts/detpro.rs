@@ -501,7 +501,7 @@ mod tests {
     use crate::{
         artifacts::prompt_samples::tests::samples as written,
         golden::{detpro_ralf, error, numbers},
-        prompts::golden::detpro_clip,
+        prompts::golden::small_clip,
         training::Optimizer,
     };
 
@@ -536,7 +536,7 @@ mod tests {
     #[test]
     fn steps_are_those_of_the_published_code() {
         let golden = detpro_ralf("detpro");
-        let (clip, classes) = (detpro_clip(&golden), classes(&NAMES, &[]));
+        let (clip, classes) = (small_clip(&golden), classes(&NAMES, &[]));
         let counts: Vec<u64> = numbers(&golden["train/counts"]).into_iter().map(|n| n as u64).collect();
         for (name, background) in [("soft", Background::Soft), ("learn", Background::Learn)] {
             let stage = Detpro { background, ..Detpro::default() };

@@ -1,10 +1,15 @@
 //! `prompts/export`: class embeddings for other programs.
 
+use std::io;
+
+use ovenbird_cache::DraftFile;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
 
-use super::published::{rows_by_id, write, write_tensor};
+use super::{
+    described::RPL_CONTEXT,
+    published::{rows_by_id, write, write_contexts, write_tensor},
+};
 use crate::{
     Context, In, Out, PortInfo, Result, Stage, Unit, UnitDraft,
     artifacts::{AnnotationFile, Prompts, PublishedPrompts, TrainingState, read_weights},
@@ -14,7 +19,7 @@ use crate::{
 /// Class embeddings for other programs: a `.pth` dict, which OADP and `prompts/import` read.
 ///
 /// With `annotations` the file is one tensor of rows, in ascending category id, as DetPro reads it: give the original LVIS json. What
-/// `prompts/detpro` learned has a second file, its context. (OADP, section 5.2; DetPro, section 1.)
+/// `prompts/detpro` or `prompts/rpl` learned has a second file, its context. (OADP, section 5.2; DetPro, section 1; PromptDet, section 1.)
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Export {}
@@ -29,7 +34,10 @@ const EXPORTED: Out<PublishedPrompts> = Out::new(
     "`prompts.pth`: a dict of `embeddings` f32 [K, D], `names` (a list), and, if they were learned, `scaler` and `bias`, f32 []; with \
      `annotations` one tensor f32 [K, D].",
 );
-const CONTEXT: Out<PublishedPrompts> = Out::new("context", "`context.pth`: one tensor f32 [M, C]; no file where no context was learned.");
+const CONTEXT: Out<PublishedPrompts> = Out::new(
+    "context",
+    "`context.pth`: one tensor f32 [M, C]; of `prompts/rpl` a dict with `state_dict`: `ctx1` and `ctx2`; no file where no context was learned.",
+);
 
 impl Stage for Export {
     const KIND: &'static str = "prompts/export";
@@ -46,16 +54,16 @@ impl Stage for Export {
         };
         let draft = cx.begin(unit)?;
         match &rows {
-            Some(rows) => write_one(&draft, EXPORTED, "prompts.pth", rows)?,
-            None => {
-                let mut file = draft.create(EXPORTED, "prompts.pth")?;
-                let path = file.path().to_owned();
-                write(&prompts, &mut file).map_err(|source| write_error(&path, source))?;
-                file.finish()?;
-            }
+            Some(rows) => write_one(&draft, EXPORTED, "prompts.pth", |file| write_tensor(rows, file))?,
+            None => write_one(&draft, EXPORTED, "prompts.pth", |file| write(&prompts, file))?,
         }
-        if let Some(context) = read_weights(&cx.inputs.read(WHOLE_FILE)?.file)?.tensors().get("context") {
-            write_one(&draft, CONTEXT, "context.pth", context)?;
+        let learned = read_weights(&cx.inputs.read(WHOLE_FILE)?.file)?;
+        let learned = |name: &str| learned.tensors().get(name);
+        if let Some(context) = learned("context") {
+            write_one(&draft, CONTEXT, "context.pth", |file| write_tensor(context, file))?;
+        }
+        if let [Some(before), Some(behind)] = RPL_CONTEXT.map(learned) {
+            write_one(&draft, CONTEXT, "context.pth", |file| write_contexts([before, behind], file))?;
         }
         cx.tick(1);
         let n_classes = rows.map_or(prompts.names.len(), |rows| rows.size()[0] as usize);
@@ -63,10 +71,15 @@ impl Stage for Export {
     }
 }
 
-/// Writes a file of one tensor.
-fn write_one(draft: &UnitDraft, port: Out<PublishedPrompts>, name: &str, tensor: &Tensor) -> Result<()> {
+/// Writes a file.
+fn write_one(
+    draft: &UnitDraft,
+    port: Out<PublishedPrompts>,
+    name: &str,
+    content: impl FnOnce(&mut DraftFile) -> io::Result<()>,
+) -> Result<()> {
     let mut file = draft.create(port, name)?;
     let path = file.path().to_owned();
-    write_tensor(tensor, &mut file).map_err(|source| write_error(&path, source))?;
+    content(&mut file).map_err(|source| write_error(&path, source))?;
     Ok(file.finish()?)
 }

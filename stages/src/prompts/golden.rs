@@ -1,4 +1,4 @@
-//! What the golden tests of class embeddings share: the files of `tests/golden/prompts/make.py`, weights by its formula, and DetPro's text tower.
+//! What the golden tests of class embeddings share: the files of `tests/golden/prompts/make.py`, weights by its formula, and the text tower of DetPro and RPL.
 
 use std::{
     collections::BTreeMap,
@@ -39,8 +39,8 @@ pub(super) fn names(list: &Value) -> Vec<String> {
     serde_json::from_value(list.clone()).unwrap()
 }
 
-/// The CLIP of DetPro's golden arrays, whose image tower is arbitrary.
-pub(super) fn detpro_clip(golden: &BTreeMap<String, Tensor>) -> Clip {
+/// The CLIP of golden arrays of DetPro or of RPL, whose image tower is arbitrary.
+pub(super) fn small_clip(golden: &BTreeMap<String, Tensor>) -> Clip {
     let config = Config {
         embed_dim: 16,
         image: ImageConfig::Vit { image_side: 32, patch: 16, width: 32, depth: 1, heads: 1, mlp_width: 128 },

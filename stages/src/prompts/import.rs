@@ -1,5 +1,7 @@
 //! `prompts/import`: class embeddings that another program made.
 
+use std::collections::BTreeMap;
+
 use ovenbird_data::classes::ClassSplit;
 use ovenbird_models::{
     clip::{
@@ -13,11 +15,14 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor, no_grad};
 
-use super::published::{read, read_context};
+use super::{
+    described::{RPL_CONTEXT, Renamed, described_prompts, published_names},
+    published::{read, read_context, read_contexts},
+};
 use crate::{
     Context, Error, In, Out, PortInfo, Result, Stage, Unit,
-    artifacts::{AnnotationFile, CheckpointFile, Classes, Prompts, PublishedPrompts},
-    clip::Clip,
+    artifacts::{AnnotationFile, CheckpointFile, Classes, Descriptions, PROMPTS_FILE, Prompts, PublishedPrompts},
+    clip::{Clip, Space},
     contract::is_default,
 };
 
@@ -30,12 +35,28 @@ use crate::{
 /// DetPro's learned context (`..._prompt.pth`, one tensor [M, C]) becomes embeddings of any classes: give `checkpoint` and `classes`. Their
 /// names stand behind the context, without round brackets and with spaces for underscores; rows have unit norm. (OADP, sections 5.2 and 5.3;
 /// DetPro, sections 3.2 and 3.6.)
-#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+///
+/// RPL's checkpoint (`model.pth.tar-6`) has two contexts: give `descriptions`, too. Rows are those of `prompts/rpl`, not normalised. (PromptDet, sections
+/// 1 and 6.)
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Import {
     /// How CLIP is run, where the file is a context.
     #[serde(skip_serializing_if = "is_default")]
     pub clip: Clip,
+    /// What classes are called in `descriptions`, where that is another name.
+    #[serde(skip_serializing_if = "is_published")]
+    pub renamed: Renamed,
+}
+
+impl Default for Import {
+    fn default() -> Self {
+        Self { clip: Clip::default(), renamed: published_names() }
+    }
+}
+
+fn is_published(renamed: &Renamed) -> bool {
+    *renamed == published_names()
 }
 
 const FILE: In<PublishedPrompts> =
@@ -44,15 +65,17 @@ const ANNOTATIONS: In<AnnotationFile> =
     In::optional("annotations", "For files without names: the data set's original json, whose categories name the rows in ascending id.");
 const CHECKPOINT: In<CheckpointFile> = In::optional("checkpoint", "For a context: CLIP weights: OpenAI, open_clip or Hugging Face.");
 const CLASSES: In<Classes> = In::optional("classes", "For a context: base and novel class names.");
+const DESCRIPTIONS: In<Descriptions> = In::optional("descriptions", "For RPL's contexts: what each class is.");
 const IMPORTED: Out<Prompts> = Out::new(
     "prompts",
-    "safetensors: `embeddings` f32 [K, D], `scaler` and `bias` where the file has them; metadata `names`, in its order.",
+    "safetensors: `embeddings` f32 [K, D], `scaler` and `bias` where the file has them, `ctx1` and `ctx2` f32 [M, C] of RPL; metadata `names`, in its \
+     order.",
 );
 
 impl Stage for Import {
     const KIND: &'static str = "prompts/import";
     const VERSION: u32 = 1;
-    const INPUTS: &'static [PortInfo] = &[FILE.info(), ANNOTATIONS.info(), CHECKPOINT.info(), CLASSES.info()];
+    const INPUTS: &'static [PortInfo] = &[FILE.info(), ANNOTATIONS.info(), CHECKPOINT.info(), CLASSES.info(), DESCRIPTIONS.info()];
     const OUTPUTS: &'static [PortInfo] = &[IMPORTED.info()];
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
@@ -61,11 +84,25 @@ impl Stage for Import {
         let annotations = cx.inputs.read_if_given(ANNOTATIONS)?.map(|file| file.load()).transpose()?;
         let refused = |port: PortInfo, problem: String, hint: &str| Err(Error::Input { port: port.name, problem, hint: hint.into() });
         let hint = "a context needs `checkpoint` and `classes`; rows need neither";
+        let descriptions = cx.inputs.read_if_given(DESCRIPTIONS)?;
         let prompts = match (cx.inputs.read_if_given(CHECKPOINT)?, cx.inputs.read_if_given(CLASSES)?) {
+            (None, None) if descriptions.is_some() => {
+                return refused(CHECKPOINT.info(), format!("missing, but `{}` is given", DESCRIPTIONS.info().name), hint);
+            }
             (None, None) => file.read_with(|path| read(path, annotations.as_ref()))?,
             (Some(_), Some(_)) if annotations.is_some() => {
                 let problem = format!("given, but with `{}` the file is a context, which has no rows to name", CHECKPOINT.info().name);
                 return refused(ANNOTATIONS.info(), problem, "leave `annotations` out");
+            }
+            (Some(checkpoint), Some(Classes(classes))) if let Some(descriptions) = &descriptions => {
+                let contexts = file.read_with(read_contexts)?;
+                let (clip, space) = self.clip.load_text(&checkpoint, Device::Cpu, cx)?;
+                let texts = descriptions.of(&classes.all().cloned().collect::<Vec<_>>(), &self.renamed)?;
+                let (tensors, metadata) = described(&clip, &classes, &texts, contexts, space)?;
+                cx.tick(1);
+                let draft = cx.begin(unit)?;
+                draft.write_tensors(IMPORTED, PROMPTS_FILE, &tensors, &metadata)?;
+                return cx.commit(draft, [("classes".into(), texts.len().into())].into());
             }
             (Some(checkpoint), Some(Classes(classes))) => {
                 let context = file.read_with(read_context)?;
@@ -91,12 +128,27 @@ fn embed(clip: &clip::Clip, classes: &ClassSplit, context: &Tensor) -> Result<Te
     Ok(no_grad(|| prompted.encode(context).map(|embeddings| to_unit_length(&embeddings)))?)
 }
 
+/// The content of a file of class embeddings around two contexts f32 `[M, C]`, with these.
+fn described(
+    clip: &clip::Clip,
+    classes: &ClassSplit,
+    texts: &[(String, String)],
+    contexts: [Tensor; 2],
+    space: Space,
+) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, String>)> {
+    let prompted = Prompted::described(clip.causal_text()?, clip.tokenizer(), texts, contexts[0].size()[0] as usize)?;
+    let names: Vec<String> = classes.all().cloned().collect();
+    let (mut tensors, metadata) = described_prompts(&prompted, &Tensor::cat(&contexts, 0), &names, texts, space)?;
+    tensors.extend(RPL_CONTEXT.map(String::from).into_iter().zip(contexts));
+    Ok((tensors, metadata))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
         golden::{detpro_ralf, error},
-        prompts::golden::detpro_clip,
+        prompts::golden::small_clip,
     };
 
     #[test]
@@ -104,12 +156,12 @@ mod tests {
         let golden = detpro_ralf("detpro");
         let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
         let classes = ClassSplit { base: owned(&["aerosol_can", "zebra"]), novel: owned(&["iPod", "knob"]) };
-        let found = embed(&detpro_clip(&golden), &classes, &golden["prompt/ctx"]).unwrap();
+        let found = embed(&small_clip(&golden), &classes, &golden["prompt/ctx"]).unwrap();
         let apart = error(&found, &to_unit_length(&golden["prompt/export_embedding"]));
         assert!(apart < 1e-4, "{apart}");
         let narrow = golden["prompt/ctx"].narrow(1, 0, 16);
         assert_eq!(
-            embed(&detpro_clip(&golden), &classes, &narrow).unwrap_err().to_string(),
+            embed(&small_clip(&golden), &classes, &narrow).unwrap_err().to_string(),
             "context: expected f32 [8, 32], found Float [8, 16]"
         );
     }

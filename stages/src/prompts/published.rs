@@ -6,6 +6,7 @@ use ovenbird_data::annotations::Annotations;
 use ovenbird_models::checkpoint::{BARE_TENSOR, Checkpoint, Saved, write_torch};
 use tch::{Kind, Tensor};
 
+use super::described::RPL_CONTEXT;
 use crate::{
     Error, Result,
     artifacts::{EMBEDDINGS, Prompts, check_ids},
@@ -48,15 +49,45 @@ pub(super) fn read_context(path: &Path) -> Result<Tensor> {
     };
     let context = checkpoint.tensors().get(BARE_TENSOR);
     let context = context.ok_or_else(|| malformed("expected one tensor, the context [M, C], found a dict".into()))?;
+    numbers(context, "the context").map_err(malformed)
+}
+
+/// A context f32 `[M, C]` of a floating kind. Fails where it is none, or not of numbers.
+fn numbers(context: &Tensor, what: &str) -> Result<Tensor, String> {
     let (kind, size) = (context.kind(), context.size());
     let is_floating = matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double);
     if !(is_floating && matches!(size[..], [m, c] if m > 0 && c > 0)) {
-        return Err(malformed(format!("expected a floating context [M, C], found {kind:?} {size:?}")));
+        return Err(format!("expected {what} to be floating [M, C], found {kind:?} {size:?}"));
     }
     if context.isfinite().all().int64_value(&[]) == 0 {
-        return Err(malformed("expected numbers in the context, found infinities or NaN".into()));
+        return Err(format!("expected numbers in {what}, found infinities or NaN"));
     }
     Ok(context.detach().to_kind(Kind::Float))
+}
+
+/// Reads RPL's two contexts, f32 `[M, C]` each, from its checkpoint; the table of tokens in it is constant and left out. (PromptDet, section 1.)
+pub(super) fn read_contexts(path: &Path) -> Result<[Tensor; 2]> {
+    let checkpoint = Checkpoint::open(path)?;
+    let malformed = |problem: String| {
+        let hint = Some("give RPL's `prompt_learner/model.pth.tar-6`".into());
+        Error::Models(ovenbird_models::Error::Malformed { path: path.to_owned(), problem, hint })
+    };
+    let context = |name: &str| {
+        let found = ["", "state_dict."].iter().find_map(|prefix| checkpoint.tensors().get(&format!("{prefix}{name}")));
+        let context = found.ok_or_else(|| malformed(format!("expected contexts `ctx1` and `ctx2` in `state_dict`, found no `{name}`")))?;
+        numbers(context, &format!("`{name}`")).map_err(malformed)
+    };
+    let [before, behind] = [context("ctx1")?, context("ctx2")?];
+    if before.size() != behind.size() {
+        return Err(malformed(format!("expected `ctx1` and `ctx2` of one shape, found {:?} and {:?}", before.size(), behind.size())));
+    }
+    Ok([before, behind])
+}
+
+/// Writes RPL's two contexts as its checkpoint has them.
+pub(super) fn write_contexts(contexts: [&Tensor; 2], out: impl io::Write) -> io::Result<()> {
+    let contexts = RPL_CONTEXT.map(String::from).into_iter().zip(contexts.map(Saved::Tensor));
+    write_torch(&Saved::Dict([("state_dict".to_owned(), Saved::Dict(contexts.collect()))].into()), out)
 }
 
 /// The rows of a data set's categories, f32 `[K, D]`, in ascending id. Fails where a category has none.
@@ -183,10 +214,36 @@ mod tests {
         assert!(read(&Saved::Tensor(&context)).unwrap().equal(&context));
         assert!(read(&Saved::Tensor(&context.to_kind(Kind::Half))).unwrap().equal(&context));
         let flat = context.view(-1);
-        assert_eq!(read(&Saved::Tensor(&flat)).unwrap_err(), "FILE: expected a floating context [M, C], found Float [12]");
+        assert_eq!(read(&Saved::Tensor(&flat)).unwrap_err(), "FILE: expected the context to be floating [M, C], found Float [12]");
         let endless = &context / 0.0;
         assert_eq!(read(&Saved::Tensor(&endless)).unwrap_err(), "FILE: expected numbers in the context, found infinities or NaN");
         assert_eq!(read(&dict(&context, &NAMES, [])).unwrap_err(), "FILE: expected one tensor, the context [M, C], found a dict");
+    }
+
+    /// Parity check P8 of PromptDet's specification: half precision, the constant table beside.
+    #[test]
+    fn contexts_of_rpl_come_in_and_go_out() {
+        let rows = rows();
+        let [before, behind] = [rows.narrow(0, 0, 1), rows.narrow(0, 1, 1)];
+        let [half, other_half] = [before.to_kind(Kind::Half), behind.to_kind(Kind::Half)];
+        let table = rows.view([1, 4, 3]);
+        let learned = |behind| {
+            let tensors = [("ctx1", &half), ("ctx2", behind), ("embedding", &table)];
+            let tensors = tensors.map(|(name, tensor)| (name.to_owned(), Saved::Tensor(tensor)));
+            saved(&Saved::Dict([("state_dict".to_owned(), Saved::Dict(tensors.into())), ("epoch".to_owned(), Saved::Integer(6))].into()))
+        };
+        let check = |found: [Tensor; 2]| assert!(found[0].equal(&before) && found[1].equal(&behind));
+        check(read_contexts(learned(&other_half).path()).unwrap());
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        write_contexts([&before, &behind], &mut file).unwrap();
+        check(read_contexts(file.path()).unwrap());
+        let refusal = |file: tempfile::NamedTempFile| {
+            read_contexts(file.path()).unwrap_err().to_string().replace(&file.path().display().to_string(), "FILE")
+        };
+        assert_eq!(refusal(learned(&rows)), "FILE: expected `ctx1` and `ctx2` of one shape, found [1, 3] and [4, 3]");
+        assert_eq!(refusal(learned(&(&behind / 0.0))), "FILE: expected numbers in `ctx2`, found infinities or NaN");
+        let bare = refusal(saved(&Saved::Tensor(&rows)));
+        assert_eq!(bare, "FILE: expected contexts `ctx1` and `ctx2` in `state_dict`, found no `ctx1`");
     }
 
     #[test]

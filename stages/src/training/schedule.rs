@@ -11,13 +11,15 @@ pub(crate) struct Schedule {
     pub(crate) decay: Decay,
 }
 
-/// How the learning rate grows in the first steps. Both grow linearly.
+/// How the learning rate grows in the first steps.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Warmup {
-    /// From a part of the peak at step 0 (mmdet).
+    /// Linearly from a part of the peak at step 0 (mmdet).
     From { part: f64, steps: f64 },
-    /// Step 0 is the first of as many equal parts as there are steps (CLIP).
+    /// Linearly; step 0 is the first of as many equal parts as there are steps (CLIP).
     FromFirstPart { steps: f64 },
+    /// The same rate in every step (Dassl).
+    Constant { lr: f64, steps: f64 },
 }
 
 /// How the learning rate falls after the warm-up.
@@ -30,7 +32,7 @@ pub(crate) enum Decay {
     Cosine {
         steps: u32,
     },
-    /// The same, at the first step of each epoch (PyTorch's `CosineAnnealingLR`, stepped once an epoch).
+    /// The same, at the first step of each epoch, counted from the end of the warm-up (PyTorch's `CosineAnnealingLR`, stepped once an epoch).
     CosineOfEpochs {
         epochs: u32,
         steps_per_epoch: u32,
@@ -43,7 +45,7 @@ impl Warmup {
 
     fn steps(self) -> f64 {
         match self {
-            Self::From { steps, .. } | Self::FromFirstPart { steps } => steps,
+            Self::From { steps, .. } | Self::FromFirstPart { steps } | Self::Constant { steps, .. } => steps,
         }
     }
 }
@@ -56,6 +58,7 @@ impl Schedule {
             return match self.warmup {
                 Warmup::From { part, .. } => self.peak * (part + (1.0 - part) * (step_number / n_warmup)),
                 Warmup::FromFirstPart { .. } => self.peak * (step_number + 1.0) / n_warmup,
+                Warmup::Constant { lr, .. } => lr,
             };
         }
         self.peak
@@ -64,7 +67,7 @@ impl Schedule {
                 Decay::Tenths(steps) => 0.1_f64.powi(steps.iter().filter(|at| step >= **at).count() as i32),
                 Decay::Cosine { steps } => half_cosine((step_number - n_warmup) / (f64::from(*steps) - n_warmup).max(1.0)),
                 Decay::CosineOfEpochs { epochs, steps_per_epoch } => {
-                    half_cosine(f64::from(step / (*steps_per_epoch).max(1)) / f64::from(*epochs))
+                    half_cosine(f64::from((step - n_warmup as u32) / (*steps_per_epoch).max(1)) / f64::from(*epochs))
                 }
             }
     }
@@ -78,7 +81,7 @@ fn half_cosine(done: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::golden::{detpro_ralf, numbers};
+    use crate::golden::{detpro_ralf, numbers, promptdet};
 
     /// The schedules of OADP for COCO: parity check D7 of its specification.
     #[test]
@@ -127,6 +130,26 @@ mod tests {
                 let found = schedule.lr_at(40 * epoch as u32 + step);
                 assert!((found - lr).abs() < 1e-12, "epoch {epoch}, step {step}: {found}");
             }
+        }
+    }
+
+    /// Dassl's scheduler as RPL runs it, of 10 epochs, and parity check P5 of PromptDet's specification.
+    #[test]
+    fn a_constant_warm_up_is_rpl_s() {
+        let check = |epochs, n_warmup: u32, expected: &[f64]| {
+            let warmup = Warmup::Constant { lr: 1e-5, steps: f64::from(7 * n_warmup) };
+            let schedule = Schedule { peak: 2e-3, warmup, decay: Decay::CosineOfEpochs { epochs, steps_per_epoch: 7 } };
+            for (epoch, lr) in expected.iter().enumerate() {
+                for step in [0, 1, 6] {
+                    let found = schedule.lr_at(7 * epoch as u32 + step);
+                    assert!((found - lr).abs() < 1e-10, "epoch {epoch}, step {step}: {found}");
+                }
+            }
+        };
+        check(6, 1, &[1e-5, 2e-3, 1.866_025_403_8e-3, 1.5e-3, 1e-3, 5e-4]);
+        let golden = promptdet("rpl");
+        for n_warmup in [1, 3] {
+            check(10, n_warmup, &numbers(&golden[&format!("schedule/max_epoch_10_warmup_{n_warmup}")]));
         }
     }
 

@@ -1,0 +1,39 @@
+//! What stages share that embed class names with descriptions. (PromptDet, sections 2, 5 and 6.)
+
+use std::collections::BTreeMap;
+
+use ovenbird_models::clip::prompted::Prompted;
+use tch::{Device, Kind, Tensor, no_grad};
+
+use crate::{Result, artifacts::Prompts, clip::Space};
+
+/// The names of the vectors before a class name, and of those between it and its description, in files.
+pub(super) const RPL_CONTEXT: [&str; 2] = ["ctx1", "ctx2"];
+
+/// What classes are called elsewhere, by their names here.
+pub(super) type Renamed = BTreeMap<String, String>;
+
+/// The two classes of LVIS that RPL calls otherwise than its annotations do.
+pub(super) fn published_names() -> Renamed {
+    [
+        ("speaker_(stero_equipment)", "speaker_(stereo_equipment)"),
+        ("monitor_(computer_equipment) computer_monitor", "monitor_(computer_equipment)_computer_monitor"),
+    ]
+    .map(|(here, there)| (here.to_owned(), there.to_owned()))
+    .into()
+}
+
+/// The content of a file of class embeddings, not normalised, as RPL's are; `texts`: name and description of each.
+pub(super) fn described_prompts(
+    prompted: &Prompted<'_>,
+    context: &Tensor,
+    names: &[String],
+    texts: &[(String, String)],
+    space: Space,
+) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, String>)> {
+    let embeddings = no_grad(|| prompted.encode(context))?.to_device(Device::Cpu).to_kind(Kind::Float);
+    let prompts = Prompts { names: names.to_vec(), embeddings, scale: None, clip: Some(space) };
+    let (tensors, mut metadata) = prompts.content()?;
+    metadata.insert("texts".into(), serde_json::to_string(texts).expect("BUG: texts are plain JSON"));
+    Ok((tensors, metadata))
+}
