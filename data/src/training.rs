@@ -104,6 +104,27 @@ pub fn batches(order: &[usize], is_tall: impl Fn(usize) -> bool, size: usize) ->
     batches
 }
 
+/// The order in which batches of several loaders are shown in an epoch that shows all of them: always one of the loader that is least far through its own,
+/// of those equally far the first. `lengths`: the batches of each. (PromptDet, section 9.5, whose progress is added up in f64.)
+pub fn interleaved(lengths: &[usize]) -> Vec<usize> {
+    let (mut done, mut progress) = (vec![0; lengths.len()], vec![0.0_f64; lengths.len()]);
+    let next = |()| {
+        let waiting = (0..lengths.len()).filter(|loader| done[*loader] < lengths[*loader]);
+        let loader = waiting.reduce(|least, loader| if progress[loader] < progress[least] { loader } else { least })?;
+        done[loader] += 1;
+        progress[loader] += 1.0 / lengths[loader] as f64;
+        Some(loader)
+    };
+    std::iter::repeat_n((), lengths.iter().sum()).map_while(next).collect()
+}
+
+/// The box of each of two views of an image on which both are trained: that of the view whose network is surer, in both. Of equally sure ones it is that of
+/// the second. `boxes`: in px of each view; what the views show of the image's border is not clipped. (PromptDet, section 9.4.)
+pub fn agreed(views: [&Placement; 2], boxes: [Xyxy; 2], logits: [f32; 2]) -> [Xyxy; 2] {
+    let [one, other] = boxes;
+    if logits[0] > logits[1] { [one, views[0].carried(&one, views[1])] } else { [views[1].carried(&other, views[0]), other] }
+}
+
 /// How an image is shown to a network: resized, then mirrored or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Placement {
@@ -143,6 +164,18 @@ impl Placement {
         let Xyxy { x1, y1, x2, y2 } = if self.is_mirrored { Xyxy { x1: width - xyxy.x2, x2: width - xyxy.x1, ..*xyxy } } else { *xyxy };
         let [x, y] = [0, 1].map(|axis| self.from[axis] as f32 / self.to[axis] as f32);
         Xyxy { x1: x1 * x, y1: y1 * y, x2: x2 * x, y2: y2 * y }.clipped(self.from)
+    }
+
+    /// A box of the training image in another one of the same image, not clipped.
+    pub fn carried(&self, xyxy: &Xyxy, to: &Self) -> Xyxy {
+        let mirrored = |Xyxy { x1, y1, x2, y2 }: Xyxy, view: &Self| {
+            let width = view.to[0] as f32;
+            if view.is_mirrored { Xyxy { x1: width - x2, y1, x2: width - x1, y2 } } else { Xyxy { x1, y1, x2, y2 } }
+        };
+        let factor = |view: &Self, axis: usize| view.to[axis] as f32 / view.from[axis] as f32;
+        let [x, y] = [0, 1].map(|axis| factor(to, axis) / factor(self, axis));
+        let Xyxy { x1, y1, x2, y2 } = mirrored(*xyxy, self);
+        mirrored(Xyxy { x1: x1 * x, y1: y1 * y, x2: x2 * x, y2: y2 * y }, to)
     }
 
     /// The pixels of the training image, packed RGB.
@@ -370,5 +403,47 @@ mod tests {
             prop_assert!(close(&here.show(&xyxy), &mirrored));
             prop_assert!(close(&here.show(&here.show(&xyxy)), &xyxy));
         }
+    }
+
+    /// The arrays of `tests/golden/promptdet/make.py`, row by row.
+    fn promptdet() -> BTreeMap<String, Vec<f64>> {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/promptdet/views.json");
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    }
+
+    /// T8 of PromptDet's specification: orders of its own code, one of which exact fractions would not give.
+    #[test]
+    fn batches_are_interleaved_as_by_promptdet_s_code() {
+        let golden = promptdet();
+        for (place, lengths) in golden["order/lengths"].as_chunks::<2>().0.iter().enumerate() {
+            let expected: Vec<usize> = golden[&format!("order/sequence_{place}")].iter().map(|loader| *loader as usize).collect();
+            assert_eq!(interleaved(&lengths.map(|length| length as usize)), expected, "{lengths:?}");
+        }
+        let words = |lengths: &[usize]| interleaved(lengths).iter().map(ToString::to_string).collect::<String>();
+        assert_eq!([words(&[6, 4]), words(&[5, 2]), words(&[10, 3])], ["0101001010", "0100100", "0100010001000"]);
+        assert_eq!((words(&[]), words(&[0, 2]), words(&[2, 0, 1])), (String::new(), "11".into(), "020".into()));
+    }
+
+    /// T6: 30 images of PromptDet's own code, ties among them.
+    #[test]
+    fn boxes_go_from_view_to_view_as_by_promptdet_s_code() {
+        let golden = promptdet();
+        let rows = golden["views/in"].as_chunks::<18>().0.iter().zip(golden["views/out"].as_chunks::<8>().0);
+        let mut n = 0;
+        for (row, expected) in rows {
+            let size = |at: usize| [row[at] as u32, row[at + 1] as u32];
+            let view = |at: usize| Placement { from: size(0), to: size(at), is_mirrored: row[at + 2] > 0.0 };
+            let corners = |at: usize| Xyxy::from([0, 1, 2, 3].map(|corner| row[at + corner] as f32));
+            let found = agreed([&view(2), &view(5)], [corners(8), corners(12)], [row[16] as f32, row[17] as f32]);
+            let found = found.map(|xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2]).concat();
+            for (found, expected) in found.iter().zip(expected) {
+                assert!((f64::from(*found) - expected).abs() < 1e-4 * (1.0 + expected.abs()), "{row:?}: {found}, expected {expected}");
+            }
+            n += 1;
+        }
+        assert_eq!(n, 30);
+        let view = |side: u32, is_mirrored| Placement { from: [1024, 1024], to: [side, side], is_mirrored };
+        let found = view(200, true).carried(&Xyxy::from([20.0, 30.0, 120.0, 150.0]), &view(600, false));
+        assert_eq!([found.x1, found.y1, found.x2, found.y2], [240.0, 90.0, 540.0, 450.0]);
     }
 }

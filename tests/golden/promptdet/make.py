@@ -1,5 +1,5 @@
-"""Converts arrays of RPL and PromptDet to safetensors: python make.py FILE.npz FILE.safetensors, for rpl and promptdet; and those of crops to json:
-python make.py rpl.npz crops.json.
+"""Converts arrays of RPL and PromptDet to safetensors: python make.py FILE.npz FILE.safetensors, for rpl and promptdet; and those of crops, and of views
+and orders of batches, to json: python make.py rpl.npz crops.json; python make.py promptdet.npz views.json.
 
 The arrays were obtained by running the published code (fcjian/RPL, commit b7e586a; fcjian/PromptDet, commit 45e3a3e; torch 2.11.0 on a CPU in f32,
 torchvision 0.26, numpy 2.4) on small fixed inputs; sizes were reduced, nothing else. They were recomputed in f64 from the inputs and the formulas
@@ -23,7 +23,7 @@ from npz import convert
 source, target = sys.argv[1:]
 if target.endswith(".json"):
     # Numbers row by row; null where nothing was drawn.
-    arrays = {name: array for name, array in np.load(source).items() if name.startswith(("crop/", "rrc/"))}
+    arrays = {name: array for name, array in np.load(source).items() if name.startswith(("crop/", "rrc/", "views/", "order/"))}
     numbers = {name: [None if number != number else number for number in array.ravel().tolist()] for name, array in arrays.items()}
     Path(target).write_text(json.dumps(numbers) + "\n")
 else:
