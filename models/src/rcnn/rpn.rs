@@ -119,6 +119,8 @@ pub struct Proposals {
 pub struct Losses {
     /// Cross entropy of objectness.
     pub objectness: Tensor,
+    /// The part of it that anchors with an object have: what images of the web, whose other objects nobody knows, may teach. (PromptDet, section 9.4.)
+    pub objectness_of_objects: Tensor,
     /// The differences of deltas.
     pub boxes: Tensor,
 }
@@ -219,11 +221,19 @@ impl Rpn {
         let targets = on_device(self.config.coder.encode(&boxes_tensor(&from), &boxes_tensor(&to))?);
         let logits = objectness.index_select(0, &on_device(Tensor::from_slice(&all)));
         let labels_of = on_device(Tensor::from_slice(&labels));
-        let entropy = logits.binary_cross_entropy_with_logits(&labels_of, None::<&Tensor>, None::<&Tensor>, Reduction::None);
+        let [objectness_loss, of_objects] = objectness_losses(&logits, &labels_of);
         let deltas = deltas.index_select(0, &on_device(Tensor::from_slice(&positive)));
         let differences = self.config.learning.box_loss.between(&deltas, &targets);
-        Ok(Losses { objectness: sum_over(&entropy, all.len()), boxes: sum_over(&differences, all.len()) })
+        Ok(Losses { objectness: objectness_loss, objectness_of_objects: of_objects, boxes: sum_over(&differences, all.len()) })
     }
+}
+
+/// The cross entropy of sampled anchors, and the part of it that those with an object have, both divided by the number of all.
+///
+/// `logits`, `labels`: f32 `[N]`, 1 for an object.
+fn objectness_losses(logits: &Tensor, labels: &Tensor) -> [Tensor; 2] {
+    let entropy = logits.binary_cross_entropy_with_logits(labels, None::<&Tensor>, None::<&Tensor>, Reduction::None);
+    [sum_over(&entropy, entropy.numel()), sum_over(&(&entropy * labels), entropy.numel())]
 }
 
 impl Predictions {
@@ -245,5 +255,29 @@ impl Predictions {
             first += anchors.len();
         }
         covered
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden::{error, promptdet};
+
+    /// PromptDet's own code on the anchors of one level, eight of them sampled, with and without those that show background.
+    #[test]
+    fn losses_of_objects_alone_are_those_of_promptdet_s_code() {
+        let golden = promptdet("promptdet");
+        let scores = golden["rpn/scores_nchw"].copy().set_requires_grad(true);
+        // Flattened as (h, w, anchor).
+        let flat = scores.permute([0, 2, 3, 1]).flatten(0, -1);
+        let sampled = golden["rpn/weight"].flatten(0, -1).gt(0.0).nonzero().squeeze_dim(1);
+        assert_eq!(sampled.size(), [8]);
+        let labels = golden["rpn/is_positive"].flatten(0, -1).to_kind(Kind::Float).index_select(0, &sampled);
+        let losses = objectness_losses(&flat.index_select(0, &sampled), &labels);
+        for (ignored, loss) in losses.iter().enumerate() {
+            assert!(error(loss, &golden[&format!("rpn/loss_ignore_neg_{ignored}")]) < 1e-5);
+            let gradient = Tensor::run_backward(&[loss], &[&scores], true, false).remove(0);
+            assert!(error(&gradient, &golden[&format!("rpn/grad_ignore_neg_{ignored}")]) < 1e-5);
+        }
     }
 }
