@@ -19,8 +19,8 @@ use ovenbird_models::checkpoint::Checkpoint;
 use ovenbird_stages::{
     Artifact as _, Context, Error as StageError, Inputs, OnBadItem,
     artifacts::{
-        AnnotationFile, Captions, CheckpointFile, Classes, Crops, Detections, FeatureFiles, ImageFeatures, Images, Prompts, Proposals,
-        RegionFeatures,
+        AnnotationFile, Captions, CheckpointFile, Classes, Crops, Descriptions, Detections, FeatureFiles, ImageFeatures, Images, Phrases,
+        Prompts, Proposals, PublishedVocabulary, RegionFeatures,
     },
     clip::Clip,
     refuse_too_many,
@@ -249,6 +249,9 @@ fn open(kind: &str, files: &[InputFile], clip: Option<&Clip>) -> Result<(), Stag
         (ImageFeatures::KIND, _) => ImageFeatures::open(files).map(drop),
         (RegionFeatures::KIND, _) => RegionFeatures::open(files).map(drop),
         (Crops::KIND, _) => Crops::open(files).map(drop),
+        (Descriptions::KIND, _) => Descriptions::open(files).map(drop),
+        (Phrases::KIND, _) => Phrases::open(files).map(drop),
+        (PublishedVocabulary::KIND, _) => PublishedVocabulary::open(files).map(drop),
         (FeatureFiles::KIND, _) => FeatureFiles::open(files).map(drop),
         _ => Ok(()),
     }

@@ -66,6 +66,7 @@ use tch::{Kind, Tensor};
 
 pub use archive::ArchiveFiles;
 pub(crate) use archive::EmbeddingArchive;
+pub(crate) use crops::Annotated;
 pub use crops::{Crop, CropIndex, Crops, CropsWriter};
 pub use curve::Curve;
 pub use descriptions::Descriptions;

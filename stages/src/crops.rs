@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Context, Error, ImageConsumer, ImageStage, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{AnnotationFile, Crop, Crops, Images, Row, RowKind},
+    artifacts::{Annotated, AnnotationFile, Crop, Crops, Images, Row, RowKind},
     contract::{is_default, run_alone},
     pass::{Cut, ImageList, Views},
 };
@@ -152,8 +152,12 @@ impl Objects {
             }
             first.get_or_insert(id);
         }
+        let n_objects = annotations.annotations.len();
+        let n_small = annotations.annotations.iter().filter(|object| object.bbox[2] * object.bbox[3] < self.min_area).count();
+        if n_small > 0 {
+            cx.note(format!("{n_small} of {n_objects} annotated boxes are smaller than {} px^2 and left out", self.min_area));
+        }
         if let Some(first) = first {
-            let n_objects = annotations.annotations.len();
             cx.note(format!(
                 "{} of {n_objects} annotated boxes are skipped: {n_outside} lie outside their image, {n_clipped} are smaller than {} px once \
                  clipped to it (annotation {first} is the first)",
@@ -257,7 +261,7 @@ impl Views for CropViews<'_> {
 pub struct Folder {}
 
 const CROPS_IN: In<Crops> = In::required("crops", "The crops.");
-const CLASSES: In<AnnotationFile> = In::required("annotations", "COCO or LVIS json with the class names.");
+const CLASSES: In<AnnotationFile> = In::required("annotations", "The json that the crops were made from, with the class names.");
 const FOLDER: Out<Images> = Out::new("images", "`CLASS/IMAGE-ANNOTATION.jpg`.");
 
 impl Stage for Folder {
@@ -267,11 +271,13 @@ impl Stage for Folder {
     const OUTPUTS: &'static [PortInfo] = &[FOLDER.info()];
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        let annotations = cx.inputs.read(CLASSES)?.load_categories()?;
+        let annotations = cx.inputs.read(CLASSES)?.load()?;
+        let annotated = Annotated::of(&annotations);
         let draft = cx.begin(&units[0])?;
         let mut n_crops = 0_u64;
         for crop in cx.inputs.read(CROPS_IN)?.rows() {
             let Crop { image_id, annotation_id, category_id, jpeg } = crop?;
+            annotated.check((image_id, annotation_id, category_id), CLASSES.info().name)?;
             let class = annotations.category(category_id).ok_or_else(|| Error::Input {
                 port: CLASSES.info().name,
                 problem: format!("no class {category_id}, which annotation {annotation_id} has"),

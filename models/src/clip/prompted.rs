@@ -116,17 +116,18 @@ impl<'a> Prompted<'a> {
             let n_name = tokenizer.encode(name).len() - 2;
             // With words in place of the vectors, so that words next to one another are no others than in the whole text.
             let vectors = "X ".repeat(n_context);
-            let mut tokens = tokenizer.encode(&format!("{vectors}{name} {vectors}{description}."));
+            let text = format!("{vectors}{name} {vectors}{description}.");
+            let mut tokens = tokenizer.encode(&text);
             tokens.drain(1 + n_context + n_name..1 + 2 * n_context + n_name);
             tokens.drain(1..1 + n_context);
-            Words { tokens, n_name }
+            (text, Words { tokens, n_name })
         };
-        let texts = names.iter().map(|(name, description)| (name.as_ref(), words(name.as_ref(), description.as_ref())));
+        let texts = names.iter().map(|(name, description)| words(name.as_ref(), description.as_ref()));
         Self::of(text, texts, 2 * n_context, n_context)
     }
 
     /// `texts`: each with its tokens, the start of text among them; `n_before`: vectors before a text.
-    fn of<'t>(text: &'a Text, texts: impl Iterator<Item = (&'t str, Words)>, n_context: usize, n_before: usize) -> Result<Self> {
+    fn of(text: &'a Text, texts: impl Iterator<Item = (impl AsRef<str>, Words)>, n_context: usize, n_before: usize) -> Result<Self> {
         let most = usize::try_from(text.config.context).unwrap_or(0).saturating_sub(n_context);
         let (mut start, mut rows) = (None, Vec::new());
         for (text, mut words) in texts {
@@ -134,7 +135,7 @@ impl<'a> Prompted<'a> {
                 return Err(Error::Input {
                     what: "text",
                     expected: format!("at most {most} tokens beside {n_context} of context"),
-                    found: format!("{} tokens in {text:?}", words.tokens.len()),
+                    found: format!("{} tokens in {:?}", words.tokens.len(), text.as_ref()),
                 });
             }
             start = Some(words.tokens.remove(0));

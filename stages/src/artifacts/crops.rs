@@ -3,6 +3,7 @@
 //! `crops`: one row per object: `image_id` u64, `annotation_id` u64, `category_id` u64, `jpeg` bytes.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -16,10 +17,10 @@ use ovenbird_cache::{
     inputs::InputFile,
     shard::{Compression, ShardWriter},
 };
-use ovenbird_data::annotations::{AnnotationId, CategoryId, ImageId};
+use ovenbird_data::annotations::{AnnotationId, Annotations, CategoryId, ImageId};
 
 use super::features::{self, ROWS_PER_BATCH, column, rows_of, u64_column};
-use crate::{Artifact, Result, error::malformed};
+use crate::{Artifact, Error, Result, error::malformed};
 
 /// One annotated object, cut out.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -129,6 +130,26 @@ impl CropIndex {
         let (path, batch) = &self.batches[batch_idx];
         let jpegs = jpegs(path, batch).expect("BUG: every batch was checked");
         (jpegs.value(place - self.first_rows[batch_idx]), path)
+    }
+}
+
+/// The objects of some annotations, to tell whether crops are theirs.
+pub(crate) struct Annotated(BTreeMap<AnnotationId, (ImageId, CategoryId)>);
+
+impl Annotated {
+    pub(crate) fn of(annotations: &Annotations) -> Self {
+        Self(annotations.annotations.iter().map(|object| (object.id, (object.image_id, object.category_id))).collect())
+    }
+
+    /// Fails where a crop is of no object of the annotations at `port`, or of one of another image or class.
+    pub(crate) fn check(&self, (image, annotation, category): (ImageId, AnnotationId, CategoryId), port: &'static str) -> Result<()> {
+        let found = match self.0.get(&annotation) {
+            Some(known) if *known == (image, category) => return Ok(()),
+            Some((image, category)) => format!("which is in image {image} and of class {category} there"),
+            None => "which is not there".into(),
+        };
+        let problem = format!("a crop is of annotation {annotation} in image {image}, of class {category}, {found}");
+        Err(Error::Input { port, problem, hint: "use the annotations that the crops were made from".into() })
     }
 }
 

@@ -4,12 +4,17 @@
 //! class, with underscores for spaces.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet},
+    fmt,
     path::Path,
 };
 
 use ovenbird_cache::inputs::InputFile;
 use ovenbird_data::json;
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error as _, MapAccess, Visitor},
+};
 
 use crate::{Artifact, Error, Result, error::malformed, ports::only_file};
 
@@ -31,9 +36,13 @@ impl Artifact for Descriptions {
     fn open(files: &[InputFile]) -> Result<Self> {
         let file = only_file(Self::KIND, files)?;
         let bytes = file.read()?;
-        let by_name = match file.path.extension() {
-            Some(extension) if extension == "json" => json::parse(&bytes).map_err(|fault| malformed(&file.path, fault.to_string()))?,
-            _ => lines(&bytes, &file.path)?,
+        let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+        let is_json = bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
+        let by_name = if is_json {
+            let Once(by_name) = json::parse(bytes).map_err(|fault| malformed(&file.path, fault.to_string()))?;
+            by_name
+        } else {
+            lines(bytes, &file.path)?
         };
         match by_name.iter().find(|(_, description)| description.trim().is_empty()) {
             Some((name, _)) => Err(malformed(&file.path, format!("expected a description of `{name}`, found none"))),
@@ -42,10 +51,39 @@ impl Artifact for Descriptions {
     }
 }
 
+/// Texts by name, each name once.
+struct Once(BTreeMap<String, String>);
+
+impl<'de> Deserialize<'de> for Once {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object;
+
+        impl<'de> Visitor<'de> for Object {
+            type Value = Once;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of descriptions by name")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Once, A::Error> {
+                let mut by_name = BTreeMap::new();
+                while let Some((name, description)) = map.next_entry::<String, String>()? {
+                    if by_name.contains_key(&name) {
+                        return Err(A::Error::custom(format!("expected each name once, found `{name}` again")));
+                    }
+                    by_name.insert(name, description);
+                }
+                Ok(Once(by_name))
+            }
+        }
+        deserializer.deserialize_map(Object)
+    }
+}
+
 /// The lines of a published file.
 fn lines(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, String>> {
     let text = std::str::from_utf8(bytes).map_err(|_| malformed(path, "expected text in UTF-8"))?;
-    let (mut by_name, mut seen) = (BTreeMap::new(), HashSet::new());
+    let (mut by_name, mut seen) = (BTreeMap::new(), BTreeSet::new());
     for (place, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let refused = |problem: String| malformed(path, format!("line {}: {problem}", place + 1));
         let fields: Vec<&str> = line.split(' ').collect();
@@ -67,20 +105,25 @@ impl Descriptions {
     /// How these classes are called here and what they are, each with spaces for underscores. `renamed`: what classes are called here that are called
     /// otherwise elsewhere. Fails where one is not described.
     pub(crate) fn of(&self, classes: &[String], renamed: &BTreeMap<String, String>) -> Result<Vec<(String, String)>> {
-        let find = |class: &String| {
-            let name = renamed.get(class).unwrap_or(class);
-            self.by_name.get(name).map(|description| (name.replace('_', " "), description.clone()))
-        };
-        let found: Vec<Option<_>> = classes.iter().map(find).collect();
-        let missing: Vec<&String> = classes.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(class, _)| class).collect();
-        match missing.first() {
-            None => Ok(found.into_iter().flatten().collect()),
-            Some(first) => Err(Error::Input {
+        let name = |class: &String| renamed.get(class).unwrap_or(class).clone();
+        let missing: Vec<String> = classes.iter().map(name).filter(|name| !self.by_name.contains_key(name)).collect();
+        if let Some(first) = missing.first() {
+            return Err(Error::Input {
                 port: Self::KIND,
                 problem: format!("no description of {} of {} classes, `{first}` among them", missing.len(), classes.len()),
                 hint: "describe them; where they are called otherwise in that file, say so in `renamed`".into(),
-            }),
+            });
         }
+        let texts: Vec<(String, String)> =
+            classes.iter().map(|class| (name(class).replace('_', " "), self.by_name[&name(class)].clone())).collect();
+        let mut seen = BTreeMap::new();
+        for (class, text) in classes.iter().zip(&texts) {
+            if let Some(other) = seen.insert(text, class) {
+                let problem = format!("`{other}` and `{class}` have the same name and description, and so would have the same embedding");
+                return Err(Error::Input { port: Self::KIND, problem, hint: "give each a name of its own in `renamed`".into() });
+            }
+        }
+        Ok(texts)
     }
 }
 
@@ -105,6 +148,11 @@ mod tests {
         assert_eq!(found[1].0, "aerosol can");
         let missing = descriptions.of(&owned(&["owl", "aerosol_can", "wren"]), &renamed).unwrap_err().to_string();
         assert_eq!(missing, "descriptions: no description of 2 of 3 classes, `owl` among them");
+        let twice = descriptions.of(&owned(&["plaster", "Band_Aid"]), &renamed).unwrap_err().to_string();
+        assert!(twice.starts_with("descriptions: `plaster` and `Band_Aid` have the same name and description"), "{twice}");
+        let once = |text: &str| json::parse::<Once>(text.as_bytes()).map(|Once(by_name)| by_name.len()).map_err(|fault| fault.to_string());
+        assert_eq!(once(r#"{"owl": "a bird", "wren": "another"}"#), Ok(2));
+        assert!(once(r#"{"owl": "a bird", "owl": "another"}"#).unwrap_err().contains("expected each name once, found `owl` again"));
         for (text, expected) in [
             ("owl a bird", "line 1: expected `NAME NAME_which_is_DESCRIPTION` with one space, found 2 spaces"),
             ("owl owl_is_a_bird", "line 1: expected `owl_which_is_DESCRIPTION`, found `owl_is_a_bird`"),

@@ -2,10 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use ovenbird_models::clip::prompted::Prompted;
+use ovenbird_models::clip::{self, prompted::Prompted};
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::{Result, artifacts::Prompts, clip::Space};
+use crate::{
+    Artifact as _, Error, Result,
+    artifacts::{Descriptions, Prompts},
+    clip::Space,
+};
 
 /// The names of the vectors before a class name, and of those between it and its description, in files.
 pub(super) const RPL_CONTEXT: [&str; 2] = ["ctx1", "ctx2"];
@@ -21,6 +25,18 @@ pub(super) fn published_names() -> Renamed {
     ]
     .map(|(here, there)| (here.to_owned(), there.to_owned()))
     .into()
+}
+
+/// Names with descriptions, ready to be embedded with `n_context` vectors at each place. Fails where a text is too long.
+pub(super) fn prompted<'a>(clip: &'a clip::Clip, texts: &[(String, String)], n_context: usize) -> Result<Prompted<'a>> {
+    Prompted::described(clip.causal_text()?, clip.tokenizer(), texts, n_context).map_err(|error| match error {
+        ovenbird_models::Error::Input { what: "text", expected, found } => Error::Input {
+            port: Descriptions::KIND,
+            problem: format!("expected {expected}, found {found}"),
+            hint: "shorten that description, or use fewer vectors: `context`".into(),
+        },
+        other => other.into(),
+    })
 }
 
 /// The content of a file of class embeddings, not normalised, as RPL's are; `texts`: name and description of each.

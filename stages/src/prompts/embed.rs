@@ -1,11 +1,10 @@
 //! `prompts/embed`: embeddings of any classes around the contexts that `prompts/rpl` learned.
 
-use ovenbird_models::clip::prompted::Prompted;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use super::described::{RPL_CONTEXT, Renamed, described_prompts, published_names};
+use super::described::{RPL_CONTEXT, Renamed, described_prompts, prompted, published_names};
 use crate::{
     Context, Error, In, Out, PortInfo, Result, Stage, Unit,
     artifacts::{CheckpointFile, Classes, Descriptions, PROMPTS_FILE, Prompts, TrainingState, read_weights},
@@ -67,7 +66,7 @@ impl Stage for Embed {
         }
         let names: Vec<String> = classes.all().cloned().collect();
         let texts = cx.inputs.read(DESCRIPTIONS)?.of(&names, &self.renamed)?;
-        let prompted = Prompted::described(text, clip.tokenizer(), &texts, before.size()[0] as usize)?;
+        let prompted = prompted(&clip, &texts, before.size()[0] as usize)?;
         let (mut tensors, metadata) = described_prompts(&prompted, &Tensor::cat(&[&before, &behind], 0), &names, &texts, space)?;
         tensors.extend(RPL_CONTEXT.map(String::from).into_iter().zip([before, behind]));
         cx.tick(1);

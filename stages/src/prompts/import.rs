@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor, no_grad};
 
 use super::{
-    described::{RPL_CONTEXT, Renamed, described_prompts, published_names},
+    described::{RPL_CONTEXT, Renamed, described_prompts, prompted, published_names},
     published::{read, read_context, read_contexts},
 };
 use crate::{
@@ -136,7 +136,7 @@ fn described(
     contexts: [Tensor; 2],
     space: Space,
 ) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, String>)> {
-    let prompted = Prompted::described(clip.causal_text()?, clip.tokenizer(), texts, contexts[0].size()[0] as usize)?;
+    let prompted = prompted(clip, texts, contexts[0].size()[0] as usize)?;
     let names: Vec<String> = classes.all().cloned().collect();
     let (mut tensors, metadata) = described_prompts(&prompted, &Tensor::cat(&contexts, 0), &names, texts, space)?;
     tensors.extend(RPL_CONTEXT.map(String::from).into_iter().zip(contexts));

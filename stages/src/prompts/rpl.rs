@@ -23,10 +23,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
-use super::described::{RPL_CONTEXT, Renamed, described_prompts, published_names};
+use super::described::{RPL_CONTEXT, Renamed, described_prompts, prompted, published_names};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{AnnotationFile, CheckpointFile, Classes, CropIndex, Crops, Descriptions, Images, PROMPTS_FILE, Prompts},
+    artifacts::{Annotated, AnnotationFile, CheckpointFile, Classes, CropIndex, Crops, Descriptions, Images, PROMPTS_FILE, Prompts},
     clip::{Clip, Space, encoder::preprocess_of},
     training::{
         Algorithm, Criterion, DataLoader, Decay, Loaded, Losses, OptimizerConfig, Parameter, Ports, Schedule, TrainingConfig, Warmup,
@@ -50,7 +50,7 @@ const VAL_BATCH: usize = 100;
 /// Learns two contexts that all classes share, one before the name and one between the name and its description, so that the text embeddings of base
 /// classes are near to CLIP's embeddings of their objects. CLIP is frozen. (PromptDet, section 5: regional prompt learning.)
 ///
-/// What is shown: crops of annotated objects, and images from the web that have one label each, where they are given. Every epoch shows each once, at a random
+/// What is shown: crops of annotated objects, and images of the web with their labels, where they are given. Every epoch shows each once, at a random
 /// part and mirrored or not. The loss compares an image with the base classes of which there is one; all classes get an embedding in the end. Every
 /// text is embedded in each step, packed and without padding, so that memory does not grow with their number. Defaults are the published ones, but for the
 /// numbers of the contexts, which are f32 here.
@@ -106,9 +106,10 @@ const DESCRIPTIONS: In<Descriptions> = In::required("descriptions", "What each c
 const CROPS: In<Crops> = In::required("crops", "Crops of annotated objects (`crops/objects`); those of novel classes are not used.");
 const ANNOTATIONS: In<AnnotationFile> = In::required("annotations", "The json of these objects, whose categories name the classes.");
 const WEB_IMAGES: In<Images> = In::optional("web_images", "Folder that the file names of `web` are relative to.");
-const WEB: In<AnnotationFile> = In::optional("web", "Images with a label each, shown whole; labels of novel classes are not used.");
-const VAL_CROPS: In<Crops> =
-    In::optional("val_crops", "Crops of validation images with the same categories, to measure accuracy at the end.");
+const WEB: In<AnnotationFile> =
+    In::optional("web", "Labels of images of the web, each shown whole, once for each label; labels of novel classes are not used.");
+const VAL_CROPS: In<Crops> = In::optional("val_crops", "Crops of validation images, to measure accuracy at the end.");
+const VAL_ANNOTATIONS: In<AnnotationFile> = In::optional("val_annotations", "The json of these crops.");
 const PORTS: Ports<Prompts> = Ports::new(
     Out::new(
         "prompts",
@@ -129,15 +130,17 @@ impl Stage for Rpl {
         WEB_IMAGES.info(),
         WEB.info(),
         VAL_CROPS.info(),
+        VAL_ANNOTATIONS.info(),
     ];
     const OUTPUTS: &'static [PortInfo] = &[PORTS.weights.info(), PORTS.state.info(), PORTS.curve.info()];
     const USES_DEVICE: bool = true;
+    const SKIPS_ITEMS: bool = true;
 
     fn check(&self) -> Vec<Problem> {
         Problem::unless(&[
             ("context", (1..=MAX_CONTEXT).contains(&self.context), "from 1 to 16"),
             ("epochs", (1..=1000).contains(&self.epochs), "from 1 to 1000"),
-            ("warmup_epochs", self.warmup_epochs < self.epochs, "fewer than `epochs`"),
+            ("warmup_epochs", self.warmup_epochs <= self.epochs, "at most `epochs`"),
             ("batch_size", self.batch_size > 0, "at least 1"),
             ("lr", self.lr > 0.0 && self.lr.is_finite(), "a number above 0"),
             ("momentum", (0.0..1.0).contains(&self.momentum), "a number from 0 to below 1"),
@@ -149,26 +152,28 @@ impl Stage for Rpl {
     fn units(&self, inputs: &Inputs) -> Result<Units> {
         let Classes(classes) = inputs.read(CLASSES)?;
         let crops = inputs.read(CROPS)?.index()?;
-        let shown = Shown::of(&crops, &inputs.read(ANNOTATIONS)?.load_categories()?, &web(inputs)?, &classes.base)?;
-        Ok(self.config(shown.labels.len()).units())
+        let shown = Shown::of(&crops, &inputs.read(ANNOTATIONS)?.load()?, &web(inputs)?, &classes.base)?;
+        // One image in a dry run whose images show no base class.
+        Ok(self.config(shown.labels.len().max(1)).units())
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let (clip, space) = self.clip.load_text(&cx.inputs.read(CHECKPOINT)?, cx.device, cx)?;
         let texts = cx.inputs.read(DESCRIPTIONS)?.of(&classes.all().cloned().collect::<Vec<_>>(), &self.renamed)?;
-        let (crops, categories) = (cx.inputs.read(CROPS)?.index()?, cx.inputs.read(ANNOTATIONS)?.load_categories()?);
+        let (crops, annotations) = (cx.inputs.read(CROPS)?.index()?, cx.inputs.read(ANNOTATIONS)?.load()?);
         let web = web(cx.inputs)?;
         if let Some((images, annotations)) = &web {
-            images.look_for(annotations.images.iter(), cx)?;
+            images.look_for(annotations.images.iter(), cx).map_err(|error| match error {
+                Error::Input { problem, hint, .. } => Error::Input { port: WEB_IMAGES.info().name, problem, hint },
+                other => other,
+            })?;
         }
-        let shown = Shown::of(&crops, &categories, &web, &classes.base)?;
+        let mut shown = Shown::of(&crops, &annotations, &web, &classes.base)?;
+        shown.check(crops.ids.len(), cx)?;
         shown.note(&classes.base, cx);
         let mut random = cx.rng(&cx.units[0]);
-        let validation = match cx.inputs.read_if_given(VAL_CROPS)? {
-            Some(crops) => Some(Validation::of(crops.index()?, &categories, &classes)),
-            None => None,
-        };
+        let validation = Validation::read(&classes, cx)?;
         let config = self.config(shown.labels.len());
         let preprocess = preprocess_of(&clip);
         let criterion = RplCriterion::new(self, (&clip, space), &classes, &texts, &shown.present, validation, &mut random)?;
@@ -181,15 +186,21 @@ impl Stage for Rpl {
 type Web = Option<(Images, Annotations)>;
 
 fn web(inputs: &Inputs) -> Result<Web> {
-    let refused = |port: PortInfo, other: PortInfo| {
-        let problem = format!("missing, but `{}` is given", other.name);
-        Err(Error::Input { port: port.name, problem, hint: "give both, or neither".into() })
+    let both = both([WEB_IMAGES.info(), WEB.info()], inputs.read_if_given(WEB_IMAGES)?, inputs.read_if_given(WEB)?)?;
+    both.map(|(images, annotations)| Ok((images, annotations.load()?))).transpose()
+}
+
+/// What is at two ports of which none has a meaning without the other.
+fn both<A, B>(ports: [PortInfo; 2], one: Option<A>, other: Option<B>) -> Result<Option<(A, B)>> {
+    let refused = |[missing, given]: [PortInfo; 2]| {
+        let problem = format!("missing, but `{}` is given", given.name);
+        Err(Error::Input { port: missing.name, problem, hint: "give both, or neither".into() })
     };
-    match (inputs.read_if_given(WEB_IMAGES)?, inputs.read_if_given(WEB)?) {
-        (Some(images), Some(annotations)) => Ok(Some((images, annotations.load()?))),
+    match (one, other) {
+        (Some(one), Some(other)) => Ok(Some((one, other))),
         (None, None) => Ok(None),
-        (Some(_), None) => refused(WEB.info(), WEB_IMAGES.info()),
-        (None, Some(_)) => refused(WEB_IMAGES.info(), WEB.info()),
+        (None, Some(_)) => refused(ports),
+        (Some(_), None) => refused([ports[1], ports[0]]),
     }
 }
 
@@ -244,7 +255,8 @@ enum Source {
 }
 
 impl Shown {
-    fn of(crops: &CropIndex, categories: &Annotations, web: &Web, base: &[String]) -> Result<Self> {
+    /// Fails where the crops are of other annotations.
+    fn of(crops: &CropIndex, annotations: &Annotations, web: &Web, base: &[String]) -> Result<Self> {
         let place = |annotations: &Annotations, category: CategoryId| {
             let name = &annotations.category(category)?.name;
             base.iter().position(|class| class == name)
@@ -252,28 +264,35 @@ impl Shown {
         let places = |annotations: &Annotations| -> BTreeMap<CategoryId, usize> {
             annotations.categories.iter().filter_map(|category| Some((category.id, place(annotations, category.id)?))).collect()
         };
-        let (of_crops, mut all) = (places(categories), Vec::new());
-        for (crop, (_, annotation, category)) in crops.ids.iter().enumerate() {
-            if categories.category(*category).is_none() {
-                let problem = format!("no class {category}, which the crop of annotation {annotation} has");
-                let hint = "use the annotations that the crops were made from".into();
-                return Err(Error::Input { port: ANNOTATIONS.info().name, problem, hint });
-            }
-            all.extend(of_crops.get(category).map(|class| (Source::Crop(crop), *class)));
+        let (annotated, of_crops, mut all) = (Annotated::of(annotations), places(annotations), Vec::new());
+        for (crop, ids) in crops.ids.iter().enumerate() {
+            annotated.check(*ids, ANNOTATIONS.info().name)?;
+            all.extend(of_crops.get(&ids.2).map(|class| (Source::Crop(crop), *class)));
         }
         if let Some((_, annotations)) = web {
             let of_web = places(annotations);
-            let labels = annotations.annotations.iter().enumerate();
+            let labels = annotations.annotations.iter().enumerate().filter(|(_, label)| !label.is_crowd);
             all.extend(labels.filter_map(|(place, label)| Some((Source::Web(place), *of_web.get(&label.category_id)?))));
-        }
-        if all.is_empty() {
-            let problem = format!("none of {} crops shows a base class", crops.ids.len());
-            let hint = "give classes and crops of the same data set".into();
-            return Err(Error::Input { port: CROPS.info().name, problem, hint });
         }
         let present: Vec<usize> = all.iter().map(|(_, class)| *class).collect::<BTreeSet<_>>().into_iter().collect();
         let label = |class: usize| present.binary_search(&class).expect("BUG: every class of an image is present") as i64;
         Ok(Self { labels: all.into_iter().map(|(source, class)| (source, label(class))).collect(), present })
+    }
+
+    /// Fails where there is nothing to learn from; a dry run, whose images are few, then shows one image as one of the first class.
+    fn check(&mut self, n_crops: usize, cx: &Context<'_>) -> Result<()> {
+        if self.present.len() > 1 {
+            return Ok(());
+        }
+        if cx.most_items.is_some() && n_crops > 0 {
+            if self.labels.is_empty() {
+                cx.note("a dry run: no image shows a base class, so the first is taken for one");
+                *self = Self { labels: vec![(Source::Crop(0), 0)], present: vec![0] };
+            }
+            return Ok(());
+        }
+        let problem = format!("expected images of at least two base classes, found {} among {n_crops} crops", self.present.len());
+        Err(Error::Input { port: CROPS.info().name, problem, hint: "give classes and crops of the same data set".into() })
     }
 
     /// Says how many images there are, and which classes have none.
@@ -401,10 +420,22 @@ struct Validation {
 }
 
 impl Validation {
-    fn of(crops: CropIndex, categories: &Annotations, classes: &ClassSplit) -> Self {
+    /// Those that are given. Fails where none shows a class.
+    fn read(classes: &ClassSplit, cx: &Context<'_>) -> Result<Option<Self>> {
+        let ports = [VAL_CROPS.info(), VAL_ANNOTATIONS.info()];
+        let given = both(ports, cx.inputs.read_if_given(VAL_CROPS)?, cx.inputs.read_if_given(VAL_ANNOTATIONS)?)?;
+        let Some((crops, annotations)) = given else { return Ok(None) };
+        let (crops, annotations) = (crops.index()?, annotations.load()?);
+        let annotated = Annotated::of(&annotations);
+        crops.ids.iter().try_for_each(|ids| annotated.check(*ids, VAL_ANNOTATIONS.info().name))?;
         let names: BTreeMap<&String, usize> = classes.all().enumerate().map(|(place, name)| (name, place)).collect();
-        let place = |category: CategoryId| names.get(&categories.category(category)?.name).copied();
-        Self { places: crops.ids.iter().map(|(.., category)| place(*category)).collect(), crops, n_base: classes.base.len() }
+        let place = |category: CategoryId| names.get(&annotations.category(category)?.name).copied();
+        let places: Vec<Option<usize>> = crops.ids.iter().map(|(.., category)| place(*category)).collect();
+        if places.iter().all(Option::is_none) && cx.most_items.is_none() {
+            let problem = format!("none of {} crops shows a class", places.len());
+            return Err(Error::Input { port: VAL_CROPS.info().name, problem, hint: "give classes and crops of the same data set".into() });
+        }
+        Ok(Some(Self { places, crops, n_base: classes.base.len() }))
     }
 
     /// The share of base and of novel crops whose nearest class, among all, is theirs.
@@ -462,19 +493,17 @@ impl<'a> RplCriterion<'a> {
         validation: Option<Validation>,
         random: &mut ChaCha8Rng,
     ) -> Result<Self> {
-        let text = clip.causal_text()?;
-        let prompted = |texts: &[(String, String)]| Prompted::described(text, clip.tokenizer(), texts, stage.context);
+        let width = clip.causal_text()?.width();
         let of_present: Vec<(String, String)> = present.iter().map(|class| texts[*class].clone()).collect();
         random.set_stream(CONTEXT_STREAM);
-        let contexts =
-            [(); 2].map(|()| first_context(stage.context, text.width(), random).to_device(clip.device()).set_requires_grad(true));
+        let contexts = [(); 2].map(|()| first_context(stage.context, width, random).to_device(clip.device()).set_requires_grad(true));
         Ok(Self {
             clip,
             space,
             names: classes.all().cloned().collect(),
             texts,
-            present: prompted(&of_present)?,
-            all: prompted(texts)?,
+            present: prompted(clip, &of_present, stage.context)?,
+            all: prompted(clip, texts, stage.context)?,
             contexts,
             scale: clip.logit_scale()?.detach(),
             validation,
