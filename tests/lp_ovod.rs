@@ -265,12 +265,7 @@ fn a_probed_detector_goes_out_and_comes_in() {
 fn what_the_method_cannot_use_is_said_in_words() {
     let world = small();
     world.run(["run", "./small.yaml", "--until", "boxes"]).success();
-    let refused = |from: &str, to: &str, expected: &str| {
-        assert!(SMALL.contains(from), "the pipeline changed: {from}");
-        world.write("wrong.yaml", SMALL.replace(from, to));
-        let refused = world.run(["run", "./wrong.yaml"]);
-        assert!(refused.code != 0 && refused.stderr.contains(expected), "{expected}:\n{}", refused.stderr);
-    };
+    let refused = |from: &str, to: &str, expected: &str| world.refuses(SMALL, from, to, expected);
     // Features of other labels, and of another detector.
     refused(
         "annotations: boxes.annotations, detector: detector.detector}",

@@ -96,12 +96,7 @@ fn regional_prompt_learning_continues_after_kills_to_the_same_bytes() {
 fn what_regional_prompt_learning_cannot_use_is_said_in_words() {
     let world = small();
     world.run(["run", "./small.yaml", "--until", "val-crops"]).success();
-    let refused = |from: &str, to: &str, expected: &str| {
-        assert!(SMALL.contains(from), "the pipeline changed: {from}");
-        world.write("wrong.yaml", SMALL.replace(from, to));
-        let refused = world.run(["run", "./wrong.yaml"]);
-        assert!([2, 3, 4].contains(&refused.code) && refused.stderr.contains(expected), "{expected}:\n{}", refused.stderr);
-    };
+    let refused = |from: &str, to: &str, expected: &str| world.refuses(SMALL, from, to, expected);
     world.write("few.txt", "owl owl_which_is_a_bird\n");
     refused("descriptions: words.descriptions, crops", "descriptions: ./few.txt, crops", "no description of 60 of 60 classes, `");
     world.write("wrong.txt", "owl a bird\n");

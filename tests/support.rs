@@ -86,6 +86,15 @@ impl World {
         fs::write(path, content).unwrap();
     }
 
+    /// Runs a pipeline in which `from` stands as `to`; it must be refused with these words.
+    #[track_caller]
+    pub(crate) fn refuses(&self, pipeline: &str, from: &str, to: &str, expected: &str) {
+        assert!(pipeline.contains(from), "the pipeline changed: {from}");
+        self.write("wrong.yaml", pipeline.replace(from, to));
+        let refused = self.run(["run", "./wrong.yaml"]);
+        assert!([2, 3, 4].contains(&refused.code) && refused.stderr.contains(expected), "{expected}:\n{}", refused.stderr);
+    }
+
     pub(crate) fn command<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ovenbird"));
         command.args(args).current_dir(self.folder.path()).env_clear().env("TZ", "UTC").stdin(Stdio::null());

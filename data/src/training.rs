@@ -108,14 +108,14 @@ pub fn batches(order: &[usize], is_tall: impl Fn(usize) -> bool, size: usize) ->
 /// of those equally far the first. `lengths`: the batches of each. (PromptDet, section 9.5, whose progress is added up in f64.)
 pub fn interleaved(lengths: &[usize]) -> Vec<usize> {
     let (mut done, mut progress) = (vec![0; lengths.len()], vec![0.0_f64; lengths.len()]);
-    let next = |()| {
+    let next = || {
         let waiting = (0..lengths.len()).filter(|loader| done[*loader] < lengths[*loader]);
         let loader = waiting.reduce(|least, loader| if progress[loader] < progress[least] { loader } else { least })?;
         done[loader] += 1;
         progress[loader] += 1.0 / lengths[loader] as f64;
         Some(loader)
     };
-    std::iter::repeat_n((), lengths.iter().sum()).map_while(next).collect()
+    std::iter::from_fn(next).collect()
 }
 
 /// The box of each of two views of an image on which both are trained: that of the view whose network is surer, in both. Of equally sure ones it is that of
@@ -153,29 +153,28 @@ impl Placement {
     /// A box of the image in the training image, clipped to it.
     pub fn show(&self, xyxy: &Xyxy) -> Xyxy {
         let [x, y] = [0, 1].map(|axis| self.to[axis] as f32 / self.from[axis] as f32);
-        let Xyxy { x1, y1, x2, y2 } = Xyxy { x1: xyxy.x1 * x, y1: xyxy.y1 * y, x2: xyxy.x2 * x, y2: xyxy.y2 * y }.clipped(self.to);
-        let width = self.to[0] as f32;
-        if self.is_mirrored { Xyxy { x1: width - x2, y1, x2: width - x1, y2 } } else { Xyxy { x1, y1, x2, y2 } }
+        self.flipped(Xyxy { x1: xyxy.x1 * x, y1: xyxy.y1 * y, x2: xyxy.x2 * x, y2: xyxy.y2 * y }.clipped(self.to))
     }
 
     /// A box of the training image in the image, clipped to it.
     pub fn find(&self, xyxy: &Xyxy) -> Xyxy {
-        let width = self.to[0] as f32;
-        let Xyxy { x1, y1, x2, y2 } = if self.is_mirrored { Xyxy { x1: width - xyxy.x2, x2: width - xyxy.x1, ..*xyxy } } else { *xyxy };
+        let Xyxy { x1, y1, x2, y2 } = self.flipped(*xyxy);
         let [x, y] = [0, 1].map(|axis| self.from[axis] as f32 / self.to[axis] as f32);
         Xyxy { x1: x1 * x, y1: y1 * y, x2: x2 * x, y2: y2 * y }.clipped(self.from)
     }
 
     /// A box of the training image in another one of the same image, not clipped.
     pub fn carried(&self, xyxy: &Xyxy, to: &Self) -> Xyxy {
-        let mirrored = |Xyxy { x1, y1, x2, y2 }: Xyxy, view: &Self| {
-            let width = view.to[0] as f32;
-            if view.is_mirrored { Xyxy { x1: width - x2, y1, x2: width - x1, y2 } } else { Xyxy { x1, y1, x2, y2 } }
-        };
         let factor = |view: &Self, axis: usize| view.to[axis] as f32 / view.from[axis] as f32;
         let [x, y] = [0, 1].map(|axis| factor(to, axis) / factor(self, axis));
-        let Xyxy { x1, y1, x2, y2 } = mirrored(*xyxy, self);
-        mirrored(Xyxy { x1: x1 * x, y1: y1 * y, x2: x2 * x, y2: y2 * y }, to)
+        let Xyxy { x1, y1, x2, y2 } = self.flipped(*xyxy);
+        to.flipped(Xyxy { x1: x1 * x, y1: y1 * y, x2: x2 * x, y2: y2 * y })
+    }
+
+    /// A box of the training image before it was mirrored, or after.
+    fn flipped(&self, xyxy: Xyxy) -> Xyxy {
+        let width = self.to[0] as f32;
+        if self.is_mirrored { Xyxy { x1: width - xyxy.x2, x2: width - xyxy.x1, ..xyxy } } else { xyxy }
     }
 
     /// The pixels of the training image, packed RGB.

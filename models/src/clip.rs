@@ -24,7 +24,7 @@ pub(crate) mod transformer;
 pub mod vision;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{cell::RefCell, collections::BTreeMap, fmt, path::Path, sync::OnceLock};
 

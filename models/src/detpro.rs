@@ -254,23 +254,21 @@ pub fn ensemble(prompts: &[Tensor]) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, path::Path};
+    use std::collections::BTreeMap;
 
     use rand_chacha::rand_core::SeedableRng as _;
-    use tch::{Device, nn, no_grad};
+    use tch::{Device, no_grad};
 
     use super::*;
     use crate::{
         clip::{
-            Activation, Clip, Config, ImageConfig, TextConfig,
             prompted::{NamePlace, Prompted},
+            tests::small,
             tokenizer::Overlong,
         },
         detection::boxes::{corners, floats, integers},
-        golden::{detpro_ralf, error, with_tower},
+        golden::{detpro_ralf, error},
     };
-
-    type Golden = BTreeMap<String, Tensor>;
 
     const CLASSES: [&str; 5] = ["aerosol can", "applesauce", "airplane", "Band Aid", "arctic type of shoe"];
     const TREATMENTS: [(&str, Background); 7] = [
@@ -282,20 +280,6 @@ mod tests {
         ("meanbg", Background::Meanbg),
         ("max", Background::Max),
     ];
-
-    /// The CLIP text tower of the golden data.
-    fn clip(golden: &Golden) -> Clip {
-        let config = Config {
-            embed_dim: 16,
-            image: ImageConfig::Vit { image_side: 32, patch: 16, width: 32, depth: 1, heads: 1, mlp_width: 128 },
-            text: TextConfig { context: 77, vocabulary: 49_408, width: 32, heads: 4, depth: 2 },
-            activation: Activation::QuickGelu,
-        };
-        let store = nn::VarStore::new(Device::Cpu);
-        Clip::new(&store.root(), &config, 1).unwrap();
-        let weights = with_tower(golden, store.variables().into_iter().collect());
-        Clip::load_as(&config, &weights, Path::new("clip.safetensors"), Device::Cpu, Kind::Float).unwrap()
-    }
 
     fn trained(tensor: &Tensor) -> Tensor {
         tensor.copy().set_requires_grad(true)
@@ -311,7 +295,7 @@ mod tests {
     #[test]
     fn prompts_of_each_place_and_their_gradients_are_those_of_the_published_code() {
         let golden = detpro_ralf("detpro");
-        let clip = clip(&golden);
+        let clip = small(&golden);
         let (text, tokenizer) = (clip.causal_text().unwrap(), clip.tokenizer());
         let weights = golden["prompt/grad_weight"].narrow(0, 0, 5);
         for (name, place) in [("end", NamePlace::End), ("middle", NamePlace::Middle), ("front", NamePlace::Front)] {
@@ -329,7 +313,7 @@ mod tests {
     #[test]
     fn a_context_is_exported_with_other_names_at_the_end() {
         let golden = detpro_ralf("detpro");
-        let clip = clip(&golden);
+        let clip = small(&golden);
         let names = ["aerosol can", "zebra", "iPod", "knob"];
         let export = |place| {
             let prompts = Prompted::named(clip.causal_text().unwrap(), clip.tokenizer(), &names, 8, place).unwrap();
@@ -342,7 +326,7 @@ mod tests {
     #[test]
     fn a_background_prompt_is_vectors_without_a_name() {
         let golden = detpro_ralf("detpro");
-        let clip = clip(&golden);
+        let clip = small(&golden);
         let (text, tokenizer) = (clip.causal_text().unwrap(), clip.tokenizer());
         let (context, background) = (trained(&golden["prompt/ctx"]), trained(&golden["prompt/bg_prompt"]));
         let classes = Prompted::named(text, tokenizer, &CLASSES, 8, NamePlace::End).unwrap().encode(&context).unwrap();
@@ -358,7 +342,7 @@ mod tests {
     #[test]
     fn a_context_of_x_gives_what_the_words_give() {
         let golden = detpro_ralf("detpro");
-        let clip = clip(&golden);
+        let clip = small(&golden);
         let (text, tokenizer) = (clip.causal_text().unwrap(), clip.tokenizer());
         let sentences: Vec<String> = CLASSES.iter().map(|name| format!("{}{name}.", "X ".repeat(8))).collect();
         let tokens = tokenizer.batch(&sentences, Overlong::Refuse).unwrap();
@@ -461,7 +445,7 @@ mod tests {
     #[test]
     fn steps_are_those_of_the_published_code() {
         let golden = detpro_ralf("detpro");
-        let clip = clip(&golden);
+        let clip = small(&golden);
         let (text, tokenizer) = (clip.causal_text().unwrap(), clip.tokenizer());
         let classes = Prompted::named(text, tokenizer, &CLASSES, 8, NamePlace::End).unwrap();
         let of_background = Prompted::new(text, tokenizer, &[""], BACKGROUND_CONTEXT).unwrap();

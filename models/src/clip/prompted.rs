@@ -247,14 +247,12 @@ impl Pack {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use tch::{Device, nn, no_grad};
 
     use super::*;
     use crate::{
-        clip::{Activation, Clip, Config, ImageConfig, TextConfig, tokenizer::Overlong},
-        golden::{error, promptdet, with_tower},
+        clip::{Activation, Clip, Config, ImageConfig, TextConfig, tests::small, tokenizer::Overlong},
+        golden::{error, promptdet},
         to_unit_length,
     };
 
@@ -363,16 +361,7 @@ mod tests {
     #[test]
     fn described_names_are_embedded_as_by_rpl_s_code() {
         let golden = promptdet("rpl");
-        let config = Config {
-            embed_dim: 16,
-            image: ImageConfig::Vit { image_side: 32, patch: 16, width: 32, depth: 1, heads: 1, mlp_width: 128 },
-            text: TextConfig { context: 77, vocabulary: 49_408, width: 32, heads: 4, depth: 2 },
-            activation: Activation::QuickGelu,
-        };
-        let store = nn::VarStore::new(Device::Cpu);
-        Clip::new(&store.root(), &config, 1).unwrap();
-        let weights = with_tower(&golden, store.variables().into_iter().collect());
-        let clip = Clip::load_as(&config, &weights, Path::new("clip.safetensors"), Device::Cpu, Kind::Float).unwrap();
+        let clip = small(&golden);
         let (text, tokenizer) = (clip.causal_text().unwrap(), clip.tokenizer());
         let lines = Vec::<u8>::try_from(&golden["prompt/classes_utf8"]).unwrap();
         let lines = String::from_utf8(lines).unwrap().replace('_', " ");

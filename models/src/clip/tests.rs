@@ -9,11 +9,25 @@ use super::{Activation, Clip, Config, ImageConfig, TextConfig, layout};
 use crate::{
     Error, Misfit, Phase,
     checkpoint::Place,
-    golden::{error, unit},
+    golden::{error, unit, with_tower},
 };
 
 /// Largest difference allowed in embeddings whose largest values are 2 to 5, and which are at least 0.1 apart.
 const TOLERANCE: f64 = 1e-4;
+
+/// The CLIP of golden arrays of DetPro or of RPL, whose image tower is arbitrary.
+pub(crate) fn small(golden: &BTreeMap<String, Tensor>) -> Clip {
+    let config = Config {
+        embed_dim: 16,
+        image: ImageConfig::Vit { image_side: 32, patch: 16, width: 32, depth: 1, heads: 1, mlp_width: 128 },
+        text: TextConfig { context: 77, vocabulary: 49_408, width: 32, heads: 4, depth: 2 },
+        activation: Activation::QuickGelu,
+    };
+    let store = nn::VarStore::new(Device::Cpu);
+    Clip::new(&store.root(), &config, 1).unwrap();
+    let weights = with_tower(golden, store.variables().into_iter().collect());
+    Clip::load_as(&config, &weights, Path::new("clip.safetensors"), Device::Cpu, Kind::Float).unwrap()
+}
 
 struct Golden(Map<String, Value>);
 

@@ -105,8 +105,8 @@ impl Descriptions {
     /// How these classes are called here and what they are, each with spaces for underscores. `renamed`: what classes are called here that are called
     /// otherwise elsewhere. Fails where one is not described.
     pub(crate) fn of(&self, classes: &[String], renamed: &BTreeMap<String, String>) -> Result<Vec<(String, String)>> {
-        let name = |class: &String| renamed.get(class).unwrap_or(class).clone();
-        let missing: Vec<String> = classes.iter().map(name).filter(|name| !self.by_name.contains_key(name)).collect();
+        let names: Vec<&String> = classes.iter().map(|class| renamed.get(class).unwrap_or(class)).collect();
+        let missing: Vec<&&String> = names.iter().filter(|name| !self.by_name.contains_key(**name)).collect();
         if let Some(first) = missing.first() {
             return Err(Error::Input {
                 port: Self::KIND,
@@ -114,8 +114,7 @@ impl Descriptions {
                 hint: "describe them; where they are called otherwise in that file, say so in `renamed`".into(),
             });
         }
-        let texts: Vec<(String, String)> =
-            classes.iter().map(|class| (name(class).replace('_', " "), self.by_name[&name(class)].clone())).collect();
+        let texts: Vec<(String, String)> = names.into_iter().map(|name| (name.replace('_', " "), self.by_name[name].clone())).collect();
         let mut seen = BTreeMap::new();
         for (class, text) in classes.iter().zip(&texts) {
             if let Some(other) = seen.insert(text, class) {

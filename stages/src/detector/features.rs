@@ -11,7 +11,7 @@ use ovenbird_data::{
 use ovenbird_models::{
     Phase,
     detection::{boxes::ImageSize, matching::Truth},
-    rcnn::{heads::RegionRule, layout, sigmoid::SigmoidDetector},
+    rcnn::{heads::RegionRule, sigmoid::SigmoidDetector},
 };
 use rand::SeedableRng as _;
 use rand_chacha::ChaCha8Rng;
@@ -119,8 +119,7 @@ impl Stage for Features {
         let labelled = Labelled::of(&cx.inputs.read(ANNOTATIONS)?.load()?);
         let images = cx.inputs.read(IMAGES)?;
         images.look_for(labelled.samples.iter().take(cx.items.len()).map(|sample| &sample.info), cx)?;
-        let store = nn::VarStore::new(cx.device);
-        let sampler = RegionSampler::load(self, &cx.inputs.read(DETECTOR)?, &store, cx)?;
+        let sampler = RegionSampler::load(self, &cx.inputs.read(DETECTOR)?, cx)?;
         for unit in units {
             // A unit that another process makes is passed over.
             let Some(draft) = cx.begin_claimed(unit)? else { continue };
@@ -151,16 +150,17 @@ struct RegionSampler<'a> {
     digest: Digest,
     rule: RegionRule,
     kind: Kind,
+    /// Owns the weights.
+    _store: nn::VarStore,
 }
 
 impl<'a> RegionSampler<'a> {
-    fn load(stage: &'a Features, file: &DetectorFile, store: &nn::VarStore, cx: &Context<'_>) -> Result<Self> {
+    fn load(stage: &'a Features, file: &DetectorFile, cx: &Context<'_>) -> Result<Self> {
         let (checkpoint, spec) = file.read_sigmoid(DETECTOR.info().name)?;
-        let detector = SigmoidDetector::blank(&store.root(), &spec.config)?;
-        layout::load(checkpoint.tensors(), detector.parameters(), checkpoint.path())?.require_all(checkpoint.path())?;
+        let (detector, store) = spec.network(&checkpoint, cx.device)?;
         let rule = region_rule(stage.regions, Some(stage.background_per_object));
         let kind = if cx.is_light() { Kind::Float } else { stage.precision.kind() };
-        Ok(Self { stage, detector, digest: file.file.digest, rule, kind })
+        Ok(Self { stage, detector, digest: file.file.digest, rule, kind, _store: store })
     }
 
     /// Writes the shard of a unit. Images whose features another unit holds are copied.

@@ -15,7 +15,7 @@ use crate::{
     clip::space,
     error::malformed,
     ports::only_file,
-    prompts::naming::{Said, name_rows, places},
+    prompts::naming::{ROWS, Said, name_rows, places},
 };
 
 /// Proposals with a smaller IoU show background, or too little of an object to name it.
@@ -170,7 +170,7 @@ impl Stage for Regions {
             accuracy.count(class, rows.ious[row], said, n_base);
         })?;
         if let Some(negatives) = negatives {
-            let words = ClassWords::of(&negatives, &names)?;
+            let words = ClassWords::of(&negatives, &names);
             if let Some(first) = words.without.first() {
                 cx.note(format!("cosines to words leave out {} classes without words, `{first}` among them", words.without.len()));
             }
@@ -194,7 +194,7 @@ struct ClassWords {
 }
 
 impl ClassWords {
-    fn of(negatives: &Negatives, names: &[String]) -> Result<Self> {
+    fn of(negatives: &Negatives, names: &[String]) -> Self {
         let lists = |class: usize| [&negatives.tables.hard[class], &negatives.tables.easy[class]];
         let place = |name: &String| negatives.classes.iter().position(|known| known == name);
         let of_names: Vec<Option<usize>> =
@@ -211,7 +211,7 @@ impl ClassWords {
         };
         let tables = [rows(&|class| anchors.get(class as i64)), rows(&|class| mean(lists(class)[0])), rows(&|class| mean(lists(class)[1]))];
         let without = names.iter().zip(&of_names).filter(|(_, class)| class.is_none()).map(|(name, _)| name.clone()).collect();
-        Ok(Self { tables: Tensor::stack(&tables, 0), has_words: of_names.iter().map(Option::is_some).collect(), without })
+        Self { tables: Tensor::stack(&tables, 0), has_words: of_names.iter().map(Option::is_some).collect(), without }
     }
 
     /// Mean cosines of rows to the words of their classes; `class`: that of a row, if it counts.
@@ -219,7 +219,7 @@ impl ClassWords {
         let counts = |row: &usize| class(*row).is_some_and(|class| self.has_words.get(class) == Some(&true));
         let counted: Vec<usize> = (0..embeddings.n_rows).filter(counts).collect();
         let mut words = Words::default();
-        for rows in counted.chunks(4096) {
+        for rows in counted.chunks(ROWS) {
             let regions = Tensor::from_slice(&embeddings.gather(rows.iter().copied())).view([-1, embeddings.dim as i64]);
             let classes: Vec<usize> = rows.iter().filter_map(|row| class(*row)).collect();
             let places = Tensor::from_slice(&classes.iter().map(|class| *class as i64).collect::<Vec<_>>());
@@ -342,7 +342,7 @@ mod tests {
         };
         let named = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
         let negatives = Negatives { classes: named(&["kite", "owl", "wren", "crane"]), words: named(&["a", "b", "c"]), tables, clip: None };
-        let words = ClassWords::of(&negatives, &named(&["owl", "wren", "kite"])).unwrap();
+        let words = ClassWords::of(&negatives, &named(&["owl", "wren", "kite"]));
         assert_eq!((words.without.as_slice(), words.has_words.as_slice()), (named(&["wren"]).as_slice(), [true, false, true].as_slice()));
         let class = |row: usize| found.classes[row].filter(|_| found.ious[row] >= 1.0).map(|class| class as usize);
         let Words { base, novel } = words.cosines(&embeddings, class, 2).unwrap();

@@ -39,17 +39,19 @@ pub(super) fn prompted<'a>(clip: &'a clip::Clip, texts: &[(String, String)], n_c
     })
 }
 
-/// The content of a file of class embeddings, not normalised, as RPL's are; `texts`: name and description of each.
+/// The content of a file of class embeddings, not normalised, as RPL's are, with the contexts f32 `[M, C]` around them; `texts`: name and description of
+/// each.
 pub(super) fn described_prompts(
     prompted: &Prompted<'_>,
-    context: &Tensor,
+    contexts: &[Tensor; 2],
     names: &[String],
     texts: &[(String, String)],
     space: Space,
 ) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, String>)> {
-    let embeddings = no_grad(|| prompted.encode(context))?.to_device(Device::Cpu).to_kind(Kind::Float);
+    let embeddings = no_grad(|| prompted.encode(&Tensor::cat(contexts, 0)))?.to_device(Device::Cpu).to_kind(Kind::Float);
     let prompts = Prompts { names: names.to_vec(), embeddings, scale: None, clip: Some(space) };
-    let (tensors, mut metadata) = prompts.content()?;
+    let (mut tensors, mut metadata) = prompts.content()?;
+    tensors.extend(RPL_CONTEXT.iter().zip(contexts).map(|(name, context)| ((*name).to_owned(), context.shallow_clone())));
     metadata.insert("texts".into(), serde_json::to_string(texts).expect("BUG: texts are plain JSON"));
     Ok((tensors, metadata))
 }

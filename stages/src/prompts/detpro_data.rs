@@ -1,7 +1,5 @@
 //! `prompts/detpro-data`: rows of proposals and annotated objects, from which `prompts/detpro` learns.
 
-use std::collections::BTreeMap;
-
 use ovenbird_cache::Digest;
 use ovenbird_data::{
     annotations::{Annotations, ImageId, ImageInfo},
@@ -12,6 +10,7 @@ use ovenbird_models::detpro::{MIN_IOU, RowIou, assign};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::naming::places_of_categories;
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Result, Stage, Unit, UnitDraft, Units,
     artifacts::{
@@ -131,9 +130,7 @@ impl DetproData {
             Objects::Base => classes.base.len(),
             Objects::All => classes.all().count(),
         };
-        let places: BTreeMap<&String, usize> = classes.all().take(n_classes).enumerate().map(|(place, name)| (name, place)).collect();
-        let classes: BTreeMap<_, usize> =
-            annotations.categories.iter().filter_map(|category| Some((category.id, *places.get(&category.name)?))).collect();
+        let classes = places_of_categories(annotations, classes.all().take(n_classes));
         let by_image = annotations.by_image();
         let labelled = |image: &ImageInfo| {
             let objects = by_image.get(&image.id).into_iter().flatten().filter(|object| !object.is_crowd);

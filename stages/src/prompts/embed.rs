@@ -2,7 +2,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind};
 
 use super::described::{RPL_CONTEXT, Renamed, described_prompts, prompted, published_names};
 use crate::{
@@ -67,8 +67,7 @@ impl Stage for Embed {
         let names: Vec<String> = classes.all().cloned().collect();
         let texts = cx.inputs.read(DESCRIPTIONS)?.of(&names, &self.renamed)?;
         let prompted = prompted(&clip, &texts, before.size()[0] as usize)?;
-        let (mut tensors, metadata) = described_prompts(&prompted, &Tensor::cat(&[&before, &behind], 0), &names, &texts, space)?;
-        tensors.extend(RPL_CONTEXT.map(String::from).into_iter().zip([before, behind]));
+        let (tensors, metadata) = described_prompts(&prompted, &[before, behind], &names, &texts, space)?;
         cx.tick(1);
         let draft = cx.begin(unit)?;
         draft.write_tensors(EMBEDDED, PROMPTS_FILE, &tensors, &metadata)?;

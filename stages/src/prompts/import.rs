@@ -1,7 +1,5 @@
 //! `prompts/import`: class embeddings that another program made.
 
-use std::collections::BTreeMap;
-
 use ovenbird_data::classes::ClassSplit;
 use ovenbird_models::{
     clip::{
@@ -16,13 +14,13 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor, no_grad};
 
 use super::{
-    described::{RPL_CONTEXT, Renamed, described_prompts, prompted, published_names},
+    described::{Renamed, described_prompts, prompted, published_names},
     published::{read, read_context, read_contexts},
 };
 use crate::{
     Context, Error, In, Out, PortInfo, Result, Stage, Unit,
     artifacts::{AnnotationFile, CheckpointFile, Classes, Descriptions, PROMPTS_FILE, Prompts, PublishedPrompts},
-    clip::{Clip, Space},
+    clip::Clip,
     contract::is_default,
 };
 
@@ -97,8 +95,10 @@ impl Stage for Import {
             (Some(checkpoint), Some(Classes(classes))) if let Some(descriptions) = &descriptions => {
                 let contexts = file.read_with(read_contexts)?;
                 let (clip, space) = self.clip.load_text(&checkpoint, Device::Cpu, cx)?;
-                let texts = descriptions.of(&classes.all().cloned().collect::<Vec<_>>(), &self.renamed)?;
-                let (tensors, metadata) = described(&clip, &classes, &texts, contexts, space)?;
+                let names: Vec<String> = classes.all().cloned().collect();
+                let texts = descriptions.of(&names, &self.renamed)?;
+                let prompted = prompted(&clip, &texts, contexts[0].size()[0] as usize)?;
+                let (tensors, metadata) = described_prompts(&prompted, &contexts, &names, &texts, space)?;
                 cx.tick(1);
                 let draft = cx.begin(unit)?;
                 draft.write_tensors(IMPORTED, PROMPTS_FILE, &tensors, &metadata)?;
@@ -126,21 +126,6 @@ fn embed(clip: &clip::Clip, classes: &ClassSplit, context: &Tensor) -> Result<Te
     let n_context = context.size()[0] as usize;
     let prompted = Prompted::named(clip.causal_text()?, clip.tokenizer(), &names, n_context, NamePlace::End)?;
     Ok(no_grad(|| prompted.encode(context).map(|embeddings| to_unit_length(&embeddings)))?)
-}
-
-/// The content of a file of class embeddings around two contexts f32 `[M, C]`, with these.
-fn described(
-    clip: &clip::Clip,
-    classes: &ClassSplit,
-    texts: &[(String, String)],
-    contexts: [Tensor; 2],
-    space: Space,
-) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, String>)> {
-    let prompted = prompted(clip, texts, contexts[0].size()[0] as usize)?;
-    let names: Vec<String> = classes.all().cloned().collect();
-    let (mut tensors, metadata) = described_prompts(&prompted, &Tensor::cat(&contexts, 0), &names, texts, space)?;
-    tensors.extend(RPL_CONTEXT.map(String::from).into_iter().zip(contexts));
-    Ok((tensors, metadata))
 }
 
 #[cfg(test)]

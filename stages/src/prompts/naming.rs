@@ -2,14 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use ovenbird_data::classes::ClassSplit;
+use ovenbird_data::{
+    annotations::{Annotations, CategoryId},
+    classes::ClassSplit,
+};
 use ovenbird_models::to_unit_length;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{Result, artifacts::PromptEmbeddings};
 
 /// Rows that are compared at once.
-const ROWS: usize = 4096;
+pub(crate) const ROWS: usize = 4096;
 /// How many of the best classes of a row are known.
 const BEST: i64 = 5;
 
@@ -55,6 +58,12 @@ pub(crate) fn name_rows(
         }
     }
     Ok(())
+}
+
+/// The place of each category among these names, where its name is one of them.
+pub(crate) fn places_of_categories<'a>(annotations: &Annotations, names: impl Iterator<Item = &'a String>) -> BTreeMap<CategoryId, usize> {
+    let places: BTreeMap<&String, usize> = names.enumerate().map(|(place, name)| (name, place)).collect();
+    annotations.categories.iter().filter_map(|category| Some((category.id, *places.get(&category.name)?))).collect()
 }
 
 /// The place of each name among base and novel classes; that of a name which is neither is beyond both.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use ovenbird_data::{
-    annotations::{Annotations, CategoryId},
+    annotations::{Annotations, ImageInfo},
     classes::ClassSplit,
     crops::random_crop,
     images::{Image, Preprocess},
@@ -23,11 +23,15 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
-use super::described::{RPL_CONTEXT, Renamed, described_prompts, prompted, published_names};
+use super::{
+    described::{RPL_CONTEXT, Renamed, described_prompts, prompted, published_names},
+    naming::places_of_categories,
+};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Annotated, AnnotationFile, CheckpointFile, Classes, CropIndex, Crops, Descriptions, Images, PROMPTS_FILE, Prompts},
     clip::{Clip, Space, encoder::preprocess_of},
+    feed::in_parallel,
     training::{
         Algorithm, Criterion, DataLoader, Decay, Loaded, Losses, OptimizerConfig, Parameter, Ports, Schedule, TrainingConfig, Warmup,
         Weights, named, train,
@@ -257,13 +261,7 @@ enum Source {
 impl Shown {
     /// Fails where the crops are of other annotations.
     fn of(crops: &CropIndex, annotations: &Annotations, web: &Web, base: &[String]) -> Result<Self> {
-        let place = |annotations: &Annotations, category: CategoryId| {
-            let name = &annotations.category(category)?.name;
-            base.iter().position(|class| class == name)
-        };
-        let places = |annotations: &Annotations| -> BTreeMap<CategoryId, usize> {
-            annotations.categories.iter().filter_map(|category| Some((category.id, place(annotations, category.id)?))).collect()
-        };
+        let places = |annotations: &Annotations| places_of_categories(annotations, base.iter());
         let (annotated, of_crops, mut all) = (Annotated::of(annotations), places(annotations), Vec::new());
         for (crop, ids) in crops.ids.iter().enumerate() {
             annotated.check(*ids, ANNOTATIONS.info().name)?;
@@ -346,16 +344,17 @@ impl CropLoader {
                 Ok(Image::decode(jpeg, path)?)
             }
             Source::Web(place) => {
-                let (images, info, _) = self.of_web(place);
+                let (images, info) = self.of_web(place);
                 images.decode_sized(&info.file_name, [info.width, info.height])
             }
         }
     }
 
-    fn of_web(&self, place: usize) -> (&Images, &ovenbird_data::annotations::ImageInfo, u64) {
+    /// The image of a label, and the folder that it is in.
+    fn of_web(&self, place: usize) -> (&Images, &ImageInfo) {
         let (images, annotations) = self.web.as_ref().expect("BUG: a label of an image of the web");
-        let label = &annotations.annotations[place];
-        (images, annotations.image(label.image_id).expect("BUG: annotations are of images in the file"), label.id.0)
+        let image_id = annotations.annotations[place].image_id;
+        (images, annotations.image(image_id).expect("BUG: annotations are of images in the file"))
     }
 
     fn name(&self, source: Source) -> String {
@@ -428,9 +427,8 @@ impl Validation {
         let (crops, annotations) = (crops.index()?, annotations.load()?);
         let annotated = Annotated::of(&annotations);
         crops.ids.iter().try_for_each(|ids| annotated.check(*ids, VAL_ANNOTATIONS.info().name))?;
-        let names: BTreeMap<&String, usize> = classes.all().enumerate().map(|(place, name)| (name, place)).collect();
-        let place = |category: CategoryId| names.get(&annotations.category(category)?.name).copied();
-        let places: Vec<Option<usize>> = crops.ids.iter().map(|(.., category)| place(*category)).collect();
+        let of_categories = places_of_categories(&annotations, classes.all());
+        let places: Vec<Option<usize>> = crops.ids.iter().map(|(.., category)| of_categories.get(category).copied()).collect();
         if places.iter().all(Option::is_none) && cx.most_items.is_none() {
             let problem = format!("none of {} crops shows a class", places.len());
             return Err(Error::Input { port: VAL_CROPS.info().name, problem, hint: "give classes and crops of the same data set".into() });
@@ -446,12 +444,13 @@ impl Validation {
         let counted: Vec<(usize, usize)> = self.places.iter().enumerate().filter_map(|(crop, place)| Some((crop, (*place)?))).collect();
         for rows in counted.chunks(VAL_BATCH) {
             cx.proceed()?;
-            let mut pixels = vec![0.0; rows.len() * n];
-            for ((crop, _), numbers) in rows.iter().zip(pixels.chunks_exact_mut(n)) {
-                let (jpeg, path) = self.crops.jpeg(*crop);
-                preprocess.normalise(&preprocess.square(&Image::decode(jpeg, path)?), numbers);
-            }
-            let pixels = Tensor::from_slice(&pixels).view([rows.len() as i64, 3, side, side]);
+            let pixels = in_parallel(rows.len(), cx.threads, |row| {
+                let (jpeg, path) = self.crops.jpeg(rows[row].0);
+                let mut numbers = vec![0.0; n];
+                preprocess.normalise(&preprocess.square(&Image::decode(jpeg, path)?), &mut numbers);
+                Ok(numbers)
+            })?;
+            let pixels = Tensor::from_slice(&pixels.concat()).view([rows.len() as i64, 3, side, side]);
             let nearest = no_grad(|| Ok::<_, Error>(embed(clip, &pixels)?.matmul(&classes.tr()).argmax(1, false)))?;
             let nearest = Vec::<i64>::try_from(nearest.to_device(Device::Cpu)).map_err(ovenbird_models::Error::from)?;
             for ((_, class), nearest) in rows.iter().zip(nearest) {
@@ -544,8 +543,7 @@ impl Criterion for RplCriterion<'_> {
     }
 
     fn weights(&self) -> Result<Weights> {
-        let (mut tensors, metadata) = described_prompts(&self.all, &self.context(), &self.names, self.texts, self.space)?;
-        tensors.extend(RPL_CONTEXT.iter().zip(&self.contexts).map(|(name, tensor)| ((*name).to_owned(), tensor.shallow_clone())));
+        let (tensors, metadata) = described_prompts(&self.all, &self.contexts, &self.names, self.texts, self.space)?;
         Ok(Weights { tensors, metadata })
     }
 
