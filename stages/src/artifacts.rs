@@ -20,6 +20,7 @@
 //! | `crops` | an Arrow shard of encoded images | [`Crops`] |
 //! | `descriptions` | what classes are, json, or PromptDet's text file | [`Descriptions`] |
 //! | `hits` | what a search found, Parquet | [`Hits`] |
+//! | `links` | links to images of the web, by class, Parquet | [`Links`] |
 //! | `evaluation` | json | [`EvaluationFile`] |
 //! | `published-vocabulary` | names, json: a list, or an object of names by place | [`PublishedVocabulary`] |
 //! | `vocabulary` | names, json | [`Vocabulary`] |
@@ -38,6 +39,7 @@ pub(crate) mod feature_files;
 mod features;
 mod hits;
 mod images;
+mod links;
 mod matrix;
 pub(crate) mod prompt_samples;
 mod rows;
@@ -76,6 +78,7 @@ pub use features::{Dtype, ImageFeatures, ImageFeaturesWriter, RegionFeatures, Re
 pub use hits::{Hits, RegionHit, Searched};
 pub use images::Images;
 pub(crate) use images::listed;
+pub use links::{Dropped, Link, Links, PoolSearched};
 pub(crate) use matrix::{Matrix, MatrixShape, narrowed};
 pub use matrix::{MatrixDtype, MatrixFile};
 pub use prompt_samples::{EMBEDDINGS_FILE, PromptEmbeddings, PromptRow, PromptRows, PromptSamples, PromptSamplesWriter, ROWS_FILE};
