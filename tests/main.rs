@@ -16,6 +16,7 @@ mod lp_ovod;
 mod matrix;
 mod own_data;
 mod pictures;
+mod pool;
 mod predict;
 mod promptdet;
 mod prompts;

@@ -20,6 +20,9 @@
 //! | `crops` | an Arrow shard of encoded images | [`Crops`] |
 //! | `descriptions` | what classes are, json, or PromptDet's text file | [`Descriptions`] |
 //! | `hits` | what a search found, Parquet | [`Hits`] |
+//! | `pool` | embeddings of images with their metadata, a folder of `.npy` or `.npz` and Parquet | [`Pool`] |
+//! | `pool-metadata` | URLs and texts of a pool, Parquet | [`PoolMetadata`] |
+//! | `published-links` | the same from other programs, HDF5 or tab-separated lines | [`PublishedLinks`] |
 //! | `links` | links to images of the web, by class, Parquet | [`Links`] |
 //! | `evaluation` | json | [`EvaluationFile`] |
 //! | `published-vocabulary` | names, json: a list, or an object of names by place | [`PublishedVocabulary`] |
@@ -41,6 +44,7 @@ mod hits;
 mod images;
 mod links;
 mod matrix;
+mod pool;
 pub(crate) mod prompt_samples;
 mod rows;
 mod samples;
@@ -79,8 +83,13 @@ pub use hits::{Hits, RegionHit, Searched};
 pub use images::Images;
 pub(crate) use images::listed;
 pub use links::{Dropped, Link, Links, PoolSearched};
-pub(crate) use matrix::{Matrix, MatrixShape, narrowed};
+pub(crate) use matrix::{MAX_NPY_HEADER, Matrix, MatrixShape, NpyHeader, narrowed};
 pub use matrix::{MatrixDtype, MatrixFile};
+pub(crate) use pool::{
+    COLUMNS as METADATA_COLUMNS, Column as MetadataColumn, Embedded, LinkText, MetadataWriter, PoolRows, PoolShard, Row as PoolRow, Unsafe,
+    Vectors,
+};
+pub use pool::{Pool, PoolMetadata, PublishedLinks};
 pub use prompt_samples::{EMBEDDINGS_FILE, PromptEmbeddings, PromptRow, PromptRows, PromptSamples, PromptSamplesWriter, ROWS_FILE};
 pub(crate) use rows::{ReusedRows, Row, RowKind, RowWriter};
 pub(crate) use samples::SamplesByImage;

@@ -30,6 +30,7 @@ pub mod negatives;
 pub mod objects;
 pub mod oln;
 mod pass;
+pub mod pool;
 mod ports;
 pub mod prompts;
 pub mod proposals;

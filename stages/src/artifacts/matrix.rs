@@ -16,6 +16,8 @@ use crate::{Artifact, Result, error::malformed, ports::only_file};
 const PIECE: usize = 16 << 20;
 /// The first bytes of a `.npy` file.
 const NPY: &[u8] = b"\x93NUMPY";
+/// Headers of `.npy` files are no longer.
+pub(crate) const MAX_NPY_HEADER: u64 = 1 << 16;
 
 /// The number format of a matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -29,7 +31,7 @@ pub enum MatrixDtype {
 }
 
 impl MatrixDtype {
-    const fn bytes(self) -> u64 {
+    pub(crate) const fn bytes(self) -> u64 {
         match self {
             Self::F16 => 2,
             Self::F32 => 4,
@@ -182,30 +184,49 @@ impl Matrix<'_> {
     /// The length of a `.npy` file's header. Fails where it says another shape or number format.
     fn npy_header(&self) -> Result<u64> {
         let path = &self.file.path;
-        let head = self.file.begin(12)?;
-        let [.., major, _, low, high, third, fourth] = head[..] else { return Err(malformed(path, ".npy header: the file is cut short")) };
+        let header = NpyHeader::of(&self.file.begin(MAX_NPY_HEADER)?).map_err(|problem| malformed(path, problem))?;
+        if header.shape() == Some(self.shape) {
+            return Ok(header.bytes);
+        }
+        Err(malformed(path, format!("expected {}, row after row, found {}", self.shape.words(), header.text)))
+    }
+}
+
+/// The header of a `.npy` file.
+pub(crate) struct NpyHeader {
+    /// Its length, with all that is before the numbers.
+    pub(crate) bytes: u64,
+    /// What it says of the numbers.
+    pub(crate) text: String,
+}
+
+impl NpyHeader {
+    /// Of the first [`MAX_NPY_HEADER`] bytes of a file; otherwise what is wrong.
+    pub(crate) fn of(head: &[u8]) -> Result<Self, String> {
+        let cut = || ".npy header: the file is cut short".to_owned();
+        if !head.starts_with(NPY) {
+            return Err("expected numpy's `.npy`, found another format".into());
+        }
+        let [_, _, _, _, _, _, major, _, low, high, third, fourth, ..] = *head else { return Err(cut()) };
         let (length, before) = match major {
-            1 => (u64::from(u16::from_le_bytes([low, high])), 10),
-            _ => (u64::from(u32::from_le_bytes([low, high, third, fourth])), 12),
+            1 => (usize::from(u16::from_le_bytes([low, high])), 10),
+            _ => (u32::from_le_bytes([low, high, third, fourth]) as usize, 12),
         };
-        let head = self.file.begin(before + length)?;
-        if head.len() as u64 != before + length {
-            return Err(malformed(path, ".npy header: the file is cut short"));
-        }
-        let header = String::from_utf8_lossy(&head[before as usize..]).into_owned();
-        let value = |key: &str| header.split_once(&format!("'{key}':")).map_or("", |(_, rest)| rest.trim_start());
-        let MatrixShape { n_rows, dim, dtype } = self.shape;
-        let descr = match dtype {
-            MatrixDtype::F16 => "'<f2'",
-            MatrixDtype::F32 => "'<f4'",
+        let text = head.get(before..before + length).ok_or_else(cut)?;
+        Ok(Self { bytes: (before + length) as u64, text: String::from_utf8_lossy(text).trim().to_owned() })
+    }
+
+    /// The shape, where it is that of a matrix of f16 or f32 row after row.
+    pub(crate) fn shape(&self) -> Option<MatrixShape> {
+        let value = |key: &str| self.text.split_once(&format!("'{key}':")).map_or("", |(_, rest)| rest.trim_start());
+        let dtype = match value("descr") {
+            descr if descr.starts_with("'<f2'") => MatrixDtype::F16,
+            descr if descr.starts_with("'<f4'") => MatrixDtype::F32,
+            _ => return None,
         };
-        let is_as_stated = value("descr").starts_with(descr)
-            && value("fortran_order").starts_with("False")
-            && value("shape").starts_with(&format!("({n_rows}, {dim})"));
-        if is_as_stated {
-            return Ok(before + length);
-        }
-        Err(malformed(path, format!("expected {}, row after row, found {}", self.shape.words(), header.trim())))
+        let (n_rows, dim) = value("shape").strip_prefix('(')?.split_once(')')?.0.split_once(',')?;
+        let shape = MatrixShape { n_rows: n_rows.trim().parse().ok()?, dim: dim.trim().parse().ok()?, dtype };
+        value("fortran_order").starts_with("False").then_some(shape)
     }
 }
 

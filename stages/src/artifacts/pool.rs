@@ -1,0 +1,628 @@
+//! A pool: embeddings of very many images of the web, with a table of where the images are. It is read in place, block by block.
+//!
+//! Embeddings are `[N, D]` of f16 or f32: numpy's `img_emb_*.npy` with `metadata_*.parquet`, as LAION publishes them, or pairs of one stem, `.npy` or `.npz`
+//! with `.parquet`, as DataComp and CommonPool are published. Shards are in the order of their numbers, or else of their names. Row k of the metadata is of
+//! row k of the embeddings. Columns are known under several names ([`COLUMNS`]).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    io::{self, Read as _},
+    ops::Range,
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use arrow::{
+    array::{Array as _, ArrayRef, AsArray as _, Float32Array, RecordBatch, StringArray},
+    compute::cast,
+    datatypes::{DataType, Field, Float32Type, Schema},
+};
+use half::f16;
+use ovenbird_cache::{
+    DraftFile,
+    inputs::{Checked, InputFile},
+};
+use parquet::{
+    arrow::{
+        ArrowWriter, ProjectionMask,
+        arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder, RowSelection, RowSelector},
+    },
+    basic::{Compression, ZstdLevel},
+    errors::ParquetError,
+    file::properties::WriterProperties,
+};
+use zip::{CompressionMethod, ZipArchive};
+
+use super::{MAX_NPY_HEADER, MatrixDtype, MatrixShape, NpyHeader};
+use crate::{
+    Artifact, Error, Result,
+    error::{malformed, write_error},
+    ports::only_file,
+};
+
+/// Rows of metadata that are read at once.
+const BATCH_ROWS: usize = 1 << 16;
+
+/// The names of each column, of which the first that is there is read.
+pub(crate) const COLUMNS: [(&str, &[&str]); 5] = [
+    ("url", &["url", "URL"]),
+    ("caption", &["caption", "TEXT", "text", "CAPTION"]),
+    ("md5", &["md5", "MD5", "hash"]),
+    ("NSFW", &["NSFW", "nsfw"]),
+    ("punsafe", &["punsafe", "nsfw_score_opennsfw2"]),
+];
+
+/// A folder of embeddings and metadata.
+#[derive(Debug, Clone)]
+pub struct Pool {
+    files: Vec<InputFile>,
+}
+
+impl Artifact for Pool {
+    const KIND: &'static str = "pool";
+    const EXTENSIONS: &'static [&'static str] = &["/"];
+    const SHAPE: &'static str = "a folder of `img_emb_*.npy` with `metadata_*.parquet`, or of pairs `NAME.npz` and `NAME.parquet`";
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { files: files.to_vec() })
+    }
+}
+
+/// Tables of metadata, whose rows are those of a pool one after the other.
+#[derive(Debug, Clone)]
+pub struct PoolMetadata {
+    files: Vec<InputFile>,
+}
+
+impl Artifact for PoolMetadata {
+    const KIND: &'static str = "pool-metadata";
+    const EXTENSIONS: &'static [&'static str] = &["parquet", "/"];
+    const SHAPE: &'static str = "tables with a column `url` (Parquet), such as `pool/import` makes";
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { files: files.to_vec() })
+    }
+}
+
+/// A table in a format of another program.
+#[derive(Debug, Clone)]
+pub struct PublishedLinks {
+    /// The file.
+    pub file: InputFile,
+}
+
+impl Artifact for PublishedLinks {
+    const KIND: &'static str = "published-links";
+    const EXTENSIONS: &'static [&'static str] = &["h5", "hdf5", "tsv"];
+    const SHAPE: &'static str = "an HDF5 file with the group `dataset`, or lines of URL and text with a tab between them (`.tsv`)";
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        Ok(Self { file: only_file(Self::KIND, files)?.clone() })
+    }
+}
+
+impl PoolMetadata {
+    /// The tables in the order of their numbers, or else of their names.
+    pub(crate) fn tables(&self) -> Vec<&InputFile> {
+        let is_table = |file: &&InputFile| extension(file) == "parquet";
+        let mut tables: Vec<&InputFile> = self.files.iter().filter(is_table).collect();
+        tables.sort_by_cached_key(|file| ShardName::of(&file.name));
+        tables
+    }
+}
+
+/// What a shard is called: a number, where the name ends in one, or else the name without its extension.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum ShardName {
+    Number(u64),
+    Stem(String),
+}
+
+impl ShardName {
+    fn of(file: &str) -> Self {
+        let name = file.rsplit('/').next().unwrap_or(file);
+        let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
+        let of_laion = ["img_emb_", "metadata_"].iter().find_map(|prefix| stem.strip_prefix(prefix)?.parse().ok());
+        of_laion.map_or_else(|| Self::Stem(stem.to_owned()), Self::Number)
+    }
+}
+
+/// One file of embeddings, with its metadata unless these come otherwise.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PoolShard<'a> {
+    pub(crate) embeddings: &'a InputFile,
+    pub(crate) metadata: Option<&'a InputFile>,
+}
+
+impl Pool {
+    /// The shards in order. `has_metadata`: whether the metadata come with the embeddings. Fails where a half of a pair is missing.
+    pub(crate) fn shards(&self, has_metadata: bool) -> Result<Vec<PoolShard<'_>>> {
+        let refused = |problem: String, hint: &str| Err(Error::Input { port: Self::KIND, problem, hint: hint.into() });
+        let (mut embeddings, mut tables) = (BTreeMap::new(), BTreeMap::new());
+        for file in &self.files {
+            let stem = file.name.rsplit('/').next().unwrap_or(&file.name);
+            let by_name = match extension(file).as_str() {
+                // LAION's embeddings of texts lie beside those of images.
+                "npy" | "npz" if !stem.starts_with("text_emb") => &mut embeddings,
+                "parquet" => &mut tables,
+                _ => continue,
+            };
+            if let Some(before) = by_name.insert(ShardName::of(&file.name), file) {
+                let problem = format!("`{}` and `{}` are one shard by their names", before.name, file.name);
+                return refused(problem, "keep one of them in the folder");
+            }
+        }
+        if embeddings.is_empty() {
+            let problem = format!("expected embeddings `.npy` or `.npz` in the folder, found none among {} files", self.files.len());
+            return refused(problem, "give a folder with `img_emb_*.npy`; a table of links alone comes in by `pool/links`");
+        }
+        if !has_metadata {
+            return Ok(embeddings.into_values().map(|embeddings| PoolShard { embeddings, metadata: None }).collect());
+        }
+        if let Some((_, table)) = tables.iter().find(|(name, _)| !embeddings.contains_key(name)) {
+            let problem = format!("`{}` has no embeddings beside it", table.name);
+            return refused(problem, "fetch the `.npy` or `.npz` of the same number, or move the table out of the folder");
+        }
+        let mut shards = Vec::new();
+        for (name, embeddings) in embeddings {
+            let Some(table) = tables.get(&name) else {
+                let problem = format!("`{}` has no metadata beside it", embeddings.name);
+                return refused(problem, "fetch the `.parquet` of the same number, or give all tables as `metadata`");
+            };
+            shards.push(PoolShard { embeddings, metadata: Some(table) });
+        }
+        Ok(shards)
+    }
+}
+
+fn extension(file: &InputFile) -> String {
+    file.path.extension().map(|extension| extension.to_string_lossy().to_lowercase()).unwrap_or_default()
+}
+
+/// Rows of embeddings, one after the other.
+pub(crate) enum Vectors {
+    F16(Vec<f16>),
+    F32(Vec<f32>),
+}
+
+/// The numbers of a shard.
+enum Numbers {
+    /// In the file, from this byte on.
+    There(File, u64),
+    /// Decompressed.
+    Here(Vec<u8>),
+}
+
+/// The embeddings of a shard, read in place.
+pub(crate) struct Embedded<'a> {
+    checked: Checked<'a>,
+    numbers: Numbers,
+    shape: MatrixShape,
+}
+
+impl<'a> Embedded<'a> {
+    /// Hashes the file and reads its header; `array`: which array of an `.npz`.
+    pub(crate) fn open(file: &'a InputFile, array: Option<&str>) -> Result<Self> {
+        let checked = file.check()?;
+        let opened = File::open(&file.path).map_err(|source| read_error(file, source))?;
+        if extension(file) == "npz" {
+            let (numbers, header) = member(file, opened, array)?;
+            return Self::of(checked, file, numbers, &header);
+        }
+        let header = NpyHeader::of(&file.begin(MAX_NPY_HEADER)?).map_err(|problem| malformed(&file.path, problem))?;
+        Self::of(checked, file, Numbers::There(opened, header.bytes), &header)
+    }
+
+    fn of(checked: Checked<'a>, file: &InputFile, numbers: Numbers, header: &NpyHeader) -> Result<Self> {
+        let Some(shape) = header.shape().filter(|shape| shape.dim > 0) else {
+            return Err(malformed(&file.path, format!("expected a matrix [N, D] of f16 or f32, row after row, found {}", header.text)));
+        };
+        let found = match &numbers {
+            Numbers::There(..) if extension(file) == "npz" => None,
+            Numbers::There(_, start) => Some(file.bytes.saturating_sub(*start)),
+            Numbers::Here(bytes) => Some(bytes.len() as u64),
+        };
+        let expected = shape.n_rows.saturating_mul(shape.dim as u64 * shape.dtype.bytes());
+        match found {
+            Some(found) if found != expected => {
+                Err(malformed(&file.path, format!("expected {expected} bytes after the header ({}), found {found}", header.text)))
+            }
+            _ => Ok(Self { checked, numbers, shape }),
+        }
+    }
+
+    pub(crate) fn n_rows(&self) -> u64 {
+        self.shape.n_rows
+    }
+
+    pub(crate) fn dim(&self) -> usize {
+        self.shape.dim
+    }
+
+    /// Some rows.
+    pub(crate) fn rows(&self, rows: Range<u64>, path: &Path) -> Result<Vectors> {
+        let row_bytes = self.shape.dim as u64 * self.shape.dtype.bytes();
+        let (from, n_bytes) = (rows.start * row_bytes, ((rows.end - rows.start) * row_bytes) as usize);
+        let mut read = Vec::new();
+        let bytes = match &self.numbers {
+            Numbers::Here(bytes) => &bytes[from as usize..][..n_bytes],
+            Numbers::There(file, start) => {
+                read.resize(n_bytes, 0);
+                let failed = |source| ovenbird_cache::Error::Read { path: path.to_owned(), source };
+                file.read_exact_at(&mut read, start + from).map_err(failed)?;
+                &read
+            }
+        };
+        Ok(match self.shape.dtype {
+            MatrixDtype::F16 => Vectors::F16(bytes.as_chunks::<2>().0.iter().map(|bytes| f16::from_le_bytes(*bytes)).collect()),
+            MatrixDtype::F32 => Vectors::F32(bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()),
+        })
+    }
+
+    /// Fails if the file changed since it was opened.
+    pub(crate) fn still(&self) -> Result<()> {
+        Ok(self.checked.still()?)
+    }
+}
+
+/// An array of an `.npz`: the only one, or the one that is named.
+fn member(file: &InputFile, opened: File, array: Option<&str>) -> Result<(Numbers, NpyHeader)> {
+    let damaged = |problem: String| malformed(&file.path, problem);
+    let mut archive = ZipArchive::new(opened).map_err(|error| damaged(format!("expected a zip archive (.npz): {error}")))?;
+    let names: Vec<String> = archive.file_names().filter_map(|name| name.strip_suffix(".npy")).map(str::to_owned).collect();
+    let listed = names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+    let name = match (array, &names[..]) {
+        (None, [name]) => name.clone(),
+        (Some(array), _) if names.iter().any(|name| name == array) => array.to_owned(),
+        (Some(array), _) => return Err(damaged(format!("expected an array `{array}`, found {listed}"))),
+        (None, _) => {
+            let (problem, hint) = (format!("arrays {listed}: which?"), "name it: `with: {array: b32_img}`".into());
+            return Err(ovenbird_data::Error::Malformed { path: file.path.clone(), problem, hint: Some(hint) }.into());
+        }
+    };
+    let mut member = archive.by_name(&format!("{name}.npy")).map_err(|error| damaged(error.to_string()))?;
+    let mut head = Vec::new();
+    (&mut member).take(MAX_NPY_HEADER).read_to_end(&mut head).map_err(|source| read_error(file, source))?;
+    let header = NpyHeader::of(&head).map_err(|problem| damaged(format!("{name}: {problem}")))?;
+    let (start, size) = (member.data_start(), member.size());
+    if member.compression() == CompressionMethod::Stored {
+        let expected = header.shape().map(|shape| header.bytes + shape.n_rows * shape.dim as u64 * shape.dtype.bytes());
+        if expected.is_some_and(|expected| expected != size) {
+            return Err(damaged(format!("{name}: expected {} bytes ({}), found {size}", expected.unwrap_or_default(), header.text)));
+        }
+        drop(member);
+        return Ok((Numbers::There(archive.into_inner(), start + header.bytes), header));
+    }
+    // What follows of the member is decompressed behind what was read.
+    member.read_to_end(&mut head).map_err(|source| read_error(file, source))?;
+    head.drain(..header.bytes as usize);
+    Ok((Numbers::Here(head), header))
+}
+
+fn read_error(file: &InputFile, source: io::Error) -> Error {
+    ovenbird_cache::Error::Read { path: file.path.clone(), source }.into()
+}
+
+/// Which rows are left out as unsafe for work.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Unsafe {
+    /// None are left out.
+    pub(crate) keep_all: bool,
+    /// Rows of which the table is not sure are left out too.
+    pub(crate) drop_unsure: bool,
+    /// The most of `punsafe`.
+    pub(crate) max_punsafe: f32,
+}
+
+/// What a row may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Row {
+    Candidate,
+    Unsafe,
+    WithoutUrl,
+}
+
+/// What a table says of a link.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct LinkText {
+    pub(crate) url: String,
+    pub(crate) md5: Option<String>,
+    pub(crate) caption: Option<String>,
+}
+
+/// The tables of a pool's metadata, of whose rows some are read.
+pub(crate) struct PoolRows<'a> {
+    tables: Vec<Table<'a>>,
+}
+
+/// One table.
+struct Table<'a> {
+    file: &'a InputFile,
+    checked: Checked<'a>,
+    n_rows: u64,
+    schema: Arc<Schema>,
+}
+
+impl<'a> PoolRows<'a> {
+    /// Hashes the tables and reads what columns they have. Fails where one has no URLs.
+    pub(crate) fn open(files: impl IntoIterator<Item = &'a InputFile>) -> Result<Self> {
+        let open = |file: &'a InputFile| {
+            let checked = file.check()?;
+            let builder = builder(file)?;
+            let table = Table {
+                file,
+                checked,
+                n_rows: builder.metadata().file_metadata().num_rows().max(0) as u64,
+                schema: Arc::clone(builder.schema()),
+            };
+            if table.column("url").is_none() {
+                let found = table.schema.fields().iter().map(|field| field.name().as_str()).collect::<Vec<_>>().join(", ");
+                return Err(malformed(&file.path, format!("expected a column `url` or `URL`, found {found}")));
+            }
+            Ok(table)
+        };
+        Ok(Self { tables: files.into_iter().map(open).collect::<Result<_>>()? })
+    }
+
+    pub(crate) fn n_rows(&self) -> u64 {
+        self.tables.iter().map(|table| table.n_rows).sum()
+    }
+
+    /// Whether every table says which images are unsafe for work.
+    pub(crate) fn know_unsafe(&self) -> bool {
+        self.tables.iter().all(|table| table.column("NSFW").is_some() || table.column("punsafe").is_some())
+    }
+
+    /// The first table with the columns of LAION-5B.
+    pub(crate) fn of_laion_5b(&self) -> Option<&'a InputFile> {
+        let has = |table: &Table<'_>, name: &str| table.schema.fields().iter().any(|field| field.name() == name);
+        self.tables.iter().find(|table| has(table, "punsafe") && has(table, "pwatermark")).map(|table| table.file)
+    }
+
+    /// What each row may be, from one on, in order, a batch at a time.
+    pub(crate) fn kinds(&self, from: u64, which: Unsafe) -> impl Iterator<Item = Result<Vec<Row>>> {
+        let mut first = 0;
+        let begun = self.tables.iter().filter_map(move |table| {
+            let before = first;
+            first += table.n_rows;
+            (first > from).then(|| (table, from.saturating_sub(before) as usize))
+        });
+        let of_table = move |(table, n_before): (&Table<'a>, usize)| {
+            let path = table.file.path.clone();
+            let selection = (n_before > 0)
+                .then(|| RowSelection::from(vec![RowSelector::skip(n_before), RowSelector::select(table.n_rows as usize - n_before)]));
+            match table.read(&["url", "NSFW", "punsafe"], selection) {
+                Ok(batches) => Batches::Some(Box::new(batches.map(move |batch| {
+                    let batch = batch.map_err(|error| malformed(&path, error.to_string()))?;
+                    kinds(&batch, which).map_err(|problem| malformed(&path, problem))
+                }))),
+                Err(error) => Batches::None(Some(error)),
+            }
+        };
+        begun.flat_map(of_table)
+    }
+
+    /// What the tables say of some rows, which are counted through all tables.
+    pub(crate) fn links(&self, rows: &BTreeSet<u64>) -> Result<BTreeMap<u64, LinkText>> {
+        let (mut links, mut first) = (BTreeMap::new(), 0);
+        for table in &self.tables {
+            let of_table: Vec<u64> = rows.range(first..first + table.n_rows).copied().collect();
+            if !of_table.is_empty() {
+                let path = &table.file.path;
+                let selection = selection(of_table.iter().map(|row| (row - first) as usize));
+                let mut read = of_table.into_iter();
+                for batch in table.read(&["url", "caption", "md5"], Some(selection))? {
+                    let batch = batch.map_err(|error| malformed(path, error.to_string()))?;
+                    let found = texts(&batch).map_err(|problem| malformed(path, problem))?;
+                    links.extend((&mut read).zip(found));
+                }
+            }
+            first += table.n_rows;
+        }
+        Ok(links)
+    }
+
+    /// All rows of the tables, in order, with what each may be, a batch at a time.
+    pub(crate) fn all(&self, which: Unsafe) -> impl Iterator<Item = Result<Vec<(Row, LinkText)>>> {
+        let of_table = move |table: &Table<'a>| {
+            let path = table.file.path.clone();
+            match table.read(&COLUMNS.map(|(name, _)| name), None) {
+                Ok(batches) => Batches::Some(Box::new(batches.map(move |batch| {
+                    let batch = batch.map_err(|error| malformed(&path, error.to_string()))?;
+                    let both = kinds(&batch, which).and_then(|kinds| Ok(kinds.into_iter().zip(texts(&batch)?).collect()));
+                    both.map_err(|problem| malformed(&path, problem))
+                }))),
+                Err(error) => Batches::None(Some(error)),
+            }
+        };
+        self.tables.iter().flat_map(of_table)
+    }
+
+    /// Fails if a table changed since it was opened.
+    pub(crate) fn still(&self) -> Result<()> {
+        self.tables.iter().try_for_each(|table| Ok(table.checked.still()?))
+    }
+}
+
+/// The batches of a table, or why there are none.
+enum Batches<I> {
+    Some(Box<I>),
+    None(Option<Error>),
+}
+
+impl<T, I: Iterator<Item = Result<T>>> Iterator for Batches<I> {
+    type Item = Result<T>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        match self {
+            Self::Some(batches) => batches.next(),
+            Self::None(error) => error.take().map(Err),
+        }
+    }
+}
+
+impl Table<'_> {
+    /// The name under which the table has a column.
+    fn column(&self, column: &str) -> Option<&'static str> {
+        let names = COLUMNS.iter().find(|(known, _)| *known == column).map_or(&[][..], |(_, names)| names);
+        let is_there = |name: &&&str| {
+            let field = self.schema.fields().iter().find(|field| field.name() == **name);
+            // LAION-5B's `hash` is a number made of URL and text.
+            field.is_some_and(|field| column != "md5" || !field.data_type().is_numeric())
+        };
+        names.iter().find(is_there).copied()
+    }
+
+    /// Some of the columns, those that are there, under the names of [`COLUMNS`].
+    fn read(
+        &self,
+        columns: &[&'static str],
+        selection: Option<RowSelection>,
+    ) -> Result<impl Iterator<Item = Result<RecordBatch, ParquetError>> + use<>> {
+        let there: Vec<(&'static str, &'static str)> = columns.iter().filter_map(|column| Some((*column, self.column(column)?))).collect();
+        let builder = builder(self.file)?;
+        let mask = ProjectionMask::columns(builder.parquet_schema(), there.iter().map(|(_, name)| *name));
+        let builder = builder.with_batch_size(BATCH_ROWS).with_projection(mask);
+        let builder = match selection {
+            Some(selection) => builder.with_row_selection(selection),
+            None => builder,
+        };
+        let batches: ParquetRecordBatchReader = builder.build().map_err(|error| malformed(&self.file.path, error.to_string()))?;
+        let renamed = move |batch: RecordBatch| {
+            let columns = there.iter().filter_map(|(column, name)| Some((*column, Arc::clone(batch.column_by_name(name)?), true)));
+            RecordBatch::try_from_iter_with_nullable(columns).map_err(|error| ParquetError::General(error.to_string()))
+        };
+        Ok(batches.map(move |batch| renamed(batch?)))
+    }
+}
+
+fn builder(file: &InputFile) -> Result<ParquetRecordBatchReaderBuilder<File>> {
+    let opened = File::open(&file.path).map_err(|source| read_error(file, source))?;
+    ParquetRecordBatchReaderBuilder::try_new(opened).map_err(|error| malformed(&file.path, format!("expected a Parquet table: {error}")))
+}
+
+/// The selection of some ascending rows.
+fn selection(rows: impl Iterator<Item = usize>) -> RowSelection {
+    let (mut selectors, mut next) = (Vec::new(), 0);
+    for row in rows {
+        if row > next {
+            selectors.push(RowSelector::skip(row - next));
+        }
+        selectors.push(RowSelector::select(1));
+        next = row + 1;
+    }
+    selectors.into()
+}
+
+/// A column as text, where it is there.
+fn text(batch: &RecordBatch, name: &str) -> Result<Option<StringArray>, String> {
+    let Some(column) = batch.column_by_name(name) else { return Ok(None) };
+    let cast = cast(column, &DataType::Utf8).map_err(|error| format!("column `{name}`: {error}"))?;
+    Ok(Some(cast.as_string::<i32>().clone()))
+}
+
+fn kinds(batch: &RecordBatch, which: Unsafe) -> Result<Vec<Row>, String> {
+    let urls = text(batch, "url")?.ok_or("no column of URLs")?;
+    let nsfw = if which.keep_all { None } else { text(batch, "NSFW")? };
+    let punsafe: Option<Float32Array> = match batch.column_by_name("punsafe").filter(|_| !which.keep_all) {
+        Some(column) => {
+            let cast: ArrayRef = cast(column, &DataType::Float32).map_err(|error| format!("column `punsafe`: {error}"))?;
+            Some(cast.as_primitive::<Float32Type>().clone())
+        }
+        None => None,
+    };
+    let is_unsafe = |row: usize| {
+        let by_word = nsfw.as_ref().is_some_and(|nsfw| match nsfw.is_valid(row).then(|| nsfw.value(row).to_ascii_uppercase()).as_deref() {
+            Some("NSFW" | "TRUE" | "1") => true,
+            Some("UNLIKELY" | "FALSE" | "0") => false,
+            _ => which.drop_unsure,
+        });
+        // A NaN is not known to be at most the limit.
+        by_word
+            || punsafe.as_ref().is_some_and(|punsafe| match punsafe.is_valid(row) {
+                true => !(punsafe.value(row) <= which.max_punsafe),
+                false => which.drop_unsure,
+            })
+    };
+    let kind = |row: usize| match () {
+        () if urls.is_null(row) || urls.value(row).trim().is_empty() => Row::WithoutUrl,
+        () if is_unsafe(row) => Row::Unsafe,
+        () => Row::Candidate,
+    };
+    Ok((0..batch.num_rows()).map(kind).collect())
+}
+
+fn texts(batch: &RecordBatch) -> Result<Vec<LinkText>, String> {
+    let [urls, captions, md5s] = [text(batch, "url")?, text(batch, "caption")?, text(batch, "md5")?];
+    let value = |column: &Option<StringArray>, row: usize| {
+        let text = column.as_ref().filter(|column| column.is_valid(row))?.value(row).trim();
+        (!text.is_empty()).then(|| text.to_owned())
+    };
+    let is_md5 = |text: &String| text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let of_row = |row: usize| LinkText {
+        url: value(&urls, row).unwrap_or_default(),
+        md5: value(&md5s, row).filter(is_md5).map(|md5| md5.to_ascii_lowercase()),
+        caption: value(&captions, row),
+    };
+    Ok((0..batch.num_rows()).map(of_row).collect())
+}
+
+/// A column of metadata; a null where nothing is known.
+pub(crate) enum Column {
+    Text(Vec<Option<String>>),
+    Number(Vec<Option<f32>>),
+}
+
+impl Column {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Text(texts) => texts.len(),
+            Self::Number(numbers) => numbers.len(),
+        }
+    }
+
+    fn array(self) -> ArrayRef {
+        match self {
+            Self::Text(texts) => Arc::new(texts.into_iter().collect::<StringArray>()),
+            Self::Number(numbers) => Arc::new(numbers.into_iter().collect::<Float32Array>()),
+        }
+    }
+}
+
+/// Writes a table of metadata, a batch of rows at a time.
+pub(crate) struct MetadataWriter {
+    writer: ArrowWriter<DraftFile>,
+    schema: Arc<Schema>,
+    path: PathBuf,
+}
+
+impl MetadataWriter {
+    /// `columns`: names of [`COLUMNS`].
+    pub(crate) fn new(file: DraftFile, columns: Vec<&'static str>) -> Result<Self> {
+        let field = |name: &&str| Field::new(*name, if *name == "punsafe" { DataType::Float32 } else { DataType::Utf8 }, true);
+        let schema = Arc::new(Schema::new(columns.iter().map(field).collect::<Vec<_>>()));
+        let path = file.path().to_owned();
+        let properties = WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::default())).build();
+        let writer = ArrowWriter::try_new(file, Arc::clone(&schema), Some(properties)).map_err(|error| unwritten(&path, error))?;
+        Ok(Self { writer, schema, path })
+    }
+
+    /// Appends rows: a column for each name.
+    pub(crate) fn push(&mut self, columns: Vec<Column>) -> Result<()> {
+        let arrays = columns.into_iter().map(Column::array).collect();
+        let batch = RecordBatch::try_new(Arc::clone(&self.schema), arrays).expect("BUG: columns of equal length and of their kinds");
+        self.writer.write(&batch).map_err(|error| unwritten(&self.path, error))
+    }
+
+    /// Writes what is left and finishes the file.
+    pub(crate) fn finish(self) -> Result<()> {
+        let file = self.writer.into_inner().map_err(|error| unwritten(&self.path, error))?;
+        Ok(file.finish()?)
+    }
+}
+
+fn unwritten(path: &Path, error: ParquetError) -> Error {
+    write_error(path, io::Error::other(error))
+}
