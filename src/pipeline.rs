@@ -7,6 +7,7 @@ mod lines;
 pub(crate) mod matrix;
 pub(crate) mod named;
 pub(crate) mod problem;
+mod rounds;
 pub(crate) mod step_id;
 pub(crate) mod yaml;
 

@@ -189,7 +189,7 @@ stages:
 "#;
 
 /// Every stage that reads what two CLIPs may have made, with inputs of both: its id, its kind, the two ports, and what it reads besides.
-const MIXED: [(&str, &str, [&str; 2], &str); 15] = [
+const MIXED: [(&str, &str, [&str; 2], &str); 16] = [
     (
         "labelled",
         "annotations/pseudo-labels",
@@ -208,6 +208,12 @@ const MIXED: [(&str, &str, [&str; 2], &str); 15] = [
         "retrieve/boxes",
         ["features", "prompts"],
         "in: {features: regions.features, prompts: others.prompts, classes: train.classes, annotations: world.train}",
+    ),
+    (
+        "pooled",
+        "pool/retrieve",
+        ["features", "prompts"],
+        "in: {features: whole.features, annotations: world.train, prompts: others.prompts, classes: train.classes}",
     ),
     (
         "selected",

@@ -11,7 +11,7 @@ use std::{
 use ovenbird_cache::inputs::digest_path;
 use ovenbird_stages::{
     Artifact as _,
-    artifacts::{Dropped, Link, Links},
+    artifacts::{Dropped, Links},
 };
 use serde_json::{Value, json};
 
@@ -183,6 +183,51 @@ fn pools_that_do_not_fit_are_refused() {
     // A table of something else.
     fs::copy(golden().join("rpl/metadata_0.parquet"), at("laion/metadata/metadata_1.parquet")).map(drop).unwrap();
     refuses("./laion", "./laion", "`img_emb/img_emb_1.npy` has 30 rows, `metadata/metadata_1.parquet` has 50");
+}
+
+/// Images of one's own instead of a pool.
+#[test]
+fn images_of_one_s_own_are_retrieved_by_their_file_names() {
+    let world = World::new();
+    let pipeline = "version: 1
+name: own
+stages:
+  - {id: world, use: toy/world, with: {train_images: 2, val_images: 2, web_images: 60, held_out_images: 60}}
+  - {id: clip, use: toy/clip, in: {held_out_images: world.held_out_images, held_out: world.held_out}}
+  - {id: prompts, use: prompts/ensemble, in: {checkpoint: clip.checkpoint, classes: world.classes}}
+  - {id: list, use: annotations/folder, in: {images: world.web_images}}
+  - {id: globals, use: clip/globals, in: {images: world.web_images, annotations: list.annotations, checkpoint: clip.checkpoint}}
+  - id: own
+    use: pool/retrieve
+    in: {features: globals.features, annotations: list.annotations, prompts: prompts.prompts, classes: world.classes}
+    with: {per_class: 5}
+  - id: web
+    use: toy/web
+    in: {images: world.web_images, captions: world.captions, features: globals.features, annotations: list.annotations}
+  - id: pooled
+    use: pool/retrieve
+    in: {pool: web.pool, prompts: prompts.prompts, classes: world.classes}
+    with: {per_class: 5, nsfw: keep}
+";
+    world.write("own.yaml", pipeline);
+    drop(world.run(["run", "./own.yaml"]).success());
+    let of = |step: &str| {
+        let exported = world.run(["export", "./own.yaml", &format!("{step}.links"), step]);
+        drop(exported.success());
+        links_at(&world.path(step).join("links.parquet"))
+    };
+    let (own, pooled) = (of("own"), of("pooled"));
+    assert_eq!(own.by_class.len(), 20, "novel classes");
+    for ((class, own), (_, pooled)) in own.by_class.iter().zip(&pooled.by_class) {
+        assert_eq!(own.len(), 5);
+        for (own, pooled) in own.iter().zip(pooled) {
+            assert_eq!((own.place, own.url.clone()), (pooled.place, format!("{:08}.jpg", own.place)), "{class}");
+            // The pool holds them in f16.
+            assert!((own.similarity.unwrap() - pooled.similarity.unwrap()).abs() < 1e-3);
+        }
+    }
+    world.refuses(pipeline, "annotations: list.annotations, prompts", "prompts", "missing, but `features` are given");
+    world.refuses(pipeline, "{pool: web.pool,", "{pool: web.pool, features: globals.features,", "given beside `features`");
 }
 
 /// Links of a table alone, and what of a table is refused.

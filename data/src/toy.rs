@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use crate::{boxes::Xyxy, classes::ClassSplit, images::Image, proposals::Proposal};
 use paint::{Canvas, Look, Mask};
-pub use web::{Captioned, Labelled};
+pub use web::{Captioned, Labelled, Trouble, trouble, web_path};
 
 pub(crate) const SHAPES: [&str; 6] = ["circle", "square", "triangle", "star", "cross", "ring"];
 pub(crate) const COLOURS: [&str; 6] = ["red", "green", "blue", "yellow", "purple", "orange"];

@@ -50,6 +50,7 @@ pub(crate) fn schema(Args {}: &Args) -> Result<()> {
             "use": {"enum": kinds, "description": "The kind of work: see `ovenbird stages`"},
             "in": {"type": "object", "description": "Inputs: `stage.output`, or a path with a slash"},
             "with": {"type": "object", "description": "Parameters"},
+            "rounds": {"description": "How often the step is repeated, a number or a variable: see docs/operating.md, Rounds"},
             "resources": resources,
             "on_bad_item": {"enum": ["fail", "skip"], "default": "fail", "description": "What to do with an item that cannot be read: fail, or skip it and report it"},
             "max_silence_s": {"type": "integer", "minimum": 1, "default": MAX_SILENCE.as_secs(), "description": "The stage fails as hanging after so many seconds without progress"},

@@ -25,6 +25,7 @@ use super::{
     lines::join,
     named::NAMED,
     problem::Fault,
+    rounds::{Round, id_of, of_round},
     step_id::StepId,
     yaml::{ID_WORDS, Reader, is_id, shown},
 };
@@ -34,7 +35,7 @@ use crate::error::{Error, Result};
 pub(crate) const VERSION: u64 = 1;
 
 const FILE_KEYS: &[&str] = &["version", "name", "description", "variables", "seeds", "variants", "stages"];
-const STAGE_KEYS: &[&str] = &["id", "use", "in", "with", "resources", "on_bad_item", "max_failed_ratio", "max_silence_s"];
+const STAGE_KEYS: &[&str] = &["id", "use", "rounds", "in", "with", "resources", "on_bad_item", "max_failed_ratio", "max_silence_s"];
 const RESOURCE_KEYS: &[&str] = &["cpu", "memory", "gpu"];
 
 /// The default of `max_failed_ratio`: the fraction of a stage's items that may fail with `on_bad_item: skip`.
@@ -81,21 +82,23 @@ fn find(name: &str) -> Result<(String, Option<PathBuf>, String)> {
 }
 
 /// A stage as written, after its keys were checked.
-struct Draft {
-    id: String,
-    entry: &'static StageEntry,
+pub(super) struct Draft {
+    pub(super) id: String,
+    pub(super) entry: &'static StageEntry,
     stage: Option<Box<dyn AnyStage>>,
-    inputs: BTreeMap<String, Given>,
+    pub(super) inputs: BTreeMap<String, Given>,
     resources: Resources,
     on_bad_item: OnBadItem,
     max_silence: Duration,
+    /// Of a step that is repeated: which time this is.
+    pub(super) round: Option<Round>,
 }
 
 /// An input as written.
-struct Given {
-    value: String,
+pub(super) struct Given {
+    pub(super) value: String,
     /// Where it is written.
-    path: String,
+    pub(super) path: String,
 }
 
 impl Reader {
@@ -168,13 +171,18 @@ impl Reader {
         let mut ids = BTreeSet::new();
         let mut drafts = Vec::new();
         for (stage_idx, yaml) in stages.iter().enumerate() {
-            if let Some(draft) = self.stage(stage_idx, yaml, &variables, &changes) {
-                if !ids.insert(draft.id.clone()) {
-                    self.push(format!("stages.{}.id", draft.id), "two steps have this id");
+            for round in self.rounds(stage_idx, yaml, &variables) {
+                if let Some(draft) = self.stage(stage_idx, yaml, round, &variables, &of_round(&changes, yaml, round)) {
+                    if !ids.insert(draft.id.clone()) {
+                        self.push(format!("stages.{}.id", draft.id), "two steps have this id");
+                    }
+                    // A change of a step that is repeated is one of all rounds.
+                    ids.extend(draft.round.and_then(|_| id_of(yaml)));
+                    drafts.push(draft);
                 }
-                drafts.push(draft);
             }
         }
+        let drafts = self.unrolled(drafts);
         ids.extend(self.broken.iter().cloned());
         for Change { path, key, .. } in &changes {
             if let Some(id) = key.stage().filter(|id| !ids.contains(*id)) {
@@ -215,9 +223,16 @@ impl Reader {
         })
     }
 
-    fn stage(&mut self, stage_idx: usize, yaml: &Yaml, variables: &BTreeMap<String, Yaml>, changes: &[Change]) -> Option<Draft> {
+    fn stage(
+        &mut self,
+        stage_idx: usize,
+        yaml: &Yaml,
+        round: Option<Round>,
+        variables: &BTreeMap<String, Yaml>,
+        changes: &[Change],
+    ) -> Option<Draft> {
         let place = format!("stages.{stage_idx}");
-        let id = yaml.get("id").and_then(Yaml::as_str).map(str::to_owned);
+        let id = id_of(yaml);
         let path = id.as_ref().map_or_else(|| place.clone(), |id| format!("stages.{id}"));
         let Some(mut keys) = self.keys(&path, yaml, STAGE_KEYS) else {
             self.push(path, "expected a mapping with `id` and `use`");
@@ -261,7 +276,8 @@ impl Reader {
                 MAX_SILENCE
             }
         };
-        Some(Draft { id, entry, stage, inputs, resources, on_bad_item, max_silence })
+        let id = round.map_or(id.clone(), |round| round.id(&id));
+        Some(Draft { id, entry, stage, inputs, resources, on_bad_item, max_silence, round })
     }
 
     fn parameters(&mut self, path: &str, id: &str, entry: &StageEntry, with: &Yaml, changes: &[Change]) -> Option<Box<dyn AnyStage>> {

@@ -83,7 +83,7 @@ pub use hits::{Hits, RegionHit, Searched};
 pub use images::Images;
 pub(crate) use images::listed;
 pub use links::{Dropped, Link, Links, PoolSearched};
-pub(crate) use matrix::{MAX_NPY_HEADER, Matrix, MatrixShape, NpyHeader, narrowed};
+pub(crate) use matrix::{MAX_NPY_HEADER, Matrix, MatrixShape, NpyHeader, narrowed, npy_header};
 pub use matrix::{MatrixDtype, MatrixFile};
 pub(crate) use pool::{
     COLUMNS as METADATA_COLUMNS, Column as MetadataColumn, Embedded, LinkText, MetadataWriter, PoolRows, PoolShard, Row as PoolRow, Unsafe,

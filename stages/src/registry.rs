@@ -24,6 +24,7 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<toy::World>(),
     StageEntry::of::<toy::Clip>(),
     StageEntry::of::<toy::Vocabulary>(),
+    StageEntry::of::<toy::Web>(),
     StageEntry::of::<annotations::split::Split>(),
     StageEntry::of::<annotations::folder::Folder>(),
     StageEntry::of::<proposals::import::Import>(),
@@ -211,6 +212,7 @@ mod tests {
         let others = [
             "toy/world",
             "toy/vocabulary",
+            "toy/web",
             "annotations/split",
             "annotations/folder",
             "proposals/import",

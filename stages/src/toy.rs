@@ -2,6 +2,7 @@
 
 mod clip;
 mod vocabulary;
+mod web;
 
 use ovenbird_data::{
     proposals::write_mmdet,
@@ -10,7 +11,7 @@ use ovenbird_data::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use self::{clip::Clip, vocabulary::Vocabulary};
+pub use self::{clip::Clip, vocabulary::Vocabulary, web::Web};
 use crate::{
     Context, Out, PortInfo, Problem, Result, Stage, Unit, UnitDraft,
     artifacts::{AnnotationFile, Caption, Captions, Classes, Images, MmdetProposals},

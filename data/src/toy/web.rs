@@ -17,6 +17,53 @@ pub struct Captioned {
     pub text: String,
 }
 
+/// What is wrong with a picture's link, or with its row in a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trouble {
+    /// Nothing.
+    None,
+    /// There is no such page any more.
+    Gone,
+    /// The link leads on to the picture.
+    Moved,
+    /// The link leads to a web page.
+    Page,
+    /// Robots may not go there.
+    Forbidden,
+    /// The picture ends in its middle.
+    Cut,
+    /// The server fails.
+    Failing,
+    /// Another picture is there than before.
+    Changed,
+    /// The row has the URL of another picture.
+    Duplicate(usize),
+    /// The row is marked as unsafe for work.
+    Unsafe,
+}
+
+/// The trouble with a picture of the web set.
+pub fn trouble(seed: u64, index: usize) -> Trouble {
+    match Dice::new(seed, 5, index).below(100) {
+        0..10 => Trouble::Gone,
+        10..14 => Trouble::Moved,
+        14..17 => Trouble::Page,
+        17..19 => Trouble::Forbidden,
+        19..21 => Trouble::Cut,
+        21..22 => Trouble::Failing,
+        22..24 => Trouble::Changed,
+        24..26 if index > 0 => Trouble::Duplicate(index - 1),
+        26..28 => Trouble::Unsafe,
+        _ => Trouble::None,
+    }
+}
+
+/// Where a server of the web set has a picture, below its address.
+pub fn web_path(seed: u64, index: usize) -> String {
+    let folder = if trouble(seed, index) == Trouble::Forbidden { "private" } else { "pictures" };
+    format!("{folder}/{seed}/{index:08}.jpg")
+}
+
 /// A picture whose class is known for certain.
 #[derive(Debug, Clone)]
 pub struct Labelled {

@@ -230,6 +230,19 @@ impl NpyHeader {
     }
 }
 
+/// What begins a `.npy` file of a matrix: numpy's version 1.0, padded to a multiple of 64 bytes.
+pub(crate) fn npy_header(n_rows: usize, dim: usize, dtype: MatrixDtype) -> Vec<u8> {
+    let descr = match dtype {
+        MatrixDtype::F16 => "<f2",
+        MatrixDtype::F32 => "<f4",
+    };
+    let text = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({n_rows}, {dim}), }}");
+    // Before it magic, version and length, 10 bytes; behind it a line feed.
+    let text = format!("{text}{}\n", " ".repeat((64 - (text.len() + 11) % 64) % 64));
+    let length = u16::try_from(text.len()).expect("BUG: the header of a matrix is short");
+    [NPY, &[1, 0], &length.to_le_bytes(), text.as_bytes()].concat()
+}
+
 /// The bytes of numbers in a number format.
 pub(crate) fn narrowed(numbers: &[f32], dtype: MatrixDtype, path: &Path) -> Result<Vec<u8>> {
     if let Some(place) = numbers.iter().position(|number| dtype == MatrixDtype::F16 && !f16::from_f32(*number).is_finite()) {
