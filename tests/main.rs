@@ -18,6 +18,7 @@ mod own_data;
 mod pictures;
 mod predict;
 mod promptdet;
+mod promptdet_detector;
 mod prompts;
 mod quickstart;
 mod records;

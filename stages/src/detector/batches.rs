@@ -393,6 +393,44 @@ pub(crate) fn boxes(boxes: &[Xyxy]) -> Tensor {
 }
 
 #[cfg(test)]
+impl DetectionLoader {
+    /// Of so many images without files, 90 x 60 px, every third one 60 x 90 px.
+    pub(super) fn of_nothing(n: usize, training: &Training, first_step: u32) -> Self {
+        use ovenbird_data::annotations::ImageInfo;
+        use rand_chacha::rand_core::SeedableRng as _;
+        let info = |place: usize| {
+            let [width, height] = if place % 3 == 0 { [60, 90] } else { [90, 60] };
+            let (neg_category_ids, not_exhaustive_category_ids) = (Vec::new(), Vec::new());
+            let (id, file_name) = (ImageId(place as u64 + 1), format!("{place}.jpg"));
+            ImageInfo { id, file_name, width, height, neg_category_ids, not_exhaustive_category_ids }
+        };
+        let sample = |place| Sample { info: info(place), objects: Vec::new(), crowds: Vec::new(), categories: [].into() };
+        Self {
+            images: Images::open(&[]).expect("BUG: an empty folder is a folder"),
+            samples: (0..n).map(sample).collect(),
+            copies: (0..n).collect(),
+            proposals: None,
+            blocks: None,
+            globals: None,
+            has_masks: false,
+            normalisation: Normalisation::IMAGENET,
+            training: training.clone(),
+            first_step,
+            random: ChaCha8Rng::seed_from_u64(7),
+        }
+    }
+
+    pub(super) fn infos(&self) -> impl Iterator<Item = ovenbird_data::annotations::ImageInfo> {
+        self.samples.iter().map(|sample| sample.info.clone())
+    }
+
+    /// The images of a batch, and how they are shown.
+    pub(super) fn shown(spec: &BatchSpec) -> impl Iterator<Item = (usize, Placement)> {
+        spec.images.iter().copied()
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use ovenbird_data::images::Image;
     use ovenbird_models::detection::roi_align::{Alignment, Level, RoiAlign, Sampling};

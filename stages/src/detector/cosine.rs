@@ -8,7 +8,7 @@ use ovenbird_models::{
     checkpoint::Checkpoint,
     detection::boxes::ImageSize,
     rcnn::{
-        cosine::{Counted, CosineDetector, region_losses},
+        cosine::{CosineDetector, Counted, region_losses},
         heads::{DetectionRule, RegionRule, RegionSample},
         regions::Pyramid,
         rpn::{self, ProposalRule, Proposals},
@@ -20,7 +20,7 @@ use super::{
     batches::{Batch, boxes},
     classes::selected_prompts,
     criterion::{Crowds, PROPOSALS, Taught, loss_of_masks, sampled, sampled_among},
-    images::{Normalisation, Padding, TestImage},
+    images::{Normalisation, Padding, Pixels, TestImage},
     options::TestOptions,
     ports::{AUGMENTED, MULTILABEL_PROMPTS, PROMPTS},
     predictor::{self, Found, Predictor},
@@ -80,8 +80,8 @@ impl CosineCriterion {
         self.detector.parameters()
     }
 
-    /// The pyramid of images, and the terms that have names.
-    fn pyramid(&self, pixels: &super::images::Pixels) -> Result<Pyramid> {
+    /// The pyramid of images in training.
+    fn pyramid(&self, pixels: &Pixels) -> Result<Pyramid> {
         let images = pixels.on(self.store.device()).to_kind(self.training.precision.kind());
         Ok(self.detector.regions.forward(&images, Phase::Train)?)
     }
@@ -122,11 +122,10 @@ impl CosineCriterion {
         let n_without = taught.iter().flatten().filter(|image| image.classes.is_empty()).count();
         let mut terms: Vec<[Tensor; 3]> = Vec::new();
         for (Seen { pyramid, proposals, .. }, images) in seen.iter().zip(taught) {
-            // Both views draw alike, as the reference's, if their anchors and regions match alike.
+            // Views that are the same draw the same.
             let mut random = batch.random.clone();
             let n_classes = self.classes.size()[0];
-            let of_heads = (proposals.as_slice(), &self.rule);
-            let (rpn, samples) = sampled_among(&self.detector.regions, pyramid, of_heads.0, images, of_heads.1, n_classes, &mut random)?;
+            let (rpn, samples) = sampled_among(&self.detector.regions, pyramid, proposals, images, &self.rule, n_classes, &mut random)?;
             let said = self.detector.look(pyramid, &chosen(&samples), &self.classes, Phase::Train)?;
             let of_regions = region_losses(&said, &samples, n_classes, Counted::Objects)?;
             let rpn::Losses { objectness_of_objects, .. } = rpn;
@@ -227,7 +226,11 @@ impl CosinePredictor {
         let (found, dim) = (classes.size()[1], spec.config.embed_dim);
         if found != dim {
             let problem = format!("class embeddings have {found} numbers, the detector's space has {dim}");
-            return Err(Error::Input { port: PROMPTS.info().name, problem, hint: "use prompts of the CLIP that it was trained with".into() });
+            return Err(Error::Input {
+                port: PROMPTS.info().name,
+                problem,
+                hint: "use prompts of the CLIP that it was trained with".into(),
+            });
         }
         let (detector, store) = spec.network(checkpoint, cx.device)?;
         Ok(Self {
@@ -258,5 +261,133 @@ impl Predictor for CosinePredictor {
             objects.extend(predictor::objects(found, image.placement, n_threads)?);
         }
         Ok(objects)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ovenbird_data::training::Placement;
+    use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng as _};
+
+    use super::{
+        super::{criterion::region_rule, spec::Network},
+        *,
+    };
+    use crate::golden::unit;
+
+    const N_BASE: usize = 3;
+
+    /// A detector of 5 classes, the last two of them novel, whose embeddings have gradients.
+    fn criterion() -> CosineCriterion {
+        let spec = CosineSpec { config: Network::Toy.cosine_config(16, false), fits: [96, 64], clip: None };
+        let classes = Tensor::from_slice(&unit("cosine/classes", 5 * 16).collect::<Vec<f32>>()).view([5, 16]);
+        let rule = region_rule(64, None);
+        let (web, training) = (SelfTraining::default(), Training::default());
+        let made = CosineCriterion::new(spec, (&classes, N_BASE), (rule, Crowds::Background), &web, &training, Device::Cpu).unwrap();
+        CosineCriterion { classes: made.classes.set_requires_grad(true), ..made }
+    }
+
+    fn picture(width: u32, height: u32) -> ovenbird_data::images::Image {
+        let level = |place: u32| ((place * 37) % 251) as u8;
+        ovenbird_data::images::Image { width, height, rgb: (0..3 * width * height).map(level).collect() }
+    }
+
+    /// An image of the web of class 4 in two views of these sizes.
+    fn web(sizes: [[u32; 2]; 2]) -> WebBatch {
+        let view = |to: [u32; 2]| {
+            let placement = Placement { from: [96, 64], to, is_mirrored: false };
+            View { pixels: Pixels::of(&[placement.pixels(&picture(96, 64))], Normalisation::IMAGENET), placements: vec![placement] }
+        };
+        WebBatch { views: sizes.map(view), classes: vec![4], random: ChaCha8Rng::seed_from_u64(5) }
+    }
+
+    fn value(losses: &Losses, wanted: &str) -> f64 {
+        losses.terms.iter().find(|(name, _)| *name == wanted).unwrap().1.double_value(&[])
+    }
+
+    /// T3 of PromptDet's specification.
+    #[test]
+    fn novel_classes_are_taught_by_images_of_the_web_alone() {
+        for is_web in [false, true] {
+            let criterion = criterion();
+            let batch = if is_web {
+                MixedBatch::Web(web([[96, 64], [144, 96]]))
+            } else {
+                MixedBatch::Annotated(super::super::criterion::tests::batch())
+            };
+            let losses = criterion.losses(0, batch).unwrap();
+            let terms: Vec<&Tensor> = losses.terms.iter().map(|(_, term)| term).collect();
+            Tensor::stack(&terms, 0).sum(Kind::Float).backward();
+            let gradient = criterion.classes.grad().abs().sum_dim_intlist([1_i64].as_slice(), false, Kind::Double);
+            let of_classes = Vec::<f64>::try_from(gradient).unwrap();
+            assert!(of_classes[..N_BASE].iter().all(|gradient| *gradient > 0.0), "{of_classes:?}");
+            assert!(of_classes[N_BASE..].iter().all(|gradient| (*gradient > 0.0) == is_web), "{of_classes:?}");
+            let names: Vec<&str> = losses.terms.iter().map(|(name, _)| *name).collect();
+            let expected: &[&str] = if is_web {
+                &["rpn_objectness_web", "classes_web", "boxes_web"]
+            } else {
+                &["rpn_objectness", "rpn_boxes", "classes", "boxes"]
+            };
+            assert_eq!(names, expected);
+            // Of what images of the web show besides, and where exactly it is, nobody knows.
+            let (regressor, backbone) =
+                (&criterion.tensors()["rpn_head.rpn_reg.weight"], &criterion.tensors()["backbone.layer4.0.conv1.weight"]);
+            assert!(backbone.grad().abs().max().double_value(&[]) > 0.0);
+            let of_boxes = regressor.grad();
+            assert_eq!(of_boxes.defined() && of_boxes.abs().max().double_value(&[]) > 0.0, !is_web);
+        }
+    }
+
+    /// T2 and T4: at first, cosines are near 0 and the loss of a matched region is that of its probability of 0.01; others count in the divisor alone.
+    #[test]
+    fn losses_of_images_of_the_web_begin_where_the_specification_says() {
+        let losses = criterion().losses(0, MixedBatch::Web(web([[96, 64], [96, 64]]))).unwrap();
+        // 4 classes with a probability of 0.01 that should be 0, and one that should be 1; cosines are up to 1, so that probabilities may be e times as large.
+        let of_region = 4.0 * -(0.99_f64.ln()) + 4.595;
+        let matched = value(&losses, "classes_web") / (2.0 * of_region);
+        assert!((0.5 / 64.0..=0.25 * 1.3).contains(&matched), "{matched}");
+        let (_, without) = &losses.measures[0];
+        assert!(without.double_value(&[]).abs() < 1e-9);
+    }
+
+    /// T5: two views that are the same give twice the loss of classes, and the others once.
+    #[test]
+    fn the_loss_of_classes_is_summed_over_views_and_others_are_averaged() {
+        let of = |sizes| criterion().losses(0, MixedBatch::Web(web(sizes))).unwrap();
+        let same = of([[96, 64], [96, 64]]);
+        let criterion = criterion();
+        let WebBatch { views: [view, _], classes, mut random } = web([[96, 64], [96, 64]]);
+        let Seen { pyramid, proposals, found } = criterion.see(&view, &classes).unwrap();
+        let [taught, _] = criterion.web.taught([&view.placements[0]; 2], [found[0]; 2]);
+        let images = vec![of_one(taught, 4, [96, 64])];
+        let (rpn, samples) =
+            sampled_among(&criterion.detector.regions, &pyramid, &proposals, images, &criterion.rule, 5, &mut random).unwrap();
+        let said = criterion.detector.look(&pyramid, &chosen(&samples), &criterion.classes, Phase::Train).unwrap();
+        let one = region_losses(&said, &samples, 5, Counted::Objects).unwrap();
+        for (name, factor, loss) in
+            [("classes_web", 2.0, one.classes), ("boxes_web", 1.0, one.boxes), ("rpn_objectness_web", 1.0, rpn.objectness_of_objects)]
+        {
+            let (found, expected) = (value(&same, name), factor * loss.double_value(&[]));
+            assert!(expected > 0.0 && (found - expected).abs() <= 1e-5 * expected, "{name}: {found}, expected {expected}");
+        }
+    }
+
+    /// An image without a box to teach has no loss, and none that is no number.
+    #[test]
+    fn an_image_without_a_box_teaches_nothing() {
+        let criterion = criterion();
+        let WebBatch { views: [view, _], classes, mut random } = web([[96, 64], [96, 64]]);
+        let Seen { pyramid, mut proposals, .. } = criterion.see(&view, &classes).unwrap();
+        proposals[0] = Proposals { boxes: boxes(&[]), scores: Tensor::zeros([0], (Kind::Float, Device::Cpu)) };
+        let found = criterion.detector.pseudo_boxes(&pyramid, &proposals, &classes, &criterion.classes).unwrap();
+        assert_eq!(found, [None]);
+        let images = vec![of_one(None, 4, [96, 64])];
+        let (rpn, samples) =
+            sampled_among(&criterion.detector.regions, &pyramid, &proposals, images, &criterion.rule, 5, &mut random).unwrap();
+        let said = criterion.detector.look(&pyramid, &chosen(&samples), &criterion.classes, Phase::Train).unwrap();
+        let losses = region_losses(&said, &samples, 5, Counted::Objects).unwrap();
+        for loss in [losses.classes, losses.boxes, rpn.objectness_of_objects] {
+            assert!(loss.double_value(&[]).abs() < 1e-12);
+        }
     }
 }

@@ -389,7 +389,7 @@ fn object_mask(mask: &ShownMask) -> ObjectMask {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use ovenbird_data::{annotations::ImageId, boxes::Xyxy};
     use ovenbird_models::rcnn::Config;
     use rand_chacha::rand_core::SeedableRng as _;
@@ -418,7 +418,7 @@ mod tests {
     }
 
     /// Images of 96 x 64 px with two objects each, two images.
-    fn batch() -> Batch {
+    pub(in crate::detector) fn batch() -> Batch {
         let picture = |of: u32| {
             let level = |place: u32| ((place * 37 + of * 101) % 251) as u8;
             ovenbird_data::images::Image { width: 96, height: 64, rgb: (0..3 * 96 * 64).map(level).collect() }

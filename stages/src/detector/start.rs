@@ -15,7 +15,8 @@ use crate::{
 
 pub(super) const START: In<Checkpoints> =
     In::optional("start", "The checkpoints of a training (`detector/train`) that this one goes on from, after `start_epoch` epochs.");
-pub(super) const START_STATE: In<States> = In::optional("start_state", "The optimizer's states of these checkpoints: `state` of the same step.");
+pub(super) const START_STATE: In<States> =
+    In::optional("start_state", "The optimizer's states of these checkpoints: `state` of the same step.");
 
 /// How many checkpoints an error lists.
 const MAX_LISTED: usize = 20;
@@ -42,9 +43,11 @@ pub(super) fn check(start_epoch: Option<u32>, inputs: &Inputs) -> Result<()> {
         }
         (Some(_), Some(_)) | (None, None) => return Ok(()),
         (Some(_), None) => ("start_epoch", "missing, but `start` is given", "say after how many epochs to start: `with: {start_epoch: 6}`"),
-        (None, Some(_)) => {
-            (START.info().name, "missing, but `start_epoch` is set", "give `detector` and `state` of a training as `start` and `start_state`")
-        }
+        (None, Some(_)) => (
+            START.info().name,
+            "missing, but `start_epoch` is set",
+            "give `detector` and `state` of a training as `start` and `start_state`",
+        ),
     };
     Err(Error::Input { port, problem: problem.into(), hint: hint.into() })
 }

@@ -223,7 +223,13 @@ struct Web {
 }
 
 impl MixedLoader {
-    pub(super) fn new(annotated: DetectionLoader, images: Option<WebImages>, parameters: &SelfTraining, epochs: Epochs, cx: &Context<'_>) -> Result<Self> {
+    pub(super) fn new(
+        annotated: DetectionLoader,
+        images: Option<WebImages>,
+        parameters: &SelfTraining,
+        epochs: Epochs,
+        cx: &Context<'_>,
+    ) -> Result<Self> {
         let Some(mut images) = images else { return Ok(Self { annotated, web: None }) };
         images.shown.truncate(cx.most_items.unwrap_or(usize::MAX));
         if images.shown.is_empty() {
@@ -231,7 +237,11 @@ impl MixedLoader {
                 return Ok(Self { annotated, web: None });
             }
             let problem = "expected at least one label, found none".into();
-            return Err(Error::Input { port: WEB.info().name, problem, hint: "leave out `web` and `web_images`, or give images of the web".into() });
+            return Err(Error::Input {
+                port: WEB.info().name,
+                problem,
+                hint: "leave out `web` and `web_images`, or give images of the web".into(),
+            });
         }
         let training = annotated.training();
         let per_step = training.accumulation_steps as usize;
@@ -247,11 +257,22 @@ impl MixedLoader {
         let Some(Web { images: WebImages { images, shown }, batch_size, .. }) = &self.web else { return Ok(()) };
         images.look_for(shown.iter().map(|(info, _)| info), cx).map_err(|error| error.at_port(WEB_IMAGES.info().name))?;
         let labels: BTreeSet<usize> = shown.iter().map(|(_, class)| *class).collect();
-        cx.note(format!("and {} batches of {} images of the web, of {} classes", shown.len().div_ceil(*batch_size), shown.len(), labels.len()));
+        cx.note(format!(
+            "and {} batches of {} images of the web, of {} classes",
+            shown.len().div_ceil(*batch_size),
+            shown.len(),
+            labels.len()
+        ));
         let n_base = classes.base.len();
-        let without: Vec<&String> = (n_base..).zip(&classes.novel).filter(|(place, _)| !labels.contains(place)).map(|(_, name)| name).collect();
+        let without: Vec<&String> =
+            (n_base..).zip(&classes.novel).filter(|(place, _)| !labels.contains(place)).map(|(_, name)| name).collect();
         if !without.is_empty() {
-            cx.note(format!("no image of the web of {} of {} novel classes: {}", without.len(), classes.novel.len(), named(&without, MAX_NAMED)));
+            cx.note(format!(
+                "no image of the web of {} of {} novel classes: {}",
+                without.len(),
+                classes.novel.len(),
+                named(&without, MAX_NAMED)
+            ));
         }
         Ok(())
     }
@@ -301,7 +322,8 @@ impl Web {
             let batches = [annotated.epoch(epoch), self.epoch(epoch, annotated)];
             let mut shown = [0, 0];
             let of_turn = |turn: &usize| {
-                let pieces = (0..per_step as usize).map(|piece| batches[*turn][(shown[*turn] + piece) % batches[*turn].len()].clone()).collect();
+                let pieces =
+                    (0..per_step as usize).map(|piece| batches[*turn][(shown[*turn] + piece) % batches[*turn].len()].clone()).collect();
                 shown[*turn] += per_step as usize;
                 (*turn, pieces)
             };
@@ -369,5 +391,126 @@ impl DataLoader for MixedLoader {
 
     fn n_images(&self) -> usize {
         self.annotated.n_images() + self.web.as_ref().map_or(0, |web| web.images.shown.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view(side: u32, is_mirrored: bool) -> Placement {
+        Placement { from: [1024, 1024], to: [side, side], is_mirrored }
+    }
+
+    fn corners(xyxy: Option<Xyxy>) -> Option<[f32; 4]> {
+        xyxy.map(|Xyxy { x1, y1, x2, y2 }| [x1, y1, x2, y2].map(f32::round))
+    }
+
+    /// The example of PromptDet's specification, section 9.4, whatever the other view sees; and a box that ends outside.
+    #[test]
+    fn both_views_teach_the_box_of_the_surer_one() {
+        let (one, other) = (view(200, true), view(600, false));
+        let box_of_one = [20.0, 30.0, 120.0, 150.0];
+        let (fixed, reference) = (SelfTraining::default(), SelfTraining { pseudo_box: PseudoBox::Reference, ..SelfTraining::default() });
+        for found in [[Some((box_of_one, 0.5)), Some(([1.0, 2.0, 3.0, 4.0], 0.4))], [Some((box_of_one, -9.0)), None]] {
+            for parameters in [&fixed, &reference] {
+                let taught = parameters.taught([&one, &other], found).map(corners);
+                assert_eq!(taught, [Some(box_of_one), Some([240.0, 90.0, 540.0, 450.0])]);
+            }
+        }
+        // Of equally sure ones it is the second.
+        let beyond = [300.0, -60.0, 660.0, 540.0];
+        for found in [[Some((box_of_one, 0.5)), Some((beyond, 0.5))], [None, Some((beyond, 0.5))]] {
+            let taught = fixed.taught([&one, &other], found).map(corners);
+            assert_eq!(taught, [Some([0.0, 0.0, 100.0, 180.0]), Some([300.0, 0.0, 600.0, 540.0])]);
+            assert_eq!(corners(reference.taught([&one, &other], found)[1]), Some(beyond));
+        }
+        assert_eq!(fixed.taught([&one, &other], [None; 2]).map(corners), [None; 2]);
+        // 2 px of the larger view are less than one of the smaller.
+        let thin = Some(([10.0, 10.0, 12.0, 50.0], 1.0));
+        assert_eq!(fixed.taught([&one, &other], [None, thin]).map(|taught| taught.is_some()), [false, true]);
+        assert!(reference.taught([&one, &other], [None, thin])[0].is_some());
+    }
+
+    /// 12 annotated and 8 images of the web in batches of 2, from epoch 3 on.
+    fn loader(order: WebOrder, accumulation_steps: u32) -> MixedLoader {
+        let training = Training { batch_size: 2, accumulation_steps, ..Training::default() };
+        let annotated = DetectionLoader::of_nothing(12, &training, 18);
+        let others = DetectionLoader::of_nothing(8, &training, 0);
+        let shown = others.infos().enumerate().map(|(place, info)| (info, place)).collect();
+        let images = WebImages { images: Images::open(&[]).unwrap(), shown };
+        let lengths = [6, 4].map(|n: usize| n.div_ceil(accumulation_steps as usize));
+        let parameters = SelfTraining { order, min_size: [[40, 60], [60, 80]], max_size: 100, ..SelfTraining::default() };
+        let web = Web { images, parameters, batch_size: 2, start_epoch: 3, turns: interleaved(&lengths) };
+        MixedLoader { annotated, web: Some(web) }
+    }
+
+    use crate::Artifact as _;
+
+    /// Of each batch whether it is of images of the web, and their places and sizes.
+    fn shown(loader: &MixedLoader, steps: Range<u32>) -> Vec<(bool, Vec<(usize, Vec<Placement>)>)> {
+        let of = |spec| match spec {
+            MixedSpec::Annotated(spec) => {
+                (false, DetectionLoader::shown(&spec).map(|(place, placement)| (place, vec![placement])).collect())
+            }
+            MixedSpec::Web { images, .. } => (true, images.into_iter().map(|(place, views)| (place, views.to_vec())).collect()),
+        };
+        loader.specs(steps).map(|(spec, _)| of(spec)).collect()
+    }
+
+    /// T8 of PromptDet's specification, and its defect 9.
+    #[test]
+    fn batches_of_both_sorts_take_turns_and_each_epoch_shows_every_image_once() {
+        let mut orders = BTreeMap::new();
+        for order in [WebOrder::Fixed, WebOrder::Reference] {
+            let loader = loader(order, 1);
+            let all = shown(&loader, 18..48);
+            let words: String = all.iter().map(|(is_web, _)| if *is_web { '1' } else { '0' }).collect();
+            assert_eq!(words, "0101001010".repeat(3));
+            let epochs: Vec<[Vec<usize>; 2]> = all
+                .chunks(10)
+                .map(|epoch| {
+                    let places = |wanted: bool| {
+                        epoch
+                            .iter()
+                            .filter(move |(is_web, _)| *is_web == wanted)
+                            .flat_map(|(_, images)| images.iter().map(|(place, _)| *place))
+                    };
+                    [places(false).collect(), places(true).collect()]
+                })
+                .collect();
+            for [annotated, web] in &epochs {
+                for (places, n) in [(annotated, 12), (web, 8)] {
+                    let mut sorted = places.clone();
+                    sorted.sort_unstable();
+                    assert_eq!(sorted, (0..n).collect::<Vec<usize>>());
+                }
+            }
+            assert!(epochs[0][0] != epochs[1][0] && epochs[1][0] != epochs[2][0]);
+            orders.insert(format!("{order:?}"), epochs[0][1] == epochs[1][1] && epochs[1][1] == epochs[2][1]);
+            // A training that continues sees what one that went through sees.
+            for step in [18, 19, 27, 28, 35] {
+                assert!(shown(&loader, step..48) == all[step as usize - 18..], "{step}");
+            }
+            let views = all.iter().filter(|(is_web, _)| *is_web).flat_map(|(_, images)| images).map(|(_, views)| views);
+            for views in views {
+                let shorter = [0, 1].map(|view: usize| views[view].to[0].min(views[view].to[1]));
+                assert!(
+                    (40..=60).contains(&shorter[0]) && (60..=80).contains(&shorter[1]) && views[1].to[0].max(views[1].to[1]) <= 100,
+                    "{views:?}"
+                );
+            }
+        }
+        assert_eq!(orders, BTreeMap::from([("Fixed".into(), false), ("Reference".into(), true)]));
+    }
+
+    /// A step accumulates batches of one sort alone; the last one of each sort is filled with the first of the epoch.
+    #[test]
+    fn a_step_of_several_batches_is_of_one_sort() {
+        let all = shown(&loader(WebOrder::Fixed, 4), 18..21);
+        let sorts: Vec<bool> = all.iter().map(|(is_web, _)| *is_web).collect();
+        assert_eq!(sorts, [[false; 4], [true; 4], [false; 4]].concat());
+        let places = |batch: usize| all[batch].1.iter().map(|(place, _)| *place).collect::<Vec<_>>();
+        assert_eq!([places(10), places(11)], [places(0), places(1)]);
     }
 }
