@@ -19,6 +19,7 @@ mod pictures;
 mod pool;
 mod predict;
 mod promptdet;
+mod promptdet_detector;
 mod prompts;
 mod quickstart;
 mod records;

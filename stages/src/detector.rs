@@ -4,6 +4,7 @@
 
 pub(crate) mod batches;
 mod classes;
+mod cosine;
 pub mod criterion;
 pub mod distillation;
 pub mod embed;
@@ -22,6 +23,8 @@ pub mod probe;
 pub mod select;
 mod sigmoid;
 pub mod spec;
+mod start;
 pub mod test;
 pub mod train;
 pub mod training;
+pub mod web;

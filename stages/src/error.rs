@@ -54,6 +54,15 @@ impl Error {
         }
     }
 
+    /// The same about another port, where it is about one.
+    #[must_use]
+    pub(crate) fn at_port(self, port: &'static str) -> Self {
+        match self {
+            Self::Input { problem, hint, .. } => Self::Input { port, problem, hint },
+            other => other,
+        }
+    }
+
     /// The file that the error is about, if any.
     pub fn file(&self) -> Option<&Path> {
         use ovenbird_data::Error as Data;

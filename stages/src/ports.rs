@@ -134,6 +134,20 @@ impl Inputs {
         self.ports.get(port.info.name).map(|files| T::open(files)).transpose()
     }
 
+    /// Opens two inputs, if they were given. Neither has a meaning without the other.
+    pub(crate) fn read_both<A: Artifact, B: Artifact>(&self, one: In<A>, other: In<B>) -> Result<Option<(A, B)>> {
+        let refused = |missing: PortInfo, given: PortInfo| {
+            let problem = format!("missing, but `{}` is given", given.name);
+            Err(Error::Input { port: missing.name, problem, hint: "give both, or neither".into() })
+        };
+        match (self.read_if_given(one)?, self.read_if_given(other)?) {
+            (Some(one), Some(other)) => Ok(Some((one, other))),
+            (None, None) => Ok(None),
+            (None, Some(_)) => refused(one.info, other.info),
+            (Some(_), None) => refused(other.info, one.info),
+        }
+    }
+
     fn files(&self, port: PortInfo) -> &[InputFile] {
         self.ports.get(port.name).expect("BUG: the planner checks that required ports are given")
     }

@@ -19,7 +19,7 @@ use std::{
     path::Path,
 };
 
-use ovenbird_cache::UnitRecord;
+use ovenbird_cache::{UnitRecord, inputs::InputFile};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -50,8 +50,10 @@ pub(crate) const STEP_KEY: &str = "ovenbird.step";
 /// How long a training is, and how it makes steps.
 #[derive(Debug, Clone)]
 pub(crate) struct TrainingConfig {
-    /// Steps of the optimizer.
+    /// Steps of the optimizer, those before the first one among them.
     pub(crate) steps: u32,
+    /// The first step, counted from 0: earlier ones are those of the training that it goes on from.
+    pub(crate) first_step: u32,
     /// Steps between checkpoints.
     pub(crate) checkpoint_every: u32,
     /// Images that a step sees.
@@ -66,10 +68,11 @@ pub(crate) struct TrainingConfig {
 impl TrainingConfig {
     /// The chain of the training's checkpoints.
     pub(crate) fn units(&self) -> Units {
-        let checkpoints = self.steps.div_ceil(self.checkpoint_every.max(1));
+        let steps = self.steps.saturating_sub(self.first_step);
+        let checkpoints = steps.div_ceil(self.checkpoint_every.max(1));
         let n = self.keep_checkpoints.min(checkpoints);
         let stay = (1..n).map(|place| (checkpoints * place).div_ceil(n) - 1).collect();
-        Units::Chain { checkpoints, steps: self.steps, images_per_step: self.images_per_step, stay }
+        Units::Chain { checkpoints, steps, images_per_step: self.images_per_step, stay }
     }
 }
 
@@ -161,8 +164,28 @@ impl<W: Artifact> Ports<W> {
     }
 }
 
+/// A checkpoint of another training, from which one goes on.
+pub(crate) struct Start {
+    pub(crate) weights: InputFile,
+    /// The optimizer's state.
+    pub(crate) state: InputFile,
+}
+
 /// Computes the given checkpoints.
 pub(crate) fn train<L: DataLoader, W: Artifact>(
+    config: &TrainingConfig,
+    loader: &L,
+    criterion: &impl Criterion<Batch = L::Batch>,
+    ports: &Ports<W>,
+    units: &[Unit],
+    cx: &Context<'_>,
+) -> Result<()> {
+    train_from(None, config, loader, criterion, ports, units, cx)
+}
+
+/// Computes the given checkpoints; the first one begins with the weights and the state of `start`, where that is given.
+pub(crate) fn train_from<L: DataLoader, W: Artifact>(
+    start: Option<&Start>,
     config: &TrainingConfig,
     loader: &L,
     criterion: &impl Criterion<Batch = L::Batch>,
@@ -189,6 +212,8 @@ pub(crate) fn train<L: DataLoader, W: Artifact>(
         optimizer.restore(&weights, &read_weights(&cx.published(before, ports.state)?.file)?)?;
         curve = cx.published(before, ports.curve)?;
         unreadable = cx.failed_before(before)?;
+    } else if let Some(Start { weights, state }) = start {
+        optimizer.restore(&read_weights(weights)?, &read_weights(state)?)?;
     }
     cx.total(u64::from(all.end - step));
     let mut specs = loader.specs(all.clone()).skip((step - all.start) as usize * n_pieces as usize);
@@ -236,7 +261,7 @@ pub(crate) fn train<L: DataLoader, W: Artifact>(
             cx.tick(1);
             let lr = config.optimizer.schedule.lr_at(step);
             (step, n_accumulated) = (step + 1, 0);
-            let ends_unit = step % config.checkpoint_every == 0 || step == all.end;
+            let ends_unit = (step - config.first_step) % config.checkpoint_every == 0 || step == all.end;
             let measured = match ends_unit {
                 true => criterion.validate(unit.unit().index + 1 == cx.units.len(), cx)?,
                 false => BTreeMap::new(),
@@ -271,7 +296,7 @@ pub(crate) fn train<L: DataLoader, W: Artifact>(
 
 /// The steps of some consecutive checkpoints; of a dry run the first ones.
 fn steps_of(config: &TrainingConfig, units: &[Unit], most_items: Option<usize>) -> Range<u32> {
-    let start = units[0].index as u32 * config.checkpoint_every;
+    let start = config.first_step + units[0].index as u32 * config.checkpoint_every;
     let end = config.steps.min(start + units.len() as u32 * config.checkpoint_every);
     start..most_items.map_or(end, |most| end.min(start + steps_for(most, config.images_per_step)))
 }
@@ -372,9 +397,10 @@ mod tests {
             ema_decay: None,
             scales_losses: false,
         };
-        let stay = |steps, keep_checkpoints| {
+        let stay_from = |first_step, steps, keep_checkpoints| {
             let config = TrainingConfig {
-                steps,
+                steps: first_step + steps,
+                first_step,
                 checkpoint_every: 1000,
                 images_per_step: 16,
                 keep_checkpoints,
@@ -384,6 +410,9 @@ mod tests {
             let Units::Chain { checkpoints, stay, .. } = config.units() else { panic!() };
             (checkpoints, stay)
         };
+        let stay = |steps, keep_checkpoints| stay_from(0, steps, keep_checkpoints);
+        // Those of a training that goes on from another are its own.
+        assert_eq!(stay_from(5_000, 10_000, 3), (10, vec![3, 6]));
         assert_eq!(stay(40_000, 20), (40, (0..19).map(|place| 2 * place + 1).collect()));
         assert_eq!(stay(10_000, 3), (10, vec![3, 6]));
         assert_eq!(stay(10_000, 1), (10, vec![]));

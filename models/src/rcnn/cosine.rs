@@ -12,20 +12,22 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Reduction, Tensor, nn};
 
 use super::{
-    heads::{DetectionRule, Trunk, TrunkConfig, box_regressor, detect_regions},
+    heads::{DetectionRule, RegionLosses, RegionSample, Trunk, TrunkConfig, box_regressor, detect_regions, labels_of, region_box_loss},
     mask_head::{MaskConfig, MaskHead, MaskHeadConfig, with_masks},
-    regions::{POOL, REGION_CODER, RegionNetwork, Regions, RegionsConfig},
+    regions::{POOL, Pyramid, REGION_CODER, RegionNetwork, Regions, RegionsConfig},
     rpn::{ProposalRule, Proposals},
 };
 use crate::{
     Phase, Result,
     detection::{
         Detections,
-        boxes::{ImageSize, floats},
+        boxes::{BoxLoss, Corners, ImageSize, corners, floats},
+        fpn,
         layers::sum_over,
+        resnet::{self, StridePlace},
         roi_align::RoiAlign,
     },
-    error::{check_sizes, ensure},
+    error::{check_count, check_sizes, ensure},
     layers::{Linear, to_unit_length},
     parameters::{Fill, Init, Parameters},
 };
@@ -52,10 +54,17 @@ pub struct Config {
 }
 
 impl Config {
-    /// PromptDet's: torchvision's ResNet-50 and pyramid, and two fully connected layers of 1,024.
+    /// PromptDet's: a ResNet-50 of pytorch style, whose last three stages are trained with scales and shifts, a pyramid of 256 channels with biases, mmdet's
+    /// proposals, and two fully connected layers of 1,024. (Section 9.2.)
     pub fn r50(embed_dim: i64) -> Self {
+        let mmdet = RegionsConfig::oadp();
+        let regions = RegionsConfig {
+            backbone: resnet::Config { stride: StridePlace::Middle, ..mmdet.backbone },
+            neck: fpn::Config { norm: fpn::Norm::Bias, ..mmdet.neck },
+            ..mmdet
+        };
         let trunk = TrunkConfig { n_convs: 0, n_fcs: 2, width: 1024 };
-        Self { regions: RegionsConfig::torchvision(), pool: POOL, trunk, embed_dim, mask_head: None }
+        Self { regions, pool: POOL, trunk, embed_dim, mask_head: None }
     }
 
     /// For a toy world, small enough to train in minutes on two cores.
@@ -171,6 +180,41 @@ impl CosineDetector {
         &self.parameters
     }
 
+    /// Looks at boxes; `boxes`: for each image `[N_b, 4]`, px; `classes`: f32 `[K, D]`, on the device.
+    pub fn look(&self, pyramid: &Pyramid, boxes: &[Tensor], classes: &Tensor, phase: Phase) -> Result<Said> {
+        self.bbox_head.forward(&pyramid.pool(&self.config.pool, boxes)?, classes, phase)
+    }
+
+    /// The box of each image of the web that teaches its label, and the label's logit there: see [`pseudo_box`]. None where there is no proposal. Without
+    /// gradients.
+    ///
+    /// `proposals`: as in training; `labels`: of each image its row of `classes`, which is f32 `[K, D]`, on the device.
+    pub fn pseudo_boxes(
+        &self,
+        pyramid: &Pyramid,
+        proposals: &[Proposals],
+        labels: &[usize],
+        classes: &Tensor,
+    ) -> Result<Vec<Option<(Corners, f32)>>> {
+        check_count("images with a label", proposals.len() as i64, labels.len())?;
+        tch::no_grad(|| {
+            let best = |found: &Proposals| found.boxes.narrow(0, 0, found.boxes.size()[0].min(CHOSEN_AMONG));
+            let best: Vec<Tensor> = proposals.iter().map(best).collect();
+            let said = self.look(pyramid, &best, classes, Phase::Train)?;
+            let (mut first, mut found) = (0, Vec::new());
+            for (boxes, label) in best.iter().zip(labels) {
+                let n = boxes.size()[0];
+                let part = Said { logits: said.logits.narrow(0, first, n), deltas: said.deltas.narrow(0, first, n) };
+                found.push(match pseudo_box(boxes, &part, *label as i64)? {
+                    Some((moved, logit)) => Some((corners(&moved.unsqueeze(0), "pseudo boxes")?[0], logit)),
+                    None => None,
+                });
+                first += n;
+            }
+            Ok(found)
+        })
+    }
+
     /// Detects objects in images f32, bf16 or f16 `[B, 3, H, W]`, normalised, H and W at least 32, without gradients.
     ///
     /// `sizes`: of each, without padding; `classes`: f32 `[K, D]`; `given`: proposals to use instead of the network's own, in px of these images.
@@ -185,8 +229,7 @@ impl CosineDetector {
         tch::no_grad(|| {
             let pyramid = self.regions.forward(images, Phase::Test)?;
             let Regions { boxes, .. } = self.regions.regions(&pyramid, sizes, given, proposals)?;
-            let pooled = pyramid.pool(&self.config.pool, &boxes)?;
-            let Said { logits, deltas } = self.bbox_head.forward(&pooled, &classes.to_device(images.device()), Phase::Test)?;
+            let Said { logits, deltas } = self.look(&pyramid, &boxes, &classes.to_device(images.device()), Phase::Test)?;
             let kept = detect_regions(detections, &REGION_CODER, &boxes, &deltas, &logits.sigmoid(), sizes)?;
             let mask_head = self.mask_head.as_ref().zip(self.config.mask_head.as_ref());
             with_masks(kept, &pyramid, mask_head.map(|(head, config)| (head, &config.pool)))
@@ -218,6 +261,17 @@ pub fn class_loss(logits: &Tensor, labels: &Tensor, counted: Counted) -> Result<
         Counted::Objects => entropy * labels.lt(k).to_kind(Kind::Float).unsqueeze(1),
     };
     Ok(sum_over(&counts, n as usize))
+}
+
+/// The losses of the head over the regions of all images, in their order; both are divided by the number of regions. (PromptDet, sections 9.3 and 9.4.)
+///
+/// `said`: of the regions of `samples`, whose labels are the first `n_classes` columns: other columns have no part.
+pub fn region_losses(said: &Said, samples: &[RegionSample], n_classes: i64, counted: Counted) -> Result<RegionLosses> {
+    let labels = labels_of(samples, n_classes)?;
+    Ok(RegionLosses {
+        classes: class_loss(&said.logits.narrow(1, 0, n_classes), &labels, counted)?,
+        boxes: region_box_loss(BoxLoss::Absolute, &said.deltas, samples, n_classes)?,
+    })
 }
 
 /// The box that an image of the web teaches its label on: of the 20 proposals with the highest objectness that of the largest logit of the label, as the

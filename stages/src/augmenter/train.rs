@@ -208,6 +208,7 @@ impl Train {
         };
         let images_per_step = u32::try_from(self.batch_size).unwrap_or(u32::MAX);
         Ok(TrainingConfig {
+            first_step: 0,
             steps,
             checkpoint_every: self.checkpoint_every,
             images_per_step,

@@ -124,7 +124,7 @@ impl Pretrain {
         };
         let Self { steps, checkpoint_every, .. } = *self;
         let images_per_step = u32::try_from(self.batch_size).unwrap_or(u32::MAX);
-        TrainingConfig { steps, checkpoint_every, images_per_step, keep_checkpoints: 1, optimizer, max_loss: f64::INFINITY }
+        TrainingConfig { first_step: 0, steps, checkpoint_every, images_per_step, keep_checkpoints: 1, optimizer, max_loss: f64::INFINITY }
     }
 }
 

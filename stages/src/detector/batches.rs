@@ -17,12 +17,12 @@ use tch::Tensor;
 use super::{
     images::{Normalisation, Pixels},
     ports::{ANNOTATIONS, CLASSES, IMAGES},
-    training::Training,
+    training::{Epochs, Training},
 };
 use crate::{
     Artifact, Context, Error, In, Inputs, Result, Units,
     artifacts::{ByImage, Classes, ImageFeatures, Images, RegionFeatures, Regions},
-    training::{DataLoader, Loaded},
+    training::{DataLoader, Loaded, TrainingConfig},
 };
 
 /// Loads the images of a detector's training.
@@ -37,6 +37,8 @@ pub(crate) struct DetectionLoader {
     has_masks: bool,
     normalisation: Normalisation,
     training: Training,
+    /// See [`TrainingConfig::first_step`].
+    first_step: u32,
     random: ChaCha8Rng,
 }
 
@@ -51,13 +53,15 @@ struct Source<R> {
 
 /// A use of random numbers.
 #[derive(Clone, Copy)]
-enum Random {
+pub(super) enum Random {
     /// How the images of a batch are resized and mirrored, by step and place in the step.
     Placements(u32, u32),
     /// Which anchors and regions of a batch are sampled.
     Samples(u32, u32),
     /// The order of an epoch.
     Order(u64),
+    /// The order of an epoch's images of the web.
+    WebOrder(u64),
 }
 
 /// A batch to load.
@@ -106,12 +110,12 @@ pub(crate) struct RegionTargets {
 }
 
 /// The chain of a training on the images at the ports `annotations` and `classes`.
-pub(crate) fn units(training: &Training, inputs: &Inputs) -> Result<Units> {
-    let training = match training.epochs {
-        Some(_) => training.in_steps(&samples(&inputs.read(ANNOTATIONS)?.load()?, inputs)?),
-        None => training.clone(),
+pub(crate) fn units(training: &Training, epochs: Epochs, inputs: &Inputs) -> Result<Units> {
+    let (training, first_step) = match training.epochs {
+        Some(_) => training.in_steps(&samples(&inputs.read(ANNOTATIONS)?.load()?, inputs)?, epochs)?,
+        None => (training.clone(), 0),
     };
-    Ok(training.config().units())
+    Ok(TrainingConfig { first_step, ..training.config() }.units())
 }
 
 /// The images of some annotations that show a base class of the port `classes`.
@@ -128,11 +132,11 @@ fn samples(annotations: &Annotations, inputs: &Inputs) -> Result<Vec<Sample>> {
 
 impl DetectionLoader {
     /// The images of the port `annotations` that show a base class.
-    pub(crate) fn new(training: &Training, cx: &Context<'_>) -> Result<Self> {
+    pub(crate) fn new(training: &Training, epochs: Epochs, cx: &Context<'_>) -> Result<Self> {
         let mut annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
-        let training = match training.epochs {
-            Some(_) => training.in_steps(&samples(&annotations, cx.inputs)?),
-            None => training.clone(),
+        let (training, first_step) = match training.epochs {
+            Some(_) => training.in_steps(&samples(&annotations, cx.inputs)?, epochs)?,
+            None => (training.clone(), 0),
         };
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let samples = samples(&annotations, cx.inputs)?;
@@ -149,6 +153,7 @@ impl DetectionLoader {
             has_masks: false,
             normalisation: Normalisation::IMAGENET,
             training,
+            first_step,
             random: cx.rng(&cx.units[0]),
         })
     }
@@ -204,34 +209,52 @@ impl DetectionLoader {
     /// Looks for all images, so that a missing one is found before the training begins ([`Images::look_for`]), and notes how many there are.
     pub(crate) fn look_for_images(&self, cx: &Context<'_>) -> Result<()> {
         self.images.look_for(self.samples.iter().map(|sample| &sample.info), cx)?;
-        let n_batches = self.copies.len().div_ceil(self.training.batch_size);
-        cx.note(format!("an epoch is {n_batches} batches of {} images", self.samples.len()));
+        cx.note(format!("an epoch is {} batches of {} images", self.n_batches(), self.samples.len()));
         Ok(())
     }
 
+    /// The batches of an epoch.
+    pub(super) fn n_batches(&self) -> usize {
+        self.copies.len().div_ceil(self.training.batch_size)
+    }
+
     /// How the detector is trained, with its length in steps.
-    pub(crate) fn training(&self) -> &Training {
+    pub(super) fn training(&self) -> &Training {
         &self.training
     }
 
+    /// How the training goes, with its length in steps.
+    pub(crate) fn config(&self) -> TrainingConfig {
+        TrainingConfig { first_step: self.first_step, ..self.training.config() }
+    }
+
     /// The random numbers of one use: no two uses share any.
-    fn random(&self, of: Random) -> ChaCha8Rng {
+    pub(super) fn random(&self, of: Random) -> ChaCha8Rng {
         let mut random = self.random.clone();
         let batch = |step: u32, piece: u32| u64::from(step) * u64::from(self.training.accumulation_steps) + u64::from(piece);
         random.set_stream(match of {
             Random::Placements(step, piece) => 2 * batch(step, piece),
             Random::Samples(step, piece) => 2 * batch(step, piece) + 1,
             Random::Order(epoch) => u64::MAX - epoch,
+            Random::WebOrder(epoch) => u64::MAX / 2 - epoch,
         });
         random
     }
 
     /// The batches of an epoch: every image once, images of rare classes more often; wide and tall images are in separate batches.
-    fn epoch(&self, epoch: u64) -> Vec<Vec<usize>> {
+    pub(super) fn epoch(&self, epoch: u64) -> Vec<Vec<usize>> {
         let mut order = self.copies.clone();
         order.shuffle(&mut self.random(Random::Order(epoch)));
         let is_tall = |place: usize| self.samples[place].info.height > self.samples[place].info.width;
         training::batches(&order, is_tall, self.training.batch_size)
+    }
+
+    /// A batch of images at some places, and the bytes that it takes.
+    pub(super) fn spec(&self, step: u32, piece: u32, places: Vec<usize>) -> (BatchSpec, usize) {
+        let mut random = self.random(Random::Placements(step, piece));
+        let images: Vec<(usize, Placement)> = places.into_iter().map(|place| (place, self.placement(place, &mut random))).collect();
+        let bytes = images.iter().map(|(_, placement)| n_bytes(placement)).sum();
+        (BatchSpec { step, piece, images }, bytes)
     }
 
     fn placement(&self, place: usize, random: &mut ChaCha8Rng) -> Placement {
@@ -239,9 +262,18 @@ impl DetectionLoader {
         let step = self.training.size_step;
         let length = |[low, high]: [u32; 2]| low + step * random.random_range(0..=(high - low) / step);
         let [longer, shorter] = [self.training.max_size, self.training.min_size].map(length);
-        let placement = Placement::fitting([info.width, info.height], longer, shorter);
-        if random.random_bool(0.5) { placement.mirrored() } else { placement }
+        maybe_mirrored(Placement::fitting([info.width, info.height], longer, shorter), random)
     }
+}
+
+/// Mirrors every other image.
+pub(super) fn maybe_mirrored(placement: Placement, random: &mut ChaCha8Rng) -> Placement {
+    if random.random_bool(0.5) { placement.mirrored() } else { placement }
+}
+
+/// The bytes of an image as a network gets it.
+pub(super) fn n_bytes(placement: &Placement) -> usize {
+    12 * placement.to[0] as usize * placement.to[1] as usize
 }
 
 impl DataLoader for DetectionLoader {
@@ -251,12 +283,7 @@ impl DataLoader for DetectionLoader {
     fn specs(&self, steps: Range<u32>) -> impl Iterator<Item = (BatchSpec, usize)> + Send {
         let all = (0..).flat_map(|epoch| self.epoch(epoch)).skip(steps.start as usize * self.training.accumulation_steps as usize);
         let pieces = steps.flat_map(|step| (0..self.training.accumulation_steps).map(move |piece| (step, piece)));
-        pieces.zip(all).map(|((step, piece), places)| {
-            let mut random = self.random(Random::Placements(step, piece));
-            let images: Vec<(usize, Placement)> = places.into_iter().map(|place| (place, self.placement(place, &mut random))).collect();
-            let bytes = images.iter().map(|(_, placement)| 12 * placement.to[0] as usize * placement.to[1] as usize).sum();
-            (BatchSpec { step, piece, images }, bytes)
-        })
+        pieces.zip(all).map(|((step, piece), places)| self.spec(step, piece, places))
     }
 
     fn load(&self, BatchSpec { step, piece, images: specs }: BatchSpec, cx: &Context<'_>) -> Result<Loaded<Batch>> {
@@ -363,6 +390,44 @@ impl<R> Source<R> {
 /// Boxes `[N, 4]` f32.
 pub(crate) fn boxes(boxes: &[Xyxy]) -> Tensor {
     boxes_tensor(&boxes.iter().map(|xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2]).collect::<Vec<_>>())
+}
+
+#[cfg(test)]
+impl DetectionLoader {
+    /// Of so many images without files, 90 x 60 px, every third one 60 x 90 px.
+    pub(super) fn of_nothing(n: usize, training: &Training, first_step: u32) -> Self {
+        use ovenbird_data::annotations::ImageInfo;
+        use rand_chacha::rand_core::SeedableRng as _;
+        let info = |place: usize| {
+            let [width, height] = if place % 3 == 0 { [60, 90] } else { [90, 60] };
+            let (neg_category_ids, not_exhaustive_category_ids) = (Vec::new(), Vec::new());
+            let (id, file_name) = (ImageId(place as u64 + 1), format!("{place}.jpg"));
+            ImageInfo { id, file_name, width, height, neg_category_ids, not_exhaustive_category_ids }
+        };
+        let sample = |place| Sample { info: info(place), objects: Vec::new(), crowds: Vec::new(), categories: [].into() };
+        Self {
+            images: Images::open(&[]).expect("BUG: an empty folder is a folder"),
+            samples: (0..n).map(sample).collect(),
+            copies: (0..n).collect(),
+            proposals: None,
+            blocks: None,
+            globals: None,
+            has_masks: false,
+            normalisation: Normalisation::IMAGENET,
+            training: training.clone(),
+            first_step,
+            random: ChaCha8Rng::seed_from_u64(7),
+        }
+    }
+
+    pub(super) fn infos(&self) -> impl Iterator<Item = ovenbird_data::annotations::ImageInfo> {
+        self.samples.iter().map(|sample| sample.info.clone())
+    }
+
+    /// The images of a batch, and how they are shown.
+    pub(super) fn shown(spec: &BatchSpec) -> impl Iterator<Item = (usize, Placement)> {
+        spec.images.iter().copied()
+    }
 }
 
 #[cfg(test)]

@@ -18,9 +18,9 @@ use ovenbird_models::{
         classifier::{LogitScale, Vocabulary},
         distillation::{embedding_loss, image_embedding_loss, mean_over_groups, recall, relation_loss},
         heads::{OpenHead, RegionRule, RegionSample, region_losses},
-        mask_head::{MaskRule, ObjectMask, mask_loss},
+        mask_head::{MaskConfig, MaskHead, MaskRule, ObjectMask, mask_loss},
         regions::{Pyramid, REGION_CODER, RegionNetwork},
-        rpn::{self, ProposalRule},
+        rpn::{self, ProposalRule, Proposals},
     },
 };
 use rand_chacha::ChaCha8Rng;
@@ -157,17 +157,7 @@ impl MaskRcnnCriterion {
     /// The loss of masks within the regions that match objects.
     fn masks(&self, pyramid: &Pyramid, batch: &Batch, samples: &[RegionSample], losses: &mut Losses) -> Result<()> {
         let (Some(head), Some(config)) = (&self.detector.mask_head, &self.spec.config.mask_head) else { return Ok(()) };
-        let (mut on_objects, mut expected) = (Vec::new(), Vec::new());
-        for (sample, image) in samples.iter().zip(&batch.images) {
-            let boxes = sample.boxes.narrow(0, 0, sample.objects.len() as i64);
-            let masks: Vec<ObjectMask> = image.masks.iter().map(object_mask).collect();
-            expected.push(MaskRule::MMDET.targets(&masks, &boxes, &sample.objects, 2 * config.pool.side)?);
-            on_objects.push(boxes);
-        }
-        // The mask head has one mask for all classes, so the classes do not matter.
-        let classes = vec![0; samples.iter().map(|sample| sample.objects.len()).sum()];
-        let drawn = head.forward(&pyramid.pool(&config.pool, &on_objects)?, &classes)?;
-        losses.terms.push(("masks", mask_loss(&drawn, &Tensor::cat(&expected, 0))?));
+        losses.terms.push(("masks", loss_of_masks(head, config, pyramid, batch, samples)?));
         Ok(())
     }
 
@@ -285,6 +275,35 @@ pub(super) fn region_rule(n_regions: usize, background_per_object: Option<usize>
     }
 }
 
+/// The loss of masks within the regions that match objects, of a head with one mask for all classes.
+pub(super) fn loss_of_masks(
+    head: &MaskHead,
+    config: &MaskConfig,
+    pyramid: &Pyramid,
+    batch: &Batch,
+    samples: &[RegionSample],
+) -> Result<Tensor> {
+    let (mut on_objects, mut expected) = (Vec::new(), Vec::new());
+    for (sample, image) in samples.iter().zip(&batch.images) {
+        let boxes = sample.boxes.narrow(0, 0, sample.objects.len() as i64);
+        let masks: Vec<ObjectMask> = image.masks.iter().map(object_mask).collect();
+        expected.push(MaskRule::MMDET.targets(&masks, &boxes, &sample.objects, 2 * config.pool.side)?);
+        on_objects.push(boxes);
+    }
+    // The classes do not matter.
+    let classes = vec![0; samples.iter().map(|sample| sample.objects.len()).sum()];
+    let drawn = head.forward(&pyramid.pool(&config.pool, &on_objects)?, &classes)?;
+    Ok(mask_loss(&drawn, &Tensor::cat(&expected, 0))?)
+}
+
+/// An image with the objects that it teaches.
+pub(super) struct Taught {
+    pub(super) size: ImageSize,
+    pub(super) truth: Truth,
+    /// The class of each object.
+    pub(super) classes: Vec<i64>,
+}
+
 /// The losses of the proposal network, and the regions of each image that are sampled for the heads, of `n_classes` classes.
 pub(super) fn sampled(
     network: &RegionNetwork,
@@ -294,14 +313,32 @@ pub(super) fn sampled(
     n_classes: i64,
     random: &mut ChaCha8Rng,
 ) -> Result<(rpn::Losses, Vec<RegionSample>)> {
+    let taught = |image: &TrainingImage| Taught {
+        size: image.size,
+        truth: truth(image, crowds),
+        classes: image.classes.iter().map(|class| *class as i64).collect(),
+    };
     let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image.size).collect();
-    let truths: Vec<Truth> = batch.images.iter().map(|image| truth(image, crowds)).collect();
-    let losses = network.rpn.losses(&pyramid.predictions, &sizes, &truths, random)?;
     let proposals = network.rpn.proposals(&pyramid.predictions, &sizes, &PROPOSALS)?;
+    sampled_among(network, pyramid, &proposals, batch.images.iter().map(taught).collect(), rule, n_classes, random)
+}
+
+/// The same among given proposals.
+pub(super) fn sampled_among(
+    network: &RegionNetwork,
+    pyramid: &Pyramid,
+    proposals: &[Proposals],
+    images: Vec<Taught>,
+    rule: &RegionRule,
+    n_classes: i64,
+    random: &mut ChaCha8Rng,
+) -> Result<(rpn::Losses, Vec<RegionSample>)> {
+    let sizes: Vec<ImageSize> = images.iter().map(|image| image.size).collect();
+    let (truths, classes): (Vec<Truth>, Vec<Vec<i64>>) = images.into_iter().map(|image| (image.truth, image.classes)).unzip();
+    let losses = network.rpn.losses(&pyramid.predictions, &sizes, &truths, random)?;
     let mut samples = Vec::new();
-    for ((found, truth), image) in proposals.iter().zip(&truths).zip(&batch.images) {
-        let classes = Tensor::from_slice(&image.classes.iter().map(|class| *class as i64).collect::<Vec<_>>());
-        samples.push(rule.choose(&found.boxes, truth, &classes, n_classes, random)?);
+    for ((found, truth), classes) in proposals.iter().zip(&truths).zip(classes) {
+        samples.push(rule.choose(&found.boxes, truth, &Tensor::from_slice(&classes), n_classes, random)?);
     }
     Ok((losses, samples))
 }
@@ -352,7 +389,7 @@ fn object_mask(mask: &ShownMask) -> ObjectMask {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use ovenbird_data::{annotations::ImageId, boxes::Xyxy};
     use ovenbird_models::rcnn::Config;
     use rand_chacha::rand_core::SeedableRng as _;
@@ -381,7 +418,7 @@ mod tests {
     }
 
     /// Images of 96 x 64 px with two objects each, two images.
-    fn batch() -> Batch {
+    pub(in crate::detector) fn batch() -> Batch {
         let picture = |of: u32| {
             let level = |place: u32| ((place * 37 + of * 101) % 251) as u8;
             ovenbird_data::images::Image { width: 96, height: 64, rgb: (0..3 * 96 * 64).map(level).collect() }

@@ -35,7 +35,7 @@ pub enum LabelWarmup {
 
 /// Losses by which the detector learns CLIP's embeddings of proposals, blocks and whole images, and the classes that blocks and images
 /// show. The defaults are OADP's. (Section 6.4.)
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Distillation {
     /// Weight of the mean absolute difference between the object head's embeddings of proposals and CLIP's.

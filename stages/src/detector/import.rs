@@ -8,6 +8,7 @@ use ovenbird_models::{
     rcnn::{
         Detector,
         classifier::LogitScale,
+        cosine::CosineDetector,
         layout,
         sigmoid::{self, Activation, NovelConfig, SigmoidDetector},
     },
@@ -16,14 +17,14 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor, nn};
 
-use super::spec::{DetectorFile, DetectorSpec, ExtraHeads, MaskRcnnSpec, Network, SigmoidSpec};
+use super::spec::{CosineSpec, DetectorFile, DetectorSpec, ExtraHeads, MaskRcnnSpec, Network, SigmoidSpec};
 use crate::{
     Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{CheckpointFile, Classes, read_weights},
     error::malformed,
 };
 
-/// Imports a detector that another program trained: checkpoints of OADP, DetPro and LP-OVOD, and files that `detector/export` wrote.
+/// Imports a detector that another program trained: checkpoints of OADP, DetPro, LP-OVOD and PromptDet, and files that `detector/export` wrote.
 ///
 /// LP-OVOD's have a linear classifier, whose rows `classes` names: base classes, and novel ones if they were probed, in its order. The heads follow from the tensors in the checkpoint; all tensors of the network must be there and fit. The file does not say how the
 /// detector is used: the parameters do, with OADP's values for COCO as defaults. (OADP, sections 6.1 and 6.7.)
@@ -49,7 +50,7 @@ impl Default for Import {
 }
 
 const CHECKPOINT: In<CheckpointFile> =
-    In::required("checkpoint", "Weights under the names of mmdet and OADP, DetPro or LP-OVOD: `.pth` or safetensors.");
+    In::required("checkpoint", "Weights under the names of mmdet and OADP, DetPro, LP-OVOD or PromptDet: `.pth` or safetensors.");
 const CLASSES: In<Classes> =
     In::optional("classes", "Base and novel class names: of a detector with a linear classifier (LP-OVOD), the classes of its rows.");
 const DETECTOR: Out<DetectorFile> = Out::new("detector", "Weights under mmdet's names, safetensors, f32, and how the network is built.");
@@ -59,6 +60,9 @@ const PROJECTIONS: [&str; 2] = ["roi_head.bbox_head.fc_cls._linear.weight", "roi
 const PROTOTYPE: &str = "roi_head.prototype";
 const PROTOTYPE_NOVEL: &str = "roi_head.prototype_novel";
 const IMAGE_PROJECTION: &str = "roi_head.projection_for_image.weight";
+/// The scale of cosines of a detector of PromptDet, and the matrix that makes embeddings.
+const COSINE_SCALE: &str = "roi_head.bbox_head.scale";
+const COSINE_PROJECTION: &str = "roi_head.bbox_head.fc_cls.weight";
 /// The end of the names of OADP's counters of warm-up steps of label losses.
 const LABEL_COUNTER: &str = "_loss._weight._steps";
 
@@ -81,13 +85,18 @@ impl Stage for Import {
         let file = cx.inputs.read(CHECKPOINT)?;
         let checkpoint = read_weights(&file.file)?;
         let store = nn::VarStore::new(Device::Cpu);
-        let (spec, parameters) = match checkpoint.tensors().iter().find(|(name, _)| name.ends_with(PROTOTYPE)) {
-            Some((_, prototype)) => {
+        let (spec, parameters) = match (ending(&checkpoint, PROTOTYPE), ending(&checkpoint, COSINE_SCALE)) {
+            (Some(prototype), _) => {
                 let spec = self.sigmoid_spec(&checkpoint, prototype.size()[0], cx)?;
                 let detector = SigmoidDetector::blank(&store.root(), &spec.config)?;
                 (DetectorSpec::Sigmoid(spec), views(detector.parameters()))
             }
-            None => {
+            (None, Some(_)) => {
+                let spec = self.cosine_spec(&checkpoint)?;
+                let detector = CosineDetector::blank(&store.root(), &spec.config)?;
+                (DetectorSpec::Cosine(spec), views(detector.parameters()))
+            }
+            (None, None) => {
                 let spec = self.spec(&checkpoint)?;
                 let detector = Detector::blank(&store.root(), &spec.config)?;
                 (DetectorSpec::MaskRcnn(spec), views(detector.parameters()))
@@ -108,6 +117,11 @@ impl Stage for Import {
     }
 }
 
+/// The tensor with a name, or with something before it.
+fn ending<'a>(checkpoint: &'a Checkpoint, name: &str) -> Option<&'a Tensor> {
+    checkpoint.tensors().iter().find(|(other, _)| other.ends_with(name)).map(|(_, tensor)| tensor)
+}
+
 /// The same tensors, for longer than the network.
 fn views(parameters: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
     parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
@@ -124,10 +138,7 @@ impl Import {
         let Some(Classes(ClassSplit { base, novel })) = cx.inputs.read_if_given(CLASSES)? else {
             return Err(refused("none are given, but the detector has a linear classifier, whose rows have no names".into()));
         };
-        let size = |ending: &str, axis: usize| {
-            let tensor = checkpoint.tensors().iter().find(|(name, _)| name.ends_with(ending));
-            tensor.and_then(|(_, tensor)| tensor.size().get(axis).copied())
-        };
+        let size = |name: &str, axis: usize| ending(checkpoint, name).and_then(|tensor| tensor.size().get(axis).copied());
         let novel = match size(PROTOTYPE_NOVEL, 0) {
             Some(rows) if rows != novel.len() as i64 => {
                 return Err(refused(format!("{} novel classes, but the detector has rows for {rows}", novel.len())));
@@ -145,13 +156,23 @@ impl Import {
         Ok(SigmoidSpec { config, fits: [self.max_size, self.min_size], base, novel, clip: None })
     }
 
+    /// Of a detector of PromptDet.
+    fn cosine_spec(&self, checkpoint: &Checkpoint) -> Result<CosineSpec> {
+        let Some([dim, _]) = ending(checkpoint, COSINE_PROJECTION).and_then(|tensor| <[i64; 2]>::try_from(tensor.size()).ok()) else {
+            let problem = format!("expected a matrix `{COSINE_PROJECTION}` beside `{COSINE_SCALE}`, as detectors of PromptDet have it");
+            return Err(malformed(checkpoint.path(), problem));
+        };
+        let has_masks = checkpoint.names().any(|name| name.contains("roi_head.mask_head."));
+        Ok(CosineSpec { config: self.network.cosine_config(dim, has_masks), fits: [self.max_size, self.min_size], clip: None })
+    }
+
     fn spec(&self, checkpoint: &Checkpoint) -> Result<MaskRcnnSpec> {
         let projection = checkpoint.tensors().iter().find(|(name, _)| PROJECTIONS.iter().any(|projection| name.ends_with(projection)));
         let Some([embed_dim, _]) = projection.map(|(_, tensor)| tensor.size()).and_then(|size| <[i64; 2]>::try_from(size).ok()) else {
             return Err(malformed(
                 checkpoint.path(),
                 format!(
-                    "expected a detector of OADP or DetPro, with a matrix `{}` or `{}`, or of LP-OVOD, with `{PROTOTYPE}`",
+                    "expected a detector of OADP or DetPro, with a matrix `{}` or `{}`, of LP-OVOD, with `{PROTOTYPE}`, or of PromptDet, with `{COSINE_SCALE}`",
                     PROJECTIONS[0], PROJECTIONS[1]
                 ),
             ));

@@ -5,6 +5,7 @@ use ovenbird_models::rcnn::regions::RegionNetwork;
 use tch::{Device, nn};
 
 use super::{
+    cosine::CosinePredictor,
     images::Normalisation,
     mask_rcnn::MaskRcnnPredictor,
     options::TestOptions,
@@ -26,6 +27,7 @@ pub(super) fn load(
     let source = (&checkpoint, port);
     Ok(match &spec {
         DetectorSpec::Sigmoid(spec) => Box::new(SigmoidPredictor::load(spec, source, options, classes, cx)?),
+        DetectorSpec::Cosine(spec) => Box::new(CosinePredictor::load(spec, source, options, classes, cx)?),
         DetectorSpec::MaskRcnn(spec) => Box::new(MaskRcnnPredictor::load(spec, source, options, classes, cx)?),
     })
 }
@@ -48,6 +50,10 @@ impl FirstStage {
             DetectorSpec::Sigmoid(spec) => {
                 let (detector, store) = spec.network(&checkpoint, device)?;
                 (detector.regions, store, spec.fits, Normalisation::CLIP)
+            }
+            DetectorSpec::Cosine(spec) => {
+                let (detector, store) = spec.network(&checkpoint, device)?;
+                (detector.regions, store, spec.fits, Normalisation::IMAGENET)
             }
             DetectorSpec::MaskRcnn(spec) => {
                 let (detector, store) = spec.network(&checkpoint, device)?;

@@ -1,26 +1,21 @@
 //! A trained two-stage detector on images.
 
-use ovenbird_data::{
-    boxes::Xyxy,
-    classes::ClassSplit,
-    masks::{Mask, PackedMask},
-};
+use ovenbird_data::classes::ClassSplit;
 use ovenbird_models::{
     checkpoint::Checkpoint,
-    detection::boxes::corners,
     rcnn::{Detector, Given, TestRule, Vocabularies},
 };
-use tch::{Device, Kind, Tensor, nn};
+use tch::nn;
 
 use super::{
     classes::{ClassTables, class_embeddings, spaces_of_prompts},
     images::{Normalisation, Padding, TestImage},
     options::{Heads, TestOptions},
     ports::AUGMENTED,
-    predictor::{Found, Predictor},
+    predictor::{self, Found, Predictor},
     spec::MaskRcnnSpec,
 };
-use crate::{Context, Error, Inputs, Result, clip::space, feed::in_parallel};
+use crate::{Context, Error, Inputs, Result, clip::space};
 
 /// A trained two-stage detector with the classes that it looks for.
 pub(super) struct MaskRcnnPredictor {
@@ -76,15 +71,7 @@ impl Predictor for MaskRcnnPredictor {
         let augmented = image.augmented(self.detector.config().embed_dim);
         let given = image.given().map(|given| Given { proposals: vec![given], augmented });
         for found in self.detector.detect(pixels, &[*size], &vocabularies, given, &self.rule)? {
-            let boxes = corners(&found.kept.boxes, "detections")?;
-            let boxes: Vec<Xyxy> = boxes.into_iter().map(|corners| placement.find(&Xyxy::from(corners))).collect();
-            let masks = match &found.masks {
-                Some(logits) => masks(logits, &boxes, placement.from, n_threads)?,
-                None => vec![None; boxes.len()],
-            };
-            let classes = found.kept.classes.into_iter().map(|class| class as usize).zip(found.kept.scores);
-            let object = |((xyxy, mask), (class, score))| Found { xyxy, class, score, mask };
-            objects.extend(boxes.into_iter().zip(masks).zip(classes).map(object));
+            objects.extend(predictor::objects(found, *placement, n_threads)?);
         }
         Ok(objects)
     }
@@ -102,20 +89,6 @@ fn check_space(dim: i64, inputs: &Inputs) -> Result<()> {
             Err(Error::Input { port: AUGMENTED.info().name, problem, hint: "make both with the same CLIP".into() })
         }
     }
-}
-
-/// Masks of the boxes of an image of `size` px, from logits `[M, side, side]`.
-fn masks(logits: &Tensor, boxes: &[Xyxy], size: [u32; 2], n_threads: usize) -> Result<Vec<Option<Box<PackedMask>>>> {
-    let side = logits.size()[2] as usize;
-    let probabilities = logits.sigmoid().to_kind(Kind::Float).to_device(Device::Cpu).contiguous();
-    let mut flat = vec![0.0_f32; probabilities.numel()];
-    probabilities.copy_data(&mut flat, probabilities.numel());
-    // 300 masks take one core some 10 ms, in which the network waits.
-    in_parallel(boxes.len(), n_threads, |place| {
-        let pasted = Mask::paste(&flat[place * side * side..][..side * side], side, &boxes[place], size);
-        let mask = pasted.map_err(|problem| Error::Input { port: "images", problem, hint: "use smaller images".into() })?;
-        Ok(Some(Box::new(mask.to_packed())))
-    })
 }
 
 fn rule(options: &TestOptions) -> TestRule {

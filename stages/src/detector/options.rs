@@ -128,6 +128,19 @@ impl TestOptions {
         }
     }
 
+    /// Fails where a rule is given that combines scores of heads, of a detector that has one head.
+    pub(super) fn refuse_combining(&self) -> Result<()> {
+        let is_given =
+            [("ensemble", self.ensemble != Ensemble::default()), ("fusion", self.fusion != Fusion::default()), ("raf", self.raf.is_some())];
+        match is_given.into_iter().find(|(_, is_given)| *is_given) {
+            None => Ok(()),
+            Some((given, _)) => {
+                let problem = "given, but the detector has one head alone that classifies (`head: cosine`)".into();
+                Err(Error::Input { port: given, problem, hint: "leave it out".into() })
+            }
+        }
+    }
+
     /// Fails where a rule for augmented embeddings is given, but none of these, or where proposals are given twice.
     pub(super) fn check_augmented(&self, inputs: &Inputs) -> Result<()> {
         let is_given = |port: &str| inputs.ports.contains_key(port);

@@ -6,11 +6,14 @@ use ovenbird_data::{
     annotations::{CategoryId, ImageId, ImageInfo},
     boxes::Xyxy,
     evaluate::Detection,
-    masks::PackedMask,
+    masks::{Mask, PackedMask},
+    training::Placement,
 };
+use ovenbird_models::detection::{Detections, boxes::corners};
+use tch::{Device, Kind, Tensor};
 
 use super::images::{Normalisation, TestImage, TestImages};
-use crate::{Context, Result, UnitDraft};
+use crate::{Context, Error, Result, UnitDraft, feed::in_parallel};
 
 /// An object that a network found in an image.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,6 +37,33 @@ pub(crate) trait Predictor {
 
     /// The objects in an image, best first. `n_threads`: how many threads it may use besides the network's own.
     fn predict(&self, image: &TestImage<'_>, n_threads: usize) -> Result<Vec<Found>>;
+}
+
+/// The objects of a detector's detections in an image, in px of the original image. `n_threads`: how many threads paste masks.
+pub(super) fn objects(found: Detections, placement: Placement, n_threads: usize) -> Result<Vec<Found>> {
+    let boxes = corners(&found.kept.boxes, "detections")?;
+    let boxes: Vec<Xyxy> = boxes.into_iter().map(|corners| placement.find(&Xyxy::from(corners))).collect();
+    let masks = match &found.masks {
+        Some(logits) => masks(logits, &boxes, placement.from, n_threads)?,
+        None => vec![None; boxes.len()],
+    };
+    let classes = found.kept.classes.into_iter().map(|class| class as usize).zip(found.kept.scores);
+    let object = |((xyxy, mask), (class, score))| Found { xyxy, class, score, mask };
+    Ok(boxes.into_iter().zip(masks).zip(classes).map(object).collect())
+}
+
+/// Masks of the boxes of an image of `size` px, from logits `[M, side, side]`.
+fn masks(logits: &Tensor, boxes: &[Xyxy], size: [u32; 2], n_threads: usize) -> Result<Vec<Option<Box<PackedMask>>>> {
+    let side = logits.size()[2] as usize;
+    let probabilities = logits.sigmoid().to_kind(Kind::Float).to_device(Device::Cpu).contiguous();
+    let mut flat = vec![0.0_f32; probabilities.numel()];
+    probabilities.copy_data(&mut flat, probabilities.numel());
+    // 300 masks take one core some 10 ms, in which the network waits.
+    in_parallel(boxes.len(), n_threads, |place| {
+        let pasted = Mask::paste(&flat[place * side * side..][..side * side], side, &boxes[place], size);
+        let mask = pasted.map_err(|problem| Error::Input { port: "images", problem, hint: "use smaller images".into() })?;
+        Ok(Some(Box::new(mask.to_packed())))
+    })
 }
 
 /// Runs a network on the images at some places, in order, and gives each image with its objects to `receive`. Images that cannot be read are

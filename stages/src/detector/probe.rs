@@ -191,6 +191,7 @@ impl Probe {
             scales_losses: false,
         };
         TrainingConfig {
+            first_step: 0,
             steps: steps(self.epochs),
             checkpoint_every: self.checkpoint_every,
             images_per_step: u32::try_from(self.batch_size).unwrap_or(u32::MAX),

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ovenbird_cache::inputs::InputFile;
 use ovenbird_data::evaluate::{Evaluation, Evaluator, IouType, Metric, Protocol, Summary};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -13,10 +12,10 @@ use super::{
     options::TestOptions,
     ports::{ANNOTATIONS, CLASSES, IMAGES, MULTILABEL_PROMPTS, PROMPTS, PROPOSALS},
     predictor::{detection, predict_each},
-    spec::DetectorFile,
+    spec::{Checkpoints, DetectorFile},
 };
 use crate::{
-    Artifact, Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
+    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Classes, Curve, EvaluationFile},
 };
 
@@ -52,19 +51,6 @@ pub struct Select {
 
 /// Detections are matched to objects as soon as there are so many.
 const JUDGED_AT_ONCE: usize = 1 << 16;
-
-/// Every checkpoint of a training, in the order of their steps.
-pub struct Checkpoints(Vec<DetectorFile>);
-
-impl Artifact for Checkpoints {
-    const KIND: &'static str = DetectorFile::KIND;
-    const EXTENSIONS: &'static [&'static str] = DetectorFile::EXTENSIONS;
-    const SHAPE: &'static str = DetectorFile::SHAPE;
-
-    fn open(files: &[InputFile]) -> Result<Self> {
-        files.chunks(1).map(DetectorFile::open).collect::<Result<_>>().map(Self)
-    }
-}
 
 impl Default for Select {
     fn default() -> Self {

@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use ovenbird_data::{boxes::Xyxy, classes::ClassSplit};
+use ovenbird_data::classes::ClassSplit;
 use ovenbird_models::{
     Phase,
     checkpoint::Checkpoint,
-    detection::boxes::corners,
     rcnn::{
         distillation::{embedding_loss, mean_over_groups},
         heads::{RegionRule, RegionSample},
@@ -25,7 +24,7 @@ use super::{
     images::{Normalisation, TestImage},
     options::{Heads, TestOptions},
     ports::{AUGMENTED, CLASSES, PROMPTS},
-    predictor::{Found, Predictor},
+    predictor::{self, Found, Predictor},
     spec::{DetectorSpec, SigmoidSpec},
     training::Training,
 };
@@ -231,13 +230,11 @@ impl Predictor for SigmoidPredictor {
         self.normalisation
     }
 
-    fn predict(&self, image: &TestImage<'_>, _n_threads: usize) -> Result<Vec<Found>> {
+    fn predict(&self, image: &TestImage<'_>, n_threads: usize) -> Result<Vec<Found>> {
         let given = image.given().map(|given| vec![given]);
         let mut objects = Vec::new();
         for found in self.detector.detect(&image.pixels, &[image.size], &self.classes, given, &self.rule)? {
-            let boxes = corners(&found.kept.boxes, "detections")?.into_iter().map(|corners| image.placement.find(&Xyxy::from(corners)));
-            let classes = found.kept.classes.into_iter().zip(found.kept.scores);
-            objects.extend(boxes.zip(classes).map(|(xyxy, (class, score))| Found { xyxy, class: class as usize, score, mask: None }));
+            objects.extend(predictor::objects(found, image.placement, n_threads)?);
         }
         Ok(objects)
     }

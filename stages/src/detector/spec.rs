@@ -8,13 +8,14 @@ use ovenbird_models::{
     rcnn::{
         Config, Detector,
         classifier::LogitScale,
+        cosine::{self, CosineDetector},
         layout,
         sigmoid::{self, SigmoidDetector},
     },
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use tch::{Device, nn};
+use tch::{Device, Tensor, nn};
 
 use crate::{Artifact, Error, Result, artifacts::read_weights, clip::Space, error::malformed, ports::last_file, training::STEP_KEY};
 
@@ -29,6 +30,8 @@ pub(crate) enum DetectorSpec {
     MaskRcnn(MaskRcnnSpec),
     /// A two-stage detector with a linear classifier.
     Sigmoid(SigmoidSpec),
+    /// A two-stage detector whose scores are sigmoids of scaled cosines to class embeddings.
+    Cosine(CosineSpec),
 }
 
 /// How a two-stage detector is built and used.
@@ -65,6 +68,18 @@ pub(crate) struct SigmoidSpec {
     pub(super) clip: Option<Space>,
 }
 
+/// How a two-stage detector of scaled cosines is built and used.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CosineSpec {
+    pub(super) config: cosine::Config,
+    /// Maximum lengths of the longer and the shorter side of images, in px.
+    pub(super) fits: [u32; 2],
+    /// The CLIP whose embeddings of classes it learned, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) clip: Option<Space>,
+}
+
 /// A trained detector; of several checkpoints of a training, the last.
 pub struct DetectorFile {
     pub(super) file: InputFile,
@@ -93,52 +108,114 @@ impl DetectorFile {
     pub(super) fn read_sigmoid(&self, port: &'static str) -> Result<(Checkpoint, SigmoidSpec)> {
         let (checkpoint, spec) = self.read()?;
         let DetectorSpec::Sigmoid(spec) = spec else {
-            let problem = "expected a detector with a linear classifier, found one that compares with class embeddings".into();
+            let problem = format!("expected a detector with a linear classifier, found one {}", spec.in_words());
             let hint = "train one with `detector/train` and `head: sigmoid`".into();
             return Err(Error::Input { port, problem, hint });
         };
         Ok((checkpoint, spec))
     }
 
-    /// The weights, and how a detector that compares regions with class embeddings is built. Any other is refused, as the input at `port`.
+    /// The weights, and how a detector whose box head compares regions with class embeddings and background is built. Any other is refused, as the input at `port`.
     pub(super) fn read_mask_rcnn(&self, port: &'static str) -> Result<(Checkpoint, MaskRcnnSpec)> {
         let (checkpoint, spec) = self.read()?;
         let DetectorSpec::MaskRcnn(spec) = spec else {
-            let problem = "expected a detector that compares regions with class embeddings, found one with a linear classifier".into();
-            return Err(Error::Input { port, problem, hint: "train one with `detector/train` without `head: sigmoid`".into() });
+            let found = spec.in_words();
+            let problem = format!("expected a detector that compares regions with class embeddings and background, found one {found}");
+            return Err(Error::Input { port, problem, hint: "train one with `detector/train` and `head: embeddings`, the default".into() });
         };
         Ok((checkpoint, spec))
     }
 
     /// After how many steps of training it was written.
     pub(super) fn step(&self) -> Result<u64> {
-        let checkpoint = read_weights(&self.file)?;
+        self.step_of(&read_weights(&self.file)?)
+    }
+
+    /// The same, of its weights.
+    pub(super) fn step_of(&self, checkpoint: &Checkpoint) -> Result<u64> {
         let step = checkpoint.metadata().get(STEP_KEY).and_then(|step| step.parse().ok());
         step.ok_or_else(|| malformed(&self.file.path, format!("expected a number of steps under `{STEP_KEY}` in the metadata")))
+    }
+}
+
+/// Every checkpoint of a training, in the order of their steps.
+pub struct Checkpoints(pub(super) Vec<DetectorFile>);
+
+impl Artifact for Checkpoints {
+    const KIND: &'static str = DetectorFile::KIND;
+    const EXTENSIONS: &'static [&'static str] = DetectorFile::EXTENSIONS;
+    const SHAPE: &'static str = DetectorFile::SHAPE;
+
+    fn open(files: &[InputFile]) -> Result<Self> {
+        files.chunks(1).map(DetectorFile::open).collect::<Result<_>>().map(Self)
     }
 }
 
 impl MaskRcnnSpec {
     /// The network with the weights of a file, and their owner.
     pub(super) fn network(&self, checkpoint: &Checkpoint, device: Device) -> Result<(Detector, nn::VarStore)> {
-        let store = nn::VarStore::new(device);
-        let detector = Detector::blank(&store.root(), &self.config)?;
-        layout::load(checkpoint.tensors(), detector.parameters(), checkpoint.path())?.require_all(checkpoint.path())?;
-        Ok((detector, store))
+        filled(checkpoint, device, |root| Detector::blank(root, &self.config), Detector::parameters)
     }
 }
 
 impl SigmoidSpec {
     /// The network with the weights of a file, and their owner.
     pub(super) fn network(&self, checkpoint: &Checkpoint, device: Device) -> Result<(SigmoidDetector, nn::VarStore)> {
-        let store = nn::VarStore::new(device);
-        let detector = SigmoidDetector::blank(&store.root(), &self.config)?;
-        layout::load(checkpoint.tensors(), detector.parameters(), checkpoint.path())?.require_all(checkpoint.path())?;
-        Ok((detector, store))
+        filled(checkpoint, device, |root| SigmoidDetector::blank(root, &self.config), SigmoidDetector::parameters)
     }
 }
 
+impl CosineSpec {
+    /// The network with the weights of a file, and their owner.
+    pub(super) fn network(&self, checkpoint: &Checkpoint, device: Device) -> Result<(CosineDetector, nn::VarStore)> {
+        filled(checkpoint, device, |root| CosineDetector::blank(root, &self.config), CosineDetector::parameters)
+    }
+}
+
+/// A network of zeros with the weights of a file, which must have all of them and no others, and their owner.
+fn filled<D>(
+    checkpoint: &Checkpoint,
+    device: Device,
+    blank: impl FnOnce(&nn::Path<'_>) -> ovenbird_models::Result<D>,
+    parameters: fn(&D) -> &BTreeMap<String, Tensor>,
+) -> Result<(D, nn::VarStore)> {
+    let store = nn::VarStore::new(device);
+    let detector = blank(&store.root())?;
+    layout::load(checkpoint.tensors(), parameters(&detector), checkpoint.path())?.require_all(checkpoint.path())?;
+    Ok((detector, store))
+}
+
 impl DetectorSpec {
+    /// The detector's kind, worded to follow "one".
+    pub(super) fn in_words(&self) -> &'static str {
+        match self {
+            Self::MaskRcnn(_) => "that compares with class embeddings and background (`head: embeddings`)",
+            Self::Sigmoid(_) => "with a linear classifier (`head: sigmoid`)",
+            Self::Cosine(_) => "of scaled cosines to class embeddings (`head: cosine`)",
+        }
+    }
+
+    /// The CLIP whose embeddings it learned, where that is known.
+    pub(super) fn clip(&self) -> Option<Space> {
+        match self {
+            Self::MaskRcnn(spec) => spec.clip,
+            Self::Sigmoid(spec) => spec.clip,
+            Self::Cosine(spec) => spec.clip,
+        }
+    }
+
+    /// Whether a training of one of both networks can go on with the other's weights.
+    pub(super) fn has_weights_of(&self, other: &Self) -> bool {
+        let mut other = other.clone();
+        match (self, &mut other) {
+            (Self::MaskRcnn(one), Self::MaskRcnn(other)) => (other.fits, other.clip) = (one.fits, one.clip),
+            (Self::Sigmoid(one), Self::Sigmoid(other)) => (other.fits, other.clip) = (one.fits, one.clip),
+            (Self::Cosine(one), Self::Cosine(other)) => (other.fits, other.clip) = (one.fits, one.clip),
+            _ => return false,
+        }
+        *self == other
+    }
+
     /// The metadata of a detector's file.
     pub(super) fn metadata(&self) -> BTreeMap<String, String> {
         spec_metadata(self, SPEC_KEY)
@@ -162,7 +239,7 @@ pub(crate) fn spec_of<T: DeserializeOwned>(checkpoint: &Checkpoint, key: &str, p
 #[serde(rename_all = "kebab-case")]
 pub enum Network {
     /// OADP's: a ResNet-50, a feature pyramid of 256 channels with batch normalisation, heads of four convolutions; 512 regions
-    /// of each image are sampled for the heads.
+    /// of each image are sampled for the heads. With `head: cosine` PromptDet's.
     #[default]
     R50,
     /// A ResNet-18 of a quarter of the width, 64 channels, heads of one convolution, 128 regions, for images of 128 to 320 px: trains from
@@ -202,6 +279,15 @@ impl Network {
             Self::R50 => sigmoid::Config::r50(n_base, embed_dim),
             Self::Toy => sigmoid::Config::toy(n_base, embed_dim),
         }
+    }
+
+    /// A detector of scaled cosines of this size for class embeddings of `embed_dim` numbers.
+    pub(super) fn cosine_config(self, embed_dim: i64, has_masks: bool) -> cosine::Config {
+        let config = match self {
+            Self::R50 => cosine::Config::r50(embed_dim),
+            Self::Toy => cosine::Config::toy(embed_dim),
+        };
+        if has_masks { config.with_masks() } else { config }
     }
 
     /// How many regions of an image are sampled for the heads.

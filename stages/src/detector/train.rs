@@ -1,5 +1,6 @@
 //! `detector/train`: trains a two-stage detector on base classes.
 
+use ovenbird_data::classes::ClassSplit;
 use ovenbird_models::{
     ral::{self, Ral},
     rcnn::{classifier::LogitScale, heads::RegionRule, regions::RegionsConfig},
@@ -9,22 +10,25 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     batches::{self, DetectionLoader},
-    classes::{class_embeddings, spaces_of_prompts},
+    classes::{class_embeddings, selected_prompts, spaces_of_prompts},
+    cosine::{self, CosineCriterion},
     criterion::{Crowds, MaskRcnnCriterion, region_rule},
     distillation::Distillation,
     images::Normalisation,
     ports::{ANNOTATIONS, CLASSES, IMAGES, MULTILABEL_PROMPTS, PRETRAINED, PROMPTS},
     pretrained::load_pretrained,
     sigmoid::SigmoidCriterion,
-    spec::{DetectorFile, ExtraHeads, MaskRcnnSpec, Network, SigmoidSpec},
-    training::Training,
+    spec::{CosineSpec, DetectorFile, DetectorSpec, ExtraHeads, MaskRcnnSpec, Network, SigmoidSpec},
+    start::{self, START, START_STATE},
+    training::{Epochs, Training},
+    web::{MixedLoader, SelfTraining, WEB, WEB_IMAGES, WebImages},
 };
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Classes, ImageFeatures, Negatives, RegionFeatures},
     clip::{Space, space},
     contract::is_default,
-    training::{Ports, train},
+    training::{Criterion, DataLoader, Ports, TrainingConfig, train_from},
 };
 
 /// How the box head classifies regions.
@@ -37,10 +41,14 @@ pub enum Head {
     /// By a linear classifier of base classes, each with a sigmoid, trained with a focal loss; of the losses of `distillation` only `objects` is
     /// used, on every proposal in `features`. Images are normalised by CLIP's statistics. (LP-OVOD, section 5.)
     Sigmoid,
+    /// By `prompts`, the class embeddings of base and novel classes: the score of each class is a sigmoid of a scaled cosine, and none is of background. The
+    /// scale is learned. Images of the web with one label each (`web_images`, `web`) teach novel classes. `low_quality_iou` is 0.5 unless it is given.
+    /// (PromptDet, section 9.)
+    Cosine,
 }
 
 /// Trains an open-vocabulary two-stage detector on base classes: ViLD, and with `blocks` and `globals` OADP's distillation pyramid; with
-/// `head: sigmoid` LP-OVOD's.
+/// `head: sigmoid` LP-OVOD's; with `head: cosine` PromptDet's.
 ///
 /// The box head classifies regions by class embeddings and refines boxes. Each of the inputs `features`, `blocks` and `globals` adds a head
 /// that learns CLIP's embeddings; the heads of blocks and of whole images also learn which base classes are shown. Of these heads only the
@@ -75,6 +83,13 @@ pub struct Train {
     /// Losses of objects against retrieved words, where `negatives` are given.
     #[serde(skip_serializing_if = "is_default")]
     pub ral: ral::Config,
+    /// How images of the web are shown, where `web` are given.
+    #[serde(skip_serializing_if = "is_default")]
+    pub web: SelfTraining,
+    /// After how many epochs the training at `start` is continued here, with its weights and its optimizer's state. The learning rate goes on as if that
+    /// training were this one: there is no second warm-up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_epoch: Option<u32>,
     /// How the detector is trained.
     pub training: Training,
     /// Accept embeddings of two CLIPs, which is refused otherwise: cosines between them mean nothing, unless both share one space.
@@ -95,11 +110,16 @@ impl Default for Train {
             trainable_backbone_layers: None,
             distillation: Distillation::default(),
             ral: ral::Config::default(),
+            web: SelfTraining::default(),
+            start_epoch: None,
             training: Training::default(),
             mixed_clips: false,
         }
     }
 }
+
+/// PromptDet's low-quality matches. (Section 9.3.)
+const COSINE_LOW_QUALITY_IOU: f32 = 0.5;
 
 const FEATURES: In<RegionFeatures> =
     In::optional("features", "CLIP embeddings of proposals on the same images (`clip/objects`), learned by the object head.");
@@ -128,6 +148,10 @@ impl Stage for Train {
         GLOBALS.info(),
         NEGATIVES.info(),
         PRETRAINED.info(),
+        WEB_IMAGES.info(),
+        WEB.info(),
+        START.info(),
+        START_STATE.info(),
     ];
     const OUTPUTS: &'static [PortInfo] = &[PORTS.weights.info(), PORTS.state.info(), PORTS.curve.info()];
     const USES_DEVICE: bool = true;
@@ -136,7 +160,7 @@ impl Stage for Train {
     fn check(&self) -> Vec<Problem> {
         let is_positive = |number: f64| number > 0.0 && number.is_finite();
         let mut problems = Problem::unless(&[
-            ("masks", !self.masks || self.head == Head::Embeddings, "false with `head: sigmoid`, which has no mask head"),
+            ("masks", !self.masks || self.head != Head::Sigmoid, "false with `head: sigmoid`, which has no mask head"),
             ("train_temperature", is_positive(self.train_temperature), "a number above 0"),
             ("test_temperature", is_positive(self.test_temperature), "a number above 0"),
         ]);
@@ -144,6 +168,34 @@ impl Stage for Train {
             ("low_quality_iou", self.low_quality_iou.is_none_or(|iou| (0.0..=1.0).contains(&iou)), "a number from 0 to 1"),
             ("trainable_backbone_layers", self.trainable_backbone_layers.is_none_or(|n| n <= 5), "from 0 to 5"),
         ]));
+        let defaults = Self::default();
+        let is_other = self.head != Head::Cosine;
+        let same = |number: f64, other: f64| number.to_bits() == other.to_bits();
+        problems.extend(Problem::unless(&[
+            (
+                "train_temperature",
+                is_other || same(self.train_temperature, defaults.train_temperature),
+                "none with `head: cosine`, which learns the scale of its cosines",
+            ),
+            (
+                "test_temperature",
+                is_other || same(self.test_temperature, defaults.test_temperature),
+                "none with `head: cosine`, which learns the scale of its cosines",
+            ),
+            (
+                "distillation",
+                is_other || self.distillation == defaults.distillation,
+                "none with `head: cosine`, which learns no embeddings of CLIP's",
+            ),
+            ("ral", is_other || is_default(&self.ral), "none with `head: cosine`"),
+            ("web", !is_other || is_default(&self.web), "none without `head: cosine`, which alone learns from images of the web"),
+            (
+                "start_epoch",
+                self.start_epoch.is_none_or(|start| start > 0 && self.training.epochs.is_some_and(|epochs| start < epochs)),
+                "at least 1 and less than `training.epochs`",
+            ),
+        ]));
+        problems.extend(self.web.check());
         problems.extend(self.distillation.check());
         problems.extend(check_ral(&self.ral));
         problems.extend(self.training.check());
@@ -151,7 +203,7 @@ impl Stage for Train {
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
-        batches::units(&self.training, inputs)
+        batches::units(&self.training, self.epochs(inputs)?, inputs)
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
@@ -164,35 +216,109 @@ impl Stage for Train {
                 hint: "name the classes with labels in training under `base`".into(),
             });
         }
-        if self.head == Head::Sigmoid {
-            return self.run_sigmoid(classes.base, units, cx);
+        let epochs = self.epochs(cx.inputs)?;
+        match self.head {
+            Head::Embeddings => self.run_mask_rcnn(&classes, epochs, units, cx),
+            Head::Sigmoid => self.run_sigmoid(classes.base, epochs, units, cx),
+            Head::Cosine => self.run_cosine(&classes, epochs, units, cx),
         }
-        let embeddings = class_embeddings(cx.inputs, &classes)?;
-        let spec = self.spec(embeddings.size()[1], cx.inputs)?;
-        let (dim, base) = (spec.config.embed_dim, classes.base.clone());
-        let classes = spec.tables(embeddings, cx.inputs, &classes, cx.device)?;
-        let (training, losses) = (self.training.light(cx), (&self.distillation, self.ral(&base, dim, cx.inputs)?));
-        let criterion = MaskRcnnCriterion::new(spec, classes, self.region_rule(), self.crowds, losses, &training, cx.device)?;
-        load_pretrained(criterion.tensors(), units, cx)?;
-        let mut loader = DetectionLoader::new(&training, cx)?.with_features([FEATURES, BLOCKS], GLOBALS, dim, cx)?;
-        if self.masks {
-            loader = loader.with_masks()?;
-        }
-        loader.look_for_images(cx)?;
-        train(&loader.training().config(), &loader, &criterion, &PORTS, units, cx)
     }
 }
 
 impl Train {
-    /// Trains a detector with a linear classifier.
-    fn run_sigmoid(&self, base: Vec<String>, units: &[Unit], cx: &Context<'_>) -> Result<()> {
-        for port in [PROMPTS.info(), MULTILABEL_PROMPTS.info(), BLOCKS.info(), GLOBALS.info(), NEGATIVES.info()] {
-            if cx.inputs.ports.contains_key(port.name) {
-                let problem = "given, but a detector with `head: sigmoid` learns without it".into();
-                let hint = "leave it out of this step; `detector/test` takes `prompts`".into();
-                return Err(Error::Input { port: port.name, problem, hint });
-            }
+    /// What the epochs are. Fails where inputs are given that have no meaning together, or for this head.
+    fn epochs(&self, inputs: &Inputs) -> Result<Epochs> {
+        start::check(self.start_epoch, inputs)?;
+        let is_given = |port: &PortInfo| inputs.ports.contains_key(port.name);
+        if self.head != Head::Cosine
+            && let Some(given) = [WEB_IMAGES.info(), WEB.info()].into_iter().find(is_given)
+        {
+            let problem = "given, but images of the web teach only a detector with `head: cosine`".into();
+            return Err(Error::Input { port: given.name, problem, hint: "set `with: {head: cosine}`, or leave it out".into() });
         }
+        let Classes(classes) = inputs.read(CLASSES)?;
+        let n_web_batches = match WebImages::read(inputs, &classes)? {
+            Some(_) if self.training.epochs.is_none() => {
+                let problem = "given, but the length of the training is in steps".into();
+                let hint = "set `training.epochs`: each shows every annotated image and every image of the web".into();
+                return Err(Error::Input { port: WEB.info().name, problem, hint });
+            }
+            Some(images) => images.n_batches(&self.web, &self.training),
+            None if is_default(&self.web) => 0,
+            None => {
+                let hint = "give `web_images` and `web`, or leave the parameter `web` out".into();
+                return Err(Error::Input { port: WEB.info().name, problem: "none are given, but the parameter `web` is set".into(), hint });
+            }
+        };
+        Ok(Epochs { start: self.start_epoch.unwrap_or(0), n_web_batches })
+    }
+
+    /// Runs the loop, from the checkpoint at `start` where there is one.
+    fn train<L: DataLoader>(
+        &self,
+        (loader, config): (&L, &TrainingConfig),
+        criterion: &impl Criterion<Batch = L::Batch>,
+        spec: &DetectorSpec,
+        units: &[Unit],
+        cx: &Context<'_>,
+    ) -> Result<()> {
+        let continues = units.first().is_none_or(|unit| unit.index > 0);
+        let start = if continues { None } else { start::find(spec, self.start_epoch, config.first_step, cx)? };
+        train_from(start.as_ref(), config, loader, criterion, &PORTS, units, cx)
+    }
+
+    /// Trains a detector whose box head compares with class embeddings and background.
+    fn run_mask_rcnn(&self, classes: &ClassSplit, epochs: Epochs, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        let embeddings = class_embeddings(cx.inputs, classes)?;
+        let spec = self.spec(embeddings.size()[1], cx.inputs)?;
+        let (dim, base) = (spec.config.embed_dim, classes.base.clone());
+        let whole = DetectorSpec::MaskRcnn(spec.clone());
+        let classes = spec.tables(embeddings, cx.inputs, classes, cx.device)?;
+        let (training, losses) = (self.training.light(cx), (&self.distillation, self.ral(&base, dim, cx.inputs)?));
+        let criterion = MaskRcnnCriterion::new(spec, classes, self.region_rule(), self.crowds, losses, &training, cx.device)?;
+        load_pretrained(criterion.tensors(), units, cx)?;
+        let mut loader = DetectionLoader::new(&training, epochs, cx)?.with_features([FEATURES, BLOCKS], GLOBALS, dim, cx)?;
+        if self.masks {
+            loader = loader.with_masks()?;
+        }
+        loader.look_for_images(cx)?;
+        self.train((&loader, &loader.config()), &criterion, &whole, units, cx)
+    }
+
+    /// Trains a detector of scaled cosines.
+    fn run_cosine(&self, classes: &ClassSplit, epochs: Epochs, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        refuse_inputs(
+            &[MULTILABEL_PROMPTS.info(), FEATURES.info(), BLOCKS.info(), GLOBALS.info(), NEGATIVES.info()],
+            "`head: cosine` learns without it",
+            "leave it out of this step",
+            cx.inputs,
+        )?;
+        let prompts = cosine::prompts(cx.inputs)?;
+        let embeddings = selected_prompts(&prompts, classes)?;
+        let mut config = self.network.cosine_config(embeddings.size()[1], self.masks);
+        self.set_trainable(&mut config.regions);
+        let spec = CosineSpec { config, fits: self.training.fits(), clip: prompts.clip };
+        let (whole, training) = (DetectorSpec::Cosine(spec.clone()), self.training.light(cx));
+        let (embeddings, rule) = ((&embeddings, classes.base.len()), (self.region_rule(), self.crowds));
+        let criterion = CosineCriterion::new(spec, embeddings, rule, &self.web, &training, cx.device)?;
+        load_pretrained(criterion.tensors(), units, cx)?;
+        let mut annotated = DetectionLoader::new(&training, epochs, cx)?;
+        if self.masks {
+            annotated = annotated.with_masks()?;
+        }
+        let loader = MixedLoader::new(annotated, WebImages::read(cx.inputs, classes)?, &self.web, epochs, cx)?;
+        loader.look_for_images(classes, cx)?;
+        self.train((&loader, &loader.config()), &criterion, &whole, units, cx)
+    }
+
+    /// Trains a detector with a linear classifier.
+    fn run_sigmoid(&self, base: Vec<String>, epochs: Epochs, units: &[Unit], cx: &Context<'_>) -> Result<()> {
+        refuse_inputs(
+            &[PROMPTS.info(), MULTILABEL_PROMPTS.info(), BLOCKS.info(), GLOBALS.info(), NEGATIVES.info()],
+            "`head: sigmoid` learns without it",
+            "leave it out of this step; `detector/test` takes `prompts`",
+            cx.inputs,
+        )?;
         let features = cx.inputs.read_if_given(FEATURES)?;
         let dim = features.as_ref().map(RegionFeatures::dim).transpose()?;
         let mut config = self.network.sigmoid_config(base.len(), dim);
@@ -204,14 +330,14 @@ impl Train {
             novel: Vec::new(),
             clip: features.map(|features| features.clip()).transpose()?.flatten(),
         };
-        let training = self.training.light(cx);
+        let (whole, training) = (DetectorSpec::Sigmoid(spec.clone()), self.training.light(cx));
         let criterion = SigmoidCriterion::new(spec, self.region_rule(), self.crowds, &self.distillation, &training, cx.device)?;
         load_pretrained(criterion.tensors(), units, cx)?;
         let dim = dim.unwrap_or_default() as i64;
-        let loader = DetectionLoader::new(&training, cx)?.with_features([FEATURES, BLOCKS], GLOBALS, dim, cx)?;
+        let loader = DetectionLoader::new(&training, epochs, cx)?.with_features([FEATURES, BLOCKS], GLOBALS, dim, cx)?;
         let loader = loader.normalised(Normalisation::CLIP);
         loader.look_for_images(cx)?;
-        train(&loader.training().config(), &loader, &criterion, &PORTS, units, cx)
+        self.train((&loader, &loader.config()), &criterion, &whole, units, cx)
     }
 
     /// The losses of objects of base classes against retrieved words, if there are words.
@@ -239,7 +365,10 @@ impl Train {
     /// Which regions are sampled for the heads.
     fn region_rule(&self) -> RegionRule {
         let mut rule = region_rule(self.network.regions_per_image(), None);
-        rule.assigner.best_of_object_iou = self.low_quality_iou;
+        rule.assigner.best_of_object_iou = self.low_quality_iou.or(match self.head {
+            Head::Embeddings | Head::Sigmoid => None,
+            Head::Cosine => Some(COSINE_LOW_QUALITY_IOU),
+        });
         rule
     }
 
@@ -268,6 +397,17 @@ impl Train {
             scale: LogitScale::Temperature { train: self.train_temperature, test: self.test_temperature },
             clip: clip_of(inputs, self.mixed_clips)?,
         })
+    }
+}
+
+/// Fails where an input is given that a head does not learn from.
+fn refuse_inputs(ports: &[PortInfo], why: &str, hint: &str, inputs: &Inputs) -> Result<()> {
+    match ports.iter().find(|port| inputs.ports.contains_key(port.name)) {
+        None => Ok(()),
+        Some(port) => {
+            let problem = format!("given, but a detector with {why}");
+            Err(Error::Input { port: port.name, problem, hint: hint.into() })
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::{
-    Context, Problem,
+    Context, Error, Problem, Result,
     contract::is_default,
     training::{Algorithm, Decay, OptimizerConfig, Parameter, Schedule, TrainingConfig, Warmup},
 };
@@ -92,6 +92,16 @@ impl Default for Group {
     }
 }
 
+/// What the epochs of a training are, besides its images and batches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Epochs {
+    /// How many of them another training has made, without images of the web.
+    pub(crate) start: u32,
+    /// Batches of images of the web in each of the others. Each step is of batches of one sort: the last one of each sort in an epoch is filled with its first
+    /// batches.
+    pub(crate) n_web_batches: usize,
+}
+
 /// How a detector is trained. The defaults are OADP's for COCO, 16 images a step (methods, sections 6.2 and 6.5).
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -105,6 +115,10 @@ pub struct Training {
     pub epochs: Option<u32>,
     /// Steps between checkpoints: a training that is killed loses at most these.
     pub checkpoint_every: u32,
+    /// Epochs between checkpoints, instead of `checkpoint_every`, where the length is given in `epochs`: with as many `keep_checkpoints` as there are, another
+    /// training can start after each.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_epochs: Option<u32>,
     /// Checkpoints to keep for `detector/select`, evenly spaced, the last one among them; with `epochs` all of them, if there are not more.
     pub keep_checkpoints: u32,
     /// Images per batch.
@@ -118,6 +132,9 @@ pub struct Training {
     /// Lengths are drawn this far apart, from the lower ends of their ranges on, in px.
     #[serde(skip_serializing_if = "is_one")]
     pub size_step: u32,
+    /// Maximum lengths of the longer and the shorter side of images in detection, in px, instead of the upper ends of `max_size` and `min_size`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub test_size: Option<[u32; 2]>,
     /// Images with a class that fewer than this fraction of the images show are repeated (LVIS: 0.001); 0 for no repetition.
     pub repeat_threshold: f64,
     /// The classes that `repeat_threshold` is about.
@@ -163,12 +180,14 @@ impl Default for Training {
             steps: 40_000,
             epochs: None,
             checkpoint_every: 1000,
+            checkpoint_epochs: None,
             keep_checkpoints: 1,
             batch_size: 16,
             accumulation_steps: 1,
             max_size: [1330, 1333],
             min_size: [640, 800],
             size_step: 1,
+            test_size: None,
             repeat_threshold: 0.0,
             repeat_classes: RepeatClasses::default(),
             precision: TrainPrecision::F32,
@@ -201,12 +220,22 @@ impl Training {
             ("training.epochs", self.epochs.is_none_or(|epochs| (1..=1000).contains(&epochs)), "from 1 to 1000"),
             ("training.lr_epochs", self.lr_epochs.is_empty() || self.epochs.is_some(), "none without `epochs`"),
             ("training.checkpoint_every", self.checkpoint_every > 0, "at least 1"),
+            (
+                "training.checkpoint_epochs",
+                self.checkpoint_epochs.is_none_or(|n| n > 0 && self.epochs.is_some()),
+                "at least 1, and none without `epochs`",
+            ),
             // The number of checkpoints of an epoch depends on the images.
             ("training.keep_checkpoints", (1..=most_checkpoints).contains(&self.keep_checkpoints), "from 1 to the number of checkpoints"),
             ("training.batch_size", self.batch_size > 0, "at least 1"),
             ("training.accumulation_steps", self.accumulation_steps > 0, "at least 1"),
             ("training.max_size", is_range(self.max_size), "two sides from 32 px on, the smaller first"),
             ("training.min_size", is_range(self.min_size), "two sides from 32 px on, the smaller first"),
+            (
+                "training.test_size",
+                self.test_size.is_none_or(|[longer, shorter]| shorter >= 32 && longer >= shorter),
+                "the longer side, then the shorter, from 32 px on",
+            ),
             ("training.size_step", self.size_step > 0, "at least 1"),
             ("training.repeat_threshold", is_part(self.repeat_threshold), "a number from 0 to below 1"),
             ("training.momentum", is_part(self.momentum), "a number from 0 to below 1"),
@@ -223,11 +252,11 @@ impl Training {
         ])
     }
 
-    /// The same with a length in steps, where it is in epochs of some samples.
-    pub(crate) fn in_steps(&self, samples: &[Sample]) -> Self {
+    /// The same with a length in steps, where it is in epochs of some samples, and the first of these steps.
+    pub(crate) fn in_steps(&self, samples: &[Sample], epochs: Epochs) -> Result<(Self, u32)> {
         match self.epochs {
-            Some(epochs) => self.of_epochs(epochs, self.copies(samples).len()),
-            None => self.clone(),
+            Some(n) => self.of_epochs(n, self.copies(samples).len(), epochs),
+            None => Ok((self.clone(), 0)),
         }
     }
 
@@ -240,12 +269,31 @@ impl Training {
         Self { precision: TrainPrecision::F32, ..self.clone() }
     }
 
-    fn of_epochs(&self, epochs: u32, n_images: usize) -> Self {
-        let n_batches = n_images.div_ceil(self.batch_size);
-        let steps =
-            |epochs: u32| u32::try_from((epochs as usize * n_batches).div_ceil(self.accumulation_steps as usize)).unwrap_or(u32::MAX);
-        let lr_steps = self.lr_epochs.iter().map(|epochs| steps(*epochs)).collect();
-        Self { steps: steps(epochs), epochs: None, lr_steps, lr_epochs: Vec::new(), ..self.clone() }
+    fn of_epochs(&self, n_epochs: u32, n_images: usize, epochs: Epochs) -> Result<(Self, u32)> {
+        let (n_batches, per_step) = (n_images.div_ceil(self.batch_size), self.accumulation_steps as usize);
+        let steps = |n: u32| {
+            let web = match epochs.n_web_batches {
+                0 => 0,
+                n_web => n.saturating_sub(epochs.start) as usize * (n_batches.div_ceil(per_step) + n_web.div_ceil(per_step)),
+            };
+            let base = if web == 0 { n } else { epochs.start };
+            u32::try_from((base as usize * n_batches).div_ceil(per_step) + web).unwrap_or(u32::MAX)
+        };
+        let checkpoint_every = match self.checkpoint_epochs {
+            Some(_) if n_batches % per_step != 0 && epochs.n_web_batches == 0 => {
+                return Err(Error::Input {
+                    port: "training.checkpoint_epochs",
+                    problem: format!("an epoch is {n_batches} batches, which `accumulation_steps: {per_step}` does not divide into steps"),
+                    hint: "set `checkpoint_every`, in steps, or another `batch_size`".into(),
+                });
+            }
+            Some(n) => steps(epochs.start.saturating_add(n)) - steps(epochs.start),
+            None => self.checkpoint_every,
+        };
+        let lr_steps = self.lr_epochs.iter().map(|n| steps(*n)).collect();
+        let (lr_epochs, checkpoint_epochs) = (Vec::new(), None);
+        let whole = Self { steps: steps(n_epochs), epochs: None, lr_steps, lr_epochs, checkpoint_every, checkpoint_epochs, ..self.clone() };
+        Ok((whole, steps(epochs.start)))
     }
 
     /// Places in some samples: each once, those with rare classes more often.
@@ -261,7 +309,7 @@ impl Training {
 
     /// The maximum lengths of the longer and the shorter side of the images of a trained detector, px.
     pub(crate) fn fits(&self) -> [u32; 2] {
-        [self.max_size[1], self.min_size[1]]
+        self.test_size.unwrap_or([self.max_size[1], self.min_size[1]])
     }
 
     /// The same for the training loop. The length must be in steps: see [`Self::in_steps`]. (mmdet; OADP, section 6.5.)
@@ -285,7 +333,7 @@ impl Training {
         };
         let Self { steps, checkpoint_every, keep_checkpoints, .. } = *self;
         let images_per_step = u32::try_from(self.batch_size).unwrap_or(u32::MAX).saturating_mul(self.accumulation_steps);
-        TrainingConfig { steps, checkpoint_every, images_per_step, keep_checkpoints, optimizer, max_loss: MAX_LOSS }
+        TrainingConfig { first_step: 0, steps, checkpoint_every, images_per_step, keep_checkpoints, optimizer, max_loss: MAX_LOSS }
     }
 
     /// The parameters of a network with the factors of their groups.
@@ -332,7 +380,8 @@ mod tests {
     fn epochs_are_as_long_as_their_images_are_many() {
         let training = Training { epochs: Some(24), lr_epochs: vec![16, 19], ..Training::default() };
         let counted = |training: &Training| {
-            let Training { steps, lr_steps, .. } = training.of_epochs(24, 2001);
+            let (Training { steps, lr_steps, .. }, first) = training.of_epochs(24, 2001, Epochs::default()).unwrap();
+            assert_eq!(first, 0);
             (steps, lr_steps)
         };
         // 2,001 images in batches of 16 are 126.
@@ -340,6 +389,30 @@ mod tests {
         assert_eq!(counted(&Training { accumulation_steps: 2, ..training }), (12 * 126, vec![8 * 126, 1197]));
         let without = Training { lr_epochs: vec![3], ..Training::default() };
         assert_eq!(without.check().into_iter().map(|problem| problem.field).collect::<Vec<_>>(), ["training.lr_epochs"]);
+    }
+
+    /// PromptDet's: 12 epochs, of which those from the 7th on have images of the web, and a tenth of the rate after 8 and 11. (Section 9.5.)
+    #[test]
+    fn epochs_with_images_of_the_web_are_longer() {
+        let training =
+            Training { epochs: Some(12), lr_epochs: vec![8, 11], checkpoint_epochs: Some(1), warmup_steps: 5, ..Training::default() };
+        let counted = |training: &Training, epochs| {
+            let (Training { steps, lr_steps, checkpoint_every, .. }, first) = training.of_epochs(12, 160, epochs).unwrap();
+            ([first, steps, checkpoint_every], lr_steps)
+        };
+        // An epoch is 10 batches.
+        assert_eq!(counted(&training, Epochs::default()), ([0, 120, 10], vec![80, 110]));
+        assert_eq!(counted(&training, Epochs { start: 6, n_web_batches: 0 }), ([60, 120, 10], vec![80, 110]));
+        assert_eq!(counted(&training, Epochs { start: 6, n_web_batches: 4 }), ([60, 144, 14], vec![88, 130]));
+        let half = Training { accumulation_steps: 4, ..training.clone() };
+        assert_eq!(counted(&half, Epochs { start: 6, n_web_batches: 5 }), ([15, 45, 5], vec![25, 40]));
+        assert!(half.of_epochs(12, 160, Epochs::default()).unwrap_err().to_string().contains("10 batches"));
+        // The rate goes on where it was: there is no second warm-up.
+        let (whole, first_step) = training.of_epochs(12, 160, Epochs { start: 6, n_web_batches: 4 }).unwrap();
+        let schedule = whole.config().optimizer.schedule;
+        for (step, tenths) in [(first_step, 0), (87, 0), (88, 1), (129, 1), (130, 2), (143, 2)] {
+            assert!((schedule.lr_at(step) - 0.02 * 0.1_f64.powi(tenths)).abs() < 1e-12, "{step}");
+        }
     }
 
     /// Of OADP for COCO, the box head learns at half the rate of the others: parity check D7 of its specification.

@@ -18,7 +18,7 @@ use crate::{
         ports::{ANNOTATIONS, CLASSES, IMAGES, PRETRAINED},
         pretrained::load_pretrained,
         spec::Network,
-        training::Training,
+        training::{Epochs, Training},
     },
     training::{Criterion, Losses, Parameter, Ports, Weights, train},
 };
@@ -71,7 +71,7 @@ impl Stage for Train {
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
-        batches::units(&self.training, inputs)
+        batches::units(&self.training, Epochs::default(), inputs)
     }
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
@@ -84,10 +84,10 @@ impl Stage for Train {
         load_pretrained(network.parameters(), units, cx)?;
         let spec = OlnSpec { config, fits: self.training.fits() };
         let training = self.training.light(cx);
-        let loader = DetectionLoader::new(&training, cx)?;
+        let loader = DetectionLoader::new(&training, Epochs::default(), cx)?;
         loader.look_for_images(cx)?;
         let criterion = OlnCriterion { network, spec, training: &training, device: cx.device };
-        train(&loader.training().config(), &loader, &criterion, &PORTS, units, cx)
+        train(&loader.config(), &loader, &criterion, &PORTS, units, cx)
     }
 }
 

@@ -202,6 +202,7 @@ impl Detpro {
             scales_losses: false,
         };
         TrainingConfig {
+            first_step: 0,
             steps: steps_per_epoch.saturating_mul(self.epochs),
             checkpoint_every: self.checkpoint_every,
             images_per_step: u32::try_from(self.batch_size).unwrap_or(u32::MAX),

@@ -166,7 +166,15 @@ impl Multilabel {
         };
         let checkpoint_every = self.checkpoint_every;
         let images_per_step = u32::try_from(self.batch_size).unwrap_or(u32::MAX);
-        Ok(TrainingConfig { steps, checkpoint_every, images_per_step, keep_checkpoints: 1, optimizer, max_loss: f64::INFINITY })
+        Ok(TrainingConfig {
+            first_step: 0,
+            steps,
+            checkpoint_every,
+            images_per_step,
+            keep_checkpoints: 1,
+            optimizer,
+            max_loss: f64::INFINITY,
+        })
     }
 }
 

@@ -168,10 +168,7 @@ impl Stage for Rpl {
         let (crops, annotations) = (cx.inputs.read(CROPS)?.index()?, cx.inputs.read(ANNOTATIONS)?.load()?);
         let web = web(cx.inputs)?;
         if let Some((images, annotations)) = &web {
-            images.look_for(annotations.images.iter(), cx).map_err(|error| match error {
-                Error::Input { problem, hint, .. } => Error::Input { port: WEB_IMAGES.info().name, problem, hint },
-                other => other,
-            })?;
+            images.look_for(annotations.images.iter(), cx).map_err(|error| error.at_port(WEB_IMAGES.info().name))?;
         }
         let mut shown = Shown::of(&crops, &annotations, &web, &classes.base)?;
         shown.check(crops.ids.len(), cx)?;
@@ -190,22 +187,8 @@ impl Stage for Rpl {
 type Web = Option<(Images, Annotations)>;
 
 fn web(inputs: &Inputs) -> Result<Web> {
-    let both = both([WEB_IMAGES.info(), WEB.info()], inputs.read_if_given(WEB_IMAGES)?, inputs.read_if_given(WEB)?)?;
+    let both = inputs.read_both(WEB_IMAGES, WEB)?;
     both.map(|(images, annotations)| Ok((images, annotations.load()?))).transpose()
-}
-
-/// What is at two ports of which none has a meaning without the other.
-fn both<A, B>(ports: [PortInfo; 2], one: Option<A>, other: Option<B>) -> Result<Option<(A, B)>> {
-    let refused = |[missing, given]: [PortInfo; 2]| {
-        let problem = format!("missing, but `{}` is given", given.name);
-        Err(Error::Input { port: missing.name, problem, hint: "give both, or neither".into() })
-    };
-    match (one, other) {
-        (Some(one), Some(other)) => Ok(Some((one, other))),
-        (None, None) => Ok(None),
-        (None, Some(_)) => refused(ports),
-        (Some(_), None) => refused([ports[1], ports[0]]),
-    }
 }
 
 impl Rpl {
@@ -226,6 +209,7 @@ impl Rpl {
             scales_losses: false,
         };
         TrainingConfig {
+            first_step: 0,
             steps: steps_per_epoch.saturating_mul(self.epochs),
             checkpoint_every: self.checkpoint_every,
             images_per_step: u32::try_from(self.batch_size).unwrap_or(u32::MAX),
@@ -421,9 +405,7 @@ struct Validation {
 impl Validation {
     /// Those that are given. Fails where none shows a class.
     fn read(classes: &ClassSplit, cx: &Context<'_>) -> Result<Option<Self>> {
-        let ports = [VAL_CROPS.info(), VAL_ANNOTATIONS.info()];
-        let given = both(ports, cx.inputs.read_if_given(VAL_CROPS)?, cx.inputs.read_if_given(VAL_ANNOTATIONS)?)?;
-        let Some((crops, annotations)) = given else { return Ok(None) };
+        let Some((crops, annotations)) = cx.inputs.read_both(VAL_CROPS, VAL_ANNOTATIONS)? else { return Ok(None) };
         let (crops, annotations) = (crops.index()?, annotations.load()?);
         let annotated = Annotated::of(&annotations);
         crops.ids.iter().try_for_each(|ids| annotated.check(*ids, VAL_ANNOTATIONS.info().name))?;

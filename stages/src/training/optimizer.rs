@@ -6,7 +6,7 @@ use ovenbird_models::checkpoint::Checkpoint;
 use tch::{Tensor, no_grad};
 
 use super::{algorithm::Algorithm, schedule::Schedule};
-use crate::{Error, Result};
+use crate::{Error, Result, error::malformed};
 
 /// The loss scale of half precision (Micikevicius et al. 2018, section 3.2; the numbers are those of PyTorch's `GradScaler`, and OADP's first).
 const FIRST_SCALE: f64 = 64.0;
@@ -180,14 +180,15 @@ impl<'a> Optimizer<'a> {
             for (name, parameter) in &self.parameters {
                 let raw = raw_key(name);
                 let written = if state.tensors().contains_key(&raw) { state.tensor(&raw)? } else { weights.tensor(name)? };
-                parameter.tensor.shallow_clone().copy_(&written);
+                copy(&parameter.tensor, &written, name, if state.tensors().contains_key(&raw) { state } else { weights })?;
             }
             for (name, average) in &mut self.averages {
-                average.copy_(&weights.tensor(name)?);
+                copy(average, &weights.tensor(name)?, name, weights)?;
             }
             for (name, moments) in &mut self.moments {
                 for (place, moment) in moments.iter_mut().enumerate() {
-                    moment.copy_(&state.tensor(&moment_key(place, name))?);
+                    let key = moment_key(place, name);
+                    copy(moment, &state.tensor(&key)?, &key, state)?;
                 }
             }
             Ok(())
@@ -211,6 +212,16 @@ fn update(config: &OptimizerConfig, parameter: &Parameter, gradient: &Tensor, mo
     if let Some([least, most]) = parameter.bounds {
         let _in_place = whole.clamp_(least, most);
     }
+}
+
+/// Copies a tensor of a file. Fails where it has another shape, since the file may be one that the user names.
+fn copy(to: &Tensor, from: &Tensor, name: &str, file: &Checkpoint) -> Result<()> {
+    if from.size() != to.size() {
+        let problem = format!("{name}: expected {:?}, found {:?}: it is of another network", to.size(), from.size());
+        return Err(malformed(file.path(), problem));
+    }
+    to.shallow_clone().copy_(from);
+    Ok(())
 }
 
 fn moment_key(place: usize, name: &str) -> String {
