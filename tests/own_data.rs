@@ -88,7 +88,7 @@ fn a_picture_without_a_header_is_an_item_that_failed_in_every_run() {
     };
     world.write("pictures/b2.png", "\u{89}PNG cut");
     let failed = world.run(["run", "./pictures.yaml", "--until", "list"]);
-    assert!(failed.code == 4 && failed.stderr.contains("pictures/b2.png: expected a JPEG or PNG image"), "{}", failed.stderr);
+    assert!(failed.code == 4 && failed.stderr.contains("pictures/b2.png: expected a JPEG, PNG, WebP or GIF image"), "{}", failed.stderr);
     world.write("strict.yaml", policy("0.1"));
     world.write("lax.yaml", policy("0.5"));
     let too_many = |words: &crate::support::Output| words.stderr.contains("1 of 4 items failed, more than max_failed_ratio 0.1 allows");

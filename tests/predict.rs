@@ -176,7 +176,7 @@ fn any_classes_are_looked_for_and_bad_images_are_named() {
         "cut.jpg: a JPEG without its end",
         "a/cat.jpg, ",
         "  nothing with a score of 1 or more; 20 with less",
-        "none.png: expected a JPEG or PNG image",
+        "none.png: expected a JPEG, PNG, WebP or GIF image",
         "names.txt: expected an image, a name ending in .jpg, .jpeg or .png",
         "missing.jpg: cannot read",
         "1 picture with boxes in predictions",

@@ -31,6 +31,10 @@ pub(crate) trait Disk: Debug + Send + Sync {
     fn list(&self, folder: &Path) -> io::Result<Vec<(String, bool)>>;
     /// Renames a file or folder; an existing file is replaced.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Gives a file a second name. A disk may refuse it.
+    fn hard_link(&self, _from: &Path, _to: &Path) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
     /// Removes a file.
     fn remove_file(&self, path: &Path) -> io::Result<()>;
     /// Removes an empty folder.
@@ -110,6 +114,11 @@ impl Disk for OsDisk {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         fault_point();
         fs::rename(from, to)
+    }
+
+    fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fault_point();
+        fs::hard_link(from, to)
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {

@@ -13,6 +13,7 @@
 //! store.rs     the layout of a home; units and artifacts, each valid, damaged or absent
 //! choice.rs    a choice that holds for all units with the same item key
 //! parts.rs     the finished work of units that were cut off, from which the next run continues
+//! spool.rs     what was fetched from elsewhere: files by content, and a record for each name
 //! reusable.rs  results of single items that can be reused from other units
 //! verify.rs    checks of units, manifests and the folders of a home
 //! ledger.rs    sled: an index that can be deleted (digests of input files)
@@ -39,6 +40,7 @@ mod reusable;
 pub mod shard;
 #[cfg(test)]
 mod simulation;
+mod spool;
 mod stats;
 mod store;
 pub mod verify;
@@ -52,6 +54,7 @@ pub use recipe::{Change, Digest, Fingerprint, Recipe, shown};
 pub use record::{Manifest, Provenance, UnitKey, UnitRecord, files_digest};
 pub use records::{CURSOR, Noted};
 pub use reusable::ReusableItems;
+pub use spool::Spool;
 pub use stats::{Stats, VectorStats};
 pub use store::{Artifact, Claim, Recovered, Status, Store, unit_name};
 

@@ -266,6 +266,24 @@ impl Draft {
         file.finish()
     }
 
+    /// Adds a file that is on this disk already, fsynced, with this content: by a hard link, or as a copy where the disk refuses links.
+    pub fn link(&self, name: &str, source: &Path, digest: Digest) -> Result<()> {
+        let path = self.folder.join(name);
+        if let Some(parent) = path.parent() {
+            self.publisher.create_dir_all(parent)?;
+        }
+        let disk = self.publisher.disk();
+        if disk.hard_link(source, &path).is_ok()
+            && let Ok(Found::File(bytes)) = disk.look(&path)
+        {
+            let record = FileRecord { name: name.into(), bytes, digest, content: None };
+            self.files.lock().expect("BUG: a thread panicked while it added a file").push(record);
+            return Ok(());
+        }
+        let bytes = disk.read(source).map_err(|error| Error::read(source, error))?;
+        self.write(name, &bytes)
+    }
+
     /// The files finished so far, sorted by name.
     pub fn files(&self) -> Vec<FileRecord> {
         let mut files = self.files.lock().expect("BUG: a thread panicked while it added a file").clone();

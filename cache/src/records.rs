@@ -193,6 +193,12 @@ impl Store {
         self.put_record(place, &sealed(place, content))
     }
 
+    /// Writes a record that the journal of commits does not list.
+    pub(crate) fn put_unnoted<T: Serialize>(&self, place: &str, content: &T) -> Result<()> {
+        self.check_there()?;
+        self.publisher().replace(&self.home().join(place), &sealed(place, content))
+    }
+
     pub(crate) fn put_record(&self, place: &str, bytes: &[u8]) -> Result<()> {
         self.check_there()?;
         let path = self.home().join(place);

@@ -8,6 +8,7 @@
 //! HOME/choices/KIND/ITEM_KEY/              a choice that holds for all units with an item key: see `choice.rs`
 //! HOME/plans/ HOME/pins/ HOME/pipelines/ HOME/runs/ HOME/commits.jsonl    records: see `records.rs`
 //! HOME/leases/ HOME/sessions/              the right to make a unit, processes at work: see `lease.rs`
+//! HOME/web/                                what was fetched from elsewhere: see `spool.rs`
 //! HOME/quarantine/                         damaged files and folders, each with its reason
 //! HOME/ledger/                             an index that can be deleted: see `ledger.rs`
 //! ```
@@ -40,6 +41,7 @@ use crate::{
     publish::Publisher,
     record::{Manifest, Provenance, Sealed, UnitKey, UnitRecord, port_digest},
     records::{CommitLine, plan_place},
+    spool::SPOOL_FOLDERS,
 };
 
 /// The version of the layout that this program reads and writes.
@@ -175,7 +177,8 @@ impl Store {
         let is_over = |owner: &Owner| lease::is_over(&self.home, owner);
         let sweep = |folder: &Path| self.publisher.sweep(folder, &is_over);
         let mut recovered = Recovered { swept: sweep(&self.home)?, ..Recovered::default() };
-        for top in ["units", PARTS, "artifacts", "choices", "plans", "pins", "pipelines", "runs", "quarantine"] {
+        let tops = ["units", PARTS, "artifacts", "choices", "plans", "pins", "pipelines", "runs", "quarantine"];
+        for top in tops.into_iter().chain(SPOOL_FOLDERS) {
             recovered.swept += sweep(&self.home.join(top))?;
             for (name, is_folder) in self.publisher.list(&self.home.join(top))? {
                 if is_folder {

@@ -23,6 +23,7 @@ use crate::{
     publish::TEMPORARY,
     records::CURSOR,
     shard::ShardReader,
+    spool::SPOOL,
     stats::invalid_values,
     store::UNIT_FILE,
 };
@@ -87,8 +88,22 @@ pub struct Finding {
 }
 
 /// The folders of a home.
-pub(crate) const FOLDERS: [&str; 13] =
-    ["artifacts", "choices", "dry-run", "leases", "ledger", PARTS, "pins", "pipelines", "plans", "quarantine", "runs", "sessions", "units"];
+pub(crate) const FOLDERS: [&str; 14] = [
+    "artifacts",
+    "choices",
+    "dry-run",
+    "leases",
+    "ledger",
+    PARTS,
+    "pins",
+    "pipelines",
+    "plans",
+    "quarantine",
+    "runs",
+    "sessions",
+    "units",
+    SPOOL,
+];
 
 /// The files of a home.
 pub(crate) const FILES: [&str; 3] = ["commits.jsonl", "format.json", CURSOR];

@@ -30,7 +30,8 @@ pub struct Image {
 }
 
 impl Image {
-    /// Reads a JPEG or PNG file; grey, palette, CMYK and transparent ones become RGB as Pillow's `convert("RGB")` does.
+    /// Reads a JPEG, PNG, WebP or GIF file, of several pictures the first; grey, palette, CMYK and transparent ones become RGB as Pillow's
+    /// `convert("RGB")` does, but for transparent pixels of a GIF, which are black.
     pub fn open(path: &Path) -> Result<Self> {
         let bytes = fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
         Self::decode(&bytes, path)
@@ -69,12 +70,12 @@ impl Image {
         Some(Self { width: width.into(), height: height.into(), rgb })
     }
 
-    /// Decodes a JPEG or PNG; `path` is for the message.
+    /// Decodes a JPEG, PNG, WebP or GIF; `path` is for the message.
     pub fn decode(bytes: &[u8], path: &Path) -> Result<Self> {
         Self::decode_if(bytes, path, None)
     }
 
-    /// The size of a JPEG or PNG, `[width, height]` px, from its header: fails where [`Self::decode`] would fail for what the header, or the
+    /// The size of an image, `[width, height]` px, from its header: fails where [`Self::decode`] would fail for what the header, or the
     /// end of a JPEG, says. `path` is for the message.
     pub fn size(bytes: &[u8], path: &Path) -> Result<[u32; 2]> {
         header(bytes, path, None).map(|decoder| decoder.dimensions().into())
@@ -83,6 +84,23 @@ impl Image {
     /// As [`Self::size`], of an image whose size is known, `[width, height]` px: fails where [`Self::decode_sized`] would.
     pub fn check_size(bytes: &[u8], path: &Path, stated: [u32; 2]) -> Result<()> {
         header(bytes, path, Some(stated)).map(drop)
+    }
+
+    /// As [`Self::decode_sized`], with transparent pixels before a white ground instead of without their transparency: of each level `c`
+    /// with opacity `a` of 255 remains `rint(a / 255 * c + 255 - a)`. (PromptDet, section 8.)
+    pub fn decode_on_white(bytes: &[u8], path: &Path, stated: [u32; 2]) -> Result<Self> {
+        let decoder = header(bytes, path, Some(stated))?;
+        let image = DynamicImage::from_decoder(decoder).map_err(|error| not_an_image(path, &error))?;
+        let [width, height] = stated;
+        if !image.color().has_alpha() {
+            return Ok(Self { width, height, rgb: to_rgb8(image) });
+        }
+        let opacities: Vec<u8> = image.to_rgba8().pixels().map(|pixel| pixel.0[3]).collect();
+        let mut rgb = to_rgb8(image);
+        for (pixel, opacity) in rgb.as_chunks_mut::<3>().0.iter_mut().zip(opacities) {
+            *pixel = pixel.map(|level| on_white(level, opacity));
+        }
+        Ok(Self { width, height, rgb })
     }
 
     fn decode_if(bytes: &[u8], path: &Path, stated: Option<[u32; 2]>) -> Result<Self> {
@@ -150,6 +168,12 @@ impl Image {
     }
 }
 
+/// A level with an opacity before white.
+fn on_white(level: u8, opacity: u8) -> u8 {
+    let (level, opacity) = (f64::from(level), f64::from(opacity));
+    (opacity / 255.0 * level + 255.0 - opacity).round_ties_even() as u8
+}
+
 /// The longest side of a JPEG, px.
 pub const MAX_JPEG_SIDE: u32 = 65_535;
 
@@ -160,22 +184,28 @@ const MAX_PIXELS: u64 = 1 << 28;
 /// Bytes of the widest pixels, four numbers of 16 bits.
 const MAX_PIXEL_BYTES: u64 = 8;
 
+const FORMATS: &str = "a JPEG, PNG, WebP or GIF image";
+
+/// Whether a file begins as an image of a format that is decoded.
+pub fn is_decoded(bytes: &[u8]) -> bool {
+    bytes.starts_with(JPEG_START) || content::image_format(bytes).is_some_and(|format| ["a PNG", "a WebP", "a GIF"].contains(&format.name()))
+}
+
 fn is_too_large([width, height]: [u32; 2]) -> bool {
     u64::from(width) * u64::from(height) > MAX_PIXELS
 }
 
-/// Reads the header of a JPEG or PNG, and checks the size against a stated one.
+/// Reads the header of an image, and checks the size against a stated one.
 fn header<'a>(bytes: &'a [u8], path: &Path, stated: Option<[u32; 2]>) -> Result<impl ImageDecoder + 'a> {
     let refused = |problem: String, hint: String| Error::Malformed { path: path.to_owned(), problem, hint: Some(hint) };
-    if !bytes.starts_with(JPEG_START)
-        && !bytes.starts_with(PNG_START)
+    if !is_decoded(bytes)
         && let Some(found) = content::describe(bytes)
     {
         let hint = match content::image_format(bytes) {
             Some(_) => format!("it is {found} with another extension: convert it to JPEG or PNG, or skip it with `on_bad_item: skip`"),
             None => "it is not an image: download it again, or skip it with `on_bad_item: skip`".into(),
         };
-        return Err(refused(format!("expected a JPEG or PNG image, found {found}"), hint));
+        return Err(refused(format!("expected {FORMATS}, found {found}"), hint));
     }
     // The decoder forgives a JPEG that ends early and fills the rest with grey.
     if bytes.starts_with(JPEG_START) && !reaches_end(bytes) {
@@ -213,7 +243,7 @@ fn header<'a>(bytes: &'a [u8], path: &Path, stated: Option<[u32; 2]>) -> Result<
 }
 
 fn not_an_image(path: &Path, error: &image::ImageError) -> Error {
-    cut_short(path, format!("expected a JPEG or PNG image: {error}"))
+    cut_short(path, format!("expected {FORMATS}: {error}"))
 }
 
 fn cut_short(path: &Path, problem: String) -> Error {
@@ -543,9 +573,7 @@ mod tests {
     #[test]
     fn images_of_other_formats_and_what_is_none_are_named_by_content() {
         for (bytes, found, hint) in [
-            (b"RIFF\x10\0\0\0WEBPVP8 ".as_slice(), "a WebP", "it is a WebP with another extension: convert it to JPEG or PNG, or skip it"),
-            (b"GIF89a", "a GIF", "convert it"),
-            (b"BM\x9a\0\0\0\0\0\0\0\x36", "a BMP", "convert it"),
+            (b"BM\x9a\0\0\0\0\0\0\0\x36".as_slice(), "a BMP", "it is a BMP with another extension: convert it to JPEG or PNG, or skip it"),
             (b"II*\0", "a TIFF", "convert it"),
             (b"\0\0\0\x1cftypavif", "an AVIF", "convert it"),
             (b"\0\0\0\x1cftypheic", "a HEIC", "convert it"),
@@ -557,7 +585,7 @@ mod tests {
             (b"", "an empty file", "download it again"),
         ] {
             let (problem, advice) = refused(bytes, None);
-            assert_eq!(problem, format!("a.jpg: expected a JPEG or PNG image, found {found}"));
+            assert_eq!(problem, format!("a.jpg: expected a JPEG, PNG, WebP or GIF image, found {found}"));
             assert!(advice.contains(hint) && advice.contains("`on_bad_item: skip`"), "{advice}");
         }
         assert!(refused(b"no picture", None).1.contains("cut short or damaged"));

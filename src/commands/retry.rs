@@ -1,14 +1,14 @@
-//! `ovenbird retry`: runs items again that were skipped.
+//! `ovenbird retry`: runs items again that were skipped, and asks again for URLs whose host did not answer.
 
 use std::path::Path;
 
-use ovenbird_cache::{Store, UnitRecord, unit_name};
-use ovenbird_stages::FAILED_FILE;
+use ovenbird_cache::{FileRecord, Store, UnitRecord, unit_name};
+use ovenbird_stages::{FAILED_FILE, RETRY_FILE, web::forget_transient};
 
 use super::run::run_and_report;
 use crate::{chosen::Wanted, error::Result, output::print, pipeline::Pipeline, plan::previous_run::PreviousRun, run_args::RunArgs};
 
-/// Run items again that were skipped (`on_bad_item: skip`)
+/// Run items again that were skipped (`on_bad_item: skip`), and downloads that may succeed now
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -37,9 +37,11 @@ fn set_failed_aside(pipeline: &Pipeline, wanted: &[usize], store: &Store) -> Res
     for step in wanted.iter().map(|place| &pipeline.steps[*place]) {
         let Some(fingerprint) = previous.steps.get(&step.id) else { continue };
         let Some(manifest) = store.manifest(step.entry.kind, fingerprint)? else { continue };
-        let failed: Vec<&UnitRecord> =
-            manifest.units.iter().filter(|unit| unit.files.iter().any(|file| file.name == FAILED_FILE)).collect();
+        let is_listed = |file: &FileRecord| [FAILED_FILE, RETRY_FILE].contains(&file.name.as_str());
+        let failed: Vec<&UnitRecord> = manifest.units.iter().filter(|unit| unit.files.iter().any(is_listed)).collect();
         for unit in &failed {
+            // First: if this is cut off, the unit still lists what is to be tried.
+            forget_transient(store, unit)?;
             store.quarantine(&unit_name(step.entry.kind, &unit.key.fingerprint), &["its failed items are run again".into()])?;
         }
         if !failed.is_empty() {

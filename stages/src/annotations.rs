@@ -3,3 +3,4 @@
 pub mod folder;
 pub mod pseudo_labels;
 pub mod split;
+pub mod web;

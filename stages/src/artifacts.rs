@@ -24,6 +24,9 @@
 //! | `pool-metadata` | URLs and texts of a pool, Parquet | [`PoolMetadata`] |
 //! | `published-links` | the same from other programs, HDF5 or tab-separated lines | [`PublishedLinks`] |
 //! | `links` | links to images of the web, by class, Parquet | [`Links`] |
+//! | `downloads` | what came of links, Parquet | [`Downloads`] |
+//! | `web-table` | images of the web by class: wanted, retrieved, downloaded, used, json | [`WebTable`] |
+//! | `img2dataset` | images with their metadata as img2dataset leaves them, a folder | [`Img2dataset`] |
 //! | `evaluation` | json | [`EvaluationFile`] |
 //! | `published-vocabulary` | names, json: a list, or an object of names by place | [`PublishedVocabulary`] |
 //! | `vocabulary` | names, json | [`Vocabulary`] |
@@ -38,10 +41,12 @@ mod archive;
 mod crops;
 mod curve;
 mod descriptions;
+mod downloads;
 pub(crate) mod feature_files;
 mod features;
 mod hits;
 mod images;
+pub(crate) mod img2dataset;
 mod links;
 mod matrix;
 mod pool;
@@ -76,11 +81,13 @@ pub(crate) use crops::Annotated;
 pub use crops::{Crop, CropIndex, Crops, CropsWriter};
 pub use curve::Curve;
 pub use descriptions::Descriptions;
+pub use downloads::{ClassDownloads, Download, DownloadState, Downloads, WebCounts, WebTable};
 pub use feature_files::FeatureFiles;
 pub(crate) use features::{ByImage, Embeddings, Piece, Places};
 pub use features::{Dtype, ImageFeatures, ImageFeaturesWriter, RegionFeatures, RegionFeaturesWriter, Regions, WholeBox};
 pub use hits::{Hits, RegionHit, Searched};
 pub use images::Images;
+pub use img2dataset::Img2dataset;
 pub(crate) use images::listed;
 pub use links::{Dropped, Link, Links, PoolSearched};
 pub(crate) use matrix::{MAX_NPY_HEADER, Matrix, MatrixShape, NpyHeader, narrowed, npy_header};

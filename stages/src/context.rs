@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    path::Path,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -95,6 +96,10 @@ pub enum OnBadItem {
 /// The file of a unit that lists its failed items; there only if there are some.
 pub const FAILED_FILE: &str = "failed.json";
 
+/// The file of a unit that lists what another try may bring, such as URLs whose host did not answer; there only if there is some. The unit is whole
+/// without it.
+pub const RETRY_FILE: &str = "retry.json";
+
 /// The metric of a unit with failed items: how many items there are in all.
 const FAILED_OF: &str = "failed_of";
 
@@ -139,10 +144,19 @@ pub struct Context<'a> {
 
 /// The failed items that a published unit lists.
 pub fn failed_items(store: &Store, record: &UnitRecord) -> Result<Vec<FailedItem>> {
-    let Some(listed) = record.files.iter().find(|file| file.name == FAILED_FILE) else { return Ok(Vec::new()) };
-    let path = store.unit_path(&unit_name(&record.key.kind, &record.key.fingerprint)).join(FAILED_FILE);
+    listed_items(store, record, FAILED_FILE)
+}
+
+/// The items of a published unit that another try may bring: see [`RETRY_FILE`].
+pub(crate) fn retriable_items(store: &Store, record: &UnitRecord) -> Result<Vec<FailedItem>> {
+    listed_items(store, record, RETRY_FILE)
+}
+
+fn listed_items(store: &Store, record: &UnitRecord, name: &str) -> Result<Vec<FailedItem>> {
+    let Some(listed) = record.files.iter().find(|file| file.name == name) else { return Ok(Vec::new()) };
+    let path = store.unit_path(&unit_name(&record.key.kind, &record.key.fingerprint)).join(name);
     let unit = Some(record.key.fingerprint);
-    let file = InputFile { name: FAILED_FILE.into(), path, bytes: listed.bytes, digest: listed.content(), unit };
+    let file = InputFile { name: name.into(), path, bytes: listed.bytes, digest: listed.content(), unit };
     serde_json::from_slice(&file.read()?).map_err(|error| malformed(&file.path, error.to_string()))
 }
 
@@ -445,6 +459,19 @@ impl UnitDraft {
         let path = file.path().to_owned();
         write_safetensors(tensors, metadata, &mut file).map_err(|source| write_error(&path, source))?;
         Ok(file.finish()?)
+    }
+
+    /// Adds a file of this disk with this content at an output port, without another copy of its bytes where the disk allows it.
+    pub(crate) fn link<T>(&self, port: Out<T>, name: &str, source: &Path, content: Digest) -> Result<()> {
+        Ok(self.draft.link(&format!("{}/{name}", port.info().name), source, content)?)
+    }
+
+    /// Lists what another try may bring, if there is some.
+    pub(crate) fn write_retriable(&self, items: &[FailedItem]) -> Result<()> {
+        if items.is_empty() {
+            return Ok(());
+        }
+        Ok(self.draft.write(RETRY_FILE, &serde_json::to_vec_pretty(items).expect("BUG: names and reasons are plain JSON"))?)
     }
 
     /// Writes a whole file at an output port.

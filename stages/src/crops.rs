@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Context, Error, ImageConsumer, ImageStage, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Annotated, AnnotationFile, Crop, Crops, Images, Row, RowKind},
+    class_folder::folder_name,
     contract::{is_default, run_alone},
     pass::{Cut, ImageList, Views},
 };
@@ -291,32 +292,6 @@ impl Stage for Folder {
         }
         cx.commit(draft, [("crops".into(), n_crops.into())].into())
     }
-}
-
-/// The longest folder name that file systems have, in bytes, less room for a digest.
-const MAX_NAME_BYTES: usize = 200;
-
-/// The folder of a class: its name, as far as folders can have it. Different classes have different ones.
-fn folder_name(class: &str) -> String {
-    let mut name = String::new();
-    for (place, character) in class.char_indices() {
-        let is_plain = !(character.is_control() || matches!(character, '/' | '\\' | '%') || place == 0 && character == '.');
-        if is_plain {
-            name.push(character);
-        } else {
-            let mut bytes = [0; 4];
-            name.extend(character.encode_utf8(&mut bytes).bytes().map(|byte| format!("%{byte:02X}")));
-        }
-    }
-    if name.is_empty() {
-        // Which no character is written as.
-        return "%".into();
-    }
-    if name.len() <= MAX_NAME_BYTES {
-        return name;
-    }
-    let digest = Digest::of(class.as_bytes()).to_string();
-    format!("{}%~{digest}", &name[..name.floor_char_boundary(MAX_NAME_BYTES - 72)])
 }
 
 #[cfg(test)]

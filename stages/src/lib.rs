@@ -12,6 +12,7 @@ pub mod augmenter;
 pub mod blocks;
 pub mod clip;
 pub mod concepts;
+mod class_folder;
 mod context;
 mod contract;
 pub mod crops;
@@ -44,8 +45,9 @@ pub mod toy;
 mod training;
 mod units;
 pub mod vocabulary;
+pub mod web;
 
-pub use context::{Context, FAILED_FILE, FailedItem, OnBadItem, Progress, UnitDraft, count_failed, failed_items, refuse_too_many};
+pub use context::{Context, FAILED_FILE, FailedItem, OnBadItem, Progress, RETRY_FILE, UnitDraft, count_failed, failed_items, refuse_too_many};
 pub use contract::{AnyStage, ImageStage, Problem, Stage};
 pub use error::Error;
 pub use pass::ImageConsumer;

@@ -16,7 +16,7 @@ use crate::{
     renamed::renamed_parameter,
     retrieve, toy,
     units::Unit,
-    vocabulary,
+    vocabulary, web,
 };
 
 /// Every stage, in the order `ovenbird stages` lists them.
@@ -27,6 +27,10 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<toy::Web>(),
     StageEntry::of::<annotations::split::Split>(),
     StageEntry::of::<annotations::folder::Folder>(),
+    StageEntry::of::<web::download::Download>(),
+    StageEntry::of::<web::import::Import>(),
+    StageEntry::of::<web::export::Export>(),
+    StageEntry::of::<annotations::web::Web>(),
     StageEntry::of::<proposals::import::Import>(),
     StageEntry::of::<proposals::export::Export>(),
     StageEntry::of::<proposals::oracle::Oracle>(),
