@@ -120,7 +120,11 @@ const IMAGES: &[Report] = &[
         0,
         &["3 of 3 images are found by another spelling of their names: `caf\u{e9} 000001.jpg` is `cafe\u{301} 0"],
     ),
-    report("38-gif-named-jpg", 4, &["a.jpg: expected a JPEG, PNG, WebP or GIF image, found a GIF", "it is a GIF with another extension: convert it"]),
+    report(
+        "38-gif-named-jpg",
+        4,
+        &["a.jpg: expected a JPEG, PNG, WebP or GIF image, found a GIF", "it is a GIF with another extension: convert it"],
+    ),
     report(
         "39-tiff-named-jpg",
         4,

@@ -188,7 +188,8 @@ const FORMATS: &str = "a JPEG, PNG, WebP or GIF image";
 
 /// Whether a file begins as an image of a format that is decoded.
 pub fn is_decoded(bytes: &[u8]) -> bool {
-    bytes.starts_with(JPEG_START) || content::image_format(bytes).is_some_and(|format| ["a PNG", "a WebP", "a GIF"].contains(&format.name()))
+    bytes.starts_with(JPEG_START)
+        || content::image_format(bytes).is_some_and(|format| ["a PNG", "a WebP", "a GIF"].contains(&format.name()))
 }
 
 fn is_too_large([width, height]: [u32; 2]) -> bool {

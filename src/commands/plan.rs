@@ -3,6 +3,10 @@
 use std::path::Path;
 
 use ovenbird_cache::{Ledger, Store};
+use ovenbird_stages::{
+    Artifact as _,
+    artifacts::{WebCounts, WebTable},
+};
 use serde_json::json;
 
 use crate::{
@@ -13,9 +17,12 @@ use crate::{
         Pipeline,
         step_id::{StepId, labels},
     },
-    plan::{self, Outlook, previous_run::PreviousRun},
+    plan::{self, Outlook, Seen, previous_run::PreviousRun},
     reason,
 };
+
+/// Classes with few images that are named.
+const MAX_CLASSES: usize = 10;
 
 /// Show what a run would do, step by step, and why
 #[derive(clap::Args)]
@@ -46,7 +53,46 @@ pub(crate) fn plan(home: &Path, Args { wanted, json }: &Args) -> Result<()> {
     let (reused, run) =
         (n_of(|outlook| matches!(outlook, Outlook::Reused | Outlook::Dropped)), n_of(|outlook| matches!(outlook, Outlook::Run { .. })));
     text.push_str(&summary(reused, run, outlooks.len() - reused - run));
+    text.push_str(&web_images(&pipeline, &outlooks, &store, ledger.as_ref())?);
     Ok(print(&text)?)
+}
+
+/// What became of links to images of the web, by step; the classes with fewer images than wanted are named.
+fn web_images(pipeline: &Pipeline, outlooks: &[(usize, Outlook)], store: &Store, ledger: Option<&Ledger>) -> Result<String> {
+    let has_table = |place: &usize| pipeline.steps[*place].entry.outputs.iter().any(|port| port.kind == WebTable::KIND);
+    let are_there = outlooks.iter().filter(|(_, outlook)| matches!(outlook, Outlook::Reused)).map(|(place, _)| *place);
+    let places: Vec<usize> = are_there.filter(has_table).collect();
+    if places.is_empty() {
+        return Ok(String::new());
+    }
+    let mut seen = plan::look(pipeline, &pipeline.needed(&places), store, ledger)?;
+    let mut text = String::new();
+    for place in places {
+        let Some(Seen::Stored(artifact)) = seen.remove(&place).filter(|seen| !matches!(seen, Seen::Stored(stored) if stored.is_dropped))
+        else {
+            continue;
+        };
+        let WebTable { mut classes } = WebTable::open(&artifact.port("table"))?;
+        let sum = |number: fn(&WebCounts) -> usize| classes.iter().map(number).sum::<usize>();
+        let [wanted, retrieved, downloaded, used] =
+            [sum(|counts| counts.wanted), sum(|counts| counts.retrieved), sum(|counts| counts.downloaded), sum(|counts| counts.used)];
+        text.push_str(&format!(
+            "{}: images of the web: {wanted} wanted, {retrieved} links, {downloaded} downloaded, {used} used\n",
+            pipeline.steps[place].id,
+        ));
+        classes.retain(|counts| counts.used < counts.wanted);
+        classes.sort_by_key(|counts| counts.used);
+        let width = classes.iter().take(MAX_CLASSES).map(|counts| counts.class.chars().count()).max().unwrap_or(0);
+        for WebCounts { class, wanted, retrieved, downloaded, used, .. } in classes.iter().take(MAX_CLASSES) {
+            text.push_str(&format!(
+                "  {class:width$}  {wanted:>5} wanted, {retrieved:>5} links, {downloaded:>5} downloaded, {used:>5} used\n"
+            ));
+        }
+        if classes.len() > MAX_CLASSES {
+            text.push_str(&format!("  and {} more with fewer than wanted: the report lists all\n", classes.len() - MAX_CLASSES));
+        }
+    }
+    Ok(text)
 }
 
 /// How many steps are up to date, how many run, and how many may run after those.

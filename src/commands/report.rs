@@ -6,6 +6,7 @@ mod origins;
 mod page;
 mod picture;
 mod retrieved;
+mod web;
 
 use std::{
     collections::BTreeMap,
@@ -173,7 +174,7 @@ fn gather(store: &Store, run: &str) -> Result<Gathered> {
     }
     let sources = log.first().map_or_else(BTreeMap::new, |first| first.event.sources());
     let origins = Origins::of(store, &run.run, sources, &run.steps, &artifacts);
-    let mut retrieved = Vec::new();
+    let (mut retrieved, mut web_images) = (Vec::new(), Vec::new());
     if let Ok(origins) = &origins {
         for found in retrieved::retrieved(&run.steps, &artifacts, origins) {
             match found {
@@ -181,12 +182,32 @@ fn gather(store: &Store, run: &str) -> Result<Gathered> {
                 Err(error) => unread.push(format!("retrieved boxes: {}", error.message())),
             }
         }
+        for found in web::web_images(&run.steps, &artifacts, origins) {
+            match found {
+                Ok(found) => web_images.push(found),
+                Err(error) => unread.push(format!("images of the web: {}", error.message())),
+            }
+        }
     }
     let pictures = origins.and_then(|origins| gallery::gallery(&run.steps, &artifacts, &origins)).unwrap_or_else(|error| {
         unread.push(format!("pictures: {}", error.message()));
         None
     });
-    Ok(Gathered { run, after, spans, bytes, flow, artifacts, evaluations, trainings, retrieved, pictures, skipped, unread })
+    Ok(Gathered {
+        run,
+        after,
+        spans,
+        bytes,
+        flow,
+        artifacts,
+        evaluations,
+        trainings,
+        retrieved,
+        web: web_images,
+        pictures,
+        skipped,
+        unread,
+    })
 }
 
 /// The items that a step skipped, whichever run did; each once, in ascending name.

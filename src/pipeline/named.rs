@@ -12,6 +12,8 @@ pub(crate) const NAMED: &[(&str, &str)] = &[
     ("oadp-ov-coco", include_str!("../../pipelines/oadp-ov-coco.yaml")),
     ("oadp-ov-lvis", include_str!("../../pipelines/oadp-ov-lvis.yaml")),
     ("oadp-toy", include_str!("../../pipelines/oadp-toy.yaml")),
+    ("promptdet-ov-lvis", include_str!("../../pipelines/promptdet-ov-lvis.yaml")),
+    ("promptdet-toy", include_str!("../../pipelines/promptdet-toy.yaml")),
     ("quickstart", include_str!("../../pipelines/quickstart.yaml")),
     ("ralf-oadp-ov-coco", include_str!("../../pipelines/ralf-oadp-ov-coco.yaml")),
     ("ralf-ov-lvis", include_str!("../../pipelines/ralf-ov-lvis.yaml")),

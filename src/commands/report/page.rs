@@ -13,6 +13,7 @@ use super::{
     gallery::Gallery,
     html::{escape, put},
     retrieved::Retrieved,
+    web::WebImages,
 };
 use crate::{
     output::{count, duration},
@@ -36,6 +37,8 @@ pub(super) struct Gathered {
     pub(super) trainings: Vec<(StepId, Curve)>,
     /// What steps retrieved.
     pub(super) retrieved: Vec<Retrieved>,
+    /// What became of links to images of the web.
+    pub(super) web: Vec<WebImages>,
     pub(super) pictures: Option<Gallery>,
     /// The items that each step skipped.
     pub(super) skipped: BTreeMap<StepId, Vec<FailedItem>>,
@@ -59,7 +62,7 @@ impl Gathered {
         let trainings = self.trainings.iter().map(|(step, _)| format!("{step}.curve"));
         let artifacts = self.artifacts.keys().map(|step| format!("{step}.artifact"));
         let pictures = self.pictures.as_ref().filter(|pictures| pictures.has_images()).map(|_| "pictures".to_owned());
-        let retrieved = self.retrieved.iter().map(Retrieved::part);
+        let retrieved = self.retrieved.iter().map(Retrieved::part).chain(self.web.iter().map(WebImages::part));
         evaluations.chain(trainings).chain(artifacts).chain(retrieved).chain(pictures).collect()
     }
 }
@@ -96,6 +99,7 @@ pub(super) fn render(gathered: &Gathered) -> String {
         out.push_str("</section>");
     }
     gathered.retrieved.iter().for_each(|retrieved| retrieved.render(&mut out));
+    gathered.web.iter().for_each(|web| web.render(&mut out));
     gathered.pictures.iter().for_each(|pictures| pictures.render(&mut out));
     skipped(&mut out, gathered);
     trainings(&mut out, gathered);
@@ -599,6 +603,7 @@ mod tests {
             evaluations: vec![Evaluated { step: "coco".into(), kind: "eval/coco".into(), port: "evaluation", evaluation }],
             trainings: vec![("<b>".into(), Curve { rows: vec![(10, BTreeMap::from([("loss.boxes".into(), 0.5)]))] })],
             retrieved: Vec::new(),
+            web: Vec::new(),
             pictures: None,
             skipped: BTreeMap::from([("<script>".into(), skipped)]),
             unread: vec![],

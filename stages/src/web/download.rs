@@ -112,7 +112,8 @@ impl Default for Download {
 }
 
 const LINKS: In<Links> = In::required("links", "Links by class, best first.");
-const IMAGES: Out<Images> = Out::new("images", "Files named by their content, `ab/SHA256.jpg`, as they came; each once, whatever its classes.");
+const IMAGES: Out<Images> =
+    Out::new("images", "Files named by their content, `ab/SHA256.jpg`, as they came; each once, whatever its classes.");
 const DOWNLOADS: Out<Downloads> =
     Out::new("downloads", "One row per URL that was tried: class, rank, state, HTTP status, size, digests, file, reason.");
 
@@ -424,8 +425,7 @@ impl Download {
             draft.link(IMAGES, name, &spool.path(&image.sha256), image.content)?;
         }
         let rows = || downloads.by_class.iter().flat_map(|of_class| &of_class.rows);
-        let transient: BTreeMap<&str, &Row> =
-            rows().filter(|row| row.state.is_transient()).map(|row| (row.url.as_str(), row)).collect();
+        let transient: BTreeMap<&str, &Row> = rows().filter(|row| row.state.is_transient()).map(|row| (row.url.as_str(), row)).collect();
         let failed = |row: &&Row| FailedItem {
             item: row.url.clone(),
             reason: row.reason.clone().unwrap_or_else(|| row.state.word().into()),
@@ -460,7 +460,10 @@ impl Silence {
     /// Fails where many hosts were asked and none answered: the fault is then this machine's, and not a property of the URLs.
     fn listen(&mut self, record: &UrlRecord, spool: &Spool) -> Result<()> {
         let is_silent = matches!(record.state, DownloadState::Unreachable | DownloadState::Timeout | DownloadState::RobotsUnreachable);
-        if self.has_ended || (is_silent && record.code.is_some()) || matches!(record.state, DownloadState::BadUrl | DownloadState::PrivateAddress) {
+        if self.has_ended
+            || (is_silent && record.code.is_some())
+            || matches!(record.state, DownloadState::BadUrl | DownloadState::PrivateAddress)
+        {
             return Ok(());
         }
         if !is_silent {

@@ -239,7 +239,10 @@ impl Fetcher {
             };
             url = next.map_err(|(code, problem)| Failure::of_answer(State::BadRedirect, problem, code))?;
             if n_redirects >= self.manners.conditions.max_redirects {
-                return Err(Failure::new(State::BadRedirect, format!("more than {n_redirects} redirects, the last to {}", short(url.as_str()))));
+                return Err(Failure::new(
+                    State::BadRedirect,
+                    format!("more than {n_redirects} redirects, the last to {}", short(url.as_str())),
+                ));
             }
         }
         unreachable!("redirects end")

@@ -12,8 +12,8 @@ use super::{
 };
 use crate::{
     Context, Error, In, Out, PortInfo, Result, Stage, Unit,
-    artifacts::{ClassDownloads, Download, DownloadState, Downloads, Images, Img2dataset, Link, Links},
     artifacts::img2dataset::{SHARD_PLACES, Sample},
+    artifacts::{ClassDownloads, Download, DownloadState, Downloads, Images, Img2dataset, Link, Links},
     class_folder::{class_of, folder_name},
     feed::in_parallel,
 };
@@ -27,7 +27,8 @@ use crate::{
 #[serde(deny_unknown_fields)]
 pub struct Import {}
 
-const FOLDER: In<Img2dataset> = In::required("folder", "Folders of classes: `CLASS/00000/000000017.jpg` and `.json`, or `CLASS/00000.tar`.");
+const FOLDER: In<Img2dataset> =
+    In::required("folder", "Folders of classes: `CLASS/00000/000000017.jpg` and `.json`, or `CLASS/00000.tar`.");
 const LINKS: In<Links> =
     In::optional("links", "The links that were downloaded: they give classes and ranks. Without them folders and keys do.");
 const IMAGES: Out<Images> = Out::new("images", "Files named by their content, `ab/SHA256.jpg`.");
