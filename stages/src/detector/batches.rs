@@ -399,7 +399,7 @@ impl DetectionLoader {
         use ovenbird_data::annotations::ImageInfo;
         use rand_chacha::rand_core::SeedableRng as _;
         let info = |place: usize| {
-            let [width, height] = if place % 3 == 0 { [60, 90] } else { [90, 60] };
+            let [width, height] = if place.is_multiple_of(3) { [60, 90] } else { [90, 60] };
             let (neg_category_ids, not_exhaustive_category_ids) = (Vec::new(), Vec::new());
             let (id, file_name) = (ImageId(place as u64 + 1), format!("{place}.jpg"));
             ImageInfo { id, file_name, width, height, neg_category_ids, not_exhaustive_category_ids }

@@ -8,7 +8,7 @@ use ovenbird_models::{
     checkpoint::Checkpoint,
     detection::boxes::ImageSize,
     rcnn::{
-        cosine::{CosineDetector, Counted, region_losses},
+        cosine::{CHOSEN_AMONG, CosineDetector, Counted, region_losses},
         heads::{DetectionRule, RegionRule, RegionSample},
         regions::Pyramid,
         rpn::{self, ProposalRule, Proposals},
@@ -120,6 +120,7 @@ impl CosineCriterion {
             }
         }
         let n_without = taught.iter().flatten().filter(|image| image.classes.is_empty()).count();
+        let n_few = seen.iter().flat_map(|seen| &seen.proposals).filter(|found| found.boxes.size()[0] < CHOSEN_AMONG).count();
         let mut terms: Vec<[Tensor; 3]> = Vec::new();
         for (Seen { pyramid, proposals, .. }, images) in seen.iter().zip(taught) {
             // Views that are the same draw the same.
@@ -134,8 +135,10 @@ impl CosineCriterion {
         let sum = |term: usize| terms.iter().map(|of_view| &of_view[term]).sum::<Tensor>();
         let mut losses = Losses::default();
         losses.terms.extend([("rpn_objectness_web", sum(0) / 2.0), ("classes_web", sum(1)), ("boxes_web", sum(2) / 2.0)]);
-        let without = n_without as f64 / (2 * batch.classes.len()) as f64;
-        losses.measures.push(("without_box_web", Tensor::from(without).to_kind(Kind::Float).to_device(self.store.device())));
+        for (name, n) in [("without_box_web", n_without), ("few_proposals_web", n_few)] {
+            let share = n as f64 / (2 * batch.classes.len()) as f64;
+            losses.measures.push((name, Tensor::from(share).to_kind(Kind::Float).to_device(self.store.device())));
+        }
         Ok(losses)
     }
 
