@@ -313,11 +313,7 @@ mod tests {
     fn novel_classes_are_taught_by_images_of_the_web_alone() {
         for is_web in [false, true] {
             let criterion = criterion();
-            let batch = if is_web {
-                MixedBatch::Web(web([[96, 64], [144, 96]]))
-            } else {
-                MixedBatch::Annotated(super::super::criterion::tests::batch())
-            };
+            let batch = if is_web { MixedBatch::Web(web([[96, 64], [144, 96]])) } else { MixedBatch::Annotated(Batch::of_two()) };
             let losses = criterion.losses(0, batch).unwrap();
             let terms: Vec<&Tensor> = losses.terms.iter().map(|(_, term)| term).collect();
             Tensor::stack(&terms, 0).sum(Kind::Float).backward();
