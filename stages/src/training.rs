@@ -261,7 +261,7 @@ pub(crate) fn train_from<L: DataLoader, W: Artifact>(
             cx.tick(1);
             let lr = config.optimizer.schedule.lr_at(step);
             (step, n_accumulated) = (step + 1, 0);
-            let ends_unit = (step - config.first_step) % config.checkpoint_every == 0 || step == all.end;
+            let ends_unit = (step - config.first_step).is_multiple_of(config.checkpoint_every) || step == all.end;
             let measured = match ends_unit {
                 true => criterion.validate(unit.unit().index + 1 == cx.units.len(), cx)?,
                 false => BTreeMap::new(),

@@ -35,7 +35,7 @@ use crate::{
 /// The first bias: a probability of 0.01.
 const FIRST_BIAS: f64 = -4.595_119_850_134_59;
 /// Of so many proposals of an image of the web, those with the highest objectness, one is chosen.
-const CHOSEN_AMONG: i64 = 20;
+pub const CHOSEN_AMONG: i64 = 20;
 
 /// The size of a detector.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -393,13 +393,39 @@ pub(crate) fn boxes(boxes: &[Xyxy]) -> Tensor {
 }
 
 #[cfg(test)]
+impl Batch {
+    /// Two images of 96 x 64 px with two objects each, of classes 0 to 2.
+    pub(super) fn of_two() -> Self {
+        use rand_chacha::rand_core::SeedableRng as _;
+        let picture = |of: u32| {
+            let level = |place: u32| ((place * 37 + of * 101) % 251) as u8;
+            ovenbird_data::images::Image { width: 96, height: 64, rgb: (0..3 * 96 * 64).map(level).collect() }
+        };
+        let image = |id: u64| TrainingImage {
+            id: ImageId(id),
+            size: ImageSize { width: 96, height: 64 },
+            objects: vec![Xyxy { x1: 4.0, y1: 6.0, x2: 40.0, y2: 50.0 }, Xyxy { x1: 30.0, y1: 8.0, x2: 90.0, y2: 60.0 }],
+            crowds: Vec::new(),
+            classes: vec![0, id as usize],
+            masks: Vec::new(),
+            proposals: RegionTargets::default(),
+            blocks: RegionTargets::default(),
+            block_classes: Vec::new(),
+            embedding: Vec::new(),
+        };
+        let pixels = Pixels::of(&[picture(1), picture(2)], Normalisation::IMAGENET);
+        Self { pixels, images: vec![image(1), image(2)], random: ChaCha8Rng::seed_from_u64(5) }
+    }
+}
+
+#[cfg(test)]
 impl DetectionLoader {
     /// Of so many images without files, 90 x 60 px, every third one 60 x 90 px.
     pub(super) fn of_nothing(n: usize, training: &Training, first_step: u32) -> Self {
         use ovenbird_data::annotations::ImageInfo;
         use rand_chacha::rand_core::SeedableRng as _;
         let info = |place: usize| {
-            let [width, height] = if place % 3 == 0 { [60, 90] } else { [90, 60] };
+            let [width, height] = if place.is_multiple_of(3) { [60, 90] } else { [90, 60] };
             let (neg_category_ids, not_exhaustive_category_ids) = (Vec::new(), Vec::new());
             let (id, file_name) = (ImageId(place as u64 + 1), format!("{place}.jpg"));
             ImageInfo { id, file_name, width, height, neg_category_ids, not_exhaustive_category_ids }

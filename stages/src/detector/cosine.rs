@@ -8,7 +8,7 @@ use ovenbird_models::{
     checkpoint::Checkpoint,
     detection::boxes::ImageSize,
     rcnn::{
-        cosine::{CosineDetector, Counted, region_losses},
+        cosine::{CHOSEN_AMONG, CosineDetector, Counted, region_losses},
         heads::{DetectionRule, RegionRule, RegionSample},
         regions::Pyramid,
         rpn::{self, ProposalRule, Proposals},
@@ -120,6 +120,7 @@ impl CosineCriterion {
             }
         }
         let n_without = taught.iter().flatten().filter(|image| image.classes.is_empty()).count();
+        let n_few = seen.iter().flat_map(|seen| &seen.proposals).filter(|found| found.boxes.size()[0] < CHOSEN_AMONG).count();
         let mut terms: Vec<[Tensor; 3]> = Vec::new();
         for (Seen { pyramid, proposals, .. }, images) in seen.iter().zip(taught) {
             // Views that are the same draw the same.
@@ -134,8 +135,10 @@ impl CosineCriterion {
         let sum = |term: usize| terms.iter().map(|of_view| &of_view[term]).sum::<Tensor>();
         let mut losses = Losses::default();
         losses.terms.extend([("rpn_objectness_web", sum(0) / 2.0), ("classes_web", sum(1)), ("boxes_web", sum(2) / 2.0)]);
-        let without = n_without as f64 / (2 * batch.classes.len()) as f64;
-        losses.measures.push(("without_box_web", Tensor::from(without).to_kind(Kind::Float).to_device(self.store.device())));
+        for (name, n) in [("without_box_web", n_without), ("few_proposals_web", n_few)] {
+            let share = n as f64 / (2 * batch.classes.len()) as f64;
+            losses.measures.push((name, Tensor::from(share).to_kind(Kind::Float).to_device(self.store.device())));
+        }
         Ok(losses)
     }
 
@@ -310,11 +313,7 @@ mod tests {
     fn novel_classes_are_taught_by_images_of_the_web_alone() {
         for is_web in [false, true] {
             let criterion = criterion();
-            let batch = if is_web {
-                MixedBatch::Web(web([[96, 64], [144, 96]]))
-            } else {
-                MixedBatch::Annotated(super::super::criterion::tests::batch())
-            };
+            let batch = if is_web { MixedBatch::Web(web([[96, 64], [144, 96]])) } else { MixedBatch::Annotated(Batch::of_two()) };
             let losses = criterion.losses(0, batch).unwrap();
             let terms: Vec<&Tensor> = losses.terms.iter().map(|(_, term)| term).collect();
             Tensor::stack(&terms, 0).sum(Kind::Float).backward();

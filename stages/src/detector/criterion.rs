@@ -389,10 +389,9 @@ fn object_mask(mask: &ShownMask) -> ObjectMask {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use ovenbird_data::{annotations::ImageId, boxes::Xyxy};
     use ovenbird_models::rcnn::Config;
-    use rand_chacha::rand_core::SeedableRng as _;
 
     use super::*;
     use crate::golden::unit;
@@ -415,28 +414,6 @@ pub(super) mod tests {
             let found = truth(&image, crowds);
             assert_eq!((found.objects, found.crowds), (boxes(&image.objects), ignored));
         }
-    }
-
-    /// Images of 96 x 64 px with two objects each, two images.
-    pub(in crate::detector) fn batch() -> Batch {
-        let picture = |of: u32| {
-            let level = |place: u32| ((place * 37 + of * 101) % 251) as u8;
-            ovenbird_data::images::Image { width: 96, height: 64, rgb: (0..3 * 96 * 64).map(level).collect() }
-        };
-        let image = |id: u64| TrainingImage {
-            id: ImageId(id),
-            size: ImageSize { width: 96, height: 64 },
-            objects: vec![Xyxy { x1: 4.0, y1: 6.0, x2: 40.0, y2: 50.0 }, Xyxy { x1: 30.0, y1: 8.0, x2: 90.0, y2: 60.0 }],
-            crowds: Vec::new(),
-            classes: vec![0, id as usize],
-            masks: Vec::new(),
-            proposals: RegionTargets::default(),
-            blocks: RegionTargets::default(),
-            block_classes: Vec::new(),
-            embedding: Vec::new(),
-        };
-        let pixels = super::super::images::Pixels::of(&[picture(1), picture(2)], super::super::images::Normalisation::IMAGENET);
-        Batch { pixels, images: vec![image(1), image(2)], random: ChaCha8Rng::seed_from_u64(5) }
     }
 
     /// A criterion after one step's losses, and these.
@@ -462,7 +439,7 @@ pub(super) mod tests {
             Device::Cpu,
         )
         .unwrap();
-        let losses = criterion.losses(0, batch()).unwrap();
+        let losses = criterion.losses(0, Batch::of_two()).unwrap();
         let all: Vec<&Tensor> = losses.terms.iter().map(|(_, term)| term).collect();
         Tensor::stack(&all, 0).sum(tch::Kind::Float).backward();
         (criterion, losses)

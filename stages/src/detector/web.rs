@@ -397,6 +397,7 @@ impl DataLoader for MixedLoader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Artifact as _;
 
     fn view(side: u32, is_mirrored: bool) -> Placement {
         Placement { from: [1024, 1024], to: [side, side], is_mirrored }
@@ -445,10 +446,11 @@ mod tests {
         MixedLoader { annotated, web: Some(web) }
     }
 
-    use crate::Artifact as _;
+    /// Places and views of the images of a batch.
+    type Shown = Vec<(usize, Vec<Placement>)>;
 
-    /// Of each batch whether it is of images of the web, and their places and sizes.
-    fn shown(loader: &MixedLoader, steps: Range<u32>) -> Vec<(bool, Vec<(usize, Vec<Placement>)>)> {
+    /// Of each batch whether it is of images of the web, and its images.
+    fn shown(loader: &MixedLoader, steps: Range<u32>) -> Vec<(bool, Shown)> {
         let of = |spec| match spec {
             MixedSpec::Annotated(spec) => {
                 (false, DetectionLoader::shown(&spec).map(|(place, placement)| (place, vec![placement])).collect())
