@@ -29,3 +29,4 @@ mod strays;
 mod surface;
 mod tidy;
 mod toy_clip;
+mod web;

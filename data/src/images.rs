@@ -169,7 +169,7 @@ impl Image {
 }
 
 /// A level with an opacity before white.
-fn on_white(level: u8, opacity: u8) -> u8 {
+pub(crate) fn on_white(level: u8, opacity: u8) -> u8 {
     let (level, opacity) = (f64::from(level), f64::from(opacity));
     (opacity / 255.0 * level + 255.0 - opacity).round_ties_even() as u8
 }

@@ -134,7 +134,7 @@ struct Turn {
 impl Fetcher {
     /// Fails, in words, where there can be no client. `root_certificates`: how many the machine has; without any no HTTPS succeeds.
     pub(super) fn new(manners: Manners) -> Result<(Self, usize), String> {
-        let resolver = Resolver::new(manners.conditions.allows_private, manners.timeout);
+        let resolver = Resolver::new(&manners.conditions.private_hosts, manners.timeout);
         let mut roots = rustls::RootCertStore::empty();
         let (n_roots, _) = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         let tls = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
@@ -199,7 +199,7 @@ impl Fetcher {
             image: None,
             attempts,
             time_ms: now_ms(),
-            under: self.manners.conditions,
+            under: self.manners.conditions.clone(),
         };
         match found {
             Ok((image, bytes)) => {
