@@ -2,7 +2,11 @@
 //!
 //! `/NAME` is the picture; `/dead/NAME` is gone, `/moved/NAME` leads there, `/slow/NAME` never ends, `/html/NAME` is a page, `/busy/NAME` answers at the
 //! second time, `/cut/NAME` ends early, `/private/NAME` is forbidden by robots.txt.
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a program for trying things out ends where it fails, and says where it listens")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a program for trying things out ends where it fails, and says where it listens"
+)]
 
 #[path = "../tests/support/toy_web.rs"]
 #[expect(dead_code, reason = "the tests use all of it")]
@@ -39,7 +43,9 @@ fn answer(folder: &std::path::Path, request: &Request) -> Answer {
         "html" => Answer::file("image/jpeg", "<!doctype html><p>no picture"),
         "busy" if request.n_before == 0 => Answer::status(503),
         "busy" => Answer::file("image/jpeg", bytes),
-        "cut" => Answer::Raw([format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", bytes.len()).as_bytes(), &bytes[..bytes.len() / 2]].concat()),
+        "cut" => Answer::Raw(
+            [format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", bytes.len()).as_bytes(), &bytes[..bytes.len() / 2]].concat(),
+        ),
         _ => Answer::status(404),
     }
 }

@@ -97,7 +97,7 @@ fn weights(distance: f32) -> [i32; TAPS] {
     let lanczos = |tap: usize| {
         let x = f64::from(distance) + 3.0 - tap as f64;
         // The sinus of pi x differs between taps in its sign alone, so that it cancels in the sum.
-        let sign = if tap % 2 == 0 { 1.0 } else { -1.0 };
+        let sign = if tap.is_multiple_of(2) { 1.0 } else { -1.0 };
         if x.abs() < 1e-6 { None } else { Some((sign * (PI * x / 4.0).sin() / (x * x)) as f32) }
     };
     let found: [Option<f32>; TAPS] = std::array::from_fn(lanczos);
@@ -207,7 +207,10 @@ mod tests {
             let square = Letterbox::White1024.of(&smooth(size));
             for [x, y, levels @ ..] in pixels {
                 let found = &square.rgb[3 * (y * 1024 + x) as usize..][..3];
-                assert!(found.iter().zip(levels).all(|(found, level)| u32::from(*found).abs_diff(level) <= 2), "{size:?} {x} {y}: {found:?}, {levels:?}");
+                assert!(
+                    found.iter().zip(levels).all(|(found, level)| u32::from(*found).abs_diff(level) <= 2),
+                    "{size:?} {x} {y}: {found:?}, {levels:?}"
+                );
             }
         }
     }
@@ -217,7 +220,10 @@ mod tests {
         let Golden { white_sums, white, .. } = golden();
         for (opacity, (sum, levels)) in (0..=255).zip(white_sums.iter().zip(&white)) {
             let found: Vec<u8> = (0..=255).map(|level| on_white(level, opacity)).collect();
-            assert_eq!((found.iter().map(|level| u32::from(*level)).sum::<u32>(), found.iter().copied().step_by(17).collect()), (*sum, levels.clone()));
+            assert_eq!(
+                (found.iter().map(|level| u32::from(*level)).sum::<u32>(), found.iter().copied().step_by(17).collect()),
+                (*sum, levels.clone())
+            );
         }
     }
 

@@ -304,7 +304,8 @@ fn du(home: &Path, json: bool) -> Result<()> {
     let dry_runs: u64 = dry_runs(home).values().sum();
     let downloads = store.spool().own_bytes();
     if json {
-        let report = serde_json::json!({"kinds": by_kind, "quarantine_bytes": quarantine, "dry_run_bytes": dry_runs, "download_bytes": downloads});
+        let report =
+            serde_json::json!({"kinds": by_kind, "quarantine_bytes": quarantine, "dry_run_bytes": dry_runs, "download_bytes": downloads});
         return Ok(print(&to_json("du", &report))?);
     }
     let human = |bytes: u64| HumanBytes(bytes).to_string();

@@ -10,9 +10,9 @@ pub mod annotations;
 pub mod artifacts;
 pub mod augmenter;
 pub mod blocks;
+mod class_folder;
 pub mod clip;
 pub mod concepts;
-mod class_folder;
 mod context;
 mod contract;
 pub mod crops;
@@ -46,7 +46,9 @@ mod units;
 pub mod vocabulary;
 pub mod web;
 
-pub use context::{Context, FAILED_FILE, FailedItem, OnBadItem, Progress, RETRY_FILE, UnitDraft, count_failed, failed_items, refuse_too_many};
+pub use context::{
+    Context, FAILED_FILE, FailedItem, OnBadItem, Progress, RETRY_FILE, UnitDraft, count_failed, failed_items, refuse_too_many,
+};
 pub use contract::{AnyStage, ImageStage, Problem, Stage};
 pub use error::Error;
 pub use pass::ImageConsumer;

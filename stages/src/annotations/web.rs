@@ -2,10 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ovenbird_data::{
-    annotations::CategoryId,
-    images::Image,
-};
+use ovenbird_data::{annotations::CategoryId, images::Image};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -109,7 +106,11 @@ impl Stage for Web {
             by_class.retain(|(class, _)| names.contains(class));
             if by_class.is_empty() {
                 let problem = format!("none of {} classes has links", names.len());
-                return Err(Error::Input { port: CLASSES.info().name, problem, hint: "give the classes that links were retrieved for".into() });
+                return Err(Error::Input {
+                    port: CLASSES.info().name,
+                    problem,
+                    hint: "give the classes that links were retrieved for".into(),
+                });
             }
         }
         let ids = Classes::category_ids(&categories, by_class.iter().map(|(class, _)| class))?;

@@ -8,7 +8,9 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use arrow::{
-    array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch, StringArray, TimestampMillisecondArray, UInt16Array, UInt32Array, UInt64Array},
+    array::{
+        Array, ArrayRef, AsArray, BooleanArray, RecordBatch, StringArray, TimestampMillisecondArray, UInt16Array, UInt32Array, UInt64Array,
+    },
     datatypes::{TimestampMillisecondType, UInt16Type, UInt32Type, UInt64Type},
 };
 use ovenbird_cache::{DraftFile, inputs::InputFile};
@@ -220,9 +222,12 @@ impl Artifact for Downloads {
             let Description { classes } =
                 serde_json::from_str(text).map_err(|error| malformed(path, format!("`{SEARCH_KEY}` in the metadata: {error}")))?;
             let mut at = by_class.len();
-            by_class.extend(
-                classes.into_iter().map(|DescribedClass { class, wanted, links }| ClassDownloads { class, wanted, links, rows: Vec::new() }),
-            );
+            by_class.extend(classes.into_iter().map(|DescribedClass { class, wanted, links }| ClassDownloads {
+                class,
+                wanted,
+                links,
+                rows: Vec::new(),
+            }));
             for batch in table {
                 let batch = batch?;
                 let rows = rows(&batch).ok_or_else(|| malformed(path, "expected the columns of a table of downloads"))?;
@@ -245,15 +250,8 @@ impl Artifact for Downloads {
 fn rows(batch: &RecordBatch) -> Option<Vec<(String, Option<Download>)>> {
     let texts = |name: &str| batch.column_by_name(name)?.as_string_opt::<i32>();
     let small = |name: &str| batch.column_by_name(name)?.as_primitive_opt::<UInt32Type>();
-    let [classes, urls, final_urls, states, sha256s, files, reasons] = [
-        texts("class")?,
-        texts("url")?,
-        texts("final_url")?,
-        texts("state")?,
-        texts("sha256")?,
-        texts("file")?,
-        texts("reason")?,
-    ];
+    let [classes, urls, final_urls, states, sha256s, files, reasons] =
+        [texts("class")?, texts("url")?, texts("final_url")?, texts("state")?, texts("sha256")?, texts("file")?, texts("reason")?];
     let [ranks, widths, heights, attempts] = [small("rank")?, small("width")?, small("height")?, small("attempts")?];
     let codes = batch.column_by_name("code")?.as_primitive_opt::<UInt16Type>()?;
     let times = batch.column_by_name("time")?.as_primitive_opt::<TimestampMillisecondType>()?;
@@ -309,11 +307,8 @@ impl Downloads {
             ("time", Arc::new(rows().map(|(_, row)| row.time_ms).collect::<TimestampMillisecondArray>().with_timezone("UTC"))),
             ("reason", Arc::new(rows().map(|(_, row)| row.reason.as_ref()).collect::<StringArray>())),
         ];
-        let class = |of_class: &ClassDownloads| DescribedClass {
-            class: of_class.class.clone(),
-            wanted: of_class.wanted,
-            links: of_class.links,
-        };
+        let class =
+            |of_class: &ClassDownloads| DescribedClass { class: of_class.class.clone(), wanted: of_class.wanted, links: of_class.links };
         let description = Description { classes: self.by_class.iter().map(class).collect() };
         let text = serde_json::to_string(&description).expect("BUG: names and counts are plain JSON");
         write_table(file, columns, FORMAT, vec![KeyValue::new(SEARCH_KEY.to_owned(), text)])

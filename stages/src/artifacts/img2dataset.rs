@@ -112,7 +112,8 @@ impl Img2dataset {
                 None => n_known -= 1,
             }
         }
-        if n_known == 0 {
+        // An export of no image is empty, too.
+        if n_known == 0 && !self.files.is_empty() {
             return Err(Error::Input {
                 port: Self::KIND,
                 problem: format!("expected folders of classes with shards in them, found none in {} files", self.files.len()),
@@ -139,8 +140,8 @@ fn add(stem: &str, extension: &str, source: &Source, samples: &mut BTreeMap<[u64
             (sample.at, sample.image) = (at, Some(source.clone()));
         }
         "json" => {
-            let metadata = serde_json::from_slice(&source.read()?)
-                .map_err(|error| malformed(&source.file.path, format!("{stem}.json: {error}")))?;
+            let metadata =
+                serde_json::from_slice(&source.read()?).map_err(|error| malformed(&source.file.path, format!("{stem}.json: {error}")))?;
             let sample = samples.entry(at).or_default();
             (sample.at, sample.metadata) = (at, metadata);
         }
@@ -209,7 +210,8 @@ fn tar_entries(bytes: &[u8], path: &Path) -> Result<Vec<(String, (usize, usize))
     let mut entries = Vec::new();
     let mut at = 0;
     loop {
-        let header = bytes.get(at..at + BLOCK).ok_or_else(|| malformed(path, format!("the archive ends within the header at byte {at}")))?;
+        let header =
+            bytes.get(at..at + BLOCK).ok_or_else(|| malformed(path, format!("the archive ends within the header at byte {at}")))?;
         if header.iter().all(|byte| *byte == 0) {
             return Ok(entries);
         }

@@ -78,6 +78,9 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
     }
 }
 
+/// Addresses by name, with the time when they were looked up.
+type Known = HashMap<String, (Instant, Vec<IpAddr>)>;
+
 /// Resolves names to addresses that may be asked.
 #[derive(Debug, Clone)]
 pub(super) struct Resolver {
@@ -85,7 +88,7 @@ pub(super) struct Resolver {
     private_hosts: Arc<[String]>,
     timeout: Duration,
     /// Locked to look up and to add, never while waiting.
-    known: Arc<Mutex<HashMap<String, (Instant, Vec<IpAddr>)>>>,
+    known: Arc<Mutex<Known>>,
 }
 
 impl Resolver {

@@ -113,7 +113,8 @@ impl Default for Download {
 }
 
 const LINKS: In<Links> = In::required("links", "Links by class, best first.");
-const IMAGES: Out<Images> = Out::new("images", "Files named by their content, `ab/SHA256.jpg`, as they came; each once, whatever its classes.");
+const IMAGES: Out<Images> =
+    Out::new("images", "Files named by their content, `ab/SHA256.jpg`, as they came; each once, whatever its classes.");
 const DOWNLOADS: Out<Downloads> =
     Out::new("downloads", "One row per URL that was tried: class, rank, state, HTTP status, size, digests, file, reason.");
 
@@ -223,7 +224,7 @@ async fn obtain(shared: Arc<Shared>, url: String) -> Result<Obtained> {
     let (also, of) = (Arc::clone(&shared), url.clone());
     let spooled = tokio::task::spawn_blocking(move || look_up(&also.spool, &of, &also.conditions)).await.expect(gone);
     let was_damaged = match spooled {
-        Spooled::Known(record) => return Ok(Obtained { record, is_asked: false, was_damaged: false }),
+        Spooled::Known(record) => return Ok(Obtained { record: *record, is_asked: false, was_damaged: false }),
         Spooled::Unknown => false,
         Spooled::Damaged => true,
     };
@@ -339,8 +340,10 @@ impl Download {
             let (url, obtained) = ended.expect("BUG: a download does not panic");
             let Obtained { record, is_asked, was_damaged } = obtained?;
             n_damaged += usize::from(was_damaged);
-            if is_asked {
-                silent.listen(&record, &shared.spool)?;
+            if is_asked && let Err(error) = silent.listen(&record, &shared.spool) {
+                under_way.shutdown().await;
+                waiting.keys().try_for_each(|url| shared.spool.forget(url))?;
+                return Err(error);
             }
             for (class, link) in waiting.remove(&url).unwrap_or_default() {
                 let work = &mut classes[class];
@@ -425,8 +428,7 @@ impl Download {
             draft.link(IMAGES, name, &spool.path(&image.sha256), image.content)?;
         }
         let rows = || downloads.by_class.iter().flat_map(|of_class| &of_class.rows);
-        let transient: BTreeMap<&str, &Row> =
-            rows().filter(|row| row.state.is_transient()).map(|row| (row.url.as_str(), row)).collect();
+        let transient: BTreeMap<&str, &Row> = rows().filter(|row| row.state.is_transient()).map(|row| (row.url.as_str(), row)).collect();
         let failed = |row: &&Row| FailedItem {
             item: row.url.clone(),
             reason: row.reason.clone().unwrap_or_else(|| row.state.word().into()),
@@ -461,7 +463,10 @@ impl Silence {
     /// Fails where many hosts were asked and none answered: the fault is then this machine's, and not a property of the URLs.
     fn listen(&mut self, record: &UrlRecord, spool: &Spool) -> Result<()> {
         let is_silent = matches!(record.state, DownloadState::Unreachable | DownloadState::Timeout | DownloadState::RobotsUnreachable);
-        if self.has_ended || (is_silent && record.code.is_some()) || matches!(record.state, DownloadState::BadUrl | DownloadState::PrivateAddress) {
+        if self.has_ended
+            || (is_silent && record.code.is_some())
+            || matches!(record.state, DownloadState::BadUrl | DownloadState::PrivateAddress)
+        {
             return Ok(());
         }
         if !is_silent {

@@ -239,7 +239,10 @@ impl Fetcher {
             };
             url = next.map_err(|(code, problem)| Failure::of_answer(State::BadRedirect, problem, code))?;
             if n_redirects >= self.manners.conditions.max_redirects {
-                return Err(Failure::new(State::BadRedirect, format!("more than {n_redirects} redirects, the last to {}", short(url.as_str()))));
+                return Err(Failure::new(
+                    State::BadRedirect,
+                    format!("more than {n_redirects} redirects, the last to {}", short(url.as_str())),
+                ));
             }
         }
         unreachable!("redirects end")
@@ -484,11 +487,13 @@ fn judged(bytes: &[u8], max_pixels: u64) -> Result<Fetched, Failure> {
         };
         Failure::of_answer(State::DamagedImage, short(&reason), StatusCode::OK)
     };
-    let size @ [width, height] = Image::size(bytes, Path::new("")).map_err(damaged)?;
-    if u64::from(width) * u64::from(height) > max_pixels {
+    if let Some(size @ [width, height]) = Image::claimed_size(bytes)
+        && u64::from(width) * u64::from(height) > max_pixels
+    {
         let reason = format!("{width} x {height} px, more than {max_pixels} px in all");
         return Err(Failure { size: Some(size), ..Failure::of_answer(State::TooLarge, reason, StatusCode::OK) });
     }
+    let size = Image::size(bytes, Path::new("")).map_err(damaged)?;
     Image::decode_sized(bytes, Path::new(""), size).map_err(damaged)?;
     Ok(described(bytes, size))
 }

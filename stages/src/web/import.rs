@@ -12,8 +12,10 @@ use super::{
 };
 use crate::{
     Context, Error, In, Out, PortInfo, Result, Stage, Unit,
-    artifacts::{ClassDownloads, Download, DownloadState, Downloads, Images, Img2dataset, Link, Links},
-    artifacts::img2dataset::{SHARD_PLACES, Sample},
+    artifacts::{
+        ClassDownloads, Download, DownloadState, Downloads, Images, Img2dataset, Link, Links,
+        img2dataset::{SHARD_PLACES, Sample},
+    },
     class_folder::{class_of, folder_name},
     feed::in_parallel,
 };
@@ -27,7 +29,8 @@ use crate::{
 #[serde(deny_unknown_fields)]
 pub struct Import {}
 
-const FOLDER: In<Img2dataset> = In::required("folder", "Folders of classes: `CLASS/00000/000000017.jpg` and `.json`, or `CLASS/00000.tar`.");
+const FOLDER: In<Img2dataset> =
+    In::required("folder", "Folders of classes: `CLASS/00000/000000017.jpg` and `.json`, or `CLASS/00000.tar`.");
 const LINKS: In<Links> =
     In::optional("links", "The links that were downloaded: they give classes and ranks. Without them folders and keys do.");
 const IMAGES: Out<Images> = Out::new("images", "Files named by their content, `ab/SHA256.jpg`.");
@@ -209,7 +212,7 @@ mod tests {
     fn sample(at: [u64; 2], url: &str, has_image: bool) -> Sample {
         use crate::artifacts::img2dataset::{Metadata, Source};
         let metadata = Metadata { url: url.into(), ..Metadata::default() };
-        Sample { at, metadata, image: has_image.then(|| Source::of_test()) }
+        Sample { at, metadata, image: has_image.then(Source::of_test) }
     }
 
     #[test]

@@ -85,7 +85,7 @@ impl UrlRecord {
 /// A look into the spool.
 pub(super) enum Spooled {
     /// The URL need not be asked for.
-    Known(UrlRecord),
+    Known(Box<UrlRecord>),
     /// It was never asked for, or under conditions that tell nothing.
     Unknown,
     /// What was there is damaged.
@@ -97,7 +97,7 @@ pub(super) fn look_up(spool: &Spool, url: &str, conditions: &Conditions) -> Spoo
     match spool.record::<UrlRecord>(url) {
         Ok(Some(record)) if record.url == url && record.holds(conditions) => match &record.image {
             Some(image) if !spool.holds(&image.sha256, &image.content) => Spooled::Damaged,
-            _ => Spooled::Known(record),
+            _ => Spooled::Known(Box::new(record)),
         },
         Ok(_) => Spooled::Unknown,
         Err(_) => Spooled::Damaged,

@@ -32,7 +32,8 @@ pub(super) fn note(downloads: &Downloads, cx: &Context<'_>) {
     let all = downloads.by_class.iter().flat_map(|of_class| of_class.rows.iter().map(|row| row.state));
     let n_tried: usize = downloads.by_class.iter().map(|of_class| of_class.rows.len()).sum();
     cx.note(format!("{} classes, {n_tried} URLs tried: {}", downloads.by_class.len(), DownloadState::summary(all)));
-    let mut few: Vec<&ClassDownloads> = downloads.by_class.iter().filter(|of_class| (of_class.n_images() as u64) < of_class.wanted).collect();
+    let mut few: Vec<&ClassDownloads> =
+        downloads.by_class.iter().filter(|of_class| (of_class.n_images() as u64) < of_class.wanted).collect();
     few.sort_by_key(|of_class| of_class.n_images());
     for of_class in few.iter().take(MAX_NAMED) {
         let states = DownloadState::summary(of_class.rows.iter().map(|row| row.state));
