@@ -4,7 +4,7 @@ CARGO ?= cargo
 
 PREFIX ?= $(HOME)/.local
 
-.PHONY: quickstart build install test test-capabilities faults check bench toy-clip peers evaluation-peers libtorch clean
+.PHONY: quickstart build install test test-capabilities faults check bench toy-clip promptdet-toy peers evaluation-peers libtorch clean
 
 quickstart: build
 	target/release/ovenbird run quickstart
@@ -53,6 +53,11 @@ toy-clip: build
 	    $(CARGO) run --release --package ovenbird-stages --example pack_toy_clip -- \
 	        target/toy-clip/$$clip/clip.safetensors stages/assets/toy-clip/$$clip.safetensors.zst || exit 1; \
 	done
+
+# PromptDet on the toy world. Its web is served on this machine meanwhile.
+promptdet-toy: build
+	$(CARGO) build --release --example toy-web
+	@target/release/examples/toy-web & web=$$!; trap 'kill $$web' EXIT; target/release/ovenbird run promptdet-toy
 
 # The programs that benches and tests compare with; both say so where they are absent. Evaluation's are small, torch is not.
 peers:

@@ -31,3 +31,4 @@ mod strays;
 mod surface;
 mod tidy;
 mod toy_clip;
+mod web;

@@ -6,7 +6,10 @@ use std::{fs, path::PathBuf};
 use ovenbird_cache::inputs;
 use ovenbird_models::checkpoint::Checkpoint;
 
-use crate::support::World;
+use crate::support::{
+    World,
+    toy_web::{self, ToyWeb},
+};
 
 /// The steps of the method at their smallest.
 const SMALL: &str = r#"version: 1
@@ -113,4 +116,73 @@ fn what_regional_prompt_learning_cannot_use_is_said_in_words() {
     );
     refused("rule: rpl, expand: 3.0, min_side: 0.0, min_area: 20.0,", "rule: rpl, min_area: -1.0,", "min_area: expected 0 px^2 or more");
     refused("val_crops: val-crops.crops, val_annotations: world.val", "web: train.annotations", "web_images: missing, but `web` is given");
+}
+
+/// The shipped pipeline at its smallest: two rounds with a web that is served here, and a detector that trains itself on what was downloaded.
+#[test]
+fn rounds_retrieve_and_download_and_the_detector_trains_itself() {
+    let web = ToyWeb::start(0, toy_web::of_world);
+    let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/pipelines/promptdet-toy.yaml")).unwrap();
+    let mut small = text;
+    for (from, to) in [
+        ("seeds: [7, 8, 9]", "seeds: [7]"),
+        ("http://127.0.0.1:8391", &format!("http://{}", web.address)),
+        (
+            "train_images: 200, val_images: 120, web_images: 2000",
+            "train_images: 12, val_images: 6, web_images: 150, held_out_images: 60, side_px: 160",
+        ),
+        ("per_class: 40", "per_class: 8"),
+        ("epochs: 20, lr: 0.02", "epochs: 2, batch_size: 8, lr: 0.02"),
+        ("epochs: 18", "epochs: 2"),
+        ("lr_epochs: [14, 17]", "lr_epochs: [1]"),
+        ("keep_checkpoints: 18", "keep_checkpoints: 2"),
+        ("start_epoch: 9", "start_epoch: 1"),
+        ("max_size: [256, 256]", "max_size: [128, 128]"),
+        ("min_size: [192, 256]", "min_size: [96, 128]"),
+    ] {
+        assert!(small.contains(from), "the pipeline changed: {from}");
+        small = small.replace(from, to);
+    }
+    let world = World::new();
+    world.write("toy.yaml", &small);
+    let chosen = ["./toy.yaml", "--variant", "round-1", "--variant", "self-training"];
+    let run = |command: &str, more: &[&str]| world.run([command].into_iter().chain(chosen).chain(more.iter().copied())).success();
+    let first = run("run", &[]);
+    let steps = first.steps("done");
+    for step in
+        ["prompts-1", "links-2", "download-2", "labels-2", "prompts-2", "novel-labels", "base@self-training", "detector@self-training"]
+    {
+        assert!(steps.iter().any(|done| done == step), "{step}: {steps:?}");
+    }
+    assert!(!steps.iter().any(|done| done == "links-1"), "{steps:?}");
+    assert!(first.stderr.contains("downloaded"), "{}", first.stderr);
+    let plan = run("plan", &[]).stdout;
+    assert!(
+        plan.contains("labels-2: images of the web: 800 wanted") && plan.contains("novel-labels: images of the web: 300 wanted"),
+        "{plan}"
+    );
+    let report = fs::read_dir(world.path(".ovenbird/runs")).unwrap().next().unwrap().unwrap().path().join("report.html");
+    let report = fs::read_to_string(report).unwrap();
+    assert!(
+        report.contains("novel-labels: images of the web") && report.contains("links without an image"),
+        "no table of images of the web"
+    );
+
+    // Fewer images of a class, and a third round's first two: nobody is asked twice.
+    let asked = web.counts();
+    assert!(asked.iter().filter(|(path, _)| path.starts_with("/pictures")).all(|(_, n)| *n <= 3), "{asked:?}");
+    let few = run("run", &["--set", "novel-labels.per_class=3"]);
+    let again = few.steps("done");
+    assert!(
+        again.contains(&"novel-labels".to_owned()) && !again.iter().any(|step| step.contains("download") || step.contains("prompts")),
+        "{again:?}"
+    );
+    assert_eq!(web.counts(), asked);
+    drop(web);
+    // Without a web, in a home that has lost what was made of it.
+    for kind in ["web-download", "annotations-web"] {
+        fs::remove_dir_all(world.path(".ovenbird/units").join(kind)).unwrap();
+    }
+    let offline = run("run", &["--until", "novel-labels"]);
+    assert!(offline.steps("done").contains(&"novel-download".to_owned()), "{}", offline.stderr);
 }

@@ -87,14 +87,7 @@ const IMAGES: &[Report] = &[
     report("09-image-not-there-with-skip", 0, &["000002.jpg", "not in the folder of images (2 files)", "1 item skipped"]),
     report("10-image-smaller-than-a-patch", 0, &["1.png", "200 x 5 px, but the network needs 8 px on both sides"]),
     report("11-links-in-the-images-folder", 0, &["skipped a dead link (old.jpg), a folder within itself (again)"]),
-    report(
-        "12-webp-named-jpg",
-        4,
-        &[
-            "a.jpg: expected a JPEG, PNG, WebP or GIF image, found a WebP",
-            "it is a WebP with another extension: convert it to JPEG or PNG, or skip it",
-        ],
-    ),
+    report("12-webp-named-jpg", 0, &["globals  done"]),
     report(
         "13-turned-by-exif",
         4,
@@ -120,11 +113,7 @@ const IMAGES: &[Report] = &[
         0,
         &["3 of 3 images are found by another spelling of their names: `caf\u{e9} 000001.jpg` is `cafe\u{301} 0"],
     ),
-    report(
-        "38-gif-named-jpg",
-        4,
-        &["a.jpg: expected a JPEG, PNG, WebP or GIF image, found a GIF", "it is a GIF with another extension: convert it"],
-    ),
+    report("38-gif-named-jpg", 0, &["globals  done"]),
     report(
         "39-tiff-named-jpg",
         4,
@@ -292,7 +281,7 @@ fn boxes_that_miss_their_image_have_no_crop_and_every_class_has_a_folder() {
 
 #[test]
 fn what_is_left_out_or_named_before_a_network_sees_it_yields_no_embedding() {
-    for (folder, n_rows) in [("09-image-not-there-with-skip", 2), ("10-image-smaller-than-a-patch", 2), ("12-webp-named-jpg", 0)] {
+    for (folder, n_rows) in [("09-image-not-there-with-skip", 2), ("10-image-smaller-than-a-patch", 2), ("12-webp-named-jpg", 1)] {
         let (world, _) = tried(folder);
         let rows = world.units().into_iter().filter(|(name, _)| name.contains("clip-globals") && name.ends_with("unit.json"));
         let rows: Vec<u64> = rows

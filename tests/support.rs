@@ -1,6 +1,7 @@
 //! A folder with a home of its own, and the program run in it as an operator would.
 
 mod skip;
+pub(crate) mod toy_web;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

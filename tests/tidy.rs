@@ -64,9 +64,16 @@ fn stages_read_files_through_their_digests() {
             }
         }
     }
-    // Weights and published prompts by `read_with`, tables and matrices by `check`; numbers of goldens in tests; weights that the stage has just written.
-    let expected =
-        ["artifacts.rs", "artifacts/matrix.rs", "artifacts/tables.rs", "prompts/golden.rs", "prompts/published.rs", "toy/clip.rs"];
+    // Weights and published prompts by `read_with`, tables, archives and matrices by `check`; numbers of goldens in tests; weights that the stage has just written.
+    let expected = [
+        "artifacts.rs",
+        "artifacts/img2dataset.rs",
+        "artifacts/matrix.rs",
+        "artifacts/tables.rs",
+        "prompts/golden.rs",
+        "prompts/published.rs",
+        "toy/clip.rs",
+    ];
     assert_eq!(found, expected.map(String::from).into());
 }
 

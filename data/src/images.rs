@@ -81,6 +81,12 @@ impl Image {
         header(bytes, path, None).map(|decoder| decoder.dimensions().into())
     }
 
+    /// The size that a header claims, however large, `[width, height]` px.
+    pub fn claimed_size(bytes: &[u8]) -> Option<[u32; 2]> {
+        let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().ok()?;
+        reader.into_dimensions().ok().map(Into::into)
+    }
+
     /// As [`Self::size`], of an image whose size is known, `[width, height]` px: fails where [`Self::decode_sized`] would.
     pub fn check_size(bytes: &[u8], path: &Path, stated: [u32; 2]) -> Result<()> {
         header(bytes, path, Some(stated)).map(drop)
@@ -169,7 +175,7 @@ impl Image {
 }
 
 /// A level with an opacity before white.
-fn on_white(level: u8, opacity: u8) -> u8 {
+pub(crate) fn on_white(level: u8, opacity: u8) -> u8 {
     let (level, opacity) = (f64::from(level), f64::from(opacity));
     (opacity / 255.0 * level + 255.0 - opacity).round_ties_even() as u8
 }
@@ -530,6 +536,37 @@ mod tests {
                 let found = pixels.iter().map(|pixel| f64::from(pixel[channel])).sum::<f64>() / pixels.len() as f64;
                 assert!((found - mean).abs() < 0.5, "{name}: mean of channel {channel}: {found}, expected {mean}");
             }
+        }
+    }
+
+    #[derive(Deserialize)]
+    struct Pixels {
+        size: [u32; 2],
+        rgb: Vec<u8>,
+    }
+
+    #[test]
+    fn webps_and_gifs_are_those_of_pillow() {
+        let folder = folder().join("../formats");
+        let golden: BTreeMap<String, Pixels> = serde_json::from_slice(&fs::read(folder.join("golden.json")).unwrap()).unwrap();
+        for (name, Pixels { size, rgb }) in golden {
+            let image = Image::open(&folder.join(&name)).unwrap();
+            assert_eq!([image.width, image.height], size, "{name}");
+            let tolerance = if ["lossy.webp", "animated.webp"].contains(&name.as_str()) { 3 } else { 0 };
+            let apart = image.rgb.iter().zip(&rgb).map(|(found, level)| found.abs_diff(*level)).max();
+            assert!(apart <= Some(tolerance) && image.rgb.len() == rgb.len(), "{name}: {apart:?}");
+        }
+    }
+
+    #[test]
+    fn a_webp_or_a_gif_cut_anywhere_is_an_error_or_an_image_and_never_a_panic() {
+        for name in ["lossless.webp", "alpha.webp", "lossy.webp", "animated.webp", "plain.gif", "animated.gif"] {
+            let bytes = fs::read(folder().join("../formats").join(name)).unwrap();
+            for length in (0..bytes.len()).step_by(7) {
+                // Bytes after the first picture may be missing.
+                drop(Image::decode(&bytes[..length], Path::new(name)));
+            }
+            assert!(Image::decode(&bytes[..bytes.len() / 4], Path::new(name)).is_err(), "{name}");
         }
     }
 

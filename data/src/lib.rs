@@ -14,6 +14,7 @@ mod error;
 pub mod evaluate;
 pub mod images;
 pub mod json;
+pub mod letterbox;
 pub mod masks;
 pub mod proposals;
 mod resize;

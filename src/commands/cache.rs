@@ -82,6 +82,9 @@ struct Gc {
     /// recomputed when a step reads them
     #[arg(long, value_name = "KIND")]
     drop: Vec<String>,
+    /// Also delete what `web/download` fetched and no result shares: results that are made again then ask the web again, which may have changed
+    #[arg(long)]
+    downloads: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -299,8 +302,10 @@ fn du(home: &Path, json: bool) -> Result<()> {
     }
     let quarantine = bytes_below(&home.join("quarantine"));
     let dry_runs: u64 = dry_runs(home).values().sum();
+    let downloads = store.spool().own_bytes();
     if json {
-        let report = serde_json::json!({"kinds": by_kind, "quarantine_bytes": quarantine, "dry_run_bytes": dry_runs});
+        let report =
+            serde_json::json!({"kinds": by_kind, "quarantine_bytes": quarantine, "dry_run_bytes": dry_runs, "download_bytes": downloads});
         return Ok(print(&to_json("du", &report))?);
     }
     let human = |bytes: u64| HumanBytes(bytes).to_string();
@@ -313,6 +318,11 @@ fn du(home: &Path, json: bool) -> Result<()> {
     if dry_runs > 0 {
         text.push_str(&format!("{:24} {:>8} {:>12} {:>12}\n", "dry runs", "", human(dry_runs), human(dry_runs)));
         (all, free) = (all + dry_runs, free + dry_runs);
+    }
+    if downloads > 0 {
+        // Bytes that units share count there.
+        text.push_str(&format!("{:24} {:>8} {:>12} {:>12}\n", "downloads (web)", "", human(downloads), human(0)));
+        all += downloads;
     }
     text.push_str(&format!("{:24} {:>8} {:>12} {:>12}\n", "all", "", human(all), human(free)));
     if quarantine > 0 {
@@ -414,6 +424,7 @@ fn gc(home: &Path, options: &Gc) -> Result<()> {
     let list = listed(&store, &history, &going, dropped.iter().chain(&forgotten).copied())?;
     let hours: f64 = list.iter().map(|going| going.hours).sum();
     let mut left_alone = 0;
+    let spooled = store.spool().own_bytes();
     if options.delete {
         if hours * 3600.0 > MAX_UNCONFIRMED_S && !options.yes {
             let problem = format!("recomputing what would be deleted takes about {}", duration(hours * 3600.0));
@@ -436,6 +447,9 @@ fn gc(home: &Path, options: &Gc) -> Result<()> {
         for path in dry_runs.keys() {
             store.publisher().remove(path)?;
         }
+        if options.downloads {
+            store.spool().clear()?;
+        }
         for unit in parts.keys() {
             match store.lease(unit)? {
                 Ok(_lease) => store.remove_part(unit)?,
@@ -443,13 +457,19 @@ fn gc(home: &Path, options: &Gc) -> Result<()> {
             }
         }
     }
-    let bytes: u64 = going.values().chain(parts.values()).chain(dry_runs.values()).sum();
+    let downloads = if options.downloads { spooled } else { 0 };
+    let bytes = going.values().chain(parts.values()).chain(dry_runs.values()).sum::<u64>() + downloads;
     if options.json {
         let units: Vec<&String> = going.keys().collect();
         let report = serde_json::json!({"removed": options.delete, "artifacts": list, "units": units, "bytes": bytes, "hours": hours});
         return Ok(print(&to_json("gc", &report))?);
     }
-    Ok(print(&words(options, &list, [&going, &parts], &dry_runs, left_alone))?)
+    let mut text = words(options, &list, [&going, &parts], &dry_runs, left_alone);
+    if downloads > 0 {
+        let done = if options.delete { "deleted" } else { "would be deleted (`--delete`)" };
+        text.push_str(&format!("downloads that no result shares: {}, {done}\n", HumanBytes(downloads)));
+    }
+    Ok(print(&text)?)
 }
 
 /// Fails where a record of what to keep is damaged or missing: `gc` would delete what it names.

@@ -19,8 +19,8 @@ use ovenbird_models::checkpoint::Checkpoint;
 use ovenbird_stages::{
     Artifact as _, Context, Error as StageError, Inputs, OnBadItem,
     artifacts::{
-        AnnotationFile, Captions, CheckpointFile, Classes, Crops, Descriptions, Detections, FeatureFiles, ImageFeatures, Images, Phrases,
-        Prompts, Proposals, PublishedVocabulary, RegionFeatures,
+        AnnotationFile, Captions, CheckpointFile, Classes, Crops, Descriptions, Detections, Downloads, FeatureFiles, ImageFeatures, Images,
+        Links, Phrases, Prompts, Proposals, PublishedVocabulary, RegionFeatures,
     },
     clip::Clip,
     refuse_too_many,
@@ -253,6 +253,8 @@ fn open(kind: &str, files: &[InputFile], clip: Option<&Clip>) -> Result<(), Stag
         (Phrases::KIND, _) => Phrases::open(files).map(drop),
         (PublishedVocabulary::KIND, _) => PublishedVocabulary::open(files).map(drop),
         (FeatureFiles::KIND, _) => FeatureFiles::open(files).map(drop),
+        (Links::KIND, _) => Links::open(files).map(drop),
+        (Downloads::KIND, _) => Downloads::open(files).map(drop),
         _ => Ok(()),
     }
 }

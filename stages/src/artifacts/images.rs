@@ -18,6 +18,7 @@ use ovenbird_data::{
     Error as DataError,
     annotations::{Annotations, ImageInfo},
     images::{Image, is_turned_in_place},
+    letterbox::Letterbox,
 };
 use unicode_normalization::UnicodeNormalization as _;
 
@@ -142,6 +143,11 @@ impl Images {
     /// As [`Self::decode_sized`], but at a fraction of its size if its shorter side is then still long enough: see [`Image::decode_draft`].
     pub(crate) fn decode_draft(&self, file_name: &str, stated: [u32; 2], least_side: u32) -> Result<Image> {
         self.decode_with(file_name, stated, |bytes, path| Image::decode_draft(bytes, path, stated, least_side))
+    }
+
+    /// As [`Self::decode_sized`], in a letterbox.
+    pub(crate) fn decode_letterboxed(&self, file_name: &str, stated: [u32; 2], letterbox: Letterbox) -> Result<Image> {
+        self.decode_with(file_name, stated, |bytes, path| letterbox.decode(bytes, path, stated))
     }
 
     fn decode_with(

@@ -112,7 +112,8 @@ impl Img2dataset {
                 None => n_known -= 1,
             }
         }
-        if n_known == 0 {
+        // An export of no image is empty, too.
+        if n_known == 0 && !self.files.is_empty() {
             return Err(Error::Input {
                 port: Self::KIND,
                 problem: format!("expected folders of classes with shards in them, found none in {} files", self.files.len()),

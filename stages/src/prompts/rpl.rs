@@ -10,6 +10,7 @@ use ovenbird_data::{
     classes::ClassSplit,
     crops::random_crop,
     images::{Image, Preprocess},
+    letterbox::Letterbox,
 };
 use ovenbird_models::{
     Phase,
@@ -31,6 +32,7 @@ use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Annotated, AnnotationFile, CheckpointFile, Classes, CropIndex, Crops, Descriptions, Images, PROMPTS_FILE, Prompts},
     clip::{Clip, Space, encoder::preprocess_of},
+    contract::is_default,
     feed::in_parallel,
     training::{
         Algorithm, Criterion, DataLoader, Decay, Loaded, Losses, OptimizerConfig, Parameter, Ports, Schedule, TrainingConfig, Warmup,
@@ -83,6 +85,9 @@ pub struct Rpl {
     pub weight_decay: f64,
     /// Steps between checkpoints.
     pub checkpoint_every: u32,
+    /// What is done with images of the web before they are shown; PromptDet's are `white1024`.
+    #[serde(skip_serializing_if = "is_default")]
+    pub letterbox: Letterbox,
 }
 
 impl Default for Rpl {
@@ -99,6 +104,7 @@ impl Default for Rpl {
             momentum: 0.9,
             weight_decay: 5e-4,
             checkpoint_every: 1000,
+            letterbox: Letterbox::None,
         }
     }
 }
@@ -178,7 +184,7 @@ impl Stage for Rpl {
         let config = self.config(shown.labels.len());
         let preprocess = preprocess_of(&clip);
         let criterion = RplCriterion::new(self, (&clip, space), &classes, &texts, &shown.present, validation, &mut random)?;
-        let loader = CropLoader { shown, crops, web, preprocess, batch_size: self.batch_size, random };
+        let loader = CropLoader { shown, crops, web, preprocess, batch_size: self.batch_size, letterbox: self.letterbox, random };
         train(&config, &loader, &criterion, &PORTS, units, cx)
     }
 }
@@ -301,6 +307,7 @@ struct CropLoader {
     web: Web,
     preprocess: Preprocess,
     batch_size: usize,
+    letterbox: Letterbox,
     random: ChaCha8Rng,
 }
 
@@ -329,7 +336,7 @@ impl CropLoader {
             }
             Source::Web(place) => {
                 let (images, info) = self.of_web(place);
-                images.decode_sized(&info.file_name, [info.width, info.height])
+                images.decode_letterboxed(&info.file_name, [info.width, info.height], self.letterbox)
             }
         }
     }

@@ -78,18 +78,26 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
     }
 }
 
+/// Addresses by name, with the time when they were looked up.
+type Known = HashMap<String, (Instant, Vec<IpAddr>)>;
+
 /// Resolves names to addresses that may be asked.
 #[derive(Debug, Clone)]
 pub(super) struct Resolver {
-    allows_private: bool,
+    /// Hosts whose addresses may be private.
+    private_hosts: Arc<[String]>,
     timeout: Duration,
     /// Locked to look up and to add, never while waiting.
-    known: Arc<Mutex<HashMap<String, (Instant, Vec<IpAddr>)>>>,
+    known: Arc<Mutex<Known>>,
 }
 
 impl Resolver {
-    pub(super) fn new(allows_private: bool, timeout: Duration) -> Self {
-        Self { allows_private, timeout, known: Arc::default() }
+    pub(super) fn new(private_hosts: &[String], timeout: Duration) -> Self {
+        Self { private_hosts: private_hosts.into(), timeout, known: Arc::default() }
+    }
+
+    fn allows_private(&self, host: &str) -> bool {
+        self.private_hosts.iter().any(|allowed| allowed.eq_ignore_ascii_case(host))
     }
 
     /// Fails where the host of a URL may not be asked.
@@ -100,7 +108,7 @@ impl Resolver {
             Some(Host::Domain(name)) => return self.addresses(name).await.map(drop),
             None => return Err(Refusal::Unknown("the URL names no host".into())),
         };
-        if self.allows_private || is_public(literal) { Ok(()) } else { Err(Refusal::Private(literal)) }
+        if is_public(literal) || self.allows_private(url.host_str().unwrap_or_default()) { Ok(()) } else { Err(Refusal::Private(literal)) }
     }
 
     /// The addresses of a name that may be asked, at least one.
@@ -117,7 +125,7 @@ impl Resolver {
             Ok(Err(error)) => return Err(Refusal::Unknown(error.to_string())),
             Err(_) => return Err(Refusal::Unknown("the name service does not answer".into())),
         };
-        let public: Vec<IpAddr> = found.iter().copied().filter(|address| self.allows_private || is_public(*address)).collect();
+        let public: Vec<IpAddr> = found.iter().copied().filter(|address| is_public(*address) || self.allows_private(name)).collect();
         match (public.is_empty(), found.first()) {
             (true, Some(private)) => Err(Refusal::Private(*private)),
             (true, None) => Err(Refusal::Unknown("the name service knows none".into())),
@@ -190,7 +198,7 @@ mod tests {
     #[test]
     fn an_address_is_found_out_in_any_spelling_and_behind_a_name() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let refusing = Resolver::new(false, Duration::from_mins(1));
+        let refusing = Resolver::new(&[], Duration::from_mins(1));
         for url in [
             "http://127.0.0.1/",
             "http://2130706433/",
@@ -208,7 +216,9 @@ mod tests {
         assert_eq!(runtime.block_on(refusing.check(&Url::parse("http://8.8.8.8/").unwrap())), Ok(()));
         // The connection itself resolves through the same check.
         assert!(runtime.block_on(refusing.resolve("localhost".parse().unwrap())).is_err());
-        let allowing = Resolver::new(true, Duration::from_mins(1));
-        assert_eq!(runtime.block_on(allowing.check(&Url::parse("http://127.0.0.1/").unwrap())), Ok(()));
+        let allowing = Resolver::new(&["127.0.0.1".into()], Duration::from_mins(1));
+        assert_eq!(runtime.block_on(allowing.check(&Url::parse("http://127.1:80/").unwrap())), Ok(()));
+        assert!(runtime.block_on(allowing.check(&Url::parse("http://127.0.0.2/").unwrap())).is_err());
+        assert!(runtime.block_on(allowing.check(&Url::parse("http://localhost/").unwrap())).is_err());
     }
 }

@@ -80,8 +80,9 @@ pub struct Download {
     pub max_redirects: u32,
     /// Whether robots.txt and headers against machine learning are heeded.
     pub opt_outs: OptOuts,
-    /// Also ask hosts of private networks and of this machine. For tests, and for links that you made yourself.
-    pub allow_private: bool,
+    /// Hosts that may have addresses of a private network or of this machine, as URLs name them, such as a mirror of your own. All others are asked at
+    /// public addresses alone, wherever links and redirects lead.
+    pub allow_private: Vec<String>,
     /// The least images of a class.
     pub min_per_class: usize,
     /// What happens where a class has fewer than `min_per_class`.
@@ -104,7 +105,7 @@ impl Default for Download {
             min_side: 32,
             max_redirects: 5,
             opt_outs: OptOuts::Heed,
-            allow_private: false,
+            allow_private: Vec::new(),
             min_per_class: 1,
             below_min: BelowMin::Warn,
         }
@@ -223,7 +224,7 @@ async fn obtain(shared: Arc<Shared>, url: String) -> Result<Obtained> {
     let (also, of) = (Arc::clone(&shared), url.clone());
     let spooled = tokio::task::spawn_blocking(move || look_up(&also.spool, &of, &also.conditions)).await.expect(gone);
     let was_damaged = match spooled {
-        Spooled::Known(record) => return Ok(Obtained { record, is_asked: false, was_damaged: false }),
+        Spooled::Known(record) => return Ok(Obtained { record: *record, is_asked: false, was_damaged: false }),
         Spooled::Unknown => false,
         Spooled::Damaged => true,
     };
@@ -282,7 +283,7 @@ impl Download {
             max_pixels: self.max_pixels,
             max_redirects: self.max_redirects,
             heeds_opt_outs: self.opt_outs == OptOuts::Heed,
-            allows_private: self.allow_private,
+            private_hosts: self.allow_private.clone(),
         }
     }
 
@@ -339,8 +340,10 @@ impl Download {
             let (url, obtained) = ended.expect("BUG: a download does not panic");
             let Obtained { record, is_asked, was_damaged } = obtained?;
             n_damaged += usize::from(was_damaged);
-            if is_asked {
-                silent.listen(&record, &shared.spool)?;
+            if is_asked && let Err(error) = silent.listen(&record, &shared.spool) {
+                under_way.shutdown().await;
+                waiting.keys().try_for_each(|url| shared.spool.forget(url))?;
+                return Err(error);
             }
             for (class, link) in waiting.remove(&url).unwrap_or_default() {
                 let work = &mut classes[class];

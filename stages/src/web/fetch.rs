@@ -134,7 +134,7 @@ struct Turn {
 impl Fetcher {
     /// Fails, in words, where there can be no client. `root_certificates`: how many the machine has; without any no HTTPS succeeds.
     pub(super) fn new(manners: Manners) -> Result<(Self, usize), String> {
-        let resolver = Resolver::new(manners.conditions.allows_private, manners.timeout);
+        let resolver = Resolver::new(&manners.conditions.private_hosts, manners.timeout);
         let mut roots = rustls::RootCertStore::empty();
         let (n_roots, _) = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         let tls = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
@@ -199,7 +199,7 @@ impl Fetcher {
             image: None,
             attempts,
             time_ms: now_ms(),
-            under: self.manners.conditions,
+            under: self.manners.conditions.clone(),
         };
         match found {
             Ok((image, bytes)) => {
@@ -487,11 +487,13 @@ fn judged(bytes: &[u8], max_pixels: u64) -> Result<Fetched, Failure> {
         };
         Failure::of_answer(State::DamagedImage, short(&reason), StatusCode::OK)
     };
-    let size @ [width, height] = Image::size(bytes, Path::new("")).map_err(damaged)?;
-    if u64::from(width) * u64::from(height) > max_pixels {
+    if let Some(size @ [width, height]) = Image::claimed_size(bytes)
+        && u64::from(width) * u64::from(height) > max_pixels
+    {
         let reason = format!("{width} x {height} px, more than {max_pixels} px in all");
         return Err(Failure { size: Some(size), ..Failure::of_answer(State::TooLarge, reason, StatusCode::OK) });
     }
+    let size = Image::size(bytes, Path::new("")).map_err(damaged)?;
     Image::decode_sized(bytes, Path::new(""), size).map_err(damaged)?;
     Ok(described(bytes, size))
 }

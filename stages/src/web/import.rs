@@ -12,8 +12,10 @@ use super::{
 };
 use crate::{
     Context, Error, In, Out, PortInfo, Result, Stage, Unit,
-    artifacts::img2dataset::{SHARD_PLACES, Sample},
-    artifacts::{ClassDownloads, Download, DownloadState, Downloads, Images, Img2dataset, Link, Links},
+    artifacts::{
+        ClassDownloads, Download, DownloadState, Downloads, Images, Img2dataset, Link, Links,
+        img2dataset::{SHARD_PLACES, Sample},
+    },
     class_folder::{class_of, folder_name},
     feed::in_parallel,
 };
@@ -210,7 +212,7 @@ mod tests {
     fn sample(at: [u64; 2], url: &str, has_image: bool) -> Sample {
         use crate::artifacts::img2dataset::{Metadata, Source};
         let metadata = Metadata { url: url.into(), ..Metadata::default() };
-        Sample { at, metadata, image: has_image.then(|| Source::of_test()) }
+        Sample { at, metadata, image: has_image.then(Source::of_test) }
     }
 
     #[test]

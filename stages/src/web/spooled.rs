@@ -10,14 +10,14 @@ use serde::{Deserialize, Serialize};
 use crate::{Result, artifacts::DownloadState, context::retriable_items};
 
 /// The parameters on which it depends what comes of a URL.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Conditions {
     pub(super) max_bytes: u64,
     pub(super) max_pixels: u64,
     pub(super) max_redirects: u32,
     pub(super) heeds_opt_outs: bool,
-    pub(super) allows_private: bool,
+    pub(super) private_hosts: Vec<String>,
 }
 
 /// An image in the spool.
@@ -56,14 +56,15 @@ impl UrlRecord {
     /// Whether another request under these conditions would be of no use.
     pub(super) fn holds(&self, now: &Conditions) -> bool {
         let then = &self.under;
-        let is_stricter = (now.heeds_opt_outs && !then.heeds_opt_outs) || (then.allows_private && !now.allows_private);
+        let hosts = |some: &Self, others: &Conditions| some.under.private_hosts.iter().all(|host| others.private_hosts.contains(host));
+        let is_stricter = (now.heeds_opt_outs && !then.heeds_opt_outs) || !hosts(self, now);
         match self.state {
             DownloadState::TooLarge => match self.size {
                 Some([width, height]) => !is_stricter && u64::from(width) * u64::from(height) > now.max_pixels,
                 None => !is_stricter && now.max_bytes <= then.max_bytes,
             },
             DownloadState::Robots | DownloadState::OptedOut | DownloadState::RobotsUnreachable => now.heeds_opt_outs,
-            DownloadState::PrivateAddress => !now.allows_private,
+            DownloadState::PrivateAddress => now.private_hosts.iter().all(|host| then.private_hosts.contains(host)),
             DownloadState::BadRedirect => now.max_redirects <= then.max_redirects,
             DownloadState::BadUrl | DownloadState::Gone => true,
             DownloadState::Downloaded
@@ -84,7 +85,7 @@ impl UrlRecord {
 /// A look into the spool.
 pub(super) enum Spooled {
     /// The URL need not be asked for.
-    Known(UrlRecord),
+    Known(Box<UrlRecord>),
     /// It was never asked for, or under conditions that tell nothing.
     Unknown,
     /// What was there is damaged.
@@ -96,7 +97,7 @@ pub(super) fn look_up(spool: &Spool, url: &str, conditions: &Conditions) -> Spoo
     match spool.record::<UrlRecord>(url) {
         Ok(Some(record)) if record.url == url && record.holds(conditions) => match &record.image {
             Some(image) if !spool.holds(&image.sha256, &image.content) => Spooled::Damaged,
-            _ => Spooled::Known(record),
+            _ => Spooled::Known(Box::new(record)),
         },
         Ok(_) => Spooled::Unknown,
         Err(_) => Spooled::Damaged,
