@@ -2,6 +2,7 @@
 
 pub(crate) mod axes;
 pub(crate) mod changes;
+mod draft;
 pub(crate) mod file;
 mod lines;
 pub(crate) mod matrix;

@@ -5,7 +5,11 @@ use std::{path::Path, process::Command};
 use ovenbird_models::checkpoint::{Checkpoint, Saved, write_torch};
 use tch::{Device, Kind, Tensor};
 
-use crate::support::{World, python, until};
+use crate::support::{
+    World, python,
+    toy_web::{self, ToyWeb},
+    until,
+};
 
 /// A detector of almost nothing, in seconds.
 const SMALL: &str = r#"version: 1
@@ -286,8 +290,10 @@ fn published_pipelines_run_on_the_published_layout() {
         "detpro-ov-lvis",
         "ralf-oadp-ov-coco",
         "ralf-ov-lvis",
+        "promptdet-ov-lvis",
     ] {
-        let refused = world.run(["plan", name]);
+        let contact = (name == "promptdet-ov-lvis").then_some(["--set", "contact=me@example.org"]);
+        let refused = world.run(["plan", name].into_iter().chain(contact.into_iter().flatten()));
         assert!(refused.code == 4 && refused.stderr.contains("hint: put the files there"), "{}", refused.stderr);
     }
 
@@ -387,6 +393,46 @@ fn published_pipelines_run_on_the_published_layout() {
         "test@ralf",
         "test@ralf-fixed",
     ];
+    assert!(made.iter().all(|step| run.steps("done").contains(&(*step).to_owned())), "{}", run.stderr);
+
+    // PromptDet, with a pool and a web of the toy world. Nobody's contact is guessed.
+    let refused = world.run(["plan", "promptdet-ov-lvis"]);
+    assert!(refused.stderr.contains("expected your e-mail address"), "{}", refused.stderr);
+    let web = ToyWeb::start(0, toy_web::of_world);
+    let pool = format!(
+        "  - {{id: words, use: toy/vocabulary}}
+  - {{id: list, use: annotations/folder, in: {{images: world.web_images}}}}
+  - {{id: whole, use: clip/globals, in: {{images: world.web_images, annotations: list.annotations, checkpoint: {clip}}}}}
+  - id: web
+    use: toy/web
+    in: {{images: world.web_images, captions: world.captions, features: whole.features, annotations: list.annotations}}
+    with: {{address: \"http://{}\"}}
+",
+        web.address
+    );
+    world.write("pool.yaml", format!("{}{pool}", SMALL.replace("with: {seed: 7, steps: 2,", "with: {architecture: vit, seed: 7, steps: 2,")));
+    world.run(["run", "./pool.yaml", "--until", "web"]).success();
+    world.run(["export", "./pool.yaml", "web.pool", "pool"]).success();
+    world.run(["run", "./pool.yaml", "--until", "words"]).success();
+    world.run(["export", "./pool.yaml", "words.descriptions", "words"]).success();
+    let of_promptdet = [
+        "coco=./pictures",
+        "lvis=./lvis",
+        &format!("clip={clip}"),
+        "resnet=./soco.safetensors",
+        "pool=./pool",
+        "descriptions=./words/descriptions.json",
+        "contact=me@example.org",
+        "download.allow_private=[127.0.0.1]",
+        "novel-download.allow_private=[127.0.0.1]",
+        "base.training.max_size=[160, 160]",
+        "base.training.min_size=[96, 96]",
+        "detector.training.max_size=[160, 160]",
+        "detector.training.min_size=[96, 96]",
+        "detector.web.min_size=[[64, 64], [64, 96]]",
+    ];
+    let run = dry_run("promptdet-ov-lvis", &of_promptdet);
+    let made = ["prompts-1", "links-2", "download-2", "labels-2", "prompts-2", "novel-labels", "detector@self-training", "lvis-masks@learned"];
     assert!(made.iter().all(|step| run.steps("done").contains(&(*step).to_owned())), "{}", run.stderr);
 }
 

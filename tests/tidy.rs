@@ -256,6 +256,20 @@ fn published_pipelines_have_the_published_numbers() {
     });
     assert_holds(&detector["training"], &training, "detpro-ov-lvis");
     detpro("test", json!({"heads": "both", "score_threshold": 1e-4_f32, "nms_iou": 0.5, "max_per_image": 300, "proposals": 1000}));
+    let promptdet = |step: &str, expected: Value| assert_holds(&parameters("promptdet-ov-lvis", step), &expected, "promptdet-ov-lvis");
+    promptdet("crops", json!({"rule": "rpl", "expand": 3.0, "min_area": 20.0, "per_class": 200}));
+    let rpl = json!({"context": 1, "epochs": 6, "warmup_epochs": 1, "batch_size": 32, "lr": 0.002, "momentum": 0.9, "weight_decay": 5e-4});
+    promptdet("prompts", rpl);
+    for step in ["base", "detector"] {
+        promptdet(step, json!({"network": "r50", "head": "cosine", "masks": true, "trainable_backbone_layers": 3}));
+        let training = json!({
+            "epochs": 12, "lr_epochs": [8, 11], "batch_size": 16, "max_size": [1333, 1333], "min_size": [640, 800], "size_step": 32, "lr": 0.02,
+            "momentum": 0.9, "weight_decay": 1e-4, "warmup_steps": 500, "optimizer": "sgd", "repeat_threshold": 0.001,
+        });
+        assert_holds(&parameters("promptdet-ov-lvis", step)["training"], &training, "promptdet-ov-lvis");
+    }
+    promptdet("detector", json!({"start_epoch": 6}));
+    promptdet("test", json!({"score_threshold": 1e-4_f32, "nms_iou": 0.5, "max_per_image": 300, "proposals": 1000}));
     let learned = json!({"epochs": 3, "batch_size": 16, "lr": 0.05, "weight_decay": 0.001, "loss_weight": 640.0});
     assert_holds(&parameters("oadp-ov-coco", "multilabel"), &learned, "oadp-ov-coco");
 }
@@ -265,7 +279,7 @@ fn every_test_that_a_recipe_names_exists() {
     let sources = Command::new("git").args(["ls-files", "*.rs"]).current_dir(root()).output().unwrap();
     let sources = String::from_utf8(sources.stdout).unwrap();
     let code: String = sources.lines().map(|path| fs::read_to_string(root().join(path)).unwrap()).collect();
-    for page in ["oadp", "lp-ovod", "detpro-ralf"] {
+    for page in ["oadp", "lp-ovod", "detpro-ralf", "promptdet"] {
         let recipe = fs::read_to_string(root().join(format!("docs/recipes/{page}.md"))).unwrap();
         let (_, table) = recipe.split_once("## Where parity is checked").unwrap();
         let rows: Vec<&str> = table.lines().filter(|line| line.starts_with("| ") && line.contains('`')).collect();

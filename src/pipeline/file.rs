@@ -22,10 +22,11 @@ use super::{
     Pipeline, Request, Resources, Source, Step,
     axes::Resolved,
     changes::{Change, Key, Setting, with_below},
+    draft::{Draft, Given, Round},
     lines::join,
     named::NAMED,
     problem::Fault,
-    rounds::{Round, id_of, of_round},
+    rounds::{id_of, of_round},
     step_id::StepId,
     yaml::{ID_WORDS, Reader, is_id, shown},
 };
@@ -79,26 +80,6 @@ fn find(name: &str) -> Result<(String, Option<PathBuf>, String)> {
         Some((_, text)) => Ok((format!("the pipeline `{name}`"), None, (*text).to_owned())),
         None => Err(Error::UnknownPipeline { name: name.into(), nearest: nearest(name, NAMED.iter().map(|(known, _)| *known)) }),
     }
-}
-
-/// A stage as written, after its keys were checked.
-pub(super) struct Draft {
-    pub(super) id: String,
-    pub(super) entry: &'static StageEntry,
-    stage: Option<Box<dyn AnyStage>>,
-    pub(super) inputs: BTreeMap<String, Given>,
-    resources: Resources,
-    on_bad_item: OnBadItem,
-    max_silence: Duration,
-    /// Of a step that is repeated: which time this is.
-    pub(super) round: Option<Round>,
-}
-
-/// An input as written.
-pub(super) struct Given {
-    pub(super) value: String,
-    /// Where it is written.
-    pub(super) path: String,
 }
 
 impl Reader {

@@ -11,7 +11,7 @@ use serde_yaml::Value as Yaml;
 
 use super::{
     changes::{Change, Key},
-    file::{Draft, Given},
+    draft::{Draft, Given, Round},
     yaml::{Reader, shown},
 };
 
@@ -19,22 +19,6 @@ use super::{
 const MAX_ROUNDS: u64 = 20;
 /// What an input of the round before begins with.
 const PREVIOUS: &str = "previous.";
-
-/// One time of several.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Round {
-    /// From 1.
-    number: u64,
-    /// How many there are.
-    of: u64,
-}
-
-impl Round {
-    /// The id of a step in this round.
-    pub(super) fn id(self, id: &str) -> String {
-        format!("{id}-{}", self.number)
-    }
-}
 
 /// The id of a step as written.
 pub(super) fn id_of(yaml: &Yaml) -> Option<String> {

@@ -237,7 +237,7 @@ impl Train {
             return Err(Error::Input { port: given.name, problem, hint: "set `with: {head: cosine}`, or leave it out".into() });
         }
         let Classes(classes) = inputs.read(CLASSES)?;
-        let n_web_batches = match WebImages::read(inputs, &classes)? {
+        let n_web_batches = match WebImages::read(inputs, &classes, self.web.letterbox)? {
             Some(_) if self.training.epochs.is_none() => {
                 let problem = "given, but the length of the training is in steps".into();
                 let hint = "set `training.epochs`: each shows every annotated image and every image of the web".into();
@@ -306,7 +306,7 @@ impl Train {
         if self.masks {
             annotated = annotated.with_masks()?;
         }
-        let loader = MixedLoader::new(annotated, WebImages::read(cx.inputs, classes)?, &self.web, epochs, cx)?;
+        let loader = MixedLoader::new(annotated, WebImages::read(cx.inputs, classes, self.web.letterbox)?, &self.web, epochs, cx)?;
         loader.look_for_images(classes, cx)?;
         self.train((&loader, &loader.config()), &criterion, &whole, units, cx)
     }

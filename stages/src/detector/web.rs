@@ -16,6 +16,7 @@ use ovenbird_data::{
     boxes::Xyxy,
     classes::ClassSplit,
     images::Image,
+    letterbox::Letterbox,
     training::{self, Placement, agreed, interleaved},
 };
 use ovenbird_models::detection::boxes::Corners;
@@ -77,6 +78,8 @@ pub struct SelfTraining {
     /// Images of the web per batch; without it as many as `training.batch_size`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batch_size: Option<usize>,
+    /// How an image is fitted into a square before it is shown. The reference trains on `white1024`.
+    pub letterbox: Letterbox,
     /// What becomes of the box that an image teaches its label on.
     pub pseudo_box: PseudoBox,
     /// The order of the images.
@@ -89,6 +92,7 @@ impl Default for SelfTraining {
             min_size: [[160, 360], [360, 800]],
             max_size: 1333,
             batch_size: None,
+            letterbox: Letterbox::None,
             pseudo_box: PseudoBox::default(),
             order: WebOrder::default(),
         }
@@ -136,11 +140,12 @@ impl SelfTraining {
 pub(super) struct WebImages {
     images: Images,
     shown: Vec<(ImageInfo, usize)>,
+    letterbox: Letterbox,
 }
 
 impl WebImages {
     /// Those at the ports, if they are given, with the places of their labels among some classes. Fails where a label is of no class.
-    pub(super) fn read(inputs: &Inputs, classes: &ClassSplit) -> Result<Option<Self>> {
+    pub(super) fn read(inputs: &Inputs, classes: &ClassSplit, letterbox: Letterbox) -> Result<Option<Self>> {
         let Some((images, file)) = inputs.read_both(WEB_IMAGES, WEB)? else { return Ok(None) };
         let annotations = file.load()?;
         let names: BTreeMap<&str, usize> = classes.all().enumerate().map(|(place, name)| (name.as_str(), place)).collect();
@@ -160,7 +165,7 @@ impl WebImages {
             let info = annotations.image(label.image_id).expect("BUG: annotations are of images in the file");
             shown.push((info.clone(), *class));
         }
-        Ok(Some(Self { images, shown }))
+        Ok(Some(Self { images, shown, letterbox }))
     }
 
     /// The batches of an epoch.
@@ -171,12 +176,13 @@ impl WebImages {
     /// `[width, height]` px of an image as [`Self::decode`] gives it.
     fn size(&self, place: usize) -> [u32; 2] {
         let (info, _) = &self.shown[place];
-        [info.width, info.height]
+        self.letterbox.placement([info.width, info.height]).whole
     }
 
-    /// Reads an image. Whatever is to be done with all images of the web before they are shown is done here, and in [`Self::size`].
+    /// Reads an image.
     fn decode(&self, place: usize) -> Result<Image> {
-        self.images.decode_sized(&self.shown[place].0.file_name, self.size(place))
+        let (info, _) = &self.shown[place];
+        self.images.decode_letterboxed(&info.file_name, [info.width, info.height], self.letterbox)
     }
 }
 
@@ -254,7 +260,7 @@ impl MixedLoader {
     /// Looks for all images, so that a missing one is found before the training begins, and notes how many there are.
     pub(super) fn look_for_images(&self, classes: &ClassSplit, cx: &Context<'_>) -> Result<()> {
         self.annotated.look_for_images(cx)?;
-        let Some(Web { images: WebImages { images, shown }, batch_size, .. }) = &self.web else { return Ok(()) };
+        let Some(Web { images: WebImages { images, shown, .. }, batch_size, .. }) = &self.web else { return Ok(()) };
         images.look_for(shown.iter().map(|(info, _)| info), cx).map_err(|error| error.at_port(WEB_IMAGES.info().name))?;
         let labels: BTreeSet<usize> = shown.iter().map(|(_, class)| *class).collect();
         cx.note(format!(
