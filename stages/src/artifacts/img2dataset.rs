@@ -79,13 +79,6 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// One that cannot be read.
-    #[cfg(test)]
-    pub(crate) fn of_test() -> Self {
-        let file = InputFile { name: "a".into(), path: "a".into(), bytes: 0, digest: ovenbird_cache::Digest::of(b""), unit: None };
-        Self { file, range: None }
-    }
-
     /// Reads the image. An archive was checked as a whole when its list was read.
     pub(crate) fn read(&self) -> Result<Vec<u8>> {
         let Some((from, to)) = self.range else { return Ok(self.file.read()?) };
@@ -235,6 +228,15 @@ fn tar_entries(bytes: &[u8], path: &Path) -> Result<Vec<(String, (usize, usize))
 }
 
 #[cfg(test)]
+impl Source {
+    /// One that cannot be read.
+    pub(crate) fn of_test() -> Self {
+        let file = InputFile { name: "a".into(), path: "a".into(), bytes: 0, digest: ovenbird_cache::Digest::of(b""), unit: None };
+        Self { file, range: None }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -248,15 +250,72 @@ mod tests {
         }
     }
 
-    #[test]
-    fn an_archive_cut_anywhere_is_an_error_and_never_a_panic() {
+    /// A member of a tar archive, as Python writes it.
+    fn member(name: &str, content: &[u8]) -> Vec<u8> {
         let mut header = vec![0; 512];
-        header[..13].copy_from_slice(b"000000001.jpg");
-        header[124..135].copy_from_slice(b"00000000005");
+        header[..name.len()].copy_from_slice(name.as_bytes());
+        header[124..135].copy_from_slice(format!("{:011o}", content.len()).as_bytes());
         header[156] = b'0';
         header[257..262].copy_from_slice(b"ustar");
-        let mut archive = [header, b"image".to_vec()].concat();
-        archive.resize(1024 + 1024, 0);
+        let mut member = [header, content.to_vec()].concat();
+        member.resize(member.len().next_multiple_of(512), 0);
+        member
+    }
+
+    /// A shard's table as pyarrow writes it: with Snappy.
+    fn table(rows: &[[&str; 4]]) -> Vec<u8> {
+        use arrow::array::StringArray;
+        use parquet::{arrow::ArrowWriter, basic::Compression, file::properties::WriterProperties};
+        let column = |place: usize| -> ArrayRef {
+            std::sync::Arc::new(rows.iter().map(|row| Some(row[place]).filter(|text| !text.is_empty())).collect::<StringArray>())
+        };
+        let columns = ["url", "key", "status", "error_message"].into_iter().enumerate().map(|(place, name)| (name, column(place), true));
+        let batch = RecordBatch::try_from_iter_with_nullable(columns).unwrap();
+        let mut bytes = Vec::new();
+        let properties = WriterProperties::builder().set_compression(Compression::SNAPPY).build();
+        let mut writer = ArrowWriter::try_new(&mut bytes, batch.schema(), Some(properties)).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
+        bytes
+    }
+
+    #[test]
+    fn folders_archives_and_tables_are_one_list_of_samples() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, bytes: &[u8]| ovenbird_cache::publish::replace(&folder.path().join(name), bytes).unwrap();
+        write("owl/00000/000000002.jpg", b"two");
+        write(
+            "owl/00000/000000002.json",
+            br#"{"url": "http://a/2", "key": "000000002", "status": "success", "exif": "{}", "width": 1024}"#,
+        );
+        let archive = [member("000010000.jpg", b"image of 0"), member("000010000.json", br#"{"url": "http://a/0"}"#), vec![0; 1024]];
+        write("owl/00001.tar", &archive.concat());
+        let failed = ["http://a/1", "000000001", "failed_to_download", "HTTP Error 404: Not Found"];
+        write("owl/00000.parquet", &table(&[failed, ["http://a/2", "000000002", "success", ""]]));
+        write("owl/00000_stats.json", b"{}");
+        write("notes.txt", b"of somebody");
+        let files = ovenbird_cache::inputs::digest_path(folder.path(), None, 0).unwrap();
+        let by_folder = Img2dataset::open(&files).unwrap().by_folder().unwrap();
+        assert_eq!(by_folder.keys().collect::<Vec<_>>(), ["owl"]);
+        let found: Vec<([u64; 2], &str, Option<Vec<u8>>)> = by_folder["owl"]
+            .iter()
+            .map(|sample| (sample.at, sample.metadata.url.as_str(), sample.image.as_ref().map(|image| image.read().unwrap())))
+            .collect();
+        let image = |bytes: &[u8]| Some(bytes.to_vec());
+        assert_eq!(
+            found,
+            [([0, 1], "http://a/1", None), ([0, 2], "http://a/2", image(b"two")), ([1, 0], "http://a/0", image(b"image of 0"))]
+        );
+        assert_eq!(by_folder["owl"][0].metadata.error_message.as_deref(), Some("HTTP Error 404: Not Found"));
+
+        write("owl/00002.parquet", b"no table");
+        let files = ovenbird_cache::inputs::digest_path(folder.path(), None, 0).unwrap();
+        assert!(Img2dataset::open(&files).unwrap().by_folder().unwrap_err().to_string().contains("00002.parquet"));
+    }
+
+    #[test]
+    fn an_archive_cut_anywhere_is_an_error_and_never_a_panic() {
+        let archive = [member("000000001.jpg", b"image"), vec![0; 1024]].concat();
         let entries = tar_entries(&archive, Path::new("00000.tar")).unwrap();
         assert_eq!(entries, [("000000001.jpg".to_owned(), (512, 517))]);
         for length in 0..1536 {
