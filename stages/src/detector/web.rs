@@ -39,7 +39,7 @@ use crate::{
 pub(super) const WEB_IMAGES: In<Images> = In::optional("web_images", "Folder that the file names of `web` are relative to.");
 pub(super) const WEB: In<AnnotationFile> = In::optional(
     "web",
-    "COCO json: labels of images of the web, an annotation for each, whose box does not count; of novel classes, or of any. For `head: cosine`.",
+    "COCO json: labels of images of the web, an annotation for each, whose box does not count; of novel classes, or of any. An image with several is shown once for each. For `head: cosine`.",
 );
 
 /// Classes that a note lists.
