@@ -51,7 +51,8 @@ fn main() {
     }
     let mut table = BufWriter::new(fs::File::create(path("table.tsv")).unwrap());
     for row in 0..n_shards * SHARD_ROWS {
-        writeln!(table, "https://images.example/{row:09}/a-file-name-of-usual-length.jpg\tthe text beside picture {row}, of usual length").unwrap();
+        writeln!(table, "https://images.example/{row:09}/a-file-name-of-usual-length.jpg\tthe text beside picture {row}, of usual length")
+            .unwrap();
     }
     table.flush().unwrap();
     let queries = vectors(u64::MAX, N_CLASSES);

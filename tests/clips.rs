@@ -158,6 +158,7 @@ stages:
   - id: proposals
     use: proposals/import
     in: {proposals: world.train_proposals, annotations: world.train}
+  - {id: whole, use: clip/globals, in: {images: world.images, annotations: world.train, checkpoint: clip.checkpoint}, with: {clip: {precision: f32}}}
   - id: regions
     use: clip/proposals
     in: {images: world.images, annotations: world.train, proposals: proposals.proposals, checkpoint: clip.checkpoint}

@@ -410,7 +410,10 @@ fn published_pipelines_run_on_the_published_layout() {
 ",
         web.address
     );
-    world.write("pool.yaml", format!("{}{pool}", SMALL.replace("with: {seed: 7, steps: 2,", "with: {architecture: vit, seed: 7, steps: 2,")));
+    world.write(
+        "pool.yaml",
+        format!("{}{pool}", SMALL.replace("with: {seed: 7, steps: 2,", "with: {architecture: vit, seed: 7, steps: 2,")),
+    );
     world.run(["run", "./pool.yaml", "--until", "web"]).success();
     world.run(["export", "./pool.yaml", "web.pool", "pool"]).success();
     world.run(["run", "./pool.yaml", "--until", "words"]).success();
@@ -432,7 +435,8 @@ fn published_pipelines_run_on_the_published_layout() {
         "detector.web.min_size=[[64, 64], [64, 96]]",
     ];
     let run = dry_run("promptdet-ov-lvis", &of_promptdet);
-    let made = ["prompts-1", "links-2", "download-2", "labels-2", "prompts-2", "novel-labels", "detector@self-training", "lvis-masks@learned"];
+    let made =
+        ["prompts-1", "links-2", "download-2", "labels-2", "prompts-2", "novel-labels", "detector@self-training", "lvis-masks@learned"];
     assert!(made.iter().all(|step| run.steps("done").contains(&(*step).to_owned())), "{}", run.stderr);
 }
 

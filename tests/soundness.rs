@@ -17,7 +17,10 @@ use ovenbird_stages::{
 use serde_json::{Value, json};
 use tch::{Device, Tensor};
 
-use crate::support::World;
+use crate::support::{
+    World,
+    toy_web::{self, ToyWeb},
+};
 
 /// Every stage there is, on a small world.
 const EVERY_STAGE: &str = include_str!("soundness/every.yaml");
@@ -82,8 +85,8 @@ fn inputs_of(manifest: &Manifest, store: &Store, manifests: &[Manifest]) -> Inpu
 /// What follows is an error that names the file, or the same result: a file that the stage does not read, or only a part of.
 #[test]
 fn one_flipped_bit_of_any_file_is_found_by_every_stage_that_reads_it() {
-    let world = World::new();
-    world.write("every.yaml", EVERY_STAGE);
+    let (world, web) = (World::new(), ToyWeb::start(0, toy_web::of_world));
+    world.write("every.yaml", EVERY_STAGE.replace("http://127.0.0.1:8391", &format!("http://{}", web.address)));
     world.run(["run", "./every.yaml"]).success();
     let store = Store::open(&world.path(".ovenbird")).unwrap();
     let manifests = store.manifests().unwrap();

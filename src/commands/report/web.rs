@@ -36,8 +36,15 @@ pub(super) struct WebImages {
     step: StepId,
     table: WebTable,
     notes: Vec<String>,
-    /// By class, those with images: JPEGs of [`SIDE`] px with the file's name, or why there is none.
-    sheets: Vec<(String, Vec<(String, Result<Vec<u8>, String>)>)>,
+    /// By class, those with images.
+    sheets: Vec<(String, Vec<Shown>)>,
+}
+
+/// One image.
+struct Shown {
+    file_name: String,
+    /// A JPEG of [`SIDE`] px, or why there is none.
+    jpeg: Result<Vec<u8>, String>,
 }
 
 /// The images of each step of a run that labels images of the web.
@@ -78,7 +85,7 @@ fn of_step(step: &StepId, artifact: &Artifact, n_pictures: usize, origins: &Orig
             Some(Err(problem)) => Err(problem.clone()),
             None => Err("no step of the run reads its image".into()),
         };
-        (info.file_name.clone(), jpeg)
+        Shown { file_name: info.file_name.clone(), jpeg }
     };
     let sheet = |counts: &WebCounts| {
         let infos = by_class.get(counts.class.as_str())?;
@@ -126,7 +133,7 @@ impl WebImages {
         for (class, pictures) in &self.sheets {
             put!(out, "<details><summary>{} <span class=\"quiet\">the best {}</span></summary>", escape(class), pictures.len());
             out.push_str("<div class=\"contact gallery\">");
-            for (name, jpeg) in pictures {
+            for Shown { file_name: name, jpeg } in pictures {
                 let words = escape(&jpeg.as_ref().err().map_or_else(|| name.clone(), |problem| format!("{name}: {problem}")));
                 put!(out, "<figure><svg viewBox=\"0 0 {SIDE} {SIDE}\" role=\"img\" aria-label=\"{words}\"><title>{words}</title>");
                 match jpeg {

@@ -297,7 +297,7 @@ mod tests {
         let files = ovenbird_cache::inputs::digest_path(folder.path(), None, 0).unwrap();
         let by_folder = Img2dataset::open(&files).unwrap().by_folder().unwrap();
         assert_eq!(by_folder.keys().collect::<Vec<_>>(), ["owl"]);
-        let found: Vec<([u64; 2], &str, Option<Vec<u8>>)> = by_folder["owl"]
+        let found: Vec<_> = by_folder["owl"]
             .iter()
             .map(|sample| (sample.at, sample.metadata.url.as_str(), sample.image.as_ref().map(|image| image.read().unwrap())))
             .collect();

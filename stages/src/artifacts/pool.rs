@@ -542,7 +542,7 @@ fn kinds(batch: &RecordBatch, which: Unsafe) -> Result<Vec<Row>, String> {
         // A NaN is not known to be at most the limit.
         by_word
             || punsafe.as_ref().is_some_and(|punsafe| match punsafe.is_valid(row) {
-                true => !(punsafe.value(row) <= which.max_punsafe),
+                true => punsafe.value(row).is_nan() || punsafe.value(row) > which.max_punsafe,
                 false => which.drop_unsure,
             })
     };
@@ -600,7 +600,7 @@ pub(crate) struct MetadataWriter {
 
 impl MetadataWriter {
     /// `columns`: names of [`COLUMNS`].
-    pub(crate) fn new(file: DraftFile, columns: Vec<&'static str>) -> Result<Self> {
+    pub(crate) fn new(file: DraftFile, columns: &[&'static str]) -> Result<Self> {
         let field = |name: &&str| Field::new(*name, if *name == "punsafe" { DataType::Float32 } else { DataType::Utf8 }, true);
         let schema = Arc::new(Schema::new(columns.iter().map(field).collect::<Vec<_>>()));
         let path = file.path().to_owned();

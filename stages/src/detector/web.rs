@@ -445,7 +445,7 @@ mod tests {
         let annotated = DetectionLoader::of_nothing(12, &training, 18);
         let others = DetectionLoader::of_nothing(8, &training, 0);
         let shown = others.infos().enumerate().map(|(place, info)| (info, place)).collect();
-        let images = WebImages { images: Images::open(&[]).unwrap(), shown };
+        let images = WebImages { images: Images::open(&[]).unwrap(), shown, letterbox: Letterbox::None };
         let lengths = [6, 4].map(|n: usize| n.div_ceil(accumulation_steps as usize));
         let parameters = SelfTraining { order, min_size: [[40, 60], [60, 80]], max_size: 100, ..SelfTraining::default() };
         let web = Web { images, parameters, batch_size: 2, start_epoch: 3, turns: interleaved(&lengths) };

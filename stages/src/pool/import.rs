@@ -88,7 +88,7 @@ fn hdf5(path: &Path, create: impl FnOnce() -> Result<DraftFile>, cx: &Context<'_
         return Err(malformed(path, format!("expected a column `url` in the group `dataset`, found {}", names.join(", "))));
     };
     let n_rows = most(n_rows, cx);
-    let mut writer = MetadataWriter::new(create()?, columns.iter().map(|(column, ..)| *column).collect())?;
+    let mut writer = MetadataWriter::new(create()?, &columns.iter().map(|(column, ..)| *column).collect::<Vec<_>>())?;
     let mut first = 0;
     while first < n_rows {
         let n = BATCH_ROWS.min(n_rows - first);
@@ -121,7 +121,7 @@ fn hdf5(path: &Path, create: impl FnOnce() -> Result<DraftFile>, cx: &Context<'_
 fn lines(path: &Path, create: impl FnOnce() -> Result<DraftFile>, cx: &Context<'_>) -> Result<u64> {
     let failed = |source| ovenbird_data::Error::Read { path: path.to_owned(), source };
     let mut file = BufReader::new(File::open(path).map_err(failed)?);
-    let mut writer = MetadataWriter::new(create()?, vec!["url", "caption"])?;
+    let mut writer = MetadataWriter::new(create()?, &["url", "caption"])?;
     let (mut urls, mut captions, mut n_rows, mut place_of_url) = (Vec::new(), Vec::new(), 0_u64, None);
     let mut line = Vec::new();
     loop {

@@ -90,7 +90,7 @@ impl Stage for Web {
         draft.write(TABLE, "table.tsv", table.as_bytes())?;
         let bytes = narrowed(&numbers, MatrixDtype::F16, "img_emb_0.npy".as_ref())?;
         draft.write(POOL, "img_emb_0.npy", &[npy_header(n_rows, dim, MatrixDtype::F16), bytes].concat())?;
-        let mut metadata = MetadataWriter::new(draft.create(POOL, "metadata_0.parquet")?, vec!["url", "caption", "md5", "NSFW"])?;
+        let mut metadata = MetadataWriter::new(draft.create(POOL, "metadata_0.parquet")?, &["url", "caption", "md5", "NSFW"])?;
         metadata.push([urls, lines, md5s, words].map(MetadataColumn::Text).into())?;
         metadata.finish()?;
         cx.tick(1);
