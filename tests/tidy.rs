@@ -69,6 +69,7 @@ fn stages_read_files_through_their_digests() {
         "artifacts.rs",
         "artifacts/img2dataset.rs",
         "artifacts/matrix.rs",
+        "artifacts/pool.rs",
         "artifacts/tables.rs",
         "prompts/golden.rs",
         "prompts/published.rs",
