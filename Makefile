@@ -42,7 +42,7 @@ check: libtorch
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check bans licenses sources; else echo "skipped: cargo-deny is not installed"; fi
 
 bench: libtorch
-	$(CARGO) bench --bench evaluation --bench extraction --bench detector --bench training --bench probing --bench prompts --bench augmenter --bench store --bench estimate --bench search --bench pool
+	$(CARGO) bench --bench evaluation --bench extraction --bench detector --bench training --bench probing --bench prompts --bench augmenter --bench store --bench estimate --bench search --bench pool --bench download
 
 # Trains the small CLIPs of the stage `toy/clip` anew: see stages/assets/toy-clip/README.md.
 toy-clip: build
@@ -65,6 +65,8 @@ peers:
 	target/peers/bin/pip install --quiet --disable-pip-version-check -r benches/peers/requirements.txt
 	python3 -m venv target/clip-retrieval
 	target/clip-retrieval/bin/pip install --quiet --disable-pip-version-check -r benches/peers/requirements-clip-retrieval.txt
+	python3 -m venv target/img2dataset
+	target/img2dataset/bin/pip install --quiet --disable-pip-version-check img2dataset==1.47.0 setuptools
 
 evaluation-peers:
 	python3 -m venv target/peers
