@@ -38,12 +38,15 @@ fn main() {
     println!("{N_LINKS} photographs of {:.0} kB", pictures.iter().map(Vec::len).sum::<usize>() as f64 / 64.0 / 1e3);
     let web = ToyWeb::start(0, move |request| {
         let number = request.path.strip_prefix('/').and_then(|path| path.strip_suffix(".jpg")?.parse::<usize>().ok());
-        number.map_or_else(|| Answer::status(404), |number| {
-            // Another content for each link: a comment behind the end of the picture.
-            let mut bytes = pictures[number % pictures.len()].clone();
-            bytes.extend_from_slice(&number.to_le_bytes());
-            Answer::file("image/jpeg", bytes)
-        })
+        number.map_or_else(
+            || Answer::status(404),
+            |number| {
+                // Another content for each link: a comment behind the end of the picture.
+                let mut bytes = pictures[number % pictures.len()].clone();
+                bytes.extend_from_slice(&number.to_le_bytes());
+                Answer::file("image/jpeg", bytes)
+            },
+        )
     });
     let folder = tempfile::tempdir().unwrap();
     let urls: Vec<String> = (0..N_LINKS).map(|number| web.url(&format!("/{number}.jpg"))).collect();

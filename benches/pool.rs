@@ -9,6 +9,8 @@
 
 #[path = "support.rs"]
 mod support;
+#[path = "vectors.rs"]
+mod vectors;
 
 use std::{
     fs,
@@ -20,9 +22,8 @@ use std::{
 };
 
 use half::f16;
-use rand::{Rng as _, SeedableRng as _};
-use rand_chacha::ChaCha8Rng;
 use serde_json::json;
+use vectors::vectors;
 
 const D: usize = 512;
 const N_CLASSES: usize = 1203;
@@ -55,7 +56,7 @@ fn main() {
             .unwrap();
     }
     table.flush().unwrap();
-    let queries = vectors(u64::MAX, N_CLASSES);
+    let queries = vectors::<D>(u64::MAX, N_CLASSES);
     let names: Vec<String> = (0..N_CLASSES).map(|class| format!("class {class}")).collect();
     let header = json!({
         "__metadata__": {"names": serde_json::to_string(&names).unwrap()},
@@ -147,24 +148,13 @@ fn faiss(folder: &Path, queries: &[f32]) -> Option<f64> {
     Some(best)
 }
 
-/// `n` vectors of unit length.
-fn vectors(seed: u64, n: usize) -> Vec<f32> {
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let mut numbers: Vec<f32> = (0..n * D).map(|_| random.random_range(-1.0..1.0_f32)).collect();
-    for row in numbers.chunks_mut(D) {
-        let length = row.iter().map(|number| number * number).sum::<f32>().sqrt();
-        row.iter_mut().for_each(|number| *number /= length);
-    }
-    numbers
-}
-
 fn write_shard(path: &Path, shard: usize) {
     let clock = Instant::now();
     let header = format!("{{'descr': '<f2', 'fortran_order': False, 'shape': ({SHARD_ROWS}, {D}), }}\n");
     let mut file = BufWriter::new(fs::File::create(path).unwrap());
     file.write_all(&[b"\x93NUMPY\x01\x00", &(header.len() as u16).to_le_bytes()[..], header.as_bytes()].concat()).unwrap();
     for first in (0..SHARD_ROWS).step_by(PART) {
-        let numbers = vectors((shard * SHARD_ROWS + first) as u64, PART.min(SHARD_ROWS - first));
+        let numbers = vectors::<D>((shard * SHARD_ROWS + first) as u64, PART.min(SHARD_ROWS - first));
         let bytes: Vec<u8> = numbers.into_iter().flat_map(|number| f16::from_f32(number).to_le_bytes()).collect();
         file.write_all(&bytes).unwrap();
     }

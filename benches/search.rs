@@ -10,6 +10,9 @@
 //! `make bench`, after `make peers`.
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods, reason = "a benchmark prints, and may end where it fails")]
 
+#[path = "vectors.rs"]
+mod vectors;
+
 use std::{
     fs,
     hint::black_box,
@@ -24,9 +27,8 @@ use std::{
 
 use half::f16;
 use ovenbird_models::search::{Hit, Measure, Product, Rows, Search, Spent};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
+use vectors::vectors;
 
 const D: usize = 512;
 const N_HITS: usize = 100;
@@ -46,7 +48,7 @@ fn main() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.f16");
     write_rows(&path, n_rows_of_file);
-    let queries = vectors(u64::MAX, N_QUERIES[1]);
+    let queries = vectors::<D>(u64::MAX, N_QUERIES[1]);
     write_numbers(&folder.path().join("queries.f32"), queries.iter().flat_map(|number| number.to_le_bytes()));
     fs::write(folder.path().join("n_rows"), N_ROWS.to_string()).unwrap();
     let has_bf16 = std::arch::is_x86_feature_detected!("avx512bf16");
@@ -207,17 +209,6 @@ fn reading(rows: &[f16]) -> f64 {
     best / (rows.len() / D) as f64
 }
 
-/// `n` vectors of unit length.
-fn vectors(seed: u64, n: usize) -> Vec<f32> {
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let mut numbers: Vec<f32> = (0..n * D).map(|_| random.random_range(-1.0..1.0_f32)).collect();
-    for row in numbers.chunks_mut(D) {
-        let length = row.iter().map(|number| number * number).sum::<f32>().sqrt();
-        row.iter_mut().for_each(|number| *number /= length);
-    }
-    numbers
-}
-
 fn write_rows(path: &Path, n_rows: usize) {
     let file = fs::File::create(path).unwrap();
     let (file, parts) = (&file, (0..n_rows).step_by(PART).collect::<Vec<_>>());
@@ -225,7 +216,7 @@ fn write_rows(path: &Path, n_rows: usize) {
         for parts in parts.chunks(parts.len().div_ceil(THREADS as usize)) {
             scope.spawn(move || {
                 for &first in parts {
-                    let numbers = vectors(first as u64, PART.min(n_rows - first));
+                    let numbers = vectors::<D>(first as u64, PART.min(n_rows - first));
                     let bytes: Vec<u8> = numbers.into_iter().flat_map(|number| f16::from_f32(number).to_le_bytes()).collect();
                     file.write_all_at(&bytes, (first * D * 2) as u64).unwrap();
                 }

@@ -76,6 +76,7 @@ struct Category<'a> {
 }
 
 /// What a class may use: files with their sizes, best first, and why other links led to none.
+#[derive(Default)]
 struct Candidates {
     files: Vec<(String, [u32; 2])>,
     n_there: usize,
@@ -125,6 +126,8 @@ impl Stage for Web {
         for (class, links) in &by_class {
             cx.proceed()?;
             let candidates = match &downloads {
+                // A dry run downloads images of the first classes alone.
+                Some(_) if cx.most_items.is_some() && !of_class.contains_key(class.as_str()) => Candidates::default(),
                 Some(_) => downloaded(class, links, of_class.get(class.as_str()).copied(), &images)?,
                 None => pooled(links, wanted, &images, cx)?,
             };
@@ -141,7 +144,7 @@ impl Stage for Web {
             cx.tick(1);
         }
         let counts: Vec<(String, usize)> = table.classes.iter().map(|counts| (counts.class.clone(), counts.used)).collect();
-        let min = self.min_per_class.min(cx.most_items.unwrap_or(usize::MAX));
+        let min = if cx.most_items.is_some() { 0 } else { self.min_per_class };
         refuse_few(&counts, min, self.below_min, LINKS.info().name, cx)?;
 
         let (mut entries, mut image_ids, mut labels) = (Vec::new(), BTreeMap::new(), Vec::new());

@@ -14,12 +14,11 @@ use arrow::{
     datatypes::{TimestampMillisecondType, UInt16Type, UInt32Type, UInt64Type},
 };
 use ovenbird_cache::{DraftFile, inputs::InputFile};
-use parquet::file::metadata::KeyValue;
 use serde::{Deserialize, Serialize};
 
 use super::{
     read_json,
-    tables::{SEARCH_KEY, Table, write_table},
+    tables::{Table, described, write_table},
 };
 use crate::{Artifact, Result, error::malformed, ports::only_file};
 
@@ -218,9 +217,7 @@ impl Artifact for Downloads {
         let mut by_class = Vec::new();
         for file in files {
             let (path, table) = (&file.path, Table::open(file, FORMAT, None)?);
-            let text = table.search.as_ref().ok_or_else(|| malformed(path, format!("expected `{SEARCH_KEY}` in the metadata")))?;
-            let Description { classes } =
-                serde_json::from_str(text).map_err(|error| malformed(path, format!("`{SEARCH_KEY}` in the metadata: {error}")))?;
+            let Description { classes } = table.description()?;
             let mut at = by_class.len();
             by_class.extend(classes.into_iter().map(|DescribedClass { class, wanted, links }| ClassDownloads {
                 class,
@@ -310,8 +307,7 @@ impl Downloads {
         let class =
             |of_class: &ClassDownloads| DescribedClass { class: of_class.class.clone(), wanted: of_class.wanted, links: of_class.links };
         let description = Description { classes: self.by_class.iter().map(class).collect() };
-        let text = serde_json::to_string(&description).expect("BUG: names and counts are plain JSON");
-        write_table(file, columns, FORMAT, vec![KeyValue::new(SEARCH_KEY.to_owned(), text)])
+        write_table(file, columns, FORMAT, vec![described(&description)])
     }
 }
 

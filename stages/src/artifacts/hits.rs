@@ -16,10 +16,9 @@ use ovenbird_data::{
     boxes::Xyxy,
 };
 use ovenbird_models::search::BadRows;
-use parquet::file::metadata::KeyValue;
 use serde::{Deserialize, Serialize};
 
-use super::tables::{SEARCH_KEY, Table, box_columns, boxes, check_numbers, ids, write_table};
+use super::tables::{Table, box_columns, boxes, check_numbers, described, ids, write_table};
 use crate::{Artifact, Result, error::malformed, ports::last_file};
 
 const FORMAT: u32 = 1;
@@ -76,9 +75,7 @@ impl Artifact for Hits {
     fn open(files: &[InputFile]) -> Result<Self> {
         let file = last_file(Self::KIND, files)?;
         let (path, table) = (&file.path, Table::open(file, FORMAT, None)?);
-        let text = table.search.as_ref().ok_or_else(|| malformed(path, format!("expected `{SEARCH_KEY}` in the metadata")))?;
-        let Description { classes, searched } =
-            serde_json::from_str(text).map_err(|error| malformed(path, format!("`{SEARCH_KEY}` in the metadata: {error}")))?;
+        let Description { classes, searched } = table.description()?;
         let mut by_class: Vec<(String, Vec<RegionHit>)> = classes.into_iter().map(|class| (class, Vec::new())).collect();
         for batch in table {
             let batch = batch?;
@@ -123,7 +120,6 @@ impl Hits {
         columns.push(("cosine", Arc::new(rows().map(|(_, hit)| Some(hit.cosine)).collect::<Float32Array>())));
         let classes = self.by_class.iter().map(|(class, _)| class.clone()).collect();
         let description = Description { classes, searched: self.searched.clone() };
-        let text = serde_json::to_string(&description).expect("BUG: names and counts are plain JSON");
-        write_table(file, columns, FORMAT, vec![KeyValue::new(SEARCH_KEY.to_owned(), text)])
+        write_table(file, columns, FORMAT, vec![described(&description)])
     }
 }

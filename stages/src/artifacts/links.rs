@@ -13,10 +13,9 @@ use arrow::{
 };
 use ovenbird_cache::{DraftFile, inputs::InputFile};
 use ovenbird_models::search::BadRows;
-use parquet::file::metadata::KeyValue;
 use serde::{Deserialize, Serialize};
 
-use super::tables::{SEARCH_KEY, Table, ids, write_table};
+use super::tables::{Table, described, ids, write_table};
 use crate::{Artifact, Result, error::malformed, ports::last_file};
 
 const FORMAT: u32 = 1;
@@ -103,9 +102,7 @@ impl Artifact for Links {
     fn open(files: &[InputFile]) -> Result<Self> {
         let file = last_file(Self::KIND, files)?;
         let (path, table) = (&file.path, Table::open(file, FORMAT, None)?);
-        let text = table.search.as_ref().ok_or_else(|| malformed(path, format!("expected `{SEARCH_KEY}` in the metadata")))?;
-        let Description { classes, searched } =
-            serde_json::from_str(text).map_err(|error| malformed(path, format!("`{SEARCH_KEY}` in the metadata: {error}")))?;
+        let Description { classes, searched } = table.description()?;
         let mut by_class: Vec<(String, Vec<Link>)> = classes.into_iter().map(|class| (class, Vec::new())).collect();
         let mut at = 0;
         for batch in table {
@@ -171,8 +168,7 @@ impl Links {
         ];
         let classes = self.by_class.iter().map(|(class, _)| class.clone()).collect();
         let description = Description { classes, searched: self.searched.clone() };
-        let text = serde_json::to_string(&description).expect("BUG: names and counts are plain JSON");
-        write_table(file, columns, FORMAT, vec![KeyValue::new(SEARCH_KEY.to_owned(), text)])
+        write_table(file, columns, FORMAT, vec![described(&description)])
     }
 
     /// The links of a class that are used, best first, with their ranks.

@@ -38,6 +38,7 @@ use parquet::{
     errors::ParquetError,
     file::{metadata::KeyValue, properties::WriterProperties},
 };
+use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     Artifact, Error, Result,
@@ -48,8 +49,8 @@ const FORMAT_KEY: &str = "ovenbird.table";
 const PROPOSALS_FORMAT: u32 = 1;
 const DETECTIONS_FORMAT: u32 = 2;
 const CATEGORIES_KEY: &str = "ovenbird.categories";
-/// The key under which a table of hits describes its search.
-pub(super) const SEARCH_KEY: &str = "ovenbird.search";
+/// The key under which a table says what it was made of, as json: the classes of a search, those without a row among them.
+const SEARCH_KEY: &str = "ovenbird.search";
 /// How far a box may reach outside its image, in px: proposal networks round.
 const TOLERANCE_PX: f32 = 1.0;
 /// Rows per read.
@@ -334,6 +335,11 @@ pub(super) fn write_table(mut file: DraftFile, columns: Vec<(&str, ArrayRef)>, f
     Ok(file.finish()?)
 }
 
+/// An entry of the metadata that says what a table was made of.
+pub(super) fn described(description: &impl Serialize) -> KeyValue {
+    KeyValue::new(SEARCH_KEY.to_owned(), serde_json::to_string(description).expect("BUG: names and counts are plain JSON"))
+}
+
 /// A table that is being read.
 pub(super) struct Table<'a> {
     file: &'a InputFile,
@@ -341,7 +347,7 @@ pub(super) struct Table<'a> {
     /// Names by id, JSON.
     categories: Option<String>,
     /// The description of a search, JSON.
-    pub(super) search: Option<String>,
+    search: Option<String>,
     batches: ParquetRecordBatchReader,
     /// The check that the file did not change, made at the end.
     checked: Option<Checked<'a>>,
@@ -366,6 +372,13 @@ impl<'a> Table<'a> {
         let columns = only.map_or_else(ProjectionMask::all, |only| ProjectionMask::columns(builder.parquet_schema(), [only]));
         let batches = builder.with_batch_size(BATCH_ROWS).with_projection(columns).build().map_err(damaged)?;
         Ok(Self { file: input, format, categories, search, batches, checked: Some(checked) })
+    }
+
+    /// What the table says it was made of: see [`described`].
+    pub(super) fn description<D: DeserializeOwned>(&self) -> Result<D> {
+        let path = &self.file.path;
+        let text = self.search.as_ref().ok_or_else(|| malformed(path, format!("expected `{SEARCH_KEY}` in the metadata")))?;
+        serde_json::from_str(text).map_err(|error| malformed(path, format!("`{SEARCH_KEY}` in the metadata: {error}")))
     }
 }
 
