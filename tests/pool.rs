@@ -185,6 +185,35 @@ fn pools_that_do_not_fit_are_refused() {
     refuses("./laion", "./laion", "`img_emb/img_emb_1.npy` has 30 rows, `metadata/metadata_1.parquet` has 50");
 }
 
+/// A chunk that the file does not have any more reads as empty texts; and a URL that is no text.
+#[test]
+fn damage_in_hdf5_is_not_taken_for_rows_without_a_url() {
+    let world = World::new();
+    let bytes = fs::read(golden().join("metadata.h5")).unwrap();
+    let pipeline = "version: 1
+name: damaged
+stages:
+  - {id: import, use: pool/import, in: {table: ./metadata.h5}}
+";
+    world.write("damaged.yaml", pipeline);
+    let (mut n_refused, mut n_same) = (0, 0);
+    for place in (512..bytes.len()).step_by(bytes.len() / 40) {
+        let mut damaged = bytes.clone();
+        damaged[place] ^= 4;
+        world.write("metadata.h5", &damaged);
+        let output = world.run(["run", "./damaged.yaml"]);
+        match output.code {
+            4 => n_refused += 1,
+            // What was hurt is of no row, or a letter.
+            0 => n_same += 1,
+            code => panic!("{place}: {code}: {}", output.stderr),
+        }
+        assert!(!output.stderr.contains("panicked") && !output.stderr.contains("bug in ovenbird"), "{place}: {}", output.stderr);
+        assert!(!output.stderr.contains("16 of 120 rows have no URL"), "{place}: {}", output.stderr);
+    }
+    assert!(n_refused > 0 && n_same > 0, "{n_refused} {n_same}");
+}
+
 /// Images of one's own instead of a pool.
 #[test]
 fn images_of_one_s_own_are_retrieved_by_their_file_names() {
@@ -261,6 +290,14 @@ stages:
         world.write("cc12m.tsv", wrong);
         world.refuses(pipeline, "name: links", "name: links", expected);
     }
+    fs::create_dir(world.path("empty")).unwrap();
+    world.write("empty/readme.txt", "nothing");
+    world.refuses(
+        &pipeline.replace("import.metadata", "./empty"),
+        "n: 100",
+        "n: 10",
+        "expected tables `.parquet`, found none among 1 files",
+    );
     world.write("wrong.h5", "not HDF5");
     world.refuses(pipeline, "./cc12m.tsv", "./wrong.h5", "expected HDF5");
 }

@@ -4,7 +4,7 @@
 //! may be left out then is, and a step that needs it begins with the second round. Any other step reads from the last round. Parameters do not say which
 //! round a step is of, so a further round costs only itself.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ovenbird_stages::Presence;
 use serde_yaml::Value as Yaml;
@@ -81,31 +81,37 @@ impl Reader {
                 Some((id.to_owned(), of_id(id, &drafts)?))
             })
             .collect();
+        // Inputs whose round was found here: what else is not there was written so.
+        let mut found: BTreeSet<(String, String)> = BTreeSet::new();
         for draft in &mut drafts {
-            for given in draft.inputs.values_mut() {
+            for (port, given) in &mut draft.inputs {
+                let place = (draft.id.clone(), port.clone());
                 match meant(&given.value, draft.round, &rounds) {
                     Ok(Meant::Written) => {}
-                    Ok(Meant::Of(value)) => given.value = value,
-                    Ok(Meant::Nothing) => given.value = String::new(),
+                    Ok(Meant::Of(value)) => {
+                        given.value = value;
+                        found.insert(place);
+                    }
+                    Ok(Meant::Nothing) => {
+                        given.value = String::new();
+                        found.insert(place);
+                    }
                     Err(problem) => self.push(given.path.clone(), problem),
                 }
             }
         }
         // A step that is not there takes those with it that need it.
+        let mut left_out: BTreeSet<String> = BTreeSet::new();
         loop {
-            let ids: Vec<String> = drafts.iter().map(|draft| draft.id.clone()).collect();
-            let is_gone = |given: &Given| {
-                let (id, _) = given.value.split_once('.').unwrap_or_default();
-                let is_round = id.rsplit_once('-').is_some_and(|(step, number)| rounds.contains_key(step) && number.parse::<u64>().is_ok());
-                given.value.is_empty() || is_round && !ids.iter().any(|known| known == id)
-            };
+            let is_gone =
+                |given: &Given| given.value.is_empty() || given.value.split_once('.').is_some_and(|(id, _)| left_out.contains(id));
             let mut lacking = Vec::new();
             for draft in &mut drafts {
                 let gone: Vec<String> = draft.inputs.iter().filter(|(_, given)| is_gone(given)).map(|(port, _)| port.clone()).collect();
                 for port in gone {
                     let is_required = draft.entry.inputs.iter().any(|known| known.name == port && known.presence == Presence::Required);
                     let Given { value, path } = draft.inputs.remove(&port).expect("BUG: the port was found among the inputs");
-                    match draft.round {
+                    match draft.round.filter(|_| found.contains(&(draft.id.clone(), port.clone()))) {
                         None => self.push(path, format!("`{value}` is not there: the step begins with the second round")),
                         Some(_) if is_required => lacking.push(draft.id.clone()),
                         Some(_) => {}
@@ -116,6 +122,7 @@ impl Reader {
                 return drafts;
             }
             drafts.retain(|draft| !lacking.contains(&draft.id));
+            left_out.extend(lacking);
         }
     }
 }
@@ -223,6 +230,12 @@ stages:
             ("    use: pool/links\n    rounds: \"${rounds}\"", "    use: pool/links\n    rounds: 2", ""),
             ("{metadata: /}", "{metadata: links.links}", "expected pool-metadata, but `links-2.links` is links"),
             ("use: prompts/rpl", "use: prompts/rlp", "no stage `prompts/rlp`"),
+            (
+                "crops: crops.crops, annotations: world.train}",
+                "crops: crops.crops, annotations: labels-9.annotations}",
+                "no step `labels-9`",
+            ),
+            ("{prompts: prompts.prompts}", "{prompts: prompts-7.prompts}", "no step `prompts-7`"),
         ] {
             assert!(TEXT.contains(from), "{from}");
             let found = read(&TEXT.replace(from, to), &[]).err().unwrap_or_default();

@@ -93,8 +93,8 @@ pub use links::{Dropped, Link, Links, PoolSearched};
 pub(crate) use matrix::{MAX_NPY_HEADER, Matrix, MatrixShape, NpyHeader, narrowed, npy_header};
 pub use matrix::{MatrixDtype, MatrixFile};
 pub(crate) use pool::{
-    COLUMNS as METADATA_COLUMNS, Column as MetadataColumn, Embedded, LinkText, MetadataWriter, PoolRows, PoolShard, Row as PoolRow, Unsafe,
-    Vectors,
+    COLUMNS as METADATA_COLUMNS, Column as MetadataColumn, Embedded, LAION_5B, LinkText, MetadataWriter, PoolRows, PoolShard,
+    Row as PoolRow, Unsafe, Vectors, withdrawn,
 };
 pub use pool::{Pool, PoolMetadata, PublishedLinks};
 pub use prompt_samples::{EMBEDDINGS_FILE, PromptEmbeddings, PromptRow, PromptRows, PromptSamples, PromptSamplesWriter, ROWS_FILE};

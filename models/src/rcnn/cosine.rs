@@ -200,7 +200,7 @@ impl CosineDetector {
         tch::no_grad(|| {
             let best = |found: &Proposals| found.boxes.narrow(0, 0, found.boxes.size()[0].min(CHOSEN_AMONG));
             let best: Vec<Tensor> = proposals.iter().map(best).collect();
-            let said = self.look(pyramid, &best, classes, Phase::Train)?;
+            let said = self.look(pyramid, &best, classes, Phase::Test)?;
             let (mut first, mut found) = (0, Vec::new());
             for (boxes, label) in best.iter().zip(labels) {
                 let n = boxes.size()[0];

@@ -119,7 +119,7 @@ impl Img2dataset {
 
 /// The shard and the place that a key names.
 fn place_of(key: &str) -> Option<[u64; 2]> {
-    let is_key = key.len() >= 9 && key.bytes().all(|digit| digit.is_ascii_digit());
+    let is_key = key.len() == 9 && key.bytes().all(|digit| digit.is_ascii_digit());
     let (shard, place) = is_key.then(|| key.split_at(key.len() - 4))?;
     Some([shard.parse().ok()?, place.parse().ok()?])
 }

@@ -71,6 +71,11 @@ impl MatrixShape {
         self.dim as u64 * self.dtype.bytes()
     }
 
+    /// The bytes of all rows, as many as there can be.
+    pub(crate) fn bytes(self) -> u64 {
+        self.n_rows.saturating_mul((self.dim as u64).saturating_mul(self.dtype.bytes()))
+    }
+
     fn words(self) -> String {
         format!("{} rows of {} numbers of {}", self.n_rows, self.dim, self.dtype.name())
     }
@@ -212,6 +217,9 @@ impl NpyHeader {
             1 => (usize::from(u16::from_le_bytes([low, high])), 10),
             _ => (u32::from_le_bytes([low, high, third, fourth]) as usize, 12),
         };
+        if before + length > MAX_NPY_HEADER as usize {
+            return Err(format!(".npy header: expected at most {MAX_NPY_HEADER} bytes, found {length}"));
+        }
         let text = head.get(before..before + length).ok_or_else(cut)?;
         Ok(Self { bytes: (before + length) as u64, text: String::from_utf8_lossy(text).trim().to_owned() })
     }

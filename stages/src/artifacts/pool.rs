@@ -16,7 +16,7 @@ use std::{
 
 use arrow::{
     array::{Array as _, ArrayRef, AsArray as _, Float32Array, RecordBatch, StringArray},
-    compute::cast,
+    compute::{CastOptions, cast_with_options},
     datatypes::{DataType, Field, Float32Type, Schema},
 };
 use half::f16;
@@ -53,6 +53,20 @@ pub(crate) const COLUMNS: [(&str, &[&str]); 5] = [
     ("NSFW", &["NSFW", "nsfw"]),
     ("punsafe", &["punsafe", "nsfw_score_opennsfw2"]),
 ];
+
+/// Columns that LAION-5B has, and no other pool.
+pub(crate) const LAION_5B: [&str; 2] = ["punsafe", "pwatermark"];
+
+/// Metadata that may be of the first edition of LAION-5B.
+pub(crate) fn withdrawn(path: &Path) -> Error {
+    ovenbird_data::Error::Malformed {
+        path: path.to_owned(),
+        problem: "has the columns of LAION-5B (`punsafe`, `pwatermark`), whose first edition was withdrawn for links to illegal images"
+            .into(),
+        hint: Some("use Re-LAION-5B and say `laion_5b: re-laion`; `laion_5b: accept-original` accepts the first edition".into()),
+    }
+    .into()
+}
 
 /// A folder of embeddings and metadata.
 #[derive(Debug, Clone)]
@@ -105,11 +119,15 @@ impl Artifact for PublishedLinks {
 
 impl PoolMetadata {
     /// The tables in the order of their numbers, or else of their names.
-    pub(crate) fn tables(&self) -> Vec<&InputFile> {
+    pub(crate) fn tables(&self) -> Result<Vec<&InputFile>> {
         let is_table = |file: &&InputFile| extension(file) == "parquet";
         let mut tables: Vec<&InputFile> = self.files.iter().filter(is_table).collect();
+        if tables.is_empty() {
+            let problem = format!("expected tables `.parquet`, found none among {} files", self.files.len());
+            return Err(Error::Input { port: Self::KIND, problem, hint: "give a table, or a folder of tables".into() });
+        }
         tables.sort_by_cached_key(|file| ShardName::of(&file.name));
-        tables
+        Ok(tables)
     }
 }
 
@@ -224,7 +242,7 @@ impl<'a> Embedded<'a> {
             Numbers::There(_, start) => Some(file.bytes.saturating_sub(*start)),
             Numbers::Here(bytes) => Some(bytes.len() as u64),
         };
-        let expected = shape.n_rows.saturating_mul(shape.dim as u64 * shape.dtype.bytes());
+        let expected = shape.bytes();
         match found {
             Some(found) if found != expected => {
                 Err(malformed(&file.path, format!("expected {expected} bytes after the header ({}), found {found}", header.text)))
@@ -277,6 +295,7 @@ fn member(file: &InputFile, opened: File, array: Option<&str>) -> Result<(Number
         (None, [name]) => name.clone(),
         (Some(array), _) if names.iter().any(|name| name == array) => array.to_owned(),
         (Some(array), _) => return Err(damaged(format!("expected an array `{array}`, found {listed}"))),
+        (None, []) => return Err(damaged("expected an array, found none in the archive".into())),
         (None, _) => {
             let (problem, hint) = (format!("arrays {listed}: which?"), "name it: `with: {array: b32_img}`".into());
             return Err(ovenbird_data::Error::Malformed { path: file.path.clone(), problem, hint: Some(hint) }.into());
@@ -287,16 +306,20 @@ fn member(file: &InputFile, opened: File, array: Option<&str>) -> Result<(Number
     (&mut member).take(MAX_NPY_HEADER).read_to_end(&mut head).map_err(|source| read_error(file, source))?;
     let header = NpyHeader::of(&head).map_err(|problem| damaged(format!("{name}: {problem}")))?;
     let (start, size) = (member.data_start(), member.size());
+    let expected = header.shape().map_or(size, |shape| shape.bytes().saturating_add(header.bytes));
+    if expected != size {
+        return Err(damaged(format!("{name}: expected {expected} bytes ({}), found {size}", header.text)));
+    }
     if member.compression() == CompressionMethod::Stored {
-        let expected = header.shape().map(|shape| header.bytes + shape.n_rows * shape.dim as u64 * shape.dtype.bytes());
-        if expected.is_some_and(|expected| expected != size) {
-            return Err(damaged(format!("{name}: expected {} bytes ({}), found {size}", expected.unwrap_or_default(), header.text)));
-        }
         drop(member);
         return Ok((Numbers::There(archive.into_inner(), start + header.bytes), header));
     }
-    // What follows of the member is decompressed behind what was read.
-    member.read_to_end(&mut head).map_err(|source| read_error(file, source))?;
+    // What follows of the member is decompressed behind what was read, and its checksum compared.
+    let rest = (&mut member).take(size - head.len() as u64 + 1).read_to_end(&mut head);
+    rest.map_err(|error| damaged(format!("{name}: {error}: the file is damaged, fetch it again")))?;
+    if head.len() as u64 != size {
+        return Err(damaged(format!("{name}: expected {size} bytes, found more")));
+    }
     head.drain(..header.bytes as usize);
     Ok((Numbers::Here(head), header))
 }
@@ -375,10 +398,11 @@ impl<'a> PoolRows<'a> {
         self.tables.iter().all(|table| table.column("NSFW").is_some() || table.column("punsafe").is_some())
     }
 
-    /// The first table with the columns of LAION-5B.
-    pub(crate) fn of_laion_5b(&self) -> Option<&'a InputFile> {
+    /// Fails where a table has the columns of LAION-5B and nobody said of which edition it is.
+    pub(crate) fn refuse_withdrawn(&self) -> Result<()> {
         let has = |table: &Table<'_>, name: &str| table.schema.fields().iter().any(|field| field.name() == name);
-        self.tables.iter().find(|table| has(table, "punsafe") && has(table, "pwatermark")).map(|table| table.file)
+        let found = self.tables.iter().find(|table| LAION_5B.iter().all(|name| has(table, name)));
+        found.map_or(Ok(()), |table| Err(withdrawn(&table.file.path)))
     }
 
     /// What each row may be, from one on, in order, a batch at a time.
@@ -469,8 +493,8 @@ impl Table<'_> {
         let names = COLUMNS.iter().find(|(known, _)| *known == column).map_or(&[][..], |(_, names)| names);
         let is_there = |name: &&&str| {
             let field = self.schema.fields().iter().find(|field| field.name() == **name);
-            // LAION-5B's `hash` is a number made of URL and text.
-            field.is_some_and(|field| column != "md5" || !field.data_type().is_numeric())
+            // LAION-5B's `hash` is a number made of URL and text. A column of nulls says nothing.
+            field.is_some_and(|field| (column != "md5" || !field.data_type().is_numeric()) && !field.data_type().is_null())
         };
         names.iter().find(is_there).copied()
     }
@@ -516,35 +540,69 @@ fn selection(rows: impl Iterator<Item = usize>) -> RowSelection {
     selectors.into()
 }
 
-/// A column as text, where it is there.
+/// A column of texts, where it is there.
 fn text(batch: &RecordBatch, name: &str) -> Result<Option<StringArray>, String> {
     let Some(column) = batch.column_by_name(name) else { return Ok(None) };
-    let cast = cast(column, &DataType::Utf8).map_err(|error| format!("column `{name}`: {error}"))?;
-    Ok(Some(cast.as_string::<i32>().clone()))
+    let value = match column.data_type() {
+        DataType::Dictionary(_, value) => value,
+        other => other,
+    };
+    if !(value.is_string() || value.is_binary()) {
+        return Err(format!("column `{name}`: expected texts, found {value}"));
+    }
+    converted(column, name, &DataType::Utf8).map(|column| Some(column.as_string::<i32>().clone()))
+}
+
+/// A column in another type; fails at a value that has none in it.
+fn converted(column: &ArrayRef, name: &str, into: &DataType) -> Result<ArrayRef, String> {
+    let strictly = CastOptions { safe: false, ..CastOptions::default() };
+    cast_with_options(column, into, &strictly).map_err(|error| format!("column `{name}`: {error}"))
+}
+
+/// What a table says of whether an image is unsafe for work.
+#[derive(Clone, Copy, PartialEq)]
+enum Verdict {
+    Unsafe,
+    Safe,
+    Unsure,
+}
+
+/// The verdicts of a column of words, of truth values or of probabilities.
+fn verdicts(batch: &RecordBatch, name: &str, max_punsafe: f32) -> Result<Option<Vec<Verdict>>, String> {
+    let Some(column) = batch.column_by_name(name) else { return Ok(None) };
+    let of_number = |number: f32| match () {
+        // A NaN is not known to be at most the limit.
+        () if number.is_nan() || number > max_punsafe => Verdict::Unsafe,
+        () => Verdict::Safe,
+    };
+    if column.data_type().is_numeric() || *column.data_type() == DataType::Boolean {
+        let numbers = converted(column, name, &DataType::Float32)?;
+        let numbers = numbers.as_primitive::<Float32Type>();
+        return Ok(Some(numbers.iter().map(|number| number.map_or(Verdict::Unsure, of_number)).collect()));
+    }
+    let Some(words) = text(batch, name)? else { return Ok(None) };
+    let verdict = |word: Option<&str>| {
+        let word = word.unwrap_or_default().trim().to_ascii_uppercase();
+        match word.as_str() {
+            "NSFW" | "UNSAFE" | "LIKELY" | "VERY_LIKELY" | "TRUE" | "YES" => Verdict::Unsafe,
+            "UNLIKELY" | "VERY_UNLIKELY" | "SFW" | "SAFE" | "FALSE" | "NO" => Verdict::Safe,
+            other => other.parse().map_or(Verdict::Unsure, of_number),
+        }
+    };
+    Ok(Some(words.iter().map(verdict).collect()))
 }
 
 fn kinds(batch: &RecordBatch, which: Unsafe) -> Result<Vec<Row>, String> {
     let urls = text(batch, "url")?.ok_or("no column of URLs")?;
-    let nsfw = if which.keep_all { None } else { text(batch, "NSFW")? };
-    let punsafe: Option<Float32Array> = match batch.column_by_name("punsafe").filter(|_| !which.keep_all) {
-        Some(column) => {
-            let cast: ArrayRef = cast(column, &DataType::Float32).map_err(|error| format!("column `punsafe`: {error}"))?;
-            Some(cast.as_primitive::<Float32Type>().clone())
+    let mut said = Vec::new();
+    if !which.keep_all {
+        for name in ["NSFW", "punsafe"] {
+            said.extend(verdicts(batch, name, which.max_punsafe)?);
         }
-        None => None,
-    };
+    }
     let is_unsafe = |row: usize| {
-        let by_word = nsfw.as_ref().is_some_and(|nsfw| match nsfw.is_valid(row).then(|| nsfw.value(row).to_ascii_uppercase()).as_deref() {
-            Some("NSFW" | "TRUE" | "1") => true,
-            Some("UNLIKELY" | "FALSE" | "0") => false,
-            _ => which.drop_unsure,
-        });
-        // A NaN is not known to be at most the limit.
-        by_word
-            || punsafe.as_ref().is_some_and(|punsafe| match punsafe.is_valid(row) {
-                true => punsafe.value(row).is_nan() || punsafe.value(row) > which.max_punsafe,
-                false => which.drop_unsure,
-            })
+        let is = |verdict: Verdict| said.iter().any(|of_column| of_column[row] == verdict);
+        is(Verdict::Unsafe) || which.drop_unsure && is(Verdict::Unsure)
     };
     let kind = |row: usize| match () {
         () if urls.is_null(row) || urls.value(row).trim().is_empty() => Row::WithoutUrl,
@@ -625,4 +683,111 @@ impl MetadataWriter {
 
 fn unwritten(path: &Path, error: ParquetError) -> Error {
     write_error(path, io::Error::other(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use arrow::array::{BooleanArray, Int64Array, ListArray};
+    use arrow::datatypes::Int64Type;
+    use ovenbird_cache::inputs::digest_path;
+    use zip::{ZipWriter, write::SimpleFileOptions};
+
+    use super::*;
+
+    fn batch(columns: Vec<(&str, ArrayRef)>) -> RecordBatch {
+        RecordBatch::try_from_iter_with_nullable(columns.into_iter().map(|(name, column)| (name, column, true))).unwrap()
+    }
+
+    fn words(words: &[Option<&str>]) -> ArrayRef {
+        Arc::new(words.iter().copied().collect::<StringArray>())
+    }
+
+    /// How many of some rows are left out as unsafe, and how many more where the table is not sure.
+    fn n_unsafe(name: &str, column: ArrayRef) -> [usize; 2] {
+        let urls = words(&vec![Some("http://a.example/"); column.len()]);
+        let batch = batch(vec![("url", urls), (name, column)]);
+        [false, true].map(|drop_unsure| {
+            let kinds = kinds(&batch, Unsafe { keep_all: false, drop_unsure, max_punsafe: 0.5 }).unwrap();
+            kinds.iter().filter(|kind| **kind == Row::Unsafe).count()
+        })
+    }
+
+    #[test]
+    fn unsafe_rows_are_known_by_words_truth_values_and_numbers() {
+        let laion = [Some("UNLIKELY"), Some("UNSURE"), Some("NSFW"), None];
+        assert_eq!(n_unsafe("NSFW", words(&laion)), [1, 3]);
+        let others = ["nsfw ", "True", " yes", "unsafe", "VERY_LIKELY", "0.99", "1", "sfw", "false", "0.1", "0", "porn?"];
+        assert_eq!(n_unsafe("NSFW", words(&others.map(Some))), [7, 8]);
+        assert_eq!(n_unsafe("NSFW", Arc::new(BooleanArray::from(vec![true, false]))), [1, 1]);
+        assert_eq!(n_unsafe("NSFW", Arc::new(Int64Array::from(vec![Some(1), Some(0), None]))), [1, 2]);
+        let probabilities = Float32Array::from(vec![Some(0.5), Some(0.51), Some(f32::NAN), None]);
+        assert_eq!(n_unsafe("punsafe", Arc::new(probabilities)), [2, 3]);
+        assert_eq!(n_unsafe("punsafe", words(&[Some("0.9"), Some("bad"), Some("0.1")])), [1, 2]);
+        let all = Unsafe { keep_all: true, drop_unsure: false, max_punsafe: 0.5 };
+        let list: ArrayRef = Arc::new(ListArray::from_iter_primitive::<Int64Type, _, _>([Some(vec![Some(1)])]));
+        let of_list = batch(vec![("url", words(&[Some("http://a.example/")])), ("NSFW", list)]);
+        assert_eq!(kinds(&of_list, all).unwrap(), [Row::Candidate]);
+        assert!(kinds(&of_list, Unsafe { keep_all: false, ..all }).unwrap_err().starts_with("column `NSFW`: expected texts, found List"));
+    }
+
+    #[test]
+    fn urls_are_texts() {
+        let all = Unsafe { keep_all: true, drop_unsure: false, max_punsafe: 0.5 };
+        let numbers = batch(vec![("url", Arc::new(Int64Array::from(vec![5])))]);
+        assert_eq!(kinds(&numbers, all).unwrap_err(), "column `url`: expected texts, found Int64");
+        let bytes = |url: &[u8]| batch(vec![("url", Arc::new(arrow::array::BinaryArray::from(vec![url])) as ArrayRef)]);
+        assert_eq!(texts(&bytes(b"http://a.example/")).unwrap()[0].url, "http://a.example/");
+        assert!(kinds(&bytes(b"http://\xff/"), all).unwrap_err().starts_with("column `url`: "));
+        let md5s = ["D41D8CD98F00B204E9800998ECF8427E", "none", "5"];
+        let rows = batch(vec![("url", words(&[Some("a"), Some(" "), None])), ("md5", words(&md5s.map(Some)))]);
+        assert_eq!(kinds(&rows, all).unwrap(), [Row::Candidate, Row::WithoutUrl, Row::WithoutUrl]);
+        let found = texts(&rows).unwrap().into_iter().map(|text| text.md5).collect::<Vec<_>>();
+        assert_eq!(found, [Some("d41d8cd98f00b204e9800998ecf8427e".into()), None, None]);
+    }
+
+    #[test]
+    fn withdrawn_metadata_are_refused_until_somebody_says_what_they_are() {
+        let write = |columns: &[&str]| {
+            let rows = batch(columns.iter().map(|name| (*name, words(&[Some("0.1")]))).collect());
+            let mut file = tempfile::Builder::new().suffix(".parquet").tempfile().unwrap();
+            let mut writer = ArrowWriter::try_new(file.as_file_mut(), rows.schema(), None).unwrap();
+            writer.write(&rows).unwrap();
+            drop(writer.close().unwrap());
+            let input = digest_path(file.path(), None, 0).unwrap();
+            (file, input)
+        };
+        let (_file, laion) = write(&["URL", "punsafe", "pwatermark"]);
+        assert!(PoolRows::open(&laion).unwrap().refuse_withdrawn().unwrap_err().to_string().contains("columns of LAION-5B"));
+        assert!(PoolRows::open(&write(&["URL", "punsafe"]).1).is_err(), "the file is gone");
+        let (_file, other) = write(&["URL", "punsafe"]);
+        assert!(PoolRows::open(&other).unwrap().refuse_withdrawn().is_ok());
+        let (_file, none) = write(&["link"]);
+        let error = PoolRows::open(&none).err().unwrap().to_string();
+        assert!(error.contains("expected a column `url` or `URL`, found link"), "{error}");
+    }
+
+    #[test]
+    fn archives_that_lie_about_their_arrays_are_refused() {
+        let open = |header: &str, stored: bool| {
+            let mut file = tempfile::Builder::new().suffix(".npz").tempfile().unwrap();
+            let mut archive = ZipWriter::new(file.as_file_mut());
+            let method = if stored { CompressionMethod::Stored } else { CompressionMethod::Deflated };
+            archive.start_file("a.npy", SimpleFileOptions::default().compression_method(method)).unwrap();
+            let head = [b"\x93NUMPY\x01\x00", &(header.len() as u16).to_le_bytes()[..], header.as_bytes()].concat();
+            archive.write_all(&[&head[..], &[0; 64]].concat()).unwrap();
+            assert!(archive.finish().is_ok());
+            let input = digest_path(file.path(), None, 0).unwrap().remove(0);
+            Embedded::open(&input, None).map(|embedded| embedded.n_rows()).map_err(|error| error.to_string())
+        };
+        let header = |shape: &str| format!("{{'descr': '<f2', 'fortran_order': False, 'shape': {shape}, }}\n");
+        for stored in [true, false] {
+            assert_eq!(open(&header("(8, 4)"), stored).unwrap(), 8);
+            for shape in ["(9, 4)", "(576460752303423496, 16)", "(18446744073709551615, 18446744073709551615)"] {
+                assert!(open(&header(shape), stored).unwrap_err().contains("a: expected "), "{shape}");
+            }
+            assert!(open(&header("(32,)"), stored).unwrap_err().contains("expected a matrix [N, D] of f16 or f32"));
+        }
+    }
 }

@@ -80,16 +80,16 @@ impl CosineCriterion {
         self.detector.parameters()
     }
 
-    /// The pyramid of images in training.
-    fn pyramid(&self, pixels: &Pixels) -> Result<Pyramid> {
+    /// The pyramid of images.
+    fn pyramid(&self, pixels: &Pixels, phase: Phase) -> Result<Pyramid> {
         let images = pixels.on(self.store.device()).to_kind(self.training.precision.kind());
-        Ok(self.detector.regions.forward(&images, Phase::Train)?)
+        Ok(self.detector.regions.forward(&images, phase)?)
     }
 
     /// The losses of annotated images. Columns of novel classes have no part in them. (PromptDet, section 9.3.)
     fn annotated(&self, batch: &Batch) -> Result<Losses> {
         let mut random = batch.random.clone();
-        let pyramid = self.pyramid(&batch.pixels)?;
+        let pyramid = self.pyramid(&batch.pixels, Phase::Train)?;
         let (rpn, samples) = sampled(&self.detector.regions, &pyramid, batch, (&self.rule, self.crowds), self.n_base, &mut random)?;
         let said = self.detector.look(&pyramid, &chosen(&samples), &self.classes, Phase::Train)?;
         let of_regions = region_losses(&said, &samples, self.n_base, Counted::All)?;
@@ -108,6 +108,9 @@ impl CosineCriterion {
 
     /// The losses of images of the web: both views teach the label on the box of the view whose network is surer of it. The loss of classes is summed over
     /// the views, others are averaged. (PromptDet, section 9.4.)
+    ///
+    /// They are normalised by running statistics and do not change them: they look different from annotated images, on which the detector is to be used. (In the
+    /// published network all statistics are frozen.)
     fn web(&self, batch: &WebBatch) -> Result<Losses> {
         let [one, other] = &batch.views;
         let seen = [self.see(one, &batch.classes)?, self.see(other, &batch.classes)?];
@@ -127,7 +130,7 @@ impl CosineCriterion {
             let mut random = batch.random.clone();
             let n_classes = self.classes.size()[0];
             let (rpn, samples) = sampled_among(&self.detector.regions, pyramid, proposals, images, &self.rule, n_classes, &mut random)?;
-            let said = self.detector.look(pyramid, &chosen(&samples), &self.classes, Phase::Train)?;
+            let said = self.detector.look(pyramid, &chosen(&samples), &self.classes, Phase::Test)?;
             let of_regions = region_losses(&said, &samples, n_classes, Counted::Objects)?;
             let rpn::Losses { objectness_of_objects, .. } = rpn;
             terms.push([objectness_of_objects, of_regions.classes, of_regions.boxes]);
@@ -144,7 +147,7 @@ impl CosineCriterion {
 
     /// Looks at a view, and for the box of each label.
     fn see(&self, view: &View, labels: &[usize]) -> Result<Seen> {
-        let pyramid = self.pyramid(&view.pixels)?;
+        let pyramid = self.pyramid(&view.pixels, Phase::Test)?;
         let sizes: Vec<ImageSize> = view.placements.iter().map(|placement| image_size(placement.to)).collect();
         let proposals = self.detector.regions.rpn.proposals(&pyramid.predictions, &sizes, &PROPOSALS)?;
         let found = self.detector.pseudo_boxes(&pyramid, &proposals, labels, &self.classes)?;

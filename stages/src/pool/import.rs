@@ -11,9 +11,10 @@ use ovenbird_cache::DraftFile;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::Laion5b;
 use crate::{
     Context, In, Out, PortInfo, Result, Stage, Unit,
-    artifacts::{METADATA_COLUMNS, MetadataColumn, MetadataWriter, PoolMetadata, PublishedLinks},
+    artifacts::{LAION_5B, METADATA_COLUMNS, MetadataColumn, MetadataWriter, PoolMetadata, PublishedLinks, withdrawn},
     error::malformed,
 };
 
@@ -26,8 +27,12 @@ const BATCH_ROWS: u64 = 1 << 16;
 /// the index or of the embeddings that the file was made with. Of lines the field that begins with `http` is the URL and the other one the text.
 /// Memory does not grow with the file. (PromptDet, section 7.)
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Import {}
+#[serde(deny_unknown_fields, default)]
+pub struct Import {
+    /// Which edition of LAION-5B the table is of, where it has its columns.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub laion_5b: Option<Laion5b>,
+}
 
 const TABLE: In<PublishedLinks> = In::required("table", "URLs with their texts and, in HDF5, whatever else is known of the images.");
 const METADATA: Out<PoolMetadata> =
@@ -45,7 +50,7 @@ impl Stage for Import {
         let draft = cx.begin(unit)?;
         let is_lines = file.path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("tsv"));
         let create = || draft.create(METADATA, "metadata_0.parquet");
-        let n_rows = file.read_with(|path| if is_lines { lines(path, create, cx) } else { hdf5(path, create, cx) })?;
+        let n_rows = file.read_with(|path| if is_lines { lines(path, create, cx) } else { self.hdf5(path, create, cx) })?;
         cx.tick(1);
         cx.commit(draft, [("rows".to_owned(), n_rows.into())].into())
     }
@@ -56,66 +61,102 @@ fn most(n_rows: u64, cx: &Context<'_>) -> u64 {
     cx.most_items.map_or(n_rows, |most| n_rows.min(most as u64))
 }
 
-fn hdf5(path: &Path, create: impl FnOnce() -> Result<DraftFile>, cx: &Context<'_>) -> Result<u64> {
-    let damaged = |error: hdf5_pure::Error| malformed(path, error.to_string());
-    let file = Hdf5::open_streaming(path).map_err(|error| malformed(path, format!("expected HDF5: {error}")))?;
-    let group = file.group("dataset").map_err(|error| malformed(path, format!("expected the group `dataset`: {error}")))?;
-    let names = group.datasets().map_err(damaged)?;
-    let mut columns: Vec<(&str, Dataset, DType)> = Vec::new();
-    let mut length = None;
-    for (column, known) in METADATA_COLUMNS {
-        let Some(name) = known.iter().find(|known| names.iter().any(|name| name == *known)) else { continue };
-        let dataset = group.dataset(name).map_err(damaged)?;
-        let shape = dataset.shape().map_err(damaged)?;
-        let [n_rows] = shape[..] else {
-            return Err(malformed(path, format!("dataset/{name}: expected one dimension, found the shape {shape:?}")));
-        };
-        let before = *length.get_or_insert(n_rows);
-        if before != n_rows {
-            return Err(malformed(path, format!("dataset/{name}: expected {before} rows, as the columns before, found {n_rows}")));
+impl Import {
+    fn hdf5(&self, path: &Path, create: impl FnOnce() -> Result<DraftFile>, cx: &Context<'_>) -> Result<u64> {
+        let damaged = |error: hdf5_pure::Error| malformed(path, error.to_string());
+        let file = Hdf5::open_streaming(path).map_err(|error| malformed(path, format!("expected HDF5: {error}")))?;
+        let group = file.group("dataset").map_err(|error| malformed(path, format!("expected the group `dataset`: {error}")))?;
+        let names = group.datasets().map_err(damaged)?;
+        if self.laion_5b.is_none() && LAION_5B.iter().all(|name| names.iter().any(|known| known == name)) {
+            return Err(withdrawn(path));
         }
-        let dtype = dataset.dtype().map_err(damaged)?;
-        let is_text = matches!(dtype, DType::VariableLengthString | DType::String);
-        if !is_text && column == "md5" {
-            continue;
-        }
-        if !is_text && column != "punsafe" {
-            return Err(malformed(path, format!("dataset/{name}: expected texts, found {dtype}")));
-        }
-        columns.push((column, dataset, dtype));
-    }
-    let (Some(n_rows), true) = (length, columns.iter().any(|(column, ..)| *column == "url")) else {
-        return Err(malformed(path, format!("expected a column `url` in the group `dataset`, found {}", names.join(", "))));
-    };
-    let n_rows = most(n_rows, cx);
-    let mut writer = MetadataWriter::new(create()?, &columns.iter().map(|(column, ..)| *column).collect::<Vec<_>>())?;
-    let mut first = 0;
-    while first < n_rows {
-        let n = BATCH_ROWS.min(n_rows - first);
-        let mut read = Vec::new();
-        for (column, dataset, dtype) in &columns {
-            let values = match (*column, dtype) {
-                ("punsafe", DType::VariableLengthString | DType::String) => {
-                    let texts = dataset.read_string_rows(first, n).map_err(damaged)?;
-                    MetadataColumn::Number(texts.iter().map(|text| text.trim().parse().ok()).collect())
-                }
-                ("punsafe", DType::F64) => MetadataColumn::Number(
-                    dataset.read_f64_rows(first, n).map_err(damaged)?.iter().map(|number| Some(*number as f32)).collect(),
-                ),
-                ("punsafe", _) => MetadataColumn::Number(dataset.read_f32_rows(first, n).map_err(damaged)?.into_iter().map(Some).collect()),
-                _ => MetadataColumn::Text(dataset.read_string_rows(first, n).map_err(damaged)?.into_iter().map(Some).collect()),
+        let mut columns: Vec<(&str, Dataset, DType)> = Vec::new();
+        let mut length = None;
+        for (column, known) in METADATA_COLUMNS {
+            let Some(name) = known.iter().find(|known| names.iter().any(|name| name == *known)) else { continue };
+            let dataset = group.dataset(name).map_err(damaged)?;
+            let shape = dataset.shape().map_err(damaged)?;
+            let [n_rows] = shape[..] else {
+                return Err(malformed(path, format!("dataset/{name}: expected one dimension, found the shape {shape:?}")));
             };
-            if values.len() as u64 != n {
-                return Err(malformed(path, format!("dataset/{column}: expected {n} rows from row {first} on, found {}", values.len())));
+            let before = *length.get_or_insert(n_rows);
+            if before != n_rows {
+                return Err(malformed(path, format!("dataset/{name}: expected {before} rows, as the columns before, found {n_rows}")));
             }
-            read.push(values);
+            let dtype = dataset.dtype().map_err(damaged)?;
+            let is_text = matches!(dtype, DType::VariableLengthString | DType::String);
+            if !is_text && column == "md5" {
+                continue;
+            }
+            if !is_text && column != "punsafe" {
+                return Err(malformed(path, format!("dataset/{name}: expected texts, found {dtype}")));
+            }
+            columns.push((column, dataset, dtype));
         }
-        writer.push(read)?;
-        first += n;
-        cx.proceed()?;
+        let (Some(n_rows), true) = (length, columns.iter().any(|(column, ..)| *column == "url")) else {
+            return Err(malformed(path, format!("expected a column `url` in the group `dataset`, found {}", names.join(", "))));
+        };
+        if n_rows == 0 {
+            return Err(malformed(path, "expected rows in the group `dataset`, found none"));
+        }
+        let n_rows = most(n_rows, cx);
+        let mut writer = MetadataWriter::new(create()?, &columns.iter().map(|(column, ..)| *column).collect::<Vec<_>>())?;
+        // A library reads a chunk that it does not find as one that nobody wrote: empty texts.
+        let url_of =
+            |(_, dataset, _): &&(&str, Dataset, DType)| dataset.chunk_shape().ok().flatten().and_then(|shape| shape.first().copied());
+        let chunk_rows = columns.iter().find(|(column, ..)| *column == "url").as_ref().and_then(url_of).unwrap_or(n_rows).max(2);
+        let (mut first, mut n_empty, mut n_without) = (0, 0, 0_u64);
+        while first < n_rows {
+            let n = BATCH_ROWS.min(n_rows - first);
+            let mut read = Vec::new();
+            for (column, dataset, dtype) in &columns {
+                let values = match (*column, dtype) {
+                    ("punsafe", DType::VariableLengthString | DType::String) => {
+                        let texts = dataset.read_string_rows(first, n).map_err(damaged)?;
+                        MetadataColumn::Number(texts.iter().map(|text| text.trim().parse().ok()).collect())
+                    }
+                    ("punsafe", DType::F64) => MetadataColumn::Number(
+                        dataset.read_f64_rows(first, n).map_err(damaged)?.iter().map(|number| Some(*number as f32)).collect(),
+                    ),
+                    ("punsafe", _) => {
+                        MetadataColumn::Number(dataset.read_f32_rows(first, n).map_err(damaged)?.into_iter().map(Some).collect())
+                    }
+                    _ => MetadataColumn::Text(dataset.read_string_rows(first, n).map_err(damaged)?.into_iter().map(Some).collect()),
+                };
+                if values.len() as u64 != n {
+                    return Err(malformed(
+                        path,
+                        format!("dataset/{column}: expected {n} rows from row {first} on, found {}", values.len()),
+                    ));
+                }
+                if let ("url", MetadataColumn::Text(texts)) = (*column, &values) {
+                    for (row, url) in (first..).zip(texts) {
+                        let url = url.as_deref().unwrap_or_default();
+                        if url.contains('\u{fffd}') {
+                            return Err(malformed(path, format!("dataset/url: row {row}: expected UTF-8")));
+                        }
+                        n_empty = if url.is_empty() { n_empty + 1 } else { 0 };
+                        n_without += u64::from(url.is_empty());
+                        if n_empty >= chunk_rows.min(n_rows) {
+                            let problem = format!(
+                                "dataset/url: {n_empty} rows up to row {row} are empty, a whole chunk: the file is damaged, or was never filled"
+                            );
+                            return Err(malformed(path, problem));
+                        }
+                    }
+                }
+                read.push(values);
+            }
+            writer.push(read)?;
+            first += n;
+            cx.proceed()?;
+        }
+        writer.finish()?;
+        if n_without > 0 {
+            cx.note(format!("{n_without} of {n_rows} rows have no URL"));
+        }
+        Ok(n_rows)
     }
-    writer.finish()?;
-    Ok(n_rows)
 }
 
 fn lines(path: &Path, create: impl FnOnce() -> Result<DraftFile>, cx: &Context<'_>) -> Result<u64> {
@@ -137,6 +178,7 @@ fn lines(path: &Path, create: impl FnOnce() -> Result<DraftFile>, cx: &Context<'
         }
         n_rows += 1;
         let text = std::str::from_utf8(&line).map_err(|_| malformed(path, format!("line {n_rows}: expected UTF-8")))?;
+        let text = if n_rows == 1 { text.trim_start_matches('\u{feff}') } else { text };
         let fields: Vec<&str> = text.trim_end_matches(['\r', '\n']).split('\t').collect();
         let [one, other] = fields[..] else {
             return Err(malformed(path, format!("line {n_rows}: expected two fields with a tab between them, found {}", fields.len())));
@@ -145,7 +187,10 @@ fn lines(path: &Path, create: impl FnOnce() -> Result<DraftFile>, cx: &Context<'
         let place = *place_of_url.get_or_insert(usize::from(!is_url(one)));
         let (url, caption) = if place == 0 { (one, other) } else { (other, one) };
         if !is_url(url) {
-            return Err(malformed(path, format!("line {n_rows}: expected a URL (http..) in field {}, found `{url}`", place + 1)));
+            return Err(malformed(
+                path,
+                format!("line {n_rows}: expected a URL (http..) in field {}, found `{}`", place + 1, &url[..url.floor_char_boundary(100)]),
+            ));
         }
         urls.push(Some(url.to_owned()));
         captions.push(Some(caption.to_owned()));

@@ -3,9 +3,9 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Nsfw;
+use super::{Laion5b, Nsfw};
 use crate::{
-    Context, In, Out, PortInfo, Problem, Result, Stage, Unit,
+    Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{Link, LinkText, Links, PoolMetadata, PoolRow, PoolRows, PoolSearched},
 };
 
@@ -25,11 +25,14 @@ pub struct TableLinks {
     pub nsfw: Nsfw,
     /// The most of a column `punsafe` or `nsfw_score_opennsfw2`, a probability.
     pub max_punsafe: f32,
+    /// Which edition of LAION-5B the table is of, where it has its columns.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub laion_5b: Option<Laion5b>,
 }
 
 impl Default for TableLinks {
     fn default() -> Self {
-        Self { class: "pool".into(), first: 0, n: 100_000, nsfw: Nsfw::default(), max_punsafe: 0.5 }
+        Self { class: "pool".into(), first: 0, n: 100_000, nsfw: Nsfw::default(), max_punsafe: 0.5, laion_5b: None }
     }
 }
 
@@ -53,7 +56,11 @@ impl Stage for TableLinks {
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
         let metadata = cx.inputs.read(METADATA)?;
-        let tables = PoolRows::open(metadata.tables())?;
+        let tables = PoolRows::open(metadata.tables()?)?;
+        if self.laion_5b.is_none() {
+            tables.refuse_withdrawn()?;
+        }
+        self.nsfw.note_unknown(&tables, cx);
         let (mut links, mut searched, mut urls) = (Vec::new(), PoolSearched::default(), std::collections::HashSet::new());
         let n = cx.most_items.map_or(self.n, |most| most.min(self.n));
         let draft = cx.begin(unit)?;
@@ -85,6 +92,11 @@ impl Stage for TableLinks {
         let PoolSearched { rows, unsafe_rows, without_url, .. } = &searched;
         cx.note(format!("{} links of {rows} rows; {unsafe_rows} are unsafe for work, {without_url} have no URL", links.len()));
         let n_links = links.len();
+        if n_links == 0 {
+            let problem = format!("expected links from row {} on, found none among {} rows", self.first, tables.n_rows());
+            let hint = "give another table, lower `first`, or keep more rows (`nsfw`, `max_punsafe`)".into();
+            return Err(Error::Input { port: METADATA.info().name, problem, hint });
+        }
         Links { by_class: vec![(self.class.clone(), links)], searched }.write(draft.create(LINKS, "links.parquet")?)?;
         cx.tick(1);
         cx.commit(draft, [("links".to_owned(), n_links.into())].into())

@@ -14,7 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Kind;
 
-use super::Nsfw;
+use super::{Laion5b, Nsfw};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{
@@ -80,16 +80,6 @@ pub enum Split {
     Novel,
     /// Both.
     All,
-}
-
-/// An edition of LAION-5B.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Laion5b {
-    /// The one of 2024, from which links to illegal images were removed.
-    ReLaion,
-    /// The one of 2022, which was withdrawn because of them.
-    AcceptOriginal,
 }
 
 impl Default for Retrieve {
@@ -159,7 +149,7 @@ impl Stage for Retrieve {
         let mut retrieval = Retrieval::new(self, before, cx)?;
         let Some(pool) = given(cx.inputs)? else { return retrieval.of_features(units, cx) };
         let metadata = cx.inputs.read_if_given(METADATA)?;
-        let tables = metadata.as_ref().map(|metadata| PoolRows::open(metadata.tables())).transpose()?;
+        let tables = metadata.as_ref().map(|metadata| PoolRows::open(metadata.tables()?)).transpose()?;
         let shards = pool.shards(tables.is_none())?;
         if let Some(tables) = &tables {
             self.look_at(tables, cx, first.index == 0)?;
@@ -226,18 +216,11 @@ fn groups(shards: &[PoolShard<'_>]) -> Vec<Range<usize>> {
 impl Retrieve {
     /// Refuses metadata that were withdrawn, and notes what they do not say.
     fn look_at(&self, tables: &PoolRows<'_>, cx: &Context<'_>, is_first: bool) -> Result<()> {
-        if let (None, Some(file)) = (self.laion_5b, tables.of_laion_5b()) {
-            return Err(ovenbird_data::Error::Malformed {
-                path: file.path.clone(),
-                problem:
-                    "has the columns of LAION-5B (`punsafe`, `pwatermark`), whose first edition was withdrawn for links to illegal images"
-                        .into(),
-                hint: Some("use Re-LAION-5B and say `laion_5b: re-laion`; `laion_5b: accept-original` accepts the first edition".into()),
-            }
-            .into());
+        if self.laion_5b.is_none() {
+            tables.refuse_withdrawn()?;
         }
-        if is_first && self.nsfw != Nsfw::Keep && !tables.know_unsafe() {
-            cx.note("the pool does not say which images are unsafe for work (no column `NSFW` or `punsafe`): none is left out");
+        if is_first {
+            self.nsfw.note_unknown(tables, cx);
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    sync::Arc,
+    sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
@@ -28,6 +28,8 @@ const AHEAD: usize = 4;
 const GLANCE: Duration = Duration::from_millis(200);
 /// Failed URLs, and hosts among them, after which a machine without any answer counts as cut off from the web.
 const OFFLINE_AFTER: (usize, usize) = (40, 5);
+/// Failed URLs after which the same holds where no others are left.
+const OFFLINE_AT_END: usize = 10;
 /// Threads for decoding, disk and the name service.
 const BLOCKING_THREADS: usize = 64;
 
@@ -68,7 +70,8 @@ pub struct Download {
     pub deadline_s: f64,
     /// How often a URL is tried where the failure may pass.
     pub attempts: u32,
-    /// The pause before the second attempt, in s; twice as long before each further one. A host's `Retry-After` is heeded up to 60 s.
+    /// The pause before the second attempt, in s; twice as long before each further one. A host's `Retry-After` in
+    /// seconds holds for all its URLs, up to 60 s.
     pub back_off_s: f64,
     /// Larger files are refused, in bytes.
     pub max_bytes: u64,
@@ -178,7 +181,8 @@ impl Stage for Download {
             .max_blocking_threads(BLOCKING_THREADS)
             .build()
             .map_err(|error| cut_off(format!("cannot start the network's thread: {error}")))?;
-        let shared = Arc::new(Shared { fetcher, spool: cx.store.spool(), conditions: self.conditions() });
+        let shared =
+            Arc::new(Shared { fetcher, spool: cx.store.spool(), conditions: self.conditions(), asked: RwLock::new(Some(BTreeSet::new())) });
         let made = units.iter().try_for_each(|unit| {
             let Some(draft) = cx.begin_claimed(unit)? else { return Ok(()) };
             let wanted = self.per_class.min(cx.most_items.unwrap_or(usize::MAX));
@@ -209,6 +213,16 @@ struct Shared {
     fetcher: Fetcher,
     spool: Spool,
     conditions: Conditions,
+    /// The URLs of which nothing was known before; none once nothing is to be kept any more.
+    asked: RwLock<Option<BTreeSet<String>>>,
+}
+
+impl Shared {
+    /// Forgets what came of URLs that this run asked for, where none was answered, and lets nothing more be kept.
+    fn forget_asked(&self) -> Result<()> {
+        let asked = self.asked.write().unwrap_or_else(PoisonError::into_inner).take();
+        Ok(asked.into_iter().flatten().try_for_each(|url| self.spool.forget(&url))?)
+    }
 }
 
 /// What came of a URL, and whether it was asked for.
@@ -228,8 +242,15 @@ async fn obtain(shared: Arc<Shared>, url: String) -> Result<Obtained> {
         Spooled::Unknown => false,
         Spooled::Damaged => true,
     };
+    if let Some(asked) = &mut *shared.asked.write().unwrap_or_else(PoisonError::into_inner) {
+        asked.insert(url.clone());
+    }
     let WithBytes { record, bytes } = shared.fetcher.fetch(&url).await;
     let kept = tokio::task::spawn_blocking(move || {
+        let asked = shared.asked.read().unwrap_or_else(PoisonError::into_inner);
+        if asked.is_none() {
+            return Ok(record);
+        }
         // The record last: it says that the file is there.
         if let (Some(image), Some(bytes)) = (&record.image, bytes) {
             shared.spool.put(&image.sha256, &bytes)?;
@@ -334,15 +355,19 @@ impl Download {
                 }
             }
             if open.is_empty() {
+                if let Err(error) = silent.end() {
+                    shared.forget_asked()?;
+                    return Err(error);
+                }
                 return Ok(n_damaged);
             }
             let Ok(Some(ended)) = tokio::time::timeout(GLANCE, under_way.join_next()).await else { continue };
             let (url, obtained) = ended.expect("BUG: a download does not panic");
             let Obtained { record, is_asked, was_damaged } = obtained?;
             n_damaged += usize::from(was_damaged);
-            if is_asked && let Err(error) = silent.listen(&record, &shared.spool) {
+            if is_asked && let Err(error) = silent.listen(&record) {
                 under_way.shutdown().await;
-                waiting.keys().try_for_each(|url| shared.spool.forget(url))?;
+                shared.forget_asked()?;
                 return Err(error);
             }
             for (class, link) in waiting.remove(&url).unwrap_or_default() {
@@ -434,6 +459,9 @@ impl Download {
             reason: row.reason.clone().unwrap_or_else(|| row.state.word().into()),
             attempts: row.attempts,
         };
+        if !transient.is_empty() {
+            cx.note(format!("{} failures may pass: `ovenbird retry PIPELINE --failed` asks again", transient.len()));
+        }
         draft.write_retriable(&transient.values().map(failed).collect::<Vec<_>>())?;
         downloads.write(draft.create(DOWNLOADS, "downloads.parquet")?)?;
         let mut metrics: BTreeMap<String, serde_json::Value> = BTreeMap::new();
@@ -455,13 +483,15 @@ impl Download {
 struct Silence {
     has_ended: bool,
     /// URLs without an answer, while there was none.
-    urls: Vec<String>,
+    n_urls: usize,
     hosts: BTreeSet<String>,
+    /// The last of them, and why.
+    last: String,
 }
 
 impl Silence {
     /// Fails where many hosts were asked and none answered: the fault is then this machine's, and not a property of the URLs.
-    fn listen(&mut self, record: &UrlRecord, spool: &Spool) -> Result<()> {
+    fn listen(&mut self, record: &UrlRecord) -> Result<()> {
         let is_silent = matches!(record.state, DownloadState::Unreachable | DownloadState::Timeout | DownloadState::RobotsUnreachable);
         if self.has_ended
             || (is_silent && record.code.is_some())
@@ -473,23 +503,24 @@ impl Silence {
             *self = Self { has_ended: true, ..Self::default() };
             return Ok(());
         }
-        self.urls.push(record.url.clone());
+        self.n_urls += 1;
         self.hosts.extend(Url::parse(&record.url).ok().and_then(|url| Some(url.host_str()?.to_owned())));
-        if self.urls.len() < OFFLINE_AFTER.0 || self.hosts.len() < OFFLINE_AFTER.1 {
-            return Ok(());
-        }
-        self.urls.iter().try_for_each(|url| spool.forget(url))?;
-        Err(Error::Input {
+        self.last = format!("{}: {}", record.url, record.reason.as_deref().unwrap_or_default());
+        if self.n_urls < OFFLINE_AFTER.0 || self.hosts.len() < OFFLINE_AFTER.1 { Ok(()) } else { Err(self.error()) }
+    }
+
+    /// Fails where all URLs were tried, some more than a few, and none was answered.
+    fn end(&self) -> Result<()> {
+        if self.n_urls < OFFLINE_AT_END { Ok(()) } else { Err(self.error()) }
+    }
+
+    fn error(&self) -> Error {
+        let Self { n_urls, hosts, last, .. } = self;
+        Error::Input {
             port: LINKS.info().name,
-            problem: format!(
-                "none of {} URLs of {} hosts was reached; the last, {}: {}",
-                self.urls.len(),
-                self.hosts.len(),
-                record.url,
-                record.reason.as_deref().unwrap_or_default()
-            ),
+            problem: format!("none of {n_urls} URLs of {} hosts was reached; the last, {last}", hosts.len()),
             hint: "run it where there is a network: compute nodes often have none; the home can then go to another machine".into(),
-        })
+        }
     }
 }
 

@@ -31,6 +31,8 @@ use super::{
 };
 use crate::artifacts::DownloadState as State;
 
+/// After so many pauses in a row a host's other URLs are not asked for.
+const MAX_PAUSES: u32 = 10;
 /// The longest that an answer's `Retry-After` is heeded.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 /// The longest pause between two attempts.
@@ -111,7 +113,7 @@ pub(super) struct Fetcher {
     requests: Arc<Semaphore>,
     decoders: Semaphore,
     /// By host. Both maps are locked to look up and to add, never while waiting.
-    hosts: Mutex<HashMap<String, Arc<Semaphore>>>,
+    hosts: Mutex<HashMap<String, Host>>,
     /// By scheme, host and port.
     rules: Mutex<HashMap<String, Arc<OnceCell<Rules>>>>,
 }
@@ -123,6 +125,15 @@ impl TimeLeft {
     fn spend(&mut self, since: Instant) {
         self.0 = self.0.saturating_sub(since.elapsed());
     }
+}
+
+/// A host that is asked.
+struct Host {
+    requests: Arc<Semaphore>,
+    /// When it may be asked again, where it asked for a pause.
+    not_before: Option<Instant>,
+    /// Pauses it asked for since it last sent an image.
+    n_pauses: u32,
 }
 
 /// The right to make a request.
@@ -180,12 +191,12 @@ impl Fetcher {
                 break found;
             }
             let back_off = self.manners.back_off.saturating_mul(1 << (attempts - 1).min(16)).min(MAX_BACK_OFF);
-            let pause = failure.retry_after.map_or(back_off, |asked| asked.min(MAX_RETRY_AFTER).max(back_off));
-            if pause >= left.0 {
+            // What the host asked for is heeded before its next request.
+            if back_off.max(failure.retry_after.map_or(Duration::ZERO, |asked| asked.min(MAX_RETRY_AFTER))) >= left.0 {
                 break found;
             }
             let since = Instant::now();
-            tokio::time::sleep(pause).await;
+            tokio::time::sleep(back_off).await;
             left.spend(since);
         };
         let record = UrlRecord {
@@ -226,11 +237,14 @@ impl Fetcher {
                 self.heed_robots(&url).await?;
             }
             // Held until the image is decoded: images in memory are no more than requests.
-            let _turn = self.turn(&url).await;
+            let _turn = self.turn(&url).await?;
             let limit = self.manners.timeout.min(left.0);
             let since = Instant::now();
             let answer = tokio::time::timeout(limit, self.answer(&url)).await;
             left.spend(since);
+            if let Ok(answer) = &answer {
+                self.heed_pause(&url, answer);
+            }
             let next = match answer {
                 Err(_) => return Err(told(Failure::timeout(limit))),
                 Ok(Err(failure)) => return Err(failure),
@@ -248,16 +262,42 @@ impl Fetcher {
         unreachable!("redirects end")
     }
 
-    /// Waits for the right to make a request. The host's turn comes first, so that nobody holds a general one while waiting for a busy host.
-    async fn turn(&self, url: &Url) -> Turn {
-        let host = url.host_str().unwrap_or_default().to_owned();
-        let semaphore = {
-            let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-            Arc::clone(hosts.entry(host).or_insert_with(|| Arc::new(Semaphore::new(self.manners.per_host))))
-        };
+    /// Waits for the right to make a request. The host's turn comes first, so that nobody holds a general one while waiting for a busy host, or
+    /// for one that asked for a pause. Fails where a host does nothing but ask for pauses.
+    async fn turn(&self, url: &Url) -> Result<Turn, Failure> {
         let acquired = "BUG: these semaphores are never closed";
-        let host = semaphore.acquire_owned().await.expect(acquired);
-        Turn { _host: host, _request: Arc::clone(&self.requests).acquire_owned().await.expect(acquired) }
+        let host = self.at_host(url, |host| Arc::clone(&host.requests)).acquire_owned().await.expect(acquired);
+        loop {
+            let (not_before, n_pauses) = self.at_host(url, |host| (host.not_before, host.n_pauses));
+            if n_pauses > MAX_PAUSES {
+                return Err(Failure::new(State::ServerError, format!("the host asked for a pause {n_pauses} times in a row")));
+            }
+            match not_before.filter(|until| *until > Instant::now()) {
+                Some(until) => tokio::time::sleep_until(until.into()).await,
+                None => break,
+            }
+        }
+        Ok(Turn { _host: host, _request: Arc::clone(&self.requests).acquire_owned().await.expect(acquired) })
+    }
+
+    fn at_host<T>(&self, url: &Url, look: impl FnOnce(&mut Host) -> T) -> T {
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = || Host { requests: Arc::new(Semaphore::new(self.manners.per_host)), not_before: None, n_pauses: 0 };
+        look(hosts.entry(url.host_str().unwrap_or_default().to_owned()).or_insert_with(new))
+    }
+
+    /// Heeds what an answer says of when to come again.
+    fn heed_pause(&self, url: &Url, answer: &Result<Answer, Failure>) {
+        match answer {
+            Ok(Answer::Image(_)) => self.at_host(url, |host| host.n_pauses = 0),
+            Err(Failure { retry_after: Some(asked), .. }) => self.at_host(url, |host| {
+                let now = Instant::now();
+                // Answers that were under way together ask for one pause.
+                host.n_pauses += u32::from(host.not_before.is_none_or(|until| until <= now));
+                host.not_before = Some(now + (*asked).min(MAX_RETRY_AFTER)).max(host.not_before);
+            }),
+            _ => {}
+        }
     }
 
     /// The answer to one request, to its last byte.
@@ -359,7 +399,7 @@ impl Fetcher {
     async fn robots(&self, mut url: Url) -> Result<Rules, String> {
         for _ in 0..=ROBOTS_REDIRECTS {
             self.resolver.check(&url).await.map_err(|refusal| refusal.to_string())?;
-            let _turn = self.turn(&url).await;
+            let _turn = self.turn(&url).await.map_err(|failure| failure.reason)?;
             let limit = self.manners.timeout;
             let text = async {
                 let mut response = self.client.get(url.clone()).send().await.map_err(|error| transport(&error).reason)?;
