@@ -432,7 +432,6 @@ fn published_pipelines_run_on_the_published_layout() {
         "base.training.min_size=[96, 96]",
         "detector.training.max_size=[160, 160]",
         "detector.training.min_size=[96, 96]",
-        "detector.web.min_size=[[64, 64], [64, 96]]",
     ];
     let run = dry_run("promptdet-ov-lvis", &of_promptdet);
     let made =
