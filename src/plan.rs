@@ -248,6 +248,20 @@ pub(crate) enum Outlook {
     },
 }
 
+impl Outlook {
+    pub(crate) fn of(seen: Seen) -> Self {
+        match seen {
+            Seen::Stored(artifact) if artifact.is_dropped => Self::Dropped,
+            Seen::Stored(_) => Self::Reused,
+            Seen::Runs(work) => {
+                let Work { units, missing, reasons, .. } = *work;
+                Self::Run { units_done: units.len() - missing.len(), units_total: units.len(), reasons }
+            }
+            Seen::Waits { steps, reasons } => Self::DependsOn { steps, reasons },
+        }
+    }
+}
+
 /// The state of one step, found without running anything.
 pub(crate) enum Seen {
     Stored(Box<Artifact>),
@@ -297,18 +311,4 @@ pub(crate) fn look(pipeline: &Pipeline, wanted: &[usize], store: &Store, ledger:
         }
         return Ok(seen);
     }
-}
-
-/// What a run would do with each step.
-pub(crate) fn outlook(pipeline: &Pipeline, wanted: &[usize], store: &Store, ledger: Option<&Ledger>) -> Result<Vec<(usize, Outlook)>> {
-    let outlook = |seen| match seen {
-        Seen::Stored(artifact) if artifact.is_dropped => Outlook::Dropped,
-        Seen::Stored(_) => Outlook::Reused,
-        Seen::Runs(work) => {
-            let Work { units, missing, reasons, .. } = *work;
-            Outlook::Run { units_done: units.len() - missing.len(), units_total: units.len(), reasons }
-        }
-        Seen::Waits { steps, reasons } => Outlook::DependsOn { steps, reasons },
-    };
-    Ok(look(pipeline, wanted, store, ledger)?.into_iter().map(|(place, seen)| (place, outlook(seen))).collect())
 }

@@ -4,6 +4,8 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     process::Stdio,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
 };
 
 use ovenbird_cache::{Store, UnitKey, inputs};
@@ -406,7 +408,55 @@ fn a_machine_without_a_network_fails_and_records_nothing() {
     let failed = world.run(["run", "./web.yaml"]);
     assert!(failed.code == 4 && failed.stderr.contains("none of 40 URLs of 6 hosts was reached"), "{}", failed.stderr);
     assert!(failed.stderr.contains("compute nodes often have none"), "{}", failed.stderr);
-    assert!(recorded(&world).len() <= 20, "{:?}", recorded(&world));
+    assert!(recorded(&world).is_empty(), "{:?}", recorded(&world));
+
+    // A single host, and fewer links.
+    let dead = || (0..12).map(|number| link(format!("http://127.0.0.2:1/{number}.jpg")));
+    write_links(&world, vec![("owl", dead().collect())]);
+    let failed = world.run(["run", "./web.yaml"]);
+    assert!(failed.code == 4 && failed.stderr.contains("none of 12 URLs of 1 hosts was reached"), "{}", failed.stderr);
+    assert!(recorded(&world).is_empty(), "{:?}", recorded(&world));
+
+    // Where others have answered, now or before, links are dead: they are told, and asked for again by `retry`, which finds them dead again.
+    let web = web(|_| None);
+    let known: Vec<Link> = (0..5).map(|number| link(web.url(&format!("/{number}.jpg")))).collect();
+    let allowed = format!("[127.0.0.1, {}]", hosts.join(", "));
+    world.write("web.yaml", pipeline("per_class: 60, attempts: 1").replace("[127.0.0.1]", &allowed));
+    write_links(&world, vec![("owl", known.clone())]);
+    world.run(["run", "./web.yaml"]).success();
+    let asked = web.counts();
+    write_links(&world, vec![("owl", known.into_iter().chain(dead()).collect())]);
+    let run = world.run(["run", "./web.yaml"]).success();
+    assert!(run.stderr.contains("12 failures may pass: `ovenbird retry PIPELINE --failed` asks again"), "{}", run.stderr);
+    let again = world.run(["retry", "./web.yaml", "--failed"]).success();
+    assert!(again.stderr.contains("5 downloaded, 12 robots-unreachable"), "{}", again.stderr);
+    assert_eq!(web.counts(), asked);
+}
+
+/// A host that asks for a pause gets one, from all its URLs.
+#[test]
+fn a_pause_that_a_host_asks_for_holds_for_all_its_urls() {
+    let answered: Arc<Mutex<Vec<(Instant, bool)>>> = Arc::default();
+    let noted = Arc::clone(&answered);
+    let web = web(move |request| {
+        let is_picture = request.path.ends_with(".jpg");
+        let is_busy = is_picture && request.n_before == 0;
+        if is_picture {
+            noted.lock().unwrap().push((Instant::now(), is_busy));
+        }
+        is_busy.then(|| Answer::status(429).with("Retry-After", "1"))
+    });
+    let world = World::new();
+    write_links(&world, vec![("owl", (0..3).map(|number| link(web.url(&format!("/{number}.jpg")))).collect())]);
+    world.write("web.yaml", pipeline("per_class: 3, attempts: 2, per_host: 1"));
+    world.run(["run", "./web.yaml"]).success();
+    assert_eq!(states(&rows(&world)), [(0, "downloaded"), (1, "downloaded"), (2, "downloaded")]);
+    let answered = answered.lock().unwrap();
+    assert_eq!(answered.len(), 6);
+    for pair in answered.windows(2).filter(|pair| pair[0].1) {
+        let waited = pair[1].0 - pair[0].0;
+        assert!(waited >= Duration::from_millis(950), "{waited:?} after a request to wait for a second");
+    }
 }
 
 /// The URLs of which the home has a record.

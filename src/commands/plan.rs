@@ -1,6 +1,6 @@
 //! `ovenbird plan`: what a run would do, step by step.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use ovenbird_cache::{Ledger, Store};
 use ovenbird_stages::{
@@ -39,7 +39,9 @@ pub(crate) fn plan(home: &Path, Args { wanted, json }: &Args) -> Result<()> {
     let store = Store::open(home)?;
     // `plan` does not create a home.
     let ledger = home.exists().then(|| Ledger::of(&store));
-    let outlooks = plan::outlook(&pipeline, &wanted, &store, ledger.as_ref())?;
+    let seen = plan::look(&pipeline, &wanted, &store, ledger.as_ref())?;
+    let web_images = web_images(&pipeline, &seen)?;
+    let outlooks: Vec<(usize, Outlook)> = seen.into_iter().map(|(place, seen)| (place, Outlook::of(seen))).collect();
     if *json {
         let steps: Vec<_> = outlooks
             .iter()
@@ -53,32 +55,25 @@ pub(crate) fn plan(home: &Path, Args { wanted, json }: &Args) -> Result<()> {
     let (reused, run) =
         (n_of(|outlook| matches!(outlook, Outlook::Reused | Outlook::Dropped)), n_of(|outlook| matches!(outlook, Outlook::Run { .. })));
     text.push_str(&summary(reused, run, outlooks.len() - reused - run));
-    text.push_str(&web_images(&pipeline, &outlooks, &store, ledger.as_ref())?);
+    text.push_str(&web_images);
     Ok(print(&text)?)
 }
 
 /// What became of links to images of the web, by step; the classes with fewer images than wanted are named.
-fn web_images(pipeline: &Pipeline, outlooks: &[(usize, Outlook)], store: &Store, ledger: Option<&Ledger>) -> Result<String> {
-    let has_table = |place: &usize| pipeline.steps[*place].entry.outputs.iter().any(|port| port.kind == WebTable::KIND);
-    let are_there = outlooks.iter().filter(|(_, outlook)| matches!(outlook, Outlook::Reused)).map(|(place, _)| *place);
-    let places: Vec<usize> = are_there.filter(has_table).collect();
-    if places.is_empty() {
-        return Ok(String::new());
-    }
-    let mut seen = plan::look(pipeline, &pipeline.needed(&places), store, ledger)?;
+fn web_images(pipeline: &Pipeline, seen: &BTreeMap<usize, Seen>) -> Result<String> {
     let mut text = String::new();
-    for place in places {
-        let Some(Seen::Stored(artifact)) = seen.remove(&place).filter(|seen| !matches!(seen, Seen::Stored(stored) if stored.is_dropped))
-        else {
+    for (place, seen) in seen {
+        let has_table = pipeline.steps[*place].entry.outputs.iter().any(|port| port.kind == WebTable::KIND);
+        let Seen::Stored(artifact) = seen else { continue };
+        if !has_table || artifact.is_dropped {
             continue;
-        };
-        let WebTable { mut classes } = WebTable::open(&artifact.port("table"))?;
-        let sum = |number: fn(&WebCounts) -> usize| classes.iter().map(number).sum::<usize>();
-        let [wanted, retrieved, downloaded, used] =
-            [sum(|counts| counts.wanted), sum(|counts| counts.retrieved), sum(|counts| counts.downloaded), sum(|counts| counts.used)];
+        }
+        let table = WebTable::open(&artifact.port("table"))?;
+        let WebCounts { wanted, retrieved, downloaded, used, .. } = table.total();
+        let mut classes = table.classes;
         text.push_str(&format!(
             "{}: images of the web: {wanted} wanted, {retrieved} links, {downloaded} downloaded, {used} used\n",
-            pipeline.steps[place].id,
+            pipeline.steps[*place].id,
         ));
         classes.retain(|counts| counts.used < counts.wanted);
         classes.sort_by_key(|counts| counts.used);

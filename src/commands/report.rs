@@ -1,5 +1,6 @@
 //! `ovenbird report`: one self-contained HTML file about a run, which needs neither network nor scripts; or its numbers as JSON.
 
+mod contact;
 mod gallery;
 mod html;
 mod origins;

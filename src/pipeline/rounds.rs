@@ -69,35 +69,25 @@ impl Reader {
 
     /// The steps with inputs of the rounds that they mean, without those steps that a round has not.
     pub(super) fn unrolled(&mut self, mut drafts: Vec<Draft>) -> Vec<Draft> {
-        let of_id = |id: &str, drafts: &[Draft]| {
-            let is_of = |draft: &&Draft| draft.round.is_some_and(|round| round.id(id) == draft.id);
-            drafts.iter().find(is_of).and_then(|draft| draft.round).map(|round| round.of)
+        let of_draft = |draft: &Draft| {
+            let round = draft.round?;
+            Some((draft.id.strip_suffix(&round.id(""))?.to_owned(), round.of))
         };
-        let rounds: BTreeMap<String, u64> = drafts
-            .iter()
-            .flat_map(|draft| draft.inputs.values())
-            .filter_map(|given| {
-                let id = given.value.strip_prefix(PREVIOUS).unwrap_or(&given.value).split_once('.')?.0;
-                Some((id.to_owned(), of_id(id, &drafts)?))
-            })
-            .collect();
+        let rounds: BTreeMap<String, u64> = drafts.iter().filter_map(of_draft).collect();
         // Inputs whose round was found here: what else is not there was written so.
         let mut found: BTreeSet<(String, String)> = BTreeSet::new();
         for draft in &mut drafts {
             for (port, given) in &mut draft.inputs {
-                let place = (draft.id.clone(), port.clone());
                 match meant(&given.value, draft.round, &rounds) {
-                    Ok(Meant::Written) => {}
-                    Ok(Meant::Of(value)) => {
-                        given.value = value;
-                        found.insert(place);
+                    Ok(Meant::Written) => continue,
+                    Ok(Meant::Of(value)) => given.value = value,
+                    Ok(Meant::Nothing) => given.value = String::new(),
+                    Err(problem) => {
+                        self.push(given.path.clone(), problem);
+                        continue;
                     }
-                    Ok(Meant::Nothing) => {
-                        given.value = String::new();
-                        found.insert(place);
-                    }
-                    Err(problem) => self.push(given.path.clone(), problem),
                 }
+                found.insert((draft.id.clone(), port.clone()));
             }
         }
         // A step that is not there takes those with it that need it.

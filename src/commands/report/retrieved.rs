@@ -7,9 +7,8 @@ use std::{
 
 use ovenbird_cache::Artifact;
 use ovenbird_data::{
-    annotations::{Annotations, ImageId, ImageInfo},
+    annotations::{Annotations, ImageId},
     boxes::Xyxy,
-    images::{Image, Preprocess, SquareResize},
 };
 use ovenbird_stages::{
     Artifact as _,
@@ -18,10 +17,10 @@ use ovenbird_stages::{
 };
 
 use super::{
+    contact::{self, PER_CLASS, PER_REPORT, SIDE},
     gallery,
     html::{escape, put},
     origins::Origins,
-    picture::base64,
 };
 use crate::{
     error::{Error, Result},
@@ -30,12 +29,6 @@ use crate::{
     run_state::StepState,
 };
 
-/// The most boxes of a class that are shown.
-const PER_CLASS: usize = 20;
-/// The most boxes of a report that are shown: with more classes or steps, fewer of each.
-const PER_REPORT: usize = 1000;
-/// The side of a shown box with its surroundings, px.
-const SIDE: u32 = 96;
 /// How many times its longer side the surroundings of a box are wide.
 const SURROUNDINGS: f32 = 1.3;
 /// A box is right if it overlaps an object of its class at least so much.
@@ -161,19 +154,11 @@ fn shown(hit: &RegionHit, labels: &Annotations, images: Option<&Result<Images, S
     let words = format!("{file_name}, image {image_id}: cosine {cosine:.3}, objectness {objectness:.2}");
     let rectangle = [x, y, x + side, y + side].map(|corner| corner as i64);
     let jpeg = match (info, images) {
-        (Some(info), Some(Ok(images))) => cut(images, info, rectangle).map_err(|error| error.message()),
+        (Some(info), Some(Ok(images))) => contact::cut(images, info, rectangle).map_err(|error| error.message()),
         (_, Some(Err(problem))) => Err(problem.clone()),
         _ => Err("no step of the run reads its image".into()),
     };
     Shown { jpeg, inner, is_right, cosine: *cosine, words }
-}
-
-/// A square part of an image, black where it leaves the image.
-fn cut(images: &Images, info: &ImageInfo, rectangle: [i64; 4]) -> Result<Vec<u8>> {
-    let file = images.file(&info.file_name)?;
-    let image = Image::decode_sized(&file.read()?, &file.path, [info.width, info.height]).map_err(ovenbird_stages::Error::from)?;
-    let preprocess = Preprocess { side_px: SIDE, resize: SquareResize::Squash, mean: [0.0; 3], std: [1.0; 3] };
-    Ok(preprocess.square_of(&image, rectangle).to_jpeg(80))
 }
 
 impl Retrieved {
@@ -243,11 +228,7 @@ impl Shown {
             Some(false) => (" ✗", "found"),
             None => ("", "found novel"),
         };
-        put!(out, "<figure><svg viewBox=\"0 0 {SIDE} {SIDE}\" role=\"img\" aria-label=\"{0}\"><title>{0}</title>", escape(words));
-        match jpeg {
-            Ok(jpeg) => put!(out, "<image width=\"{SIDE}\" height=\"{SIDE}\" href=\"data:image/jpeg;base64,{}\"/>", base64(jpeg)),
-            Err(_) => put!(out, "<rect class=\"nothing\" width=\"{SIDE}\" height=\"{SIDE}\"/>"),
-        }
+        contact::begin_figure(out, jpeg, words);
         let Xyxy { x1, y1, .. } = inner;
         put!(out, "<rect class=\"{class}\" x=\"{x1:.1}\" y=\"{y1:.1}\" width=\"{:.1}\" height=\"{:.1}\"/>", inner.width(), inner.height());
         put!(out, "</svg><figcaption>{cosine:.3}{mark}</figcaption></figure>");

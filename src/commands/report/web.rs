@@ -1,15 +1,9 @@
 //! What became of the images of the web that a run looked for: for each class a row of numbers and a contact sheet of those that are used.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt::Write as _,
-};
+use std::{collections::BTreeMap, fmt::Write as _};
 
 use ovenbird_cache::Artifact;
-use ovenbird_data::{
-    annotations::ImageInfo,
-    images::{Image, Preprocess, SquareResize},
-};
+use ovenbird_data::annotations::ImageInfo;
 use ovenbird_stages::{
     Artifact as _,
     artifacts::{AnnotationFile, Images, WebCounts, WebTable},
@@ -17,19 +11,12 @@ use ovenbird_stages::{
 };
 
 use super::{
+    contact::{self, PER_CLASS, PER_REPORT},
     gallery,
     html::{escape, put},
     origins::Origins,
-    picture::base64,
 };
 use crate::{error::Result, pipeline::step_id::StepId, run_state::StepState};
-
-/// The most images of a class that are shown.
-const PER_CLASS: usize = 20;
-/// The most images of a report that are shown: with more classes or steps, fewer of each.
-const PER_REPORT: usize = 1000;
-/// The side of a shown image, px.
-const SIDE: u32 = 96;
 
 /// Images of the web that a step labelled.
 pub(super) struct WebImages {
@@ -43,7 +30,7 @@ pub(super) struct WebImages {
 /// One image.
 struct Shown {
     file_name: String,
-    /// A JPEG of [`SIDE`] px, or why there is none.
+    /// A JPEG of [`contact::SIDE`] px, or why there is none.
     jpeg: Result<Vec<u8>, String>,
 }
 
@@ -81,7 +68,7 @@ fn of_step(step: &StepId, artifact: &Artifact, n_pictures: usize, origins: &Orig
     }
     let picture = |info: &&ImageInfo| {
         let jpeg = match &images {
-            Some(Ok(images)) => shown(images, info).map_err(|error| error.message()),
+            Some(Ok(images)) => whole(images, info).map_err(|error| error.message()),
             Some(Err(problem)) => Err(problem.clone()),
             None => Err("no step of the run reads its image".into()),
         };
@@ -95,14 +82,11 @@ fn of_step(step: &StepId, artifact: &Artifact, n_pictures: usize, origins: &Orig
     Ok(WebImages { step: step.clone(), table, notes, sheets })
 }
 
-/// A whole image, squeezed into a square of black.
-fn shown(images: &Images, info: &ImageInfo) -> Result<Vec<u8>> {
-    let file = images.file(&info.file_name)?;
-    let image = Image::decode_sized(&file.read()?, &file.path, [info.width, info.height]).map_err(ovenbird_stages::Error::from)?;
+/// A whole image in the middle of a black square.
+fn whole(images: &Images, info: &ImageInfo) -> Result<Vec<u8>> {
     let side = i64::from(info.width.max(info.height));
     let [left, top] = [info.width, info.height].map(|length| (i64::from(length) - side) / 2);
-    let preprocess = Preprocess { side_px: SIDE, resize: SquareResize::Squash, mean: [0.0; 3], std: [1.0; 3] };
-    Ok(preprocess.square_of(&image, [left, top, left + side, top + side]).to_jpeg(80))
+    contact::cut(images, info, [left, top, left + side, top + side])
 }
 
 impl WebImages {
@@ -119,27 +103,16 @@ impl WebImages {
             put!(out, "<th class=\"number\">{header}</th>");
         }
         out.push_str("<th>links without an image</th></tr>");
-        let sum = |number: fn(&WebCounts) -> usize| self.table.classes.iter().map(number).sum::<usize>();
-        let numbers = |counts: &WebCounts| [counts.wanted, counts.retrieved, counts.downloaded, counts.used];
-        for counts in &self.table.classes {
-            row(out, &counts.class, numbers(counts), &counts.reasons);
+        for counts in self.table.classes.iter().chain([&self.table.total()]) {
+            row(out, counts);
         }
-        let words: BTreeSet<&String> = self.table.classes.iter().flat_map(|counts| counts.reasons.keys()).collect();
-        let of_word = |word: &String| self.table.classes.iter().filter_map(|counts| counts.reasons.get(word)).sum();
-        let reasons = words.into_iter().map(|word| (word.clone(), of_word(word))).collect();
-        let all = [sum(|counts| counts.wanted), sum(|counts| counts.retrieved), sum(|counts| counts.downloaded), sum(|counts| counts.used)];
-        row(out, "all", all, &reasons);
         out.push_str("</table></div>");
         for (class, pictures) in &self.sheets {
             put!(out, "<details><summary>{} <span class=\"quiet\">the best {}</span></summary>", escape(class), pictures.len());
             out.push_str("<div class=\"contact gallery\">");
-            for Shown { file_name: name, jpeg } in pictures {
-                let words = escape(&jpeg.as_ref().err().map_or_else(|| name.clone(), |problem| format!("{name}: {problem}")));
-                put!(out, "<figure><svg viewBox=\"0 0 {SIDE} {SIDE}\" role=\"img\" aria-label=\"{words}\"><title>{words}</title>");
-                match jpeg {
-                    Ok(jpeg) => put!(out, "<image width=\"{SIDE}\" height=\"{SIDE}\" href=\"data:image/jpeg;base64,{}\"/>", base64(jpeg)),
-                    Err(_) => put!(out, "<rect class=\"nothing\" width=\"{SIDE}\" height=\"{SIDE}\"/>"),
-                }
+            for Shown { file_name, jpeg } in pictures {
+                let words = jpeg.as_ref().err().map_or_else(|| file_name.clone(), |problem| format!("{file_name}: {problem}"));
+                contact::begin_figure(out, jpeg, &words);
                 out.push_str("</svg></figure>");
             }
             out.push_str("</div></details>");
@@ -148,9 +121,9 @@ impl WebImages {
     }
 }
 
-fn row(out: &mut String, class: &str, numbers: [usize; 4], reasons: &BTreeMap<String, usize>) {
+fn row(out: &mut String, WebCounts { class, wanted, retrieved, downloaded, used, reasons }: &WebCounts) {
     put!(out, "<tr><td>{}</td>", escape(class));
-    for number in numbers {
+    for number in [wanted, retrieved, downloaded, used] {
         put!(out, "<td class=\"number\">{number}</td>");
     }
     let reasons: Vec<String> = reasons.iter().map(|(word, n)| format!("{n} {word}")).collect();

@@ -168,12 +168,13 @@ impl Stage for Web {
         let plain = "BUG: names and numbers are plain JSON";
         draft.write(LABELS, "annotations.json", &serde_json::to_vec(&labelled).expect(plain))?;
         draft.write(TABLE, "table.json", &serde_json::to_vec_pretty(&table).expect(plain))?;
+        let total = table.total();
         let sums = [
             ("images", n_images),
             ("labels", n_labels),
-            ("wanted", table.classes.iter().map(|counts| counts.wanted).sum()),
-            ("retrieved", table.classes.iter().map(|counts| counts.retrieved).sum()),
-            ("downloaded", table.classes.iter().map(|counts| counts.downloaded).sum()),
+            ("wanted", total.wanted),
+            ("retrieved", total.retrieved),
+            ("downloaded", total.downloaded),
             ("classes_without_images", table.classes.iter().filter(|counts| counts.used == 0).count()),
         ];
         cx.commit(draft, sums.map(|(name, n)| (name.to_owned(), n.into())).into())

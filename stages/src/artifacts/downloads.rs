@@ -337,6 +337,23 @@ pub struct WebCounts {
     pub reasons: BTreeMap<String, usize>,
 }
 
+impl WebTable {
+    /// The numbers of all classes together.
+    pub fn total(&self) -> WebCounts {
+        let mut total = WebCounts { class: "all".into(), ..WebCounts::default() };
+        for WebCounts { class: _, wanted, retrieved, downloaded, used, reasons } in &self.classes {
+            total.wanted += wanted;
+            total.retrieved += retrieved;
+            total.downloaded += downloaded;
+            total.used += used;
+            for (state, n) in reasons {
+                *total.reasons.entry(state.clone()).or_default() += n;
+            }
+        }
+        total
+    }
+}
+
 impl Artifact for WebTable {
     const KIND: &'static str = "web-table";
     const EXTENSIONS: &'static [&'static str] = &["json"];

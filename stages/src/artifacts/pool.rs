@@ -215,6 +215,7 @@ enum Numbers {
 
 /// The embeddings of a shard, read in place.
 pub(crate) struct Embedded<'a> {
+    file: &'a InputFile,
     checked: Checked<'a>,
     numbers: Numbers,
     shape: MatrixShape,
@@ -225,29 +226,21 @@ impl<'a> Embedded<'a> {
     pub(crate) fn open(file: &'a InputFile, array: Option<&str>) -> Result<Self> {
         let checked = file.check()?;
         let opened = File::open(&file.path).map_err(|source| read_error(file, source))?;
-        if extension(file) == "npz" {
-            let (numbers, header) = member(file, opened, array)?;
-            return Self::of(checked, file, numbers, &header);
-        }
-        let header = NpyHeader::of(&file.begin(MAX_NPY_HEADER)?).map_err(|problem| malformed(&file.path, problem))?;
-        Self::of(checked, file, Numbers::There(opened, header.bytes), &header)
-    }
-
-    fn of(checked: Checked<'a>, file: &InputFile, numbers: Numbers, header: &NpyHeader) -> Result<Self> {
-        let Some(shape) = header.shape().filter(|shape| shape.dim > 0) else {
-            return Err(malformed(&file.path, format!("expected a matrix [N, D] of f16 or f32, row after row, found {}", header.text)));
-        };
-        let found = match &numbers {
-            Numbers::There(..) if extension(file) == "npz" => None,
-            Numbers::There(_, start) => Some(file.bytes.saturating_sub(*start)),
-            Numbers::Here(bytes) => Some(bytes.len() as u64),
-        };
-        let expected = shape.bytes();
-        match found {
-            Some(found) if found != expected => {
-                Err(malformed(&file.path, format!("expected {expected} bytes after the header ({}), found {found}", header.text)))
+        let (numbers, header) = match extension(file).as_str() {
+            "npz" => member(file, opened, array)?,
+            _ => {
+                let header = NpyHeader::of(&file.begin(MAX_NPY_HEADER)?).map_err(|problem| malformed(&file.path, problem))?;
+                let found = file.bytes.saturating_sub(header.bytes);
+                if let Some(expected) = header.shape().map(MatrixShape::bytes).filter(|expected| *expected != found) {
+                    let problem = format!("expected {expected} bytes after the header ({}), found {found}", header.text);
+                    return Err(malformed(&file.path, problem));
+                }
+                (Numbers::There(opened, header.bytes), header)
             }
-            _ => Ok(Self { checked, numbers, shape }),
+        };
+        match header.shape().filter(|shape| shape.dim > 0) {
+            Some(shape) => Ok(Self { file, checked, numbers, shape }),
+            None => Err(malformed(&file.path, format!("expected a matrix [N, D] of f16 or f32, row after row, found {}", header.text))),
         }
     }
 
@@ -260,7 +253,7 @@ impl<'a> Embedded<'a> {
     }
 
     /// Some rows.
-    pub(crate) fn rows(&self, rows: Range<u64>, path: &Path) -> Result<Vectors> {
+    pub(crate) fn rows(&self, rows: Range<u64>) -> Result<Vectors> {
         let row_bytes = self.shape.dim as u64 * self.shape.dtype.bytes();
         let (from, n_bytes) = (rows.start * row_bytes, ((rows.end - rows.start) * row_bytes) as usize);
         let mut read = Vec::new();
@@ -268,8 +261,7 @@ impl<'a> Embedded<'a> {
             Numbers::Here(bytes) => &bytes[from as usize..][..n_bytes],
             Numbers::There(file, start) => {
                 read.resize(n_bytes, 0);
-                let failed = |source| ovenbird_cache::Error::Read { path: path.to_owned(), source };
-                file.read_exact_at(&mut read, start + from).map_err(failed)?;
+                file.read_exact_at(&mut read, start + from).map_err(|source| read_error(self.file, source))?;
                 &read
             }
         };
@@ -414,16 +406,9 @@ impl<'a> PoolRows<'a> {
             (first > from).then(|| (table, from.saturating_sub(before) as usize))
         });
         let of_table = move |(table, n_before): (&Table<'a>, usize)| {
-            let path = table.file.path.clone();
             let selection = (n_before > 0)
                 .then(|| RowSelection::from(vec![RowSelector::skip(n_before), RowSelector::select(table.n_rows as usize - n_before)]));
-            match table.read(&["url", "NSFW", "punsafe"], selection) {
-                Ok(batches) => Batches::Some(Box::new(batches.map(move |batch| {
-                    let batch = batch.map_err(|error| malformed(&path, error.to_string()))?;
-                    kinds(&batch, which).map_err(|problem| malformed(&path, problem))
-                }))),
-                Err(error) => Batches::None(Some(error)),
-            }
+            table.batches(&["url", "NSFW", "punsafe"], selection, move |batch| kinds(batch, which))
         };
         begun.flat_map(of_table)
     }
@@ -434,13 +419,10 @@ impl<'a> PoolRows<'a> {
         for table in &self.tables {
             let of_table: Vec<u64> = rows.range(first..first + table.n_rows).copied().collect();
             if !of_table.is_empty() {
-                let path = &table.file.path;
                 let selection = selection(of_table.iter().map(|row| (row - first) as usize));
                 let mut read = of_table.into_iter();
-                for batch in table.read(&["url", "caption", "md5"], Some(selection))? {
-                    let batch = batch.map_err(|error| malformed(path, error.to_string()))?;
-                    let found = texts(&batch).map_err(|problem| malformed(path, problem))?;
-                    links.extend((&mut read).zip(found));
+                for found in table.batches(&["url", "caption", "md5"], Some(selection), texts) {
+                    links.extend((&mut read).zip(found?));
                 }
             }
             first += table.n_rows;
@@ -450,40 +432,18 @@ impl<'a> PoolRows<'a> {
 
     /// All rows of the tables, in order, with what each may be, a batch at a time.
     pub(crate) fn all(&self, which: Unsafe) -> impl Iterator<Item = Result<Vec<(Row, LinkText)>>> {
-        let of_table = move |table: &Table<'a>| {
-            let path = table.file.path.clone();
-            match table.read(&COLUMNS.map(|(name, _)| name), None) {
-                Ok(batches) => Batches::Some(Box::new(batches.map(move |batch| {
-                    let batch = batch.map_err(|error| malformed(&path, error.to_string()))?;
-                    let both = kinds(&batch, which).and_then(|kinds| Ok(kinds.into_iter().zip(texts(&batch)?).collect()));
-                    both.map_err(|problem| malformed(&path, problem))
-                }))),
-                Err(error) => Batches::None(Some(error)),
-            }
-        };
-        self.tables.iter().flat_map(of_table)
+        let both = move |batch: &RecordBatch| Ok(kinds(batch, which)?.into_iter().zip(texts(batch)?).collect());
+        self.tables.iter().flat_map(move |table| table.batches(&COLUMNS.map(|(name, _)| name), None, both))
+    }
+
+    /// The rows of one of the tables.
+    pub(crate) fn n_rows_of(&self, file: &InputFile) -> u64 {
+        self.tables.iter().filter(|table| table.file.path == file.path).map(|table| table.n_rows).sum()
     }
 
     /// Fails if a table changed since it was opened.
     pub(crate) fn still(&self) -> Result<()> {
         self.tables.iter().try_for_each(|table| Ok(table.checked.still()?))
-    }
-}
-
-/// The batches of a table, or why there are none.
-enum Batches<I> {
-    Some(Box<I>),
-    None(Option<Error>),
-}
-
-impl<T, I: Iterator<Item = Result<T>>> Iterator for Batches<I> {
-    type Item = Result<T>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        match self {
-            Self::Some(batches) => batches.next(),
-            Self::None(error) => error.take().map(Err),
-        }
     }
 }
 
@@ -499,13 +459,28 @@ impl Table<'_> {
         names.iter().find(is_there).copied()
     }
 
-    /// Some of the columns, those that are there, under the names of [`COLUMNS`].
-    fn read(
+    /// What is read of each batch of some columns, those that are there, under the names of [`COLUMNS`]. Where the table cannot be read, an error comes instead.
+    fn batches<T, F: Fn(&RecordBatch) -> Result<T, String>>(
         &self,
         columns: &[&'static str],
         selection: Option<RowSelection>,
-    ) -> Result<impl Iterator<Item = Result<RecordBatch, ParquetError>> + use<>> {
+        read: F,
+    ) -> impl Iterator<Item = Result<T>> + use<T, F> {
+        let path = self.file.path.clone();
         let there: Vec<(&'static str, &'static str)> = columns.iter().filter_map(|column| Some((*column, self.column(column)?))).collect();
+        let opened = self.reader(&there, selection);
+        let of_batch = move |batch: RecordBatch| -> Result<T> {
+            let columns = there.iter().filter_map(|(column, name)| Some((*column, Arc::clone(batch.column_by_name(name)?), true)));
+            let renamed = RecordBatch::try_from_iter_with_nullable(columns).map_err(|error| error.to_string());
+            renamed.and_then(|batch| read(&batch)).map_err(|problem| malformed(&path, problem))
+        };
+        let path = self.file.path.clone();
+        let (batches, unreadable) = opened.map_or_else(|error| (None, Some(Err(error))), |batches| (Some(batches), None));
+        let read = batches.into_iter().flatten().map(move |batch| of_batch(batch.map_err(|error| malformed(&path, error.to_string()))?));
+        read.chain(unreadable)
+    }
+
+    fn reader(&self, there: &[(&str, &str)], selection: Option<RowSelection>) -> Result<ParquetRecordBatchReader> {
         let builder = builder(self.file)?;
         let mask = ProjectionMask::columns(builder.parquet_schema(), there.iter().map(|(_, name)| *name));
         let builder = builder.with_batch_size(BATCH_ROWS).with_projection(mask);
@@ -513,12 +488,7 @@ impl Table<'_> {
             Some(selection) => builder.with_row_selection(selection),
             None => builder,
         };
-        let batches: ParquetRecordBatchReader = builder.build().map_err(|error| malformed(&self.file.path, error.to_string()))?;
-        let renamed = move |batch: RecordBatch| {
-            let columns = there.iter().filter_map(|(column, name)| Some((*column, Arc::clone(batch.column_by_name(name)?), true)));
-            RecordBatch::try_from_iter_with_nullable(columns).map_err(|error| ParquetError::General(error.to_string()))
-        };
-        Ok(batches.map(move |batch| renamed(batch?)))
+        builder.build().map_err(|error| malformed(&self.file.path, error.to_string()))
     }
 }
 

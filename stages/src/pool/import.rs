@@ -93,7 +93,7 @@ impl Import {
             }
             columns.push((column, dataset, dtype));
         }
-        let (Some(n_rows), true) = (length, columns.iter().any(|(column, ..)| *column == "url")) else {
+        let (Some(n_rows), Some(("url", urls, _))) = (length, columns.first()) else {
             return Err(malformed(path, format!("expected a column `url` in the group `dataset`, found {}", names.join(", "))));
         };
         if n_rows == 0 {
@@ -102,9 +102,7 @@ impl Import {
         let n_rows = most(n_rows, cx);
         let mut writer = MetadataWriter::new(create()?, &columns.iter().map(|(column, ..)| *column).collect::<Vec<_>>())?;
         // A library reads a chunk that it does not find as one that nobody wrote: empty texts.
-        let url_of =
-            |(_, dataset, _): &&(&str, Dataset, DType)| dataset.chunk_shape().ok().flatten().and_then(|shape| shape.first().copied());
-        let chunk_rows = columns.iter().find(|(column, ..)| *column == "url").as_ref().and_then(url_of).unwrap_or(n_rows).max(2);
+        let chunk_rows = urls.chunk_shape().map_err(damaged)?.and_then(|shape| shape.first().copied()).unwrap_or(n_rows).max(2);
         let (mut first, mut n_empty, mut n_without) = (0, 0, 0_u64);
         while first < n_rows {
             let n = BATCH_ROWS.min(n_rows - first);

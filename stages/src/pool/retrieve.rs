@@ -356,7 +356,7 @@ impl<'a> Retrieval<'a> {
                         (rows, bytes)
                     }))
                 },
-                |rows| Ok((embedded.rows(rows.clone(), &file.path)?, rows)),
+                |rows| Ok((embedded.rows(rows.clone())?, rows)),
                 |read: Result<(Vectors, Range<u64>)>, _| {
                     let (vectors, rows) = read?;
                     let Some(kinds) = kinds.take((rows.end - rows.start) as usize)? else {
@@ -371,7 +371,7 @@ impl<'a> Retrieval<'a> {
             )?;
             embedded.still()?;
             if let Some(table) = metadata.filter(|_| !is_dry) {
-                let (n_rows, n_described) = (self.searched.rows - first_of_shard, PoolRows::open([table])?.n_rows());
+                let (n_rows, n_described) = (self.searched.rows - first_of_shard, tables.n_rows_of(table));
                 if n_rows != n_described {
                     let problem = format!("`{}` has {n_rows} rows, `{}` has {n_described}", file.name, table.name);
                     return Err(misfit(problem, true));

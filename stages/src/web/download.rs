@@ -66,7 +66,7 @@ pub struct Download {
     pub per_host: usize,
     /// The longest that a request may take, in s.
     pub timeout_s: f64,
-    /// The longest that all attempts and redirects of a URL may take, pauses between them included, in s.
+    /// The longest that all attempts and redirects of a URL may take, in s, with the pauses between them, but without those that its host asks for.
     pub deadline_s: f64,
     /// How often a URL is tried where the failure may pass.
     pub attempts: u32,
@@ -365,7 +365,7 @@ impl Download {
             let (url, obtained) = ended.expect("BUG: a download does not panic");
             let Obtained { record, is_asked, was_damaged } = obtained?;
             n_damaged += usize::from(was_damaged);
-            if is_asked && let Err(error) = silent.listen(&record) {
+            if let Err(error) = silent.listen(&record, is_asked) {
                 under_way.shutdown().await;
                 shared.forget_asked()?;
                 return Err(error);
@@ -490,11 +490,12 @@ struct Silence {
 }
 
 impl Silence {
-    /// Fails where many hosts were asked and none answered: the fault is then this machine's, and not a property of the URLs.
-    fn listen(&mut self, record: &UrlRecord) -> Result<()> {
+    /// Fails where many hosts were asked and none answered: the fault is then this machine's, and not a property of the URLs. An answer of an earlier run
+    /// counts: what is asked for again may well be dead.
+    fn listen(&mut self, record: &UrlRecord, is_asked: bool) -> Result<()> {
         let is_silent = matches!(record.state, DownloadState::Unreachable | DownloadState::Timeout | DownloadState::RobotsUnreachable);
         if self.has_ended
-            || (is_silent && record.code.is_some())
+            || (is_silent && (record.code.is_some() || !is_asked))
             || matches!(record.state, DownloadState::BadUrl | DownloadState::PrivateAddress)
         {
             return Ok(());
