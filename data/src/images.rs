@@ -16,7 +16,10 @@ use image::{
 
 use jpeg_decoder::PixelFormat;
 
-use crate::{Error, Result, content, resize::bicubic};
+use crate::{
+    Error, Result, content,
+    resize::{Kernel, antialiased},
+};
 
 /// An image in memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -161,6 +164,13 @@ impl Image {
         self.resize_of([0, 0, i64::from(self.width), i64::from(self.height)], width, height)
     }
 
+    /// Resized as Pillow's antialiased bilinear filter does.
+    pub fn resize_bilinear(&self, width: u32, height: u32) -> Self {
+        let [from, to] = [[self.width, self.height], [width, height]].map(|size| size.map(|side| side as usize));
+        let all = [0, 0, i64::from(self.width), i64::from(self.height)];
+        Self { width, height, rgb: antialiased(Kernel::Bilinear, &self.rgb, from, all, to, [0, 0, to[0], to[1]]) }
+    }
+
     /// As [`Self::crop`] and then [`Self::resize`], without the memory of the crop.
     pub fn resize_of(&self, rectangle: [i64; 4], width: u32, height: u32) -> Self {
         self.resize_window(rectangle, [width, height], [0, 0, width, height])
@@ -169,7 +179,7 @@ impl Image {
     /// As [`Self::resize_of`] and then [`Self::crop`] to a window inside of it, without computing the pixels outside.
     fn resize_window(&self, rectangle: [i64; 4], to: [u32; 2], window: [u32; 4]) -> Self {
         let [from, to] = [[self.width, self.height], to].map(|size| size.map(|side| side as usize));
-        let rgb = bicubic(&self.rgb, from, rectangle, to, window.map(|edge| edge as usize));
+        let rgb = antialiased(Kernel::Bicubic, &self.rgb, from, rectangle, to, window.map(|edge| edge as usize));
         Self { width: window[2] - window[0], height: window[3] - window[1], rgb }
     }
 }

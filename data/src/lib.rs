@@ -9,6 +9,7 @@ pub mod boxes;
 pub mod classes;
 pub mod content;
 pub mod crops;
+pub mod cut;
 pub mod draw;
 mod error;
 pub mod evaluate;

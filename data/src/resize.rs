@@ -1,4 +1,5 @@
-//! Pillow's antialiased bicubic resize, to the last bit, which CLIP is shown; and OpenCV's bilinear one, which detectors are.
+//! Pillow's antialiased resizes, to the last bit, bicubic for what CLIP is shown and bilinear for CORA's detector; and OpenCV's bilinear one, which other
+//! detectors are shown.
 //!
 //! A `fast_image_resize` of the same kernel differs by one grey level where an image grows (16-bit coefficients); Pillow's
 //! arithmetic is this: coefficients in f64, normalised, rounded to 22 fractional bits; a horizontal pass over all rows, an
@@ -6,8 +7,32 @@
 
 /// Fractional bits of a coefficient: 32 bits, less 8 of the pixel and 2 of head room (Pillow, `Resample.c`).
 const PRECISION_BITS: u32 = 32 - 8 - 2;
-/// Reach of the bicubic kernel, in source pixels at scale 1.
-const SUPPORT: f64 = 2.0;
+
+/// How near source pixels count for a target pixel.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kernel {
+    /// Keys' cubic convolution with a = -0.5.
+    Bicubic,
+    /// A triangle.
+    Bilinear,
+}
+
+impl Kernel {
+    /// How far it reaches, in source pixels at scale 1.
+    fn support(self) -> f64 {
+        match self {
+            Self::Bicubic => 2.0,
+            Self::Bilinear => 1.0,
+        }
+    }
+
+    fn at(self, x: f64) -> f64 {
+        match self {
+            Self::Bicubic => cubic(x),
+            Self::Bilinear => (1.0 - x.abs()).max(0.0),
+        }
+    }
+}
 
 /// The source pixels of one target pixel, and their weights.
 struct Taps {
@@ -19,11 +44,18 @@ struct Taps {
 ///
 /// Only the window `[x1, y1, x2, y2]` of the result, `to` in width and height, is computed. Black adds nothing to a sum: pixels outside
 /// the image are never read, and take no memory.
-pub(crate) fn bicubic(rgb: &[u8], [width, height]: [usize; 2], rectangle: [i64; 4], to: [usize; 2], window: [usize; 4]) -> Vec<u8> {
+pub(crate) fn antialiased(
+    kernel: Kernel,
+    rgb: &[u8],
+    [width, height]: [usize; 2],
+    rectangle: [i64; 4],
+    to: [usize; 2],
+    window: [usize; 4],
+) -> Vec<u8> {
     let [x1, y1, x2, y2] = rectangle;
     assert!(x1 < x2 && y1 < y2 && rgb.len() == 3 * width * height, "BUG: an image without pixels");
-    let columns = within(&taps((x2 - x1) as usize, to[0])[window[0]..window[2]], x1, width);
-    let rows = within(&taps((y2 - y1) as usize, to[1])[window[1]..window[3]], y1, height);
+    let columns = within(&taps(kernel, (x2 - x1) as usize, to[0])[window[0]..window[2]], x1, width);
+    let rows = within(&taps(kernel, (y2 - y1) as usize, to[1])[window[1]..window[3]], y1, height);
     let to_width = columns.len();
     let (first_column, end_column) = reach(&columns);
     let (first_row, end_row) = reach(&rows);
@@ -72,19 +104,19 @@ fn within(taps: &[Taps], start: i64, length: usize) -> Vec<Taps> {
     taps.iter().map(inside).collect()
 }
 
-fn taps(from: usize, to: usize) -> Vec<Taps> {
+fn taps(kernel: Kernel, from: usize, to: usize) -> Vec<Taps> {
     if from == to {
         // Pillow leaves an axis alone that keeps its length.
         return (0..to).map(|first| Taps { first, weights: vec![1 << PRECISION_BITS] }).collect();
     }
     let scale = from as f64 / to as f64;
     let reduction = scale.max(1.0);
-    let reach = SUPPORT * reduction;
+    let reach = kernel.support() * reduction;
     let of_target = |target: usize| {
         let centre = (target as f64 + 0.5) * scale;
         let first = (centre - reach + 0.5).max(0.0) as usize;
         let last = ((centre + reach + 0.5) as usize).min(from);
-        let weights: Vec<f64> = (first..last).map(|source| cubic((source as f64 - centre + 0.5) / reduction)).collect();
+        let weights: Vec<f64> = (first..last).map(|source| kernel.at((source as f64 - centre + 0.5) / reduction)).collect();
         let sum: f64 = weights.iter().sum();
         let fixed = |weight: f64| (weight / sum * f64::from(1 << PRECISION_BITS)).round() as i32;
         Taps { first, weights: weights.into_iter().map(fixed).collect() }
@@ -92,7 +124,6 @@ fn taps(from: usize, to: usize) -> Vec<Taps> {
     (0..to).map(of_target).collect()
 }
 
-/// Keys' cubic convolution with a = -0.5.
 fn cubic(x: f64) -> f64 {
     const A: f64 = -0.5;
     let x = x.abs();

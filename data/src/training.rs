@@ -125,6 +125,16 @@ pub fn agreed(views: [&Placement; 2], boxes: [Xyxy; 2], logits: [f32; 2]) -> [Xy
     if logits[0] > logits[1] { [one, views[0].carried(&one, views[1])] } else { [views[1].carried(&other, views[0]), other] }
 }
 
+/// How images become larger and smaller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Filter {
+    /// OpenCV's bilinear one, as mmdet uses it.
+    #[default]
+    OpenCv,
+    /// Pillow's antialiased bilinear one, as torchvision's transforms use it.
+    Pillow,
+}
+
 /// How an image is shown to a network: resized, then mirrored or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Placement {
@@ -134,6 +144,8 @@ pub struct Placement {
     pub to: [u32; 2],
     /// Whether left is right.
     pub is_mirrored: bool,
+    /// How it is resized.
+    pub filter: Filter,
 }
 
 impl Placement {
@@ -142,7 +154,21 @@ impl Placement {
     pub fn fitting(from: [u32; 2], longer: u32, shorter: u32) -> Self {
         let [long, short] = [from[0].max(from[1]), from[0].min(from[1])].map(f64::from);
         let factor = (f64::from(longer) / long).min(f64::from(shorter) / short);
-        Self { from, to: from.map(|side| ((f64::from(side) * factor + 0.5) as u32).max(1)), is_mirrored: false }
+        Self { from, to: from.map(|side| ((f64::from(side) * factor + 0.5) as u32).max(1)), is_mirrored: false, filter: Filter::OpenCv }
+    }
+
+    /// The size of the image's shape whose shorter side is `shorter` px, or less, so that the longer one is at most `longer`, with Pillow's filter: the rule of
+    /// DETR. The longer side is truncated, and no side is below 1 px. (CORA, section 2.2.)
+    pub fn shorter(from: [u32; 2], longer: Option<u32>, shorter: u32) -> Self {
+        let [long, short] = [from[0].max(from[1]), from[0].min(from[1])].map(f64::from);
+        let shorter = match longer.map(f64::from) {
+            Some(longer) if long / short * f64::from(shorter) > longer => (longer * short / long).round_ties_even(),
+            _ => f64::from(shorter),
+        };
+        let side = |side: u32| if f64::from(side) > short { (shorter * f64::from(side) / short) as u32 } else { shorter as u32 };
+        let is_there = shorter.total_cmp(&short).is_eq();
+        let to = if is_there { from } else { from.map(|length| side(length).max(1)) };
+        Self { from, to, is_mirrored: false, filter: Filter::Pillow }
     }
 
     /// The same, mirrored.
@@ -180,9 +206,15 @@ impl Placement {
     /// The pixels of the training image, packed RGB.
     pub fn pixels(&self, image: &Image) -> Image {
         assert_eq!([image.width, image.height], self.from, "BUG: a view of another image");
-        let [from, to] = [self.from, self.to].map(|size| size.map(|side| side as usize));
-        let rgb = if from == to { image.rgb.clone() } else { bilinear(&image.rgb, from, to) };
-        let mut shown = Image { width: self.to[0], height: self.to[1], rgb };
+        let [width, height] = self.to;
+        let mut shown = match self.filter {
+            _ if self.from == self.to => image.clone(),
+            Filter::Pillow => image.resize_bilinear(width, height),
+            Filter::OpenCv => {
+                let [from, to] = [self.from, self.to].map(|size| size.map(|side| side as usize));
+                Image { width, height, rgb: bilinear(&image.rgb, from, to) }
+            }
+        };
         if self.is_mirrored {
             shown.mirror();
         }
@@ -257,7 +289,7 @@ mod tests {
         let cases: Vec<Case> = serde_json::from_str(include_str!("../../tests/golden/training/resize.json")).unwrap();
         let (mut n_apart, mut n_levels) = (0, 0);
         for Case { from, to, rgb } in cases {
-            let shown = Placement { from, to, is_mirrored: false }.pixels(&picture(from));
+            let shown = Placement { from, to, is_mirrored: false, filter: Filter::OpenCv }.pixels(&picture(from));
             assert_eq!((shown.width, shown.height, shown.rgb.len()), (to[0], to[1], rgb.len()));
             let apart: Vec<u8> = shown.rgb.iter().zip(&rgb).map(|(found, expected)| found.abs_diff(*expected)).collect();
             assert!(apart.iter().all(|levels| *levels <= 1), "{from:?} to {to:?}: {:?}", apart.iter().max());
@@ -280,7 +312,7 @@ mod tests {
 
     #[test]
     fn a_mirrored_picture_is_the_picture_mirrored() {
-        let plain = Placement { from: [4, 3], to: [4, 3], is_mirrored: false };
+        let plain = Placement { from: [4, 3], to: [4, 3], is_mirrored: false, filter: Filter::OpenCv };
         let image = picture([4, 3]);
         assert_eq!(plain.pixels(&image), image);
         let mirrored = plain.mirrored().pixels(&image);
@@ -305,7 +337,7 @@ mod tests {
         for MaskCase { from, to, mirrored, mask, pixels } in cases {
             let mask = Mask::from_pixels(&mask.iter().map(|pixel| *pixel != 0).collect::<Vec<_>>(), from).unwrap();
             let ShownMask { from: [left, top], size: [width, height], pixels: found } =
-                Placement { from, to, is_mirrored: mirrored }.show_mask(&mask);
+                Placement { from, to, is_mirrored: mirrored, filter: Filter::OpenCv }.show_mask(&mask);
             assert_eq!(found.len(), (width * height) as usize);
             let place = |place: usize| [left + place as u32 % width, top + place as u32 / width];
             let found: Vec<[u32; 2]> = (0..found.len()).filter(|at| found[*at] != 0).map(place).collect();
@@ -316,7 +348,13 @@ mod tests {
             assert!(width < to[0] && height < to[1]);
         }
         let nothing = Mask::from_pixels(&[false; 12], [4, 3]).unwrap();
-        assert!(Placement { from: [4, 3], to: [8, 6], is_mirrored: true }.show_mask(&nothing).pixels.iter().all(|pixel| *pixel == 0));
+        assert!(
+            Placement { from: [4, 3], to: [8, 6], is_mirrored: true, filter: Filter::OpenCv }
+                .show_mask(&nothing)
+                .pixels
+                .iter()
+                .all(|pixel| *pixel == 0)
+        );
     }
 
     #[test]
@@ -396,7 +434,7 @@ mod tests {
             }
             prop_assert_eq!(placement.mirrored().mirrored(), placement);
             // Mirrored, then scaled, is scaled, then mirrored.
-            let here = Placement { from: placement.from, to: placement.from, is_mirrored: true };
+            let here = Placement { from: placement.from, to: placement.from, is_mirrored: true, filter: Filter::OpenCv };
             prop_assert!(close(&placement.show(&here.show(&xyxy)), &placement.mirrored().show(&xyxy)));
             let mirrored = Xyxy { x1: 640.0 - (x + w), x2: 640.0 - x, ..xyxy };
             prop_assert!(close(&here.show(&xyxy), &mirrored));
@@ -431,7 +469,7 @@ mod tests {
         let mut n = 0;
         for (row, expected) in rows {
             let size = |at: usize| [row[at] as u32, row[at + 1] as u32];
-            let view = |at: usize| Placement { from: size(0), to: size(at), is_mirrored: row[at + 2] > 0.0 };
+            let view = |at: usize| Placement { from: size(0), to: size(at), is_mirrored: row[at + 2] > 0.0, filter: Filter::OpenCv };
             let corners = |at: usize| Xyxy::from([0, 1, 2, 3].map(|corner| row[at + corner] as f32));
             let found = agreed([&view(2), &view(5)], [corners(8), corners(12)], [row[16] as f32, row[17] as f32]);
             let found = found.map(|xyxy| [xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2]).concat();
@@ -441,7 +479,7 @@ mod tests {
             n += 1;
         }
         assert_eq!(n, 30);
-        let view = |side: u32, is_mirrored| Placement { from: [1024, 1024], to: [side, side], is_mirrored };
+        let view = |side: u32, is_mirrored| Placement { from: [1024, 1024], to: [side, side], is_mirrored, filter: Filter::OpenCv };
         let found = view(200, true).carried(&Xyxy::from([20.0, 30.0, 120.0, 150.0]), &view(600, false));
         let corners = [found.x1, found.y1, found.x2, found.y2];
         assert!(corners.iter().zip([240.0, 90.0, 540.0, 450.0]).all(|(found, expected)| (found - expected).abs() < 1e-3), "{corners:?}");

@@ -272,7 +272,7 @@ impl Predictor for CosinePredictor {
 
 #[cfg(test)]
 mod tests {
-    use ovenbird_data::training::Placement;
+    use ovenbird_data::training::{Filter, Placement};
     use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng as _};
 
     use super::{
@@ -301,7 +301,7 @@ mod tests {
     /// An image of the web of class 4 in two views of these sizes.
     fn web(sizes: [[u32; 2]; 2]) -> WebBatch {
         let view = |to: [u32; 2]| {
-            let placement = Placement { from: [96, 64], to, is_mirrored: false };
+            let placement = Placement { from: [96, 64], to, is_mirrored: false, filter: Filter::OpenCv };
             View { pixels: Pixels::of(&[placement.pixels(&picture(96, 64))], Normalisation::IMAGENET), placements: vec![placement] }
         };
         WebBatch { views: sizes.map(view), classes: vec![4], random: ChaCha8Rng::seed_from_u64(5) }

@@ -402,11 +402,13 @@ impl DataLoader for MixedLoader {
 
 #[cfg(test)]
 mod tests {
+    use ovenbird_data::training::Filter;
+
     use super::*;
     use crate::Artifact as _;
 
     fn view(side: u32, is_mirrored: bool) -> Placement {
-        Placement { from: [1024, 1024], to: [side, side], is_mirrored }
+        Placement { from: [1024, 1024], to: [side, side], is_mirrored, filter: Filter::OpenCv }
     }
 
     fn corners(xyxy: Option<Xyxy>) -> Option<[f32; 4]> {
