@@ -18,6 +18,7 @@ pub mod json;
 pub mod letterbox;
 pub mod masks;
 pub mod proposals;
+pub mod relabelled;
 mod resize;
 pub mod split;
 pub mod toy;

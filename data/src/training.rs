@@ -171,6 +171,14 @@ impl Placement {
         Self { from, to, is_mirrored: false, filter: Filter::Pillow }
     }
 
+    /// By the rule that goes with a filter: [`Self::fitting`] or [`Self::shorter`].
+    pub fn within(from: [u32; 2], [longer, shorter]: [u32; 2], filter: Filter) -> Self {
+        match filter {
+            Filter::OpenCv => Self::fitting(from, longer, shorter),
+            Filter::Pillow => Self::shorter(from, Some(longer), shorter),
+        }
+    }
+
     /// The same, mirrored.
     pub fn mirrored(self) -> Self {
         Self { is_mirrored: !self.is_mirrored, ..self }

@@ -2,5 +2,6 @@
 
 pub mod folder;
 pub mod pseudo_labels;
+pub mod relabel;
 pub mod split;
 pub mod web;

@@ -35,6 +35,9 @@
 //! | `phrases` | phrases with what they were made from, json | [`Phrases`] |
 //! | `concepts` | phrases with embeddings, safetensors | [`Concepts`] |
 //! | `published-concepts` | the same as RALF publishes them, a dict in a dict with one tensor | [`PublishedConcepts`] |
+//! | `region-prompt` | a position table of attention pooling, safetensors or `.pth` | [`RegionPromptFile`] |
+//! | `labels`, `label-changes` | classes that objects are given, by annotation id, json | [`LabelFiles`], [`Changes`] |
+//! | `relabelled` | what a relabelling did, json | [`Relabelled`] |
 //! | `results` | detections in the results format of COCO and LVIS, json | [`ResultsFile`] |
 
 mod archive;
@@ -47,10 +50,12 @@ mod features;
 mod hits;
 mod images;
 pub(crate) mod img2dataset;
+mod labels;
 mod links;
 mod matrix;
 mod pool;
 pub(crate) mod prompt_samples;
+mod region_prompt;
 mod rows;
 mod samples;
 mod tables;
@@ -89,6 +94,7 @@ pub use hits::{Hits, RegionHit, Searched};
 pub use images::Images;
 pub(crate) use images::listed;
 pub use img2dataset::Img2dataset;
+pub use labels::{Change, Changes, LabelFiles, Relabelled, RelabelledClass};
 pub use links::{Dropped, Link, Links, PoolSearched};
 pub(crate) use matrix::{MAX_NPY_HEADER, Matrix, MatrixShape, NpyHeader, narrowed, npy_header};
 pub use matrix::{MatrixDtype, MatrixFile};
@@ -98,6 +104,8 @@ pub(crate) use pool::{
 };
 pub use pool::{Pool, PoolMetadata, PublishedLinks};
 pub use prompt_samples::{EMBEDDINGS_FILE, PromptEmbeddings, PromptRow, PromptRows, PromptSamples, PromptSamplesWriter, ROWS_FILE};
+pub use region_prompt::RegionPromptFile;
+pub(crate) use region_prompt::TABLE;
 pub(crate) use rows::{ReusedRows, Row, RowKind, RowWriter};
 pub(crate) use samples::SamplesByImage;
 pub use samples::{RegionSample, RegionSamples, RegionSamplesWriter};

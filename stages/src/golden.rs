@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 #[path = "../../models/src/golden.rs"]
 mod shared;
 
-pub(crate) use shared::{detpro_ralf, error, lp_ovod, promptdet, unit, with_tower};
+pub(crate) use shared::{cora, detpro_ralf, error, lp_ovod, promptdet, unit, with_tower};
 
 /// The numbers of a tensor of any kind, row by row.
 pub(crate) fn numbers(tensor: &Tensor) -> Vec<f64> {

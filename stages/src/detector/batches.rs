@@ -5,6 +5,7 @@ use std::ops::Range;
 use ovenbird_data::{
     annotations::{Annotations, ImageId},
     boxes::Xyxy,
+    images::Image,
     masks::{Mask, check_outlines},
     training::{self, Object, Placement, Sample, ShownMask},
     warnings::of_boxes,
@@ -53,7 +54,7 @@ struct Source<R> {
 
 /// A use of random numbers.
 #[derive(Clone, Copy)]
-pub(super) enum Random {
+pub(crate) enum Random {
     /// How the images of a batch are resized and mirrored, by step and place in the step.
     Placements(u32, u32),
     /// Which anchors and regions of a batch are sampled.
@@ -214,12 +215,12 @@ impl DetectionLoader {
     }
 
     /// The batches of an epoch.
-    pub(super) fn n_batches(&self) -> usize {
+    pub(crate) fn n_batches(&self) -> usize {
         self.copies.len().div_ceil(self.training.batch_size)
     }
 
     /// How the detector is trained, with its length in steps.
-    pub(super) fn training(&self) -> &Training {
+    pub(crate) fn training(&self) -> &Training {
         &self.training
     }
 
@@ -228,8 +229,19 @@ impl DetectionLoader {
         TrainingConfig { first_step: self.first_step, ..self.training.config() }
     }
 
+    /// The image at a place, with its objects.
+    pub(crate) fn sample(&self, place: usize) -> &Sample {
+        &self.samples[place]
+    }
+
+    /// Decodes the image at a place.
+    pub(crate) fn decode(&self, place: usize) -> Result<Image> {
+        let info = &self.samples[place].info;
+        self.images.decode_sized(&info.file_name, [info.width, info.height])
+    }
+
     /// The random numbers of one use: no two uses share any.
-    pub(super) fn random(&self, of: Random) -> ChaCha8Rng {
+    pub(crate) fn random(&self, of: Random) -> ChaCha8Rng {
         let mut random = self.random.clone();
         let batch = |step: u32, piece: u32| u64::from(step) * u64::from(self.training.accumulation_steps) + u64::from(piece);
         random.set_stream(match of {
@@ -242,7 +254,7 @@ impl DetectionLoader {
     }
 
     /// The batches of an epoch: every image once, images of rare classes more often; wide and tall images are in separate batches.
-    pub(super) fn epoch(&self, epoch: u64) -> Vec<Vec<usize>> {
+    pub(crate) fn epoch(&self, epoch: u64) -> Vec<Vec<usize>> {
         let mut order = self.copies.clone();
         order.shuffle(&mut self.random(Random::Order(epoch)));
         let is_tall = |place: usize| self.samples[place].info.height > self.samples[place].info.width;
@@ -458,7 +470,6 @@ impl DetectionLoader {
 
 #[cfg(test)]
 mod tests {
-    use ovenbird_data::images::Image;
     use ovenbird_models::detection::roi_align::{Alignment, Level, RoiAlign, Sampling};
 
     use super::*;

@@ -1,5 +1,6 @@
 //! `detector/embed`: what a detector's box head makes of given boxes.
 
+use ovenbird_data::training::Filter;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
@@ -51,7 +52,7 @@ impl Stage for Embed {
             let shard = draft.create(REGIONS, "regions.arrow")?;
             let mut shard = RegionFeaturesWriter::new(shard, &draft.unit().fingerprint, self.dtype, dim, spec.clip)?;
             let mut n_regions = 0;
-            images.each(unit.items.clone(), spec.fits, Normalisation::IMAGENET, &draft, cx, |image| {
+            images.each(unit.items.clone(), (spec.fits, Filter::OpenCv), Normalisation::IMAGENET, &draft, cx, |image| {
                 let (proposals, mut embeddings) = (image.proposals(), vec![0.0_f32; image.proposals().len() * dim]);
                 n_regions += proposals.len();
                 if let Some(shown) = image.given().filter(|_| !proposals.is_empty()) {

@@ -8,7 +8,7 @@ use ovenbird_data::{
     boxes::Xyxy,
     images::Image,
     proposals::Proposal,
-    training::Placement,
+    training::{Filter, Placement},
 };
 use ovenbird_models::{
     detection::boxes::{ImageSize, boxes_tensor},
@@ -169,7 +169,7 @@ impl TestImages {
     pub(crate) fn each(
         &self,
         mut places: Range<usize>,
-        fits: [u32; 2],
+        (fits, filter): ([u32; 2], Filter),
         normalisation: Normalisation,
         draft: &UnitDraft,
         cx: &Context<'_>,
@@ -179,7 +179,7 @@ impl TestImages {
         let bytes = |place: &usize| 3 * info(*place).width as usize * info(*place).height as usize;
         let prepare = |place: usize| {
             let info = info(place);
-            let placement = Placement::fitting([info.width, info.height], fits[0], fits[1]);
+            let placement = Placement::within([info.width, info.height], fits, filter);
             let decode = || {
                 let image = self.images.decode_sized(&info.file_name, placement.from)?;
                 let given = self.given(info)?;
@@ -235,8 +235,22 @@ pub(crate) struct Pixels {
 
 impl Pixels {
     pub(crate) fn of(images: &[Image], normalisation: Normalisation) -> Self {
-        let longest = |side: fn(&Image) -> u32| images.iter().map(side).max().unwrap_or(STRIDE).next_multiple_of(STRIDE) as usize;
-        let (width, height) = (longest(|image| image.width), longest(|image| image.height));
+        let [width, height] = Self::longest(images).map(|side| side.next_multiple_of(STRIDE as usize));
+        Self::sized(images, normalisation, [width, height])
+    }
+
+    /// The same with no more of a border than images of different sizes need.
+    pub(crate) fn tight(images: &[Image], normalisation: Normalisation) -> Self {
+        Self::sized(images, normalisation, Self::longest(images))
+    }
+
+    /// The greatest width and the greatest height.
+    fn longest(images: &[Image]) -> [usize; 2] {
+        let longest = |side: fn(&Image) -> u32| images.iter().map(side).max().unwrap_or(STRIDE) as usize;
+        [longest(|image| image.width), longest(|image| image.height)]
+    }
+
+    fn sized(images: &[Image], normalisation: Normalisation, [width, height]: [usize; 2]) -> Self {
         let mut numbers = vec![0.0; images.len() * 3 * height * width];
         for (image, planes) in images.iter().zip(numbers.chunks_exact_mut(3 * height * width)) {
             for (channel, plane) in planes.chunks_exact_mut(height * width).enumerate() {

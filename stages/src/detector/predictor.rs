@@ -7,7 +7,7 @@ use ovenbird_data::{
     boxes::Xyxy,
     evaluate::Detection,
     masks::{Mask, PackedMask},
-    training::Placement,
+    training::{Filter, Placement},
 };
 use ovenbird_models::detection::{Detections, boxes::corners};
 use tch::{Device, Kind, Tensor};
@@ -31,6 +31,11 @@ pub(crate) struct Found {
 pub(crate) trait Predictor {
     /// The maximum lengths of the longer and the shorter side of its images, in px.
     fn fits(&self) -> [u32; 2];
+
+    /// How its images are resized.
+    fn filter(&self) -> Filter {
+        Filter::OpenCv
+    }
 
     /// How levels of its images become its input.
     fn normalisation(&self) -> Normalisation;
@@ -76,7 +81,7 @@ pub(crate) fn predict_each(
     cx: &Context<'_>,
     mut receive: impl FnMut(&ImageInfo, Vec<Found>) -> Result<()>,
 ) -> Result<()> {
-    images.each(places, predictor.fits(), predictor.normalisation(), draft, cx, |image| {
+    images.each(places, (predictor.fits(), predictor.filter()), predictor.normalisation(), draft, cx, |image| {
         receive(image.info, predictor.predict(&image, cx.threads)?)
     })
 }
