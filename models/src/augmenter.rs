@@ -14,7 +14,7 @@ use std::{
     path::Path,
 };
 
-use rand_chacha::{ChaCha8Rng, rand_core::RngCore};
+use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Reduction, Tensor, nn};
@@ -24,14 +24,12 @@ use crate::{
     checkpoint::{Place, list, prefixes},
     clip::transformer::{LAYER_NORM_EPS, LayerNorm},
     error::{check_sizes, ensure},
-    layers::{Linear, to_unit_length},
+    layers::{Dropout, Linear, to_unit_length},
     parameters::{Fill, Init, Parameters},
 };
 
 /// A tensor that only an augmenter has.
 const MARK: &str = "region_learn_send.weight";
-/// The probability of dropout, in 65,536ths: one tenth.
-const DROPPED: u16 = 6554;
 /// Regions that are compared with all concepts at once.
 const REGIONS_AT_ONCE: i64 = 256;
 /// The weight of the cross entropy; that of the squared difference is 1. (Section 8.3.)
@@ -327,21 +325,6 @@ impl Attention {
     }
 }
 
-/// Dropout with its generator, or none.
-struct Dropout<'a>(Option<&'a mut ChaCha8Rng>);
-
-impl Dropout<'_> {
-    fn apply(&mut self, x: Tensor) -> Tensor {
-        let Some(random) = &mut self.0 else { return x };
-        let mut bytes = vec![0; 2 * x.numel()];
-        random.fill_bytes(&mut bytes);
-        // Sixteen bits, from -32,768 on.
-        let drawn = Tensor::from_data_size(&bytes, &x.size(), Kind::Int16).to_device(x.device());
-        let is_kept = drawn.ge(i64::from(DROPPED) - 32_768).to_kind(x.kind());
-        x * is_kept / (1.0 - f64::from(DROPPED) / 65_536.0)
-    }
-}
-
 /// The losses of a batch, f32 scalars, weighted.
 #[derive(Debug)]
 pub struct Losses {
@@ -598,13 +581,7 @@ mod tests {
     }
 
     #[test]
-    fn dropout_keeps_nine_tenths_and_their_mean_and_follows_its_generator() {
-        let ones = || Tensor::ones([200, 100], (Kind::Float, Device::Cpu));
-        let dropped = |seed| Dropout(Some(&mut ChaCha8Rng::seed_from_u64(seed))).apply(ones());
-        let share = scalar(&dropped(1).gt(0.0).to_kind(Kind::Double).mean(Kind::Double));
-        // The deviation of a share of 20,000 is 0.002.
-        assert!((share - 0.9).abs() < 0.01, "{share}");
-        assert!((scalar(&dropped(1).max()) - 1.0 / 0.9).abs() < 1e-4);
+    fn dropout_follows_its_generator() {
         let (_store, augmenter) = random(Fine::Scaled);
         let (x, concepts) = (noise("regions", 20), Concepts::new(&noise("concepts", 40)).unwrap());
         let out = |seed| augmenter.forward(&x, &concepts, Some(&mut ChaCha8Rng::seed_from_u64(seed))).unwrap().out();

@@ -3,6 +3,7 @@
 //! A layer takes what it is given in any kind, and casts its weights to that: f32 weights and half images make mixed precision (Micikevicius
 //! et al. 2018), in which weights and their gradients are f32.
 
+use rand_chacha::{ChaCha8Rng, rand_core::RngCore};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -187,7 +188,43 @@ impl BatchNorm {
     }
 }
 
+/// The probability of dropout, in 65,536ths: one tenth.
+const DROPPED: u16 = 6554;
+
+/// Dropout with its generator, or none.
+pub(crate) struct Dropout<'a>(pub(crate) Option<&'a mut ChaCha8Rng>);
+
+impl Dropout<'_> {
+    pub(crate) fn apply(&mut self, x: Tensor) -> Tensor {
+        let Some(random) = &mut self.0 else { return x };
+        let mut bytes = vec![0; 2 * x.numel()];
+        random.fill_bytes(&mut bytes);
+        // Sixteen bits, from -32,768 on. Autograd keeps a byte for each number of `x`.
+        let drawn = Tensor::from_data_size(&bytes, &x.size(), Kind::Int16).to_device(x.device());
+        let is_dropped = drawn.lt(i64::from(DROPPED) - 32_768);
+        x.masked_fill(&is_dropped, 0.0) / (1.0 - f64::from(DROPPED) / 65_536.0)
+    }
+}
+
 /// Scales each row of `[N, D]` to unit length; a row of zeros is unchanged.
 pub fn to_unit_length(rows: &Tensor) -> Tensor {
     rows / rows.norm_scalaropt_dim(2.0, -1_i64, true).clamp_min(1e-12)
+}
+
+#[cfg(test)]
+mod tests {
+    use rand_chacha::rand_core::SeedableRng as _;
+    use tch::Device;
+
+    use super::*;
+
+    #[test]
+    fn dropout_keeps_nine_tenths_and_their_mean() {
+        let ones = || Tensor::ones([200, 100], (Kind::Float, Device::Cpu));
+        let dropped = |seed| Dropout(Some(&mut ChaCha8Rng::seed_from_u64(seed))).apply(ones());
+        let share = dropped(1).gt(0.0).to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
+        // The deviation of a share of 20,000 is 0.002.
+        assert!((share - 0.9).abs() < 0.01, "{share}");
+        assert!((dropped(1).max().double_value(&[]) - 1.0 / 0.9).abs() < 1e-4);
+    }
 }

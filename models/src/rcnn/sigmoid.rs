@@ -304,11 +304,16 @@ pub fn focal_loss(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let (k, labels) = (logits.size()[1], labels.to_device(logits.device()));
     let targets = labels.one_hot(k + 1).narrow(1, 0, k).to_kind(logits.kind());
     let n_positive = targets.sum(Kind::Float).clamp_min(1.0);
-    let entropy = logits.binary_cross_entropy_with_logits(&targets, None::<&Tensor>, None::<&Tensor>, Reduction::None);
+    Ok(focal_terms(logits, &targets).sum(logits.kind()) / n_positive.to_kind(logits.kind()))
+}
+
+/// The focal loss of each logit, in their shape; `targets`: 1 for positives, 0 for the others. (Lin et al. 2017, equation 5.)
+pub(crate) fn focal_terms(logits: &Tensor, targets: &Tensor) -> Tensor {
+    let entropy = logits.binary_cross_entropy_with_logits(targets, None::<&Tensor>, None::<&Tensor>, Reduction::None);
     let probabilities = logits.sigmoid();
-    let wrong: Tensor = (1.0 - &targets) * &probabilities + (1.0 - &probabilities) * &targets;
-    let weights: Tensor = &targets * ALPHA + (1.0 - &targets) * (1.0 - ALPHA);
-    Ok((entropy * wrong.pow_tensor_scalar(GAMMA) * weights).sum(logits.kind()) / n_positive.to_kind(logits.kind()))
+    let wrong: Tensor = (1.0 - targets) * &probabilities + (1.0 - &probabilities) * targets;
+    let weights: Tensor = targets * ALPHA + (1.0 - targets) * (1.0 - ALPHA);
+    entropy * wrong.pow_tensor_scalar(GAMMA) * weights
 }
 
 /// The classes that a detector looks for.
