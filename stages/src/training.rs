@@ -26,7 +26,7 @@ use tch::{Device, Kind, Tensor};
 
 pub(crate) use self::{
     algorithm::Algorithm,
-    optimizer::{Optimizer, OptimizerConfig, Parameter},
+    optimizer::{Ema, EmaRule, Optimizer, OptimizerConfig, Parameter},
     schedule::{Decay, Schedule, Warmup},
 };
 use crate::{
@@ -394,7 +394,7 @@ mod tests {
             weight_decay: 0.0,
             accumulation_steps: 1,
             clip_grad_norm: None,
-            ema_decay: None,
+            ema: None,
             scales_losses: false,
         };
         let stay_from = |first_step, steps, keep_checkpoints| {

@@ -51,6 +51,16 @@ pub struct Losses {
 }
 
 impl Losses {
+    /// The weighted losses, each summed over all layers: of objectness, boxes and overlaps.
+    pub fn weighted(&self) -> [Tensor; 3] {
+        let sum = |of: fn(&LayerLosses) -> &Tensor, weight: f64| self.layers.iter().map(|layer| of(layer) * weight).sum::<Tensor>();
+        [
+            sum(|layer| &layer.objectness, OBJECTNESS_WEIGHT),
+            sum(|layer| &layer.boxes, BOX_WEIGHT),
+            sum(|layer| &layer.overlaps, OVERLAP_WEIGHT),
+        ]
+    }
+
     /// The number of pairs of the last layer.
     pub fn n_matched(&self) -> usize {
         self.pairs.last().map_or(0, |images| count(images))

@@ -203,7 +203,7 @@ impl Train {
             weight_decay: 0.0,
             accumulation_steps: 1,
             clip_grad_norm: None,
-            ema_decay: None,
+            ema: None,
             scales_losses: false,
         };
         let images_per_step = u32::try_from(self.batch_size).unwrap_or(u32::MAX);

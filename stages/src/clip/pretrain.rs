@@ -119,7 +119,7 @@ impl Pretrain {
             weight_decay: self.weight_decay,
             accumulation_steps: 1,
             clip_grad_norm: None,
-            ema_decay: None,
+            ema: None,
             scales_losses: false,
         };
         let Self { steps, checkpoint_every, .. } = *self;

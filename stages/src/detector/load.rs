@@ -13,22 +13,33 @@ use super::{
     sigmoid::SigmoidPredictor,
     spec::{DetectorFile, DetectorSpec},
 };
-use crate::{Context, Result};
+use crate::{
+    Artifact as _, Context, Error, Result,
+    localizer::{options::LocalizerOptions, predictor::LocalizerPredictor},
+};
 
-/// Loads the detector of a file at a port, whatever its kind, to look for some classes.
+/// Loads the detector of a file at a port, whatever its kind, to look for some classes. `localizer`: how CORA's localizer is run; without it there it is refused.
 pub(super) fn load(
     file: &DetectorFile,
     port: &'static str,
-    options: &TestOptions,
+    (options, localizer): (&TestOptions, Option<&LocalizerOptions>),
     classes: &ClassSplit,
     cx: &Context<'_>,
 ) -> Result<Box<dyn Predictor>> {
-    let (checkpoint, spec) = file.read()?;
+    let (checkpoint, whole) = file.read()?;
     let source = (&checkpoint, port);
-    Ok(match &spec {
+    Ok(match &whole {
         DetectorSpec::Sigmoid(spec) => Box::new(SigmoidPredictor::load(spec, source, options, classes, cx)?),
         DetectorSpec::Cosine(spec) => Box::new(CosinePredictor::load(spec, source, options, classes, cx)?),
         DetectorSpec::MaskRcnn(spec) => Box::new(MaskRcnnPredictor::load(spec, source, options, classes, cx)?),
+        DetectorSpec::Localizer(spec) => {
+            let options = localizer.ok_or_else(|| Error::Input {
+                port,
+                problem: format!("a detector {}", whole.in_words()),
+                hint: "run it with `localizer/test`".into(),
+            })?;
+            Box::new(LocalizerPredictor::load(spec, source, options, classes, cx)?)
+        }
     })
 }
 
@@ -58,6 +69,10 @@ impl FirstStage {
             DetectorSpec::MaskRcnn(spec) => {
                 let (detector, store) = spec.network(&checkpoint, device)?;
                 (detector.regions, store, spec.fits, Normalisation::IMAGENET)
+            }
+            DetectorSpec::Localizer(_) => {
+                let problem = format!("a detector {}, which proposes no regions", spec.in_words());
+                return Err(Error::Input { port: DetectorFile::KIND, problem, hint: "give a two-stage detector (`detector/train`)".into() });
             }
         };
         Ok(Self { network, fits, normalisation, _store: store })

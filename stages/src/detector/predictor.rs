@@ -1,19 +1,28 @@
 //! Running a network on images, whatever network it is.
 
-use std::ops::Range;
+use std::{collections::BTreeSet, ops::Range};
 
+use ovenbird_cache::Digest;
 use ovenbird_data::{
     annotations::{CategoryId, ImageId, ImageInfo},
     boxes::Xyxy,
+    classes::ClassSplit,
     evaluate::Detection,
     masks::{Mask, PackedMask},
     training::{Filter, Placement},
 };
-use ovenbird_models::detection::{Detections, boxes::corners};
+use ovenbird_models::detection::{self, boxes::corners};
 use tch::{Device, Kind, Tensor};
 
-use super::images::{Normalisation, TestImage, TestImages};
-use crate::{Context, Error, Result, UnitDraft, feed::in_parallel};
+use super::{
+    images::{Normalisation, TestImage, TestImages},
+    ports::{ANNOTATIONS, CLASSES, IMAGES},
+};
+use crate::{
+    Context, Error, Inputs, Out, Result, Unit, UnitDraft, Units,
+    artifacts::{Classes, Detections, category_names},
+    feed::in_parallel,
+};
 
 /// An object that a network found in an image.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,7 +54,7 @@ pub(crate) trait Predictor {
 }
 
 /// The objects of a detector's detections in an image, in px of the original image. `n_threads`: how many threads paste masks.
-pub(super) fn objects(found: Detections, placement: Placement, n_threads: usize) -> Result<Vec<Found>> {
+pub(super) fn objects(found: detection::Detections, placement: Placement, n_threads: usize) -> Result<Vec<Found>> {
     let boxes = corners(&found.kept.boxes, "detections")?;
     let boxes: Vec<Xyxy> = boxes.into_iter().map(|corners| placement.find(&Xyxy::from(corners))).collect();
     let masks = match &found.masks {
@@ -84,6 +93,42 @@ pub(crate) fn predict_each(
     images.each(places, (predictor.fits(), predictor.filter()), predictor.normalisation(), draft, cx, |image| {
         receive(image.info, predictor.predict(&image, cx.threads)?)
     })
+}
+
+/// Units of stages that detect objects of the port `classes` in the images of the port `annotations`.
+pub(crate) fn detection_units(inputs: &Inputs) -> Result<Units> {
+    let annotations = inputs.read(ANNOTATIONS)?.load_categories()?;
+    let Classes(classes) = inputs.read(CLASSES)?;
+    let ids: Vec<u8> = Classes::category_ids(&annotations, classes.all())?.iter().flat_map(|id| id.0.to_le_bytes()).collect();
+    let ids = Digest::of(&ids);
+    let images = inputs.read(IMAGES)?.items(&annotations)?;
+    let item = |image: Digest| Digest::of_list("ovenbird detection 1", [("image", image), ("categories", ids)]);
+    Ok(Units::Independent { items: images.into_iter().map(item).collect(), replaces: vec!["images", "annotations"] })
+}
+
+/// Makes units of such a stage, with a network that looks for these classes.
+pub(crate) fn detect(
+    predictor: &dyn Predictor,
+    images: &TestImages,
+    classes: &ClassSplit,
+    (port, units): (Out<Detections>, &[Unit]),
+    cx: &Context<'_>,
+) -> Result<()> {
+    let ids = Classes::category_ids(&images.annotations, classes.all())?;
+    let categories = category_names(&images.annotations, &ids);
+    for unit in units {
+        // A unit that another process or device makes is skipped.
+        let Some(draft) = cx.begin_claimed(unit)? else { continue };
+        let (mut detections, mut seen) = (Vec::new(), BTreeSet::new());
+        predict_each(predictor, images, unit.items.clone(), &draft, cx, |info, found| {
+            seen.insert(info.id);
+            detections.extend(found.into_iter().map(|found| detection(info.id, &ids, found)));
+            Ok(())
+        })?;
+        Detections::write(&detections, &seen, &categories, draft.create(port, "detections.parquet")?)?;
+        cx.commit(draft, [("detections".into(), detections.len().into())].into())?;
+    }
+    Ok(())
 }
 
 /// An object as a detection. `ids`: the category of each class.

@@ -187,7 +187,7 @@ impl Probe {
             weight_decay: self.weight_decay,
             accumulation_steps: 1,
             clip_grad_norm: None,
-            ema_decay: None,
+            ema: None,
             scales_losses: false,
         };
         TrainingConfig {

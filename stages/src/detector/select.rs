@@ -17,6 +17,8 @@ use super::{
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Classes, Curve, EvaluationFile},
+    localizer::{options::LocalizerOptions, predictor::OPTIONAL_CHECKPOINT},
+    region::frozen::REGION_PROMPT,
 };
 
 /// Classes that are evaluated.
@@ -47,6 +49,9 @@ pub struct Select {
     pub metric: &'static Metric,
     /// How each checkpoint is run on the images.
     pub test: TestOptions,
+    /// How each checkpoint of CORA's localizer is run instead.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub localizer: Option<LocalizerOptions>,
 }
 
 /// Detections are matched to objects as soon as there are so many.
@@ -54,11 +59,11 @@ const JUDGED_AT_ONCE: usize = 1 << 16;
 
 impl Default for Select {
     fn default() -> Self {
-        Self { protocol: Protocol::default(), group: ClassGroup::default(), metric: Metric::AP50, test: TestOptions::default() }
+        Self { protocol: Protocol::default(), group: ClassGroup::default(), metric: Metric::AP50, test: TestOptions::default(), localizer: None }
     }
 }
 
-const CHECKPOINTS: In<Checkpoints> = In::required("checkpoints", "The checkpoints of a training (`detector/train`).");
+const CHECKPOINTS: In<Checkpoints> = In::required("checkpoints", "The checkpoints of a training (`detector/train`, `localizer/train`).");
 const BEST: Out<DetectorFile> = Out::new("detector", "The best checkpoint.");
 const BEST_EVALUATION: Out<EvaluationFile> = Out::new("best", "Evaluation of the best checkpoint.");
 const LAST_EVALUATION: Out<EvaluationFile> = Out::new("last", "Evaluation of the last checkpoint.");
@@ -74,6 +79,8 @@ impl Stage for Select {
         PROMPTS.info(),
         MULTILABEL_PROMPTS.info(),
         PROPOSALS.info(),
+        OPTIONAL_CHECKPOINT.info(),
+        REGION_PROMPT.info(),
         CHECKPOINTS.info(),
     ];
     const OUTPUTS: &'static [PortInfo] = &[BEST.info(), BEST_EVALUATION.info(), LAST_EVALUATION.info(), CURVE.info()];
@@ -82,7 +89,9 @@ impl Stage for Select {
 
     fn check(&self) -> Vec<Problem> {
         let inner = |problem: Problem| Problem { field: format!("test.{}", problem.field), ..problem };
-        self.test.check().into_iter().map(inner).collect()
+        let of_localizer = self.localizer.iter().flat_map(LocalizerOptions::check);
+        let of_localizer = of_localizer.map(|problem| Problem { field: format!("localizer.{}", problem.field), ..problem });
+        self.test.check().into_iter().map(inner).chain(of_localizer).collect()
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
@@ -99,12 +108,14 @@ impl Stage for Select {
         let ids = Classes::category_ids(&annotations, classes.all())?;
         let images = TestImages::open(cx.inputs.read(IMAGES)?, annotations, cx)?.with_proposals(PROPOSALS, cx)?;
         let n_images = images.annotations.images.len();
+        let localizer = LocalizerOptions::default();
         cx.total((units.len() * n_images) as u64);
         for unit in units {
             let draft = cx.begin(unit)?;
             let file = &files[unit.index];
             let step = file.step()?;
-            let predictor = load(file, CHECKPOINTS.info().name, &self.test, &classes, cx)?;
+            let options = (&self.test, Some(self.localizer.as_ref().unwrap_or(&localizer)));
+            let predictor = load(file, CHECKPOINTS.info().name, options, &classes, cx)?;
             let refused = |problem: String| Error::Input {
                 port: ANNOTATIONS.info().name,
                 problem,

@@ -17,7 +17,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tch::{Device, Tensor, nn};
 
-use crate::{Artifact, Error, Result, artifacts::read_weights, clip::Space, error::malformed, ports::last_file, training::STEP_KEY};
+use crate::{
+    Artifact, Error, Result, artifacts::read_weights, clip::Space, error::malformed, localizer::spec::LocalizerSpec, ports::last_file,
+    training::STEP_KEY,
+};
 
 /// The metadata key of a detector's file under which its [`DetectorSpec`] is.
 const SPEC_KEY: &str = "ovenbird.detector";
@@ -32,6 +35,8 @@ pub(crate) enum DetectorSpec {
     Sigmoid(SigmoidSpec),
     /// A two-stage detector whose scores are sigmoids of scaled cosines to class embeddings.
     Cosine(CosineSpec),
+    /// CORA's localizer.
+    Localizer(LocalizerSpec),
 }
 
 /// How a two-stage detector is built and used.
@@ -89,7 +94,7 @@ impl Artifact for DetectorFile {
     const KIND: &'static str = "detector";
     const EXTENSIONS: &'static [&'static str] = &["safetensors"];
     const SHAPE: &'static str =
-        "a detector that `detector/train` or `detector/import` made; one of another program comes in by `detector/import`";
+        "a detector that `detector/train`, `localizer/train` or an import made; one of another program comes in by `detector/import` or `localizer/import`";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self { file: last_file(Self::KIND, files)?.clone() })
@@ -192,6 +197,7 @@ impl DetectorSpec {
             Self::MaskRcnn(_) => "that compares with class embeddings and background (`head: embeddings`)",
             Self::Sigmoid(_) => "with a linear classifier (`head: sigmoid`)",
             Self::Cosine(_) => "of scaled cosines to class embeddings (`head: cosine`)",
+            Self::Localizer(_) => "that is CORA's localizer (`localizer/train`)",
         }
     }
 
@@ -201,6 +207,7 @@ impl DetectorSpec {
             Self::MaskRcnn(spec) => spec.clip,
             Self::Sigmoid(spec) => spec.clip,
             Self::Cosine(spec) => spec.clip,
+            Self::Localizer(spec) => spec.clip,
         }
     }
 

@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 use crate::{
     Context, Error, Problem, Result,
     contract::is_default,
-    training::{Algorithm, Decay, OptimizerConfig, Parameter, Schedule, TrainingConfig, Warmup},
+    training::{Algorithm, Decay, Ema, EmaRule, OptimizerConfig, Parameter, Schedule, TrainingConfig, Warmup},
 };
 
 /// A loss above this has exploded.
@@ -171,6 +171,9 @@ pub struct Training {
     /// of the last step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ema_decay: Option<f64>,
+    /// How that average begins and is computed.
+    #[serde(skip_serializing_if = "is_default")]
+    pub averaging: EmaRule,
 }
 
 impl Default for Training {
@@ -203,6 +206,7 @@ impl Default for Training {
             groups: BTreeMap::new(),
             clip_grad_norm: None,
             ema_decay: None,
+            averaging: EmaRule::default(),
         }
     }
 }
@@ -249,6 +253,7 @@ impl Training {
             ),
             ("training.clip_grad_norm", self.clip_grad_norm.is_none_or(is_positive), "a number above 0"),
             ("training.ema_decay", self.ema_decay.is_none_or(is_part), "a number from 0 to below 1"),
+            ("training.averaging", is_default(&self.averaging) || self.ema_decay.is_some(), "none without `ema_decay`"),
         ])
     }
 
@@ -328,7 +333,7 @@ impl Training {
             weight_decay: self.weight_decay,
             accumulation_steps: self.accumulation_steps,
             clip_grad_norm: self.clip_grad_norm,
-            ema_decay: self.ema_decay,
+            ema: self.ema_decay.map(|decay| Ema { decay, rule: self.averaging }),
             scales_losses: self.precision == TrainPrecision::F16,
         };
         let Self { steps, checkpoint_every, keep_checkpoints, .. } = *self;

@@ -198,7 +198,7 @@ impl Detpro {
             weight_decay: 0.0,
             accumulation_steps: 1,
             clip_grad_norm: None,
-            ema_decay: None,
+            ema: None,
             scales_losses: false,
         };
         TrainingConfig {

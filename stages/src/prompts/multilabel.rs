@@ -161,7 +161,7 @@ impl Multilabel {
             weight_decay: self.weight_decay,
             accumulation_steps: 1,
             clip_grad_norm: None,
-            ema_decay: None,
+            ema: None,
             scales_losses: false,
         };
         let checkpoint_every = self.checkpoint_every;

@@ -211,7 +211,7 @@ impl Rpl {
             weight_decay: self.weight_decay,
             accumulation_steps: 1,
             clip_grad_norm: None,
-            ema_decay: None,
+            ema: None,
             scales_losses: false,
         };
         TrainingConfig {

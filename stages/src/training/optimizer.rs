@@ -2,8 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use ovenbird_models::checkpoint::Checkpoint;
-use tch::{Tensor, no_grad};
+use ovenbird_models::{
+    checkpoint::Checkpoint,
+    detr::average::{Average, Averaging},
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor, no_grad};
 
 use super::{algorithm::Algorithm, schedule::Schedule};
 use crate::{Error, Result, error::malformed};
@@ -26,10 +31,41 @@ pub(crate) struct OptimizerConfig {
     pub(crate) accumulation_steps: u32,
     /// The gradient of all parameters together is shortened to this length.
     pub(crate) clip_grad_norm: Option<f64>,
-    /// The part of the averaged weights that stays at each step, where weights are averaged.
-    pub(crate) ema_decay: Option<f64>,
+    /// How weights are averaged, where they are.
+    pub(crate) ema: Option<Ema>,
     /// Whether losses are scaled so that gradients in f16 neither vanish nor overflow.
     pub(crate) scales_losses: bool,
+}
+
+/// A moving average of weights.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Ema {
+    /// The part of it that stays at each step.
+    pub(crate) decay: f64,
+    pub(crate) rule: EmaRule,
+}
+
+/// How a moving average of weights begins, and how it is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum EmaRule {
+    /// It begins with the weights after the first step, in f32, as PyTorch's `AveragedModel`.
+    #[default]
+    FirstStep,
+    /// It begins with the initial weights, in f32; of CORA's localizer heads of boxes are averaged twice in each step. (Defects 6 and 29 in
+    /// docs/recipes/cora.md.)
+    Reference,
+    /// It begins with the initial weights, in f64, in which it never stands still.
+    Fixed,
+}
+
+impl EmaRule {
+    fn averaging(self) -> Averaging {
+        match self {
+            Self::FirstStep | Self::Reference => Averaging::Reference,
+            Self::Fixed => Averaging::Fixed,
+        }
+    }
 }
 
 /// A tensor of a network, and how it is trained.
@@ -64,8 +100,8 @@ pub(crate) struct Optimizer<'a> {
     parameters: BTreeMap<String, Parameter>,
     /// By the name of each trained parameter, in the shape of its rows that take part.
     moments: BTreeMap<String, Vec<Tensor>>,
-    /// By the name of each trained parameter; empty unless weights are averaged.
-    averages: BTreeMap<String, Tensor>,
+    /// Of each trained parameter, where weights are averaged.
+    average: Option<Average>,
     progress: Progress,
 }
 
@@ -87,10 +123,9 @@ impl<'a> Optimizer<'a> {
             (0..config.algorithm.n_moments()).map(|_| rows.detach().zeros_like()).collect()
         };
         let moments = trained().map(|(name, parameter)| (name.clone(), zeros(parameter))).collect();
-        let copy = |(name, parameter): (&String, &Parameter)| (name.clone(), parameter.tensor.detach().copy());
-        let averages = config.ema_decay.map(|_| trained().map(copy).collect()).unwrap_or_default();
+        let average = config.ema.map(|ema| begun(&parameters, ema));
         let loss_scale = if config.scales_losses { FIRST_SCALE } else { 1.0 };
-        Self { config, parameters, moments, averages, progress: Progress { n_updates: 0, loss_scale, n_since_scaled: 0 } }
+        Self { config, parameters, moments, average, progress: Progress { n_updates: 0, loss_scale, n_since_scaled: 0 } }
     }
 
     /// The number by which a batch's loss is multiplied before its gradients are taken.
@@ -117,7 +152,7 @@ impl<'a> Optimizer<'a> {
                 .collect();
             let Progress { loss_scale, .. } = self.progress;
             let lengths: Vec<Tensor> = gradients.values().map(Tensor::norm).collect();
-            let length = Tensor::stack(&lengths, 0).to_kind(tch::Kind::Double).norm().double_value(&[]) / loss_scale;
+            let length = Tensor::stack(&lengths, 0).to_kind(Kind::Double).norm().double_value(&[]) / loss_scale;
             if length.is_finite() {
                 let clipping = self.config.clip_grad_norm.map_or(1.0, |most| (most / (length + 1e-6)).min(1.0));
                 self.progress.n_updates += 1;
@@ -126,12 +161,11 @@ impl<'a> Optimizer<'a> {
                     let parameter = &self.parameters[name];
                     let moments = self.moments.get_mut(name).expect("BUG: every trained parameter has moments");
                     update(self.config, parameter, &(gradient * (clipping / loss_scale)), moments, [step, n_updates as u32]);
-                    if let (Some(stays), Some(average)) = (self.config.ema_decay, self.averages.get_mut(name)) {
-                        // As PyTorch's AveragedModel: the average begins with the weights of the first step.
-                        let stays = if n_updates == 1 { 0.0 } else { stays };
-                        *average *= stays;
-                        *average += &parameter.tensor * (1.0 - stays);
-                    }
+                }
+                match (&mut self.average, self.config.ema) {
+                    (Some(average), Some(ema)) if ema.rule == EmaRule::FirstStep && n_updates == 1 => *average = begun(&self.parameters, ema),
+                    (Some(average), _) => average.update(&trained(&self.parameters)),
+                    (None, _) => (),
                 }
                 self.progress.n_since_scaled += 1;
                 if self.config.scales_losses && self.progress.n_since_scaled == STEPS_TO_GROW {
@@ -152,8 +186,8 @@ impl<'a> Optimizer<'a> {
 
     /// Puts averaged weights, where weights are averaged, in place of the last ones.
     pub(crate) fn average(&self, tensors: &mut BTreeMap<String, Tensor>) {
-        for (name, average) in &self.averages {
-            tensors.insert(name.clone(), average.shallow_clone());
+        if let Some(average) = &self.average {
+            tensors.extend(average.weights());
         }
     }
 
@@ -169,6 +203,8 @@ impl<'a> Optimizer<'a> {
                 state.insert(raw_key(name), tensor.shallow_clone());
             }
         }
+        let averages = self.average.iter().flat_map(Average::averages).filter(|(_, average)| average.kind() != Kind::Float);
+        state.extend(averages.map(|(name, average)| (average_key(name), average.shallow_clone())));
         let Progress { n_updates, loss_scale, n_since_scaled } = self.progress;
         state.insert(PROGRESS.into(), Tensor::from_slice(&[n_updates as f64, loss_scale, n_since_scaled as f64]));
         state
@@ -182,8 +218,12 @@ impl<'a> Optimizer<'a> {
                 let written = if state.tensors().contains_key(&raw) { state.tensor(&raw)? } else { weights.tensor(name)? };
                 copy(&parameter.tensor, &written, name, if state.tensors().contains_key(&raw) { state } else { weights })?;
             }
-            for (name, average) in &mut self.averages {
-                copy(average, &weights.tensor(name)?, name, weights)?;
+            for (name, average) in self.average.iter().flat_map(Average::averages) {
+                let key = average_key(name);
+                match average.kind() {
+                    Kind::Float => copy(average, &weights.tensor(name)?, name, weights)?,
+                    _ => copy(average, &state.tensor(&key)?, &key, state)?,
+                }
             }
             for (name, moments) in &mut self.moments {
                 for (place, moment) in moments.iter_mut().enumerate() {
@@ -198,6 +238,17 @@ impl<'a> Optimizer<'a> {
         self.progress = Progress { n_updates: n_updates as i64, loss_scale, n_since_scaled: n_since_scaled as i64 };
         Ok(())
     }
+}
+
+/// The trained parameters, by name.
+fn trained(parameters: &BTreeMap<String, Parameter>) -> BTreeMap<String, Tensor> {
+    let trained = parameters.iter().filter(|(_, parameter)| parameter.tensor.requires_grad());
+    trained.map(|(name, parameter)| (name.clone(), parameter.tensor.shallow_clone())).collect()
+}
+
+/// An average that begins with the present weights.
+fn begun(parameters: &BTreeMap<String, Parameter>, ema: Ema) -> Average {
+    no_grad(|| Average::new(&trained(parameters), ema.decay, ema.rule.averaging()))
 }
 
 /// Changes one parameter by its gradient. `step`: counted from 0, and how many steps changed weights, this one among them.
@@ -222,6 +273,10 @@ fn copy(to: &Tensor, from: &Tensor, name: &str, file: &Checkpoint) -> Result<()>
     }
     to.shallow_clone().copy_(from);
     Ok(())
+}
+
+fn average_key(name: &str) -> String {
+    format!("average.{name}")
 }
 
 fn moment_key(place: usize, name: &str) -> String {
@@ -272,8 +327,8 @@ mod tests {
 
     fn config(algorithm: Algorithm) -> OptimizerConfig {
         let schedule = Schedule { peak: 0.1, warmup: Warmup::NONE, decay: Decay::Tenths(vec![2]) };
-        let (clip_grad_norm, ema_decay) = (None, None);
-        OptimizerConfig { algorithm, schedule, weight_decay: 0.0, accumulation_steps: 1, clip_grad_norm, ema_decay, scales_losses: false }
+        let (clip_grad_norm, ema) = (None, None);
+        OptimizerConfig { algorithm, schedule, weight_decay: 0.0, accumulation_steps: 1, clip_grad_norm, ema, scales_losses: false }
     }
 
     const SGD: Algorithm = Algorithm::Sgd { momentum: 0.9 };
@@ -301,7 +356,8 @@ mod tests {
         let sgd = OptimizerConfig { weight_decay: 0.01, clip_grad_norm: Some(2.0), ..config(SGD) };
         follow(&sgd, include_str!("../../../tests/golden/training/sgd.json"));
         let adamw = Algorithm::AdamW { betas: [0.9, 0.98], epsilon: 1e-8 };
-        let averaged = OptimizerConfig { weight_decay: 0.05, ema_decay: Some(0.9), ..config(adamw) };
+        let ema = Some(Ema { decay: 0.9, rule: EmaRule::FirstStep });
+        let averaged = OptimizerConfig { weight_decay: 0.05, ema, ..config(adamw) };
         follow(&averaged, include_str!("../../../tests/golden/training/adamw.json"));
         let scaled = OptimizerConfig { accumulation_steps: 3, scales_losses: true, ..sgd };
         follow(&scaled, include_str!("../../../tests/golden/training/sgd.json"));
@@ -368,7 +424,7 @@ mod tests {
             weight_decay: 0.01,
             accumulation_steps: 1,
             clip_grad_norm: None,
-            ema_decay: None,
+            ema: None,
             scales_losses: false,
         };
         let after = |is_restarted: bool| {

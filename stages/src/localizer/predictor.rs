@@ -1,0 +1,120 @@
+//! A trained localizer, and the CLIP that names what it finds.
+
+use ovenbird_data::{boxes::Xyxy, classes::ClassSplit, training::Filter};
+use ovenbird_models::{
+    checkpoint::Checkpoint,
+    detection::boxes::{ImageSize, Kept, corners},
+    detr::{Localizer, prematch::classify, scores::logits},
+    to_unit_length,
+};
+use tch::{Tensor, nn, no_grad};
+
+use super::{
+    options::LocalizerOptions,
+    spec::{LocalizerSpec, table_digest},
+};
+use crate::{
+    Context, Error, In, Result,
+    artifacts::{CheckpointFile, Prompts},
+    clip::space,
+    detector::{
+        images::{Normalisation, TestImage},
+        ports::PROMPTS,
+        predictor::{Found, Predictor},
+    },
+    region::frozen::{CHECKPOINT, Frozen, REGION_PROMPT},
+};
+
+/// The CLIP of a localizer, at the stages that take any detector.
+pub(crate) const OPTIONAL_CHECKPOINT: In<CheckpointFile> =
+    In::optional("checkpoint", "For CORA's localizer: the CLIP weights that it was trained with.");
+
+/// A trained localizer, with its CLIP and the classes that it looks for.
+pub(crate) struct LocalizerPredictor {
+    localizer: Localizer,
+    frozen: Frozen,
+    /// Embeddings of base ++ novel, f32 `[K, D]` of unit length, on the device.
+    texts: Tensor,
+    /// The places of novel classes.
+    novel: Vec<i64>,
+    options: LocalizerOptions,
+    fits: [u32; 2],
+    /// Owns the weights.
+    _store: nn::VarStore,
+}
+
+impl LocalizerPredictor {
+    /// Builds the localizer of a file at a port.
+    pub(crate) fn load(
+        spec: &LocalizerSpec,
+        (weights, port): (&Checkpoint, &'static str),
+        options: &LocalizerOptions,
+        classes: &ClassSplit,
+        cx: &Context<'_>,
+    ) -> Result<Self> {
+        let missing = |port: &'static str, problem: &str, hint: &str| Error::Input { port, problem: problem.into(), hint: hint.into() };
+        let checkpoint = cx.inputs.read_if_given(OPTIONAL_CHECKPOINT)?.ok_or_else(|| {
+            missing(CHECKPOINT.info().name, "missing: a localizer looks at the maps of its CLIP", "give the CLIP of its training as `checkpoint`")
+        })?;
+        let prompts: Prompts = cx.inputs.read_if_given(PROMPTS)?.ok_or_else(|| {
+            missing(PROMPTS.info().name, "missing: CLIP names boxes by class embeddings", "give class embeddings of the same CLIP")
+        })?;
+        let frozen = Frozen::load(&options.clip, &checkpoint, cx.inputs.read_if_given(REGION_PROMPT)?, spec.rules, cx)?;
+        space::common(&[(port, spec.clip), (CHECKPOINT.info().name, Some(frozen.space)), (PROMPTS.info().name, prompts.clip)])?;
+        let table = table_digest(frozen.regions()?.table())?;
+        if spec.region_prompt.is_some_and(|trained_with| trained_with != table) {
+            cx.note("the region prompt is another than that of the training");
+        }
+        let names: Vec<String> = classes.all().cloned().collect();
+        let texts = to_unit_length(&prompts.select(&names)?).to_device(cx.device);
+        let (found, dim) = (texts.size()[1], spec.config.embed_dim);
+        if found != dim || frozen.dim() != dim {
+            let problem = format!("class embeddings have {found} numbers, the CLIP {}, the localizer's space {dim}", frozen.dim());
+            return Err(Error::Input { port: PROMPTS.info().name, problem, hint: "use the CLIP that it was trained with".into() });
+        }
+        let (localizer, store) = spec.network(weights, cx.device)?;
+        let n_base = classes.base.len() as i64;
+        let novel = (n_base..n_base + classes.novel.len() as i64).collect();
+        Ok(Self { localizer, frozen, texts, novel, options: options.clone(), fits: spec.fits, _store: store })
+    }
+
+    /// Detections in px of an image of `original` size. `pixels`: `[1, 3, H, W]`, without a border.
+    fn detect(&self, pixels: &Tensor, original: ImageSize) -> Result<Kept> {
+        let regions = self.frozen.regions()?;
+        let size = pixels.size();
+        let layer3 = regions.layer3(pixels, &[ImageSize { width: size[3], height: size[2] }])?;
+        let anchors = regions.fast(&regions.layer4(&layer3)?, &self.localizer.anchors().sigmoid())?;
+        let scale = 1.0 / self.options.temperature;
+        let named = classify(&anchors.matmul(&self.texts.tr()), scale, self.options.favour(&self.novel), None)?;
+        let memory = self.localizer.encode(&layer3.features, &layer3.valid(), None)?;
+        let outputs = self.localizer.decode(&memory, &self.texts, &named.classes, None)?;
+        let (boxes, objectness) = (outputs.boxes.get(-1).get(0), outputs.objectness.get(-1).get(0));
+        let selection = self.options.selection();
+        let needed = Tensor::from_slice(&selection.needed(&objectness)).to_device(boxes.device());
+        let (boxes, objectness) = (boxes.index_select(0, &needed), objectness.index_select(0, &needed));
+        let cosines = regions.exact(&layer3, &[boxes.shallow_clone()])?.matmul(&self.texts.tr());
+        Ok(selection.detections(&boxes, &logits(&cosines, &objectness, scale, self.options.background)?, original)?)
+    }
+}
+
+impl Predictor for LocalizerPredictor {
+    fn fits(&self) -> [u32; 2] {
+        self.fits
+    }
+
+    fn filter(&self) -> Filter {
+        Filter::Pillow
+    }
+
+    fn normalisation(&self) -> Normalisation {
+        Normalisation::CLIP
+    }
+
+    fn predict(&self, TestImage { placement, size, pixels, .. }: &TestImage<'_>, _n_threads: usize) -> Result<Vec<Found>> {
+        let pixels = pixels.narrow(2, 0, size.height).narrow(3, 0, size.width);
+        let [width, height] = placement.from.map(i64::from);
+        let Kept { boxes, classes, scores, .. } = no_grad(|| self.detect(&pixels, ImageSize { width, height }))?;
+        let all = corners(&boxes, "detections")?.into_iter().zip(classes).zip(scores);
+        Ok(all.map(|((box_of, class), score)| Found { xyxy: Xyxy::from(box_of), class: class as usize, score, mask: None }).collect())
+    }
+}

@@ -1,0 +1,102 @@
+//! A frozen CLIP whose regions are embedded.
+
+use std::{cell::RefCell, collections::BTreeMap};
+
+use ovenbird_models::{
+    clip::{
+        self,
+        regions::{Regions, Rules},
+    },
+    detection::boxes::ImageSize,
+};
+use tch::{Tensor, no_grad};
+
+use crate::{
+    Context, In, Result,
+    artifacts::{CheckpointFile, RegionPromptFile},
+    clip::{Clip, Space, space},
+};
+
+pub(crate) const CHECKPOINT: In<CheckpointFile> =
+    In::required("checkpoint", "CLIP weights with a ResNet: OpenAI, open_clip or Hugging Face; a file, or a folder with its config.");
+pub(crate) const REGION_PROMPT: In<RegionPromptFile> =
+    In::optional("region_prompt", "The position table of its attention pooling (`region/prompt`, or CORA's `.pth`); without it CLIP's own.");
+
+/// Bytes of maps that are kept.
+const KEPT: usize = 2 << 30;
+
+/// A CLIP with its region prompt, in f32.
+pub(crate) struct Frozen {
+    clip: clip::Clip,
+    table: Option<Tensor>,
+    rules: Rules,
+    pub(crate) space: Space,
+}
+
+impl Frozen {
+    /// The CLIP at a port, with the region prompt at another, if it is given.
+    pub(crate) fn load(
+        clip: &Clip,
+        checkpoint: &CheckpointFile,
+        prompt: Option<RegionPromptFile>,
+        rules: Rules,
+        cx: &Context<'_>,
+    ) -> Result<Self> {
+        let (clip, space) = clip.load_text(checkpoint, cx.device, cx)?;
+        clip.regions()?;
+        let table = match prompt {
+            Some(file) => {
+                let (table, trained_with) = file.read()?;
+                space::common(&[(CHECKPOINT.info().name, Some(space)), (REGION_PROMPT.info().name, trained_with)])?;
+                // Fails for a table of another grid.
+                clip.regions()?.with_table(&table)?;
+                Some(table.to_device(cx.device))
+            }
+            None => None,
+        };
+        Ok(Self { clip, table, rules, space })
+    }
+
+    /// Its regions, with the region prompt.
+    pub(crate) fn regions(&self) -> Result<Regions<'_>> {
+        let regions = self.clip.regions()?.with_rules(self.rules);
+        Ok(match &self.table {
+            Some(table) => regions.with_table(table)?,
+            None => regions,
+        })
+    }
+
+    /// The dimension D of embeddings.
+    pub(crate) fn dim(&self) -> i64 {
+        self.clip.embed_dim()
+    }
+}
+
+/// Sizes in px.
+pub(crate) fn image_size([width, height]: [u32; 2]) -> ImageSize {
+    ImageSize { width: width.into(), height: height.into() }
+}
+
+/// What a frozen network makes of images that are shown in few ways: by place, and whether left is right.
+#[derive(Default)]
+pub(crate) struct Kept {
+    tensors: RefCell<(BTreeMap<(usize, bool), Vec<Tensor>>, usize)>,
+}
+
+impl Kept {
+    /// What is kept under a key, or else is made, and kept while there is room.
+    pub(crate) fn get(&self, key: (usize, bool), make: impl FnOnce() -> Result<Vec<Tensor>>) -> Result<Vec<Tensor>> {
+        let copies = |tensors: &[Tensor]| tensors.iter().map(Tensor::shallow_clone).collect::<Vec<_>>();
+        if let Some(kept) = self.tensors.borrow().0.get(&key) {
+            return Ok(copies(kept));
+        }
+        let made = no_grad(make)?;
+        let n_bytes: usize = made.iter().map(|tensor| 4 * tensor.numel()).sum();
+        let mut tensors = self.tensors.borrow_mut();
+        if tensors.1 + n_bytes <= KEPT {
+            tensors.1 += n_bytes;
+            tensors.0.insert(key, copies(&made));
+        }
+        Ok(made)
+    }
+}
