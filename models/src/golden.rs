@@ -1,6 +1,6 @@
 //! Shared by the golden tests: numbers that both sides compute from a name, so that no file has to hold them.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use tch::Tensor;
 
@@ -34,6 +34,37 @@ pub(crate) fn detpro_ralf(file: &str) -> BTreeMap<String, Tensor> {
 /// Every array of a file of `tests/golden/promptdet/make.py` by name.
 pub(crate) fn promptdet(file: &str) -> BTreeMap<String, Tensor> {
     arrays(&format!("promptdet/{file}"))
+}
+
+/// Every array of a file of `tests/golden/cora/make.py` by name.
+pub(crate) fn cora(file: &str) -> BTreeMap<String, Tensor> {
+    arrays(&format!("cora/{file}"))
+}
+
+/// The weights of a network of CORA's golden data, f32, by the names of `weights.json`.
+pub(crate) fn cora_weights(stream: &str) -> BTreeMap<String, Tensor> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/cora/weights.json");
+    let weights: serde_json::Value = serde_json::from_slice(&fs::read(path).expect("the golden file is there")).unwrap();
+    let tensors: BTreeMap<String, (Vec<i64>, f64, f64)> = serde_json::from_value(weights["streams"][stream].clone()).unwrap();
+    let filled = |(name, (shape, scale, offset)): (String, (Vec<i64>, f64, f64))| {
+        let values = cora_values(&format!("{stream}/{name}"), &shape, scale, offset);
+        (name, values)
+    };
+    tensors.into_iter().map(filled).collect()
+}
+
+/// Values of CORA's golden data, f32: even in `offset` plus and minus `scale`, splitmix64 of fnv1a(name).
+pub(crate) fn cora_values(name: &str, shape: &[i64], scale: f64, offset: f64) -> Tensor {
+    let start = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |state, byte| (state ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    let value = |index: u64| {
+        let mut z = start.wrapping_add((index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        let even = ((z ^ (z >> 31)) >> 40) as f64 / f64::from(1 << 24);
+        (offset + scale * (2.0 * even - 1.0)) as f32
+    };
+    let n = shape.iter().product::<i64>() as u64;
+    Tensor::from_slice(&(0..n).map(value).collect::<Vec<f32>>()).reshape(shape)
 }
 
 /// The weights of a CLIP with the text tower of such arrays in place of its own; token embeddings that they lack are zeros.
