@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod clip;
 pub mod detection;
 pub mod detpro;
+pub mod detr;
 mod error;
 #[cfg(test)]
 mod golden;
