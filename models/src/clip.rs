@@ -14,6 +14,7 @@ pub mod architecture;
 mod cleaning;
 pub mod layout;
 pub mod prompted;
+pub mod regions;
 pub mod resnet;
 pub mod settings;
 #[cfg(test)]

@@ -15,6 +15,8 @@ mod encoder;
 mod encodings;
 pub mod losses;
 pub mod matching;
+pub mod prematch;
+pub mod scores;
 pub mod split;
 #[cfg(test)]
 mod tests;

@@ -27,6 +27,7 @@ mod feed;
 pub mod globals;
 #[cfg(test)]
 mod golden;
+pub mod localizer;
 pub mod negatives;
 pub mod objects;
 pub mod oln;
@@ -35,6 +36,7 @@ pub mod pool;
 mod ports;
 pub mod prompts;
 pub mod proposals;
+pub mod region;
 mod registry;
 mod renamed;
 pub mod retrieve;

@@ -7,7 +7,7 @@ use std::{fmt, sync::Arc};
 
 use tch::{Kind, Tensor};
 
-use super::{settings::Settings, text::Text, tokenizer::Tokenizer, vision::Vit};
+use super::{resnet::ModifiedResNet, settings::Settings, text::Text, tokenizer::Tokenizer, vision::Vit};
 use crate::{Error, Phase, Result, parameters::Parameters};
 
 /// How images become the input of an image tower.
@@ -54,6 +54,11 @@ pub(crate) trait ImageTower: fmt::Debug + Send {
 
     /// The vision transformer with a class token, for OADP's object tokens; `None` in towers of another kind.
     fn objects(&self) -> Option<&Vit> {
+        None
+    }
+
+    /// The modified ResNet, for features of regions; `None` in towers of another kind.
+    fn resnet(&self) -> Option<&ModifiedResNet> {
         None
     }
 

@@ -53,10 +53,15 @@ impl ModifiedResNet {
         Self { stem, layers, attnpool }
     }
 
-    /// Returns the last feature map, `[B, 32 width, H / 32, W / 32]`.
-    pub(crate) fn feature_map(&self, images: &Tensor, phase: Phase) -> Tensor {
+    /// The stem with its pooling: `[B, width, H / 4, W / 4]`.
+    pub(super) fn stem(&self, images: &Tensor, phase: Phase) -> Tensor {
         let x = self.stem.iter().fold(images.shallow_clone(), |x, (conv, bn)| bn.forward(&conv.forward(&x), phase).relu());
-        self.layers.iter().flatten().fold(average_pool(&x, 2), |x, block| block.forward(&x, phase))
+        average_pool(&x, 2)
+    }
+
+    /// One of the four layers, of what the one before it returns.
+    pub(super) fn layer(&self, index: usize, x: &Tensor, phase: Phase) -> Tensor {
+        self.layers[index].iter().fold(x.shallow_clone(), |x, block| block.forward(&x, phase))
     }
 }
 
@@ -66,7 +71,12 @@ impl ImageTower for ModifiedResNet {
     }
 
     fn forward(&self, images: &Tensor, phase: Phase) -> Tensor {
-        self.attnpool.forward(&self.feature_map(images, phase))
+        let map = (0..self.layers.len()).fold(self.stem(images, phase), |x, index| self.layer(index, &x, phase));
+        self.attnpool.forward(&map)
+    }
+
+    fn resnet(&self) -> Option<&ModifiedResNet> {
+        Some(self)
     }
 
     fn cast(&mut self, kind: Kind) {
@@ -161,15 +171,37 @@ impl AttentionPool {
 
     /// `map`: `[B, C, h, w]`; returns `[B, D]`.
     fn forward(&self, map: &Tensor) -> Tensor {
-        let (b, c, h, w) = map.size4().expect("BUG: a feature map has four dimensions");
+        let [h, w] = [2, 3].map(|dimension| map.size()[dimension]);
+        self.pool(map, &resize_positions(&self.positional_embedding, h, w))
+    }
+
+    /// As [`Self::forward`], with `positions` `[1 + h w, C]` in place of its own.
+    pub(super) fn pool(&self, map: &Tensor, positions: &Tensor) -> Tensor {
         let cells = map.flatten(2, 3).transpose(1, 2);
         let mean = cells.mean_dim(1, true, None::<Kind>);
-        let positions = resize_positions(&self.positional_embedding, h, w).to_kind(map.kind());
-        let x = Tensor::cat(&[mean, cells], 1) + positions;
-        let split = |tokens: &Tensor| tokens.view([b, -1, self.heads, c / self.heads]).transpose(1, 2);
-        let q = split(&self.q_proj.forward(&x.narrow(1, 0, 1)));
-        let pooled = attend(&q, &split(&self.k_proj.forward(&x)), &split(&self.v_proj.forward(&x)), Attention::Full);
+        let x = Tensor::cat(&[mean, cells], 1) + positions.to_kind(map.kind());
+        self.mix(&self.q_proj.forward(&x.narrow(1, 0, 1)), &self.k_proj.forward(&x), &self.v_proj.forward(&x))
+    }
+
+    /// Attention of one query to the tokens, and the projection of what it takes: `[B, D]`; `q` `[B, 1, C]`, `k` and `v` `[B, L, C]`.
+    pub(super) fn mix(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+        let (b, _, c) = q.size3().expect("BUG: a query is [B, 1, C]");
+        let split = |tokens: &Tensor| tokens.view([b, tokens.size()[1], self.heads, c / self.heads]).transpose(1, 2);
+        let pooled = attend(&split(q), &split(k), &split(v), Attention::Full);
         self.c_proj.forward(&pooled.transpose(1, 2).reshape([b, c]))
+    }
+
+    /// The same pooling, whose weights get no gradients.
+    pub(super) fn detached(&self) -> Self {
+        let detached = |linear: &Linear| Linear { weight: linear.weight.detach(), bias: linear.bias.detach() };
+        Self {
+            positional_embedding: self.positional_embedding.detach(),
+            q_proj: detached(&self.q_proj),
+            k_proj: detached(&self.k_proj),
+            v_proj: detached(&self.v_proj),
+            c_proj: detached(&self.c_proj),
+            heads: self.heads,
+        }
     }
 }
 

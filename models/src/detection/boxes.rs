@@ -81,6 +81,12 @@ pub fn iou_matrix(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_slice(&all).reshape([a.len() as i64, b.len() as i64]))
 }
 
+/// The corners, xyxy, of boxes `[N, 4]` that are given by centre, width and height.
+pub(crate) fn cxcywh_to_xyxy(boxes: &Tensor) -> Tensor {
+    let (centre, half) = (boxes.narrow(1, 0, 2), boxes.narrow(1, 2, 2) * 0.5);
+    Tensor::cat(&[&centre - &half, centre + half], 1)
+}
+
 /// Moves the corners of `boxes` `[N, 4]` into the image; a box outside becomes empty.
 pub(crate) fn clip_to_image(boxes: &Tensor, size: ImageSize) -> Tensor {
     let limit = Tensor::from_slice(&[size.width as f32, size.height as f32, size.width as f32, size.height as f32]);

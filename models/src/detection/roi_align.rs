@@ -94,14 +94,7 @@ impl RoiAlign {
         }
         let mut matrix = SparseRows::default();
         for (image, boxes) in boxes.iter().enumerate() {
-            for corners in corners(boxes, "boxes to pool")? {
-                if let Some(wild) = corners.iter().find(|corner| corner.is_nan() || corner.abs() > MAX_COORDINATE) {
-                    return Err(Error::Input {
-                        what: "boxes to pool",
-                        expected: format!("corners between -{MAX_COORDINATE} and {MAX_COORDINATE} px"),
-                        found: wild.to_string(),
-                    });
-                }
+            for corners in tame(boxes)? {
                 self.add_rows(&grids[self.level_of(corners, grids.len())], image as i64, corners, &mut matrix);
             }
         }
@@ -113,6 +106,25 @@ impl RoiAlign {
             Device::Cuda(_) | Device::Mps | Device::Vulkan => matrix.times_by_bags(&cells),
         };
         Ok(pooled.view([-1, self.side, self.side, c]).permute([0, 3, 1, 2]).to_kind(kind))
+    }
+
+    /// The pooling of boxes to one map, as two matrices a box: f32 `[N, side, h]` of rows and `[N, side, w]` of columns, on the CPU. A pooled map
+    /// is the rows' matrix times the map times the columns' matrix transposed.
+    ///
+    /// What is linear in pooled maps can thus be computed without them. `boxes`: `[N, 4]`, in cells; `cells`: the map's h and w.
+    pub(crate) fn matrices(&self, boxes: &Tensor, cells: [i64; 2]) -> Result<[Tensor; 2]> {
+        let corners = tame(boxes)?;
+        let matrix = |axis: usize, n_cells: i64| {
+            let mut values = vec![0.0_f32; corners.len() * self.side as usize * n_cells as usize];
+            let pooled_cells = corners.iter().flat_map(|corners| self.weights(corners[axis], corners[axis + 2], n_cells));
+            for (row, weights) in values.chunks_exact_mut(n_cells as usize).zip(pooled_cells) {
+                for (cell, weight) in weights {
+                    row[cell as usize] = weight;
+                }
+            }
+            Tensor::from_slice(&values).view([corners.len() as i64, self.side, n_cells])
+        };
+        Ok([matrix(1, cells[0]), matrix(0, cells[1])])
     }
 
     fn check(&self, levels: &[Level<'_>], n_images: usize) -> Result<(i64, i64)> {
@@ -189,6 +201,19 @@ impl RoiAlign {
             weights
         };
         (0..self.side).map(pooled_cell).collect()
+    }
+}
+
+/// The corners of boxes to pool, if they can be those of boxes in an image.
+fn tame(boxes: &Tensor) -> Result<Vec<Corners>> {
+    let corners = corners(boxes, "boxes to pool")?;
+    match corners.as_flattened().iter().find(|corner| corner.is_nan() || corner.abs() > MAX_COORDINATE) {
+        Some(wild) => Err(Error::Input {
+            what: "boxes to pool",
+            expected: format!("corners between -{MAX_COORDINATE} and {MAX_COORDINATE} px"),
+            found: wild.to_string(),
+        }),
+        None => Ok(corners),
     }
 }
 

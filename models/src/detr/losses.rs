@@ -8,7 +8,7 @@ use super::{
     Outputs,
     matching::{MatchRule, Pair, Target, match_queries},
 };
-use crate::{Result, error::ensure, rcnn::sigmoid::focal_terms};
+use crate::{Result, detection::boxes::cxcywh_to_xyxy, error::ensure, rcnn::sigmoid::focal_terms};
 
 /// The weights of the losses.
 const OBJECTNESS_WEIGHT: f64 = 2.0;
@@ -123,12 +123,6 @@ fn layer_losses(boxes: &Tensor, objectness: &Tensor, targets: &[Target], images:
         boxes: (predicted - wanted).abs().sum(kind) / divisor,
         overlaps: overlaps.sum(kind) / divisor,
     }
-}
-
-/// `[..., 4]` to `[..., 4]`.
-pub(crate) fn cxcywh_to_xyxy(boxes: &Tensor) -> Tensor {
-    let (centre, half) = (boxes.narrow(-1, 0, 2), boxes.narrow(-1, 2, 2) * 0.5);
-    Tensor::cat(&[&centre - &half, centre + half], -1)
 }
 
 /// The generalised IoU of boxes, xyxy, `[..., 4]` each: `[...]`. (Rezatofighi et al. 2019.)

@@ -54,6 +54,10 @@ impl Stage for Export {
             let hint = "probe with `classifier: sigmoid`, or export the detector before probing".into();
             return Err(Error::Input { port: DETECTOR.info().name, problem, hint });
         }
+        if let DetectorSpec::Localizer(_) = &spec {
+            let problem = format!("a detector {}", spec.in_words());
+            return Err(Error::Input { port: DETECTOR.info().name, problem, hint: "export it with `localizer/export`".into() });
+        }
         let renamed = match (self.names, &spec) {
             (Names::Oadp, _) => None,
             (Names::Detpro, DetectorSpec::MaskRcnn(spec)) if spec.config.block_head.is_none() && !spec.config.has_global_head => {

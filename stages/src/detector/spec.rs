@@ -103,7 +103,7 @@ impl Artifact for DetectorFile {
 
 impl DetectorFile {
     /// The weights, and how the network is built.
-    pub(super) fn read(&self) -> Result<(Checkpoint, DetectorSpec)> {
+    pub(crate) fn read(&self) -> Result<(Checkpoint, DetectorSpec)> {
         let checkpoint = read_weights(&self.file)?;
         let spec = spec_of(&checkpoint, SPEC_KEY, &self.file.path)?;
         Ok((checkpoint, spec))
@@ -192,7 +192,7 @@ fn filled<D>(
 
 impl DetectorSpec {
     /// The detector's kind, worded to follow "one".
-    pub(super) fn in_words(&self) -> &'static str {
+    pub(crate) fn in_words(&self) -> &'static str {
         match self {
             Self::MaskRcnn(_) => "that compares with class embeddings and background (`head: embeddings`)",
             Self::Sigmoid(_) => "with a linear classifier (`head: sigmoid`)",
@@ -224,7 +224,7 @@ impl DetectorSpec {
     }
 
     /// The metadata of a detector's file.
-    pub(super) fn metadata(&self) -> BTreeMap<String, String> {
+    pub(crate) fn metadata(&self) -> BTreeMap<String, String> {
         spec_metadata(self, SPEC_KEY)
     }
 }

@@ -154,7 +154,8 @@ impl TableCriterion<'_> {
                 None => make(),
             }
         });
-        Ok(Tensor::cat(&grids.collect::<Result<Vec<_>>>()?.concat(), 0))
+        let grids: Vec<Tensor> = grids.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+        Ok(Tensor::cat(&grids, 0))
     }
 }
 
