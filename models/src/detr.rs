@@ -5,7 +5,7 @@
 //! names, but the heads of boxes only one of their two.
 //!
 //! Differences from the reference: queries are in the order of anchors, not sorted by class, so that dropout draws other numbers and
-//! assignments of equal cost may differ; encodings of places are computed in f64. Dropout draws from a given generator.
+//! assignments of equal cost may differ; places of cells are computed in f64. Dropout draws from a given generator.
 
 mod assignment;
 mod attention;

@@ -1,4 +1,4 @@
-//! Networks on libtorch: CLIP towers and their tokenizer, two-stage detectors, and the readers of published checkpoints.
+//! Networks on libtorch: CLIP towers and their tokenizer, two-stage detectors and a DETR, and the readers of published checkpoints.
 //!
 //! This crate knows tensors and weights. It knows nothing of what files mean to a pipeline, nor of stages or the store.
 

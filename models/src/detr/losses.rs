@@ -21,7 +21,7 @@ const OVERLAP_WEIGHT: f64 = 2.0;
 pub enum Divisor {
     /// The number of pairs of the last layer, as in the reference.
     #[default]
-    LastLayer,
+    Reference,
     /// The number of its own pairs.
     OwnLayer,
 }
@@ -90,7 +90,7 @@ pub fn losses(outputs: &Outputs, classes: &Tensor, targets: &[Target], rule: &Ma
     let n_last = pairs.last().map_or(0, |images| count(images));
     let of_layer = |(layer, images): (i64, &Vec<Vec<Pair>>)| {
         let n_matched = match divisor {
-            Divisor::LastLayer => n_last,
+            Divisor::Reference => n_last,
             Divisor::OwnLayer => count(images),
         };
         layer_losses(&boxes.get(layer), &objectness.get(layer), targets, images, n_matched.max(1) as f64)
@@ -201,7 +201,7 @@ mod tests {
         let strings: serde_json::Value = serde_json::from_str(strings).unwrap();
         for case in CASES {
             let read = Case::read(&golden, case);
-            let found = read.losses(Divisor::LastLayer);
+            let found = read.losses(Divisor::Reference);
             let last = found.layers.len() - 1;
             for (layer, images) in found.pairs.iter().enumerate() {
                 for (image, pairs) in images.iter().enumerate() {
@@ -246,7 +246,7 @@ mod tests {
     #[test]
     fn a_batch_without_objects_trains_objectness() {
         let read = Case::read(&cora("matching"), "no_boxes_unsplit");
-        let found = read.losses(Divisor::LastLayer);
+        let found = read.losses(Divisor::Reference);
         assert_eq!((found.n_matched(), found.n_objects, found.matched_share()), (0, 0, None));
         assert!(scalar(&found.total) > 0.0 && scalar(&found.total).is_finite());
         let gradients = Tensor::run_backward(&[&found.total], &[&read.outputs.boxes, &read.outputs.objectness], false, false);
@@ -257,7 +257,7 @@ mod tests {
     #[test]
     fn layers_can_be_divided_by_their_own_pairs() {
         let read = Case::read(&cora("matching"), "m_last_level_only");
-        let [reference, own] = [Divisor::LastLayer, Divisor::OwnLayer].map(|divisor| read.losses(divisor));
+        let [reference, own] = [Divisor::Reference, Divisor::OwnLayer].map(|divisor| read.losses(divisor));
         assert_eq!((reference.n_matched(), reference.matched_share(), count(&reference.pairs[0])), (0, Some(0.0), 3));
         let [reference, own] = [reference, own].map(|losses| losses.layers.iter().map(|layer| scalar(&layer.boxes)).collect::<Vec<f64>>());
         assert!((reference[0] / own[0] - 3.0).abs() < 1e-6 && reference[1].abs() < 1e-9 && own[1].abs() < 1e-9);
