@@ -330,7 +330,8 @@ impl AttentionPool {
     ///
     /// RoIAlign is linear: a key is the sum of some cells' keys by the weights of [`RoiAlign::matrices`], so its product with a query is the same
     /// sum of products, and what attention takes is a sum of the cells' values. No key and no value of a box is written down. Of 1,000 anchors
-    /// on the layer 4 of RN50 (2,048 channels, 25 x 33), one core makes features in 0.55 s; by pooled queries, keys and values in 5.0 s.
+    /// on the layer 4 of RN50 (2,048 channels, 25 x 33), one core makes features in 0.55 s; by pooled
+    /// queries, keys and values it was 5.0 s.
     fn fast(&self, map: &Tensor, extents: &[[f32; 2]], boxes: &Tensor, table: &Tensor, overhang: Overhang) -> Result<Tensor> {
         let (b, c, h, w) = map.size4().expect("BUG: a checked map has four dimensions");
         let (s, n, heads) = (self.side(), boxes.size()[0], self.heads);

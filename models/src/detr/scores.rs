@@ -80,11 +80,11 @@ impl Default for Selection {
     }
 }
 
-/// The logits of scores, f32 `[N, C]`: a score is the sigmoid of its logit, from 1e-5 to 1 - 1e-5.
+/// The scores of boxes for classes, f32 `[N, C]`, from 1e-5 to 1 - 1e-5.
 ///
 /// `cosines`: `[N, C]` of boxes with the texts of classes; `objectness`: logits `[N]`; `temperature`: what cosines are multiplied by before
 /// the softmax, 100 in the reference.
-pub fn logits(cosines: &Tensor, objectness: &Tensor, temperature: f64, background: Background) -> Result<Tensor> {
+pub fn scores(cosines: &Tensor, objectness: &Tensor, temperature: f64, background: Background) -> Result<Tensor> {
     let fits = matches!(cosines.size()[..], [_, c] if c >= 1) && is_floating(cosines);
     ensure(fits, "cosines of boxes", "floating [N, C], C at least 1", cosines)?;
     let [n, c] = [0, 1].map(|dimension| cosines.size()[dimension]);
@@ -96,9 +96,14 @@ pub fn logits(cosines: &Tensor, objectness: &Tensor, temperature: f64, backgroun
     };
     let probabilities = scaled.softmax(1, Kind::Float).narrow(1, 0, c);
     let objectness = objectness.to_device(cosines.device()).to_kind(Kind::Float);
-    let scores = (probabilities * objectness.sigmoid().unsqueeze(1)).clamp(0.0, 1.0);
+    Ok(stored_logits(&(probabilities * objectness.sigmoid().unsqueeze(1))).sigmoid())
+}
+
+/// The logits as which the reference stores scores.
+fn stored_logits(scores: &Tensor) -> Tensor {
+    let scores = scores.clamp(0.0, 1.0);
     let rest: Tensor = 1.0 - &scores;
-    Ok((scores.clamp_min(EPS) / rest.clamp_min(EPS)).log())
+    (scores.clamp_min(EPS) / rest.clamp_min(EPS)).log()
 }
 
 impl Selection {
@@ -115,19 +120,19 @@ impl Selection {
 
     /// The detections of one image, best first, xyxy in px of an image of size `image`.
     ///
-    /// `boxes`: `[N, 4]`, cxcywh, relative to the image; `logits`: `[N, C]` of [`logits`]. Boxes with any number that is not finite, among their
-    /// own or their logits, are none.
-    pub fn detections(&self, boxes: &Tensor, logits: &Tensor, image: ImageSize) -> Result<Kept> {
+    /// `boxes`: `[N, 4]`, cxcywh, relative to the image; `scores`: `[N, C]` of [`scores`]. Boxes with any number that is not finite, among their
+    /// own or their scores, are none.
+    pub fn detections(&self, boxes: &Tensor, scores: &Tensor, image: ImageSize) -> Result<Kept> {
         ensure(matches!(boxes.size()[..], [_, 4]) && is_floating(boxes), "boxes", "floating [N, 4]", boxes)?;
         let n = boxes.size()[0];
-        let fits = matches!(logits.size()[..], [rows, c] if rows == n && c >= 1) && is_floating(logits);
-        ensure(fits, "logits of boxes", &format!("floating [{n}, C], C at least 1"), logits)?;
-        let [boxes, logits] = [boxes, logits].map(|tensor| tensor.detach().to_device(Device::Cpu).to_kind(Kind::Float));
-        let all = Tensor::cat(&[&boxes, &logits], 1);
+        let fits = matches!(scores.size()[..], [rows, c] if rows == n && c >= 1) && is_floating(scores);
+        ensure(fits, "scores of boxes", &format!("floating [{n}, C], C at least 1"), scores)?;
+        let [boxes, scores] = [boxes, scores].map(|tensor| tensor.detach().to_device(Device::Cpu).to_kind(Kind::Float));
+        let all = Tensor::cat(&[&boxes, &scores], 1);
         // [N], the indices of rows.
         let finite = all.isfinite().all_dim(1, false).nonzero().view(-1);
         let boxes = cxcywh_to_xyxy(&boxes.index_select(0, &finite));
-        let scores = logits.index_select(0, &finite).sigmoid();
+        let scores = scores.index_select(0, &finite);
 
         let suppression = Suppression { iou: IOU, keep: self.keep };
         let mut kept = match self.duplicates {
@@ -183,31 +188,30 @@ mod tests {
     }
 
     #[test]
-    fn logits_equal_the_references_and_keep_to_their_floors() {
+    fn scores_equal_the_references_and_keep_to_their_floors() {
         let golden = cora("postprocess");
         for case in ["f1", "background_matters", "floors"] {
             let of = |name: &str| &golden[format!("{case}.{name}").as_str()];
-            let found = logits(of("cos"), of("obj"), 100.0, Background::Reference).unwrap();
-            let errors = (error(&found.sigmoid(), &of("logit").sigmoid()), error(&found, of("logit")));
-            println!("{case}: {errors:?}");
-            assert!(errors.0 < 1e-6 && errors.1 < 5e-4, "{case}: {errors:?}");
-            let (least, most) = (found.sigmoid().min().double_value(&[]), found.sigmoid().max().double_value(&[]));
+            let found = scores(of("cos"), of("obj"), 100.0, Background::Reference).unwrap();
+            let difference = error(&found, &of("logit").sigmoid());
+            assert!(difference < 1e-6, "{case}: {difference:.1e}");
+            let (least, most) = (found.min().double_value(&[]), found.max().double_value(&[]));
             assert!(least > 0.99e-5 && most < 1.0 - 0.9e-5);
         }
         // F1 of the specification.
         let cosines = tensor(&[[0.26, 0.24, 0.20], [0.18, 0.22, 0.215]]);
-        let found = logits(&cosines, &Tensor::from_slice(&[0.3_f32, -1.0]), 100.0, Background::Reference).unwrap();
-        let expected = tensor(&[[0.019461, -2.612692, -6.682212], [-5.795639, -1.617731, -2.192879]]);
-        assert!(error(&found, &expected) < 2e-5);
+        let found = scores(&cosines, &Tensor::from_slice(&[0.3_f32, -1.0]), 100.0, Background::Reference).unwrap();
         let expected = tensor(&[[0.504865, 0.068326, 0.001251], [0.003032, 0.165518, 0.100392]]);
-        assert!(error(&found.sigmoid(), &expected) < 1e-6);
+        assert!(error(&found, &expected) < 1e-6);
+        let expected = tensor(&[[0.019461, -2.612692, -6.682212], [-5.795639, -1.617731, -2.192879]]);
+        assert!(error(&stored_logits(&found), &expected) < 2e-5);
     }
 
     #[test]
     fn without_background_its_mass_goes_to_the_classes() {
         let cosines = tensor(&[[-0.1, -0.12]]);
         let objectness = Tensor::from_slice(&[0.0_f32]);
-        let sum = |background| logits(&cosines, &objectness, 100.0, background).unwrap().sigmoid().sum(Kind::Float).double_value(&[]);
+        let sum = |background| scores(&cosines, &objectness, 100.0, background).unwrap().sum(Kind::Float).double_value(&[]);
         assert!(sum(Background::Reference) < 1e-3);
         assert!((sum(Background::Fixed) - 0.5).abs() < 1e-4);
     }
@@ -218,7 +222,7 @@ mod tests {
         let of = |name: &str| &golden[format!("{case}.{name}").as_str()];
         for (image, size) in (0..).zip(Vec::<Vec<i64>>::try_from(of("sizes")).unwrap()) {
             let size = ImageSize { width: size[1], height: size[0] };
-            let kept = selection.detections(&of("boxes").get(image), &of("logit").get(image), size).unwrap();
+            let kept = selection.detections(&of("boxes").get(image), &of("logit").get(image).sigmoid(), size).unwrap();
             assert_eq!(Tensor::from_slice(&kept.classes), *of(&format!("labels{image}")), "{case}");
             let expected = of(&format!("dets{image}"));
             assert_eq!(kept.boxes.size(), expected.size(), "{case}");
@@ -240,13 +244,26 @@ mod tests {
     }
 
     #[test]
+    fn a_box_that_is_not_a_number_is_no_detection_and_an_infinite_logit_is_a_score_of_1() {
+        let golden = cora("postprocess");
+        let [boxes, logits] = ["nonfinite.boxes", "nonfinite.logit"].map(|name| golden[name].get(0));
+        let selection = Selection { duplicates: Duplicates::Kept, ..Selection::default() };
+        let size = ImageSize { width: 640, height: 480 };
+        let kept = selection.detections(&boxes, &logits.sigmoid(), size).unwrap();
+        assert!(!kept.rows.contains(&1));
+        assert_eq!((kept.rows.len(), kept.rows[0], kept.classes[0], kept.scores[0].to_bits()), (24, 3, 2, 1.0_f32.to_bits()));
+        let kept = selection.detections(&boxes, &(logits.sigmoid() / logits.isfinite()), size).unwrap();
+        assert!(kept.rows.len() == 18 && !kept.rows.contains(&3));
+    }
+
+    #[test]
     fn overlaps_do_not_depend_on_the_class_where_boxes_are_not_moved() {
         let golden = cora("postprocess");
         for (class, n_of_reference) in [(0, 1), (63, 2)] {
             let of = |name: &str| golden[format!("coordinate_trick_class{class}.{name}").as_str()].get(0);
             let n_kept = |duplicates| {
                 let selection = Selection { duplicates, ..Selection::default() };
-                selection.detections(&of("boxes"), &of("logit"), ImageSize { width: 640, height: 480 }).unwrap().rows.len()
+                selection.detections(&of("boxes"), &of("logit").sigmoid(), ImageSize { width: 640, height: 480 }).unwrap().rows.len()
             };
             assert_eq!([n_kept(Duplicates::Reference), n_kept(Duplicates::Fixed)], [n_of_reference, 1]);
         }
@@ -261,9 +278,9 @@ mod tests {
         let size = ImageSize { width: 100, height: 100 };
         for duplicates in [Duplicates::Fixed, Duplicates::Reference] {
             let selection = Selection { duplicates, ..Selection::default() };
-            let same = selection.detections(&boxes, &tensor(&[[1.0, -9.0], [0.5, -9.0]]), size).unwrap();
+            let same = selection.detections(&boxes, &tensor(&[[0.8, 1e-5], [0.6, 1e-5]]), size).unwrap();
             assert_eq!((same.rows, same.classes), (vec![0], vec![0]));
-            let other = selection.detections(&boxes, &tensor(&[[1.0, -9.0], [-9.0, 0.5]]), size).unwrap();
+            let other = selection.detections(&boxes, &tensor(&[[0.8, 1e-5], [1e-5, 0.6]]), size).unwrap();
             assert_eq!((other.rows, other.classes), (vec![0, 1], vec![0, 1]));
         }
     }
@@ -273,7 +290,7 @@ mod tests {
         let boxes = tensor(&[[0.1, 0.9, 0.4, 0.4]]);
         let found = |borders| {
             let selection = Selection { borders, ..Selection::default() };
-            selection.detections(&boxes, &tensor(&[[1.0]]), ImageSize { width: 100, height: 50 }).unwrap().boxes
+            selection.detections(&boxes, &tensor(&[[0.8]]), ImageSize { width: 100, height: 50 }).unwrap().boxes
         };
         assert!(error(&found(Borders::Reference), &tensor(&[[-10.0, 35.0, 30.0, 55.0]])) < 1e-4);
         assert!(error(&found(Borders::Fixed), &tensor(&[[0.0, 35.0, 30.0, 50.0]])) < 1e-4);
@@ -295,8 +312,8 @@ mod tests {
             let of = |rows: &[i64]| {
                 let rows = Tensor::from_slice(rows);
                 let [boxes, cosines, objectness] = [&boxes, &cosines, &objectness].map(|tensor| tensor.index_select(0, &rows));
-                let logits = logits(&cosines, &objectness, 100.0, Background::Reference).unwrap();
-                let kept = selection.detections(&boxes, &logits, image).unwrap();
+                let scores = scores(&cosines, &objectness, 100.0, Background::Reference).unwrap();
+                let kept = selection.detections(&boxes, &scores, image).unwrap();
                 let rows = rows.index_select(0, &Tensor::from_slice(&kept.rows));
                 (rows, kept.classes, kept.scores, kept.boxes)
             };

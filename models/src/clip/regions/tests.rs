@@ -10,7 +10,7 @@ use crate::{
     detection::boxes::boxes_tensor,
     detr::{
         prematch::{Favour, classify},
-        scores::{Background, Selection, logits},
+        scores::{Background, Selection, scores},
     },
     golden::{cora, cora_values, cora_weights, error},
     layers::Linear,
@@ -263,10 +263,10 @@ fn the_detectors_anchors_and_boxes_get_the_references_classes_and_detections() {
         let at = image as i64;
         let cosines = features.get(at).matmul(&golden["text"].tr());
         let objectness = golden["objectness_levels"].i((5, at, .., 0));
-        let logits = logits(&cosines, &objectness, 100.0, Background::Reference).unwrap();
-        check("logits", &logits, &golden["stored_logits"].get(at), 5e-4);
+        let scores = scores(&cosines, &objectness, 100.0, Background::Reference).unwrap();
+        check("scores", &scores, &golden["stored_logits"].get(at).sigmoid(), 2e-5);
         let size = ImageSize { width: sizes[image][1], height: sizes[image][0] };
-        let kept = Selection::default().detections(boxes, &logits, size).unwrap();
+        let kept = Selection::default().detections(boxes, &scores, size).unwrap();
         assert_eq!(Tensor::from_slice(&kept.classes), golden[format!("det_labels{image}").as_str()]);
         check("detections", &kept.boxes, &golden[format!("det_boxes{image}").as_str()], 1e-3);
         check("scores", &Tensor::from_slice(&kept.scores), &golden[format!("det_scores{image}").as_str()], 2e-5);
