@@ -100,52 +100,6 @@ impl Favour<'_> {
     }
 }
 
-/// Whether the reference splits the classes of a batch at a step of an epoch: if the first number that Python's generator gives after being
-/// seeded with the step is less than `share`. They are the same steps in every epoch. (Defect 13.)
-pub fn splits(step: u32, share: f64) -> bool {
-    first_random(step) < share
-}
-
-/// The words of the state of the Mersenne Twister (Matsumoto and Nishimura 1998).
-const STATE: usize = 624;
-
-/// `random.Random(seed).random()` of Python: the state is made from an array of one word, and a number from the first two words drawn.
-fn first_random(seed: u32) -> f64 {
-    let mixed = |word: u32| word ^ (word >> 30);
-    let mut state = [19_650_218_u32; STATE];
-    for i in 1..STATE {
-        state[i] = mixed(state[i - 1]).wrapping_mul(1_812_433_253).wrapping_add(i as u32);
-    }
-    let mut i = 1;
-    let advance = |i: &mut usize, state: &mut [u32; STATE]| {
-        *i += 1;
-        if *i == STATE {
-            state[0] = state[STATE - 1];
-            *i = 1;
-        }
-    };
-    for _ in 0..STATE {
-        state[i] = (state[i] ^ mixed(state[i - 1]).wrapping_mul(1_664_525)).wrapping_add(seed);
-        advance(&mut i, &mut state);
-    }
-    for _ in 1..STATE {
-        state[i] = (state[i] ^ mixed(state[i - 1]).wrapping_mul(1_566_083_941)).wrapping_sub(i as u32);
-        advance(&mut i, &mut state);
-    }
-    state[0] = 1 << 31;
-    // The first words that it draws depend on words that drawing has not changed yet.
-    let word = |at: usize| {
-        let y = (state[at] & 0x8000_0000) | (state[at + 1] & 0x7fff_ffff);
-        let mut y = state[at + 397] ^ (y >> 1) ^ if y & 1 == 1 { 0x9908_b0df } else { 0 };
-        y ^= y >> 11;
-        y ^= (y << 7) & 0x9d2c_5680;
-        y ^= (y << 15) & 0xefc6_0000;
-        y ^ (y >> 18)
-    };
-    let [high, low] = [word(0) >> 5, word(1) >> 6].map(f64::from);
-    (high * f64::from(1 << 26) + low) / (1_u64 << 53) as f64
-}
-
 #[cfg(test)]
 mod tests {
     use std::{collections::BTreeMap, fs, path::Path};
@@ -240,17 +194,5 @@ mod tests {
         assert_eq!(refused(&m1(), None, Some(dropped)), "dropped classes: expected 3 entries, found 1");
         assert_eq!(refused(&(m1() / 0.0), None, None), "cosines of anchors: expected finite numbers, found others");
         assert_eq!(refused(&m1().get(0), None, None), "cosines of anchors: expected floating [B, N, C], C at least 1, found Float [3, 3]");
-    }
-
-    #[test]
-    fn classes_are_split_at_the_references_steps() {
-        let golden = cora("split_steps");
-        let found: Vec<i64> = (0..3367).filter(|&step| splits(step, 0.2)).map(i64::from).collect();
-        assert_eq!(found.len(), 719);
-        assert_eq!(found[..11], [1, 14, 18, 21, 28, 31, 32, 43, 49, 55, 57]);
-        assert_eq!(found, Vec::<i64>::try_from(&golden["split_steps_of_3367_p02"]).unwrap());
-        let expected = Vec::<f64>::try_from(&golden["first_double_of_seed_0_63"]).unwrap();
-        let wrong: Vec<_> = (0..).zip(&expected).filter(|&(seed, expected)| first_random(seed).to_bits() != expected.to_bits()).collect();
-        assert!(wrong.is_empty(), "{wrong:?}");
     }
 }

@@ -63,8 +63,10 @@ const PROMPTS: In<Prompts> = In::optional("prompts", "Class embeddings of the sa
 const LABELS: In<LabelFiles> = In::optional("labels", "Files of another program instead of `features`: new category ids by annotation id.");
 const CHANGES: In<Changes> = In::optional("changes", "What another step changed, instead of `features`: it is undone.");
 const RELABELLED: Out<AnnotationFile> = Out::new("annotations", "The same json with other `category_id`s, otherwise unchanged.");
-const CHANGED: Out<Changes> =
-    Out::new("changes", "json, by annotation id: the old and the new category id, and CLIP's probability of each (null where it is not known).");
+const CHANGED: Out<Changes> = Out::new(
+    "changes",
+    "json, by annotation id: the old and the new category id, and CLIP's probability of each (null where it is not known).",
+);
 const NEW_LABELS: Out<LabelFiles> = Out::new("labels", "json, by annotation id: the category id, of every object that was looked at.");
 const SUMMARY: Out<Relabelled> = Out::new("summary", "json: agreement, classes before and after, which became which, margins.");
 
@@ -110,7 +112,8 @@ impl Stage for Relabel {
         if !lost.is_empty() {
             cx.note(format!("{} classes have no object left, so nothing teaches them: {}", lost.len(), named(&lost, MAX_NAMED)));
         }
-        let changes: BTreeMap<AnnotationId, Change> = labels.iter().filter(|(_, label)| label.0 != label.1).map(|(id, label)| (*id, *label)).collect();
+        let changes: BTreeMap<AnnotationId, Change> =
+            labels.iter().filter(|(_, label)| label.0 != label.1).map(|(id, label)| (*id, *label)).collect();
         let draft = cx.begin(unit)?;
         let mut json = draft.create(RELABELLED, "annotations.json")?;
         let new = changes.iter().map(|(id, label)| (*id, label.1)).collect();
@@ -181,15 +184,26 @@ impl Relabel {
     }
 
     /// The labels of an image's objects, whose regions are these. `rows`: f32 `[V, D]`, the first ones of the categories `ids`.
-    fn labels(&self, objects: Vec<&Annotation>, regions: &Regions, rows: &Tensor, ids: &[CategoryId]) -> Result<Vec<(AnnotationId, Change)>> {
+    fn labels(
+        &self,
+        objects: Vec<&Annotation>,
+        regions: &Regions,
+        rows: &Tensor,
+        ids: &[CategoryId],
+    ) -> Result<Vec<(AnnotationId, Change)>> {
         let refused = |problem: String| Error::Input {
             port: FEATURES.info().name,
             problem: format!("image {}: {problem}", regions.image_id),
-            hint: "embed the annotated boxes of these annotations and classes: `proposals/truth` with `classes`, then `region/embed`".into(),
+            hint: "embed the annotated boxes of these annotations and classes: `proposals/truth` with `classes`, then `region/embed`"
+                .into(),
         };
         let is_same = |(object, xyxy): (&&Annotation, &Xyxy)| object.xyxy == *xyxy;
         if objects.len() != regions.boxes.len() || !objects.iter().zip(&regions.boxes).all(is_same) {
-            return Err(refused(format!("expected the boxes of {} objects of base classes, found {} other boxes", objects.len(), regions.boxes.len())));
+            return Err(refused(format!(
+                "expected the boxes of {} objects of base classes, found {} other boxes",
+                objects.len(),
+                regions.boxes.len()
+            )));
         }
         if objects.is_empty() {
             return Ok(Vec::new());
@@ -201,7 +215,8 @@ impl Relabel {
         }
         let embeddings = to_unit_length(&Tensor::from_slice(&regions.embeddings).view([n, dim]));
         let logits = embeddings.matmul(&rows.tr()) / self.temperature;
-        let probabilities = Vec::<Vec<f64>>::try_from(logits.to_kind(Kind::Double).softmax(-1, Kind::Double)).map_err(ovenbird_models::Error::from)?;
+        let probabilities =
+            Vec::<Vec<f64>>::try_from(logits.to_kind(Kind::Double).softmax(-1, Kind::Double)).map_err(ovenbird_models::Error::from)?;
         let label = |(object, of_names): (&Annotation, Vec<f64>)| {
             if object.xyxy.area() <= 0.0 {
                 return None;
@@ -257,7 +272,9 @@ fn summary(annotations: &Annotations, labels: &Labels) -> Relabelled {
             margins[((p_new - p_old).max(0.0) * MARGINS as f64).min(MARGINS as f64 - 1.0) as usize] += 1;
         }
     }
-    let count = |counts: &dyn Fn(CategoryId, CategoryId) -> bool| confusion.iter().filter(|((old, new), _)| counts(*old, *new)).map(|(_, n)| *n).sum::<usize>();
+    let count = |counts: &dyn Fn(CategoryId, CategoryId) -> bool| {
+        confusion.iter().filter(|((old, new), _)| counts(*old, *new)).map(|(_, n)| *n).sum::<usize>()
+    };
     let class = |category: &Category| {
         let id = category.id;
         let [before, after] = [count(&|old, _| old == id), count(&|_, new| new == id)];
@@ -315,7 +332,8 @@ mod tests {
         let ids: Vec<i64> = Vec::try_from(&golden["annotation_ids"]).unwrap();
         let objects: Vec<&Annotation> =
             ids.iter().map(|id| annotations.annotations.iter().find(|object| object.id.0 == *id as u64).unwrap()).collect();
-        let vocabulary: Vec<CategoryId> = Vec::<i64>::try_from(&golden["vocabulary_ids"]).unwrap().into_iter().map(|id| CategoryId(id as u64)).collect();
+        let vocabulary: Vec<CategoryId> =
+            Vec::<i64>::try_from(&golden["vocabulary_ids"]).unwrap().into_iter().map(|id| CategoryId(id as u64)).collect();
         let expected: BTreeMap<AnnotationId, CategoryId> =
             serde_json::from_slice(&fs::read(path("export_label_batch2.json")).unwrap()).unwrap();
         let embeddings = Vec::<f32>::try_from(golden["feat_pooled_batch2"].flatten(0, -1)).unwrap();

@@ -17,8 +17,7 @@ pub struct LabelFiles(pub BTreeMap<AnnotationId, CategoryId>);
 impl Artifact for LabelFiles {
     const KIND: &'static str = "labels";
     const EXTENSIONS: &'static [&'static str] = &["json", "/"];
-    const SHAPE: &'static str =
-        r#"category ids by annotation id, `{"1768": 1, "1773": 62}`: a json file, or a folder of `export_label_0.json`, `export_label_1.json` and so on"#;
+    const SHAPE: &'static str = r#"category ids by annotation id, `{"1768": 1, "1773": 62}`: a json file, or a folder of `export_label_0.json`, `export_label_1.json` and so on"#;
 
     fn open(files: &[InputFile]) -> Result<Self> {
         let number = |file: &InputFile| {

@@ -4,7 +4,7 @@ use ovenbird_cache::inputs::InputFile;
 use tch::{Kind, Tensor};
 
 use super::read_weights;
-use crate::{Artifact, Result, clip::space::SPACE_KEY, clip::Space, error::malformed, ports::last_file};
+use crate::{Artifact, Result, clip::Space, clip::space::SPACE_KEY, error::malformed, ports::last_file};
 
 /// The name of the table, as CORA publishes it.
 pub(crate) const TABLE: &str = "attnpool.positional_embedding";

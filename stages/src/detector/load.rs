@@ -72,7 +72,11 @@ impl FirstStage {
             }
             DetectorSpec::Localizer(_) => {
                 let problem = format!("a detector {}, which proposes no regions", spec.in_words());
-                return Err(Error::Input { port: DetectorFile::KIND, problem, hint: "give a two-stage detector (`detector/train`)".into() });
+                return Err(Error::Input {
+                    port: DetectorFile::KIND,
+                    problem,
+                    hint: "give a two-stage detector (`detector/train`)".into(),
+                });
             }
         };
         Ok(Self { network, fits, normalisation, _store: store })

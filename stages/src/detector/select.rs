@@ -59,7 +59,13 @@ const JUDGED_AT_ONCE: usize = 1 << 16;
 
 impl Default for Select {
     fn default() -> Self {
-        Self { protocol: Protocol::default(), group: ClassGroup::default(), metric: Metric::AP50, test: TestOptions::default(), localizer: None }
+        Self {
+            protocol: Protocol::default(),
+            group: ClassGroup::default(),
+            metric: Metric::AP50,
+            test: TestOptions::default(),
+            localizer: None,
+        }
     }
 }
 

@@ -93,8 +93,7 @@ pub struct DetectorFile {
 impl Artifact for DetectorFile {
     const KIND: &'static str = "detector";
     const EXTENSIONS: &'static [&'static str] = &["safetensors"];
-    const SHAPE: &'static str =
-        "a detector that `detector/train`, `localizer/train` or an import made; one of another program comes in by `detector/import` or `localizer/import`";
+    const SHAPE: &'static str = "a detector that `detector/train`, `localizer/train` or an import made; one of another program comes in by `detector/import` or `localizer/import`";
 
     fn open(files: &[InputFile]) -> Result<Self> {
         Ok(Self { file: last_file(Self::KIND, files)?.clone() })

@@ -4,7 +4,7 @@ use ovenbird_data::{boxes::Xyxy, classes::ClassSplit, training::Filter};
 use ovenbird_models::{
     checkpoint::Checkpoint,
     detection::boxes::{ImageSize, Kept, corners},
-    detr::{Localizer, prematch::classify, scores::logits},
+    detr::{Localizer, prematch::classify, scores::scores},
     to_unit_length,
 };
 use tch::{Tensor, nn, no_grad};
@@ -54,7 +54,11 @@ impl LocalizerPredictor {
     ) -> Result<Self> {
         let missing = |port: &'static str, problem: &str, hint: &str| Error::Input { port, problem: problem.into(), hint: hint.into() };
         let checkpoint = cx.inputs.read_if_given(OPTIONAL_CHECKPOINT)?.ok_or_else(|| {
-            missing(CHECKPOINT.info().name, "missing: a localizer looks at the maps of its CLIP", "give the CLIP of its training as `checkpoint`")
+            missing(
+                CHECKPOINT.info().name,
+                "missing: a localizer looks at the maps of its CLIP",
+                "give the CLIP of its training as `checkpoint`",
+            )
         })?;
         let prompts: Prompts = cx.inputs.read_if_given(PROMPTS)?.ok_or_else(|| {
             missing(PROMPTS.info().name, "missing: CLIP names boxes by class embeddings", "give class embeddings of the same CLIP")
@@ -93,7 +97,7 @@ impl LocalizerPredictor {
         let needed = Tensor::from_slice(&selection.needed(&objectness)).to_device(boxes.device());
         let (boxes, objectness) = (boxes.index_select(0, &needed), objectness.index_select(0, &needed));
         let cosines = regions.exact(&layer3, &[boxes.shallow_clone()])?.matmul(&self.texts.tr());
-        Ok(selection.detections(&boxes, &logits(&cosines, &objectness, scale, self.options.background)?, original)?)
+        Ok(selection.detections(&boxes, &scores(&cosines, &objectness, scale, self.options.background)?, original)?)
     }
 }
 

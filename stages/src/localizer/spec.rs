@@ -42,7 +42,8 @@ impl LocalizerSpec {
 
 /// The digest of a region prompt's numbers.
 pub(crate) fn table_digest(table: &Tensor) -> Result<Digest> {
-    let numbers = Vec::<f32>::try_from(table.to_device(Device::Cpu).to_kind(Kind::Float).flatten(0, -1)).map_err(ovenbird_models::Error::from)?;
+    let numbers =
+        Vec::<f32>::try_from(table.to_device(Device::Cpu).to_kind(Kind::Float).flatten(0, -1)).map_err(ovenbird_models::Error::from)?;
     Ok(Digest::of(&numbers.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>()))
 }
 

@@ -13,22 +13,16 @@ use crate::{
     region::frozen::{CHECKPOINT, REGION_PROMPT},
 };
 
-const LOCALIZER: In<DetectorFile> = In::required("localizer", "A localizer from `localizer/train`, `localizer/import` or `detector/select`.");
+const LOCALIZER: In<DetectorFile> =
+    In::required("localizer", "A localizer from `localizer/train`, `localizer/import` or `detector/select`.");
 const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings of the same CLIP.");
 const DETECTIONS: Out<Detections> = Out::new("detections", "Boxes (xyxy, px), categories and scores by image, best first.");
 
 impl Stage for LocalizerOptions {
     const KIND: &'static str = "localizer/test";
     const VERSION: u32 = 1;
-    const INPUTS: &'static [PortInfo] = &[
-        IMAGES.info(),
-        ANNOTATIONS.info(),
-        CLASSES.info(),
-        LOCALIZER.info(),
-        CHECKPOINT.info(),
-        REGION_PROMPT.info(),
-        PROMPTS.info(),
-    ];
+    const INPUTS: &'static [PortInfo] =
+        &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), LOCALIZER.info(), CHECKPOINT.info(), REGION_PROMPT.info(), PROMPTS.info()];
     const OUTPUTS: &'static [PortInfo] = &[DETECTIONS.info()];
     const USES_DEVICE: bool = true;
     const SKIPS_ITEMS: bool = true;

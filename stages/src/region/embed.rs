@@ -48,8 +48,7 @@ impl Default for Embed {
 impl Stage for Embed {
     const KIND: &'static str = "region/embed";
     const VERSION: u32 = 1;
-    const INPUTS: &'static [PortInfo] =
-        &[IMAGES.info(), ANNOTATIONS.info(), PROPOSALS.info(), CHECKPOINT.info(), REGION_PROMPT.info()];
+    const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), PROPOSALS.info(), CHECKPOINT.info(), REGION_PROMPT.info()];
     const OUTPUTS: &'static [PortInfo] = &[REGIONS.info()];
     const USES_DEVICE: bool = true;
     const SKIPS_ITEMS: bool = true;

@@ -19,8 +19,10 @@ use crate::{
 
 pub(crate) const CHECKPOINT: In<CheckpointFile> =
     In::required("checkpoint", "CLIP weights with a ResNet: OpenAI, open_clip or Hugging Face; a file, or a folder with its config.");
-pub(crate) const REGION_PROMPT: In<RegionPromptFile> =
-    In::optional("region_prompt", "The position table of its attention pooling (`region/prompt`, or CORA's `.pth`); without it CLIP's own.");
+pub(crate) const REGION_PROMPT: In<RegionPromptFile> = In::optional(
+    "region_prompt",
+    "The position table of its attention pooling (`region/prompt`, or CORA's `.pth`); without it CLIP's own.",
+);
 
 /// Bytes of maps that are kept.
 const KEPT: usize = 2 << 30;

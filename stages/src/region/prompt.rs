@@ -87,8 +87,7 @@ const PORTS: Ports<RegionPromptFile> = Ports::new(
 impl Stage for Prompt {
     const KIND: &'static str = "region/prompt";
     const VERSION: u32 = 1;
-    const INPUTS: &'static [PortInfo] =
-        &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), CHECKPOINT.info(), PROMPTS.info()];
+    const INPUTS: &'static [PortInfo] = &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), CHECKPOINT.info(), PROMPTS.info()];
     const OUTPUTS: &'static [PortInfo] = &[PORTS.weights.info(), PORTS.state.info(), PORTS.curve.info()];
     const USES_DEVICE: bool = true;
     const SKIPS_ITEMS: bool = true;

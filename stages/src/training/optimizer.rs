@@ -163,7 +163,9 @@ impl<'a> Optimizer<'a> {
                     update(self.config, parameter, &(gradient * (clipping / loss_scale)), moments, [step, n_updates as u32]);
                 }
                 match (&mut self.average, self.config.ema) {
-                    (Some(average), Some(ema)) if ema.rule == EmaRule::FirstStep && n_updates == 1 => *average = begun(&self.parameters, ema),
+                    (Some(average), Some(ema)) if ema.rule == EmaRule::FirstStep && n_updates == 1 => {
+                        *average = begun(&self.parameters, ema)
+                    }
                     (Some(average), _) => average.update(&trained(&self.parameters)),
                     (None, _) => (),
                 }
