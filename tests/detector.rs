@@ -291,6 +291,7 @@ fn published_pipelines_run_on_the_published_layout() {
         "ralf-oadp-ov-coco",
         "ralf-ov-lvis",
         "promptdet-ov-lvis",
+        "cora-ov-coco",
     ] {
         let contact = (name == "promptdet-ov-lvis").then_some(["--set", "contact=me@example.org"]);
         let refused = world.run(["plan", name].into_iter().chain(contact.into_iter().flatten()));
@@ -394,6 +395,19 @@ fn published_pipelines_run_on_the_published_layout() {
         "test@ralf-fixed",
     ];
     assert!(made.iter().all(|step| run.steps("done").contains(&(*step).to_owned())), "{}", run.stderr);
+
+    // CORA, whose networks are as large as those of the publication, but for the CLIP.
+    world.write("resnet.yaml", "version: 1\nname: resnet\nstages:\n  - {id: clip, use: toy/clip, with: {architecture: resnet}}\n");
+    world.run(["run", "./resnet.yaml"]).success();
+    let resnet = world.find(&["toy-clip", "clip.safetensors"]).display().to_string();
+    let mut of_cora = vec!["coco=./coco".to_owned(), format!("rn50={resnet}"), format!("rn50x4={resnet}")];
+    of_cora.extend(["region-prompt", "localizer"].iter().flat_map(|step| {
+        ["training.max_size=[160, 160]", "training.min_size=[96, 160]", "cuts.window=[64, 96]"].map(|set| format!("{step}.{set}"))
+    }));
+    of_cora.extend(["val-regions", "regions"].map(|step| format!("{step}.fits=[160, 160]")));
+    let run = dry_run("cora-ov-coco", &of_cora.iter().map(String::as_str).collect::<Vec<_>>());
+    let made = ["region-prompt", "relabelled", "localizer", "test", "coco", "named-coco"];
+    assert!(made.iter().all(|step| run.steps("done").iter().any(|done| done.starts_with(step))), "{}", run.stderr);
 
     // PromptDet, with a pool and a web of the toy world. Nobody's contact is guessed.
     let refused = world.run(["plan", "promptdet-ov-lvis"]);

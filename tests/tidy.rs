@@ -271,6 +271,30 @@ fn published_pipelines_have_the_published_numbers() {
     }
     promptdet("detector", json!({"start_epoch": 6}));
     promptdet("test", json!({"score_threshold": 1e-4_f32, "nms_iou": 0.5, "max_per_image": 300, "proposals": 1000}));
+    // CORA's specification, sections 5, 9, 10 and 11.
+    let cora = |step: &str, expected: Value| assert_holds(&parameters("cora-ov-coco", step), &expected, "cora-ov-coco");
+    let training = |of_step: Value| {
+        let mut all = json!({
+            "seed": 42, "max_size": [1333, 1333], "min_size": [480, 800], "size_step": 32, "optimizer": "adamw", "betas": [0.9, 0.999], "lr": 1e-4,
+            "warmup_steps": 0, "weight_decay": 1e-4, "clip_grad_norm": 0.1,
+        });
+        all.as_object_mut().unwrap().extend(of_step.as_object().unwrap().clone());
+        all
+    };
+    for (step, of_step) in [
+        ("region-prompt", json!({"epochs": 5, "lr_epochs": [4], "batch_size": 16})),
+        ("localizer", json!({"epochs": 35, "lr_steps": [], "batch_size": 32, "ema_decay": 0.99996})),
+    ] {
+        assert_holds(&parameters("cora-ov-coco", step)["training"], &training(of_step), step);
+        cora(step, json!({"cuts": {"probability": 0.5, "min_size": [400, 500, 600], "window": [384, 600]}}));
+    }
+    cora("region-prompt", json!({"temperature": 0.01}));
+    cora("prompts", json!({"templates": "clip-80", "renormalise": true}));
+    cora(
+        "localizer",
+        json!({"size": "cora", "content": "text", "split_share": 0.2, "match": {"class_test": "same-class", "overlap": "reference"}}),
+    );
+    cora("test", json!({"temperature": 0.01, "novel_factor": 8.0, "max_per_image": 100}));
     let learned = json!({"epochs": 3, "batch_size": 16, "lr": 0.05, "weight_decay": 0.001, "loss_weight": 640.0});
     assert_holds(&parameters("oadp-ov-coco", "multilabel"), &learned, "oadp-ov-coco");
 }
@@ -280,7 +304,7 @@ fn every_test_that_a_recipe_names_exists() {
     let sources = Command::new("git").args(["ls-files", "*.rs"]).current_dir(root()).output().unwrap();
     let sources = String::from_utf8(sources.stdout).unwrap();
     let code: String = sources.lines().map(|path| fs::read_to_string(root().join(path)).unwrap()).collect();
-    for page in ["oadp", "lp-ovod", "detpro-ralf", "promptdet"] {
+    for page in ["oadp", "lp-ovod", "detpro-ralf", "promptdet", "cora"] {
         let recipe = fs::read_to_string(root().join(format!("docs/recipes/{page}.md"))).unwrap();
         let (_, table) = recipe.split_once("## Where parity is checked").unwrap();
         let rows: Vec<&str> = table.lines().filter(|line| line.starts_with("| ") && line.contains('`')).collect();

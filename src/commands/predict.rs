@@ -49,7 +49,7 @@ use copies::Copies;
 /// Stands for the run's id in the records of predictions, which belong to no run.
 pub(crate) const RUN: &str = "predict";
 /// Kinds of steps that detect; a pipeline's trained detectors come before CLIP alone.
-const DETECTING: [&str; 2] = ["detector/test", "detect/zero-shot"];
+const DETECTING: [&str; 3] = ["detector/test", "localizer/test", "detect/zero-shot"];
 /// The quality of pictures that are written as JPEG.
 const JPEG_QUALITY: u8 = 92;
 /// The widest column of class names.
@@ -67,7 +67,7 @@ pub(crate) struct Args {
     /// `--classes @names.txt` [default: the pipeline's classes]
     #[arg(long, value_name = "NAMES|@FILE")]
     classes: Option<String>,
-    /// The step that detects, where the pipeline has several [default: its only `detector/test`, or else its only `detect/zero-shot`]
+    /// The step that detects, where the pipeline has several [default: its only `detector/test`, or else its only `localizer/test`, or else its only `detect/zero-shot`]
     #[arg(long, value_name = "STEP")]
     step: Option<String>,
     /// Show detections with this score or more, from 0 to 1
@@ -204,7 +204,8 @@ fn detecting_step(pipeline: &Pipeline, step: Option<&str>) -> Result<usize> {
     let (problem, hint) = match (found[..].len(), step) {
         (1, _) => return Ok(found[0]),
         (0, _) if all.iter().all(Vec::is_empty) => {
-            let hint = "add a step `detector/test` or `detect/zero-shot`; `ovenbird pipelines` lists pipelines that have one";
+            let hint =
+                "add a step `detector/test`, `localizer/test` or `detect/zero-shot`; `ovenbird pipelines` lists pipelines that have one";
             (format!("no step of {} detects objects", pipeline.name), hint.to_owned())
         }
         (0, step) => {

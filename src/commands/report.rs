@@ -6,6 +6,8 @@ mod html;
 mod origins;
 mod page;
 mod picture;
+mod queries;
+mod relabelled;
 mod retrieved;
 mod web;
 
@@ -28,7 +30,7 @@ use crate::{
     run_state::{self, RunState, StepStatus, find_run},
 };
 use origins::Origins;
-use page::{Gathered, parts_of, render};
+use page::{Gathered, Section, parts_of, render};
 
 /// Write an HTML file about a run: graph, tables, curves, images, manifests
 #[derive(clap::Args)]
@@ -175,40 +177,30 @@ fn gather(store: &Store, run: &str) -> Result<Gathered> {
     }
     let sources = log.first().map_or_else(BTreeMap::new, |first| first.event.sources());
     let origins = Origins::of(store, &run.run, sources, &run.steps, &artifacts);
-    let (mut retrieved, mut web_images) = (Vec::new(), Vec::new());
+    let mut sections: Vec<Box<dyn Section>> = Vec::new();
     if let Ok(origins) = &origins {
+        let mut add = |what: &str, found: Result<Box<dyn Section>>| match found {
+            Ok(section) => sections.push(section),
+            Err(error) => unread.push(format!("{what}: {}", error.message())),
+        };
         for found in retrieved::retrieved(&run.steps, &artifacts, origins) {
-            match found {
-                Ok(found) => retrieved.push(found),
-                Err(error) => unread.push(format!("retrieved boxes: {}", error.message())),
-            }
+            add("retrieved boxes", found.map(|found| Box::new(found) as Box<dyn Section>));
         }
         for found in web::web_images(&run.steps, &artifacts, origins) {
-            match found {
-                Ok(found) => web_images.push(found),
-                Err(error) => unread.push(format!("images of the web: {}", error.message())),
-            }
+            add("images of the web", found.map(|found| Box::new(found) as Box<dyn Section>));
+        }
+        for found in queries::drawn(&run.steps, &artifacts, origins) {
+            add("queries", found.map(|found| Box::new(found) as Box<dyn Section>));
+        }
+        for found in relabelled::changed(&run.steps, &artifacts, origins) {
+            add("classes by CLIP", found.map(|found| Box::new(found) as Box<dyn Section>));
         }
     }
     let pictures = origins.and_then(|origins| gallery::gallery(&run.steps, &artifacts, &origins)).unwrap_or_else(|error| {
         unread.push(format!("pictures: {}", error.message()));
         None
     });
-    Ok(Gathered {
-        run,
-        after,
-        spans,
-        bytes,
-        flow,
-        artifacts,
-        evaluations,
-        trainings,
-        retrieved,
-        web: web_images,
-        pictures,
-        skipped,
-        unread,
-    })
+    Ok(Gathered { run, after, spans, bytes, flow, artifacts, evaluations, trainings, sections, pictures, skipped, unread })
 }
 
 /// The items that a step skipped, whichever run did; each once, in ascending name.

@@ -5,6 +5,8 @@ use serde_yaml::Value as Yaml;
 
 /// The named pipelines that come with the program.
 pub(crate) const NAMED: &[(&str, &str)] = &[
+    ("cora-ov-coco", include_str!("../../pipelines/cora-ov-coco.yaml")),
+    ("cora-toy", include_str!("../../pipelines/cora-toy.yaml")),
     ("detpro-ov-lvis", include_str!("../../pipelines/detpro-ov-lvis.yaml")),
     ("detpro-toy", include_str!("../../pipelines/detpro-toy.yaml")),
     ("lp-ovod-ov-coco", include_str!("../../pipelines/lp-ovod-ov-coco.yaml")),

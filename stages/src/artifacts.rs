@@ -37,6 +37,8 @@
 //! | `published-concepts` | the same as RALF publishes them, a dict in a dict with one tensor | [`PublishedConcepts`] |
 //! | `region-prompt` | a position table of attention pooling, safetensors or `.pth` | [`RegionPromptFile`] |
 //! | `labels`, `label-changes` | classes that objects are given, by annotation id, json | [`LabelFiles`], [`Changes`] |
+//! | `queries` | what queries of a localizer began with and found, Parquet | [`Queries`] |
+//! | `coverage` | how many objects have an anchor, json | [`crate::eval::anchors::Coverage`] |
 //! | `relabelled` | what a relabelling did, json | [`Relabelled`] |
 //! | `results` | detections in the results format of COCO and LVIS, json | [`ResultsFile`] |
 
@@ -55,6 +57,7 @@ mod links;
 mod matrix;
 mod pool;
 pub(crate) mod prompt_samples;
+mod queries;
 mod region_prompt;
 mod rows;
 mod samples;
@@ -104,6 +107,7 @@ pub(crate) use pool::{
 };
 pub use pool::{Pool, PoolMetadata, PublishedLinks};
 pub use prompt_samples::{EMBEDDINGS_FILE, PromptEmbeddings, PromptRow, PromptRows, PromptSamples, PromptSamplesWriter, ROWS_FILE};
+pub use queries::{Queries, Query};
 pub use region_prompt::RegionPromptFile;
 pub(crate) use region_prompt::TABLE;
 pub(crate) use rows::{ReusedRows, Row, RowKind, RowWriter};
@@ -120,7 +124,7 @@ use crate::{
 };
 
 /// Reads a json object.
-fn read_json<T: DeserializeOwned>(file: &InputFile) -> Result<T> {
+pub(crate) fn read_json<T: DeserializeOwned>(file: &InputFile) -> Result<T> {
     let bytes = file.read()?;
     // Serde would accept a list as the fields in order.
     if json::parse::<IgnoredAny>(&bytes).is_ok() && !json::without_mark(&bytes).trim_ascii_start().starts_with(b"{") {

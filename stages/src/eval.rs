@@ -1,5 +1,6 @@
 //! `eval/coco` and `eval/lvis`: average precision and recall of detections.
 
+pub mod anchors;
 pub mod regions;
 
 use ovenbird_data::{

@@ -97,6 +97,7 @@ pub const STAGES: &[StageEntry] = &[
     StageEntry::of::<eval::Coco>(),
     StageEntry::of::<eval::Lvis>(),
     StageEntry::of::<eval::regions::Regions>(),
+    StageEntry::of::<eval::anchors::Anchors>(),
     StageEntry::of::<detections::Export>(),
 ];
 
@@ -220,6 +221,7 @@ mod tests {
             "detector/features",
             "detector/test",
             "detector/select",
+            "eval/anchors",
         ];
         assert_eq!(kinds(true).collect::<Vec<_>>(), networks);
         // `prompts/ensemble` encodes texts on the CPU: they take seconds.

@@ -93,6 +93,21 @@ pub fn match_queries(
     Ok(costs(boxes, objectness, classes, targets, rule)?.into_iter().map(pairs).collect())
 }
 
+/// Which objects of an image have an anchor of their class that overlaps them: a generalised IoU above 0. Others teach nothing. (Specification, section 14.)
+///
+/// `anchors`: `[N, 4]`, cxcywh; `classes`: i64 `[N]`.
+pub fn covered(anchors: &Tensor, classes: &Tensor, target: &Target) -> Result<Vec<bool>> {
+    ensure(matches!(anchors.size()[..], [_, 4]) && is_floating(anchors), "anchors", "floating [N, 4]", anchors)?;
+    let n = anchors.size()[0];
+    ensure(classes.size() == [n] && classes.kind() == Kind::Int64, "classes of anchors", &format!("i64 [{n}]"), classes)?;
+    let (anchors, objects) = (finite("anchors", anchors)?, finite("boxes of objects", &target.boxes)?);
+    let (classes, labels) = (integers(classes), integers(&target.labels));
+    let has_anchor = |(object, label): (&[f32; 4], &i64)| {
+        anchors.as_chunks().0.iter().zip(&classes).any(|(anchor, class)| class == label && generalised_iou(*anchor, *object) > 0.0)
+    };
+    Ok(objects.as_chunks().0.iter().zip(&labels).map(has_anchor).collect())
+}
+
 /// The costs of each image, queries by objects.
 fn costs(boxes: &Tensor, objectness: &Tensor, classes: &Tensor, targets: &[Target], rule: &MatchRule) -> Result<Vec<Costs>> {
     ensure(matches!(boxes.size()[..], [_, _, 4]) && is_floating(boxes), "boxes of queries", "floating [B, N, 4]", boxes)?;
@@ -215,6 +230,17 @@ mod tests {
             }
         }
         assert!(n_compared > 800, "{n_compared}");
+    }
+
+    #[test]
+    fn an_object_is_covered_by_an_anchor_of_its_class_that_overlaps_it() {
+        let tensor = |boxes: &[[f32; 4]]| Tensor::from_slice(boxes.as_flattened()).view([-1, 4]);
+        let anchors = tensor(&[[0.3, 0.3, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2]]);
+        let labels = Tensor::from_slice(&[4_i64, 5, 4, 5]);
+        let target =
+            Target { boxes: tensor(&[[0.35, 0.3, 0.2, 0.2], [0.35, 0.3, 0.2, 0.2], [0.9, 0.1, 0.1, 0.1], [0.65, 0.7, 0.1, 0.1]]), labels };
+        let found = covered(&anchors, &Tensor::from_slice(&[4_i64, 5]), &target).unwrap();
+        assert_eq!(found, [true, false, false, true]);
     }
 
     /// C1, C3 and C4 of the specification, printed to six digits.

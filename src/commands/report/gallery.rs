@@ -237,7 +237,7 @@ impl Subject {
 }
 
 /// An image as it is embedded: without EXIF, which would turn it against its boxes, and no larger than needed.
-fn jpeg(images: &Images, image: &ImageInfo) -> Result<Vec<u8>> {
+pub(super) fn jpeg(images: &Images, image: &ImageInfo) -> Result<Vec<u8>> {
     let file = images.file(&image.file_name)?;
     let decoded = Image::decode_sized(&file.read()?, &file.path, [image.width, image.height]).map_err(ovenbird_stages::Error::from)?;
     let longer = decoded.width.max(decoded.height);

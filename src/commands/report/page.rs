@@ -12,8 +12,6 @@ use ovenbird_stages::{FailedItem, artifacts::Curve};
 use super::{
     gallery::Gallery,
     html::{escape, put},
-    retrieved::Retrieved,
-    web::WebImages,
 };
 use crate::{
     output::{count, duration},
@@ -35,15 +33,21 @@ pub(super) struct Gathered {
     pub(super) artifacts: BTreeMap<StepId, Artifact>,
     pub(super) evaluations: Vec<Evaluated>,
     pub(super) trainings: Vec<(StepId, Curve)>,
-    /// What steps retrieved.
-    pub(super) retrieved: Vec<Retrieved>,
-    /// What became of links to images of the web.
-    pub(super) web: Vec<WebImages>,
+    /// What steps retrieved, downloaded and relabelled.
+    pub(super) sections: Vec<Box<dyn Section>>,
     pub(super) pictures: Option<Gallery>,
     /// The items that each step skipped.
     pub(super) skipped: BTreeMap<StepId, Vec<FailedItem>>,
     /// What could not be read.
     pub(super) unread: Vec<String>,
+}
+
+/// A part of a report about one step.
+pub(super) trait Section {
+    /// What the report shows by it: `STEP.PORT`.
+    fn part(&self) -> String;
+
+    fn render(&self, out: &mut String);
 }
 
 /// The element of a report that lists its parts.
@@ -62,8 +66,8 @@ impl Gathered {
         let trainings = self.trainings.iter().map(|(step, _)| format!("{step}.curve"));
         let artifacts = self.artifacts.keys().map(|step| format!("{step}.artifact"));
         let pictures = self.pictures.as_ref().filter(|pictures| pictures.has_images()).map(|_| "pictures".to_owned());
-        let retrieved = self.retrieved.iter().map(Retrieved::part).chain(self.web.iter().map(WebImages::part));
-        evaluations.chain(trainings).chain(artifacts).chain(retrieved).chain(pictures).collect()
+        let sections = self.sections.iter().map(|section| section.part());
+        evaluations.chain(trainings).chain(artifacts).chain(sections).chain(pictures).collect()
     }
 }
 
@@ -98,8 +102,7 @@ pub(super) fn render(gathered: &Gathered) -> String {
         classes(&mut out, evaluation);
         out.push_str("</section>");
     }
-    gathered.retrieved.iter().for_each(|retrieved| retrieved.render(&mut out));
-    gathered.web.iter().for_each(|web| web.render(&mut out));
+    gathered.sections.iter().for_each(|section| section.render(&mut out));
     gathered.pictures.iter().for_each(|pictures| pictures.render(&mut out));
     skipped(&mut out, gathered);
     trainings(&mut out, gathered);
@@ -602,8 +605,7 @@ mod tests {
             artifacts: BTreeMap::new(),
             evaluations: vec![Evaluated { step: "coco".into(), kind: "eval/coco".into(), port: "evaluation", evaluation }],
             trainings: vec![("<b>".into(), Curve { rows: vec![(10, BTreeMap::from([("loss.boxes".into(), 0.5)]))] })],
-            retrieved: Vec::new(),
-            web: Vec::new(),
+            sections: Vec::new(),
             pictures: None,
             skipped: BTreeMap::from([("<script>".into(), skipped)]),
             unread: vec![],

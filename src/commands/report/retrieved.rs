@@ -17,10 +17,11 @@ use ovenbird_stages::{
 };
 
 use super::{
-    contact::{self, PER_CLASS, PER_REPORT, SIDE},
+    contact::{self, Cutting, PER_CLASS, PER_REPORT},
     gallery,
     html::{escape, put},
     origins::Origins,
+    page::Section,
 };
 use crate::{
     error::{Error, Result},
@@ -29,8 +30,6 @@ use crate::{
     run_state::StepState,
 };
 
-/// How many times its longer side the surroundings of a box are wide.
-const SURROUNDINGS: f32 = 1.3;
 /// A box is right if it overlaps an object of its class at least so much.
 const MIN_IOU: f32 = 0.5;
 
@@ -56,7 +55,7 @@ struct Sheet {
 
 /// One box.
 struct Shown {
-    /// A JPEG of [`SIDE`] px, or why there is none.
+    /// A JPEG of [`contact::SIDE`] px, or why there is none.
     jpeg: Result<Vec<u8>, String>,
     /// The box in the picture, px.
     inner: Xyxy,
@@ -144,15 +143,10 @@ fn truth<'a>(step: &StepId, labels: &Annotations, classes: impl Iterator<Item = 
 
 fn shown(hit: &RegionHit, labels: &Annotations, images: Option<&Result<Images, String>>, is_right: Option<bool>) -> Shown {
     let RegionHit { image_id, xyxy, objectness, cosine, .. } = hit;
-    let side = (SURROUNDINGS * xyxy.width().max(xyxy.height())).max(1.0);
-    let [x, y] = [(xyxy.x1 + xyxy.x2) / 2.0, (xyxy.y1 + xyxy.y2) / 2.0].map(|centre| (centre - side / 2.0).round());
-    let side = side.ceil();
-    let scale = SIDE as f32 / side;
-    let inner = Xyxy { x1: (xyxy.x1 - x) * scale, y1: (xyxy.y1 - y) * scale, x2: (xyxy.x2 - x) * scale, y2: (xyxy.y2 - y) * scale };
+    let Cutting { rectangle, inner } = Cutting::around(xyxy);
     let info = labels.image(*image_id);
     let file_name = info.map_or("", |info| info.file_name.as_str());
     let words = format!("{file_name}, image {image_id}: cosine {cosine:.3}, objectness {objectness:.2}");
-    let rectangle = [x, y, x + side, y + side].map(|corner| corner as i64);
     let jpeg = match (info, images) {
         (Some(info), Some(Ok(images))) => contact::cut(images, info, rectangle).map_err(|error| error.message()),
         (_, Some(Err(problem))) => Err(problem.clone()),
@@ -161,13 +155,12 @@ fn shown(hit: &RegionHit, labels: &Annotations, images: Option<&Result<Images, S
     Shown { jpeg, inner, is_right, cosine: *cosine, words }
 }
 
-impl Retrieved {
-    /// What the report shows by it.
-    pub(super) fn part(&self) -> String {
+impl Section for Retrieved {
+    fn part(&self) -> String {
         format!("{}.boxes", self.step)
     }
 
-    pub(super) fn render(&self, out: &mut String) {
+    fn render(&self, out: &mut String) {
         let Searched { regions, candidates, bad_rows } = &self.searched;
         put!(out, "<section><h2>{}: retrieved boxes</h2>", escape(&self.step.to_string()));
         put!(out, "<p class=\"quiet\">The best of {candidates} candidates among {regions} proposals, by cosine to the class.</p>");
@@ -185,7 +178,9 @@ impl Retrieved {
         }
         out.push_str("</section>");
     }
+}
 
+impl Retrieved {
     fn table(&self, out: &mut String) {
         let has_truth = self.classes.iter().any(|sheet| sheet.n_right.is_some());
         out.push_str("<div class=\"wide\"><table><tr><th>class</th><th class=\"number\">boxes</th><th class=\"number\">images</th>");

@@ -15,6 +15,7 @@ use super::{
     gallery,
     html::{escape, put},
     origins::Origins,
+    page::Section,
 };
 use crate::{error::Result, pipeline::step_id::StepId, run_state::StepState};
 
@@ -89,13 +90,12 @@ fn whole(images: &Images, info: &ImageInfo) -> Result<Vec<u8>> {
     contact::cut(images, info, [left, top, left + side, top + side])
 }
 
-impl WebImages {
-    /// What the report shows by it.
-    pub(super) fn part(&self) -> String {
+impl Section for WebImages {
+    fn part(&self) -> String {
         format!("{}.table", self.step)
     }
 
-    pub(super) fn render(&self, out: &mut String) {
+    fn render(&self, out: &mut String) {
         put!(out, "<section><h2>{}: images of the web</h2>", escape(&self.step.to_string()));
         self.notes.iter().for_each(|note| put!(out, "<p class=\"quiet\">{}</p>", escape(note)));
         out.push_str("<div class=\"wide\"><table><tr><th>class</th>");

@@ -106,13 +106,14 @@ pub(crate) fn detection_units(inputs: &Inputs) -> Result<Units> {
     Ok(Units::Independent { items: images.into_iter().map(item).collect(), replaces: vec!["images", "annotations"] })
 }
 
-/// Makes units of such a stage, with a network that looks for these classes.
+/// Makes units of such a stage, with a network that looks for these classes. `finish`: what a unit has besides detections.
 pub(crate) fn detect(
     predictor: &dyn Predictor,
     images: &TestImages,
     classes: &ClassSplit,
     (port, units): (Out<Detections>, &[Unit]),
     cx: &Context<'_>,
+    mut finish: impl FnMut(&UnitDraft) -> Result<()>,
 ) -> Result<()> {
     let ids = Classes::category_ids(&images.annotations, classes.all())?;
     let categories = category_names(&images.annotations, &ids);
@@ -126,6 +127,7 @@ pub(crate) fn detect(
             Ok(())
         })?;
         Detections::write(&detections, &seen, &categories, draft.create(port, "detections.parquet")?)?;
+        finish(&draft)?;
         cx.commit(draft, [("detections".into(), detections.len().into())].into())?;
     }
     Ok(())

@@ -47,6 +47,6 @@ impl Stage for TestOptions {
         let predictor = load(&cx.inputs.read(DETECTOR)?, DETECTOR.info().name, (self, None), &classes, cx)?;
         let annotations = cx.inputs.read(ANNOTATIONS)?.load_categories()?;
         let images = TestImages::open(cx.inputs.read(IMAGES)?, annotations, cx)?.with_proposals(PROPOSALS, cx)?;
-        detect(&*predictor, &images.with_augmented(AUGMENTED, cx)?, &classes, (DETECTIONS, units), cx)
+        detect(&*predictor, &images.with_augmented(AUGMENTED, cx)?, &classes, (DETECTIONS, units), cx, |_| Ok(()))
     }
 }

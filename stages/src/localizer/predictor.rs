@@ -1,6 +1,8 @@
 //! A trained localizer, and the CLIP that names what it finds.
 
-use ovenbird_data::{boxes::Xyxy, classes::ClassSplit, training::Filter};
+use std::cell::RefCell;
+
+use ovenbird_data::{annotations::ImageId, boxes::Xyxy, classes::ClassSplit, training::Filter};
 use ovenbird_models::{
     checkpoint::Checkpoint,
     detection::boxes::{ImageSize, Kept, corners},
@@ -15,19 +17,22 @@ use super::{
 };
 use crate::{
     Context, Error, In, Result,
-    artifacts::{CheckpointFile, Prompts},
+    artifacts::{CheckpointFile, Prompts, Query},
     clip::space,
     detector::{
         images::{Normalisation, TestImage},
         ports::PROMPTS,
         predictor::{Found, Predictor},
     },
-    region::frozen::{CHECKPOINT, Frozen, REGION_PROMPT},
+    region::frozen::{CHECKPOINT, Frozen, REGION_PROMPT, image_size},
 };
 
 /// The CLIP of a localizer, at the stages that take any detector.
 pub(crate) const OPTIONAL_CHECKPOINT: In<CheckpointFile> =
     In::optional("checkpoint", "For CORA's localizer: the CLIP weights that it was trained with.");
+
+/// Queries of an image that are kept.
+const KEPT_QUERIES: i64 = 10;
 
 /// A trained localizer, with its CLIP and the classes that it looks for.
 pub(crate) struct LocalizerPredictor {
@@ -37,8 +42,11 @@ pub(crate) struct LocalizerPredictor {
     texts: Tensor,
     /// The places of novel classes.
     novel: Vec<i64>,
+    names: Vec<String>,
     options: LocalizerOptions,
     fits: [u32; 2],
+    /// The surest queries of the images so far.
+    queries: RefCell<Vec<Query>>,
     /// Owns the weights.
     _store: nn::VarStore,
 }
@@ -79,25 +87,50 @@ impl LocalizerPredictor {
         let (localizer, store) = spec.network(weights, cx.device)?;
         let n_base = classes.base.len() as i64;
         let novel = (n_base..n_base + classes.novel.len() as i64).collect();
-        Ok(Self { localizer, frozen, texts, novel, options: options.clone(), fits: spec.fits, _store: store })
+        let (options, queries) = (options.clone(), RefCell::default());
+        Ok(Self { localizer, frozen, texts, novel, names, options, fits: spec.fits, queries, _store: store })
+    }
+
+    /// The surest queries of the images since the last call, image by image.
+    pub(super) fn taken(&self) -> Vec<Query> {
+        self.queries.take()
+    }
+
+    /// Keeps the surest queries of an image. `boxes`, `anchors`: `[N, 4]`; `objectness`: logits `[N]`; `classes`: i64 `[N]`.
+    fn keep(&self, image_id: ImageId, [width, height]: [u32; 2], [boxes, anchors]: [&Tensor; 2], objectness: &Tensor, classes: &Tensor) {
+        let (scores, places) = objectness.sigmoid().topk(KEPT_QUERIES.min(objectness.numel() as i64), 0, true, true);
+        let in_px = |boxes: &Tensor, place: i64| {
+            let [x, y, w, h] = [0, 1, 2, 3].map(|number| boxes.double_value(&[place, number]));
+            let [width, height] = [width, height].map(f64::from);
+            Xyxy::from([(x - w / 2.0) * width, (y - h / 2.0) * height, (x + w / 2.0) * width, (y + h / 2.0) * height].map(|px| px as f32))
+        };
+        let query = |rank: i64| {
+            let place = places.int64_value(&[rank]);
+            let (xyxy, anchor) = (in_px(boxes, place), in_px(anchors, place));
+            let class = self.names[classes.int64_value(&[place]) as usize].clone();
+            Query { image_id, query: place as u64, class, anchor, xyxy, objectness: scores.double_value(&[rank]) as f32 }
+        };
+        self.queries.borrow_mut().extend((0..places.numel() as i64).map(query));
     }
 
     /// Detections in px of an image of `original` size. `pixels`: `[1, 3, H, W]`, without a border.
-    fn detect(&self, pixels: &Tensor, original: ImageSize) -> Result<Kept> {
+    fn detect(&self, image_id: ImageId, pixels: &Tensor, original: [u32; 2]) -> Result<Kept> {
         let regions = self.frozen.regions()?;
         let size = pixels.size();
         let layer3 = regions.layer3(pixels, &[ImageSize { width: size[3], height: size[2] }])?;
-        let anchors = regions.fast(&regions.layer4(&layer3)?, &self.localizer.anchors().sigmoid())?;
+        let places = self.localizer.anchors().sigmoid();
+        let anchors = regions.fast(&regions.layer4(&layer3)?, &places)?;
         let scale = 1.0 / self.options.temperature;
         let named = classify(&anchors.matmul(&self.texts.tr()), scale, self.options.favour(&self.novel), None)?;
         let memory = self.localizer.encode(&layer3.features, &layer3.valid(), None)?;
         let outputs = self.localizer.decode(&memory, &self.texts, &named.classes, None)?;
         let (boxes, objectness) = (outputs.boxes.get(-1).get(0), outputs.objectness.get(-1).get(0));
+        self.keep(image_id, original, [&boxes, &places], &objectness, &named.classes.get(0));
         let selection = self.options.selection();
         let needed = Tensor::from_slice(&selection.needed(&objectness)).to_device(boxes.device());
         let (boxes, objectness) = (boxes.index_select(0, &needed), objectness.index_select(0, &needed));
         let cosines = regions.exact(&layer3, &[boxes.shallow_clone()])?.matmul(&self.texts.tr());
-        Ok(selection.detections(&boxes, &scores(&cosines, &objectness, scale, self.options.background)?, original)?)
+        Ok(selection.detections(&boxes, &scores(&cosines, &objectness, scale, self.options.background)?, image_size(original))?)
     }
 }
 
@@ -114,10 +147,9 @@ impl Predictor for LocalizerPredictor {
         Normalisation::CLIP
     }
 
-    fn predict(&self, TestImage { placement, size, pixels, .. }: &TestImage<'_>, _n_threads: usize) -> Result<Vec<Found>> {
+    fn predict(&self, TestImage { info, placement, size, pixels, .. }: &TestImage<'_>, _n_threads: usize) -> Result<Vec<Found>> {
         let pixels = pixels.narrow(2, 0, size.height).narrow(3, 0, size.width);
-        let [width, height] = placement.from.map(i64::from);
-        let Kept { boxes, classes, scores, .. } = no_grad(|| self.detect(&pixels, ImageSize { width, height }))?;
+        let Kept { boxes, classes, scores, .. } = no_grad(|| self.detect(info.id, &pixels, placement.from))?;
         let all = corners(&boxes, "detections")?.into_iter().zip(classes).zip(scores);
         Ok(all.map(|((box_of, class), score)| Found { xyxy: Xyxy::from(box_of), class: class as usize, score, mask: None }).collect())
     }

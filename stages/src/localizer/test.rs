@@ -3,7 +3,7 @@
 use super::{options::LocalizerOptions, predictor::LocalizerPredictor};
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{Classes, Detections, Prompts},
+    artifacts::{Classes, Detections, Prompts, Queries},
     detector::{
         images::TestImages,
         ports::{ANNOTATIONS, CLASSES, IMAGES},
@@ -17,13 +17,15 @@ const LOCALIZER: In<DetectorFile> =
     In::required("localizer", "A localizer from `localizer/train`, `localizer/import` or `detector/select`.");
 const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings of the same CLIP.");
 const DETECTIONS: Out<Detections> = Out::new("detections", "Boxes (xyxy, px), categories and scores by image, best first.");
+const QUERIES: Out<Queries> =
+    Out::new("queries", "The ten surest queries of each image: anchor, the class that CLIP gave it, box (xyxy, px), objectness.");
 
 impl Stage for LocalizerOptions {
     const KIND: &'static str = "localizer/test";
     const VERSION: u32 = 1;
     const INPUTS: &'static [PortInfo] =
         &[IMAGES.info(), ANNOTATIONS.info(), CLASSES.info(), LOCALIZER.info(), CHECKPOINT.info(), REGION_PROMPT.info(), PROMPTS.info()];
-    const OUTPUTS: &'static [PortInfo] = &[DETECTIONS.info()];
+    const OUTPUTS: &'static [PortInfo] = &[DETECTIONS.info(), QUERIES.info()];
     const USES_DEVICE: bool = true;
     const SKIPS_ITEMS: bool = true;
 
@@ -44,7 +46,9 @@ impl Stage for LocalizerOptions {
         };
         let predictor = LocalizerPredictor::load(&spec, (&weights, LOCALIZER.info().name), self, &classes, cx)?;
         let images = TestImages::open(cx.inputs.read(IMAGES)?, cx.inputs.read(ANNOTATIONS)?.load_categories()?, cx)?;
-        detect(&predictor, &images, &classes, (DETECTIONS, units), cx)
+        detect(&predictor, &images, &classes, (DETECTIONS, units), cx, |draft| {
+            Queries(predictor.taken()).write(draft.create(QUERIES, "queries.parquet")?)
+        })
     }
 }
 
