@@ -4,6 +4,7 @@
 mod support;
 
 mod clips;
+mod cora;
 mod detector;
 mod detpro;
 mod docs;
