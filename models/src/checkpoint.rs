@@ -35,7 +35,7 @@ mod safetensors;
 mod torch;
 mod zip_folder;
 
-pub(crate) use self::place::{list, prefixes};
+pub(crate) use self::place::{add_copies, are_equal, list, prefixes, without_copies};
 pub use self::{
     concepts::{CollectedRegions, Concepts, ImageRegions, RegionInfo},
     negatives::NegativeFeatures,

@@ -13,6 +13,7 @@ pub mod average;
 mod decoder;
 mod encoder;
 mod encodings;
+pub mod layout;
 pub mod losses;
 pub mod matching;
 pub mod prematch;

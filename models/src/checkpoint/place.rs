@@ -82,6 +82,47 @@ impl Place {
     }
 }
 
+/// Takes the copies out of tensors that a file has under two names. `copies`: how the names of copies begin, and those of what they copy. A copy whose other name
+/// is not there gets it. Fails where both are there and differ.
+pub(crate) fn without_copies(
+    tensors: BTreeMap<String, Tensor>,
+    copies: &[(&str, &str)],
+    origin: &Path,
+) -> Result<BTreeMap<String, Tensor>> {
+    let named = |name: &str| copies.iter().find_map(|(copy, known)| Some(format!("{known}{}", name.strip_prefix(copy)?)));
+    let (copied, mut kept): (BTreeMap<_, _>, BTreeMap<_, _>) = tensors.into_iter().partition(|(name, _)| named(name).is_some());
+    for (copy, tensor) in copied {
+        let name = named(&copy).expect("BUG: its name begins as those of copies do");
+        let Some(other) = kept.get(&name) else {
+            kept.insert(name, tensor);
+            continue;
+        };
+        if !are_equal(&tensor, other) {
+            let shape = |tensor: &Tensor| format!("{:?} {:?}", tensor.kind(), tensor.size());
+            let found =
+                if shape(&tensor) == shape(other) { "other numbers".into() } else { format!("{} and {}", shape(&tensor), shape(other)) };
+            let problem = format!("expected the same tensor as `{copy}` and as `{name}`, found {found}");
+            let hint = Some("the file is none that its training wrote: take another checkpoint, or save it without the copies".into());
+            return Err(Error::Malformed { path: origin.to_owned(), problem, hint });
+        }
+    }
+    Ok(kept)
+}
+
+/// Adds the copies that [`without_copies`] takes out.
+pub(crate) fn add_copies(tensors: &mut BTreeMap<String, Tensor>, copies: &[(&str, &str)]) {
+    let copy = |(name, tensor): (&String, &Tensor)| {
+        copies.iter().find_map(|(copy, known)| Some((format!("{copy}{}", name.strip_prefix(known)?), tensor.shallow_clone())))
+    };
+    let added: Vec<(String, Tensor)> = tensors.iter().filter_map(copy).collect();
+    tensors.extend(added);
+}
+
+/// Whether two tensors have the same kind, shape and numbers.
+pub(crate) fn are_equal(one: &Tensor, other: &Tensor) -> bool {
+    one.kind() == other.kind() && one.size() == other.size() && one.equal(other)
+}
+
 /// `under `model.``, `at the top level`.
 fn in_words(prefix: &str) -> String {
     if prefix.is_empty() { "at the top level".into() } else { format!("under `{prefix}`") }

@@ -5,6 +5,10 @@
 //! | OpenAI | the scalars `input_resolution`, `context_length`, `vocab_size` | those three are dropped |
 //! | open_clip | `token_embedding.weight` without them | `text.` of its newer class is taken off |
 //! | Hugging Face | `text_model.embeddings.token_embedding.weight` | names; queries, keys, values are joined; projections are transposed |
+//! | CORA | `classifier.token_embedding.weight` beside `backbone.0.body.conv1.weight` | names; the localizer beside the CLIP is dropped |
+//!
+//! CORA's checkpoints hold a CLIP twice, in a detector and in its average: equal ones count as one. Its position table of attention pooling
+//! is the region prompt.
 //!
 //! The weights may lie anywhere in a file: see [`place`]. Buffers that a network can make itself (`attn_mask`, `position_ids`,
 //! `num_batches_tracked`) are dropped, and so are single numbers beside the towers, such as the `logit_bias` of a sigmoid loss: embeddings do
@@ -21,7 +25,7 @@ use tch::{Kind, Tensor};
 use super::{Activation, Config, ImageConfig, LOGIT_SCALE, TextConfig, architecture::Architecture, resnet::REDUCTION, settings::Settings};
 use crate::{
     Error, Misfit, Result,
-    checkpoint::{Place, list, not_finite, prefixes},
+    checkpoint::{Place, add_copies, are_equal, list, not_finite, prefixes, without_copies},
 };
 
 pub(super) const OPENAI_SCALARS: [&str; 3] = ["input_resolution", "context_length", "vocab_size"];
@@ -29,8 +33,14 @@ const HUGGING_FACE_MARK: &str = "text_model.embeddings.token_embedding.weight";
 const OPENAI_MARK: &str = "token_embedding.weight";
 /// How open_clip's newer class calls its text tower.
 const TEXT: &str = "text.";
+/// How CORA calls the parts of a CLIP, and OpenAI does. (CORA, section 1 of its specification.)
+const CORA_PARTS: [(&str, &str); 3] = [(CORA_TRUNK, "visual."), ("backbone.0.attn_pool.", "visual.attnpool."), (CORA_TEXT, "")];
+const CORA_TRUNK: &str = "backbone.0.body.";
+const CORA_TEXT: &str = "classifier.";
+/// CORA's second name of the last level.
+const CORA_COPIES: [(&str, &str); 1] = [("backbone.0.layer4.", "backbone.0.body.layer4.")];
 /// Prefixes of the names of image towers.
-const IMAGE_MARKS: [&str; 2] = ["visual.", "vision_model."];
+const IMAGE_MARKS: [&str; 3] = ["visual.", "vision_model.", CORA_TRUNK];
 
 type Tensors = BTreeMap<String, Tensor>;
 
@@ -79,6 +89,9 @@ const HUGGING_FACE: Layout = Layout {
     ..OPENAI
 };
 
+/// A detector of CORA, in which a CLIP of OpenAI lies.
+const CORA: Layout = Layout { name: "CORA's", is_of: is_of_cora, translate: from_cora, ..OPENAI };
+
 /// open_clip's state dict, of either text class.
 const OPEN_CLIP: Layout = Layout { name: "open_clip's", activation: None, is_of: |_| true, ..OPENAI };
 
@@ -88,6 +101,7 @@ static LAYOUTS: &[Layout] = &[
     super::siglip::LAYOUT,
     HUGGING_FACE,
     OPENAI,
+    CORA,
     OPEN_CLIP,
 ];
 
@@ -123,14 +137,22 @@ pub fn place(tensors: &BTreeMap<String, Tensor>, asked: Option<&str>, origin: &P
         Some(rest) if rest.is_empty() || rest.ends_with('.') => rest.to_owned(),
         _ => prefix,
     };
-    let with_text: BTreeSet<String> = prefixes(tensors, HUGGING_FACE_MARK).into_iter().chain(of_text.map(of_open_clip)).collect();
+    let of_cora = |prefix: String| match prefix.strip_suffix(CORA_TEXT) {
+        Some(rest) if tensors.contains_key(&format!("{rest}{CORA_TRUNK}conv1.weight")) => rest.to_owned(),
+        _ => prefix,
+    };
+    let of_text = of_text.map(of_open_clip).map(of_cora);
+    let with_text: BTreeSet<String> = prefixes(tensors, HUGGING_FACE_MARK).into_iter().chain(of_text).collect();
     let has_image = |prefix: &&String| {
         let begins = |mark: &&str| {
             tensors.range(format!("{prefix}{mark}")..).next().is_some_and(|(name, _)| name.starts_with(&format!("{prefix}{mark}")))
         };
         IMAGE_MARKS.iter().any(begins)
     };
-    let whole: BTreeSet<String> = with_text.iter().filter(has_image).cloned().collect();
+    let mut whole: BTreeSet<String> = with_text.iter().filter(has_image).cloned().collect();
+    if asked.is_none() {
+        without_copied_places(&mut whole, tensors);
+    }
     let places = if whole.is_empty() { &with_text } else { &whole };
     let example = places.iter().next_back().map_or_else(String::new, |place| place.trim_end_matches('.').to_owned());
     let how = format!("name it in the pipeline, such as `with: {{clip: {{prefix: \"{example}\"}}}}`, or save only that CLIP");
@@ -160,6 +182,53 @@ pub fn normalise(tensors: &BTreeMap<String, Tensor>, origin: &Path) -> Result<No
     let unused: Vec<String> = tensors.iter().filter_map(is_unused).collect();
     tensors.retain(|name, _| !unused.contains(name));
     Ok(Normalised { layout, tensors, unused })
+}
+
+/// Keeps the first of places at which the same CLIP lies in detectors of CORA.
+fn without_copied_places(places: &mut BTreeSet<String>, tensors: &Tensors) {
+    let parts = |place: &str| -> Vec<(String, &Tensor)> {
+        let below = tensors.range(place.to_owned()..).map_while(|(name, tensor)| Some((name.strip_prefix(place)?, tensor)));
+        below.filter(|(name, _)| openai_name(name).is_some()).map(|(name, tensor)| (name.to_owned(), tensor)).collect()
+    };
+    let mut in_cora = places.iter().filter(|place| tensors.contains_key(&format!("{place}{CORA_TRUNK}conv1.weight"))).cloned();
+    let Some(first) = in_cora.next() else { return };
+    let copied: Vec<String> = in_cora
+        .filter(|place| {
+            let (one, other) = (parts(&first), parts(place));
+            one.len() == other.len() && one.iter().zip(&other).all(|(one, other)| one.0 == other.0 && are_equal(one.1, other.1))
+        })
+        .collect();
+    places.retain(|place| !copied.contains(place));
+}
+
+/// Whether tensors are those of a detector of CORA, with its CLIP.
+pub fn is_of_cora(tensors: &Tensors) -> bool {
+    [format!("{CORA_TRUNK}conv1.weight"), format!("{CORA_TEXT}{OPENAI_MARK}")].iter().all(|name| tensors.contains_key(name))
+}
+
+/// OpenAI's name of a tensor of a CLIP in a detector of CORA; none of other tensors.
+fn openai_name(name: &str) -> Option<String> {
+    CORA_PARTS.iter().find_map(|(theirs, ours)| Some(format!("{ours}{}", name.strip_prefix(theirs)?)))
+}
+
+/// Takes the CLIP out of a detector of CORA.
+fn from_cora(tensors: Tensors, origin: &Path) -> Result<Tensors> {
+    let tensors = without_copies(tensors, &CORA_COPIES, origin)?;
+    Ok(tensors.into_iter().filter_map(|(name, tensor)| Some((openai_name(&name)?, tensor))).collect())
+}
+
+/// Translates a CLIP with a ResNet from OpenAI's names to CORA's, with the copies that it has; without the logit scale, for which it has no
+/// name.
+pub fn to_cora(tensors: &Tensors) -> Tensors {
+    let cora_name = |name: &str| {
+        let [trunk, pool, text] = CORA_PARTS;
+        let begins = [pool, trunk, text].into_iter().find_map(|(theirs, ours)| Some(format!("{theirs}{}", name.strip_prefix(ours)?)));
+        begins.expect("BUG: every name begins with nothing")
+    };
+    let mut renamed: Tensors =
+        tensors.iter().filter(|(name, _)| *name != LOGIT_SCALE).map(|(name, tensor)| (cora_name(name), tensor.shallow_clone())).collect();
+    add_copies(&mut renamed, &CORA_COPIES);
+    renamed
 }
 
 /// Takes the prefix of open_clip's newer text class off.
@@ -377,14 +446,14 @@ fn translate_in_block(block: &str, rest: &str) -> Option<Translation> {
 }
 
 /// Reads shapes and collects the tensors that are missing or have another rank.
-pub(super) struct Shapes<'a> {
-    pub(super) tensors: &'a Tensors,
-    pub(super) problems: Vec<Misfit>,
+pub(crate) struct Shapes<'a> {
+    pub(crate) tensors: &'a Tensors,
+    pub(crate) problems: Vec<Misfit>,
 }
 
 impl Shapes<'_> {
     /// The shape of a tensor of rank `RANK`; ones, and a problem noted, where there is no such tensor.
-    pub(super) fn of<const RANK: usize>(&mut self, name: &str) -> [i64; RANK] {
+    pub(crate) fn of<const RANK: usize>(&mut self, name: &str) -> [i64; RANK] {
         let found = self.tensors.get(name).map(Tensor::size);
         match found.as_deref().map(<[i64; RANK]>::try_from) {
             Some(Ok(shape)) => shape,
@@ -396,7 +465,7 @@ impl Shapes<'_> {
     }
 
     /// One more than the largest index after `prefix`; at most the number of tensors, even with damaged names.
-    pub(super) fn depth(&self, prefix: &str) -> usize {
+    pub(crate) fn depth(&self, prefix: &str) -> usize {
         let indices = self.tensors.keys().filter_map(|name| name.strip_prefix(prefix)?.split('.').next()?.parse::<usize>().ok());
         indices.max().map_or(0, |largest| largest.saturating_add(1).min(self.tensors.len()))
     }

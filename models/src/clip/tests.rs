@@ -463,6 +463,59 @@ fn a_lost_key_matrix_is_named_as_hugging_face_names_it() {
     assert_eq!(problems, [Misfit { name: name.into(), expected: Some(vec![768, 768]), found: None }]);
 }
 
+/// Names as CORA's specification lists them (section 1).
+#[test]
+fn the_clip_in_a_detector_of_cora_is_found_in_either_of_its_copies() {
+    let (_store, clip, plain) = fresh(&tiny_resnet(), 1);
+    let mut detector = layout::to_cora(&plain);
+    for name in [
+        "backbone.0.body.conv1.weight",
+        "backbone.0.body.bn3.running_var",
+        "backbone.0.body.layer4.0.downsample.0.weight",
+        "backbone.0.layer4.0.downsample.0.weight",
+        "backbone.0.attn_pool.positional_embedding",
+        "backbone.0.attn_pool.c_proj.bias",
+        "classifier.transformer.resblocks.1.mlp.c_fc.weight",
+        "classifier.token_embedding.weight",
+        "classifier.positional_embedding",
+        "classifier.ln_final.bias",
+        "classifier.text_projection",
+    ] {
+        assert!(detector.contains_key(name), "{name}");
+    }
+    assert!(detector.keys().all(|name| name.starts_with("backbone.0.") || name.starts_with("classifier.")));
+    detector.insert("transformer.decoder.norm.weight".into(), Tensor::zeros([4], (Kind::Float, Device::Cpu)));
+    let at = |prefix: &str| detector.iter().map(|(name, t)| (format!("{prefix}{name}"), t.shallow_clone())).collect::<BTreeMap<_, _>>();
+    let mut file = at("model.");
+    let copied = at("model_ema.").into_iter().map(|(name, tensor)| (name, tensor.copy()));
+    file.extend(copied);
+    assert_eq!(layout::place(&file, None, origin()).unwrap().prefix, "model.");
+    assert_eq!(layout::place(&file, Some("model_ema"), origin()).unwrap().prefix, "model_ema.");
+    for tensors in [&file, &detector] {
+        let normalised = layout::normalise(tensors, origin()).unwrap();
+        assert_eq!((normalised.layout.name, normalised.layout.activation), ("CORA's", Some(Activation::QuickGelu)));
+        let read = Clip::load(tensors, origin(), Activation::QuickGelu, Device::Cpu, Kind::Float).unwrap();
+        let (images, phase) = (images("cora", &[2, 3, 64, 64]), Phase::Test);
+        assert!(read.encode_image(&images, phase).unwrap().equal(&clip.encode_image(&images, phase).unwrap()));
+        let tokens = Tensor::from_slice(&[1_i64, 3, 49, 0]).view([1, 4]);
+        assert!(read.encode_text(&tokens).unwrap().equal(&clip.encode_text(&tokens).unwrap()));
+    }
+    // Of two that differ nobody guesses one.
+    let name = "model_ema.backbone.0.attn_pool.positional_embedding";
+    let other = &file[name] + 1.0;
+    file.insert(name.into(), other);
+    let error = layout::place(&file, None, origin()).unwrap_err().to_string();
+    assert_eq!(error, "clip.pt: expected one CLIP, found 2: under `model.`, under `model_ema.`");
+    let name = "backbone.0.layer4.0.bn1.bias";
+    let other = &detector[name] + 1.0;
+    detector.insert(name.into(), other);
+    let error = layout::normalise(&detector, origin()).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "clip.pt: expected the same tensor as `backbone.0.layer4.0.bn1.bias` and as `backbone.0.body.layer4.0.bn1.bias`, found other numbers"
+    );
+}
+
 #[test]
 fn a_detector_is_refused_as_no_clip() {
     let tensors = BTreeMap::from([("backbone.conv1.weight".to_owned(), Tensor::from(1.0))]);

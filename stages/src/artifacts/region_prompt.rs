@@ -39,7 +39,9 @@ impl RegionPromptFile {
             let names: Vec<&str> = checkpoint.tensors().keys().map(String::as_str).take(3).collect();
             return Err(malformed(path, format!("expected a tensor `{TABLE}`, found {}", names.join(", "))));
         };
-        if let Some((other, _)) = others.iter().find(|(_, other)| other.size() != table.size() || !other.equal(table)) {
+        let table = table.to_kind(Kind::Float);
+        if let Some((other, _)) = others.iter().find(|(_, other)| other.size() != table.size() || !other.to_kind(Kind::Float).equal(&table))
+        {
             return Err(malformed(path, format!("expected one region prompt, found two: `{first}` and `{other}` differ")));
         }
         let space = Space::read(checkpoint.metadata().get(SPACE_KEY)).map_err(|problem| malformed(path, problem))?;
@@ -47,6 +49,54 @@ impl RegionPromptFile {
         if !is_finite {
             return Err(malformed(path, format!("`{first}`: expected a table of finite numbers, found {:?}", table.size())));
         }
-        Ok((table.to_kind(Kind::Float), space))
+        Ok((table, space))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, io::Write};
+
+    use ovenbird_cache::Digest;
+    use ovenbird_models::checkpoint::{Saved, write_torch};
+    use tch::Device;
+
+    use super::*;
+
+    /// The table of a file with these tensors of checkpoints, or the refusal without its path.
+    fn read(checkpoints: &[(&str, &[(&str, &Tensor)])]) -> Result<Tensor, String> {
+        let entries = checkpoints.iter().map(|(key, tensors)| {
+            let tensors: BTreeMap<String, Saved<'_>> =
+                tensors.iter().map(|(name, tensor)| ((*name).to_owned(), Saved::Tensor(tensor))).collect();
+            ((*key).to_owned(), Saved::Dict(tensors))
+        });
+        let mut bytes = Vec::new();
+        write_torch(&Saved::Dict(entries.collect()), &mut bytes).unwrap();
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&bytes).unwrap();
+        let path = file.path().to_owned();
+        let input = InputFile { name: "a.pth".into(), path, bytes: bytes.len() as u64, digest: Digest::of(&bytes), unit: None };
+        let words = |error: crate::Error| error.to_string().replace(&format!("{}: ", file.path().display()), "");
+        RegionPromptFile { file: input }.read().map(|(table, _)| table).map_err(words)
+    }
+
+    #[test]
+    fn a_whole_checkpoint_of_cora_gives_the_table_that_it_has_several_times() {
+        let table = Tensor::arange(10, (Kind::Float, Device::Cpu)).view([5, 2]);
+        let (half, other) = (table.to_kind(Kind::Half), &table + 1.0);
+        let (pool, text) = ("backbone.0.attn_pool.positional_embedding", "classifier.positional_embedding");
+        let average: &[(&str, &Tensor)] = &[(pool, &table), (text, &other)];
+        assert!(read(&[("model", &[(pool, &table), (text, &other)]), ("model_ema", average)]).unwrap().equal(&table));
+        // Widened numbers are the same.
+        let of_region_branch: &[(&str, &Tensor)] = &[("backbone.0.attnpool.positional_embedding", &half)];
+        assert!(read(&[("model", of_region_branch), ("model_ema", average)]).unwrap().equal(&table));
+        assert_eq!(
+            read(&[("model", &[(pool, &other)]), ("model_ema", average)]).unwrap_err(),
+            format!("expected one region prompt, found two: `model.{pool}` and `model_ema.{pool}` differ")
+        );
+        assert_eq!(
+            read(&[("model", &[(text, &other)])]).unwrap_err(),
+            format!("expected a tensor `attnpool.positional_embedding`, found model.{text}")
+        );
     }
 }

@@ -222,6 +222,11 @@ impl DetectorSpec {
         *self == other
     }
 
+    /// How the detector of a file is built, if the file says so.
+    pub(crate) fn written(checkpoint: &Checkpoint) -> Result<Option<Self>> {
+        checkpoint.metadata().contains_key(SPEC_KEY).then(|| spec_of(checkpoint, SPEC_KEY, checkpoint.path())).transpose()
+    }
+
     /// The metadata of a detector's file.
     pub(crate) fn metadata(&self) -> BTreeMap<String, String> {
         spec_metadata(self, SPEC_KEY)

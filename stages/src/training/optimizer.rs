@@ -348,7 +348,7 @@ mod tests {
             assert_near(&parameters["a"], expected.a);
             assert_near(&parameters["b"], expected.b);
             if let Some(average) = expected.average {
-                assert_near(&optimizer.averages["a"], average);
+                assert_near(&optimizer.average.as_ref().unwrap().weights()["a"], average);
             }
         }
     }
