@@ -144,6 +144,16 @@ fn texts_of_eighty_templates_have_the_references_tokens_and_embeddings() {
         let found = Tensor::stack(&words.iter().map(mean).collect::<Vec<_>>(), 0);
         check(&format!("context {context}"), &found, &golden[format!("embedding_{context}").as_str()], 1e-5);
     }
+    // T2 of the specification: a mean of texts of unit length.
+    let two = Tensor::from_slice(&[1.0_f32, 0.0, 0.6, 0.8]).view([2, 2]).mean_dim(0, false, None::<Kind>);
+    check("T2", &to_unit_length(&two), &Tensor::from_slice(&[0.894427_f32, 0.447214]), 1e-5);
+    // T3, between the ids of the beginning and the end.
+    let tokenizer = clip.architecture.network.tokenizer();
+    for (text, ids) in [("a photo of a skateboard.", vec![320, 1125, 539, 320, 31777, 269]), ("a origami tv.", vec![320, 31832, 1583, 269])]
+    {
+        let found = Vec::<i64>::try_from(tokenizer.batch(&[text], Overlong::Truncate).unwrap().get(0)).unwrap();
+        assert_eq!(found[..ids.len() + 2], [[49_406].as_slice(), &ids, &[49_407]].concat());
+    }
 }
 
 /// CORA's eighty templates (section 3.3).
