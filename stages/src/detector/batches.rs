@@ -411,7 +411,7 @@ impl Batch {
         use rand_chacha::rand_core::SeedableRng as _;
         let picture = |of: u32| {
             let level = |place: u32| ((place * 37 + of * 101) % 251) as u8;
-            ovenbird_data::images::Image { width: 96, height: 64, rgb: (0..3 * 96 * 64).map(level).collect() }
+            Image { width: 96, height: 64, rgb: (0..3 * 96 * 64).map(level).collect() }
         };
         let image = |id: u64| TrainingImage {
             id: ImageId(id),
