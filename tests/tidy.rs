@@ -280,7 +280,7 @@ fn every_test_that_a_recipe_names_exists() {
     let sources = Command::new("git").args(["ls-files", "*.rs"]).current_dir(root()).output().unwrap();
     let sources = String::from_utf8(sources.stdout).unwrap();
     let code: String = sources.lines().map(|path| fs::read_to_string(root().join(path)).unwrap()).collect();
-    for page in ["oadp", "lp-ovod", "detpro-ralf", "promptdet"] {
+    for page in ["oadp", "lp-ovod", "detpro-ralf", "promptdet", "cora"] {
         let recipe = fs::read_to_string(root().join(format!("docs/recipes/{page}.md"))).unwrap();
         let (_, table) = recipe.split_once("## Where parity is checked").unwrap();
         let rows: Vec<&str> = table.lines().filter(|line| line.starts_with("| ") && line.contains('`')).collect();
