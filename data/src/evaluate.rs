@@ -322,14 +322,16 @@ impl Slices<'_> {
         mean(cells.map(|(t, r, k)| self.accumulated.precision[self.accumulated.precision_idx(t, r, k, area, limit)]))
     }
 
-    fn recall(&self, classes: &[usize], area: &str, limit: usize) -> Option<f64> {
+    /// Mean recall of some classes at one or all IoU thresholds.
+    fn recall(&self, classes: &[usize], threshold: Option<usize>, area: &str, limit: usize) -> Option<f64> {
         let (shape, area) = (self.accumulated.shape, self.area(area));
-        let cells = (0..shape.t).flat_map(|t| classes.iter().map(move |k| (t, *k)));
+        let thresholds = threshold.map_or(0..shape.t, |threshold| threshold..threshold + 1);
+        let cells = thresholds.flat_map(|t| classes.iter().map(move |k| (t, *k)));
         mean(cells.map(|(t, k)| self.accumulated.recall[self.accumulated.recall_idx(t, k, area, limit)]))
     }
 
     fn recall_at(&self, classes: &[usize], limit: usize) -> Option<f64> {
-        self.recall(classes, "all", self.limits.iter().position(|known| *known == limit)?)
+        self.recall(classes, None, "all", self.limits.iter().position(|known| *known == limit)?)
     }
 
     fn curve(&self, classes: &[usize]) -> Option<Vec<f64>> {

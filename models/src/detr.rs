@@ -300,26 +300,28 @@ impl Localizer {
     /// `texts`: class embeddings `[K, D]` of unit length, of any floating kind; `classes`: i64 `[B, N]`, the class of each anchor in each image.
     /// A localizer with [`Content::Zero`] reads neither. `dropout` as in [`Self::encode`].
     pub fn decode(&self, memory: &Memory, texts: &Tensor, classes: &Tensor, dropout: Option<&mut ChaCha8Rng>) -> Result<Outputs> {
-        let Config { embed_dim, hidden, queries, .. } = self.config;
-        let (b, device) = (memory.tokens.size()[0], memory.tokens.device());
-        let content = match &self.text_projection {
-            Some([first, second]) => {
-                let fits = matches!(texts.size()[..], [k, dim] if k > 0 && dim == embed_dim);
-                ensure(fits, "class embeddings", &format!("[K, {embed_dim}], K at least 1"), texts)?;
-                let fits = classes.size() == [b, queries] && classes.kind() == Kind::Int64;
-                ensure(fits, "classes of anchors", &format!("i64 [{b}, {queries}]"), classes)?;
-                let (k, [lowest, highest]) = (texts.size()[0], [classes.min(), classes.max()].map(|class| class.int64_value(&[])));
-                if lowest < 0 || highest >= k {
-                    let (expected, found) = (format!("from 0 to {}", k - 1), format!("{lowest} to {highest}"));
-                    return Err(Error::Input { what: "classes of anchors", expected, found });
-                }
-                let texts = texts.to_kind(self.anchors.kind()).to_device(device);
-                let contents = second.forward(&first.forward(&texts).relu());
-                contents.index_select(0, &classes.to_device(device).view(-1)).view([b, queries, hidden])
-            }
-            None => Tensor::zeros([b, queries, hidden], (memory.tokens.kind(), device)),
-        };
+        let content = self.content([memory.tokens.size()[0], self.config.queries], texts, classes)?;
         Ok(self.decode_content(memory, &content, dropout))
+    }
+
+    /// What the queries of some images know of their classes, `[B, N, d]`; `[b, n]` are B and N.
+    fn content(&self, [b, n]: [i64; 2], texts: &Tensor, classes: &Tensor) -> Result<Tensor> {
+        let Config { embed_dim, hidden, .. } = self.config;
+        let (kind, device) = (self.anchors.kind(), self.anchors.device());
+        let Some([first, second]) = &self.text_projection else {
+            return Ok(Tensor::zeros([b, n, hidden], (kind, device)));
+        };
+        let fits = matches!(texts.size()[..], [k, dim] if k > 0 && dim == embed_dim);
+        ensure(fits, "class embeddings", &format!("[K, {embed_dim}], K at least 1"), texts)?;
+        let fits = classes.size() == [b, n] && classes.kind() == Kind::Int64;
+        ensure(fits, "classes of anchors", &format!("i64 [{b}, {n}]"), classes)?;
+        let (k, [lowest, highest]) = (texts.size()[0], [classes.min(), classes.max()].map(|class| class.int64_value(&[])));
+        if lowest < 0 || highest >= k {
+            let (expected, found) = (format!("from 0 to {}", k - 1), format!("{lowest} to {highest}"));
+            return Err(Error::Input { what: "classes of anchors", expected, found });
+        }
+        let contents = second.forward(&first.forward(&texts.to_kind(kind).to_device(device)).relu());
+        Ok(contents.index_select(0, &classes.to_device(device).view(-1)).view([b, n, hidden]))
     }
 
     /// `content`: `[B, N, d]`.

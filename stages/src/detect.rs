@@ -131,3 +131,63 @@ impl ZeroShot {
         Ok(kept.into_iter().take(self.max_per_image).map(detection).collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use ovenbird_data::{
+        annotations::{Annotation, Annotations},
+        boxes::Xyxy,
+        classes::ClassSplit,
+        evaluate::{Evaluator, IouType, Metric, Protocol},
+    };
+    use ovenbird_models::to_unit_length;
+
+    use super::*;
+    use crate::golden::{cora, cora_regions, numbers};
+
+    /// The measure of a region prompt by CORA's code, through its own evaluator: annotated boxes, cut off at the borders of four images, as detections of every
+    /// class.
+    #[test]
+    fn annotated_boxes_are_named_as_by_cora_s_code() {
+        let (golden, relabel) = (cora("prompt_eval"), cora("relabel"));
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/cora/relabel/input.json");
+        let annotations = Annotations::load(&path).unwrap();
+        // Novel is 5 alone, by the list in CORA's code.
+        let classes = ClassSplit { base: ["cat", "dog", "tie"].map(String::from).into(), novel: vec!["bus".into()] };
+        let in_order: Vec<CategoryId> = numbers(&relabel["vocabulary_ids"]).into_iter().map(|id| CategoryId(id as u64)).collect();
+        let stage = ZeroShot { objectness_weight: 0.0, score_threshold: 0.0, nms_iou: 1.0, max_per_image: 100, ..ZeroShot::default() };
+        let mut evaluator = Evaluator::new(Protocol::Coco, IouType::Boxes, &annotations, &classes).unwrap();
+        for image in &annotations.images {
+            let size = [image.width, image.height];
+            let of_image = |object: &&Annotation| object.image_id == image.id && !object.is_crowd;
+            let boxes = annotations.annotations.iter().filter(of_image).map(|object| object.xyxy.clipped(size));
+            let boxes: Vec<Xyxy> = boxes.filter(|xyxy| xyxy.area() > 0.0).collect();
+            let regions = cora_regions(image.id, &boxes, Some(&relabel["table"]));
+            let found = stage.detect(&regions, &to_unit_length(&relabel["text"]), &in_order).unwrap();
+            let of = |name: &str| numbers(&golden[&format!("image{}.{name}", image.id)]);
+            let (scores, labels, corners) = (of("scores"), of("labels"), of("boxes"));
+            assert_eq!(found.len(), scores.len(), "image {}", image.id);
+            // The best first, here as there; scores differ by 3e-3 at least, or are of one box.
+            let mut found: Vec<&Detection> = found.iter().collect();
+            found.sort_by(|one, other| other.score.total_cmp(&one.score));
+            for (place, found) in found.into_iter().enumerate() {
+                assert!((f64::from(found.score) - scores[place]).abs() < 1e-4, "image {}: {} {}", image.id, found.score, scores[place]);
+                assert_eq!(found.category_id, in_order[labels[place] as usize]);
+                let Xyxy { x1, y1, x2, y2 } = found.xyxy;
+                let apart = [x1, y1, x2, y2].into_iter().zip(&corners[4 * place..]).map(|(one, other)| (f64::from(one) - other).abs());
+                assert!(apart.fold(0.0, f64::max) < 1e-4, "image {}: {:?}", image.id, found.xyxy);
+            }
+            evaluator.judge(&stage.detect(&regions, &to_unit_length(&relabel["text"]), &in_order).unwrap()).unwrap();
+        }
+        let groups = evaluator.finish(None).unwrap().groups;
+        let names =
+            ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar_1", "ar_10", "ar_100", "ar_small", "ar_medium", "ar_large"];
+        let ours = names.map(|name| groups["all"].get(Metric::named(name).unwrap()).unwrap_or(-1.0)).into_iter();
+        let ours = ours.chain(["base", "novel"].map(|group| 100.0 * groups[group].get(Metric::AP50).unwrap()));
+        for ((place, found), expected) in ours.enumerate().zip(numbers(&golden["stats"])) {
+            assert!((found - expected).abs() < 1e-4, "{place}: {found} {expected}");
+        }
+    }
+}

@@ -91,25 +91,25 @@ pub static METRICS: [Metric; 14] = [
         name: "ar",
         header: Some("AR"),
         definition: "Recall with the most detections that the protocol allows: 1,000 an image and class (COCO), 300 an image (LVIS).",
-        compute: |slices, classes| slices.recall(classes, "all", slices.last_limit()),
+        compute: |slices, classes| slices.recall(classes, None, "all", slices.last_limit()),
     },
     Metric {
         name: "ar_small",
         header: None,
         definition: "AR of small objects.",
-        compute: |slices, classes| slices.recall(classes, "small", slices.last_limit()),
+        compute: |slices, classes| slices.recall(classes, None, "small", slices.last_limit()),
     },
     Metric {
         name: "ar_medium",
         header: None,
         definition: "AR of medium objects.",
-        compute: |slices, classes| slices.recall(classes, "medium", slices.last_limit()),
+        compute: |slices, classes| slices.recall(classes, None, "medium", slices.last_limit()),
     },
     Metric {
         name: "ar_large",
         header: None,
         definition: "AR of large objects.",
-        compute: |slices, classes| slices.recall(classes, "large", slices.last_limit()),
+        compute: |slices, classes| slices.recall(classes, None, "large", slices.last_limit()),
     },
 ];
 

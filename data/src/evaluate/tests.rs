@@ -135,6 +135,86 @@ fn precision_over_recall_equals_python() {
     ["coco", "coco.masks", "lvis", "lvis.masks"].into_iter().for_each(check_curves);
 }
 
+/// A file of CORA's evaluator.
+#[derive(Deserialize)]
+struct CoraGolden {
+    detections: Vec<CoraDetections>,
+    /// The 12 usual numbers; AP50 of base and of novel classes, AR50 of base and of novel classes, in percent; none where a group has no objects.
+    stats: Vec<Option<f64>>,
+}
+
+#[derive(Deserialize)]
+struct CoraDetections {
+    image_id: u64,
+    /// Places among the categories in order of their ids.
+    labels: Vec<usize>,
+    scores: Vec<f32>,
+    boxes_xyxy: Vec<[f32; 4]>,
+}
+
+/// F3 of CORA's specification. AR50 is no metric of ours, so it is read off what the others are computed from.
+#[test]
+fn numbers_of_cora_s_evaluator_are_ours() {
+    const NOVEL: [u64; 17] = [5, 6, 17, 18, 21, 22, 28, 32, 36, 41, 47, 49, 61, 63, 76, 81, 87];
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/cora/evaluator");
+    for name in ["base_only", "mixed"] {
+        let annotations = Annotations::load(&folder.join(format!("{name}_gt.json"))).unwrap();
+        let golden: CoraGolden = serde_json::from_slice(&fs::read(folder.join(format!("{name}_det.json"))).unwrap()).unwrap();
+        let mut categories: Vec<&Category> = annotations.categories.iter().collect();
+        categories.sort_by_key(|category| category.id);
+        let names = |is_novel: bool| {
+            let group = categories.iter().filter(|category| NOVEL.contains(&category.id.0) == is_novel);
+            group.map(|category| category.name.clone()).collect::<Vec<String>>()
+        };
+        let split = ClassSplit { base: names(false), novel: names(true) };
+        assert_eq!((split.base.len(), split.novel.len()), (48, 17));
+        let of_image = |found: &CoraDetections| {
+            let all = found.labels.iter().zip(&found.scores).zip(&found.boxes_xyxy);
+            let detection = |((label, score), corners): ((&usize, &f32), &[f32; 4])| Detection {
+                image_id: ImageId(found.image_id),
+                category_id: categories[*label].id,
+                xyxy: Xyxy::from(*corners),
+                score: *score,
+                mask: None,
+            };
+            all.map(detection).collect::<Vec<_>>()
+        };
+        let detections: Vec<Detection> = golden.detections.iter().flat_map(of_image).collect();
+        let groups = evaluate_coco(&annotations, &detections, &split).unwrap().groups;
+        let usual =
+            ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar_1", "ar_10", "ar_100", "ar_small", "ar_medium", "ar_large"];
+        let mut ours: Vec<Option<f64>> = usual.iter().map(|name| groups["all"].get(Metric::named(name).unwrap())).collect();
+        let ap50 = |group: &str| groups[group].get(Metric::AP50);
+        let ar50 = ["base", "novel"].map(|group| recall_at_50(&annotations, &detections, &split, group == "novel"));
+        ours.extend([ap50("base"), ap50("novel"), ar50[0], ar50[1]].map(|value| value.map(|value| 100.0 * value)));
+        assert_eq!(ours.len(), golden.stats.len());
+        for (place, (found, expected)) in ours.iter().zip(&golden.stats).enumerate() {
+            // The usual numbers are -1 there.
+            let expected = expected.filter(|value| *value > -1.0);
+            assert_eq!(found.is_some(), expected.is_some(), "{name} {place}: {found:?} {expected:?}");
+            let apart = found.unwrap_or(0.0) - expected.unwrap_or(0.0);
+            assert!(apart.abs() < 1e-9, "{name} {place}: {found:?} {expected:?}");
+        }
+        assert_eq!(name == "base_only", groups["novel"] == Summary::default());
+    }
+}
+
+/// The recall of base or novel classes at an IoU of 0.5 and 100 detections an image and class.
+fn recall_at_50(annotations: &Annotations, detections: &[Detection], split: &ClassSplit, is_novel: bool) -> Option<f64> {
+    let mut evaluator = Evaluator::new(Protocol::Coco, IouType::Boxes, annotations, split).unwrap();
+    evaluator.judge(detections).unwrap();
+    let left = annotations.images.iter().map(|image| image.id).filter(|image| !evaluator.judged.contains(image)).collect();
+    evaluator.judge_images(&left, Vec::new()).unwrap();
+    let ids = if is_novel { &evaluator.ids[split.base.len()..] } else { &evaluator.ids[..split.base.len()] };
+    let ids: Vec<u64> = ids.iter().map(|id| id.0).collect();
+    let mut eval = evaluator.matches.finalize();
+    eval.accumulate();
+    let accumulated = eval.accumulated().unwrap();
+    let slices = Slices { accumulated, areas: &eval.params.area_ranges, limits: &eval.params.max_dets };
+    let places: Vec<usize> = ids.iter().map(|id| accumulated.cat_ids.iter().position(|known| known == id).unwrap()).collect();
+    slices.recall(&places, Some(0), "all", slices.ap_limit())
+}
+
 #[test]
 fn the_same_evaluation_has_the_same_bytes() {
     let json = || serde_json::to_string(&result("coco")).unwrap();

@@ -413,4 +413,4 @@ fn chunks(boxes: &[Tensor], most: i64) -> Vec<Vec<Tensor>> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,5 +1,7 @@
 //! The localizer by CORA's own code, in f64, and what must hold of it whatever its weights are.
 
+mod whole;
+
 use rand_chacha::rand_core::SeedableRng as _;
 use tch::Device;
 

@@ -218,7 +218,8 @@ impl Relabel {
         let probabilities =
             Vec::<Vec<f64>>::try_from(logits.to_kind(Kind::Double).softmax(-1, Kind::Double)).map_err(ovenbird_models::Error::from)?;
         let label = |(object, of_names): (&Annotation, Vec<f64>)| {
-            if object.xyxy.area() <= 0.0 {
+            // Outside the image a box has no area either.
+            if object.xyxy.clipped(regions.size_px).area() <= 0.0 {
                 return None;
             }
             let old = ids.iter().position(|id| *id == object.category_id).expect("BUG: objects are of base classes");
@@ -339,7 +340,8 @@ mod tests {
         let embeddings = Vec::<f32>::try_from(golden["feat_pooled_batch2"].flatten(0, -1)).unwrap();
         let regions = Regions {
             image_id: objects[0].image_id,
-            size_px: [64, 48],
+            // The objects are of images of several sizes.
+            size_px: [90, 70],
             boxes: objects.iter().map(|object| object.xyxy).collect(),
             objectness: vec![1.0; objects.len()],
             embeddings,
@@ -358,6 +360,40 @@ mod tests {
         // Other boxes are no boxes of these objects.
         let moved = Regions { boxes: regions.boxes.iter().map(|xyxy| Xyxy { x1: xyxy.x1 - 1.0, ..*xyxy }).collect(), ..regions.clone() };
         assert!(Relabel::default().labels(objects, &moved, &rows, &vocabulary).unwrap_err().to_string().contains("other boxes"));
+    }
+
+    /// The pixels of four images, as in a test, one by one, all boxes but the crowd. B3: with CLIP's own table other labels.
+    #[test]
+    fn images_get_the_labels_of_cora_s_code() {
+        let golden = golden::cora("relabel");
+        let input = fs::read(path("input.json")).unwrap();
+        let annotations = Annotations::parse_all(&input, &path("input.json")).unwrap();
+        let of_file = |name: &str| serde_json::from_slice::<Value>(&fs::read(path("labels_batch1.json")).unwrap()).unwrap()[name].clone();
+        let vocabulary: Vec<CategoryId> =
+            Vec::<i64>::try_from(&golden["vocabulary_ids"]).unwrap().into_iter().map(|id| CategoryId(id as u64)).collect();
+        let ids: Vec<u64> = golden::numbers(&golden["annotation_ids"]).into_iter().map(|id| id as u64).collect();
+        for (name, table) in [("lab", Some(&golden["table"])), ("lab_plain_table", None)] {
+            let mut labels = Labels::new();
+            for image in &annotations.images {
+                let objects: Vec<&Annotation> =
+                    annotations.annotations.iter().filter(|object| object.image_id == image.id && !object.is_crowd).collect();
+                let boxes: Vec<Xyxy> = objects.iter().map(|object| object.xyxy).collect();
+                let regions = golden::cora_regions(image.id, &boxes, table);
+                if table.is_some() {
+                    let embeddings = Tensor::from_slice(&regions.embeddings).view([-1, 16]);
+                    let cosines = embeddings.matmul(&golden["text"].tr()) * 100.0;
+                    for (row, object) in (0..).zip(&objects) {
+                        if let Some(place) = ids.iter().position(|id| *id == object.id.0) {
+                            let apart = golden::error(&cosines.get(row), &golden["logits_batch1"].get(place as i64));
+                            assert!(apart < 2e-3, "{}: {apart}", object.id);
+                        }
+                    }
+                }
+                labels.extend(Relabel::default().labels(objects, &regions, &golden["text"], &vocabulary).unwrap());
+            }
+            let expected: BTreeMap<AnnotationId, CategoryId> = serde_json::from_value(of_file(name)).unwrap();
+            assert_eq!(labels.iter().map(|(id, label)| (*id, label.1)).collect::<BTreeMap<_, _>>(), expected, "{name}");
+        }
     }
 
     /// B2, and that what was changed can be undone.

@@ -396,6 +396,20 @@ mod tests {
         assert_eq!(without.check().into_iter().map(|problem| problem.field).collect::<Vec<_>>(), ["training.lr_epochs"]);
     }
 
+    /// O3 of CORA's specification: the localizer's rate is constant over 35 epochs, a region prompt's falls to a tenth after 4 of 5. Of 107,761 images in
+    /// batches of 16 these are 33,680 steps.
+    #[test]
+    fn rates_of_cora_are_those_of_its_specification() {
+        let of = |training: Training, epochs: u32| training.of_epochs(epochs, 107_761, Epochs::default()).unwrap().0;
+        let localizer = of(crate::localizer::train::Train::default().training, 35);
+        assert_eq!((localizer.lr_steps.len(), localizer.batch_size, localizer.steps), (0, 32, 35 * 3368));
+        let prompt = of(crate::region::prompt::Prompt::default().training, 5);
+        assert_eq!((prompt.steps, prompt.lr_steps.as_slice()), (5 * 6736, [4 * 6736].as_slice()));
+        for (training, step, lr) in [(&localizer, 0, 1e-4), (&localizer, 117_879, 1e-4), (&prompt, 26_943, 1e-4), (&prompt, 26_944, 1e-5)] {
+            assert!((training.config().optimizer.schedule.lr_at(step) - lr).abs() < 1e-12, "{step}");
+        }
+    }
+
     /// PromptDet's: 12 epochs, of which those from the 7th on have images of the web, and a tenth of the rate after 8 and 11. (Section 9.5.)
     #[test]
     fn epochs_with_images_of_the_web_are_longer() {

@@ -6,8 +6,8 @@ use ovenbird_models::{
     clip::regions::{BatchSizes, Layer3, Layer4, Rules},
     detection::boxes::ImageSize,
     detr::{
-        Config, Content, Localizer,
-        losses::{Divisor, losses},
+        Config, Content, Localizer, Outputs,
+        losses::{self, Divisor, losses},
         matching::{MatchRule, Target},
         prematch::{Dropped, DroppedClasses, classify},
         split::SplitSteps,
@@ -15,12 +15,13 @@ use ovenbird_models::{
     to_unit_length,
 };
 use rand::Rng as _;
+use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, nn, no_grad};
 
 use super::{
-    batches::{Cuts, RegionBatch, RegionLoader, Together},
+    batches::{Cuts, RegionBatch, RegionLoader, Shown, Together},
     spec::{LocalizerSpec, Size, table_digest},
 };
 use crate::{
@@ -232,6 +233,38 @@ impl LocalizerCriterion<'_> {
         let padded = |map: &Tensor| map.constant_pad_nd([0, width - map.size()[3], 0, height - map.size()[2]]);
         Ok(Maps { layer3: Tensor::cat(&maps.iter().map(padded).collect::<Vec<_>>(), 0), valid, layer4 })
     }
+
+    /// What the localizer makes of maps, and the classes of its anchors, i64 `[B, N]`. Where classes are split, the batch is there twice: `of_second` are
+    /// those that the first copy does without. `dropout`: its generator; without it nothing is dropped.
+    fn outputs(&self, maps: &Maps, of_second: Option<&[bool]>, mut dropout: Option<&mut ChaCha8Rng>) -> Result<(Outputs, Tensor)> {
+        let Maps { layer3, valid, layer4 } = maps;
+        let cosines = no_grad(|| -> Result<Tensor> {
+            let (regions, anchors) = (self.frozen.regions()?, self.localizer.anchors().sigmoid());
+            let features = layer4.iter().map(|map| Ok(regions.fast(map, &anchors)?)).collect::<Result<Vec<_>>>()?;
+            Ok(Tensor::cat(&features, 0).matmul(&self.texts.tr()))
+        })?;
+        let named = |dropped: Option<&[bool]>| {
+            let dropped = dropped.map(|classes| Dropped { classes, rule: self.stage.dropped_classes });
+            Ok::<_, Error>(classify(&cosines, TEMPERATURE, None, dropped)?.classes)
+        };
+        let memory = self.localizer.encode(&layer3.to_device(self.texts.device()), valid, dropout.as_deref_mut())?;
+        let (memory, classes) = match of_second {
+            Some(of_second) => {
+                let of_first: Vec<bool> = of_second.iter().map(|second| !second).collect();
+                (memory.repeated(2), Tensor::cat(&[named(Some(of_second))?, named(Some(&of_first))?], 0))
+            }
+            None => (memory, named(None)?),
+        };
+        Ok((self.localizer.decode(&memory, &self.texts, &classes, dropout)?, classes))
+    }
+
+    /// Compares outputs with the objects of the images; of as many copies as there are of each.
+    fn compare(&self, outputs: &Outputs, classes: &Tensor, objects: &[Target]) -> Result<losses::Losses> {
+        let n_copies = classes.size()[0] as usize / objects.len().max(1);
+        let copy = |target: &Target| Target { boxes: target.boxes.shallow_clone(), labels: target.labels.shallow_clone() };
+        let targets: Vec<Target> = (0..n_copies).flat_map(|_| objects.iter().map(copy)).collect();
+        Ok(losses(outputs, classes, &targets, &self.stage.matching, self.stage.divisor)?)
+    }
 }
 
 impl Criterion for LocalizerCriterion<'_> {
@@ -242,41 +275,21 @@ impl Criterion for LocalizerCriterion<'_> {
     }
 
     fn losses(&self, step: u32, mut batch: RegionBatch) -> Result<Losses> {
-        let device = self.texts.device();
-        let Maps { layer3, valid, layer4 } = no_grad(|| self.maps(&batch))?;
-        let regions = self.frozen.regions()?;
-        let cosines = no_grad(|| -> Result<Tensor> {
-            let anchors = self.localizer.anchors().sigmoid();
-            let features = layer4.iter().map(|map| Ok(regions.fast(map, &anchors)?)).collect::<Result<Vec<_>>>()?;
-            Ok(Tensor::cat(&features, 0).matmul(&self.texts.tr()))
-        })?;
+        let maps = no_grad(|| self.maps(&batch))?;
         let (epoch, of_epoch) = (step / self.epoch, step % self.epoch);
         let is_split = self.stage.split_steps.splits(self.stage.split_share, self.stage.training.seed, epoch, of_epoch);
-        let names = |dropped: Option<&[bool]>| {
-            let dropped = dropped.map(|classes| Dropped { classes, rule: self.stage.dropped_classes });
-            Ok::<_, Error>(classify(&cosines, TEMPERATURE, None, dropped)?.classes)
-        };
-        let classes = if is_split {
-            let of_second: Vec<bool> = (0..self.texts.size()[0]).map(|_| batch.random.random::<f64>() > 0.5).collect();
-            let of_first: Vec<bool> = of_second.iter().map(|second| !second).collect();
-            Tensor::cat(&[names(Some(&of_second))?, names(Some(&of_first))?], 0)
-        } else {
-            names(None)?
-        };
-        let copies = if is_split { 2 } else { 1 };
-        let target = |image: &super::batches::Shown| Target {
+        let halves = || (0..self.texts.size()[0]).map(|_| batch.random.random::<f64>() > 0.5).collect::<Vec<bool>>();
+        let of_second = is_split.then(halves);
+        let (outputs, classes) = self.outputs(&maps, of_second.as_deref(), Some(&mut batch.random))?;
+        let target = |image: &Shown| Target {
             boxes: Tensor::from_slice(image.boxes.as_flattened()).view([-1, 4]),
             labels: Tensor::from_slice(&image.classes.iter().map(|class| *class as i64).collect::<Vec<_>>()),
         };
-        let targets: Vec<Target> = (0..copies).flat_map(|_| batch.images.iter().map(target)).collect();
-        let memory = self.localizer.encode(&layer3.to_device(device), &valid, Some(&mut batch.random))?;
-        let memory = if is_split { memory.repeated(copies) } else { memory };
-        let outputs = self.localizer.decode(&memory, &self.texts, &classes, Some(&mut batch.random))?;
-        let found = losses(&outputs, &classes, &targets, &self.stage.matching, self.stage.divisor)?;
+        let found = self.compare(&outputs, &classes, &batch.images.iter().map(target).collect::<Vec<_>>())?;
         let [objectness, boxes, overlaps] = found.weighted();
         let mut all = Losses { terms: vec![("objectness", objectness), ("boxes", boxes), ("overlaps", overlaps)], measures: Vec::new() };
         if let (false, Some(share)) = (is_split, found.matched_share()) {
-            all.measures.push(("matched", Tensor::from(share).to_kind(Kind::Float).to_device(device)));
+            all.measures.push(("matched", Tensor::from(share).to_kind(Kind::Float).to_device(self.texts.device())));
         }
         Ok(all)
     }
@@ -288,11 +301,4 @@ impl Criterion for LocalizerCriterion<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_defaults_are_parameters_that_pass_their_own_check() {
-        assert!(Stage::check(&Train::default()).is_empty());
-    }
-}
+mod tests;

@@ -229,6 +229,14 @@ mod tests {
         assert_eq!(Templates::BareName.texts("bus"), ["bus"]);
     }
 
+    /// T1 of CORA's specification; sorted by code point.
+    #[test]
+    fn the_80_sentences_are_those_of_cora() {
+        let mut sentences = Templates::Clip80.sentences();
+        sentences.sort_unstable();
+        assert_eq!(sha256(&sentences), "a8a4822f2921936e2ef07cf2e7a5df69be9532aab2f3f4880156bb03563e2467");
+    }
+
     #[test]
     fn every_sentence_of_clip_is_there_once_with_a_place_for_the_name() {
         let mut sentences = Templates::Clip80.sentences();

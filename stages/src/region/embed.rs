@@ -1,10 +1,13 @@
 //! `region/embed`: what a frozen CLIP ResNet makes of given boxes.
 
-use ovenbird_data::training::Filter;
-use ovenbird_models::clip::regions::Rules;
+use ovenbird_data::{
+    boxes::Xyxy,
+    training::{Filter, Placement},
+};
+use ovenbird_models::clip::regions::{self, Rules};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use super::frozen::{CHECKPOINT, Frozen, REGION_PROMPT, image_size};
 use crate::{
@@ -76,20 +79,15 @@ impl Stage for Embed {
             images.each(unit.items.clone(), (self.fits, Filter::Pillow), Normalisation::CLIP, &draft, cx, |image| {
                 let (proposals, mut embeddings) = (image.proposals(), vec![0.0_f32; image.proposals().len() * dim]);
                 n_regions += proposals.len();
-                if !proposals.is_empty() {
-                    let (placement, size) = (image.placement, image_size(image.placement.to));
-                    let boxes: Vec<[f32; 4]> =
-                        proposals.iter().map(|proposal| relative(&placement.show(&proposal.xyxy), placement.to)).collect();
-                    let boxes = tch::Tensor::from_slice(boxes.as_flattened()).view([-1, 4]);
-                    let pixels = image.pixels.narrow(2, 0, size.height).narrow(3, 0, size.width);
-                    let said = regions.exact(&regions.layer3(&pixels, &[size])?, &[boxes])?;
-                    let said = said.to_device(Device::Cpu).to_kind(Kind::Float).contiguous();
+                let boxes: Vec<Xyxy> = proposals.iter().map(|proposal| proposal.xyxy).collect();
+                if !boxes.is_empty() {
+                    let said = embed(&regions, &image.pixels, &image.placement, &boxes)?;
                     said.copy_data(&mut embeddings, said.numel());
                 }
                 shard.push(Regions {
                     image_id: image.info.id,
                     size_px: image.placement.from,
-                    boxes: proposals.iter().map(|proposal| proposal.xyxy).collect(),
+                    boxes,
                     objectness: proposals.iter().map(|proposal| proposal.score).collect(),
                     embeddings,
                 })
@@ -99,6 +97,16 @@ impl Stage for Embed {
         }
         Ok(())
     }
+}
+
+/// Embeddings of boxes of an image, px of the original, f32 `[N, D]` on the CPU. `pixels`: `[1, 3, H, W]`, as the image is placed, with or without a border.
+pub(crate) fn embed(regions: &regions::Regions<'_>, pixels: &Tensor, placement: &Placement, boxes: &[Xyxy]) -> Result<Tensor> {
+    let size = image_size(placement.to);
+    let boxes: Vec<[f32; 4]> = boxes.iter().map(|xyxy| relative(&placement.show(xyxy), placement.to)).collect();
+    let boxes = Tensor::from_slice(boxes.as_flattened()).view([-1, 4]);
+    let pixels = pixels.narrow(2, 0, size.height).narrow(3, 0, size.width);
+    let said = regions.exact(&regions.layer3(&pixels, &[size])?, &[boxes])?;
+    Ok(said.to_device(Device::Cpu).to_kind(Kind::Float).contiguous())
 }
 
 #[cfg(test)]

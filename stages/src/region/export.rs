@@ -3,6 +3,7 @@
 use ovenbird_models::checkpoint::{Saved, write_torch};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
 use crate::{
     Context, In, Out, PortInfo, Result, Stage, Unit,
@@ -30,10 +31,54 @@ impl Stage for Export {
         let draft = cx.begin(unit)?;
         let mut archive = draft.create(FILE, "region_prompt.pth")?;
         let path = archive.path().to_owned();
-        let content = Saved::Dict([(TABLE.to_owned(), Saved::Tensor(&table))].into());
-        write_torch(&content, &mut archive).map_err(|source| write_error(&path, source))?;
+        write_torch(&saved(&table), &mut archive).map_err(|source| write_error(&path, source))?;
         archive.finish()?;
         cx.tick(1);
         cx.commit(draft, [("rows".into(), table.size()[0].into())].into())
+    }
+}
+
+/// The content of a file.
+fn saved(table: &Tensor) -> Saved<'_> {
+    Saved::Dict([(TABLE.to_owned(), Saved::Tensor(table))].into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, fs::File};
+
+    use ovenbird_cache::{Digest, inputs::InputFile};
+    use tch::no_grad;
+
+    use super::*;
+    use crate::{
+        golden::{cora, cora_clip},
+        region::frozen::Frozen,
+    };
+
+    /// A3 of CORA's specification, and a whole checkpoint, in which all tables must be one.
+    #[test]
+    fn a_table_that_goes_out_comes_in_and_fits_its_grid_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let table = &cora("relabel")["table"];
+        let read = |name: &str, content: &Saved<'_>| {
+            let path = folder.path().join(name);
+            write_torch(content, &mut File::create(&path).unwrap()).unwrap();
+            let bytes = std::fs::read(&path).unwrap();
+            let file = InputFile { name: name.into(), path, bytes: bytes.len() as u64, digest: Digest::of(&bytes), unit: None };
+            RegionPromptFile { file }.read()
+        };
+        let (found, space) = read("region_prompt.pth", &saved(table)).unwrap();
+        assert_eq!((&found, space), (table, None));
+        let names = ["backbone.0.attnpool.positional_embedding", "backbone.attn_pool.positional_embedding"];
+        let whole = |other: &Tensor| {
+            let model = BTreeMap::from([(names[0].to_owned(), Saved::Tensor(table)), (names[1].to_owned(), Saved::Tensor(other))]);
+            read("checkpoint.pth", &Saved::Dict(model)).map(|(table, _)| table)
+        };
+        assert_eq!(whole(table).unwrap(), *table);
+        let other = no_grad(|| table + 1e-3);
+        assert!(whole(&other).unwrap_err().to_string().contains("found two"));
+        let frozen = Frozen::of(cora_clip(), Some(Tensor::cat(&[table, table], 0)));
+        assert_eq!(frozen.regions().unwrap_err().to_string(), "region prompt: expected floating [50, 128], found Float [100, 128]");
     }
 }

@@ -59,6 +59,12 @@ impl Frozen {
         Ok(Self { clip, table, rules, space })
     }
 
+    /// A CLIP that is at hand, with a region prompt.
+    #[cfg(test)]
+    pub(crate) fn of(clip: clip::Clip, table: Option<Tensor>) -> Self {
+        Self { clip, table, rules: Rules::default(), space: Space::of(&BTreeMap::new(), &[]) }
+    }
+
     /// Its regions, with the region prompt.
     pub(crate) fn regions(&self) -> Result<Regions<'_>> {
         let regions = self.clip.regions()?.with_rules(self.rules);

@@ -22,7 +22,7 @@ use crate::{
         ports::{ANNOTATIONS, CLASSES, IMAGES},
         training::{Epochs, OptimizerKind, Training},
     },
-    localizer::batches::{Cuts, RegionBatch, RegionLoader, Together},
+    localizer::batches::{Cuts, RegionBatch, RegionLoader, Shown, Together},
     training::{Criterion, Losses, Parameter, Ports, Weights, train},
 };
 
@@ -140,7 +140,7 @@ impl TableCriterion<'_> {
     fn grids(&self, batch: &RegionBatch) -> Result<Tensor> {
         let regions = self.frozen.regions()?;
         let device = self.table.device();
-        let boxes = |image: &crate::localizer::batches::Shown| Tensor::from_slice(image.boxes.as_flattened()).view([-1, 4]);
+        let boxes = |image: &Shown| Tensor::from_slice(image.boxes.as_flattened()).view([-1, 4]);
         let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image_size(image.view.to())).collect();
         if let [all] = &batch.pixels[..] {
             let boxes: Vec<Tensor> = batch.images.iter().map(boxes).collect();
@@ -156,6 +156,20 @@ impl TableCriterion<'_> {
         let grids: Vec<Tensor> = grids.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
         Ok(Tensor::cat(&grids, 0))
     }
+
+    /// The loss of boxes, of which these `[N, C, s, s]` are pooled and these i64 `[N]` are the classes; at least one.
+    fn compare(&self, grids: &Tensor, labels: &Tensor) -> Result<Losses> {
+        let features = self.frozen.regions()?.pool(&self.table, grids)?;
+        Ok(losses(&features.matmul(&self.texts.tr()), labels, self.temperature))
+    }
+}
+
+/// The cross entropy of cosines `[N, K]` with the texts of classes, of which i64 `[N]` are the right ones.
+fn losses(cosines: &Tensor, labels: &Tensor, temperature: f64) -> Losses {
+    let logits = cosines / temperature;
+    let accuracy = logits.argmax(1, false).eq_tensor(labels).to_kind(Kind::Float).mean(Kind::Float);
+    let loss = logits.cross_entropy_loss(labels, None::<Tensor>, Reduction::Mean, -100, 0.0);
+    Losses { terms: vec![("classes", loss)], measures: vec![("accuracy", accuracy)] }
 }
 
 impl Criterion for TableCriterion<'_> {
@@ -171,12 +185,7 @@ impl Criterion for TableCriterion<'_> {
             // A step without boxes is a step: the optimizer's momentum moves the table.
             return Ok(Losses { terms: vec![("classes", (&self.table * 0.0).sum(Kind::Float))], measures: Vec::new() });
         }
-        let labels = Tensor::from_slice(&labels).to_device(self.table.device());
-        let features = self.frozen.regions()?.pool(&self.table, &self.grids(&batch)?)?;
-        let logits = features.matmul(&self.texts.tr()) / self.temperature;
-        let accuracy = logits.argmax(1, false).eq_tensor(&labels).to_kind(Kind::Float).mean(Kind::Float);
-        let loss = logits.cross_entropy_loss(&labels, None::<Tensor>, Reduction::Mean, -100, 0.0);
-        Ok(Losses { terms: vec![("classes", loss)], measures: vec![("accuracy", accuracy)] })
+        self.compare(&self.grids(&batch)?, &Tensor::from_slice(&labels).to_device(self.table.device()))
     }
 
     fn weights(&self) -> Result<Weights> {
@@ -187,7 +196,94 @@ impl Criterion for TableCriterion<'_> {
 
 #[cfg(test)]
 mod tests {
+    use tch::{Device, no_grad};
+
     use super::*;
+    use crate::{
+        golden::{CORA_SIZES, cora, cora_clip, cora_images, error, numbers},
+        training::{Optimizer, OptimizerConfig, Schedule},
+    };
+
+    /// A1 of the specification.
+    #[test]
+    fn the_loss_of_classes_has_the_values_of_the_specification() {
+        let cosines = Tensor::from_slice(&[0.30_f32, 0.25, 0.20]).view([1, 3]).set_requires_grad(true);
+        let loss = &losses(&cosines, &Tensor::from_slice(&[1_i64]), 0.01).terms[0].1;
+        assert!((loss.double_value(&[]) - 5.006_760).abs() < 1e-5);
+        loss.backward();
+        // 100 times as large as the loss's.
+        assert!(error(&cosines.grad(), &Tensor::from_slice(&[99.326_236_f32, -99.330_745, 0.004_509]).view([1, 3])) < 2e-4);
+    }
+
+    /// A2 of the specification, and steps of CORA's code: three at its own rate, the second on a batch in which an image has no box, and six on one batch
+    /// at a hundred times that rate, where the weight decay has an effect.
+    #[test]
+    fn a_table_takes_the_steps_of_cora_s_code() {
+        let golden = cora("prompt_train");
+        let frozen = Frozen::of(cora_clip(), None);
+        let regions = frozen.regions().unwrap();
+        let layer3 = regions.layer3(&cora_images(), &CORA_SIZES).unwrap();
+        let boxes = |name: &str| golden.get(name).map_or_else(|| Tensor::zeros([0, 4], (Kind::Float, Device::Cpu)), Tensor::shallow_clone);
+        let grids =
+            ["a", "b"].map(|batch| regions.grids(&layer3, &[0, 1].map(|image| boxes(&format!("boxes_{batch}_image{image}")))).unwrap());
+        let labels = [&golden["labels_a"], &golden["labels_b"]];
+        let big_rate = OptimizerConfig { schedule: Schedule { peak: 1e-2, ..config().schedule }, ..config() };
+        for (config, batches, [losses, lengths]) in
+            [(config(), [0, 1, 0].as_slice(), ["loss", "grad_norm"]), (big_rate, &[0; 6], ["big_lr_loss", "big_lr_norm"])]
+        {
+            let is_big = losses == "big_lr_loss";
+            let table = golden["table0"].copy().set_requires_grad(true);
+            let criterion = TableCriterion { frozen: &frozen, table, texts: golden["text"].shallow_clone(), temperature: 0.01, kept: None };
+            let mut optimizer = Optimizer::new(&config, criterion.parameters());
+            // Steps of 0.01 make of the last bits of a gradient differences of the table.
+            let most = if is_big { 1e-3 } else { 1e-5 };
+            let near = |found: f64, expected: f64, what: &str| assert!((found - expected).abs() < most, "{what}: {found} {expected}");
+            for (step, &batch) in batches.iter().enumerate() {
+                let Losses { terms, .. } = criterion.compare(&grids[batch], labels[batch]).unwrap();
+                near(terms[0].1.double_value(&[]), numbers(&golden[losses])[step], losses);
+                terms[0].1.backward();
+                let gradient = criterion.table.grad().copy();
+                if let Some(expected) = golden.get(&format!("grad_step{step}")).filter(|_| !is_big) {
+                    assert!(error(&gradient, expected) < 1e-5);
+                }
+                near(optimizer.step(step as u32).unwrap(), numbers(&golden[lengths])[step], lengths);
+                if !is_big {
+                    // Adam divides small gradients by their size: such numbers may be off by two steps.
+                    let apart = no_grad(|| (&criterion.table - &golden[&format!("table{}", step + 1)]).abs());
+                    let of_large = &apart * gradient.abs().ge(1e-6);
+                    let most = 2e-4 * (step + 1) as f64;
+                    assert!(of_large.max().double_value(&[]) < 1e-6 && apart.max().double_value(&[]) < most, "{step}");
+                }
+            }
+            if is_big {
+                assert!(error(&criterion.table.detach(), &golden["big_lr_table6"]) < 1e-3);
+            }
+        }
+        // Nothing but the table has changed.
+        assert!(error(&regions.grids(&layer3, &[boxes("boxes_a_image0"), boxes("boxes_a_image1")]).unwrap(), &grids[0]) <= 0.0);
+    }
+
+    /// The optimizer of the defaults.
+    fn config() -> OptimizerConfig {
+        Training { epochs: None, lr_epochs: Vec::new(), ..Prompt::default().training }.config().optimizer
+    }
+
+    /// A batch without boxes is a step: the momentum of the ones before moves the table. (Section 5: 6.7e-5 and 5.2e-5 after one of 1.0e-4.)
+    #[test]
+    fn steps_without_boxes_are_those_of_the_specification() {
+        let config = config();
+        let table = Tensor::from_slice(&[1.0_f32, -2.0]).set_requires_grad(true);
+        let mut optimizer = Optimizer::new(&config, BTreeMap::from([(TABLE.to_owned(), Parameter::plain(&table))]));
+        (&table * 3.0).sum(Kind::Float).backward();
+        let moved = [1.0e-4, 6.7e-5, 5.2e-5].into_iter().enumerate().map(|(step, expected)| {
+            let before = table.double_value(&[0]);
+            optimizer.step(step as u32).unwrap();
+            (before - table.double_value(&[0]), expected)
+        });
+        for (found, expected) in moved.collect::<Vec<_>>() {
+            assert!((found - expected).abs() < 5e-7, "{found} {expected}");
+        }
+    }
 
     #[test]
     fn the_defaults_are_parameters_that_pass_their_own_check() {

@@ -19,7 +19,7 @@ use crate::{
 /// Features differ by less; with the mean as a key and a value or without, they differ by about a hundred times as much.
 const TOLERANCE: f64 = 5e-6;
 /// The sizes of the two golden images, padded to 131 x 101.
-const SIZES: [ImageSize; 2] = [ImageSize { width: 131, height: 101 }, ImageSize { width: 107, height: 93 }];
+pub(crate) const SIZES: [ImageSize; 2] = [ImageSize { width: 131, height: 101 }, ImageSize { width: 107, height: 93 }];
 
 /// A CLIP ResNet of width 4 with golden weights, and a text tower.
 fn clip(stream: &str, blocks: [usize; 4], grid: i64, text: (TextConfig, &BTreeMap<String, Tensor>)) -> Clip {
@@ -41,7 +41,8 @@ fn no_texts() -> (TextConfig, BTreeMap<String, Tensor>) {
     (TextConfig { context: 4, vocabulary: 8, width: 64, heads: 1, depth: 1 }, BTreeMap::new())
 }
 
-fn tiny() -> Clip {
+/// The CLIP of the golden data, grid of 7.
+pub(crate) fn tiny() -> Clip {
     let (config, weights) = no_texts();
     clip("tiny", [1, 2, 1, 2], 7, (config, &weights))
 }
@@ -52,7 +53,7 @@ fn tiny9() -> Clip {
 }
 
 /// Both golden images, padded.
-fn images() -> Tensor {
+pub(crate) fn images() -> Tensor {
     let trunk = cora("trunk");
     let padded = |name: &str, size: ImageSize| trunk[name].constant_pad_nd([0, 131 - size.width, 0, 101 - size.height]);
     Tensor::stack(&[padded("image0", SIZES[0]), padded("image1", SIZES[1])], 0)
@@ -66,8 +67,9 @@ fn layer4(features: &Tensor) -> Layer4 {
     Layer4 { features: features.shallow_clone(), sizes: BatchSizes::of(SIZES.to_vec()) }
 }
 
+/// Fails where numbers are farther apart than a tolerance.
 #[track_caller]
-fn check(what: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
+pub(crate) fn check(what: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
     let error = error(found, expected);
     println!("{what}: {error:.1e}");
     assert!(error < tolerance, "{what}: {error:.1e}");
@@ -141,6 +143,16 @@ fn texts_of_eighty_templates_have_the_references_tokens_and_embeddings() {
         };
         let found = Tensor::stack(&words.iter().map(mean).collect::<Vec<_>>(), 0);
         check(&format!("context {context}"), &found, &golden[format!("embedding_{context}").as_str()], 1e-5);
+    }
+    // T2 of the specification: a mean of texts of unit length.
+    let two = Tensor::from_slice(&[1.0_f32, 0.0, 0.6, 0.8]).view([2, 2]).mean_dim(0, false, None::<Kind>);
+    check("T2", &to_unit_length(&two), &Tensor::from_slice(&[0.894427_f32, 0.447214]), 1e-5);
+    // T3, between the ids of the beginning and the end.
+    let tokenizer = clip.architecture.network.tokenizer();
+    for (text, ids) in [("a photo of a skateboard.", vec![320, 1125, 539, 320, 31777, 269]), ("a origami tv.", vec![320, 31832, 1583, 269])]
+    {
+        let found = Vec::<i64>::try_from(tokenizer.batch(&[text], Overlong::Truncate).unwrap().get(0)).unwrap();
+        assert_eq!(found[..ids.len() + 2], [[49_406].as_slice(), &ids, &[49_407]].concat());
     }
 }
 
