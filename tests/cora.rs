@@ -76,7 +76,10 @@ fn cora_continues_after_kills_to_the_same_bytes() {
     let whole = small();
     whole.run(["run", "./small.yaml"]).success();
     let killed = small();
-    killed.run_and_kill(&["run", "./small.yaml"], &["region/prompt", "region/embed", "annotations/relabel", "localizer/train", "localizer/test"]);
+    killed.run_and_kill(
+        &["run", "./small.yaml"],
+        &["region/prompt", "region/embed", "annotations/relabel", "localizer/train", "localizer/test"],
+    );
     killed.run(["run", "./small.yaml"]).success();
     let of_interest = |world: &World| -> BTreeMap<String, Vec<u8>> {
         let kinds = ["region-prompt", "region-embed", "annotations-relabel", "localizer-train", "localizer-test", "detector-select"];
@@ -93,7 +96,8 @@ fn cora_continues_after_kills_to_the_same_bytes() {
 #[test]
 fn objects_get_clip_s_classes_which_go_out_come_in_and_are_undone() {
     let world = small();
-    let more = "  - {id: by-files, use: annotations/relabel, in: {annotations: train.annotations, classes: train.classes, labels: ./labels}}
+    let more =
+        "  - {id: by-files, use: annotations/relabel, in: {annotations: train.annotations, classes: train.classes, labels: ./labels}}
   - {id: undone, use: annotations/relabel, in: {annotations: relabelled.annotations, classes: train.classes, changes: relabelled.changes}}
 ";
     world.write("small.yaml", format!("{SMALL}{more}"));
@@ -127,7 +131,11 @@ fn objects_get_clip_s_classes_which_go_out_come_in_and_are_undone() {
     assert!(written.contains(&before));
 
     for (from, to, words) in [
-        ("{id: undone, use: annotations/relabel, in: {annotations: relabelled.annotations", "{id: undone, use: annotations/relabel, in: {annotations: train.annotations", "expected an annotation"),
+        (
+            "{id: undone, use: annotations/relabel, in: {annotations: relabelled.annotations",
+            "{id: undone, use: annotations/relabel, in: {annotations: train.annotations",
+            "expected an annotation",
+        ),
         ("labels: ./labels}}", "labels: ./labels, changes: relabelled.changes}}", "expected one of three"),
     ] {
         world.refuses(&format!("{SMALL}{more}"), from, to, words);
@@ -150,7 +158,12 @@ fn what_cora_cannot_use_is_said_in_words() {
     let with_extra = "features: regions.features, prompts: prompts.prompts}\n    with: {extra: [NAME]}".replace("NAME", novel);
     world.refuses(SMALL, "features: regions.features, prompts: prompts.prompts}", &with_extra, "names of novel classes");
     // Boxes of other annotations.
-    world.refuses(SMALL, "use: proposals/truth, in: {annotations: train.annotations, classes: train.classes}", "use: proposals/truth, in: {annotations: world.train}", "other boxes");
+    world.refuses(
+        SMALL,
+        "use: proposals/truth, in: {annotations: train.annotations, classes: train.classes}",
+        "use: proposals/truth, in: {annotations: world.train}",
+        "other boxes",
+    );
     // A detector of another kind, and a localizer where another detector is meant.
     world.refuses(
         SMALL,
@@ -166,7 +179,8 @@ fn a_localizer_predicts_as_its_pipeline_detects() {
     world.run(["run", "./small.yaml"]).success();
     let image = world.find(&["toy-world", "/images/val/", ".jpg"]).display().to_string();
     let names: Value = serde_json::from_slice(&fs::read(world.find(&["annotations-split", "classes.json"])).unwrap()).unwrap();
-    let names: Vec<&str> = ["base", "novel"].iter().flat_map(|part| names[part].as_array().unwrap()).map(|name| name.as_str().unwrap()).collect();
+    let names: Vec<&str> =
+        ["base", "novel"].iter().flat_map(|part| names[part].as_array().unwrap()).map(|name| name.as_str().unwrap()).collect();
     let run = world.run(["predict", "./small.yaml", &image, "--classes", &names.join(", "), "--json"]).success();
     assert!(run.stdout.contains("\"detections\"") || run.stdout.contains("\"class\""), "{}", run.stdout);
 }
