@@ -133,7 +133,7 @@ mod tests {
     fn images_are_resized_mirrored_and_cut_as_by_cora_s_code() {
         let golden = golden();
         for name in ["up", "down", "capped", "same"] {
-            let (image, expected) = (image(&golden, &format!("{name}.image")), self::image(&golden, &format!("{name}.resized")));
+            let (image, expected) = (image(&golden, &format!("{name}.image")), image(&golden, &format!("{name}.resized")));
             let [shorter, longer] = [0, 1].map(|place| golden[&format!("{name}.short_max")][place] as u32);
             let view = View::new([image.width, image.height], false, None, longer, shorter);
             assert_eq!(view.pixels(&image), expected, "{name}");
