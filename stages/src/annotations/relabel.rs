@@ -1,6 +1,9 @@
 //! `annotations/relabel`: annotations whose objects have the classes that CLIP gives them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+};
 
 use ovenbird_data::{
     annotations::{Annotation, AnnotationId, Annotations, Category, CategoryId, ImageId},
@@ -287,7 +290,7 @@ fn summary(annotations: &Annotations, labels: &Labels) -> Relabelled {
     let name = |id: CategoryId| annotations.category(id).map(|category| category.name.clone()).unwrap_or_default();
     let mut moved: Vec<(String, String, usize)> =
         confusion.iter().filter(|((old, new), _)| old != new).map(|((old, new), n)| (name(*old), name(*new), *n)).collect();
-    moved.sort_by(|one, other| other.2.cmp(&one.2));
+    moved.sort_by_key(|(_, _, n)| Reverse(*n));
     Relabelled {
         objects: labels.len(),
         unchanged: count(&|old, new| old == new),

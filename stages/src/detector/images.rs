@@ -124,11 +124,18 @@ impl TestImages {
         Ok(Self { images, annotations, proposals: None, augmented: None })
     }
 
-    /// Adds the proposals at a port, if there are some.
+    /// Adds the proposals at a port, if there are some. Fails where one leaves its image.
     pub(crate) fn with_proposals(self, port: In<Proposals>, cx: &Context<'_>) -> Result<Self> {
-        let Some(proposals) = cx.inputs.read_if_given(port)? else { return Ok(self) };
-        proposals.check_within(&self.annotations.images)?;
-        Ok(Self { proposals: Some(proposals.by_image), ..self })
+        if let Some(proposals) = cx.inputs.read_if_given(port)? {
+            proposals.check_within(&self.annotations.images)?;
+        }
+        self.with_boxes(port, cx)
+    }
+
+    /// Adds the boxes at a port, if there are some, wherever they are.
+    pub(crate) fn with_boxes(self, port: In<Proposals>, cx: &Context<'_>) -> Result<Self> {
+        let proposals = cx.inputs.read_if_given(port)?;
+        Ok(Self { proposals: proposals.map(|proposals| proposals.by_image), ..self })
     }
 
     /// Adds the proposals with augmented embeddings at a port, if there are some.

@@ -69,7 +69,7 @@ impl Stage for Embed {
         let frozen = Frozen::load(&self.clip, &cx.inputs.read(CHECKPOINT)?, cx.inputs.read_if_given(REGION_PROMPT)?, self.rules, cx)?;
         let (regions, dim) = (frozen.regions()?, frozen.dim() as usize);
         let images = TestImages::open(cx.inputs.read(IMAGES)?, cx.inputs.read(ANNOTATIONS)?.load_images()?, cx)?;
-        let images = images.with_proposals(PROPOSALS, cx)?;
+        let images = images.with_boxes(PROPOSALS, cx)?;
         for unit in units {
             // A unit that another process or device makes is skipped.
             let Some(draft) = cx.begin_claimed(unit)? else { continue };

@@ -44,6 +44,7 @@ fn saved(table: &Tensor) -> Saved<'_> {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "scratch files of a test")]
 mod tests {
     use std::{collections::BTreeMap, fs::File};
 

@@ -85,10 +85,14 @@ pub(crate) fn image_size([width, height]: [u32; 2]) -> ImageSize {
     ImageSize { width: width.into(), height: height.into() }
 }
 
-/// What a frozen network makes of images that are shown in few ways: by place, and whether left is right.
+/// Tensors by an image's place, and whether left is right.
+type ByView = BTreeMap<(usize, bool), Vec<Tensor>>;
+
+/// What a frozen network makes of images that are shown in few ways.
 #[derive(Default)]
 pub(crate) struct Kept {
-    tensors: RefCell<(BTreeMap<(usize, bool), Vec<Tensor>>, usize)>,
+    /// With their bytes.
+    tensors: RefCell<(ByView, usize)>,
 }
 
 impl Kept {

@@ -164,7 +164,7 @@ impl<'a> Optimizer<'a> {
                 }
                 match (&mut self.average, self.config.ema) {
                     (Some(average), Some(ema)) if ema.rule == EmaRule::FirstStep && n_updates == 1 => {
-                        *average = begun(&self.parameters, ema)
+                        *average = begun(&self.parameters, ema);
                     }
                     (Some(average), _) => average.update(&trained(&self.parameters)),
                     (None, _) => (),
