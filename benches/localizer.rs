@@ -5,13 +5,13 @@
 //!
 //! Also the two ways of region features on the anchors of such an image, and the memory of the fast one in a process of its own.
 //!
-//! Limits: CLIP takes 0.08 TFLOP for an image of 640 x 480 px, and 3.1 GFLOP for a box by the exact way; the localizer some 0.06 TFLOP for an image
+//! Limits: CLIP takes 0.08 TFLOP for an image of 640 x 480 px, and 3.1 GFLOP for a box by the exact way; the localizer some 0.05 TFLOP for an image
 //! of that size, three times that with gradients.
 //!
 //! Weights are random: every query may be a detection, so that all are classified anew on both sides. What a detector gains that rules out seven
 //! of ten is measured too.
 //!
-//! `make bench`, after `make peers`; `OVENBIRD_BENCH_ROUNDS` sets how many turns each side has (6), half as many at detection.
+//! `make bench`, after `make peers`; `OVENBIRD_BENCH_ROUNDS` sets how many turns each side has (4), half as many at detection: some five minutes.
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods, reason = "a benchmark prints, and may end where it fails")]
 
 use std::{
@@ -67,7 +67,7 @@ fn main() {
     if std::env::args().any(|argument| argument == MEMORY) {
         return memory();
     }
-    let rounds: usize = std::env::var("OVENBIRD_BENCH_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(6).max(1);
+    let rounds: usize = std::env::var("OVENBIRD_BENCH_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(4).max(1);
     let folder = tempfile::tempdir().unwrap();
     let mut ours = Ours::new(folder.path());
 
@@ -165,7 +165,7 @@ fn clip_weights() -> BTreeMap<String, Tensor> {
         if name.ends_with("bn3.weight") {
             let _in_place = tensor.fill_(0.25);
         } else if name.contains("bn") && name.ends_with("running_mean") {
-            let _in_place = tensor.copy_(&(normal(&tensor.size()) * 0.1));
+            tensor.copy_(&(normal(&tensor.size()) * 0.1));
         }
     }
     weights
