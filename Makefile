@@ -42,7 +42,7 @@ check: libtorch
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check bans licenses sources; else echo "skipped: cargo-deny is not installed"; fi
 
 bench: libtorch
-	$(CARGO) bench --bench evaluation --bench extraction --bench detector --bench training --bench probing --bench prompts --bench augmenter --bench store --bench estimate --bench search --bench pool --bench download
+	$(CARGO) bench --bench evaluation --bench extraction --bench detector --bench localizer --bench training --bench probing --bench prompts --bench augmenter --bench store --bench estimate --bench search --bench pool --bench download
 
 # Trains the small CLIPs of the stage `toy/clip` anew: see stages/assets/toy-clip/README.md.
 toy-clip: build
