@@ -497,12 +497,14 @@ fn the_clip_in_a_detector_of_cora_is_found_in_either_of_its_copies() {
         assert!(normalised.tensors.iter().all(|(name, tensor)| tensor.equal(&plain[name])));
         // The logit scale has no name there.
         assert_eq!(normalised.tensors.len(), plain.len() - 1);
-        // Where gradients are wanted, libtorch adds in another order.
         let read = Clip::load(tensors, origin(), Activation::QuickGelu, Device::Cpu, Kind::Float).unwrap();
         let images = images("cora", &[2, 3, 64, 64]);
         let tokens = Tensor::from_slice(&[1_i64, 3, 49, 0]).view([1, 4]);
-        let embed = |clip: &Clip| tch::no_grad(|| [clip.encode_image(&images, Phase::Test), clip.encode_text(&tokens)].map(Result::unwrap));
-        assert_eq!(embed(&read), embed(&clip));
+        let embed_image = |clip: &Clip| tch::no_grad(|| clip.encode_image(&images, Phase::Test).unwrap());
+        let embed_text = |clip: &Clip| tch::no_grad(|| clip.encode_text(&tokens).unwrap());
+        // Libtorch may sum in another order when the weights are frozen.
+        assert!(error(&embed_image(&read), &embed_image(&clip)) < 1e-6);
+        assert!(error(&embed_text(&read), &embed_text(&clip)) < 1e-5);
     }
     // Of two that differ nobody guesses one.
     let name = "model_ema.backbone.0.attn_pool.positional_embedding";
