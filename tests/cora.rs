@@ -100,7 +100,6 @@ fn objects_get_clip_s_classes_which_go_out_come_in_and_are_undone() {
         "  - {id: by-files, use: annotations/relabel, in: {annotations: train.annotations, classes: train.classes, labels: ./labels}}
   - {id: undone, use: annotations/relabel, in: {annotations: relabelled.annotations, classes: train.classes, changes: relabelled.changes}}
 ";
-    world.write("small.yaml", format!("{SMALL}{more}"));
     world.run(["run", "./small.yaml", "--until", "relabelled"]).success();
     world.run(["export", "./small.yaml", "relabelled.labels", "labels"]).success();
     let report = world.run(["report", "./small.yaml", "-o", "page.html"]);
@@ -119,6 +118,7 @@ fn objects_get_clip_s_classes_which_go_out_come_in_and_are_undone() {
         }
     }
     // What went out comes in as the same annotations, and what was changed is as it was before.
+    world.write("small.yaml", format!("{SMALL}{more}"));
     world.run(["run", "./small.yaml", "--until", "by-files"]).success();
     world.run(["run", "./small.yaml", "--until", "undone"]).success();
     let written: Vec<Vec<u8>> = world
