@@ -19,8 +19,8 @@ use ovenbird_models::checkpoint::Checkpoint;
 use ovenbird_stages::{
     Artifact as _, Context, Error as StageError, Inputs, OnBadItem,
     artifacts::{
-        AnnotationFile, Captions, CheckpointFile, Classes, Crops, Descriptions, Detections, Downloads, FeatureFiles, ImageFeatures, Images,
-        Links, Phrases, Prompts, Proposals, PublishedVocabulary, RegionFeatures,
+        AnnotationFile, Captions, Changes, CheckpointFile, Classes, Crops, Descriptions, Detections, Downloads, FeatureFiles,
+        ImageFeatures, Images, LabelFiles, Links, Phrases, Prompts, Proposals, PublishedVocabulary, RegionFeatures, RegionPromptFile,
     },
     clip::Clip,
     refuse_too_many,
@@ -38,7 +38,8 @@ use crate::{
 };
 
 /// Steps that only convert the user's files, in seconds.
-const CONVERTING: &[&str] = &["annotations/split", "annotations/folder", "proposals/import", "prompts/import", "detector/import"];
+const CONVERTING: &[&str] =
+    &["annotations/split", "annotations/folder", "proposals/import", "prompts/import", "detector/import", "localizer/import"];
 /// Images of a kind of problem that are named; the others are counted.
 const MAX_NAMED: usize = 3;
 
@@ -255,6 +256,9 @@ fn open(kind: &str, files: &[InputFile], clip: Option<&Clip>) -> Result<(), Stag
         (FeatureFiles::KIND, _) => FeatureFiles::open(files).map(drop),
         (Links::KIND, _) => Links::open(files).map(drop),
         (Downloads::KIND, _) => Downloads::open(files).map(drop),
+        (LabelFiles::KIND, _) => LabelFiles::open(files).map(drop),
+        (Changes::KIND, _) => Changes::open(files).map(drop),
+        (RegionPromptFile::KIND, _) => RegionPromptFile::open(files)?.check(),
         _ => Ok(()),
     }
 }

@@ -29,6 +29,11 @@ impl Artifact for RegionPromptFile {
 }
 
 impl RegionPromptFile {
+    /// Fails where the file has no table of finite numbers.
+    pub fn check(&self) -> Result<()> {
+        self.read().map(drop)
+    }
+
     /// The table, f32 `[1 + s * s, C]`, and the CLIP that it was trained with, if known. A whole checkpoint of CORA has it under several names: they must be
     /// equal.
     pub(crate) fn read(&self) -> Result<(Tensor, Option<Space>)> {
