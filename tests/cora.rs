@@ -102,7 +102,7 @@ fn objects_get_clip_s_classes_which_go_out_come_in_and_are_undone() {
 ";
     world.run(["run", "./small.yaml", "--until", "relabelled"]).success();
     world.run(["export", "./small.yaml", "relabelled.labels", "labels"]).success();
-    let report = world.run(["report", "./small.yaml", "-o", "page.html"]);
+    let report = world.run(["report", "-o", "page.html"]);
     let page = if report.code == 0 { fs::read_to_string(world.path("page.html")).unwrap() } else { panic!("{}", report.stderr) };
     assert!(page.contains("relabelled: classes by CLIP") && page.contains("objects keep their class"));
     let before = fs::read(world.find(&["annotations-split", "annotations.json"])).unwrap();

@@ -19,7 +19,7 @@ fn every_json_form_has_a_version() {
     assert_eq!(json(&world, &["status", "--json"])["run"]["outcome"], "done");
     assert_eq!(json(&world, &["log", "--json"])["runs"].as_array().unwrap().len(), 1);
     assert!(json(&world, &["stages", "--json"])["stages"].as_array().unwrap().len() >= 11);
-    assert_eq!(json(&world, &["pipelines", "--json"])["pipelines"][0]["name"], "detpro-ov-lvis");
+    assert_eq!(json(&world, &["pipelines", "--json"])["pipelines"][0]["name"], "cora-ov-coco");
 }
 
 #[test]

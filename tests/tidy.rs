@@ -283,7 +283,7 @@ fn published_pipelines_have_the_published_numbers() {
     };
     for (step, of_step) in [
         ("region-prompt", json!({"epochs": 5, "lr_epochs": [4], "batch_size": 16})),
-        ("localizer", json!({"epochs": 35, "lr_steps": [], "batch_size": 32, "ema_decay": 0.99996})),
+        ("localizer", json!({"epochs": 35, "batch_size": 32, "ema_decay": 0.99996})),
     ] {
         assert_holds(&parameters("cora-ov-coco", step)["training"], &training(of_step), step);
         cora(step, json!({"cuts": {"probability": 0.5, "min_size": [400, 500, 600], "window": [384, 600]}}));

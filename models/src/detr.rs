@@ -42,6 +42,8 @@ use crate::{
     parameters::{Fill, Init, Parameters},
 };
 
+/// More anchors than any localizer has: their attention would not fit into memory.
+const MAX_QUERIES: i64 = 100_000;
 /// The groups of the normalisation behind the projection of the map. (Defect 8.)
 const GROUPS: i64 = 32;
 /// PyTorch's default for what group normalisation adds to a variance.
@@ -127,6 +129,9 @@ impl Config {
         let sizes = [("map_channels", map_channels), ("embed_dim", embed_dim), ("hidden", hidden), ("heads", heads)];
         check_sizes(sizes.into_iter().chain([("mlp_width", mlp_width)]).chain(layers))?;
         check_sizes([("queries", queries), ("bottleneck", bottleneck)])?;
+        if queries > MAX_QUERIES {
+            return Err(Error::Input { what: "queries", expected: format!("at most {MAX_QUERIES}"), found: queries.to_string() });
+        }
         let groups = if self.group_norm { GROUPS } else { 1 };
         for (what, divisor) in
             [("4, the sines and cosines of two axes", 4), ("the number of heads", heads), ("the number of groups", groups)]

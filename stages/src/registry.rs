@@ -2,7 +2,7 @@
 
 use ovenbird_data::words::plainly;
 use schemars::{Schema, schema_for};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{
     Result, annotations, augmenter, blocks, clip, concepts,
@@ -168,7 +168,7 @@ pub fn run_together(stages: &[(&StageEntry, &dyn AnyStage, &[Unit], &Context<'_>
 }
 
 fn parse<S: Stage>(params: &Value) -> Result<Box<dyn AnyStage>, Problem> {
-    match serde_path_to_error::deserialize::<_, S>(params) {
+    match serde_path_to_error::deserialize::<_, S>(&with_own_training::<S>(params)) {
         Ok(stage) => Ok(Box::new(stage)),
         Err(error) => {
             if let Some(problem) = renamed_parameter(params, &schema_for!(S)) {
@@ -183,6 +183,31 @@ fn parse<S: Stage>(params: &Value) -> Result<Box<dyn AnyStage>, Problem> {
     }
 }
 
+/// Parameters whose mapping `training` is filled up with the defaults of this stage, which differ from stage to stage. Who gives the length in steps does not
+/// want the default one in epochs.
+fn with_own_training<S: Stage>(params: &Value) -> Value {
+    let mut params = params.clone();
+    let defaults = serde_json::from_value::<S>(Value::Object(Map::new())).ok().map(|stage| AnyStage::params(&stage));
+    if let (Some(Value::Object(given)), Some(Value::Object(defaults))) =
+        (params.get_mut(TRAINING), defaults.as_ref().and_then(|defaults| defaults.get(TRAINING)))
+    {
+        let (in_steps, is_averaged) =
+            (given.contains_key("steps") && !given.contains_key("epochs"), given.get("ema_decay") != Some(&Value::Null));
+        let fits = |name: &str| match name {
+            "epochs" | "lr_epochs" | "checkpoint_epochs" => !in_steps,
+            "averaging" => is_averaged,
+            _ => true,
+        };
+        for (name, value) in defaults.iter().filter(|(name, _)| fits(name)) {
+            given.entry(name).or_insert_with(|| value.clone());
+        }
+    }
+    params
+}
+
+/// The parameter under which an operator says how a network is trained.
+const TRAINING: &str = "training";
+
 /// Looks a stage up by its kind.
 pub fn find(kind: &str) -> Option<&'static StageEntry> {
     STAGES.iter().find(|entry| entry.kind == kind)
@@ -190,7 +215,29 @@ pub fn find(kind: &str) -> Option<&'static StageEntry> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    /// A mapping with one key leaves the others as the stage's documentation has them, not as those of another stage.
+    #[test]
+    fn what_a_training_does_not_say_is_the_stage_s_own() {
+        let trains = STAGES.iter().filter(|entry| (entry.parse)(&json!({})).is_ok_and(|stage| stage.params().get(TRAINING).is_some()));
+        let mut kinds = Vec::new();
+        for entry in trains {
+            kinds.push(entry.kind);
+            let params = |given: Value| (entry.parse)(&given).unwrap_or_else(|problem| panic!("{}: {problem:?}", entry.kind)).params();
+            let (own, given) = (params(json!({})), params(json!({"training": {"lr": 0.125}})));
+            for (name, value) in own[TRAINING].as_object().unwrap() {
+                let expected = if name == "lr" { &json!(0.125) } else { value };
+                assert_eq!(&given[TRAINING][name], expected, "{}: {name}", entry.kind);
+            }
+            let in_steps = params(json!({"training": {"steps": 70, "checkpoint_every": 7}}));
+            assert!(in_steps[TRAINING].get("epochs").is_none_or(Value::is_null), "{}", entry.kind);
+            assert_eq!(in_steps[TRAINING]["optimizer"], own[TRAINING]["optimizer"], "{}", entry.kind);
+        }
+        assert_eq!(kinds, ["region/prompt", "oln/train", "localizer/train", "detector/train"]);
+    }
 
     #[test]
     fn these_stages_run_networks_on_the_devices_of_a_run() {

@@ -43,7 +43,7 @@ const ROOM: usize = 128 << 20;
 /// Steps between two rows of the curve.
 const ROW_STEPS: u32 = 10;
 /// How many images an error names.
-const MOST_NAMED: usize = 16;
+pub(crate) const MOST_NAMED: usize = 16;
 /// The metadata key of a weights file that says after how many steps it was written.
 pub(crate) const STEP_KEY: &str = "ovenbird.step";
 

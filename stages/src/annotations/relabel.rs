@@ -97,7 +97,7 @@ impl Stage for Relabel {
         let by_clip = cx.inputs.read_both(FEATURES, PROMPTS)?;
         let labels = match (by_clip, cx.inputs.read_if_given(LABELS)?, cx.inputs.read_if_given(CHANGES)?) {
             (Some((features, prompts)), None, None) => self.by_clip(&annotations, &classes, (&features, &prompts), cx)?,
-            (None, Some(LabelFiles(given)), None) => given_labels(&annotations, &given, cx)?,
+            (None, Some(LabelFiles(given)), None) => self.given(&annotations, &classes, &given, cx)?,
             (None, None, Some(Changes(changes))) => undone(&annotations, &changes)?,
             _ => {
                 return Err(Error::Input {
@@ -236,18 +236,48 @@ impl Relabel {
     }
 }
 
-/// Labels that another program made.
-fn given_labels(annotations: &Annotations, given: &BTreeMap<AnnotationId, CategoryId>, cx: &Context<'_>) -> Result<Labels> {
-    if let Some((id, unknown)) = given.iter().find(|(_, category)| annotations.category(**category).is_none()) {
-        let problem = format!("annotation {id} is given category {unknown}, which the annotations do not have");
-        return Err(Error::Input { port: LABELS.info().name, problem, hint: "give labels that were made for these annotations".into() });
+impl Relabel {
+    /// Labels that another program made.
+    fn given(
+        &self,
+        annotations: &Annotations,
+        classes: &ClassSplit,
+        given: &BTreeMap<AnnotationId, CategoryId>,
+        cx: &Context<'_>,
+    ) -> Result<Labels> {
+        let refused = |problem: String, hint: &str| Err(Error::Input { port: LABELS.info().name, problem, hint: hint.into() });
+        if given.is_empty() {
+            return refused("expected a label at least, found none".into(), "give the folder of `export_label_0.json` and so on");
+        }
+        for (id, new) in given {
+            let Some(category) = annotations.category(*new) else {
+                let problem = format!("annotation {id} is given category {new}, which the annotations do not have");
+                return refused(problem, "give labels that were made for these annotations");
+            };
+            if classes.novel.contains(&category.name) && !self.allow_novel {
+                let problem = format!("annotation {id} is given the novel class `{}`", category.name);
+                return refused(
+                    problem,
+                    "leave it out, or say `allow_novel: true`: what is trained with these labels has then seen a novel class",
+                );
+            }
+        }
+        let label = |object: &Annotation| Some((object.id, Change(object.category_id, *given.get(&object.id)?, None, None)));
+        let labels: Labels = annotations.annotations.iter().filter_map(label).collect();
+        if labels.len() < given.len() {
+            cx.note(format!("{} of {} labels are of no annotation here and left out", given.len() - labels.len(), given.len()));
+        }
+        let base: BTreeSet<CategoryId> = Classes::category_ids(annotations, classes.base.iter())?.into_iter().collect();
+        let is_meant = |object: &&Annotation| !object.is_crowd && base.contains(&object.category_id);
+        let (n_meant, n_without) = (
+            annotations.annotations.iter().filter(is_meant).count(),
+            annotations.annotations.iter().filter(is_meant).filter(|object| !given.contains_key(&object.id)).count(),
+        );
+        if n_without > 0 {
+            cx.note(format!("{n_without} of {n_meant} objects of base classes have no label and keep their class: is a file missing?"));
+        }
+        Ok(labels)
     }
-    let label = |object: &Annotation| Some((object.id, Change(object.category_id, *given.get(&object.id)?, None, None)));
-    let labels: Labels = annotations.annotations.iter().filter_map(label).collect();
-    if labels.len() < given.len() {
-        cx.note(format!("{} of {} labels are of no annotation here and left out", given.len() - labels.len(), given.len()));
-    }
-    Ok(labels)
 }
 
 /// The labels from before some changes. Fails where an object does not have what it was changed to.
@@ -255,6 +285,13 @@ fn undone(annotations: &Annotations, changes: &BTreeMap<AnnotationId, Change>) -
     let by_id: BTreeMap<AnnotationId, &Annotation> = annotations.annotations.iter().map(|object| (object.id, object)).collect();
     let undo = |(id, Change(old, new, p_old, p_new)): (&AnnotationId, &Change)| {
         let found = by_id.get(id).map(|object| object.category_id);
+        if annotations.category(*old).is_none() {
+            return Err(Error::Input {
+                port: CHANGES.info().name,
+                problem: format!("annotation {id} had category {old}, which the annotations do not have"),
+                hint: "give the annotations and the changes of the same step".into(),
+            });
+        }
         if found == Some(*new) {
             return Ok((*id, Change(*new, *old, *p_new, *p_old)));
         }

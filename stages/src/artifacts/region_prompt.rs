@@ -50,9 +50,11 @@ impl RegionPromptFile {
             return Err(malformed(path, format!("expected one region prompt, found two: `{first}` and `{other}` differ")));
         }
         let space = Space::read(checkpoint.metadata().get(SPACE_KEY)).map_err(|problem| malformed(path, problem))?;
-        let is_finite = table.dim() == 2 && table.isfinite().all().int64_value(&[]) == 1;
-        if !is_finite {
-            return Err(malformed(path, format!("`{first}`: expected a table of finite numbers, found {:?}", table.size())));
+        if table.dim() != 2 {
+            return Err(malformed(path, format!("`{first}`: expected a table `[1 + s * s, C]`, found {:?}", table.size())));
+        }
+        if table.isfinite().all().int64_value(&[]) != 1 {
+            return Err(malformed(path, format!("`{first}`: expected finite numbers, found others")));
         }
         Ok((table, space))
     }

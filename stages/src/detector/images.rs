@@ -82,7 +82,7 @@ impl Normalisation {
 }
 
 /// Widths and heights of batches are multiples of this, in px.
-const STRIDE: u32 = 32;
+pub(crate) const STRIDE: u32 = 32;
 /// Bytes of images that may be decoded ahead of the network.
 const ROOM: usize = 256 << 20;
 
@@ -246,9 +246,9 @@ impl Pixels {
         Self::sized(images, normalisation, [width, height])
     }
 
-    /// The same with no more of a border than images of different sizes need.
+    /// The same with no more of a border than images of different sizes need, and networks that take no less than [`STRIDE`].
     pub(crate) fn tight(images: &[Image], normalisation: Normalisation) -> Self {
-        Self::sized(images, normalisation, Self::longest(images))
+        Self::sized(images, normalisation, Self::longest(images).map(|side| side.max(STRIDE as usize)))
     }
 
     /// The greatest width and the greatest height.

@@ -29,7 +29,7 @@ use crate::{
     },
     localizer::batches::relative,
     ports::only_file,
-    region::frozen::{CHECKPOINT, Frozen, REGION_PROMPT, image_size},
+    region::frozen::{CHECKPOINT, Frozen, MAX_SIDE, REGION_PROMPT, image_size, without_border},
 };
 
 /// Counts the objects of base classes that have an anchor which CLIP gives their class and which overlaps them: the others teach CORA's localizer nothing.
@@ -98,7 +98,7 @@ impl Stage for Anchors {
         let [longer, shorter] = self.fits;
         Problem::unless(&[
             ("anchors", self.anchors > 0, "at least 1"),
-            ("fits", 32 <= shorter && shorter <= longer, "the longer side, then the shorter, from 32 px on"),
+            ("fits", 32 <= shorter && shorter <= longer && longer <= MAX_SIDE, "the longer side, then the shorter, from 32 to 8,192 px"),
         ])
     }
 
@@ -142,7 +142,7 @@ impl Stage for Anchors {
             let others: Vec<bool> = halves.iter().map(|half| !half).collect();
             let passes: Vec<Option<&[bool]>> = if self.split { vec![None, Some(&halves), Some(&others)] } else { vec![None] };
             let found = no_grad(|| -> Result<Vec<bool>> {
-                let pixels = image.pixels.narrow(2, 0, size.height).narrow(3, 0, size.width);
+                let pixels = without_border(&image.pixels, size);
                 let map = regions.layer4(&regions.layer3(&pixels, &[size])?)?;
                 let cosines = regions.fast(&map, &anchors)?.matmul(&texts.tr());
                 let mut has_anchor = vec![false; labels.len()];

@@ -14,10 +14,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Context, Problem, Result,
+    Context, Error, Problem, Result,
     detector::{
         batches::{DetectionLoader, Random},
         images::{Normalisation, Pixels},
+        ports::ANNOTATIONS,
         training::Training,
     },
     training::{DataLoader, Loaded, TrainingConfig},
@@ -100,8 +101,15 @@ pub(crate) struct RegionLoader<'a> {
 }
 
 impl<'a> RegionLoader<'a> {
-    pub(crate) fn new(annotated: DetectionLoader, cuts: &'a Cuts, together: Together) -> Self {
-        Self { annotated, cuts, together }
+    /// Fails where no image has an object.
+    pub(crate) fn new(annotated: DetectionLoader, cuts: &'a Cuts, together: Together) -> Result<Self> {
+        if (0..annotated.n_images()).all(|place| annotated.sample(place).objects.is_empty()) {
+            let problem =
+                format!("none of {} images has an object of a base class: crowds and boxes without an area are none", annotated.n_images());
+            let hint = "give annotations with boxes of base classes".into();
+            return Err(Error::Input { port: ANNOTATIONS.info().name, problem, hint });
+        }
+        Ok(Self { annotated, cuts, together })
     }
 
     /// See [`DetectionLoader::config`].

@@ -18,7 +18,6 @@ use crate::{
     Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
     artifacts::{CheckpointFile, read_weights},
     clip::Space,
-    contract::is_default,
     detector::spec::{DetectorFile, DetectorSpec},
 };
 
@@ -35,13 +34,15 @@ pub struct Import {
     pub weights: Weights,
     /// Attention heads, a divisor of the width of the transformer.
     pub heads: i64,
-    /// Maximum length of the longer side of images, in px.
-    pub max_size: u32,
-    /// Length of the shorter side of images, in px, unless the longer side would exceed `max_size`.
-    pub min_size: u32,
-    /// How boxes become cells of maps.
-    #[serde(skip_serializing_if = "is_default")]
-    pub rules: Rules,
+    /// Maximum length of the longer side of images, in px. Without it what a file of this program says, or else 1333.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_size: Option<u32>,
+    /// Length of the shorter side of images, in px, unless the longer side would exceed `max_size`. Without it what a file of this program says, or else 800.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_size: Option<u32>,
+    /// How boxes become cells of maps. Without it what a file of this program says, or else the defaults.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rules: Option<Rules>,
 }
 
 /// Which weights of a checkpoint are imported.
@@ -59,13 +60,15 @@ pub enum Weights {
 
 impl Default for Import {
     fn default() -> Self {
-        Self { weights: Weights::Auto, heads: 8, max_size: 1333, min_size: 800, rules: Rules::default() }
+        Self { weights: Weights::Auto, heads: 8, max_size: None, min_size: None, rules: None }
     }
 }
 
 const CHECKPOINT: In<CheckpointFile> =
     In::required("checkpoint", "CORA's `checkpoint.pth`, or the state dict of a localizer: `.pth` or safetensors.");
 const LOCALIZER: Out<DetectorFile> = Out::new("localizer", "Weights under CORA's names, safetensors, f32, and how the network is built.");
+/// CORA's longer and shorter side of images, px.
+const FITS: [u32; 2] = [1333, 800];
 /// The key of the averaged weights, and how names of their tensors begin.
 const AVERAGE_KEY: &str = "model_ema";
 const AVERAGE: &str = "model_ema.";
@@ -83,7 +86,8 @@ impl Stage for Import {
     fn check(&self) -> Vec<Problem> {
         Problem::unless(&[
             ("heads", self.heads > 0, "at least 1"),
-            ("min_size", (32..=self.max_size).contains(&self.min_size), "from 32 px to `max_size`"),
+            ("max_size", self.max_size.is_none_or(|side| side >= 32), "at least 32 px"),
+            ("min_size", self.min_size.is_none_or(|side| side >= 32), "at least 32 px"),
         ])
     }
 
@@ -157,11 +161,16 @@ impl Import {
                 "{n} tensors of CLIP are left out: where the localizer is run, give them as `checkpoint`, and the region prompt in them"
             ));
         }
+        let ([longer, shorter], rules) = written.as_ref().map_or((FITS, Rules::default()), |spec| (spec.fits, spec.rules));
+        let fits = [self.max_size.unwrap_or(longer), self.min_size.unwrap_or(shorter)];
+        if fits[1] > fits[0] {
+            return Err(refused("min_size", format!("{}, which is more than `max_size`, {}", fits[1], fits[0]), "give both"));
+        }
         let written = written.map(|spec| (spec.clip, spec.region_prompt)).unwrap_or_default();
         let spec = LocalizerSpec {
             config,
-            fits: [self.max_size, self.min_size],
-            rules: self.rules,
+            fits,
+            rules: self.rules.unwrap_or(rules),
             clip: clip.or(written.0),
             region_prompt: region_prompt.or(written.1),
         };
@@ -244,9 +253,9 @@ mod tests {
     const FOUR: Import = Import {
         weights: Weights::Auto,
         heads: 4,
-        max_size: 256,
-        min_size: 192,
-        rules: Rules { overhang: clip::regions::Overhang::Reference, extent: clip::regions::Extent::Reference },
+        max_size: Some(256),
+        min_size: Some(192),
+        rules: Some(Rules { overhang: clip::regions::Overhang::Reference, extent: clip::regions::Extent::Reference }),
     };
     const LAST: Import = Import { weights: Weights::Last, ..FOUR };
     const AVERAGE: Import = Import { weights: Weights::Average, ..FOUR };

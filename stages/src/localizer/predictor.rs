@@ -24,7 +24,7 @@ use crate::{
         ports::PROMPTS,
         predictor::{Found, Predictor},
     },
-    region::frozen::{CHECKPOINT, Frozen, REGION_PROMPT, image_size},
+    region::frozen::{CHECKPOINT, Frozen, REGION_PROMPT, image_size, without_border},
 };
 
 /// The CLIP of a localizer, at the stages that take any detector.
@@ -113,11 +113,10 @@ impl LocalizerPredictor {
         self.queries.borrow_mut().extend((0..places.numel() as i64).map(query));
     }
 
-    /// Detections in px of an image of `original` size. `pixels`: `[1, 3, H, W]`, without a border.
-    fn detect(&self, image_id: ImageId, pixels: &Tensor, original: [u32; 2]) -> Result<Kept> {
+    /// Detections in px of an image of `original` size. `pixels`: `[1, 3, H, W]` as it is shown, in `size` px.
+    fn detect(&self, image_id: ImageId, (pixels, size): (&Tensor, ImageSize), original: [u32; 2]) -> Result<Kept> {
         let regions = self.frozen.regions()?;
-        let size = pixels.size();
-        let layer3 = regions.layer3(pixels, &[ImageSize { width: size[3], height: size[2] }])?;
+        let layer3 = regions.layer3(pixels, &[size])?;
         let places = self.localizer.anchors().sigmoid();
         let anchors = regions.fast(&regions.layer4(&layer3)?, &places)?;
         let scale = 1.0 / self.options.temperature;
@@ -148,8 +147,8 @@ impl Predictor for LocalizerPredictor {
     }
 
     fn predict(&self, TestImage { info, placement, size, pixels, .. }: &TestImage<'_>, _n_threads: usize) -> Result<Vec<Found>> {
-        let pixels = pixels.narrow(2, 0, size.height).narrow(3, 0, size.width);
-        let Kept { boxes, classes, scores, .. } = no_grad(|| self.detect(info.id, &pixels, placement.from))?;
+        let pixels = without_border(pixels, *size);
+        let Kept { boxes, classes, scores, .. } = no_grad(|| self.detect(info.id, (&pixels, *size), placement.from))?;
         let all = corners(&boxes, "detections")?.into_iter().zip(classes).zip(scores);
         Ok(all.map(|((box_of, class), score)| Found { xyxy: Xyxy::from(box_of), class: class as usize, score, mask: None }).collect())
     }

@@ -35,8 +35,8 @@ use crate::{
         spec::{DetectorFile, DetectorSpec},
         training::{Epochs, OptimizerKind, Training},
     },
-    region::frozen::{CHECKPOINT, Frozen, Kept, REGION_PROMPT, image_size},
-    training::{Criterion, EmaRule, Losses, Parameter, Ports, Weights, train},
+    region::frozen::{CHECKPOINT, Frozen, Kept, REGION_PROMPT, image_size, padded},
+    training::{Criterion, EmaRule, Losses, MOST_NAMED, Parameter, Ports, Weights, named, train},
 };
 
 /// Trains CORA's localizer on base classes: a DAB-DETR on the maps of a frozen CLIP ResNet, whose queries are told which class they look for and which says
@@ -173,7 +173,7 @@ impl Stage for Train {
         let localizer = Localizer::new(&store.root(), &config, self.training.seed)?;
         let loader = DetectionLoader::new(&self.training, Epochs::default(), cx)?;
         loader.look_for_images(cx)?;
-        let loader = RegionLoader::new(loader, &self.cuts, self.together);
+        let loader = RegionLoader::new(loader, &self.cuts, self.together)?;
         let kept = loader.shows_few_views().then(Kept::default);
         let epoch = loader.steps_per_epoch();
         let criterion = LocalizerCriterion { stage: self, frozen: &frozen, localizer, spec, texts, kept, epoch };
@@ -214,7 +214,7 @@ impl LocalizerCriterion<'_> {
             let (valid, layer4) = (layer3.valid(), vec![regions.layer4(&layer3)?]);
             return Ok(Maps { layer3: layer3.features, valid, layer4 });
         }
-        let (mut maps, mut layer4) = (Vec::new(), Vec::new());
+        let (mut maps, mut valid, mut layer4) = (Vec::new(), Vec::new(), Vec::new());
         for ((image, pixels), size) in batch.images.iter().zip(&batch.pixels).zip(sizes) {
             let make = || {
                 let layer3: Layer3 = regions.layer3(&pixels.on(device), &[size])?;
@@ -224,14 +224,16 @@ impl LocalizerCriterion<'_> {
                 Some(kept) => kept.get((image.place, image.view.is_mirrored()), make)?,
                 None => make()?,
             };
-            let [features, layer3] = <[Tensor; 2]>::try_from(of_image).expect("BUG: two maps of an image");
-            layer4.push(Layer4 { features, sizes: BatchSizes::of(vec![size]) });
-            maps.push(layer3);
+            let [of_layer4, of_layer3] = <[Tensor; 2]>::try_from(of_image).expect("BUG: two maps of an image");
+            let sizes = BatchSizes { padded: padded(size), images: vec![size] };
+            layer4.push(Layer4 { features: of_layer4, sizes: sizes.clone() });
+            let layer3 = Layer3 { features: of_layer3, sizes };
+            valid.extend(layer3.valid());
+            maps.push(layer3.features);
         }
-        let valid: Vec<[i64; 2]> = maps.iter().map(|map| [map.size()[2], map.size()[3]]).collect();
-        let [height, width] = [0, 1].map(|axis: usize| valid.iter().map(|size| size[axis]).max().unwrap_or(1));
-        let padded = |map: &Tensor| map.constant_pad_nd([0, width - map.size()[3], 0, height - map.size()[2]]);
-        Ok(Maps { layer3: Tensor::cat(&maps.iter().map(padded).collect::<Vec<_>>(), 0), valid, layer4 })
+        let [height, width] = [2, 3].map(|axis: usize| maps.iter().map(|map| map.size()[axis]).max().unwrap_or(1));
+        let filled = |map: &Tensor| map.constant_pad_nd([0, width - map.size()[3], 0, height - map.size()[2]]);
+        Ok(Maps { layer3: Tensor::cat(&maps.iter().map(filled).collect::<Vec<_>>(), 0), valid, layer4 })
     }
 
     /// What the localizer makes of maps, and the classes of its anchors, i64 `[B, N]`. Where classes are split, the batch is there twice: `of_second` are
@@ -280,12 +282,22 @@ impl Criterion for LocalizerCriterion<'_> {
         let is_split = self.stage.split_steps.splits(self.stage.split_share, self.stage.training.seed, epoch, of_epoch);
         let halves = || (0..self.texts.size()[0]).map(|_| batch.random.random::<f64>() > 0.5).collect::<Vec<bool>>();
         let of_second = is_split.then(halves);
-        let (outputs, classes) = self.outputs(&maps, of_second.as_deref(), Some(&mut batch.random))?;
+        let ids: Vec<String> = batch.images.iter().map(|image| image.id.to_string()).collect();
+        let diverged = |error: Error| match error {
+            // Of numbers that are not finite, which have no other cause here.
+            Error::Models(error) => Error::Input {
+                port: "lr",
+                problem: format!("{error}, at step {step}, on images {}", named(&ids, MOST_NAMED)),
+                hint: "lower `lr`, or look at these images; the last checkpoint is kept".into(),
+            },
+            other => other,
+        };
+        let (outputs, classes) = self.outputs(&maps, of_second.as_deref(), Some(&mut batch.random)).map_err(diverged)?;
         let target = |image: &Shown| Target {
             boxes: Tensor::from_slice(image.boxes.as_flattened()).view([-1, 4]),
             labels: Tensor::from_slice(&image.classes.iter().map(|class| *class as i64).collect::<Vec<_>>()),
         };
-        let found = self.compare(&outputs, &classes, &batch.images.iter().map(target).collect::<Vec<_>>())?;
+        let found = self.compare(&outputs, &classes, &batch.images.iter().map(target).collect::<Vec<_>>()).map_err(diverged)?;
         let [objectness, boxes, overlaps] = found.weighted();
         let mut all = Losses { terms: vec![("objectness", objectness), ("boxes", boxes), ("overlaps", overlaps)], measures: Vec::new() };
         if let (false, Some(share)) = (is_split, found.matched_share()) {

@@ -9,7 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use super::frozen::{CHECKPOINT, Frozen, REGION_PROMPT, image_size};
+use super::frozen::{CHECKPOINT, Frozen, MAX_SIDE, REGION_PROMPT, image_size, without_border};
 use crate::{
     Context, Inputs, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Dtype, RegionFeaturesWriter, Regions},
@@ -58,7 +58,11 @@ impl Stage for Embed {
 
     fn check(&self) -> Vec<Problem> {
         let [longer, shorter] = self.fits;
-        Problem::unless(&[("fits", 32 <= shorter && shorter <= longer, "the longer side, then the shorter, from 32 px on")])
+        Problem::unless(&[(
+            "fits",
+            32 <= shorter && shorter <= longer && longer <= MAX_SIDE,
+            "the longer side, then the shorter, from 32 to 8,192 px",
+        )])
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
@@ -104,7 +108,7 @@ pub(crate) fn embed(regions: &regions::Regions<'_>, pixels: &Tensor, placement: 
     let size = image_size(placement.to);
     let boxes: Vec<[f32; 4]> = boxes.iter().map(|xyxy| relative(&placement.show(xyxy), placement.to)).collect();
     let boxes = Tensor::from_slice(boxes.as_flattened()).view([-1, 4]);
-    let pixels = pixels.narrow(2, 0, size.height).narrow(3, 0, size.width);
+    let pixels = without_border(pixels, size);
     let said = regions.exact(&regions.layer3(&pixels, &[size])?, &[boxes])?;
     Ok(said.to_device(Device::Cpu).to_kind(Kind::Float).contiguous())
 }

@@ -12,9 +12,10 @@ use ovenbird_models::{
 use tch::{Tensor, no_grad};
 
 use crate::{
-    Context, In, Result,
+    Context, Error, In, Result,
     artifacts::{CheckpointFile, RegionPromptFile},
     clip::{Clip, Space, space},
+    detector::images::STRIDE,
 };
 
 pub(crate) const CHECKPOINT: In<CheckpointFile> =
@@ -24,6 +25,8 @@ pub(crate) const REGION_PROMPT: In<RegionPromptFile> = In::optional(
     "The position table of its attention pooling (`region/prompt`, or CORA's `.pth`); without it CLIP's own.",
 );
 
+/// The longest side of images, px: more takes more memory than machines have.
+pub(crate) const MAX_SIDE: u32 = 8192;
 /// Bytes of maps that are kept.
 const KEPT: usize = 2 << 30;
 
@@ -45,13 +48,21 @@ impl Frozen {
         cx: &Context<'_>,
     ) -> Result<Self> {
         let (clip, space) = clip.load_text(checkpoint, cx.device, cx)?;
-        clip.regions()?;
+        clip.regions().map_err(|error| Error::Input {
+            port: CHECKPOINT.info().name,
+            problem: format!("{}: {error}", checkpoint.file.path.display()),
+            hint: "give a CLIP with a ResNet: RN50, RN101, RN50x4 and the like".into(),
+        })?;
         let table = match prompt {
             Some(file) => {
                 let (table, trained_with) = file.read()?;
                 space::common(&[(CHECKPOINT.info().name, Some(space)), (REGION_PROMPT.info().name, trained_with)])?;
                 // Fails for a table of another grid.
-                clip.regions()?.with_table(&table)?;
+                clip.regions()?.with_table(&table).map_err(|error| Error::Input {
+                    port: REGION_PROMPT.info().name,
+                    problem: format!("{}: {error}", file.file.path.display()),
+                    hint: "give a region prompt that was trained for this CLIP (`region/prompt`)".into(),
+                })?;
                 Some(table.to_device(cx.device))
             }
             None => None,
@@ -78,6 +89,17 @@ impl Frozen {
     pub(crate) fn dim(&self) -> i64 {
         self.clip.embed_dim()
     }
+}
+
+/// The input of a network for one image, `[1, 3, H, W]`, without a border but what a side below 32 px needs. `pixels`: with any border.
+pub(crate) fn without_border(pixels: &Tensor, size: ImageSize) -> Tensor {
+    let ImageSize { width, height } = padded(size);
+    pixels.narrow(2, 0, height).narrow(3, 0, width)
+}
+
+/// The size of that input.
+pub(crate) fn padded(ImageSize { width, height }: ImageSize) -> ImageSize {
+    ImageSize { width: width.max(STRIDE.into()), height: height.max(STRIDE.into()) }
 }
 
 /// Sizes in px.

@@ -13,7 +13,7 @@ use tch::{Kind, Reduction, Tensor};
 
 use super::frozen::{CHECKPOINT, Frozen, Kept, image_size};
 use crate::{
-    Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
+    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Classes, Prompts, RegionPromptFile, TABLE},
     clip::{Clip, Space, space},
     contract::is_default,
@@ -113,9 +113,13 @@ impl Stage for Prompt {
         let frozen = Frozen::load(&self.clip, &cx.inputs.read(CHECKPOINT)?, None, rules, cx)?;
         space::common(&[(CHECKPOINT.info().name, Some(frozen.space)), (PROMPTS.info().name, prompts.clip)])?;
         let texts = to_unit_length(&prompts.select(&classes.base)?).to_device(cx.device);
+        if texts.size()[1] != frozen.dim() {
+            let problem = format!("class embeddings have {} numbers, regions {}", texts.size()[1], frozen.dim());
+            return Err(Error::Input { port: PROMPTS.info().name, problem, hint: "make them with the CLIP at `checkpoint`".into() });
+        }
         let loader = DetectionLoader::new(&self.training, Epochs::default(), cx)?;
         loader.look_for_images(cx)?;
-        let loader = RegionLoader::new(loader, &self.cuts, self.together);
+        let loader = RegionLoader::new(loader, &self.cuts, self.together)?;
         let table = frozen.regions()?.table().copy().set_requires_grad(true);
         let kept = loader.shows_few_views().then(Kept::default);
         let criterion = TableCriterion { frozen: &frozen, table, texts, temperature: self.temperature, kept };
