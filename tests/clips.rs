@@ -187,10 +187,17 @@ stages:
     with:
       network: toy
       training: {steps: 1, checkpoint_every: 1, batch_size: 2, max_size: [96, 128], min_size: [96, 128]}
+  - id: localizer
+    use: localizer/train
+    in: {images: world.images, annotations: train.annotations, classes: train.classes, checkpoint: clip.checkpoint, prompts: prompts.prompts}
+    with:
+      size: toy
+      cuts: {probability: 0.0}
+      training: {steps: 1, checkpoint_every: 1, batch_size: 2, max_size: [96, 128], min_size: [96, 128]}
 "#;
 
 /// Every stage that reads what two CLIPs may have made, with inputs of both: its id, its kind, the two ports, and what it reads besides.
-const MIXED: [(&str, &str, [&str; 2], &str); 16] = [
+const MIXED: [(&str, &str, [&str; 2], &str); 22] = [
     (
         "labelled",
         "annotations/pseudo-labels",
@@ -288,6 +295,44 @@ const MIXED: [(&str, &str, [&str; 2], &str); 16] = [
         "eval/regions",
         ["samples", "prompts"],
         "in: {samples: samples.samples, prompts: others.prompts, classes: train.classes}",
+    ),
+    (
+        "relabelled",
+        "annotations/relabel",
+        ["features", "prompts"],
+        "in: {annotations: train.annotations, classes: train.classes, features: truth-regions.features, prompts: others.prompts}",
+    ),
+    (
+        "region-prompt",
+        "region/prompt",
+        ["checkpoint", "prompts"],
+        "in: {images: world.images, annotations: train.annotations, classes: train.classes, checkpoint: clip.checkpoint, prompts: others.prompts}
+    with: {training: {steps: 1, checkpoint_every: 1}}",
+    ),
+    (
+        "anchors",
+        "eval/anchors",
+        ["checkpoint", "prompts"],
+        "in: {images: world.images, annotations: train.annotations, classes: train.classes, checkpoint: clip.checkpoint, prompts: others.prompts}",
+    ),
+    (
+        "other-localizer",
+        "localizer/train",
+        ["checkpoint", "prompts"],
+        "in: {images: world.images, annotations: train.annotations, classes: train.classes, checkpoint: clip.checkpoint, prompts: others.prompts}
+    with: {size: toy, training: {steps: 1, checkpoint_every: 1}}",
+    ),
+    (
+        "localized",
+        "localizer/test",
+        ["localizer", "prompts"],
+        "in: {images: world.images, annotations: world.val, classes: train.classes, localizer: localizer.localizer, checkpoint: clip.checkpoint, prompts: others.prompts}",
+    ),
+    (
+        "localizer-out",
+        "localizer/export",
+        ["localizer", "checkpoint"],
+        "in: {localizer: localizer.localizer, checkpoint: other.checkpoint}",
     ),
 ];
 

@@ -35,7 +35,7 @@ stages:
   - id: regions
     use: region/embed
     in: {images: world.images, annotations: train.annotations, proposals: truth.proposals, checkpoint: clip.checkpoint, region_prompt: region-prompt.region_prompt}
-    with: {fits: [160, 160]}
+    with: {max_size: 160, min_size: 160}
   - id: relabelled
     use: annotations/relabel
     in: {annotations: train.annotations, classes: train.classes, features: regions.features, prompts: prompts.prompts}

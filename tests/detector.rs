@@ -192,7 +192,7 @@ fn a_training_that_is_killed_ends_with_the_same_bytes() {
         assert!(saved.status.success(), "{}", String::from_utf8_lossy(&saved.stderr));
         let imported = undisturbed.run(["run", "./small.yaml", "--set", "imported.in.checkpoint=./theirs.pth"]).success();
         assert_eq!(imported.steps("done"), ["imported"], "{}", imported.stderr);
-        let behaviour = "it was trained as with `label_warmup: reference`: _global_head._loss._weight._steps is 1";
+        let behaviour = "the detector was trained as with `label_warmup: reference`: _global_head._loss._weight._steps is 1";
         assert!(imported.stderr.contains(behaviour), "{}", imported.stderr);
     }
 
@@ -404,7 +404,7 @@ fn published_pipelines_run_on_the_published_layout() {
     of_cora.extend(["region-prompt", "localizer"].iter().flat_map(|step| {
         ["training.max_size=[160, 160]", "training.min_size=[96, 160]", "cuts.window=[64, 96]"].map(|set| format!("{step}.{set}"))
     }));
-    of_cora.extend(["val-regions", "regions"].map(|step| format!("{step}.fits=[160, 160]")));
+    of_cora.extend(["val-regions", "regions"].iter().flat_map(|step| ["max_size=160", "min_size=160"].map(|set| format!("{step}.{set}"))));
     let run = dry_run("cora-ov-coco", &of_cora.iter().map(String::as_str).collect::<Vec<_>>());
     let made = ["region-prompt", "relabelled", "localizer", "test", "coco", "named-coco"];
     assert!(made.iter().all(|step| run.steps("done").iter().any(|done| done.starts_with(step))), "{}", run.stderr);

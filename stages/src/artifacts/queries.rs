@@ -63,12 +63,13 @@ fn queries(file: &InputFile, batch: &RecordBatch) -> Result<Vec<Query>> {
     let (Some(classes), [Some(x1), Some(y1), Some(x2), Some(y2)]) = (classes, corners) else {
         return Err(malformed(path, format!("expected columns `class` of utf8 and {} of f32", ANCHOR.join(", "))));
     };
-    let query = |(row, ((image, query), (xyxy, objectness))): (usize, ((u64, u64), (Option<Xyxy>, f32)))| {
+    let mut all = Vec::new();
+    for (row, ((image, query), (xyxy, objectness))) in images.into_iter().zip(queries).zip(boxes).enumerate() {
         let xyxy = xyxy.ok_or_else(|| malformed(path, format!("row {row}: expected a box, found none")))?;
         let anchor = Xyxy { x1: x1.value(row), y1: y1.value(row), x2: x2.value(row), y2: y2.value(row) };
-        Ok(Query { image_id: ImageId(image), query, class: classes.value(row).to_owned(), anchor, xyxy, objectness })
-    };
-    images.into_iter().zip(queries).zip(boxes).enumerate().map(query).collect()
+        all.push(Query { image_id: ImageId(image), query, class: classes.value(row).to_owned(), anchor, xyxy, objectness });
+    }
+    Ok(all)
 }
 
 impl Queries {

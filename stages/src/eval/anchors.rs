@@ -46,8 +46,10 @@ pub struct Anchors {
     pub seed: u64,
     /// The number of anchors.
     pub anchors: u32,
-    /// Maximum lengths of the longer and the shorter side of images, in px.
-    pub fits: [u32; 2],
+    /// Maximum length of the longer side of images, in px.
+    pub max_size: u32,
+    /// Length of the shorter side of images, in px, unless the longer side would exceed `max_size`.
+    pub min_size: u32,
     /// How boxes become cells of maps.
     #[serde(skip_serializing_if = "is_default")]
     pub rules: Rules,
@@ -57,7 +59,7 @@ pub struct Anchors {
 
 impl Default for Anchors {
     fn default() -> Self {
-        Self { clip: Clip::default(), seed: 42, anchors: 1000, fits: [1333, 800], rules: Rules::default(), split: false }
+        Self { clip: Clip::default(), seed: 42, anchors: 1000, max_size: 1333, min_size: 800, rules: Rules::default(), split: false }
     }
 }
 
@@ -95,10 +97,10 @@ impl Stage for Anchors {
     const SKIPS_ITEMS: bool = true;
 
     fn check(&self) -> Vec<Problem> {
-        let [longer, shorter] = self.fits;
         Problem::unless(&[
             ("anchors", self.anchors > 0, "at least 1"),
-            ("fits", 32 <= shorter && shorter <= longer && longer <= MAX_SIDE, "the longer side, then the shorter, from 32 to 8,192 px"),
+            ("max_size", (32..=MAX_SIDE).contains(&self.max_size), "from 32 to 8192 px"),
+            ("min_size", (32..=self.max_size).contains(&self.min_size), "from 32 px to `max_size`"),
         ])
     }
 
@@ -128,7 +130,7 @@ impl Stage for Anchors {
         let images = TestImages::open(cx.inputs.read(IMAGES)?, annotations, cx)?;
         let draft = cx.begin(unit)?;
         let (mut n_objects, mut n_covered) = (0, 0);
-        images.each(0..n_images, (self.fits, Filter::Pillow), Normalisation::CLIP, &draft, cx, |image| {
+        images.each(0..n_images, ([self.max_size, self.min_size], Filter::Pillow), Normalisation::CLIP, &draft, cx, |image| {
             let (placement, size) = (image.placement, image_size(image.placement.to));
             let objects = by_image.get(&image.info.id).into_iter().flatten();
             let shown = |object: &Annotation| {

@@ -33,8 +33,10 @@ use crate::{
 pub struct Embed {
     /// Activation, and which CLIP of a checkpoint with several. It computes in f32.
     pub clip: Clip,
-    /// Maximum lengths of the longer and the shorter side of images, in px.
-    pub fits: [u32; 2],
+    /// Maximum length of the longer side of images, in px.
+    pub max_size: u32,
+    /// Length of the shorter side of images, in px, unless the longer side would exceed `max_size`.
+    pub min_size: u32,
     /// How boxes become cells of maps.
     #[serde(skip_serializing_if = "is_default")]
     pub rules: Rules,
@@ -44,7 +46,7 @@ pub struct Embed {
 
 impl Default for Embed {
     fn default() -> Self {
-        Self { clip: Clip::default(), fits: [1333, 800], rules: Rules::default(), dtype: Dtype::default() }
+        Self { clip: Clip::default(), max_size: 1333, min_size: 800, rules: Rules::default(), dtype: Dtype::default() }
     }
 }
 
@@ -57,12 +59,10 @@ impl Stage for Embed {
     const SKIPS_ITEMS: bool = true;
 
     fn check(&self) -> Vec<Problem> {
-        let [longer, shorter] = self.fits;
-        Problem::unless(&[(
-            "fits",
-            32 <= shorter && shorter <= longer && longer <= MAX_SIDE,
-            "the longer side, then the shorter, from 32 to 8,192 px",
-        )])
+        Problem::unless(&[
+            ("max_size", (32..=MAX_SIDE).contains(&self.max_size), "from 32 to 8192 px"),
+            ("min_size", (32..=self.max_size).contains(&self.min_size), "from 32 px to `max_size`"),
+        ])
     }
 
     fn units(&self, inputs: &Inputs) -> Result<Units> {
@@ -80,22 +80,29 @@ impl Stage for Embed {
             let shard = draft.create(REGIONS, "regions.arrow")?;
             let mut shard = RegionFeaturesWriter::new(shard, &draft.unit().fingerprint, self.dtype, dim, Some(frozen.space))?;
             let mut n_regions = 0;
-            images.each(unit.items.clone(), (self.fits, Filter::Pillow), Normalisation::CLIP, &draft, cx, |image| {
-                let (proposals, mut embeddings) = (image.proposals(), vec![0.0_f32; image.proposals().len() * dim]);
-                n_regions += proposals.len();
-                let boxes: Vec<Xyxy> = proposals.iter().map(|proposal| proposal.xyxy).collect();
-                if !boxes.is_empty() {
-                    let said = embed(&regions, &image.pixels, &image.placement, &boxes)?;
-                    said.copy_data(&mut embeddings, said.numel());
-                }
-                shard.push(Regions {
-                    image_id: image.info.id,
-                    size_px: image.placement.from,
-                    boxes,
-                    objectness: proposals.iter().map(|proposal| proposal.score).collect(),
-                    embeddings,
-                })
-            })?;
+            images.each(
+                unit.items.clone(),
+                ([self.max_size, self.min_size], Filter::Pillow),
+                Normalisation::CLIP,
+                &draft,
+                cx,
+                |image| {
+                    let (proposals, mut embeddings) = (image.proposals(), vec![0.0_f32; image.proposals().len() * dim]);
+                    n_regions += proposals.len();
+                    let boxes: Vec<Xyxy> = proposals.iter().map(|proposal| proposal.xyxy).collect();
+                    if !boxes.is_empty() {
+                        let said = embed(&regions, &image.pixels, &image.placement, &boxes)?;
+                        said.copy_data(&mut embeddings, said.numel());
+                    }
+                    shard.push(Regions {
+                        image_id: image.info.id,
+                        size_px: image.placement.from,
+                        boxes,
+                        objectness: proposals.iter().map(|proposal| proposal.score).collect(),
+                        embeddings,
+                    })
+                },
+            )?;
             shard.finish()?;
             cx.commit(draft, [("images".into(), unit.items.len().into()), ("rows".into(), n_regions.into())].into())?;
         }
