@@ -136,7 +136,7 @@ fn rounds_retrieve_and_download_and_the_detector_trains_itself() {
         ("epochs: 18", "epochs: 2"),
         ("lr_epochs: [14, 17]", "lr_epochs: [1]"),
         ("keep_checkpoints: 18", "keep_checkpoints: 2"),
-        ("start_epoch: 9", "start_epoch: 1"),
+        ("start_epoch: 14", "start_epoch: 1"),
         ("max_size: [256, 256]", "max_size: [128, 128]"),
         ("min_size: [192, 256]", "min_size: [96, 128]"),
     ] {
