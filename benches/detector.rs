@@ -9,12 +9,12 @@
 //! `make bench`, after `make peers`; `OVENBIRD_BENCH_ROUNDS` sets how many turns each side has (10).
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods, reason = "a benchmark prints, and may end where it fails")]
 
-use std::{
-    io::{BufRead, BufReader, Write},
-    path::Path,
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
-    time::Instant,
-};
+#[path = "peer.rs"]
+mod peer;
+#[path = "turns.rs"]
+mod turns;
+
+use std::path::Path;
 
 use ovenbird_models::{
     checkpoint::Checkpoint,
@@ -25,9 +25,11 @@ use ovenbird_models::{
         mask_rcnn::{MaskRcnn, MaskRcnnConfig, Objects},
     },
 };
+use peer::Peer;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor, nn};
+use turns::{Turn, take_turns, timed};
 
 const THREADS: i32 = 2;
 const SIZES: [ImageSize; 2] = [ImageSize { width: 426, height: 320 }; 2];
@@ -36,57 +38,20 @@ fn main() {
     let rounds: usize = std::env::var("OVENBIRD_BENCH_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(10).max(3);
     tch::set_num_threads(THREADS);
     let folder = tempfile::tempdir().unwrap();
-    let Some(mut theirs) = Peer::start(folder.path()) else { return };
+    let Some(mut theirs) = Peer::start("torchvision", "mask_rcnn.py", folder.path(), &[THREADS.to_string()]) else { return };
     let mut ours = Ours::load(folder.path(), Kind::Float);
 
-    take_turns("training step, f32", rounds, || ours.train(), || theirs.does("train"));
-    take_turns("detection, f32", rounds, || ours.detect(), || theirs.does("detect"));
-    take_turns("suppression of 1,000 boxes x 1,203 classes", 3, || ours.suppress(), || theirs.does("nms"));
+    take_turns("training step, f32", rounds, || ours.train(), (&mut theirs, "train"));
+    take_turns("detection, f32", rounds, || ours.detect(), (&mut theirs, "detect"));
+    take_turns("suppression of 1,000 boxes x 1,203 classes", 3, || ours.suppress(), (&mut theirs, "nms"));
 
     if !std::arch::is_x86_feature_detected!("avx512bf16") {
         println!("skipped bf16: this processor is no faster in it");
         return;
     }
     let mut ours = Ours::load(folder.path(), Kind::BFloat16);
-    take_turns("training step, bf16 beside their f32", rounds, || ours.train(), || theirs.does("train"));
-    take_turns("detection, bf16 beside their f32", rounds, || ours.detect(), || theirs.does("detect"));
-}
-
-/// What a turn took, and what came out.
-#[derive(Clone, Copy)]
-struct Turn {
-    seconds: f64,
-    /// The loss, the number of detections, or the sum of scores.
-    outcome: f64,
-}
-
-fn timed(work: impl FnOnce() -> f64) -> Turn {
-    let clock = Instant::now();
-    let outcome = work();
-    Turn { seconds: clock.elapsed().as_secs_f64(), outcome }
-}
-
-/// Both sides in turn, after one each that does not count; the machine's speed drifts, so that each turn is compared with its neighbour.
-fn take_turns(what: &str, rounds: usize, mut ours: impl FnMut() -> Turn, mut theirs: impl FnMut() -> Turn) {
-    let turns: Vec<(Turn, Turn)> = (0..=rounds).map(|_| (ours(), theirs())).skip(1).collect();
-    let sorted = |number: fn(&(Turn, Turn)) -> f64| {
-        let mut numbers: Vec<f64> = turns.iter().map(number).collect();
-        numbers.sort_by(f64::total_cmp);
-        numbers
-    };
-    let median = |numbers: &[f64]| f64::midpoint(numbers[(numbers.len() - 1) / 2], numbers[numbers.len() / 2]);
-    let (of_ours, of_theirs) = (sorted(|(ours, _)| ours.seconds), sorted(|(_, theirs)| theirs.seconds));
-    let ratios = sorted(|(ours, theirs)| ours.seconds / theirs.seconds);
-    println!(
-        "{what}: {:.3} s, torchvision {:.3} s, ratio {:.2} ({:.2} to {:.2}) of {rounds} turns; {:.4} and {:.4} came out",
-        median(&of_ours),
-        median(&of_theirs),
-        median(&ratios),
-        ratios[0],
-        ratios[rounds - 1],
-        turns[0].0.outcome,
-        turns[0].1.outcome,
-    );
+    take_turns("training step, bf16 beside their f32", rounds, || ours.train(), (&mut theirs, "train"));
+    take_turns("detection, bf16 beside their f32", rounds, || ours.detect(), (&mut theirs, "detect"));
 }
 
 /// The network, its optimizer, and what it looks at.
@@ -158,50 +123,4 @@ fn parts(boxes: &Tensor, masks: &Tensor) -> Vec<ObjectMask> {
         ObjectMask { pixels, left, top }
     };
     (0..masks.size()[0]).map(part).collect()
-}
-
-/// torchvision in a process of its own, which waits for its turn.
-struct Peer {
-    process: Child,
-    asks: ChildStdin,
-    answers: BufReader<ChildStdout>,
-}
-
-impl Peer {
-    /// None, aloud, where it is not set up.
-    fn start(folder: &Path) -> Option<Self> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let python = root.join("target/peers/bin/python");
-        if !python.exists() {
-            println!("skipped: torchvision is not set up (`make peers`)");
-            return None;
-        }
-        let mut command = Command::new(python);
-        command.arg(root.join("benches/peers/mask_rcnn.py")).arg(folder).arg(THREADS.to_string());
-        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let (asks, answers) = (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
-        let mut peer = Self { process, asks, answers };
-        assert_eq!(peer.line(), "ready");
-        Some(peer)
-    }
-
-    fn does(&mut self, work: &str) -> Turn {
-        writeln!(self.asks, "{work}").unwrap();
-        let answer = self.line();
-        let (seconds, outcome) = answer.split_once(' ').unwrap();
-        Turn { seconds: seconds.parse().unwrap(), outcome: outcome.parse().unwrap() }
-    }
-
-    fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.answers.read_line(&mut line).unwrap();
-        line.trim().to_owned()
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        self.process.kill().unwrap();
-        self.process.wait().unwrap();
-    }
 }

@@ -14,13 +14,16 @@
 //! `make bench`, after `make peers`; `OVENBIRD_BENCH_ROUNDS` sets how many turns each side has (4), half as many at detection: some five minutes.
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods, reason = "a benchmark prints, and may end where it fails")]
 
+#[path = "peer.rs"]
+mod peer;
+#[path = "turns.rs"]
+mod turns;
+
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::{BufRead, BufReader, Write},
     path::Path,
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
-    time::Instant,
+    process::Command,
 };
 
 use ovenbird_models::{
@@ -32,17 +35,18 @@ use ovenbird_models::{
     detection::boxes::ImageSize,
     detr::{
         Config, Localizer, Outputs,
-        losses::{Divisor, Losses, losses},
+        losses::{Divisor, losses},
         matching::{MatchRule, Target},
         prematch::{Favour, classify},
         scores::{Background, Selection, scores},
     },
     to_unit_length,
 };
+use peer::Peer;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use serde::Deserialize;
 use tch::{Device, Kind, Tensor, nn, no_grad};
+use turns::{Turn, median, take_turns, timed};
 
 const THREADS: i32 = 2;
 const SIZE: ImageSize = ImageSize { width: 1066, height: 800 };
@@ -75,70 +79,17 @@ fn main() {
     let child = Command::new(std::env::current_exe().unwrap()).arg(MEMORY).status().unwrap();
     assert!(child.success());
 
-    let Some(mut theirs) = Peer::start(folder.path()) else { return };
+    let Some(mut theirs) = Peer::start("torchvision", "cora.py", folder.path(), &[THREADS.to_string()]) else { return };
     ours.check(&mut theirs, folder.path());
-    let anew = take_turns("training step", rounds, || ours.train(None), || theirs.does("train"));
+    let anew = take_turns("training step", rounds, || ours.train(None), (&mut theirs, "train"));
     let maps = ours.maps(&ours.training);
     let kept = median((0..rounds).map(|_| ours.train(Some(&maps)).seconds));
-    println!(
-        "training step whose maps are kept: {kept:.2} s, {:.2} of ours with CLIP, {:.2} of theirs",
-        kept / anew.ours,
-        kept / anew.theirs
-    );
+    println!("training step whose maps are kept: {kept:.2} s, {:.2} of ours with CLIP, {:.2} of theirs", kept / anew[0], kept / anew[1]);
     let rounds = rounds.div_ceil(2);
-    let all = take_turns("detection", rounds, || ours.detect(), || theirs.does("test"));
+    let all = take_turns("detection", rounds, || ours.detect(), (&mut theirs, "test"));
     ours.rule_out();
     let few = median((0..rounds).map(|_| ours.detect().seconds));
-    println!("detection where {FEW} queries are classified: {few:.2} s, {:.2} of theirs", few / all.theirs);
-}
-
-/// What a turn took, and what came out: the loss, or the number of detections.
-#[derive(Clone, Copy, Deserialize)]
-struct Turn {
-    seconds: f64,
-    outcome: f64,
-}
-
-/// The median seconds of each side.
-struct Medians {
-    ours: f64,
-    theirs: f64,
-}
-
-fn timed(work: impl FnOnce() -> f64) -> Turn {
-    let clock = Instant::now();
-    let outcome = work();
-    Turn { seconds: clock.elapsed().as_secs_f64(), outcome }
-}
-
-fn sorted(numbers: impl Iterator<Item = f64>) -> Vec<f64> {
-    let mut numbers: Vec<f64> = numbers.collect();
-    numbers.sort_by(f64::total_cmp);
-    numbers
-}
-
-fn median(numbers: impl Iterator<Item = f64>) -> f64 {
-    let numbers = sorted(numbers);
-    f64::midpoint(numbers[(numbers.len() - 1) / 2], numbers[numbers.len() / 2])
-}
-
-/// Both sides in turn, after one each that does not count; the machine's speed drifts, so that each turn is compared with its neighbour.
-fn take_turns(what: &str, rounds: usize, mut ours: impl FnMut() -> Turn, mut theirs: impl FnMut() -> Turn) -> Medians {
-    let turns: Vec<(Turn, Turn)> = (0..=rounds).map(|_| (ours(), theirs())).skip(1).collect();
-    let ratios = sorted(turns.iter().map(|(ours, theirs)| ours.seconds / theirs.seconds));
-    let medians =
-        Medians { ours: median(turns.iter().map(|turn| turn.0.seconds)), theirs: median(turns.iter().map(|turn| turn.1.seconds)) };
-    println!(
-        "{what}: {:.2} s, PyTorch {:.2} s, ratio {:.2} ({:.2} to {:.2}) of {rounds} turns; {:.4} and {:.4} came out",
-        medians.ours,
-        medians.theirs,
-        median(ratios.iter().copied()),
-        ratios[0],
-        ratios[rounds - 1],
-        turns[0].0.outcome,
-        turns[0].1.outcome,
-    );
-    medians
+    println!("detection where {FEW} queries are classified: {few:.2} s, {:.2} of theirs", few / all[1]);
 }
 
 fn rn50() -> ClipConfig {
@@ -322,8 +273,8 @@ impl Ours {
             let mut random = self.random.clone();
             let outputs = self.look(&maps.layer3, &self.base(), &classes, Some(&mut random));
             self.random = random;
-            let Losses { total, .. } =
-                losses(&outputs, &classes, &self.training.targets, &MatchRule::default(), Divisor::Reference).unwrap();
+            let losses = losses(&outputs, &classes, &self.training.targets, &MatchRule::default(), Divisor::Reference).unwrap();
+            let total = losses.total();
             self.optimizer.backward_step_clip_norm(&total, 0.1);
             total.double_value(&[])
         })
@@ -378,21 +329,21 @@ impl Ours {
 
     /// Fails where the sides do not compute the same.
     fn check(&self, theirs: &mut Peer, folder: &Path) {
-        theirs.does("check");
+        theirs.ask("check");
         let found = Checkpoint::open(&folder.join("peer.safetensors")).unwrap();
         let (regions, maps) = (self.clip.regions().unwrap(), self.maps(&self.small));
         let classes = self.named_anchors(&maps);
         let outputs = self.look(&maps.layer3, &self.base(), &classes, None);
         let loss = losses(&outputs, &classes, &self.small.targets, &MatchRule::default(), Divisor::Reference).unwrap();
         assert!(loss.n_matched() as i64 >= OBJECTS, "{} objects have a query", loss.n_matched());
-        loss.total.backward();
+        loss.total().backward();
         let last = outputs.boxes.get(-1).detach();
         let boxes: Vec<Tensor> = (0..SMALL.len() as i64).map(|image| last.get(image).narrow(0, 0, CHECKED)).collect();
         let mut ours = BTreeMap::from([
             ("anchors".to_owned(), regions.fast(&maps.layer4, &self.anchors()).unwrap()),
             ("boxes".to_owned(), outputs.boxes.detach()),
             ("objectness".to_owned(), outputs.objectness.detach()),
-            ("loss".to_owned(), loss.total.detach()),
+            ("loss".to_owned(), loss.total().detach()),
             ("exact".to_owned(), regions.exact(&maps.layer3, &boxes).unwrap()),
         ]);
         for (name, tensor) in self.localizer.parameters() {
@@ -444,48 +395,4 @@ fn memory() {
         network - library,
         peak - network
     );
-}
-
-/// PyTorch in a process of its own, which waits for its turn.
-struct Peer {
-    process: Child,
-    asks: ChildStdin,
-    answers: BufReader<ChildStdout>,
-}
-
-impl Peer {
-    /// None, aloud, where it is not set up.
-    fn start(folder: &Path) -> Option<Self> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let python = root.join("target/peers/bin/python");
-        if !python.exists() {
-            println!("skipped: PyTorch is not set up (`make peers`)");
-            return None;
-        }
-        let mut command = Command::new(python);
-        command.arg(root.join("benches/peers/cora.py")).arg(folder).arg(THREADS.to_string());
-        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let (asks, answers) = (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
-        let mut peer = Self { process, asks, answers };
-        assert_eq!(peer.line(), "ready");
-        Some(peer)
-    }
-
-    fn does(&mut self, work: &str) -> Turn {
-        writeln!(self.asks, "{work}").unwrap();
-        serde_json::from_str(&self.line()).unwrap()
-    }
-
-    fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.answers.read_line(&mut line).unwrap();
-        line.trim().to_owned()
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        self.process.kill().unwrap();
-        self.process.wait().unwrap();
-    }
 }

@@ -7,6 +7,8 @@
 //! 1,000,000 rows (1 GB), or with `OVENBIRD_BENCH_SEARCH=full` 10,000,000 (10 GB). `make bench`, after `make peers`.
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods, reason = "a benchmark prints, and may end where it fails")]
 
+#[path = "peer.rs"]
+mod peer;
 #[path = "support.rs"]
 mod support;
 #[path = "vectors.rs"]
@@ -14,7 +16,7 @@ mod vectors;
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader, BufWriter, Write as _},
+    io::{BufWriter, Write as _},
     path::Path,
     process::{Command, Stdio},
     thread,
@@ -22,6 +24,7 @@ use std::{
 };
 
 use half::f16;
+use peer::Peer;
 use serde_json::json;
 use vectors::vectors;
 
@@ -113,39 +116,13 @@ fn main() {
 
 /// Seconds that faiss takes for the first shard, its best of three; none, aloud, where it is not set up.
 fn faiss(folder: &Path, queries: &[f32]) -> Option<f64> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let python = root.join("target/peers/bin/python");
-    if !Command::new(&python).args(["-c", "import faiss"]).stderr(Stdio::null()).status().is_ok_and(|status| status.success()) {
-        println!("skipped: faiss is not set up (`make peers`)");
-        return None;
-    }
     let shard = fs::read(folder.join("pool/img_emb_0.npy")).unwrap();
     fs::write(folder.join("rows.f16"), &shard[shard.len() - 2 * D * SHARD_ROWS..]).unwrap();
     fs::write(folder.join("queries.f32"), queries.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>()).unwrap();
     fs::write(folder.join("n_rows"), SHARD_ROWS.to_string()).unwrap();
-    let mut process = Command::new(python)
-        .arg(root.join("benches/peers/search.py"))
-        .arg(folder)
-        .args([D.to_string(), N_HITS.to_string(), "2".into()])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let (mut requests, mut answers) = (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
-    let mut answer = || {
-        let mut line = String::new();
-        answers.read_line(&mut line).unwrap();
-        line.trim().to_owned()
-    };
-    assert_eq!(answer(), "ready");
-    let mut best = f64::INFINITY;
-    for _ in 0..3 {
-        writeln!(requests, "{N_CLASSES}").unwrap();
-        best = best.min(answer().parse().unwrap());
-    }
-    drop(process.kill());
-    drop(process.wait());
-    Some(best)
+    let mut peer = Peer::start("faiss", "search.py", folder, &[D.to_string(), N_HITS.to_string(), "2".into()])?;
+    let seconds = (0..3).map(|_| peer.ask(&N_CLASSES.to_string()).parse().unwrap());
+    Some(seconds.fold(f64::INFINITY, f64::min))
 }
 
 fn write_shard(path: &Path, shard: usize) {

@@ -10,16 +10,17 @@
 //! `make bench`, after `make peers`.
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods, reason = "a benchmark prints, and may end where it fails")]
 
+#[path = "peer.rs"]
+mod peer;
 #[path = "vectors.rs"]
 mod vectors;
 
 use std::{
     fs,
     hint::black_box,
-    io::{BufRead, BufReader, BufWriter, Write},
+    io::{BufWriter, Write},
     os::unix::fs::FileExt,
     path::Path,
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -27,6 +28,7 @@ use std::{
 
 use half::f16;
 use ovenbird_models::search::{Hit, Measure, Product, Rows, Search, Spent};
+use peer::Peer;
 use tch::{Device, Kind, Tensor};
 use vectors::vectors;
 
@@ -60,7 +62,9 @@ fn main() {
 
     let rows = read(&fs::File::open(&path).unwrap(), 0, N_ROWS);
     let floats: Vec<f32> = rows.iter().map(|number| number.to_f32()).collect();
-    let mut peer = Peer::start(folder.path());
+    let folder = folder.path();
+    let peer = Peer::start("faiss", "search.py", folder, &[D.to_string(), N_HITS.to_string(), THREADS.to_string()]);
+    let mut peer = peer.map(|peer| (peer, folder));
     for n_queries in N_QUERIES {
         let queries = &queries[..n_queries * D];
         for &product in &products {
@@ -76,17 +80,17 @@ fn main() {
     println!("reading f16 rows once: {:.0} ns a row", 1e9 * reading(&rows));
 }
 
-/// Our search and theirs in turn, after one each that does not count.
-fn compare(what: &str, rows: Rows<'_>, queries: &[f32], product: Product, alone: f64, peer: &mut Option<Peer>) {
+/// Our search and theirs in turn, after one each that does not count. `peer`: with its folder.
+fn compare(what: &str, rows: Rows<'_>, queries: &[f32], product: Product, alone: f64, peer: &mut Option<(Peer, &Path)>) {
     let mut turns = Vec::new();
     for _ in 0..=ROUNDS {
         let clock = Instant::now();
         let mut search = search(queries, product);
         search.add(rows, 0, None).unwrap();
         let ours = clock.elapsed().as_secs_f64();
-        let theirs = peer.as_mut().map(|peer| peer.search(queries.len() / D));
-        if let Some(peer) = peer {
-            peer.assert_same(&search.hits());
+        let theirs = peer.as_mut().map(|(peer, _)| peer.ask(&(queries.len() / D).to_string()).parse().unwrap());
+        if let Some((_, folder)) = peer {
+            assert_same(folder, &search.hits());
         }
         turns.push((ours, theirs, search.spent()));
     }
@@ -242,72 +246,17 @@ fn read(file: &fs::File, first: usize, n_rows: usize) -> Vec<f16> {
     numbers
 }
 
-/// faiss in a process of its own.
-struct Peer {
-    process: Child,
-    requests: ChildStdin,
-    answers: BufReader<ChildStdout>,
-    folder: std::path::PathBuf,
-}
-
-impl Peer {
-    /// None, aloud, where it is not set up.
-    fn start(folder: &Path) -> Option<Self> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let python = root.join("target/peers/bin/python");
-        if !Command::new(&python).args(["-c", "import faiss"]).stderr(Stdio::null()).status().is_ok_and(|status| status.success()) {
-            println!("skipped: faiss is not set up (`make peers`)");
-            return None;
-        }
-        let mut process = Command::new(python)
-            .arg(root.join("benches/peers/search.py"))
-            .arg(folder)
-            .args([D.to_string(), N_HITS.to_string(), THREADS.to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let (requests, answers) = (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
-        let mut peer = Self { process, requests, answers, folder: folder.to_owned() };
-        assert_eq!(peer.answer(), "ready");
-        Some(peer)
-    }
-
-    fn answer(&mut self) -> String {
-        let mut line = String::new();
-        self.answers.read_line(&mut line).unwrap();
-        line.trim().to_owned()
-    }
-
-    /// The seconds that a search took.
-    fn search(&mut self, n_queries: usize) -> f64 {
-        writeln!(self.requests, "{n_queries}").unwrap();
-        self.answer().parse().unwrap()
-    }
-
-    /// Their last ids are ours, where neighbours are not so close that f32 sums decide.
-    fn assert_same(&self, hits: &[Vec<Hit>]) {
-        let ids = fs::read(self.folder.join("ids.i64")).unwrap();
-        let scores = fs::read(self.folder.join("scores.f32")).unwrap();
-        let theirs = ids
-            .as_chunks()
-            .0
-            .iter()
-            .map(|&id| i64::from_le_bytes(id))
-            .zip(scores.as_chunks().0.iter().map(|&score| f32::from_le_bytes(score)));
-        let ours: Vec<&Hit> = hits.iter().flatten().collect();
-        assert_eq!(ours.len(), ids.len() / 8);
-        for (hit, (id, score)) in ours.iter().zip(theirs) {
-            assert!((hit.score - score).abs() < 1e-6, "faiss says {score}, we {}", hit.score);
-            let is_close = |other: &&&Hit| other.place == id as u64 && (other.score - hit.score).abs() < 1e-6;
-            assert!(hit.place == id as u64 || ours.iter().any(|other| is_close(&other)), "faiss says {id}, we {}", hit.place);
-        }
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        drop(self.process.kill());
-        drop(self.process.wait());
+/// Their last ids are ours, where neighbours are not so close that f32 sums decide.
+fn assert_same(folder: &Path, hits: &[Vec<Hit>]) {
+    let ids = fs::read(folder.join("ids.i64")).unwrap();
+    let scores = fs::read(folder.join("scores.f32")).unwrap();
+    let theirs =
+        ids.as_chunks().0.iter().map(|&id| i64::from_le_bytes(id)).zip(scores.as_chunks().0.iter().map(|&score| f32::from_le_bytes(score)));
+    let ours: Vec<&Hit> = hits.iter().flatten().collect();
+    assert_eq!(ours.len(), ids.len() / 8);
+    for (hit, (id, score)) in ours.iter().zip(theirs) {
+        assert!((hit.score - score).abs() < 1e-6, "faiss says {score}, we {}", hit.score);
+        let is_close = |other: &&&Hit| other.place == id as u64 && (other.score - hit.score).abs() < 1e-6;
+        assert!(hit.place == id as u64 || ours.iter().any(|other| is_close(&other)), "faiss says {id}, we {}", hit.place);
     }
 }

@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, fs};
 
 use serde_json::Value;
 
-use crate::support::World;
+use crate::{
+    predict::{exported, predicted},
+    support::World,
+};
 
 /// The steps of the method at their smallest.
 const SMALL: &str = r#"version: 1
@@ -171,16 +174,20 @@ fn what_cora_cannot_use_is_said_in_words() {
         "  - {id: other, use: detector/test, in: {images: world.images, annotations: world.val, classes: train.classes, detector: localizer.localizer}}\n  - {id: coco",
         "localizer/test",
     );
+    // Options that would do nothing.
+    world.refuses(SMALL, "localizer: {background: fixed}}", "test: {heads: box}}", "which heeds `localizer` instead");
+    world.refuses(SMALL, "averaging: fixed}", "averaging: fixed, groups: {bone: {lr_mult: 0.1}}}", "no parameter has `bone` in its name");
 }
 
 #[test]
 fn a_localizer_predicts_as_its_pipeline_detects() {
     let world = small();
-    world.run(["run", "./small.yaml"]).success();
-    let image = world.find(&["toy-world", "/images/val/", ".jpg"]).display().to_string();
-    let names: Value = serde_json::from_slice(&fs::read(world.find(&["annotations-split", "classes.json"])).unwrap()).unwrap();
-    let names: Vec<&str> =
-        ["base", "novel"].iter().flat_map(|part| names[part].as_array().unwrap()).map(|name| name.as_str().unwrap()).collect();
-    let run = world.run(["predict", "./small.yaml", &image, "--classes", &names.join(", "), "--json"]).success();
-    assert!(run.stdout.contains("\"detections\"") || run.stdout.contains("\"class\""), "{}", run.stdout);
+    let results = "  - {id: results, use: detections/export, in: {detections: test.detections, annotations: world.val}}\n";
+    world.write("small.yaml", format!("{SMALL}{results}"));
+    world.run(["run", "./small.yaml", "--until", "results"]).success();
+    world.run(["export", "./small.yaml", "world.images", "images"]).success();
+    let run = world.run(["predict", "./small.yaml", "images/val", "--step", "test", "--min-score", "0", "--json"]).success();
+    let expected = exported(&world, "results", "world.val");
+    assert!(expected.len() == 6 && expected.values().all(|found| !found.is_empty()), "{expected:?}");
+    assert_eq!(predicted(&run.stdout), expected);
 }

@@ -71,14 +71,14 @@ pub(crate) fn ran(until: &str) -> World {
 }
 
 /// The class, score and box of each detection, by image.
-type Found = BTreeMap<String, Vec<(String, f64, Vec<f64>)>>;
+pub(crate) type Found = BTreeMap<String, Vec<(String, f64, Vec<f64>)>>;
 
 fn numbers(list: &Value) -> Vec<f64> {
     list.as_array().unwrap().iter().map(|number| number.as_f64().unwrap()).collect()
 }
 
 /// What `predict --json` prints.
-fn predicted(json: &str) -> Found {
+pub(crate) fn predicted(json: &str) -> Found {
     let document: Value = serde_json::from_str(json).unwrap();
     let found = |found: &Value| (found["class"].as_str().unwrap().to_owned(), found["score"].as_f64().unwrap(), numbers(&found["bbox"]));
     let images = document["images"].as_array().unwrap().iter();
@@ -87,12 +87,16 @@ fn predicted(json: &str) -> Found {
         .collect()
 }
 
-/// The results file of a step, with the names in the pipeline's annotations.
-fn exported(world: &World, step: &str) -> Found {
+/// The results file of a step, with the names in the annotation file at an output.
+pub(crate) fn exported(world: &World, step: &str, annotations: &str) -> Found {
     world.run(["export", "./small.yaml", step, step]).success();
-    world.run(["export", "./small.yaml", "val.annotations", "val"]).success();
-    let read = |path: &str| -> Value { serde_json::from_slice(&fs::read(world.path(path)).unwrap()).unwrap() };
-    let (annotations, results) = (read("val/annotations.json"), read(&format!("{step}/results.json")));
+    world.run(["export", "./small.yaml", annotations, "val"]).success();
+    // Each is the only file of its folder.
+    let read = |folder: &str| -> Value {
+        let file = fs::read_dir(world.path(folder)).unwrap().next().unwrap().unwrap().path();
+        serde_json::from_slice(&fs::read(file).unwrap()).unwrap()
+    };
+    let (annotations, results) = (read("val"), read(step));
     let named = |list: &str, id: &Value, name: &str| {
         let entry = annotations[list].as_array().unwrap().iter().find(|entry| entry["id"] == *id).unwrap();
         entry[name].as_str().unwrap().to_owned()
@@ -118,7 +122,7 @@ fn on_the_images_of_a_pipeline_predictions_are_the_detections_of_its_step() {
     let before = shown();
     for step in ["test", "zero-shot"] {
         let run = world.run(["predict", "./small.yaml", "images/val", "--step", step, "--min-score", "0", "--json"]).success();
-        let expected = exported(&world, &format!("{step}-results"));
+        let expected = exported(&world, &format!("{step}-results"), "val.annotations");
         assert!(expected.len() == 4 && expected.values().all(|found| !found.is_empty()), "{expected:?}");
         assert_eq!(predicted(&run.stdout), expected, "{step}");
     }

@@ -9,7 +9,6 @@ Usage: cora.py FOLDER N_THREADS; it reads `weights.safetensors` and `inputs.safe
 `check` writes what it computes of a small batch to `peer.safetensors`.
 """
 
-import json
 import math
 import pathlib
 import sys
@@ -421,7 +420,7 @@ def main():
         work = {"train": train, "test": test, "check": check}[line.strip()]
         started = time.perf_counter()
         outcome = work()
-        print(json.dumps({"seconds": time.perf_counter() - started, "outcome": outcome}), flush=True)
+        print(time.perf_counter() - started, outcome, flush=True)
 
 
 main()

@@ -40,19 +40,9 @@ impl View {
         Self { whole, cut, last: Placement::shorter(size, Some(longer), shorter) }
     }
 
-    /// `[width, height]` px of the image.
-    pub fn from(&self) -> [u32; 2] {
-        self.whole.from
-    }
-
     /// `[width, height]` px of what is shown.
     pub fn to(&self) -> [u32; 2] {
         self.last.to
-    }
-
-    /// Whether the whole image is shown.
-    pub fn is_whole(&self) -> bool {
-        self.cut.is_none()
     }
 
     /// Whether left is right.

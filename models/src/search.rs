@@ -11,9 +11,10 @@
 //!
 //! # What is fast
 //!
-//! A matrix product of all queries with a block of rows, in f32 or bf16, only tells which rows need an exact score: those whose fast score is
-//! not below the N-th best exact score so far, less a bound of what the two can differ by. After some thousands of rows that is hardly
-//! one in a thousand. Accelerators compare where they multiplied, and only what passes crosses the bus.
+//! A matrix product of all queries with a block of rows, in f32 or bf16, only tells between which bounds the exact scores lie. A row is a candidate
+//! while its upper bound is not below the N-th largest lower one. After some thousands of rows hardly one in a thousand becomes one, and most give way to
+//! better ones before the call ends, which is when the rest get exact scores. Accelerators compare where they multiplied, and only what passes
+//! crosses the bus.
 //!
 //! # The bound
 //!
@@ -25,11 +26,12 @@
 //! |exact - q.y| <= 2^-22 |q| |y|                                 (3)   f64 sums, one rounding to f32
 //! ```
 //!
-//! (1) `|q' - q|` is computed for each query. `|y' - y| <= r |y|`: bf16 has 8 bits, hence 2^-8; a length is a sum of D squares in f32, hence
-//! (D + 8) 2^-23 under cosine. Accelerators may round f32 factors to TF32, or cut them: 2^-10 more of both sides.
+//! (1) `|q' - q|` is computed for each query, and what rounding to bf16 changes of `y` for each row, of which the largest of the block counts.
+//! Under cosine a length is a sum of D squares in f32, hence (D + 8) 2^-23 |y| more. Accelerators may round f32 factors to TF32, or cut them: 2^-10
+//! more of both sides.
 //! (2) holds for any order of the additions. Products of bf16 are exact in f32, and sums are f32 on every device that is used here (in bf16
 //! an accelerator gets the rows, but multiplies in f32). e = 2^-23 allows for additions that cut instead of rounding, and n = 2 D + 16 for sums in
-//! parts. The result of the bf16 product on a CPU is rounded to bf16. Rounding keeps order, and keeps what bf16 holds: if a score was at least a
+//! parts. The result of the bf16 product on a CPU is rounded to the nearest bf16. Rounding keeps order, and keeps what bf16 holds: if a score was at least a
 //! bf16 number, it still is. So the threshold is rounded down to bf16, and (2) stays as it is.
 //! (4) Processors may take numbers below 2^-126 for zero: D 2^-125 (|q| + |y| + 2).
 //!
@@ -42,6 +44,7 @@ mod tests;
 use std::{
     cmp::Ordering,
     collections::BinaryHeap,
+    mem,
     ops::AddAssign,
     panic,
     sync::{Barrier, Mutex, MutexGuard, PoisonError},
@@ -66,6 +69,10 @@ const BLOCK_ROWS: usize = 8192;
 const BLOCK_SCORES: usize = 1024 * 1203;
 /// A block has fewer rows if their numbers would be more than these.
 const BLOCK_NUMBERS: usize = 1 << 21;
+/// Candidates for each hit that a query keeps, before those are left out that others have overtaken.
+const CANDIDATES_PER_HIT: usize = 4;
+/// Candidates get exact scores in groups of so many.
+const SETTLED_AT_ONCE: usize = 1 << 20;
 /// Rows of the first block on an accelerator: without a threshold, all of them get exact scores. Each later block is as large as all before it.
 const FIRST_ROWS: usize = 256;
 /// Work on fewer numbers is not worth a thread.
@@ -190,7 +197,8 @@ impl Search {
     /// A search that has seen no rows.
     ///
     /// `queries`: finite f32 `[Q, D]`, at least one; `limits`: for each query the most hits that it keeps, at least 1. The work space is at most
-    /// 16 MiB a thread, unless Q or D is above 1,000,000, and does not grow with the rows; a hit takes 16 bytes.
+    /// 16 MiB a thread, unless Q or D is above 1,000,000, and does not grow with the rows; a hit takes 16 bytes, and at most 144
+    /// during a call.
     pub fn new(queries: &Tensor, limits: &[usize], measure: Measure, product: Product, device: Device) -> Result<Self> {
         let is_matrix = matches!(queries.size()[..], [n, d] if n > 0 && d > 0) && queries.kind() == Kind::Float;
         ensure(is_matrix, "queries", "f32 [Q, D], Q and D at least 1", queries)?;
@@ -245,13 +253,15 @@ impl Search {
         Ok(self)
     }
 
-    /// Searches more rows, each once; their order does not matter, nor how they are split among calls.
+    /// Searches more rows, each once; their order does not matter, nor how they are split among calls. After an error a search is of no more use.
     ///
     /// `rows`: `[n, D]`; `first_place`: the place of the first, others follow it; `candidates`: for each row, whether it is searched, or all are.
     pub fn add(&mut self, rows: Rows<'_>, first_place: u64, candidates: Option<&[bool]>) -> Result<()> {
         let n_rows = self.check(rows, first_place, candidates)?;
-        let candidates = Mutex::new((0..n_rows).filter(|&row| candidates.is_none_or(|candidates| candidates[row])));
+        let indices = Mutex::new((0..n_rows).filter(|&row| candidates.is_none_or(|candidates| candidates[row])));
         let (queries, block_rows, n_before) = (&self.queries, self.block_rows, self.n_searched);
+        let none = |query: &Query| Mutex::new(Candidates { all: Vec::new(), least: query.least() });
+        let call = Call { rows, first_place, candidates: queries.all.iter().map(none).collect() };
         let n_threads = match queries.selection {
             Selection::Host => queries.n_pieces(n_rows * queries.dimension).min(n_rows.div_ceil(block_rows)).max(1),
             Selection::Device => 1,
@@ -266,12 +276,12 @@ impl Search {
                     Selection::Host => block_rows,
                     Selection::Device => (n_before + n_searched).max(FIRST_ROWS).min(block_rows),
                 };
-                let indices: Vec<usize> = locked(&candidates).by_ref().take(most).collect();
+                let indices: Vec<usize> = locked(&indices).by_ref().take(most).collect();
                 if indices.is_empty() {
                     return Ok((bad_rows, spent, n_searched));
                 }
                 n_searched += indices.len();
-                let block = Block { rows, first_place, indices };
+                let block = Block { call: &call, indices };
                 bad_rows += match space {
                     Space::F32(buffers) => queries.search(&factor, &block, buffers, &mut spent)?,
                     Space::Bf16(buffers) => queries.search(&factor, &block, buffers, &mut spent)?,
@@ -285,6 +295,7 @@ impl Search {
             self.spent += spent;
             self.n_searched += n_searched;
         }
+        self.spent.selecting += self.queries.settle(&call);
         Ok(())
     }
 
@@ -344,10 +355,17 @@ impl Search {
     }
 }
 
-/// Some of the rows of a call.
-struct Block<'a> {
+/// What a call searches, and what it has found.
+struct Call<'a> {
     rows: Rows<'a>,
     first_place: u64,
+    /// Of each query.
+    candidates: Vec<Mutex<Candidates>>,
+}
+
+/// Some of the rows of a call.
+struct Block<'a> {
+    call: &'a Call<'a>,
     /// Of the rows of the call; slot i of a block is row `indices[i]`.
     indices: Vec<usize>,
 }
@@ -424,28 +442,57 @@ impl Query {
         }
     }
 
-    /// The fast scores below this belong to rows that are no hits. Infinite where there is no such score.
-    fn floor(&self, slack: f64) -> f32 {
+    /// The N-th best exact score: rows with lower ones are no hits.
+    fn least(&self) -> f32 {
         let best = locked(&self.best);
-        match best.peek() {
-            Some(Ranked(worst)) if best.len() == self.limit && slack.is_finite() => ((f64::from(worst.score) - slack) as f32).next_down(),
-            Some(_) | None => f32::NEG_INFINITY,
-        }
+        best.peek().filter(|_| best.len() == self.limit).map_or(f32::NEG_INFINITY, |Ranked(worst)| worst.score)
     }
+}
 
-    /// A floor for the first block of many rows: the exact scores of the N rows with the largest fast ones are at least the least of these, less what
-    /// they can differ by; so is the N-th best exact score.
-    fn first_floor<T: Number>(&self, scores: &[T], prepared: &Prepared, slack: f64) -> f32 {
-        if scores.len() <= self.limit || !slack.is_finite() {
-            return f32::NEG_INFINITY;
+/// The fast scores below this belong to rows whose exact scores are below `least`. Infinite where there is no such score.
+fn floor(least: f32, slack: f64) -> f32 {
+    // No bound minus no bound is no number, but a floor.
+    if slack.is_finite() { ((f64::from(least) - slack) as f32).next_down() } else { f32::NEG_INFINITY }
+}
+
+/// A row of a call, before its exact score is known.
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    row: usize,
+    /// The exact score, at least.
+    least: f32,
+    /// The exact score, at most.
+    most: f32,
+}
+
+impl Candidate {
+    /// A row with a fast score that may differ by `slack` from the exact one.
+    fn new<T: Number>(row: usize, score: T, slack: f64) -> Self {
+        let [least, most] = score.bounds().map(f64::from);
+        let (least, most) = ((least - slack) as f32, (most + slack) as f32);
+        if least.is_finite() && most.is_finite() {
+            return Self { row, least: least.next_down(), most: most.next_up() };
         }
-        let of_vectors = scores.iter().zip(&prepared.is_vector).filter(|(_, is_vector)| **is_vector);
-        let mut scores: Vec<f32> = of_vectors.map(|(score, _)| score.least()).collect();
-        if scores.len() < self.limit {
-            return f32::NEG_INFINITY;
+        Self { row, least: f32::NEG_INFINITY, most: f32::INFINITY }
+    }
+}
+
+/// The candidates of a query during a call.
+#[derive(Debug)]
+struct Candidates {
+    all: Vec<Candidate>,
+    /// There are N rows with exact scores of at least this.
+    least: f32,
+}
+
+impl Candidates {
+    /// Leaves out the candidates that `limit` others have overtaken.
+    fn prune(&mut self, limit: usize) {
+        if self.all.len() >= limit {
+            let (_, nth, _) = self.all.select_nth_unstable_by(limit - 1, |a, b| b.least.total_cmp(&a.least));
+            self.least = self.least.max(nth.least);
         }
-        let (_, nth, _) = scores.select_nth_unstable_by(self.limit - 1, |a, b| b.total_cmp(a));
-        ((f64::from(*nth) - 2.0 * slack) as f32).next_down()
+        self.all.retain(|candidate| candidate.most >= self.least);
     }
 }
 
@@ -470,8 +517,10 @@ struct Queries {
     n_threads: usize,
     /// Work on fewer numbers is not worth a thread.
     numbers_per_thread: usize,
-    /// `r` of the bound: |y' - y| / |y|, at most.
-    row_error: f64,
+    /// What normalising changes of y, of |y|.
+    normalising_error: f64,
+    /// What an accelerator changes of a factor, of its length.
+    tf32_error: f64,
     /// `g` of the bound, infinite if there is none.
     sum_error: f64,
 }
@@ -485,9 +534,9 @@ impl Queries {
             Measure::Cosine => (d + 8.0) * 2_f64.powi(-23),
             Measure::InnerProduct => 0.0,
         };
-        let (rounded, rounding_error): (Vec<f32>, f64) = match product {
-            Product::F32 => (values.clone(), 0.0),
-            Product::Bf16 => (values.iter().map(|&value| bf16::from_f32(value).to_f32()).collect(), 2_f64.powi(-8)),
+        let rounded: Vec<f32> = match product {
+            Product::F32 => values.clone(),
+            Product::Bf16 => values.iter().map(|&value| bf16::from_f32(value).to_f32()).collect(),
         };
         let query = |((row, rounded), &limit): ((&[f32], &[f32]), &usize)| {
             let difference = row.iter().zip(rounded).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum::<f64>().sqrt();
@@ -510,21 +559,24 @@ impl Queries {
             all,
             n_threads: usize::try_from(tch::get_num_threads()).unwrap_or(1).max(1),
             numbers_per_thread: NUMBERS_PER_THREAD,
-            row_error: up((1.0 + normalising_error) * (1.0 + rounding_error) * (1.0 + tf32_error) - 1.0),
+            normalising_error,
+            tf32_error,
             sum_error: if n_errors < 0.5 { n_errors / (1.0 - n_errors) } else { f64::INFINITY },
         };
         (queries, factor)
     }
 
-    /// What the fast score of a row of at most this length |y| may differ from the exact one by; infinite if there is no bound.
-    fn slack(&self, query: &Query, length: f64) -> f64 {
+    /// What the fast score of a row of a block may differ from the exact one by; infinite if there is no bound.
+    fn slack(&self, query: &Query, &Prepared { longest: length, rounding, .. }: &Prepared) -> f64 {
         let d = self.dimension as f64;
-        let factor_length = (1.0 + self.row_error) * length;
+        let row_error =
+            up(rounding + self.normalising_error * length + self.tf32_error * (rounding + (1.0 + self.normalising_error) * length));
+        let factor_length = length + row_error;
         let most = (query.length * length).max(query.length).max(length).max(query.factor_length * factor_length);
         if most.is_nan() || most > 2_f64.powi(120) {
             return f64::INFINITY;
         }
-        let of_factors = query.factor_error * factor_length + query.length * self.row_error * length;
+        let of_factors = query.factor_error * factor_length + query.length * row_error;
         let of_sums = self.sum_error * query.factor_length * factor_length;
         let of_exact = 2_f64.powi(-22) * query.length * length;
         let of_underflow = d * 2_f64.powi(-125) * (query.length + length + 2.0);
@@ -572,7 +624,7 @@ impl Queries {
             let mut prepared = Prepared { is_vector: Vec::with_capacity(indices.len()), ..Prepared::default() };
             let mut scratch = vec![0.0; d];
             for (&index, slot) in indices.iter().zip(slots.chunks_exact_mut(d)) {
-                prepared.add(block.rows.row(index, &mut scratch), measure, slot);
+                prepared.add(block.call.rows.row(index, &mut scratch), measure, slot);
             }
             prepared
         };
@@ -580,73 +632,115 @@ impl Queries {
         for piece in at_once(pieces, prepare) {
             all.is_vector.extend(piece.is_vector);
             all.longest = all.longest.max(piece.longest);
+            all.rounding = all.rounding.max(piece.rounding);
             all.bad_rows += piece.bad_rows;
         }
-        all.longest = up(all.longest * (1.0 + (d as f64 + 8.0) * 2_f64.powi(-23)));
+        // Sums of D squares in f32, in which squares below 2^-126 are lost.
+        let sum_error = 1.0 + (d as f64 + 8.0) * 2_f64.powi(-23);
+        all.longest = up(all.longest * sum_error);
+        all.rounding = up(all.rounding * sum_error + (d as f64).sqrt() * 2_f64.powi(-63)).min(T::ROUNDING * all.longest);
         all
     }
 
-    /// Offers to each query the rows of a block whose fast scores, `[Q, slots]`, are not below its floor.
+    /// Makes candidates of the rows of a block whose fast scores, `[Q, slots]`, are not below what N others have.
     fn select<T: Number>(&self, block: &Block<'_>, prepared: &Prepared, scores: &[T]) {
         let n_slots = block.indices.len();
-        let slacks: Vec<f64> = self.all.iter().map(|query| self.slack(query, prepared.longest)).collect();
-        let mut passed = Vec::new();
         for (place, (query, scores)) in self.all.iter().zip(scores.chunks_exact(n_slots)).enumerate() {
-            let mut floor = query.floor(slacks[place]);
-            if floor == f32::NEG_INFINITY {
-                floor = query.first_floor(scores, prepared, slacks[place]);
-            }
-            let floor = T::floor(floor);
-            let mut from = 0;
-            while let Some(skipped) = T::first_not_below(floor, &scores[from..]) {
+            let slack = self.slack(query, prepared);
+            let most = query.limit.saturating_mul(CANDIDATES_PER_HIT);
+            let mut candidates = locked(&block.call.candidates[place]);
+            let (mut from, mut lowest) = (0, T::floor(floor(candidates.least, slack)));
+            while let Some(skipped) = T::first_not_below(lowest, &scores[from..]) {
                 let slot = from + skipped;
                 from = slot + 1;
-                if prepared.is_vector[slot] {
-                    passed.push(Passed { slot: slot as u32, query: place as u32 });
+                if !prepared.is_vector[slot] {
+                    continue;
                 }
+                candidates.all.push(Candidate::new(block.indices[slot], scores[slot], slack));
+                if candidates.all.len() < most {
+                    continue;
+                }
+                candidates.prune(query.limit);
+                // Rows so alike that bounds cannot tell them apart.
+                if candidates.all.len() > most - query.limit {
+                    let alike = mem::take(&mut candidates.all);
+                    drop(candidates);
+                    let mut passed: Vec<Passed> = alike.into_iter().map(|candidate| Passed { candidate, query: place }).collect();
+                    passed.sort_unstable_by_key(|passed| passed.candidate.row);
+                    self.score(block.call, &passed);
+                    candidates = locked(&block.call.candidates[place]);
+                    candidates.least = candidates.least.max(query.least());
+                }
+                lowest = T::floor(floor(candidates.least, slack));
             }
         }
-        self.score(block, passed, |Passed { slot, query: place }| {
-            let floor = T::floor(self.all[place as usize].floor(slacks[place as usize]));
-            T::first_not_below(floor, &scores[place as usize * n_slots + slot as usize..][..1]).is_none()
-        });
     }
 
-    /// The same, where the scores are on a device: floors go there, and what is not below them comes back.
+    /// The same, where the scores are on a device: floors go there, and what is not below them comes back and gets exact scores.
     fn select_on_device(&self, block: &Block<'_>, prepared: &Prepared, scores: &Tensor) -> Result<()> {
-        let floors: Vec<f32> = self.all.iter().map(|query| query.floor(self.slack(query, prepared.longest))).collect();
+        let floors: Vec<f32> = self.all.iter().map(|query| floor(query.least(), self.slack(query, prepared))).collect();
         let floors = Tensor::from_slice(&floors).f_to_device(scores.device())?.view([-1, 1]);
         // Not "at least": a NaN has to pass. [passed, 2]: query and slot.
         let passed = integers(&scores.f_lt_tensor(&floors)?.f_logical_not()?.f_nonzero()?);
         let (passed, _) = passed.as_chunks::<2>();
         let of_vectors = passed.iter().filter(|[_, slot]| prepared.is_vector[*slot as usize]);
-        let passed: Vec<Passed> = of_vectors.map(|[query, slot]| Passed { slot: *slot as u32, query: *query as u32 }).collect();
-        let per_piece = passed.len().div_ceil(self.n_pieces(passed.len() * self.dimension)).max(1);
-        at_once(passed.chunks(per_piece).collect(), |passed| self.score(block, passed.to_vec(), |_| false));
+        let passed = of_vectors.map(|[query, slot]| {
+            let candidate = Candidate { row: block.indices[*slot as usize], least: f32::NEG_INFINITY, most: f32::INFINITY };
+            Passed { candidate, query: *query as usize }
+        });
+        self.score_at_once(block.call, passed.collect());
         Ok(())
     }
 
-    /// Offers rows of a block with their exact scores to queries, unless they are below what these have by then.
+    /// Gives exact scores to the candidates that are left; returns the time that the threads spent on it.
+    fn settle(&self, call: &Call<'_>) -> Duration {
+        let (mut clock, mut spent, mut passed) = (Instant::now(), Duration::ZERO, Vec::new());
+        for (place, (query, candidates)) in self.all.iter().zip(&call.candidates).enumerate() {
+            let mut candidates = locked(candidates);
+            candidates.prune(query.limit);
+            passed.extend(mem::take(&mut candidates.all).into_iter().map(|candidate| Passed { candidate, query: place }));
+            if passed.len() >= SETTLED_AT_ONCE || place + 1 == self.all.len() {
+                spent += clock.elapsed() + self.score_at_once(call, mem::take(&mut passed));
+                clock = Instant::now();
+            }
+        }
+        spent
+    }
+
+    /// [`Queries::score`] in several threads; returns the time that they spent.
+    fn score_at_once(&self, call: &Call<'_>, mut passed: Vec<Passed>) -> Duration {
+        let clock = Instant::now();
+        passed.sort_unstable_by_key(|passed| passed.candidate.row);
+        let sorted = clock.elapsed();
+        let per_piece = passed.len().div_ceil(self.n_pieces(passed.len() * self.dimension)).max(1);
+        let score = |passed: &[Passed]| {
+            let clock = Instant::now();
+            self.score(call, passed);
+            clock.elapsed()
+        };
+        sorted + at_once(passed.chunks(per_piece).collect(), score).into_iter().sum::<Duration>()
+    }
+
+    /// Offers rows with their exact scores to queries, unless they are below what these have by then.
     ///
-    /// Row after row: a row that was just read may be far from a processor's caches, queries are not.
-    fn score(&self, block: &Block<'_>, mut passed: Vec<Passed>, is_below: impl Fn(Passed) -> bool) {
-        passed.sort_unstable();
+    /// In the order of rows: a row may be far from a processor's caches, queries are not.
+    fn score(&self, call: &Call<'_>, passed: &[Passed]) {
         let d = self.dimension;
         let mut scratch = vec![0.0; d];
-        for of_row in passed.chunk_by(|a, b| a.slot == b.slot) {
-            let index = block.indices[of_row[0].slot as usize];
-            let row = block.rows.row(index, &mut scratch);
+        for of_row in passed.chunk_by(|a, b| a.candidate.row == b.candidate.row) {
+            let index = of_row[0].candidate.row;
+            let row = call.rows.row(index, &mut scratch);
             let divisor = match self.measure {
                 Measure::Cosine => dot(row, row).sqrt(),
                 Measure::InnerProduct => 1.0,
             };
-            for &one in of_row {
-                if !is_below(one) {
-                    let place = one.query as usize;
+            for Passed { candidate, query: place } in of_row {
+                let query = &self.all[*place];
+                if candidate.most >= query.least() {
                     let score = dot(&self.values[place * d..][..d], row) / divisor;
                     // The sum makes -0 to 0, which are otherwise two scores.
                     let score = (score as f32).clamp(f32::MIN, f32::MAX) + 0.0;
-                    self.all[place].offer(Hit { place: block.first_place + index as u64, score });
+                    query.offer(Hit { place: call.first_place + index as u64, score });
                 }
             }
         }
@@ -657,11 +751,12 @@ impl Queries {
     }
 }
 
-/// A row that may be a hit of a query; the lesser slot first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// A row that may be a hit of a query.
+#[derive(Clone, Copy, Debug)]
 struct Passed {
-    slot: u32,
-    query: u32,
+    candidate: Candidate,
+    /// Its place among all.
+    query: usize,
 }
 
 /// What is known of the rows of a block once they are prepared.
@@ -669,8 +764,10 @@ struct Passed {
 struct Prepared {
     /// For each slot, whether its row can be a hit.
     is_vector: Vec<bool>,
-    /// The largest |y|, computed in f32.
+    /// The largest |y|.
     longest: f64,
+    /// The most that rounding has changed of a y.
+    rounding: f64,
     bad_rows: BadRows,
 }
 
@@ -684,7 +781,7 @@ impl Prepared {
                 Measure::Cosine => (1.0 / length, 1.0),
                 Measure::InnerProduct => (1.0, f64::from(length)),
             };
-            T::scale(row, factor, slot);
+            self.round(row, factor, slot);
             self.longest = self.longest.max(length);
             self.is_vector.push(true);
             return;
@@ -697,7 +794,7 @@ impl Prepared {
                 Measure::InnerProduct => (1.0, length),
             };
             let row: Vec<f32> = row.iter().map(|&value| (f64::from(value) / divisor) as f32).collect();
-            T::scale(&row, 1.0, slot);
+            self.round(&row, 1.0, slot);
             self.longest = self.longest.max(length);
             self.is_vector.push(true);
             return;
@@ -709,6 +806,10 @@ impl Prepared {
             () if row.iter().any(|value| value.is_infinite()) => self.bad_rows.infinite += 1,
             () => self.bad_rows.zero += 1,
         }
+    }
+
+    fn round<T: Number>(&mut self, row: &[f32], factor: f32, slot: &mut [T]) {
+        self.rounding = self.rounding.max(f64::from(T::scale(row, factor, slot)).sqrt());
     }
 }
 

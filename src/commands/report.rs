@@ -183,16 +183,16 @@ fn gather(store: &Store, run: &str) -> Result<Gathered> {
             Ok(section) => sections.push(section),
             Err(error) => unread.push(format!("{what}: {}", error.message())),
         };
-        for found in retrieved::retrieved(&run.steps, &artifacts, origins) {
+        for found in retrieved::retrieved(origins) {
             add("retrieved boxes", found.map(|found| Box::new(found) as Box<dyn Section>));
         }
-        for found in web::web_images(&run.steps, &artifacts, origins) {
+        for found in web::web_images(origins) {
             add("images of the web", found.map(|found| Box::new(found) as Box<dyn Section>));
         }
-        for found in queries::drawn(&run.steps, &artifacts, origins) {
+        for found in queries::drawn(origins) {
             add("queries", found.map(|found| Box::new(found) as Box<dyn Section>));
         }
-        for found in relabelled::changed(&run.steps, &artifacts, origins) {
+        for found in relabelled::changed(origins) {
             add("classes by CLIP", found.map(|found| Box::new(found) as Box<dyn Section>));
         }
     }

@@ -1,5 +1,7 @@
 //! Every stage there is, in one table.
 
+use std::borrow::Cow;
+
 use ovenbird_data::words::plainly;
 use schemars::{Schema, schema_for};
 use serde_json::{Map, Value};
@@ -168,7 +170,7 @@ pub fn run_together(stages: &[(&StageEntry, &dyn AnyStage, &[Unit], &Context<'_>
 }
 
 fn parse<S: Stage>(params: &Value) -> Result<Box<dyn AnyStage>, Problem> {
-    match serde_path_to_error::deserialize::<_, S>(&with_own_training::<S>(params)) {
+    match serde_path_to_error::deserialize::<_, S>(with_own_training::<S>(params).as_ref()) {
         Ok(stage) => Ok(Box::new(stage)),
         Err(error) => {
             if let Some(problem) = renamed_parameter(params, &schema_for!(S)) {
@@ -185,24 +187,24 @@ fn parse<S: Stage>(params: &Value) -> Result<Box<dyn AnyStage>, Problem> {
 
 /// Parameters whose mapping `training` is filled up with the defaults of this stage, which differ from stage to stage. Who gives the length in steps does not
 /// want the default one in epochs.
-fn with_own_training<S: Stage>(params: &Value) -> Value {
-    let mut params = params.clone();
+fn with_own_training<S: Stage>(params: &Value) -> Cow<'_, Value> {
+    let Some(Value::Object(given)) = params.get(TRAINING) else { return Cow::Borrowed(params) };
     let defaults = serde_json::from_value::<S>(Value::Object(Map::new())).ok().map(|stage| AnyStage::params(&stage));
-    if let (Some(Value::Object(given)), Some(Value::Object(defaults))) =
-        (params.get_mut(TRAINING), defaults.as_ref().and_then(|defaults| defaults.get(TRAINING)))
-    {
-        let (in_steps, is_averaged) =
-            (given.contains_key("steps") && !given.contains_key("epochs"), given.get("ema_decay") != Some(&Value::Null));
-        let fits = |name: &str| match name {
-            "epochs" | "lr_epochs" | "checkpoint_epochs" => !in_steps,
-            "averaging" => is_averaged,
-            _ => true,
-        };
-        for (name, value) in defaults.iter().filter(|(name, _)| fits(name)) {
-            given.entry(name).or_insert_with(|| value.clone());
-        }
+    let Some(Value::Object(defaults)) = defaults.as_ref().and_then(|defaults| defaults.get(TRAINING)) else { return Cow::Borrowed(params) };
+    let (in_steps, is_averaged) =
+        (given.contains_key("steps") && !given.contains_key("epochs"), given.get("ema_decay") != Some(&Value::Null));
+    let fits = |name: &str| match name {
+        "epochs" | "lr_epochs" | "checkpoint_epochs" => !in_steps,
+        "averaging" => is_averaged,
+        _ => true,
+    };
+    let mut training = given.clone();
+    for (name, value) in defaults.iter().filter(|(name, _)| fits(name)) {
+        training.entry(name).or_insert_with(|| value.clone());
     }
-    params
+    let mut params = params.clone();
+    params[TRAINING] = training.into();
+    Cow::Owned(params)
 }
 
 /// The parameter under which an operator says how a network is trained.

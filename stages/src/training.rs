@@ -109,7 +109,7 @@ pub(crate) trait Criterion {
     type Batch;
 
     /// Every tensor of the network by name; those that require a gradient are trained.
-    fn parameters(&self) -> BTreeMap<String, Parameter>;
+    fn parameters(&self) -> Result<BTreeMap<String, Parameter>>;
 
     /// The losses of a batch. `step`: counted from 0.
     fn losses(&self, step: u32, batch: Self::Batch) -> Result<Losses>;
@@ -195,7 +195,7 @@ pub(crate) fn train_from<L: DataLoader, W: Artifact>(
 ) -> Result<()> {
     let Some(first) = units.first() else { return Ok(()) };
     let (all, n_pieces) = (steps_of(config, units, cx.most_items), config.optimizer.accumulation_steps);
-    let mut optimizer = Optimizer::new(&config.optimizer, criterion.parameters());
+    let mut optimizer = Optimizer::new(&config.optimizer, criterion.parameters()?);
     let mut curve = Curve::default();
     // Images that could not be read so far: each checkpoint lists all of them, because a training sees them again and again.
     let mut unreadable = Vec::new();

@@ -25,6 +25,13 @@ pub struct ImageSize {
     pub height: i64,
 }
 
+/// `[width, height]` px.
+impl From<[u32; 2]> for ImageSize {
+    fn from([width, height]: [u32; 2]) -> Self {
+        Self { width: width.into(), height: height.into() }
+    }
+}
+
 /// The boxes of a tensor `[N, 4]`, as plain data.
 pub fn corners(boxes: &Tensor, what: &'static str) -> Result<Vec<Corners>> {
     ensure(matches!(boxes.size()[..], [_, 4]) && is_floating(boxes), what, "floating [N, 4]", boxes)?;

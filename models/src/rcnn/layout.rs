@@ -8,11 +8,11 @@ use std::{
     path::Path,
 };
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor, nn};
 
 use crate::{
     Error, Misfit, Result,
-    checkpoint::{Place, not_finite, prefixes},
+    checkpoint::{Checkpoint, Place, not_finite, prefixes},
     detection::boxes::is_floating,
 };
 
@@ -67,6 +67,19 @@ impl LoadReport {
         let problems: Vec<Misfit> = [&self.missing, &self.unmatched, &self.misshaped].into_iter().flatten().cloned().collect();
         if problems.is_empty() { Ok(self) } else { Err(Error::Misfits { path: origin.to_owned(), problems }) }
     }
+}
+
+/// A network of zeros with the weights of a file, which must have all of them and no others, and their owner. See [`load`].
+pub fn filled<N>(
+    checkpoint: &Checkpoint,
+    device: Device,
+    blank: impl FnOnce(&nn::Path<'_>) -> Result<N>,
+    parameters: fn(&N) -> &BTreeMap<String, Tensor>,
+) -> Result<(N, nn::VarStore)> {
+    let store = nn::VarStore::new(device);
+    let network = blank(&store.root())?;
+    load(checkpoint.tensors(), parameters(&network), checkpoint.path())?.require_all(checkpoint.path())?;
+    Ok((network, store))
 }
 
 /// Copies every tensor of a checkpoint that matches a parameter in name and shape; kinds are cast. Everything else is reported.

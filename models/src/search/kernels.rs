@@ -9,8 +9,9 @@ use super::Product;
 
 /// Sums are added up in this many lanes.
 const LANES: usize = 16;
-/// Numbers that are compared before any of them is looked at.
+/// Numbers that are compared before any of them is looked at, and those of a part of them, in which the first is looked for.
 const CHUNK: usize = 256;
+const PART: usize = 16;
 
 /// The work space of a kind of product.
 #[derive(Debug)]
@@ -37,7 +38,7 @@ pub(super) struct Buffers<T> {
 }
 
 impl<T: Number> Buffers<T> {
-    fn new(n_queries: usize, dimension: usize, n_rows: usize) -> Self {
+    pub(super) fn new(n_queries: usize, dimension: usize, n_rows: usize) -> Self {
         Self { rows: Buffer::new(dimension * n_rows), scores: Buffer::new(n_queries * n_rows) }
     }
 }
@@ -74,19 +75,22 @@ impl<T: Number> Buffer<T> {
 pub(super) trait Number: Copy + Send + Sync {
     const KIND: Kind;
     const ZERO: Self;
+    /// The most that rounding to this kind changes of a number, of its size.
+    const ROUNDING: f64;
     /// What is compared with: a number is not below it if it came from a score of at least `floor`.
     fn floor(floor: f32) -> Self;
     /// The first of `scores` that is not below `floor`; a NaN is not.
     fn first_not_below(floor: Self, scores: &[Self]) -> Option<usize>;
-    /// The least that the score was before it was rounded to this kind.
-    fn least(self) -> f32;
-    /// `row` times `factor`; all are finite.
-    fn scale(row: &[f32], factor: f32, out: &mut [Self]);
+    /// The least and the most that the score was before it was rounded to this kind.
+    fn bounds(self) -> [f32; 2];
+    /// `row` times `factor`; all are finite. Returns the squared length, in f32, of what rounding to this kind has changed.
+    fn scale(row: &[f32], factor: f32, out: &mut [Self]) -> f32;
 }
 
 impl Number for f32 {
     const KIND: Kind = Kind::Float;
     const ZERO: Self = 0.0;
+    const ROUNDING: f64 = 0.0;
 
     fn floor(floor: f32) -> Self {
         floor
@@ -96,12 +100,13 @@ impl Number for f32 {
         first_f32(floor, scores)
     }
 
-    fn least(self) -> f32 {
-        self
+    fn bounds(self) -> [f32; 2] {
+        [self; 2]
     }
 
-    fn scale(row: &[f32], factor: f32, out: &mut [Self]) {
+    fn scale(row: &[f32], factor: f32, out: &mut [Self]) -> f32 {
         scale_f32(row, factor, out);
+        0.0
     }
 }
 
@@ -111,6 +116,7 @@ type Bf16Bits = i16;
 impl Number for Bf16Bits {
     const KIND: Kind = Kind::BFloat16;
     const ZERO: Self = 0;
+    const ROUNDING: f64 = 1.0 / 256.0;
 
     /// As a key.
     fn floor(floor: f32) -> Self {
@@ -131,14 +137,15 @@ impl Number for Bf16Bits {
         first_bf16(floor, scores)
     }
 
-    fn least(self) -> f32 {
-        // Half a unit in the last place is at most 2^-8 of a number.
+    fn bounds(self) -> [f32; 2] {
+        // Half a unit in the last place is at most 2^-8 of a number; what it is of numbers below 2^-126, (4) of the bound allows for.
         let score = f32::from_bits(u32::from(self.cast_unsigned()) << 16);
-        score - 2_f32.powi(-7) * score.abs()
+        let rounding = 2_f32.powi(-8) * score.abs();
+        [score - rounding, score + rounding]
     }
 
-    fn scale(row: &[f32], factor: f32, out: &mut [Self]) {
-        scale_bf16(row, factor, out);
+    fn scale(row: &[f32], factor: f32, out: &mut [Self]) -> f32 {
+        scale_bf16(row, factor, out)
     }
 }
 
@@ -153,7 +160,10 @@ fn first_f32(floor: f32, scores: &[f32]) -> Option<usize> {
     let (chunks, rest) = scores.as_chunks::<CHUNK>();
     for (place, chunk) in chunks.iter().enumerate() {
         if chunk.iter().fold(false, |any, score| any | passes(score)) {
-            return chunk.iter().position(passes).map(|within| place * CHUNK + within);
+            let has_one = |part: &[f32; PART]| part.iter().fold(false, |any, score| any | passes(score));
+            let part = chunk.as_chunks::<PART>().0.iter().position(has_one)?;
+            let from = place * CHUNK + part * PART;
+            return scores[from..].iter().position(passes).map(|within| from + within);
         }
     }
     rest.iter().position(passes).map(|within| chunks.len() * CHUNK + within)
@@ -165,7 +175,10 @@ fn first_bf16(floor: i16, scores: &[Bf16Bits]) -> Option<usize> {
     let (chunks, rest) = scores.as_chunks::<CHUNK>();
     for (place, chunk) in chunks.iter().enumerate() {
         if chunk.iter().fold(false, |any, score| any | passes(score)) {
-            return chunk.iter().position(passes).map(|within| place * CHUNK + within);
+            let has_one = |part: &[Bf16Bits; PART]| part.iter().fold(false, |any, score| any | passes(score));
+            let part = chunk.as_chunks::<PART>().0.iter().position(has_one)?;
+            let from = place * CHUNK + part * PART;
+            return scores[from..].iter().position(passes).map(|within| from + within);
         }
     }
     rest.iter().position(passes).map(|within| chunks.len() * CHUNK + within)
@@ -178,13 +191,23 @@ fn scale_f32(row: &[f32], factor: f32, out: &mut [f32]) {
     }
 }
 
-/// Rounds to the nearest bf16, of two to the even one.
+/// Rounds to the nearest bf16, of two to the even one. What that changes is exact in f32.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
-fn scale_bf16(row: &[f32], factor: f32, out: &mut [Bf16Bits]) {
-    for (out, value) in out.iter_mut().zip(row) {
-        let bits = (value * factor).to_bits();
-        *out = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as i16;
+fn scale_bf16(row: &[f32], factor: f32, out: &mut [Bf16Bits]) -> f32 {
+    let round = |value: f32, out: &mut Bf16Bits| {
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        *out = rounded as i16;
+        (value - f32::from_bits(rounded << 16)).powi(2)
+    };
+    let mut sums = [0.0_f32; 4 * LANES];
+    let ((chunks, rest), (out_chunks, out_rest)) = (row.as_chunks::<{ 4 * LANES }>(), out.as_chunks_mut::<{ 4 * LANES }>());
+    for (chunk, out) in chunks.iter().zip(out_chunks) {
+        for lane in 0..4 * LANES {
+            sums[lane] += round(chunk[lane] * factor, &mut out[lane]);
+        }
     }
+    sums.iter().sum::<f32>() + rest.iter().zip(out_rest).map(|(value, out)| round(value * factor, out)).sum::<f32>()
 }
 
 /// The squared length, in f32: infinite or NaN if that does not hold it.

@@ -6,8 +6,8 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    BadRows, Found, Hit, Measure, Product, Ranked, Rows, Search, Selection,
-    kernels::{dot, widen},
+    BadRows, Block, Call, Found, Hit, Measure, Product, Ranked, Rows, Search, Selection,
+    kernels::{Buffers, dot, widen},
 };
 use crate::{Error, golden::unit};
 
@@ -168,10 +168,51 @@ fn no_manner_changes_a_bit() {
     let rows: Vec<f16> = vectors("search/bits", 6000, 48).into_iter().map(|value| f16::from_f32(3.0 * value)).collect();
     let queries = vectors("search/askers", 5, 48);
     for measure in [Measure::Cosine, Measure::InnerProduct] {
-        let expected = found(search(&queries, &[1, 10, 50, 300, 7000], measure, PLAIN), Rows::F16(&rows));
+        let limits = [1, 10, 50, 300, usize::MAX];
+        let expected = found(search(&queries, &limits, measure, PLAIN), Rows::F16(&rows));
         assert_eq!(expected.hits.iter().map(Vec::len).collect::<Vec<_>>(), [1, 10, 50, 300, 6000]);
         for manner in manners() {
-            assert_eq!(found(search(&queries, &[1, 10, 50, 300, 7000], measure, manner), Rows::F16(&rows)), expected, "{manner:?}");
+            assert_eq!(found(search(&queries, &limits, measure, manner), Rows::F16(&rows)), expected, "{manner:?}");
+        }
+    }
+}
+
+/// Candidates are as many as bounds cannot tell apart, so they get exact scores during the call.
+#[test]
+fn rows_that_are_alike_are_told_apart_exactly() {
+    let direction = vectors("search/alike", 1, 32);
+    let noise = vectors("search/noise", 3000, 32);
+    let rows: Vec<f32> = noise.iter().enumerate().map(|(place, value)| direction[place % 32] + 1e-4 * value).collect();
+    for measure in [Measure::Cosine, Measure::InnerProduct] {
+        let expected = naive(&direction, &[20], measure, &rows, &[true; 3000]);
+        for manner in manners() {
+            assert_eq!(found(search(&direction, &[20], measure, manner), Rows::F32(&rows)).hits, expected, "{measure:?}, {manner:?}");
+        }
+    }
+}
+
+/// The factors of the product are multiplied here in f64, so that what remains is (1) of the bound.
+#[test]
+fn the_bound_holds_and_is_near() {
+    let (rows, queries) = (vectors("search/rows", 2000, 48), vectors("search/queries", 5, 48));
+    let rows: Vec<f32> = rows.iter().enumerate().map(|(place, value)| value * (1.0 + (place / 48 % 7) as f32)).collect();
+    for measure in [Measure::Cosine, Measure::InnerProduct] {
+        let search = search(&queries, &[1; 5], measure, Manner { product: Product::Bf16, block_rows: 2000, ..PLAIN });
+        let call = Call { rows: Rows::F32(&rows), first_place: 0, candidates: Vec::new() };
+        let block = Block { call: &call, indices: (0..2000).collect() };
+        let mut buffers: Buffers<i16> = Buffers::new(5, 48, 2000);
+        let prepared = search.queries.prepare(&block, &mut buffers, 1);
+        let floats = |tensor: &Tensor| Vec::<f32>::try_from(tensor.to_kind(Kind::Float).contiguous().view([-1])).unwrap();
+        let (factors, rounded) = (floats(&search.factor), floats(&buffers.rows.view([2000, 48])));
+        for (place, query) in search.queries.all.iter().enumerate() {
+            let exact = |row: usize| {
+                let (query, row) = (&queries[48 * place..][..48], &rows[48 * row..][..48]);
+                dot(query, row) / if measure == Measure::Cosine { dot(row, row).sqrt() } else { 1.0 }
+            };
+            let apart = |row: usize| (dot(&factors[48 * place..][..48], &rounded[48 * row..][..48]) - exact(row)).abs();
+            let most = (0..2000).map(apart).fold(0.0, f64::max);
+            let slack = search.queries.slack(query, &prepared);
+            assert!(most <= slack && slack < 8.0 * most, "{measure:?}: {most:.2e} {slack:.2e}");
         }
     }
 }

@@ -129,6 +129,19 @@ pub(super) fn images(
     problem.map(Err)
 }
 
+/// A picture of an image of that folder, as a JPEG, or why there is none.
+pub(super) fn pictured(
+    images: Option<&Result<Images, String>>,
+    info: Option<&ImageInfo>,
+    make: impl FnOnce(&Images, &ImageInfo) -> Result<Vec<u8>>,
+) -> Result<Vec<u8>, String> {
+    match (images, info) {
+        (Some(Ok(images)), Some(info)) => make(images, info).map_err(|error| error.message()),
+        (Some(Err(problem)), _) => Err(problem.clone()),
+        _ => Err("no step of the run reads its image".into()),
+    }
+}
+
 impl Subject {
     /// `None` where an input is not there any more.
     fn of(step: &StepState, artifact: &Artifact, origins: &Origins<'_>) -> Result<Option<Self>> {
@@ -231,7 +244,7 @@ impl Subject {
             (None, 0) => String::new(),
             (None, n_objects) => format!("{}.", count(n_objects, "annotated object")),
         };
-        let jpeg = images.as_ref().map_err(Clone::clone).and_then(|images| jpeg(images, image).map_err(|error| error.message()));
+        let jpeg = pictured(Some(images), Some(image), jpeg);
         Picture { file_name: image.file_name.clone(), id: image.id, size: [image.width, image.height], jpeg, boxes, words }
     }
 }

@@ -131,6 +131,16 @@ impl<'a> Origins<'a> {
         self.upstream(step).iter().flat_map(ports).collect()
     }
 
+    /// The outputs of a kind that are in the home.
+    pub(super) fn outputs_of_kind(&self, kind: &str) -> Vec<(&'a StepId, &'a Artifact, &'static str)> {
+        let output = |step: &'a StepState| {
+            let port = find(&step.kind)?.outputs.iter().find(|port| port.kind == kind)?;
+            let artifact = self.artifacts.get(&step.id).filter(|artifact| !artifact.is_dropped)?;
+            Some((&step.id, artifact, port.name))
+        };
+        self.steps.iter().filter_map(output).collect()
+    }
+
     /// The inputs with images that may be those of a step: its own and those of the steps that it reads from, the nearest first; then those
     /// of all other steps.
     pub(super) fn image_inputs(&self, step: &StepId) -> Vec<ImageInput> {

@@ -7,7 +7,6 @@ use ovenbird_data::annotations::{Annotations, ImageId};
 use ovenbird_stages::{
     Artifact as _,
     artifacts::{AnnotationFile, Images, Queries, Query},
-    find,
 };
 
 use super::{
@@ -17,7 +16,7 @@ use super::{
     page::Section,
     picture::{Boxed, Picture, Role},
 };
-use crate::{error::Result, pipeline::step_id::StepId, run_state::StepState};
+use crate::{error::Result, pipeline::step_id::StepId};
 
 /// Images that are shown, and queries of each.
 const N_IMAGES: usize = 6;
@@ -31,12 +30,8 @@ pub(super) struct Drawn {
 }
 
 /// The queries of each step of a run that has some.
-pub(super) fn drawn<'a>(steps: &'a [StepState], artifacts: &'a BTreeMap<StepId, Artifact>, origins: &Origins<'_>) -> Vec<Result<Drawn>> {
-    let port = |step: &StepState| find(&step.kind)?.outputs.iter().find(|port| port.kind == Queries::KIND).map(|port| port.name);
-    let found = steps.iter().filter_map(|step| {
-        let artifact = artifacts.get(&step.id).filter(|artifact| !artifact.is_dropped)?;
-        Some((&step.id, artifact, port(step)?))
-    });
+pub(super) fn drawn(origins: &Origins<'_>) -> Vec<Result<Drawn>> {
+    let found = origins.outputs_of_kind(Queries::KIND).into_iter();
     found.filter_map(|(step, artifact, port)| of_step(step, artifact, port, origins).transpose()).collect()
 }
 
@@ -63,11 +58,7 @@ fn of_step(step: &StepId, artifact: &Artifact, port: &str, origins: &Origins<'_>
 fn picture(id: ImageId, queries: &[Query], annotations: &Annotations, images: Option<&Result<Images, String>>) -> Option<Picture> {
     let info = annotations.image(id)?;
     let size = [info.width, info.height];
-    let jpeg = match images {
-        Some(Ok(images)) => gallery::jpeg(images, info).map_err(|error| error.message()),
-        Some(Err(problem)) => Err(problem.clone()),
-        None => Err("no step of the run reads its image".into()),
-    };
+    let jpeg = gallery::pictured(images, Some(info), gallery::jpeg);
     let mut boxes = Vec::new();
     for Query { class, xyxy, objectness, .. } in queries.iter().take(PER_IMAGE) {
         let role = Role::Detection { score: *objectness, is_right: None };

@@ -10,7 +10,6 @@ use ovenbird_data::{
 use ovenbird_stages::{
     Artifact as _,
     artifacts::{AnnotationFile, Change, Changes, Images, Relabelled, RelabelledClass},
-    find,
 };
 
 use super::{
@@ -20,7 +19,7 @@ use super::{
     origins::Origins,
     page::Section,
 };
-use crate::{error::Result, pipeline::step_id::StepId, run_state::StepState};
+use crate::{error::Result, pipeline::step_id::StepId};
 
 /// The most objects that are shown of a change from one class to another, and the most such changes.
 const PER_CHANGE: usize = 5;
@@ -46,19 +45,13 @@ struct Shown {
 }
 
 /// What each step of a run that relabels objects did.
-pub(super) fn changed<'a>(
-    steps: &'a [StepState],
-    artifacts: &'a BTreeMap<StepId, Artifact>,
-    origins: &Origins<'_>,
-) -> Vec<Result<Changed>> {
-    let relabels = |step: &&StepState| find(&step.kind).is_some_and(|entry| entry.outputs.iter().any(|port| port.kind == Relabelled::KIND));
-    let found = steps.iter().filter(relabels);
-    let found = found.filter_map(|step| Some((&step.id, artifacts.get(&step.id).filter(|artifact| !artifact.is_dropped)?)));
-    found.map(|(step, artifact)| of_step(step, artifact, origins)).collect()
+pub(super) fn changed(origins: &Origins<'_>) -> Vec<Result<Changed>> {
+    let found = origins.outputs_of_kind(Relabelled::KIND).into_iter();
+    found.map(|(step, artifact, port)| of_step(step, artifact, port, origins)).collect()
 }
 
-fn of_step(step: &StepId, artifact: &Artifact, origins: &Origins<'_>) -> Result<Changed> {
-    let summary = Relabelled::open(&artifact.port("summary"))?;
+fn of_step(step: &StepId, artifact: &Artifact, port: &str, origins: &Origins<'_>) -> Result<Changed> {
+    let summary = Relabelled::open(&artifact.port(port))?;
     let Changes(changes) = Changes::open(&artifact.port("changes"))?;
     let annotations = AnnotationFile::open(&artifact.port("annotations"))?.load()?;
     let mut notes = Vec::new();
@@ -92,11 +85,7 @@ fn shown(
     let file_name = info.map_or("", |info| info.file_name.as_str());
     let percent = |p: Option<f64>| p.map_or_else(|| "–".into(), |p| format!("{:.1} %", 100.0 * p));
     let words = format!("{file_name}, object {}: {} {}, {} {}", object.id, names[0], percent(p_old), names[1], percent(p_new));
-    let jpeg = match (info, images) {
-        (Some(info), Some(Ok(images))) => contact::cut(images, info, rectangle).map_err(|error| error.message()),
-        (_, Some(Err(problem))) => Err(problem.clone()),
-        _ => Err("no step of the run reads its image".into()),
-    };
+    let jpeg = gallery::pictured(images, info, |images, info| contact::cut(images, info, rectangle));
     Shown { jpeg, inner, names: names.clone(), words }
 }
 

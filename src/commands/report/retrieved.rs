@@ -13,7 +13,6 @@ use ovenbird_data::{
 use ovenbird_stages::{
     Artifact as _,
     artifacts::{AnnotationFile, Hits, Images, RegionHit, Searched},
-    find,
 };
 
 use super::{
@@ -27,7 +26,6 @@ use crate::{
     error::{Error, Result},
     output::count,
     pipeline::step_id::StepId,
-    run_state::StepState,
 };
 
 /// A box is right if it overlaps an object of its class at least so much.
@@ -65,17 +63,8 @@ struct Shown {
 }
 
 /// What each step of a run that retrieves boxes found.
-pub(super) fn retrieved<'a>(
-    steps: &'a [StepState],
-    artifacts: &'a BTreeMap<StepId, Artifact>,
-    origins: &Origins<'_>,
-) -> Vec<Result<Retrieved>> {
-    let port = |step: &StepState| find(&step.kind)?.outputs.iter().find(|port| port.kind == Hits::KIND).map(|port| port.name);
-    let found = |step: &'a StepState| {
-        let artifact = artifacts.get(&step.id).filter(|artifact| !artifact.is_dropped)?;
-        Some((&step.id, artifact, port(step)?))
-    };
-    let found: Vec<_> = steps.iter().filter_map(found).collect();
+pub(super) fn retrieved(origins: &Origins<'_>) -> Vec<Result<Retrieved>> {
+    let found = origins.outputs_of_kind(Hits::KIND);
     let n_pictures = PER_REPORT / found.len().max(1);
     found.into_iter().map(|(step, artifact, port)| of_step(step, artifact, port, n_pictures, origins)).collect()
 }
@@ -147,11 +136,7 @@ fn shown(hit: &RegionHit, labels: &Annotations, images: Option<&Result<Images, S
     let info = labels.image(*image_id);
     let file_name = info.map_or("", |info| info.file_name.as_str());
     let words = format!("{file_name}, image {image_id}: cosine {cosine:.3}, objectness {objectness:.2}");
-    let jpeg = match (info, images) {
-        (Some(info), Some(Ok(images))) => contact::cut(images, info, rectangle).map_err(|error| error.message()),
-        (_, Some(Err(problem))) => Err(problem.clone()),
-        _ => Err("no step of the run reads its image".into()),
-    };
+    let jpeg = gallery::pictured(images, info, |images, info| contact::cut(images, info, rectangle));
     Shown { jpeg, inner, is_right, cosine: *cosine, words }
 }
 

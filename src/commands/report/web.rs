@@ -7,7 +7,6 @@ use ovenbird_data::annotations::ImageInfo;
 use ovenbird_stages::{
     Artifact as _,
     artifacts::{AnnotationFile, Images, WebCounts, WebTable},
-    find,
 };
 
 use super::{
@@ -17,7 +16,7 @@ use super::{
     origins::Origins,
     page::Section,
 };
-use crate::{error::Result, pipeline::step_id::StepId, run_state::StepState};
+use crate::{error::Result, pipeline::step_id::StepId};
 
 /// Images of the web that a step labelled.
 pub(super) struct WebImages {
@@ -36,24 +35,15 @@ struct Shown {
 }
 
 /// The images of each step of a run that labels images of the web.
-pub(super) fn web_images<'a>(
-    steps: &'a [StepState],
-    artifacts: &'a BTreeMap<StepId, Artifact>,
-    origins: &Origins<'_>,
-) -> Vec<Result<WebImages>> {
-    let has_table = |step: &&StepState| find(&step.kind).is_some_and(|entry| entry.outputs.iter().any(|port| port.kind == WebTable::KIND));
-    let found: Vec<_> = steps
-        .iter()
-        .filter(has_table)
-        .filter_map(|step| Some((&step.id, artifacts.get(&step.id).filter(|artifact| !artifact.is_dropped)?)))
-        .collect();
+pub(super) fn web_images(origins: &Origins<'_>) -> Vec<Result<WebImages>> {
+    let found = origins.outputs_of_kind(WebTable::KIND);
     let n_pictures = PER_REPORT / found.len().max(1);
-    found.into_iter().map(|(step, artifact)| of_step(step, artifact, n_pictures, origins)).collect()
+    found.into_iter().map(|(step, artifact, port)| of_step(step, artifact, port, n_pictures, origins)).collect()
 }
 
 /// `n_pictures`: the most images that are shown.
-fn of_step(step: &StepId, artifact: &Artifact, n_pictures: usize, origins: &Origins<'_>) -> Result<WebImages> {
-    let table = WebTable::open(&artifact.port("table"))?;
+fn of_step(step: &StepId, artifact: &Artifact, port: &str, n_pictures: usize, origins: &Origins<'_>) -> Result<WebImages> {
+    let table = WebTable::open(&artifact.port(port))?;
     let labels = AnnotationFile::open(&artifact.port("annotations"))?.load()?;
     let mut notes = Vec::new();
     let images = gallery::images(step, &labels, origins, &mut notes);
@@ -67,14 +57,8 @@ fn of_step(step: &StepId, artifact: &Artifact, n_pictures: usize, origins: &Orig
             }
         }
     }
-    let picture = |info: &&ImageInfo| {
-        let jpeg = match &images {
-            Some(Ok(images)) => whole(images, info).map_err(|error| error.message()),
-            Some(Err(problem)) => Err(problem.clone()),
-            None => Err("no step of the run reads its image".into()),
-        };
-        Shown { file_name: info.file_name.clone(), jpeg }
-    };
+    let picture =
+        |info: &&ImageInfo| Shown { file_name: info.file_name.clone(), jpeg: gallery::pictured(images.as_ref(), Some(info), whole) };
     let sheet = |counts: &WebCounts| {
         let infos = by_class.get(counts.class.as_str())?;
         Some((counts.class.clone(), infos.iter().map(picture).collect()))

@@ -269,12 +269,13 @@ impl Relabel {
         }
         let base: BTreeSet<CategoryId> = Classes::category_ids(annotations, classes.base.iter())?.into_iter().collect();
         let is_meant = |object: &&Annotation| !object.is_crowd && base.contains(&object.category_id);
-        let (n_meant, n_without) = (
-            annotations.annotations.iter().filter(is_meant).count(),
-            annotations.annotations.iter().filter(is_meant).filter(|object| !given.contains_key(&object.id)).count(),
-        );
+        let meant: Vec<&Annotation> = annotations.annotations.iter().filter(is_meant).collect();
+        let n_without = meant.iter().filter(|object| !given.contains_key(&object.id)).count();
         if n_without > 0 {
-            cx.note(format!("{n_without} of {n_meant} objects of base classes have no label and keep their class: is a file missing?"));
+            cx.note(format!(
+                "{n_without} of {} objects of base classes have no label and keep their class: is a file missing?",
+                meant.len()
+            ));
         }
         Ok(labels)
     }

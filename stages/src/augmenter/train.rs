@@ -375,8 +375,8 @@ fn accuracy(augmented: &Tensor, texts: &Tensor, labels: &Tensor) -> f64 {
 impl Criterion for AugmenterCriterion {
     type Batch = RegionBatch;
 
-    fn parameters(&self) -> BTreeMap<String, Parameter> {
-        self.augmenter.parameters().iter().map(|(name, tensor)| (name.clone(), Parameter::plain(tensor))).collect()
+    fn parameters(&self) -> Result<BTreeMap<String, Parameter>> {
+        Ok(self.augmenter.parameters().iter().map(|(name, tensor)| (name.clone(), Parameter::plain(tensor))).collect())
     }
 
     fn losses(&self, step: u32, batch: RegionBatch) -> Result<Losses> {

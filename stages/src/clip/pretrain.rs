@@ -258,14 +258,14 @@ impl ClipCriterion {
 impl Criterion for ClipCriterion {
     type Batch = Batch;
 
-    fn parameters(&self) -> BTreeMap<String, Parameter> {
+    fn parameters(&self) -> Result<BTreeMap<String, Parameter>> {
         let parameter = |(name, tensor): (String, Tensor)| {
             let rows = (name == TOKEN_EMBEDDING).then(|| self.used_tokens.shallow_clone());
             let bounds = (name == LOGIT_SCALE).then_some([0.0, MAX_LOG_SCALE]);
             let decay_mult = if tensor.dim() > 1 { 1.0 } else { 0.0 };
             (name, Parameter { decay_mult, rows, bounds, ..Parameter::plain(&tensor) })
         };
-        self.store.variables().into_iter().map(parameter).collect()
+        Ok(self.store.variables().into_iter().map(parameter).collect())
     }
 
     fn losses(&self, _step: u32, Batch { pixels, texts }: Batch) -> Result<Losses> {

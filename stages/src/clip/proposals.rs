@@ -145,7 +145,7 @@ impl ProposalViews<'_> {
 
     /// A proposal of a detector as RAF shows it to CLIP; `image`: as the detector gets it.
     fn letterboxed(&self, image: &Image, xyxy: Xyxy) -> Pixels {
-        let size = ImageSize { width: image.width.into(), height: image.height.into() };
+        let size = ImageSize::from([image.width, image.height]);
         let rectangle = raf::whole_pixels([xyxy.x1, xyxy.y1, xyxy.x2, xyxy.y2], size);
         let Letterbox { normalisation, antialias, .. } = self.letterbox;
         let crop = Normalisation::IMAGENET.crop(image, rectangle);

@@ -141,6 +141,11 @@ impl DetectionLoader {
         };
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let samples = samples(&annotations, cx.inputs)?;
+        let n_images = annotations.images.len();
+        if samples.len() < n_images {
+            let n_left_out = n_images - samples.len();
+            cx.note(format!("of {n_images} images, {n_left_out} show no object of a base class, or are below 32 px, and are left out"));
+        }
         if let Some(words) = of_boxes(&annotations) {
             cx.note(format!("{words}: boxes that are empty or lie outside their image are ignored"));
         }
@@ -325,7 +330,7 @@ impl DataLoader for DetectionLoader {
             };
             images.push(TrainingImage {
                 id: info.id,
-                size: ImageSize { width: placement.to[0].into(), height: placement.to[1].into() },
+                size: placement.to.into(),
                 objects: objects.iter().map(|object| placement.show(&object.xyxy)).collect(),
                 crowds: crowds.iter().map(|crowd| placement.show(crowd)).collect(),
                 classes: objects.iter().map(|object| object.class).collect(),

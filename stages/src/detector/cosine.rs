@@ -148,7 +148,7 @@ impl CosineCriterion {
     /// Looks at a view, and for the box of each label.
     fn see(&self, view: &View, labels: &[usize]) -> Result<Seen> {
         let pyramid = self.pyramid(&view.pixels, Phase::Test)?;
-        let sizes: Vec<ImageSize> = view.placements.iter().map(|placement| image_size(placement.to)).collect();
+        let sizes: Vec<ImageSize> = view.placements.iter().map(|placement| placement.to.into()).collect();
         let proposals = self.detector.regions.rpn.proposals(&pyramid.predictions, &sizes, &PROPOSALS)?;
         let found = self.detector.pseudo_boxes(&pyramid, &proposals, labels, &self.classes)?;
         Ok(Seen { pyramid, proposals, found })
@@ -167,20 +167,16 @@ fn chosen(samples: &[RegionSample]) -> Vec<Tensor> {
     samples.iter().map(|sample| sample.boxes.shallow_clone()).collect()
 }
 
-fn image_size([width, height]: [u32; 2]) -> ImageSize {
-    ImageSize { width: width.into(), height: height.into() }
-}
-
 /// An image of `size` px with one object, or none.
 fn of_one(found: Option<Xyxy>, class: usize, size: [u32; 2]) -> Taught {
     let objects: Vec<Xyxy> = found.into_iter().collect();
-    Taught { size: image_size(size), truth: boxes(&objects).into(), classes: vec![class as i64; objects.len()] }
+    Taught { size: size.into(), truth: boxes(&objects).into(), classes: vec![class as i64; objects.len()] }
 }
 
 impl Criterion for CosineCriterion {
     type Batch = MixedBatch;
 
-    fn parameters(&self) -> BTreeMap<String, Parameter> {
+    fn parameters(&self) -> Result<BTreeMap<String, Parameter>> {
         self.training.grouped(self.tensors())
     }
 

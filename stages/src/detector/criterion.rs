@@ -109,7 +109,7 @@ impl MaskRcnnCriterion {
 impl Criterion for MaskRcnnCriterion {
     type Batch = Batch;
 
-    fn parameters(&self) -> BTreeMap<String, Parameter> {
+    fn parameters(&self) -> Result<BTreeMap<String, Parameter>> {
         self.training.grouped(self.tensors())
     }
 

@@ -243,7 +243,7 @@ impl<'a> RegionSampler<'a> {
     ) -> Result<RegionSample> {
         no_grad(|| {
             let pixels = Pixels::of(std::slice::from_ref(picture), Normalisation::CLIP).on(cx.device).to_kind(self.kind);
-            let size = ImageSize { width: view.to[0].into(), height: view.to[1].into() };
+            let size = ImageSize::from(view.to);
             let pyramid = self.detector.regions.forward(&pixels, Phase::Test)?;
             let proposals = self.detector.regions.rpn.proposals(&pyramid.predictions, &[size], &PROPOSALS)?.remove(0);
             let objects = boxes(&sample.objects.iter().map(|object| view.show(&object.xyxy)).collect::<Vec<_>>());

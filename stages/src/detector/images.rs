@@ -126,16 +126,20 @@ impl TestImages {
 
     /// Adds the proposals at a port, if there are some. Fails where one leaves its image.
     pub(crate) fn with_proposals(self, port: In<Proposals>, cx: &Context<'_>) -> Result<Self> {
-        if let Some(proposals) = cx.inputs.read_if_given(port)? {
+        let proposals = cx.inputs.read_if_given(port)?;
+        if let Some(proposals) = &proposals {
             proposals.check_within(&self.annotations.images)?;
         }
-        self.with_boxes(port, cx)
+        Ok(self.looking_at(proposals))
     }
 
     /// Adds the boxes at a port, if there are some, wherever they are.
     pub(crate) fn with_boxes(self, port: In<Proposals>, cx: &Context<'_>) -> Result<Self> {
-        let proposals = cx.inputs.read_if_given(port)?;
-        Ok(Self { proposals: proposals.map(|proposals| proposals.by_image), ..self })
+        Ok(self.looking_at(cx.inputs.read_if_given(port)?))
+    }
+
+    fn looking_at(self, proposals: Option<Proposals>) -> Self {
+        Self { proposals: proposals.map(|proposals| proposals.by_image), ..self }
     }
 
     /// Adds the proposals with augmented embeddings at a port, if there are some.
@@ -198,8 +202,7 @@ impl TestImages {
         let n_items = if cx.items.is_empty() { self.annotations.images.len() } else { cx.items.len() };
         stream(cx.threads, ROOM, next, prepare, |(info, placement, prepared), n_ready| {
             let Some((pixels, given)) = cx.accept_or_skip(draft, &info.file_name, prepared, n_items)? else { return Ok(()) };
-            let [width, height] = placement.to.map(i64::from);
-            let (size, pixels) = (ImageSize { width, height }, pixels.on(cx.device));
+            let (size, pixels) = (placement.to.into(), pixels.on(cx.device));
             use_image(TestImage { info, placement, size, pixels, given })?;
             cx.flow(1, n_ready);
             cx.tick(1);

@@ -30,7 +30,7 @@ pub enum Heads {
 /// Images are resized as in training. NMS is per class; boxes are xyxy in px of the original image. A mask head predicts 28 x 28 probabilities
 /// in each box; pixels of the original image with 0.5 or more belong to the mask. (OADP, section 6.6; detectors with a linear classifier:
 /// LP-OVOD, section 8; augmented scores: RALF, sections 9 and 10.)
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TestOptions {
     /// Heads that classify regions.

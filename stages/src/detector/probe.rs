@@ -376,8 +376,8 @@ fn probe_loss(rows: &Tensor, activation: Activation, features: &Tensor, labels: 
 impl Criterion for ProbeCriterion {
     type Batch = ProbeBatch;
 
-    fn parameters(&self) -> BTreeMap<String, Parameter> {
-        BTreeMap::from([(ROWS.to_owned(), Parameter::plain(&self.rows))])
+    fn parameters(&self) -> Result<BTreeMap<String, Parameter>> {
+        Ok(BTreeMap::from([(ROWS.to_owned(), Parameter::plain(&self.rows))]))
     }
 
     fn losses(&self, _step: u32, batch: ProbeBatch) -> Result<Losses> {

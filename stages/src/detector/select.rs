@@ -12,11 +12,12 @@ use super::{
     options::TestOptions,
     ports::{ANNOTATIONS, CLASSES, IMAGES, MULTILABEL_PROMPTS, PROMPTS, PROPOSALS},
     predictor::{detection, predict_each},
-    spec::{Checkpoints, DetectorFile},
+    spec::{Checkpoints, DetectorFile, DetectorSpec},
 };
 use crate::{
     Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Classes, Curve, EvaluationFile},
+    contract::is_default,
     localizer::{options::LocalizerOptions, predictor::OPTIONAL_CHECKPOINT},
     region::frozen::REGION_PROMPT,
 };
@@ -115,6 +116,9 @@ impl Stage for Select {
         let images = TestImages::open(cx.inputs.read(IMAGES)?, annotations, cx)?.with_proposals(PROPOSALS, cx)?;
         let n_images = images.annotations.images.len();
         let localizer = LocalizerOptions::default();
+        if let Some(first) = files.first() {
+            self.heeds_options(&first.read()?.1)?;
+        }
         cx.total((units.len() * n_images) as u64);
         for unit in units {
             let draft = cx.begin(unit)?;
@@ -170,6 +174,18 @@ impl Stage for Select {
 }
 
 impl Select {
+    /// Refuses options of another kind of detector than that of the checkpoints.
+    fn heeds_options(&self, spec: &DetectorSpec) -> Result<()> {
+        let is_localizer = matches!(spec, DetectorSpec::Localizer(_));
+        let (option, right) = match is_localizer {
+            true if !is_default(&self.test) => ("test", "localizer"),
+            false if self.localizer.is_some() => ("localizer", "test"),
+            _ => return Ok(()),
+        };
+        let problem = format!("checkpoints of a detector {}, which heeds `{right}` instead", spec.in_words());
+        Err(Error::Input { port: option, problem, hint: format!("leave `{option}` out") })
+    }
+
     fn number_of(&self, evaluation: &Evaluation) -> Option<f64> {
         let group = match self.group {
             ClassGroup::All => "all",

@@ -111,7 +111,7 @@ impl SigmoidCriterion {
 impl Criterion for SigmoidCriterion {
     type Batch = Batch;
 
-    fn parameters(&self) -> BTreeMap<String, Parameter> {
+    fn parameters(&self) -> Result<BTreeMap<String, Parameter>> {
         self.training.grouped(self.tensors())
     }
 

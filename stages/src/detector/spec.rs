@@ -15,7 +15,7 @@ use ovenbird_models::{
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use tch::{Device, Tensor, nn};
+use tch::{Device, nn};
 
 use crate::{
     Artifact, Error, Result, artifacts::read_weights, clip::Space, error::malformed, localizer::spec::LocalizerSpec, ports::last_file,
@@ -130,6 +130,16 @@ impl DetectorFile {
         Ok((checkpoint, spec))
     }
 
+    /// The weights, and how a localizer is built. Any other detector is refused, as the input at `port`; `hint`: what to do with it.
+    pub(crate) fn read_localizer(&self, port: &'static str, hint: &str) -> Result<(Checkpoint, LocalizerSpec)> {
+        let (checkpoint, spec) = self.read()?;
+        let DetectorSpec::Localizer(spec) = spec else {
+            let problem = format!("expected a localizer, found a detector {}", spec.in_words());
+            return Err(Error::Input { port, problem, hint: hint.into() });
+        };
+        Ok((checkpoint, spec))
+    }
+
     /// After how many steps of training it was written.
     pub(super) fn step(&self) -> Result<u64> {
         self.step_of(&read_weights(&self.file)?)
@@ -158,35 +168,22 @@ impl Artifact for Checkpoints {
 impl MaskRcnnSpec {
     /// The network with the weights of a file, and their owner.
     pub(super) fn network(&self, checkpoint: &Checkpoint, device: Device) -> Result<(Detector, nn::VarStore)> {
-        filled(checkpoint, device, |root| Detector::blank(root, &self.config), Detector::parameters)
+        Ok(layout::filled(checkpoint, device, |root| Detector::blank(root, &self.config), Detector::parameters)?)
     }
 }
 
 impl SigmoidSpec {
     /// The network with the weights of a file, and their owner.
     pub(super) fn network(&self, checkpoint: &Checkpoint, device: Device) -> Result<(SigmoidDetector, nn::VarStore)> {
-        filled(checkpoint, device, |root| SigmoidDetector::blank(root, &self.config), SigmoidDetector::parameters)
+        Ok(layout::filled(checkpoint, device, |root| SigmoidDetector::blank(root, &self.config), SigmoidDetector::parameters)?)
     }
 }
 
 impl CosineSpec {
     /// The network with the weights of a file, and their owner.
     pub(super) fn network(&self, checkpoint: &Checkpoint, device: Device) -> Result<(CosineDetector, nn::VarStore)> {
-        filled(checkpoint, device, |root| CosineDetector::blank(root, &self.config), CosineDetector::parameters)
+        Ok(layout::filled(checkpoint, device, |root| CosineDetector::blank(root, &self.config), CosineDetector::parameters)?)
     }
-}
-
-/// A network of zeros with the weights of a file, which must have all of them and no others, and their owner.
-fn filled<D>(
-    checkpoint: &Checkpoint,
-    device: Device,
-    blank: impl FnOnce(&nn::Path<'_>) -> ovenbird_models::Result<D>,
-    parameters: fn(&D) -> &BTreeMap<String, Tensor>,
-) -> Result<(D, nn::VarStore)> {
-    let store = nn::VarStore::new(device);
-    let detector = blank(&store.root())?;
-    layout::load(checkpoint.tensors(), parameters(&detector), checkpoint.path())?.require_all(checkpoint.path())?;
-    Ok((detector, store))
 }
 
 impl DetectorSpec {

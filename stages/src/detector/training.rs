@@ -341,13 +341,18 @@ impl Training {
         TrainingConfig { first_step: 0, steps, checkpoint_every, images_per_step, keep_checkpoints, optimizer, max_loss: MAX_LOSS }
     }
 
-    /// The parameters of a network with the factors of their groups.
-    pub(crate) fn grouped(&self, parameters: &BTreeMap<String, Tensor>) -> BTreeMap<String, Parameter> {
+    /// The parameters of a network with the factors of their groups. Fails if there is a group of none.
+    pub(crate) fn grouped(&self, parameters: &BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Parameter>> {
+        if let Some(key) = self.groups.keys().find(|key| !parameters.keys().any(|name| name.contains(*key))) {
+            let names: Vec<&str> = parameters.keys().map(String::as_str).take(3).collect();
+            let hint = format!("use a part of their names: `{}`, ...", names.join("`, `"));
+            return Err(Error::Input { port: "training.groups", problem: format!("no parameter has `{key}` in its name"), hint });
+        }
         let parameter = |(name, tensor): (&String, &Tensor)| {
             let Group { lr_mult, decay_mult } = group_of(&self.groups, name);
             (name.clone(), Parameter { lr_mult, decay_mult, ..Parameter::plain(tensor) })
         };
-        parameters.iter().map(parameter).collect()
+        Ok(parameters.iter().map(parameter).collect())
     }
 }
 
@@ -450,6 +455,17 @@ mod tests {
         ] {
             assert!((group_of(&groups, name).lr_mult - expected).abs() < 1e-12, "{name}");
         }
+    }
+
+    #[test]
+    fn a_group_of_no_parameter_is_refused() {
+        let training = Training { groups: BTreeMap::from([("bone".into(), Group::default())]), ..Training::default() };
+        let parameters = ["backbone.conv1.weight", "rpn.weight"].map(|name| (name.to_owned(), Tensor::from(0.0)));
+        assert_eq!(training.grouped(&parameters.into()).unwrap().len(), 2);
+        let others = BTreeMap::from([("rpn.weight".into(), Tensor::from(0.0))]);
+        let refusal = training.grouped(&others).map(|_| ()).unwrap_err();
+        assert_eq!(refusal.to_string(), "training.groups: no parameter has `bone` in its name");
+        assert_eq!(refusal.hint().unwrap(), "use a part of their names: `rpn.weight`, ...");
     }
 
     #[test]

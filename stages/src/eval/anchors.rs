@@ -11,7 +11,6 @@ use ovenbird_models::{
         matching::{Target, covered},
         prematch::{Dropped, DroppedClasses, classify},
     },
-    to_unit_length,
 };
 use rand::Rng as _;
 use schemars::JsonSchema;
@@ -19,9 +18,9 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor, nn, no_grad};
 
 use crate::{
-    Artifact, Context, Error, In, Out, PortInfo, Problem, Result, Stage, Unit,
-    artifacts::{Classes, Prompts, read_json},
-    clip::{Clip, space},
+    Artifact, Context, Error, Out, PortInfo, Problem, Result, Stage, Unit,
+    artifacts::{Classes, read_json},
+    clip::Clip,
     contract::is_default,
     detector::{
         images::{Normalisation, TestImages},
@@ -29,7 +28,7 @@ use crate::{
     },
     localizer::batches::relative,
     ports::only_file,
-    region::frozen::{CHECKPOINT, Frozen, MAX_SIDE, REGION_PROMPT, image_size, without_border},
+    region::frozen::{CHECKPOINT, Frozen, MAX_SIDE, PROMPTS, REGION_PROMPT, without_border},
 };
 
 /// Counts the objects of base classes that have an anchor which CLIP gives their class and which overlaps them: the others teach CORA's localizer nothing.
@@ -63,7 +62,6 @@ impl Default for Anchors {
     }
 }
 
-const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings of the same CLIP.");
 const COVERAGE: Out<Coverage> = Out::new("coverage", "json: objects, those with an anchor, and the share.");
 
 /// How many objects have an anchor.
@@ -109,12 +107,7 @@ impl Stage for Anchors {
         let Classes(ClassSplit { base, .. }) = cx.inputs.read(CLASSES)?;
         let prompts = cx.inputs.read(PROMPTS)?;
         let frozen = Frozen::load(&self.clip, &cx.inputs.read(CHECKPOINT)?, cx.inputs.read_if_given(REGION_PROMPT)?, self.rules, cx)?;
-        space::common(&[(CHECKPOINT.info().name, Some(frozen.space)), (PROMPTS.info().name, prompts.clip)])?;
-        let texts = to_unit_length(&prompts.select(&base)?).to_device(cx.device);
-        if texts.size()[1] != frozen.dim() {
-            let problem = format!("class embeddings have {} numbers, regions {}", texts.size()[1], frozen.dim());
-            return Err(Error::Input { port: PROMPTS.info().name, problem, hint: "make them with the CLIP at `checkpoint`".into() });
-        }
+        let texts = frozen.texts(&prompts, &base, cx)?;
         let mut annotations = cx.inputs.read(ANNOTATIONS)?.load()?;
         annotations.images.truncate(cx.most_items.unwrap_or(usize::MAX));
         let ids = Classes::category_ids(&annotations, base.iter())?;
@@ -131,7 +124,7 @@ impl Stage for Anchors {
         let draft = cx.begin(unit)?;
         let (mut n_objects, mut n_covered) = (0, 0);
         images.each(0..n_images, ([self.max_size, self.min_size], Filter::Pillow), Normalisation::CLIP, &draft, cx, |image| {
-            let (placement, size) = (image.placement, image_size(image.placement.to));
+            let (placement, size) = (image.placement, image.placement.to.into());
             let objects = by_image.get(&image.info.id).into_iter().flatten();
             let shown = |object: &Annotation| {
                 let class = ids.iter().position(|id| *id == object.category_id)?;

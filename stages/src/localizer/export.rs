@@ -53,11 +53,7 @@ impl Stage for Export {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let [unit] = units else { return Ok(()) };
-        let (weights, spec) = cx.inputs.read(LOCALIZER)?.read()?;
-        let DetectorSpec::Localizer(spec) = spec else {
-            let problem = format!("expected a localizer, found a detector {}", spec.in_words());
-            return Err(Error::Input { port: LOCALIZER.info().name, problem, hint: "export it with `detector/export`".into() });
-        };
+        let (weights, spec) = cx.inputs.read(LOCALIZER)?.read_localizer(LOCALIZER.info().name, "export it with `detector/export`")?;
         let prompt = cx.inputs.read_if_given(REGION_PROMPT)?;
         let (clip, note) = match (cx.inputs.read_if_given(CLIP)?, prompt) {
             (None, None) => (BTreeMap::new(), None),

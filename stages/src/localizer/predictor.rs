@@ -24,7 +24,7 @@ use crate::{
         ports::PROMPTS,
         predictor::{Found, Predictor},
     },
-    region::frozen::{CHECKPOINT, Frozen, REGION_PROMPT, image_size, without_border},
+    region::frozen::{CHECKPOINT, Frozen, REGION_PROMPT, without_border},
 };
 
 /// The CLIP of a localizer, at the stages that take any detector.
@@ -129,7 +129,7 @@ impl LocalizerPredictor {
         let needed = Tensor::from_slice(&selection.needed(&objectness)).to_device(boxes.device());
         let (boxes, objectness) = (boxes.index_select(0, &needed), objectness.index_select(0, &needed));
         let cosines = regions.exact(&layer3, &[boxes.shallow_clone()])?.matmul(&self.texts.tr());
-        Ok(selection.detections(&boxes, &scores(&cosines, &objectness, scale, self.options.background)?, image_size(original))?)
+        Ok(selection.detections(&boxes, &scores(&cosines, &objectness, scale, self.options.background)?, original.into())?)
     }
 }
 

@@ -33,10 +33,7 @@ pub(crate) struct LocalizerSpec {
 impl LocalizerSpec {
     /// The network with the weights of a file, and their owner.
     pub(crate) fn network(&self, checkpoint: &Checkpoint, device: Device) -> Result<(Localizer, nn::VarStore)> {
-        let store = nn::VarStore::new(device);
-        let localizer = Localizer::blank(&store.root(), &self.config)?;
-        layout::load(checkpoint.tensors(), localizer.parameters(), checkpoint.path())?.require_all(checkpoint.path())?;
-        Ok((localizer, store))
+        Ok(layout::filled(checkpoint, device, |root| Localizer::blank(root, &self.config), Localizer::parameters)?)
     }
 }
 

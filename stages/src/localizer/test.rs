@@ -2,20 +2,19 @@
 
 use super::{options::LocalizerOptions, predictor::LocalizerPredictor};
 use crate::{
-    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{Classes, Detections, Prompts, Queries},
+    Context, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
+    artifacts::{Classes, Detections, Queries},
     detector::{
         images::TestImages,
         ports::{ANNOTATIONS, CLASSES, IMAGES},
         predictor::{detect, detection_units},
-        spec::{DetectorFile, DetectorSpec},
+        spec::DetectorFile,
     },
-    region::frozen::{CHECKPOINT, REGION_PROMPT},
+    region::frozen::{CHECKPOINT, PROMPTS, REGION_PROMPT},
 };
 
 const LOCALIZER: In<DetectorFile> =
     In::required("localizer", "A localizer from `localizer/train`, `localizer/import` or `detector/select`.");
-const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings of the same CLIP.");
 const DETECTIONS: Out<Detections> = Out::new("detections", "Boxes (xyxy, px), categories and scores by image, best first.");
 const QUERIES: Out<Queries> =
     Out::new("queries", "The ten surest queries of each image: anchor, the class that CLIP gave it, box (xyxy, px), objectness.");
@@ -39,11 +38,7 @@ impl Stage for LocalizerOptions {
 
     fn run(&self, units: &[Unit], cx: &Context<'_>) -> Result<()> {
         let Classes(classes) = cx.inputs.read(CLASSES)?;
-        let (weights, spec) = cx.inputs.read(LOCALIZER)?.read()?;
-        let DetectorSpec::Localizer(spec) = spec else {
-            let problem = format!("expected a localizer, found a detector {}", spec.in_words());
-            return Err(Error::Input { port: LOCALIZER.info().name, problem, hint: "run it with `detector/test`".into() });
-        };
+        let (weights, spec) = cx.inputs.read(LOCALIZER)?.read_localizer(LOCALIZER.info().name, "run it with `detector/test`")?;
         let predictor = LocalizerPredictor::load(&spec, (&weights, LOCALIZER.info().name), self, &classes, cx)?;
         let images = TestImages::open(cx.inputs.read(IMAGES)?, cx.inputs.read(ANNOTATIONS)?.load_categories()?, cx)?;
         detect(&predictor, &images, &classes, (DETECTIONS, units), cx, |draft| {

@@ -12,7 +12,6 @@ use ovenbird_models::{
         prematch::{Dropped, DroppedClasses, classify},
         split::SplitSteps,
     },
-    to_unit_length,
 };
 use rand::Rng as _;
 use rand_chacha::ChaCha8Rng;
@@ -25,9 +24,9 @@ use super::{
     spec::{LocalizerSpec, Size, table_digest},
 };
 use crate::{
-    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{Classes, Prompts},
-    clip::{Clip, space},
+    Context, Error, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
+    artifacts::Classes,
+    clip::Clip,
     contract::is_default,
     detector::{
         batches::{self, DetectionLoader},
@@ -35,7 +34,7 @@ use crate::{
         spec::{DetectorFile, DetectorSpec},
         training::{Epochs, OptimizerKind, Training},
     },
-    region::frozen::{CHECKPOINT, Frozen, Kept, REGION_PROMPT, image_size, padded},
+    region::frozen::{CHECKPOINT, Frozen, Kept, PROMPTS, REGION_PROMPT, padded},
     training::{Criterion, EmaRule, Losses, MOST_NAMED, Parameter, Ports, Weights, named, train},
 };
 
@@ -120,7 +119,6 @@ impl Default for Train {
 /// What cosines are multiplied by before a softmax whose largest value alone counts.
 const TEMPERATURE: f64 = 100.0;
 
-const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings of the same CLIP.");
 const PORTS: Ports<DetectorFile> = Ports::new(
     Out::new("localizer", "Weights under CORA's names, safetensors, f32, and how the network is built; one file for each checkpoint kept."),
     "network.safetensors",
@@ -154,12 +152,7 @@ impl Stage for Train {
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let prompts = cx.inputs.read(PROMPTS)?;
         let frozen = Frozen::load(&self.clip, &cx.inputs.read(CHECKPOINT)?, cx.inputs.read_if_given(REGION_PROMPT)?, self.rules, cx)?;
-        space::common(&[(CHECKPOINT.info().name, Some(frozen.space)), (PROMPTS.info().name, prompts.clip)])?;
-        let texts = to_unit_length(&prompts.select(&classes.base)?).to_device(cx.device);
-        if texts.size()[1] != frozen.dim() {
-            let problem = format!("class embeddings have {} numbers, regions {}", texts.size()[1], frozen.dim());
-            return Err(Error::Input { port: PROMPTS.info().name, problem, hint: "make them with the CLIP at `checkpoint`".into() });
-        }
+        let texts = frozen.texts(&prompts, &classes.base, cx)?;
         let table = frozen.regions()?.table().shallow_clone();
         let config = Config { content: self.content, group_norm: self.group_norm, ..self.size.config(table.size()[1] / 2, frozen.dim()) };
         let spec = LocalizerSpec {
@@ -208,7 +201,7 @@ struct Maps {
 impl LocalizerCriterion<'_> {
     fn maps(&self, batch: &RegionBatch) -> Result<Maps> {
         let (regions, device) = (self.frozen.regions()?, self.texts.device());
-        let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image_size(image.view.to())).collect();
+        let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image.view.to().into()).collect();
         if let ([all], true) = (&batch.pixels[..], sizes.len() > 1) {
             let layer3 = regions.layer3(&all.on(device), &sizes)?;
             let (valid, layer4) = (layer3.valid(), vec![regions.layer4(&layer3)?]);
@@ -272,7 +265,7 @@ impl LocalizerCriterion<'_> {
 impl Criterion for LocalizerCriterion<'_> {
     type Batch = RegionBatch;
 
-    fn parameters(&self) -> BTreeMap<String, Parameter> {
+    fn parameters(&self) -> Result<BTreeMap<String, Parameter>> {
         self.stage.training.grouped(self.localizer.parameters())
     }
 

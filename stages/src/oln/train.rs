@@ -102,7 +102,7 @@ struct OlnCriterion<'a> {
 impl Criterion for OlnCriterion<'_> {
     type Batch = Batch;
 
-    fn parameters(&self) -> BTreeMap<String, Parameter> {
+    fn parameters(&self) -> Result<BTreeMap<String, Parameter>> {
         self.training.grouped(self.network.parameters())
     }
 

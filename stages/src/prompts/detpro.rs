@@ -463,8 +463,8 @@ impl<'a> PromptCriterion<'a> {
 impl Criterion for PromptCriterion<'_> {
     type Batch = RowBatch;
 
-    fn parameters(&self) -> BTreeMap<String, Parameter> {
-        self.learned().map(|(name, tensor)| (name.to_owned(), Parameter::plain(tensor))).collect()
+    fn parameters(&self) -> Result<BTreeMap<String, Parameter>> {
+        Ok(self.learned().map(|(name, tensor)| (name.to_owned(), Parameter::plain(tensor))).collect())
     }
 
     fn losses(&self, _step: u32, batch: RowBatch) -> Result<Losses> {
@@ -550,7 +550,7 @@ mod tests {
                 }
             });
             let config = stage.config(10_000).optimizer;
-            let mut optimizer = Optimizer::new(&config, criterion.parameters());
+            let mut optimizer = Optimizer::new(&config, criterion.parameters().unwrap());
             for step in 0..3 {
                 let of_step = |name: &str| numbers(&golden[name].get(step));
                 let batch = RowBatch {

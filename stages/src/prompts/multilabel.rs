@@ -397,8 +397,8 @@ impl<'a> PromptCriterion<'a> {
 impl Criterion for PromptCriterion<'_> {
     type Batch = Vec<i64>;
 
-    fn parameters(&self) -> BTreeMap<String, Parameter> {
-        LEARNED.iter().zip(&self.learned).map(|(name, tensor)| ((*name).to_owned(), Parameter::plain(tensor))).collect()
+    fn parameters(&self) -> Result<BTreeMap<String, Parameter>> {
+        Ok(LEARNED.iter().zip(&self.learned).map(|(name, tensor)| ((*name).to_owned(), Parameter::plain(tensor))).collect())
     }
 
     fn losses(&self, _step: u32, rows: Vec<i64>) -> Result<Losses> {
@@ -469,7 +469,7 @@ mod tests {
         let space = Space::of(&BTreeMap::new(), &[]);
         let criterion = PromptCriterion::new(&clip, space, &classes, stage.loss_weight, shown, None).unwrap();
         let config = stage.config(n_images as usize).unwrap().optimizer;
-        let mut optimizer = Optimizer::new(&config, criterion.parameters());
+        let mut optimizer = Optimizer::new(&config, criterion.parameters().unwrap());
         let rows = |key: &str| golden::tensor(&golden[key], &[n_classes, 32]);
         let before = golden::error(&criterion.prompts().unwrap().embeddings, &rows("before"));
         assert!(before < 1e-5, "{before}");

@@ -519,8 +519,8 @@ impl<'a> RplCriterion<'a> {
 impl Criterion for RplCriterion<'_> {
     type Batch = ImageBatch;
 
-    fn parameters(&self) -> BTreeMap<String, Parameter> {
-        RPL_CONTEXT.iter().zip(&self.contexts).map(|(name, tensor)| ((*name).to_owned(), Parameter::plain(tensor))).collect()
+    fn parameters(&self) -> Result<BTreeMap<String, Parameter>> {
+        Ok(RPL_CONTEXT.iter().zip(&self.contexts).map(|(name, tensor)| ((*name).to_owned(), Parameter::plain(tensor))).collect())
     }
 
     fn losses(&self, _step: u32, ImageBatch { pixels, labels }: ImageBatch) -> Result<Losses> {
@@ -596,7 +596,7 @@ mod tests {
         for (epoch, lr) in numbers(&golden["train/lr"]).into_iter().enumerate() {
             assert!((config.schedule.lr_at(2 * epoch as u32) - lr).abs() < 1e-9);
         }
-        let mut optimizer = Optimizer::new(&config, criterion.parameters());
+        let mut optimizer = Optimizer::new(&config, criterion.parameters().unwrap());
         for step in 0..12 {
             let images = to_unit_length(&golden["train/image_features"].get(step % 2));
             let loss = criterion.loss(&images, &golden["train/labels"].get(step % 2)).unwrap();

@@ -85,10 +85,9 @@ struct OlnPredictor {
 
 impl OlnPredictor {
     fn load(file: &OlnFile, stage: &Oln, cx: &Context<'_>) -> Result<Self> {
-        let ((checkpoint, spec), path) = (file.read()?, &file.file.path);
-        let store = nn::VarStore::new(cx.device);
-        let network = network::Oln::blank(&store.root(), &spec.config)?;
-        layout::load(checkpoint.tensors(), network.parameters(), path)?.require_all(path)?;
+        let (checkpoint, spec) = file.read()?;
+        let (network, store) =
+            layout::filled(&checkpoint, cx.device, |root| network::Oln::blank(root, &spec.config), network::Oln::parameters)?;
         let suppression = Suppression { iou: stage.nms_iou, keep: stage.max_per_image };
         Ok(Self { network, suppression, min_side: stage.min_side, fits: spec.fits, _store: store })
     }

@@ -9,7 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use super::frozen::{CHECKPOINT, Frozen, MAX_SIDE, REGION_PROMPT, image_size, without_border};
+use super::frozen::{CHECKPOINT, Frozen, MAX_SIDE, REGION_PROMPT, without_border};
 use crate::{
     Context, Inputs, PortInfo, Problem, Result, Stage, Unit, Units,
     artifacts::{Dtype, RegionFeaturesWriter, Regions},
@@ -112,7 +112,7 @@ impl Stage for Embed {
 
 /// Embeddings of boxes of an image, px of the original, f32 `[N, D]` on the CPU. `pixels`: `[1, 3, H, W]`, as the image is placed, with or without a border.
 pub(crate) fn embed(regions: &regions::Regions<'_>, pixels: &Tensor, placement: &Placement, boxes: &[Xyxy]) -> Result<Tensor> {
-    let size = image_size(placement.to);
+    let size = placement.to.into();
     let boxes: Vec<[f32; 4]> = boxes.iter().map(|xyxy| relative(&placement.show(xyxy), placement.to)).collect();
     let boxes = Tensor::from_slice(boxes.as_flattened()).view([-1, 4]);
     let pixels = without_border(pixels, size);

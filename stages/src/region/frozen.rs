@@ -8,12 +8,13 @@ use ovenbird_models::{
         regions::{Regions, Rules},
     },
     detection::boxes::ImageSize,
+    to_unit_length,
 };
 use tch::{Tensor, no_grad};
 
 use crate::{
     Context, Error, In, Result,
-    artifacts::{CheckpointFile, RegionPromptFile},
+    artifacts::{CheckpointFile, Prompts, RegionPromptFile},
     clip::{Clip, Space, space},
     detector::images::STRIDE,
 };
@@ -24,6 +25,8 @@ pub(crate) const REGION_PROMPT: In<RegionPromptFile> = In::optional(
     "region_prompt",
     "The position table of its attention pooling (`region/prompt`, or CORA's `.pth`); without it CLIP's own.",
 );
+
+pub(crate) const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings of the same CLIP.");
 
 /// The longest side of images, px: more takes more memory than machines have.
 pub(crate) const MAX_SIDE: u32 = 8192;
@@ -63,7 +66,11 @@ impl Frozen {
                     problem: format!("{}: {error}", file.file.path.display()),
                     hint: "give a region prompt that was trained for this CLIP (`region/prompt`)".into(),
                 })?;
-                Some(table.to_device(cx.device))
+                let table = table.to_device(cx.device);
+                if clip.regions()?.table().equal(&table) {
+                    cx.note(format!("{}: the table of this CLIP itself, so regions have no prompt", file.file.path.display()));
+                }
+                Some(table)
             }
             None => None,
         };
@@ -85,6 +92,17 @@ impl Frozen {
         })
     }
 
+    /// The embeddings of some classes at [`PROMPTS`], f32 `[K, D]` of unit length. Fails where they are of another CLIP.
+    pub(crate) fn texts(&self, prompts: &Prompts, classes: &[String], cx: &Context<'_>) -> Result<Tensor> {
+        space::common(&[(CHECKPOINT.info().name, Some(self.space)), (PROMPTS.info().name, prompts.clip)])?;
+        let texts = to_unit_length(&prompts.select(classes)?).to_device(cx.device);
+        if texts.size()[1] != self.dim() {
+            let problem = format!("class embeddings have {} numbers, regions {}", texts.size()[1], self.dim());
+            return Err(Error::Input { port: PROMPTS.info().name, problem, hint: "make them with the CLIP at `checkpoint`".into() });
+        }
+        Ok(texts)
+    }
+
     /// The dimension D of embeddings.
     pub(crate) fn dim(&self) -> i64 {
         self.clip.embed_dim()
@@ -100,11 +118,6 @@ pub(crate) fn without_border(pixels: &Tensor, size: ImageSize) -> Tensor {
 /// The size of that input.
 pub(crate) fn padded(ImageSize { width, height }: ImageSize) -> ImageSize {
     ImageSize { width: width.max(STRIDE.into()), height: height.max(STRIDE.into()) }
-}
-
-/// Sizes in px.
-pub(crate) fn image_size([width, height]: [u32; 2]) -> ImageSize {
-    ImageSize { width: width.into(), height: height.into() }
 }
 
 /// Tensors by an image's place, and whether left is right.

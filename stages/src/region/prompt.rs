@@ -5,17 +5,16 @@ use std::collections::BTreeMap;
 use ovenbird_models::{
     clip::regions::{Extent, Rules},
     detection::boxes::ImageSize,
-    to_unit_length,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Reduction, Tensor};
 
-use super::frozen::{CHECKPOINT, Frozen, Kept, image_size};
+use super::frozen::{CHECKPOINT, Frozen, Kept, PROMPTS};
 use crate::{
-    Context, Error, In, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
-    artifacts::{Classes, Prompts, RegionPromptFile, TABLE},
-    clip::{Clip, Space, space},
+    Context, Inputs, Out, PortInfo, Problem, Result, Stage, Unit, Units,
+    artifacts::{Classes, RegionPromptFile, TABLE},
+    clip::{Clip, Space},
     contract::is_default,
     detector::{
         batches::{self, DetectionLoader},
@@ -78,7 +77,6 @@ impl Default for Prompt {
     }
 }
 
-const PROMPTS: In<Prompts> = In::required("prompts", "Class embeddings of the same CLIP.");
 const PORTS: Ports<RegionPromptFile> = Ports::new(
     Out::new("region_prompt", "safetensors: `attnpool.positional_embedding` f32 [1 + s * s, C]; one file for each checkpoint kept."),
     "region_prompt.safetensors",
@@ -97,6 +95,7 @@ impl Stage for Prompt {
         let mut problems = Problem::unless(&[
             ("temperature", self.temperature > 0.0 && self.temperature.is_finite(), "a number above 0"),
             ("training.precision", is_f32, "f32"),
+            ("training.groups", self.training.groups.is_empty(), "none, as one table is trained"),
         ]);
         problems.extend(self.cuts.check());
         problems.extend(self.training.check());
@@ -111,12 +110,7 @@ impl Stage for Prompt {
         let Classes(classes) = cx.inputs.read(CLASSES)?;
         let (prompts, rules) = (cx.inputs.read(PROMPTS)?, Rules { extent: self.extent, ..Rules::default() });
         let frozen = Frozen::load(&self.clip, &cx.inputs.read(CHECKPOINT)?, None, rules, cx)?;
-        space::common(&[(CHECKPOINT.info().name, Some(frozen.space)), (PROMPTS.info().name, prompts.clip)])?;
-        let texts = to_unit_length(&prompts.select(&classes.base)?).to_device(cx.device);
-        if texts.size()[1] != frozen.dim() {
-            let problem = format!("class embeddings have {} numbers, regions {}", texts.size()[1], frozen.dim());
-            return Err(Error::Input { port: PROMPTS.info().name, problem, hint: "make them with the CLIP at `checkpoint`".into() });
-        }
+        let texts = frozen.texts(&prompts, &classes.base, cx)?;
         let loader = DetectionLoader::new(&self.training, Epochs::default(), cx)?;
         loader.look_for_images(cx)?;
         let loader = RegionLoader::new(loader, &self.cuts, self.together)?;
@@ -145,7 +139,7 @@ impl TableCriterion<'_> {
         let regions = self.frozen.regions()?;
         let device = self.table.device();
         let boxes = |image: &Shown| Tensor::from_slice(image.boxes.as_flattened()).view([-1, 4]);
-        let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image_size(image.view.to())).collect();
+        let sizes: Vec<ImageSize> = batch.images.iter().map(|image| image.view.to().into()).collect();
         if let [all] = &batch.pixels[..] {
             let boxes: Vec<Tensor> = batch.images.iter().map(boxes).collect();
             return Ok(regions.grids(&regions.layer3(&all.on(device), &sizes)?, &boxes)?);
@@ -179,8 +173,8 @@ fn losses(cosines: &Tensor, labels: &Tensor, temperature: f64) -> Losses {
 impl Criterion for TableCriterion<'_> {
     type Batch = RegionBatch;
 
-    fn parameters(&self) -> BTreeMap<String, Parameter> {
-        BTreeMap::from([(TABLE.to_owned(), Parameter::plain(&self.table))])
+    fn parameters(&self) -> Result<BTreeMap<String, Parameter>> {
+        Ok(BTreeMap::from([(TABLE.to_owned(), Parameter::plain(&self.table))]))
     }
 
     fn losses(&self, _step: u32, batch: RegionBatch) -> Result<Losses> {
@@ -238,23 +232,26 @@ mod tests {
             let is_big = losses == "big_lr_loss";
             let table = golden["table0"].copy().set_requires_grad(true);
             let criterion = TableCriterion { frozen: &frozen, table, texts: golden["text"].shallow_clone(), temperature: 0.01, kept: None };
-            let mut optimizer = Optimizer::new(&config, criterion.parameters());
-            // Steps of 0.01 make of the last bits of a gradient differences of the table.
-            let most = if is_big { 1e-3 } else { 1e-5 };
-            let near = |found: f64, expected: f64, what: &str| assert!((found - expected).abs() < most, "{what}: {found} {expected}");
+            let mut optimizer = Optimizer::new(&config, criterion.parameters().unwrap());
+            // Logits are a hundred cosines and agree to 1e-4, and so does the loss; its gradient is as much larger, and its length agrees to 2e-5 of
+            // itself, as that of a whole training does. Steps of 0.01 make of the last bits of a gradient differences of the table.
+            let [most, most_of_length] = if is_big { [1e-3; 2] } else { [1e-4, 2e-5] };
+            let near =
+                |found: f64, expected: f64, most: f64, what: &str| assert!((found - expected).abs() < most, "{what}: {found} {expected}");
             for (step, &batch) in batches.iter().enumerate() {
                 let Losses { terms, .. } = criterion.compare(&grids[batch], labels[batch]).unwrap();
-                near(terms[0].1.double_value(&[]), numbers(&golden[losses])[step], losses);
+                near(terms[0].1.double_value(&[]), numbers(&golden[losses])[step], most, losses);
                 terms[0].1.backward();
                 let gradient = criterion.table.grad().copy();
                 if let Some(expected) = golden.get(&format!("grad_step{step}")).filter(|_| !is_big) {
                     assert!(error(&gradient, expected) < 1e-5);
                 }
-                near(optimizer.step(step as u32).unwrap(), numbers(&golden[lengths])[step], lengths);
+                let length = numbers(&golden[lengths])[step];
+                near(optimizer.step(step as u32).unwrap(), length, most_of_length * length, lengths);
                 if !is_big {
-                    // Adam divides small gradients by their size: such numbers may be off by two steps.
+                    // Adam divides a gradient by its size: where the last bits of the whole are a part of it, the number may be off by two steps.
                     let apart = no_grad(|| (&criterion.table - &golden[&format!("table{}", step + 1)]).abs());
-                    let of_large = &apart * gradient.abs().ge(1e-6);
+                    let of_large = &apart * gradient.abs().ge(1e-5);
                     let most = 2e-4 * (step + 1) as f64;
                     assert!(of_large.max().double_value(&[]) < 1e-6 && apart.max().double_value(&[]) < most, "{step}");
                 }

@@ -302,8 +302,9 @@ fn valid_sizes_are_counted_as_the_reference_counts_them() {
     }
 }
 
+/// What an optimizer makes of these gradients is tested with the stage.
 #[test]
-fn training_a_table_takes_the_references_steps() {
+fn a_table_gets_the_references_gradients() {
     let (golden, clip) = (cora("prompt_train"), tiny());
     let regions = clip.regions().unwrap();
     let layer3 = regions.layer3(&images(), &SIZES).unwrap();
@@ -317,66 +318,14 @@ fn training_a_table_takes_the_references_steps() {
     check("features of B", &regions.exact(&layer3, &b).unwrap(), &golden["feat_b"], TOLERANCE);
     assert_eq!(*regions.table(), golden["table0"]);
 
-    let labels = [&golden["labels_a"], &golden["labels_b"]];
-    let numbers = |name: &str| Vec::<f64>::try_from(&golden[name]).unwrap();
-    let mut table = AdamW::of(&golden["table0"]);
-    for (step, batch) in [0, 1, 0].into_iter().enumerate() {
-        let values = table.values.detach().set_requires_grad(true);
-        let features = regions.pool(&values, &grids[batch]).unwrap();
-        let logits = features.matmul(&golden["text"].tr()) * 100.0;
+    for (step, batch, name) in [(0, 0, "a"), (1, 1, "b"), (2, 0, "a")] {
+        let values = named(&format!("table{step}")).set_requires_grad(true);
+        let logits = regions.pool(&values, &grids[batch]).unwrap().matmul(&golden["text"].tr()) * 100.0;
         check(&format!("logits {step}"), &logits, &golden[format!("logits_step{step}").as_str()], 1e-4);
-        let loss = logits.cross_entropy_loss(labels[batch], None::<&Tensor>, Reduction::Mean, -100, 0.0);
-        let difference = (loss.double_value(&[]) - numbers("loss")[step]).abs();
-        assert!(difference < 1e-5, "loss {step}: {difference:.1e}");
-        loss.backward();
         if step < 2 {
+            logits.cross_entropy_loss(&named(&format!("labels_{name}")), None::<&Tensor>, Reduction::Mean, -100, 0.0).backward();
             check(&format!("gradient {step}"), &values.grad(), &golden[format!("grad_step{step}").as_str()], 1e-5);
         }
-        let norm = table.step(&values.grad(), 1e-4);
-        assert!((norm - numbers("grad_norm")[step]).abs() < 1e-5, "norm {step}: {norm}");
-        // Adam divides small gradients by their size: such entries may be off by two steps.
-        let is_large = values.grad().abs().ge(1e-6);
-        let difference = (&table.values - &golden[format!("table{}", step + 1).as_str()]).abs();
-        assert!((&difference * is_large).max().double_value(&[]) < 1e-6 && difference.max().double_value(&[]) < 2e-4 * (step + 1) as f64);
-    }
-
-    let mut table = AdamW::of(&golden["table0"]);
-    for step in 0..6 {
-        let values = table.values.detach().set_requires_grad(true);
-        let logits = regions.pool(&values, &golden["grid_a"]).unwrap().matmul(&golden["text"].tr()) * 100.0;
-        let loss = logits.cross_entropy_loss(labels[0], None::<&Tensor>, Reduction::Mean, -100, 0.0);
-        assert!((loss.double_value(&[]) - numbers("big_lr_loss")[step]).abs() < 1e-3, "{step}");
-        loss.backward();
-        let norm = table.step(&values.grad(), 1e-2);
-        assert!((norm - numbers("big_lr_norm")[step]).abs() < 1e-3, "{step}");
-    }
-    check("table after big steps", &table.values, &golden["big_lr_table6"], 1e-3);
-}
-
-/// AdamW of PyTorch with its defaults, a decay of 1e-4 and gradients clipped at a length of 0.1.
-struct AdamW {
-    values: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    n_steps: i32,
-}
-
-impl AdamW {
-    fn of(values: &Tensor) -> Self {
-        Self { values: values.copy(), mean: values.zeros_like(), square: values.zeros_like(), n_steps: 0 }
-    }
-
-    /// Returns the gradient's length.
-    fn step(&mut self, gradient: &Tensor, rate: f64) -> f64 {
-        let norm = gradient.norm().double_value(&[]);
-        let gradient = gradient * (0.1 / (norm + 1e-6)).min(1.0);
-        self.n_steps += 1;
-        self.mean = &self.mean * 0.9 + &gradient * 0.1;
-        self.square = &self.square * 0.999 + &gradient * &gradient * 0.001;
-        let [mean_part, square_part] = [0.9_f64, 0.999].map(|beta| 1.0 - beta.powi(self.n_steps));
-        let change = &self.mean / (self.square.sqrt() / square_part.sqrt() + 1e-8);
-        self.values = &self.values * (1.0 - rate * 1e-4) - change * (rate / mean_part);
-        norm
     }
 }
 

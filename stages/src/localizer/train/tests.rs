@@ -1,4 +1,4 @@
-use ovenbird_models::detr::matching::Pair;
+use ovenbird_models::{detr::matching::Pair, to_unit_length};
 use tch::Device;
 
 use super::*;
@@ -67,7 +67,7 @@ fn training_steps_are_those_of_cora_s_code() {
         no_grad(|| tensor.shallow_clone().copy_(&values.narrow(0, 0, tensor.size()[0])));
     }
     let optimizer_config = stage.training.config().optimizer;
-    let mut optimizer = Optimizer::new(&optimizer_config, criterion.parameters());
+    let mut optimizer = Optimizer::new(&optimizer_config, criterion.parameters().unwrap());
     let maps = maps(&frozen, &cora_images(), &CORA_SIZES);
     let objects = [0, 1].map(|image| Target {
         boxes: golden[&format!("boxes{image}")].shallow_clone(),
@@ -169,13 +169,13 @@ fn four_scenes_are_learned_by_heart() {
         .collect();
     let mut config = stage.training.config().optimizer;
     config.schedule.peak = 1e-3;
-    let mut optimizer = Optimizer::new(&config, criterion.parameters());
+    let mut optimizer = Optimizer::new(&config, criterion.parameters().unwrap());
     let mut curve = Vec::new();
     for step in 0..200 {
         let (outputs, classes) = criterion.outputs(&maps, None, None).unwrap();
         let found = criterion.compare(&outputs, &classes, &objects).unwrap();
-        curve.push((found.total.double_value(&[]), found.matched_share().unwrap()));
-        found.total.backward();
+        curve.push((found.total().double_value(&[]), found.matched_share().unwrap()));
+        found.total().backward();
         optimizer.step(step).unwrap();
     }
     let ((first, _), (last, share)) = (curve[0], curve[199]);
