@@ -302,26 +302,27 @@ stages:
     world.refuses(pipeline, "./cc12m.tsv", "./wrong.h5", "expected HDF5");
 }
 
-/// Two shards of a gigabyte each, two checkpoints: a run that is killed between them continues behind the first, to the same bytes.
+/// A shard of four gigabytes, nearly all a hole, and a small one, two checkpoints: a run that is killed between them continues behind the first, to the same bytes.
 #[test]
 fn a_search_that_is_killed_continues_after_the_last_whole_shard() {
-    const ROWS: u64 = 65_536;
+    const ROWS: [u64; 2] = [262_144, 4096];
     const D: usize = 8192;
     let world = World::new();
-    let lines: String = (0..2 * ROWS).map(|row| format!("http://images.example/{row}\tpicture {row}\n")).collect();
+    let lines: String = (0..ROWS[0] + ROWS[1]).map(|row| format!("http://images.example/{row}\tpicture {row}\n")).collect();
     world.write("table.tsv", lines);
-    let header = format!("{{'descr': '<f2', 'fortran_order': False, 'shape': ({ROWS}, {D}), }}\n");
-    let head = [b"\x93NUMPY\x01\x00", &(header.len() as u16).to_le_bytes()[..], header.as_bytes()].concat();
     // Rows that are not zero, with the number that follows a 1 in them: a smaller one is nearer to the query.
-    let numbered = [(3_u64, 4.0), (90, 1.0), (65_000, 0.5), (65_536 + 17, 0.25), (65_536 + 40_000, 2.0)];
+    let numbered = [(3_u64, 4.0), (90, 1.0), (260_000, 0.5), (ROWS[0] + 17, 0.25), (ROWS[0] + 4000, 2.0)];
     fs::create_dir(world.path("pool")).unwrap();
-    for shard in 0..2 {
+    for (shard, n_rows) in ROWS.into_iter().enumerate() {
+        let header = format!("{{'descr': '<f2', 'fortran_order': False, 'shape': ({n_rows}, {D}), }}\n");
+        let head = [b"\x93NUMPY\x01\x00", &(header.len() as u16).to_le_bytes()[..], header.as_bytes()].concat();
         let file = fs::File::create(world.path(&format!("pool/img_emb_{shard}.npy"))).unwrap();
         (&file).write_all(&head).unwrap();
-        file.set_len(head.len() as u64 + ROWS * 2 * D as u64).unwrap();
-        for (row, number) in numbered.iter().filter(|(row, _)| row / ROWS == shard) {
+        file.set_len(head.len() as u64 + n_rows * 2 * D as u64).unwrap();
+        let first = if shard == 0 { 0 } else { ROWS[0] };
+        for (row, number) in numbered.iter().filter(|(row, _)| (first..first + n_rows).contains(row)) {
             let pair = [half::f16::ONE, half::f16::from_f64(*number)].map(half::f16::to_le_bytes).concat();
-            file.write_all_at(&pair, head.len() as u64 + (row % ROWS) * 2 * D as u64).unwrap();
+            file.write_all_at(&pair, head.len() as u64 + (row - first) * 2 * D as u64).unwrap();
         }
     }
     let header = json!({
@@ -353,9 +354,9 @@ stages:
     let last = world.units_of("pool/retrieve").into_iter().find(|unit| !begun.contains(unit)).unwrap().join("links/links.parquet");
     let found = links_at(&last);
     let places = |class: usize| found.by_class[class].1.iter().map(|link| link.place).collect::<Vec<_>>();
-    assert_eq!((places(0), places(1)), (vec![65_553, 65_000, 90], vec![3, 105_536, 90]));
-    assert_eq!(found.by_class[0].1[0].url, "http://images.example/65553");
-    assert_eq!((found.searched.rows, found.searched.bad_rows.zero), (2 * ROWS, 2 * ROWS - 5));
+    assert_eq!((places(0), places(1)), (vec![262_161, 260_000, 90], vec![3, 266_144, 90]));
+    assert_eq!(found.by_class[0].1[0].url, "http://images.example/262161");
+    assert_eq!((found.searched.rows, found.searched.bad_rows.zero), (ROWS[0] + ROWS[1], ROWS[0] + ROWS[1] - 5));
     let resumed = fs::read(&last).unwrap();
     fs::remove_dir_all(world.path(".ovenbird")).unwrap();
     drop(world.run(["run", "./pool.yaml"]).success());
@@ -363,6 +364,6 @@ stages:
     assert!(whole.into_iter().any(|bytes| bytes == resumed), "the same bytes as in one go");
 
     // Metadata of fewer rows than there are embeddings.
-    world.write("table.tsv", "http://images.example/0\tpicture 0\n".repeat(70_000));
-    world.refuses(pipeline, "per_class: 3", "per_class: 2", "row 0 of `img_emb_1.npy` and those after it, 65536 in all, have no metadata");
+    world.write("table.tsv", "http://images.example/0\tpicture 0\n".repeat(262_200));
+    world.refuses(pipeline, "per_class: 3", "per_class: 2", "row 0 of `img_emb_1.npy` and those after it, 4096 in all, have no metadata");
 }

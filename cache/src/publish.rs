@@ -99,6 +99,12 @@ impl Publisher {
 
     /// Writes a file atomically, replacing an existing one.
     pub fn replace(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        self.place(path, bytes)?;
+        self.sync_dir(parent_and_name(path).0)
+    }
+
+    /// As [`Self::replace`], but for what can be fetched again: after a power cut the file of the last seconds may be the one before, or none.
+    pub(crate) fn place(&self, path: &Path, bytes: &[u8]) -> Result<()> {
         let (parent, name) = parent_and_name(path);
         self.create_dir_all(parent)?;
         let temporary = parent.join(self.temporary(&name));
@@ -108,8 +114,7 @@ impl Publisher {
         if written.is_err() {
             let _swept_later = self.disk.remove_file(&temporary);
         }
-        written?;
-        self.sync_dir(parent)
+        written
     }
 
     /// Moves a file or folder into the folder `place`, under a free name, and returns its new path; `None` if it does not exist.

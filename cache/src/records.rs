@@ -193,10 +193,10 @@ impl Store {
         self.put_record(place, &sealed(place, content))
     }
 
-    /// Writes a record that the journal of commits does not list.
-    pub(crate) fn put_unnoted<T: Serialize>(&self, place: &str, content: &T) -> Result<()> {
+    /// Writes a record that the journal of commits does not list, of what can be fetched again.
+    pub(crate) fn place_unnoted<T: Serialize>(&self, place: &str, content: &T) -> Result<()> {
         self.check_there()?;
-        self.publisher().replace(&self.home().join(place), &sealed(place, content))
+        self.publisher().place(&self.home().join(place), &sealed(place, content))
     }
 
     pub(crate) fn put_record(&self, place: &str, bytes: &[u8]) -> Result<()> {

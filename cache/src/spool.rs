@@ -5,7 +5,8 @@
 //! HOME/web/records/AB/DIGEST.json   a sealed record of what came of a name
 //! ```
 //!
-//! Every write is a temporary file, an fsync and a rename: after `kill -9` an entry is there whole or not at all. A record's seal and the digest
+//! Every write is a temporary file, an fsync and a rename: after `kill -9` an entry is there whole or not at all. Folders are not synced, which would
+//! cost as much again for each image: after a power cut entries of the last seconds may be gone. A record's seal and the digest
 //! that it states of its file tell damage, and what is damaged counts as not there. Units share files with the spool by hard links.
 //! Deleting the folder loses no result, but names are then asked for again, and the web may have changed.
 
@@ -49,7 +50,7 @@ impl Spool {
 
     /// Writes the record of a name.
     pub fn keep<T: Serialize>(&self, name: &str, record: &T) -> Result<()> {
-        self.store.put_unnoted(&Self::place(name), record)
+        self.store.place_unnoted(&Self::place(name), record)
     }
 
     /// Deletes the record of a name.
@@ -71,7 +72,7 @@ impl Spool {
             return Ok(());
         }
         self.store.check_there()?;
-        self.store.publisher().replace(&path, bytes)
+        self.store.publisher().place(&path, bytes)
     }
 
     /// Whether a file is there with the content that a record states.

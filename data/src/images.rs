@@ -15,6 +15,7 @@ use image::{
 };
 
 use jpeg_decoder::PixelFormat;
+use zune_jpeg::zune_core::{bytestream::ZCursor, colorspace::ColorSpace, options::DecoderOptions};
 
 use crate::{
     Error, Result, content,
@@ -76,6 +77,16 @@ impl Image {
     /// Decodes a JPEG, PNG, WebP or GIF; `path` is for the message.
     pub fn decode(bytes: &[u8], path: &Path) -> Result<Self> {
         Self::decode_if(bytes, path, None)
+    }
+
+    /// The size of an image that decodes to its end, `[width, height]` px: fails where [`Self::decode`] does. Of a JPEG, the brightness alone is computed.
+    pub fn check(bytes: &[u8], path: &Path) -> Result<[u32; 2]> {
+        let decoder = header(bytes, path, None)?;
+        let size = decoder.dimensions().into();
+        if !(bytes.starts_with(JPEG_START) && has_brightness(bytes)) {
+            DynamicImage::from_decoder(decoder).map_err(|error| not_an_image(path, &error))?;
+        }
+        Ok(size)
     }
 
     /// The size of an image, `[width, height]` px, from its header: fails where [`Self::decode`] would fail for what the header, or the
@@ -257,6 +268,12 @@ fn header<'a>(bytes: &'a [u8], path: &Path, stated: Option<[u32; 2]>) -> Result<
         return Err(refused(problem, "cut it into smaller images, or skip it with `on_bad_item: skip`".into()));
     }
     Ok(decoder)
+}
+
+/// Whether the brightness of a JPEG decodes to its end. All coefficients are read for that, also those of colours.
+fn has_brightness(bytes: &[u8]) -> bool {
+    let options = DecoderOptions::default().set_strict_mode(false).set_max_width(usize::MAX).set_max_height(usize::MAX);
+    zune_jpeg::JpegDecoder::new_with_options(ZCursor::new(bytes), options.jpeg_set_out_colorspace(ColorSpace::Luma)).decode().is_ok()
 }
 
 fn not_an_image(path: &Path, error: &image::ImageError) -> Error {
@@ -449,6 +466,28 @@ mod tests {
         };
         let rgb = (0..height).flat_map(|y| (0..width).flat_map(move |x| (0..3).map(move |channel| pixel(x, y, channel)))).collect();
         Image { width, height, rgb }
+    }
+
+    /// A byte changed at each of many places of a JPEG, and the JPEG cut there.
+    #[test]
+    fn what_a_check_passes_decodes() {
+        let path = Path::new("image");
+        assert_eq!(Image::check(&picture(5, 3).to_png(), path).unwrap(), [5, 3]);
+        for name in ["full", "half", "grey", "cmyk", "progressive"] {
+            let jpeg = fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../tests/golden/images/{name}.jpg"))).unwrap();
+            let (stride, mut n_refused, mut n) = (jpeg.len() / 300 + 1, 0, 0);
+            for place in (0..jpeg.len()).step_by(stride) {
+                let mut flipped = jpeg.clone();
+                flipped[place] ^= 0x55;
+                for bytes in [&jpeg, &flipped, &jpeg[..place]] {
+                    let found = Image::check(bytes, path).map_err(|error| error.to_string());
+                    let expected = Image::decode(bytes, path).map(|image| [image.width, image.height]).map_err(|error| error.to_string());
+                    (n, n_refused) = (n + 1, n_refused + usize::from(found.is_err()));
+                    assert_eq!(found, expected, "{name}, {place}");
+                }
+            }
+            assert!(n_refused > n / 3 && n_refused < n * 2 / 3 + 1, "{name}: {n_refused} of {n}");
+        }
     }
 
     #[derive(Deserialize)]

@@ -44,6 +44,8 @@ use crate::{
 
 /// Rows of metadata that are read at once.
 const BATCH_ROWS: usize = 1 << 16;
+/// Bytes of an array that are read at once: they fit into a processor's cache.
+const PIECE: usize = 1 << 20;
 
 /// The names of each column, of which the first that is there is read.
 pub(crate) const COLUMNS: [(&str, &[&str]); 5] = [
@@ -254,21 +256,38 @@ impl<'a> Embedded<'a> {
 
     /// Some rows.
     pub(crate) fn rows(&self, rows: Range<u64>) -> Result<Vectors> {
-        let row_bytes = self.shape.dim as u64 * self.shape.dtype.bytes();
-        let (from, n_bytes) = (rows.start * row_bytes, ((rows.end - rows.start) * row_bytes) as usize);
-        let mut read = Vec::new();
-        let bytes = match &self.numbers {
-            Numbers::Here(bytes) => &bytes[from as usize..][..n_bytes],
-            Numbers::There(file, start) => {
-                read.resize(n_bytes, 0);
-                file.read_exact_at(&mut read, start + from).map_err(|source| read_error(self.file, source))?;
-                &read
+        let (dtype, dim) = (self.shape.dtype, self.shape.dim as u64);
+        let bytes = [rows.start, rows.end].map(|row| row * dim * dtype.bytes());
+        let n_numbers = ((rows.end - rows.start) * dim) as usize;
+        Ok(match dtype {
+            MatrixDtype::F16 => {
+                let mut halves = Vec::with_capacity(n_numbers);
+                self.read(bytes, |bytes| halves.extend(bytes.as_chunks::<2>().0.iter().map(|bytes| f16::from_le_bytes(*bytes))))?;
+                Vectors::F16(halves)
             }
-        };
-        Ok(match self.shape.dtype {
-            MatrixDtype::F16 => Vectors::F16(bytes.as_chunks::<2>().0.iter().map(|bytes| f16::from_le_bytes(*bytes)).collect()),
-            MatrixDtype::F32 => Vectors::F32(bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()),
+            MatrixDtype::F32 => {
+                let mut singles = Vec::with_capacity(n_numbers);
+                self.read(bytes, |bytes| singles.extend(bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes))))?;
+                Vectors::F32(singles)
+            }
         })
+    }
+
+    /// Hands over some bytes of the array, piece by piece, of whole numbers.
+    fn read(&self, [mut from, to]: [u64; 2], mut take: impl FnMut(&[u8])) -> Result<()> {
+        match &self.numbers {
+            Numbers::Here(bytes) => take(&bytes[from as usize..to as usize]),
+            Numbers::There(file, start) => {
+                let mut piece = vec![0; PIECE.min((to - from) as usize)];
+                while from < to {
+                    let piece = &mut piece[..PIECE.min((to - from) as usize)];
+                    file.read_exact_at(piece, start + from).map_err(|source| read_error(self.file, source))?;
+                    take(piece);
+                    from += piece.len() as u64;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Fails if the file changed since it was opened.

@@ -26,8 +26,9 @@ use crate::{
     training::named,
 };
 
-/// A checkpoint is written after so many bytes of embeddings: one of LAION's shards of a million rows, or many small ones.
-const UNIT_BYTES: u64 = 1 << 30;
+/// A checkpoint is written after so many bytes of embeddings: a few of LAION's shards of a million rows, or many small ones. It takes seconds to write the links of
+/// a thousand classes.
+const UNIT_BYTES: u64 = 4 << 30;
 /// Rows that are read at once.
 const BLOCK_ROWS: u64 = 1 << 16;
 /// Bytes of rows that may be ahead of the search.
@@ -112,7 +113,7 @@ const LINKS: Out<Links> = Out::new(
 
 impl Stage for Retrieve {
     const KIND: &'static str = "pool/retrieve";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const INPUTS: &'static [PortInfo] =
         &[POOL.info(), METADATA.info(), FEATURES.info(), ANNOTATIONS.info(), PROMPTS.info(), CLASSES.info()];
     const OUTPUTS: &'static [PortInfo] = &[LINKS.info()];
@@ -341,49 +342,68 @@ impl<'a> Retrieval<'a> {
             read: Vec::new(),
         };
         let is_dry = cx.most_items.is_some();
-        for PoolShard { embeddings: file, metadata } in &shards[..if is_dry { 1 } else { shards.len() }] {
-            let embedded = Embedded::open(file, self.stage.array.as_deref())?;
-            self.check_dim(POOL.info(), embedded.dim())?;
-            let n_rows = if is_dry { embedded.n_rows().min(BLOCK_ROWS) } else { embedded.n_rows() };
-            let (first_of_shard, row_bytes) = (self.searched.rows, 4 * self.dim);
-            let mut blocks = (0..n_rows).step_by(BLOCK_ROWS as usize).map(|row| row..n_rows.min(row + BLOCK_ROWS));
-            stream(
-                1,
-                ROOM,
-                || {
-                    Ok(blocks.next().map(|rows| {
-                        let bytes = (rows.end - rows.start) as usize * row_bytes;
-                        (rows, bytes)
-                    }))
-                },
-                |rows| Ok((embedded.rows(rows.clone())?, rows)),
-                |read: Result<(Vectors, Range<u64>)>, _| {
-                    let (vectors, rows) = read?;
-                    let Some(kinds) = kinds.take((rows.end - rows.start) as usize)? else {
-                        let n_left = n_rows - rows.start;
-                        let problem =
-                            format!("row {} of `{}` and those after it, {n_left} in all, have no metadata", rows.start, file.name);
-                        return Err(misfit(problem, metadata.is_some()));
-                    };
-                    self.add(&vectors, &kinds)?;
-                    cx.proceed()
-                },
-            )?;
-            embedded.still()?;
-            if let Some(table) = metadata.filter(|_| !is_dry) {
-                let (n_rows, n_described) = (self.searched.rows - first_of_shard, tables.n_rows_of(table));
-                if n_rows != n_described {
-                    let problem = format!("`{}` has {n_rows} rows, `{}` has {n_described}", file.name, table.name);
-                    return Err(misfit(problem, true));
-                }
-            }
-            cx.tick(1);
-        }
+        let mut left = shards[..if is_dry { 1 } else { shards.len() }].iter();
+        let array = self.stage.array.as_deref();
+        // The digest of the next shard is checked while one is searched.
+        stream(
+            1,
+            1,
+            || Ok(left.next().map(|shard| (shard, 1))),
+            |shard| (shard, Embedded::open(shard.embeddings, array)),
+            |(shard, embedded), _| self.of_shard(shard, &embedded?, &mut kinds, tables, cx),
+        )?;
         self.read_texts(|new| {
             let of_tables = new.iter().map(|row| row - first_row).collect();
             Ok(tables.links(&of_tables)?.into_iter().map(|(row, text)| (row + first_row, text)).collect())
         })?;
         tables.still()
+    }
+
+    /// Searches one of these shards.
+    fn of_shard(
+        &mut self,
+        PoolShard { embeddings: file, metadata }: &PoolShard<'_>,
+        embedded: &Embedded<'_>,
+        kinds: &mut Kinds<'_>,
+        tables: &PoolRows<'_>,
+        cx: &Context<'_>,
+    ) -> Result<()> {
+        let is_dry = cx.most_items.is_some();
+        self.check_dim(POOL.info(), embedded.dim())?;
+        let n_rows = if is_dry { embedded.n_rows().min(BLOCK_ROWS) } else { embedded.n_rows() };
+        let (first_of_shard, row_bytes) = (self.searched.rows, 4 * self.dim);
+        let mut blocks = (0..n_rows).step_by(BLOCK_ROWS as usize).map(|row| row..n_rows.min(row + BLOCK_ROWS));
+        stream(
+            1,
+            ROOM,
+            || {
+                Ok(blocks.next().map(|rows| {
+                    let bytes = (rows.end - rows.start) as usize * row_bytes;
+                    (rows, bytes)
+                }))
+            },
+            |rows| Ok((embedded.rows(rows.clone())?, rows)),
+            |read: Result<(Vectors, Range<u64>)>, _| {
+                let (vectors, rows) = read?;
+                let Some(kinds) = kinds.take((rows.end - rows.start) as usize)? else {
+                    let n_left = n_rows - rows.start;
+                    let problem = format!("row {} of `{}` and those after it, {n_left} in all, have no metadata", rows.start, file.name);
+                    return Err(misfit(problem, metadata.is_some()));
+                };
+                self.add(&vectors, &kinds)?;
+                cx.proceed()
+            },
+        )?;
+        embedded.still()?;
+        if let Some(table) = metadata.filter(|_| !is_dry) {
+            let (n_rows, n_described) = (self.searched.rows - first_of_shard, tables.n_rows_of(table));
+            if n_rows != n_described {
+                let problem = format!("`{}` has {n_rows} rows, `{}` has {n_described}", file.name, table.name);
+                return Err(misfit(problem, true));
+            }
+        }
+        cx.tick(1);
+        Ok(())
     }
 
     /// Searches images of one's own, in one checkpoint.

@@ -252,8 +252,8 @@ async fn obtain(shared: Arc<Shared>, url: String) -> Result<Obtained> {
             return Ok(record);
         }
         // The record last: it says that the file is there.
-        if let (Some(image), Some(bytes)) = (&record.image, bytes) {
-            shared.spool.put(&image.sha256, &bytes)?;
+        if let (Some(image), Some((bytes, _))) = (&record.image, &bytes) {
+            shared.spool.put(&image.sha256, bytes)?;
         }
         shared.spool.keep(&url, &record)?;
         Ok::<_, Error>(record)

@@ -101,8 +101,8 @@ impl From<Refusal> for Failure {
 /// An image with its bytes.
 pub(super) struct WithBytes {
     pub(super) record: UrlRecord,
-    /// Of an image.
-    pub(super) bytes: Option<Vec<u8>>,
+    /// Of an image, with its request's turn: held until the image is kept, so that no more are in memory, or lost by a kill, than requests are made at once.
+    pub(super) bytes: Option<(Vec<u8>, Turn)>,
 }
 
 /// Fetches URLs, many at once.
@@ -137,7 +137,7 @@ struct Host {
 }
 
 /// The right to make a request.
-struct Turn {
+pub(super) struct Turn {
     _host: OwnedSemaphorePermit,
     _request: OwnedSemaphorePermit,
 }
@@ -213,9 +213,9 @@ impl Fetcher {
             under: self.manners.conditions.clone(),
         };
         match found {
-            Ok((image, bytes)) => {
+            Ok((image, bytes, turn)) => {
                 let record = UrlRecord { bytes: bytes.len() as u64, size: Some(image.size), image: Some(image), ..record };
-                WithBytes { record, bytes: Some(bytes) }
+                WithBytes { record, bytes: Some((bytes, turn)) }
             }
             Err(Failure { state, reason, code, bytes, size, retry_after: _ }) => {
                 WithBytes { record: UrlRecord { state, reason: Some(reason), code, bytes, size, ..record }, bytes: None }
@@ -224,7 +224,7 @@ impl Fetcher {
     }
 
     /// Follows a link to an image. `at`: receives where it led.
-    async fn attempt(&self, link: &str, at: &mut String, left: &mut TimeLeft) -> Result<(Fetched, Vec<u8>), Failure> {
+    async fn attempt(&self, link: &str, at: &mut String, left: &mut TimeLeft) -> Result<(Fetched, Vec<u8>, Turn), Failure> {
         let mut url = parsed(link).map_err(|problem| Failure::new(State::BadUrl, problem))?;
         for n_redirects in 0.. {
             url.as_str().clone_into(at);
@@ -236,8 +236,7 @@ impl Fetcher {
             if self.manners.conditions.heeds_opt_outs {
                 self.heed_robots(&url).await?;
             }
-            // Held until the image is decoded: images in memory are no more than requests.
-            let _turn = self.turn(&url).await?;
+            let turn = self.turn(&url).await?;
             let limit = self.manners.timeout.min(left.0);
             let since = Instant::now();
             let answer = tokio::time::timeout(limit, self.answer(&url)).await;
@@ -248,7 +247,7 @@ impl Fetcher {
             let next = match answer {
                 Err(_) => return Err(told(Failure::timeout(limit))),
                 Ok(Err(failure)) => return Err(failure),
-                Ok(Ok(Answer::Image(bytes))) => return self.judge(bytes).await,
+                Ok(Ok(Answer::Image(bytes))) => return self.judge(bytes).await.map(|(image, bytes)| (image, bytes, turn)),
                 Ok(Ok(Answer::Redirect(code, to))) => to.and_then(|to| redirected(&url, &to)).map_err(|problem| (code, problem)),
             };
             url = next.map_err(|(code, problem)| Failure::of_answer(State::BadRedirect, problem, code))?;
@@ -533,8 +532,7 @@ fn judged(bytes: &[u8], max_pixels: u64) -> Result<Fetched, Failure> {
         let reason = format!("{width} x {height} px, more than {max_pixels} px in all");
         return Err(Failure { size: Some(size), ..Failure::of_answer(State::TooLarge, reason, StatusCode::OK) });
     }
-    let size = Image::size(bytes, Path::new("")).map_err(damaged)?;
-    Image::decode_sized(bytes, Path::new(""), size).map_err(damaged)?;
+    let size = Image::check(bytes, Path::new("")).map_err(damaged)?;
     Ok(described(bytes, size))
 }
 
