@@ -37,13 +37,12 @@
 //!
 //! |y| is the largest of the block. Where |q| |y| exceeds 2^120, or n e 1/2, there is no bound, and every row gets an exact score.
 
+mod candidates;
 mod kernels;
 #[cfg(test)]
 mod tests;
 
 use std::{
-    cmp::Ordering,
-    collections::BinaryHeap,
     mem,
     ops::AddAssign,
     panic,
@@ -52,6 +51,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use candidates::{Candidate, Candidates, Passed, Query, Ranked, floor};
 use half::{bf16, f16};
 use kernels::{Buffers, Number, Space, dot, fast_square, widen};
 use serde::{Deserialize, Serialize};
@@ -391,111 +391,6 @@ impl Rows<'_> {
     }
 }
 
-/// A hit in the order of hits: less is better, so that the greatest of a heap is the first to give way.
-#[derive(Clone, Copy, Debug)]
-struct Ranked(Hit);
-
-impl Ord for Ranked {
-    fn cmp(&self, other: &Self) -> Ordering {
-        other.0.score.total_cmp(&self.0.score).then(self.0.place.cmp(&other.0.place))
-    }
-}
-
-impl PartialOrd for Ranked {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Ranked {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
-    }
-}
-
-impl Eq for Ranked {}
-
-/// One query.
-#[derive(Debug)]
-struct Query {
-    limit: usize,
-    best: Mutex<BinaryHeap<Ranked>>,
-    /// |q|.
-    length: f64,
-    /// |q'|.
-    factor_length: f64,
-    /// |q' - q|, at most.
-    factor_error: f64,
-}
-
-impl Query {
-    /// Keeps the hit if it is among the best.
-    fn offer(&self, hit: Hit) {
-        let mut best = locked(&self.best);
-        if best.len() < self.limit {
-            best.push(Ranked(hit));
-            return;
-        }
-        let mut worst = best.peek_mut().expect("BUG: a limit is at least 1");
-        if Ranked(hit) < *worst {
-            *worst = Ranked(hit);
-        }
-    }
-
-    /// The N-th best exact score: rows with lower ones are no hits.
-    fn least(&self) -> f32 {
-        let best = locked(&self.best);
-        best.peek().filter(|_| best.len() == self.limit).map_or(f32::NEG_INFINITY, |Ranked(worst)| worst.score)
-    }
-}
-
-/// The fast scores below this belong to rows whose exact scores are below `least`. Infinite where there is no such score.
-fn floor(least: f32, slack: f64) -> f32 {
-    // No bound minus no bound is no number, but a floor.
-    if slack.is_finite() { ((f64::from(least) - slack) as f32).next_down() } else { f32::NEG_INFINITY }
-}
-
-/// A row of a call, before its exact score is known.
-#[derive(Clone, Copy, Debug)]
-struct Candidate {
-    row: usize,
-    /// The exact score, at least.
-    least: f32,
-    /// The exact score, at most.
-    most: f32,
-}
-
-impl Candidate {
-    /// A row with a fast score that may differ by `slack` from the exact one.
-    fn new<T: Number>(row: usize, score: T, slack: f64) -> Self {
-        let [least, most] = score.bounds().map(f64::from);
-        let (least, most) = ((least - slack) as f32, (most + slack) as f32);
-        if least.is_finite() && most.is_finite() {
-            return Self { row, least: least.next_down(), most: most.next_up() };
-        }
-        Self { row, least: f32::NEG_INFINITY, most: f32::INFINITY }
-    }
-}
-
-/// The candidates of a query during a call.
-#[derive(Debug)]
-struct Candidates {
-    all: Vec<Candidate>,
-    /// There are N rows with exact scores of at least this.
-    least: f32,
-}
-
-impl Candidates {
-    /// Leaves out the candidates that `limit` others have overtaken.
-    fn prune(&mut self, limit: usize) {
-        if self.all.len() >= limit {
-            let (_, nth, _) = self.all.select_nth_unstable_by(limit - 1, |a, b| b.least.total_cmp(&a.least));
-            self.least = self.least.max(nth.least);
-        }
-        self.all.retain(|candidate| candidate.most >= self.least);
-    }
-}
-
 /// Where fast scores are compared with floors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Selection {
@@ -749,14 +644,6 @@ impl Queries {
     fn n_pieces(&self, n_numbers: usize) -> usize {
         (n_numbers / self.numbers_per_thread).clamp(1, self.n_threads)
     }
-}
-
-/// A row that may be a hit of a query.
-#[derive(Clone, Copy, Debug)]
-struct Passed {
-    candidate: Candidate,
-    /// Its place among all.
-    query: usize,
 }
 
 /// What is known of the rows of a block once they are prepared.
